@@ -1,0 +1,80 @@
+// What the kernels take: plain structs of pointers, sizes and strides, and the functions that launch them.
+// Nothing here knows of Python or torch. Sizes and strides count elements and are 64 bits wide.
+#pragma once
+
+#include <cstdint>
+
+namespace npc {
+
+enum class DType : int32_t { float32 = 0, float64 = 1, float16 = 2, bfloat16 = 3 };
+constexpr int kDTypes = 4;
+constexpr int kMaxPositionDims = 8;
+
+// a_i = sum over b of |sum over p of n_bip * dL/dn_bip|                                          (eq. 2)
+struct ImportanceParams {
+  const void* activation;  // n      [batch, neurons, positions...], any strides
+  const void* gradient;    // dL/dn  the same shape, any strides
+  void* out;               // a      [neurons], contiguous; float64 if the input is, else float32
+  DType dtype;
+  int64_t batch, neurons;
+  int position_dims;  // dimensions of p that no common stride merges; 0 means a single position
+  int64_t position_size[kMaxPositionDims];
+  int64_t activation_batch_stride, activation_neuron_stride, activation_position_stride[kMaxPositionDims];
+  int64_t gradient_batch_stride, gradient_neuron_stride, gradient_position_stride[kMaxPositionDims];
+};
+
+// One layer's importance and the constants of eqs. 3, 4 and 7.
+struct LayerParams {
+  float* importance;      // C  [neurons], read and written
+  const float* measured;  // a  [neurons], or null: not measured in this step, C stays
+  int64_t* skipped;       // counts the steps whose measured importance was not finite and did not enter C
+  int64_t neurons;
+  double alpha, beta, delta;
+  bool error_function;  // eq. 7 for the error function instead of sigmoid and tanh
+  bool active_only;     // eq. 3's mean over the neurons that received gradient instead of all
+};
+
+// One parameter. Its memory is `outer` x `middle` x `run` elements per group of neurons, and the elements of one run
+// belong to one neuron: run r is part of neuron (r / (outer * middle)) * middle + r % middle. Linear and convolution
+// weights have outer = 1, middle = neurons; a transposed convolution's (in, out / groups, k...) has
+// outer = in / groups, middle = out / groups.
+struct ParameterParams {
+  void* value;           // [size], read and written
+  const void* gradient;  // [size], in the memory order of value
+  void* momentum;        // [size], in the memory order of value, or null
+  DType dtype;
+  int64_t size, outer, middle, run;
+  int64_t layer;  // whose neurons scale the rate, or -1: the plain rate lr
+  double lr, momentum_factor, weight_decay;
+  bool nesterov, maximize;
+};
+
+// Eqs. 3, 4, 7 and the weight update of every layer of a network.
+struct UpdateParams {
+  const LayerParams* layers;
+  int64_t layer_count;
+  const ParameterParams* parameters;
+  int64_t parameter_count;
+  const float* grad_scale;  // every gradient is divided by it, or null
+  const float* found_inf;   // non-zero: nothing is changed at all, or null
+};
+
+namespace cpu {
+
+// Instruction sets compiled in, best last, as far as this processor can run them; and the one in use.
+int isa_count();
+const char* isa_name(int index);
+bool isa_runs_here(int index);
+const char* isa_in_use();
+bool use_isa(const char* name);  // false if it is unknown or cannot run here
+
+// `threads` is an upper bound; small work stays on the calling thread.
+void launch_importance(const ImportanceParams& params, int threads);
+void launch_update(const UpdateParams& params, int threads);
+
+// Everything in one call: importance of layer l from inputs[l] straight into its moving average, then the update.
+// layers[l].measured and inputs[l].out are ignored: the sums live in scratch.
+void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads);
+
+}  // namespace cpu
+}  // namespace npc

@@ -1,0 +1,200 @@
+// The Python side of the kernels: numbers and addresses in, parameter structs out, the interpreter lock released.
+// Python holds every tensor until the call returns; nothing here keeps an address. Callers check shapes and dtypes
+// (npc_ext/_launch.py); here only what would read past the arguments themselves is checked.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "api.h"
+
+namespace py = pybind11;
+using Address = std::uintptr_t;
+using Int64s = std::vector<int64_t>;
+using npc::DType;
+using npc::ImportanceParams;
+using npc::LayerParams;
+using npc::ParameterParams;
+using npc::UpdateParams;
+
+namespace {
+
+DType dtype_of(int64_t code) {
+  if (code < 0 || code >= npc::kDTypes) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Sizes and strides of [batch, neurons, positions...] in any order of dimensions. Positions that one stride walks
+// through in both tensors become one dimension, so that most layouts end with at most one.
+ImportanceParams importance_params(Address activation, Address gradient, Address out, int64_t dtype,
+                                   const Int64s& sizes, const Int64s& activation_strides,
+                                   const Int64s& gradient_strides, int channel_dim, int batch_dim) {
+  const int dims = static_cast<int>(sizes.size());
+  if (dims < 2 || activation_strides.size() != sizes.size() || gradient_strides.size() != sizes.size() ||
+      channel_dim < 0 || channel_dim >= dims || batch_dim < 0 || batch_dim >= dims || channel_dim == batch_dim) {
+    throw std::invalid_argument("importance: sizes, strides, channel_dim and batch_dim disagree");
+  }
+  ImportanceParams p{};
+  p.activation = pointer<const void>(activation);
+  p.gradient = pointer<const void>(gradient);
+  p.out = pointer<void>(out);
+  p.dtype = dtype_of(dtype);
+  p.batch = sizes[batch_dim];
+  p.neurons = sizes[channel_dim];
+  p.activation_batch_stride = activation_strides[batch_dim];
+  p.gradient_batch_stride = gradient_strides[batch_dim];
+  p.activation_neuron_stride = activation_strides[channel_dim];
+  p.gradient_neuron_stride = gradient_strides[channel_dim];
+  for (int dim = 0; dim < dims; ++dim) {
+    if (dim == batch_dim || dim == channel_dim || sizes[dim] == 1) continue;
+    const int64_t size = sizes[dim], stride_n = activation_strides[dim], stride_g = gradient_strides[dim];
+    const int last = p.position_dims - 1;
+    if (last >= 0 && p.activation_position_stride[last] == stride_n * size &&
+        p.gradient_position_stride[last] == stride_g * size) {
+      p.position_size[last] *= size;
+      p.activation_position_stride[last] = stride_n;
+      p.gradient_position_stride[last] = stride_g;
+      continue;
+    }
+    if (p.position_dims == npc::kMaxPositionDims) {
+      throw std::invalid_argument("importance: more than 8 position dimensions that no common stride merges; "
+                                  "pass contiguous tensors");
+    }
+    p.position_size[p.position_dims] = size;
+    p.activation_position_stride[p.position_dims] = stride_n;
+    p.gradient_position_stride[p.position_dims] = stride_g;
+    ++p.position_dims;
+  }
+  return p;
+}
+
+void importance(Address activation, Address gradient, Address out, int64_t dtype, const Int64s& sizes,
+                const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim, int batch_dim,
+                int threads) {
+  const ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
+                                                    gradient_strides, channel_dim, batch_dim);
+  const py::gil_scoped_release released;
+  npc::cpu::launch_importance(params, threads);
+}
+
+// A (rows, columns) table of int64 or float64 that lives in a Python buffer.
+template <class T>
+struct Table {
+  py::buffer_info info;
+  py::ssize_t columns;
+
+  Table(const py::buffer& buffer, size_t rows, py::ssize_t columns_, const char* name)
+      : info(buffer.request()), columns(columns_) {
+    if (info.itemsize != sizeof(T) || info.size != static_cast<py::ssize_t>(rows) * columns) {
+      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(info.size) + " values of " +
+                                  std::to_string(info.itemsize) + " bytes, expected " + std::to_string(rows) + " x " +
+                                  std::to_string(columns) + " of " + std::to_string(sizeof(T)));
+    }
+  }
+
+  const T* row(size_t index) const { return static_cast<const T*>(info.ptr) + index * columns; }
+};
+
+// What one call of update changes, from the tables that npc_ext/_launch.py documents.
+struct Network {
+  std::vector<LayerParams> layers;
+  std::vector<ParameterParams> parameters;
+  UpdateParams params;
+
+  Network(const std::vector<Address>& values, const std::vector<Address>& gradients,
+          const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
+          const py::buffer& parameter_options, const std::vector<Address>& importances,
+          const std::vector<Address>& measured, Address skipped, const py::buffer& layer_numbers,
+          const py::buffer& layer_options, Address grad_scale, Address found_inf)
+      : layers(importances.size()), parameters(values.size()) {
+    if (gradients.size() != values.size() || momentum.size() != values.size() ||
+        measured.size() != importances.size()) {
+      throw std::invalid_argument("update: every parameter needs a gradient and a momentum entry, every layer an "
+                                  "importance and a measured entry");
+    }
+    const Table<int64_t> numbers(parameter_numbers, values.size(), 8, "parameter_numbers");
+    const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
+    for (size_t i = 0; i < values.size(); ++i) {
+      const int64_t* n = numbers.row(i);
+      const double* o = options.row(i);
+      parameters[i] = ParameterParams{pointer<void>(values[i]), pointer<const void>(gradients[i]),
+                                      pointer<void>(momentum[i]), dtype_of(n[0]), n[1], n[2], n[3], n[4], n[5],
+                                      o[0], o[1], o[2], n[6] != 0, n[7] != 0};
+      if (n[5] >= static_cast<int64_t>(layers.size())) throw std::invalid_argument("update: layer out of range");
+    }
+    const Table<int64_t> sizes(layer_numbers, layers.size(), 3, "layer_numbers");
+    const Table<double> constants(layer_options, layers.size(), 3, "layer_options");
+    for (size_t l = 0; l < layers.size(); ++l) {
+      const int64_t* n = sizes.row(l);
+      const double* o = constants.row(l);
+      layers[l] = LayerParams{pointer<float>(importances[l]), pointer<const float>(measured[l]),
+                              pointer<int64_t>(skipped) + l, n[0], o[0], o[1], o[2], n[1] != 0, n[2] != 0};
+    }
+    params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
+                          static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
+                          pointer<const float>(found_inf)};
+  }
+};
+
+void update(const std::vector<Address>& values, const std::vector<Address>& gradients,
+            const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
+            const py::buffer& parameter_options, const std::vector<Address>& importances,
+            const std::vector<Address>& measured, Address skipped, const py::buffer& layer_numbers,
+            const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
+  const Network network(values, gradients, momentum, parameter_numbers, parameter_options, importances, measured,
+                        skipped, layer_numbers, layer_options, grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  npc::cpu::launch_update(network.params, threads);
+}
+
+using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
+
+void network_step(const std::vector<ImportanceInput>& inputs, const std::vector<Address>& values,
+                  const std::vector<Address>& gradients, const std::vector<Address>& momentum,
+                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                  const std::vector<Address>& importances, Address skipped, const py::buffer& layer_numbers,
+                  const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
+  if (inputs.size() != importances.size()) {
+    throw std::invalid_argument("network_step: every layer needs an activation and its gradient");
+  }
+  std::vector<ImportanceParams> params;
+  for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
+    params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
+                                       batch_dim));
+  }
+  const std::vector<Address> in_scratch(importances.size(), 0);
+  const Network network(values, gradients, momentum, parameter_numbers, parameter_options, importances, in_scratch,
+                        skipped, layer_numbers, layer_options, grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  npc::cpu::launch_network_step(params.data(), network.params, threads);
+}
+
+py::list isas() {
+  py::list names;
+  for (int index = 0; index < npc::cpu::isa_count(); ++index) {
+    if (npc::cpu::isa_runs_here(index)) names.append(npc::cpu::isa_name(index));
+  }
+  return names;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of npc_ext; npc_ext.ops is the interface to use.";
+  m.attr("build_key") = NPC_EXT_BUILD_KEY;
+  m.attr("compiler") = __VERSION__;
+  m.def("importance", &importance);
+  m.def("update", &update);
+  m.def("network_step", &network_step);
+  m.def("isas", &isas, "Instruction sets compiled in that this processor runs, best last.");
+  m.def("isa_in_use", &npc::cpu::isa_in_use);
+  m.def("use_isa", &npc::cpu::use_isa);
+}

@@ -1,0 +1,391 @@
+// The inner loops, compiled once per instruction set by the kernels_<isa>.cpp that include this file.
+//
+// importance   reads n and dL/dn once and writes N values. Three ways through memory:
+//   rows       positions are contiguous: a row's products are summed in vector lanes; the lanes of kLanes rows are then
+//              reduced together, three operations a row, and maps smaller than a vector share one.
+//   columns    neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
+//   scattered  anything else, element by element.
+// descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched.
+#pragma once
+
+#include "../rules.h"
+#include "kernels.h"
+#include "simd.h"
+
+namespace npc::cpu::NPC_ISA {
+
+// ---------------------------------------------------------------------------------------------------- importance
+
+// Where positions lie: all dimensions but the innermost, which the loops run through themselves.
+struct Positions {
+  int64_t outer = 1, inner = 1;
+  int64_t activation_stride = 1, gradient_stride = 1;  // of the innermost dimension
+  const ImportanceParams* params;
+
+  explicit Positions(const ImportanceParams& p) : params(&p) {
+    if (p.position_dims == 0) return;
+    const int last = p.position_dims - 1;
+    inner = p.position_size[last];
+    activation_stride = p.activation_position_stride[last];
+    gradient_stride = p.gradient_position_stride[last];
+    for (int dim = 0; dim < last; ++dim) outer *= p.position_size[dim];
+  }
+
+  void offsets(int64_t index, int64_t& activation, int64_t& gradient) const {
+    activation = gradient = 0;
+    for (int dim = params->position_dims - 2; dim >= 0; --dim) {
+      const int64_t at = index % params->position_size[dim];
+      index /= params->position_size[dim];
+      activation += at * params->activation_position_stride[dim];
+      gradient += at * params->gradient_position_stride[dim];
+    }
+  }
+};
+
+template <class T> static inline Vector<Real<T>> product(const T* n, const T* g) { return load(n) * load(g); }
+
+// The lanes' sums of n[i] * g[i] over a contiguous row.
+template <class T> static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  if (count < L) return load_partial(n, count) * load_partial(g, count);
+  Vector<R> sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L) {
+    for (int k = 0; k < 4; ++k) sums[k] += product(n + i + k * L, g + i + k * L);
+  }
+  for (; i + L <= count; i += L) sums[0] += product(n + i, g + i);
+  if (i < count) {  // the last whole vector again, only its lanes that were not counted yet
+    const Mask<R> rest = last_lanes<R>(static_cast<int>(count - i));
+    sums[1] += keep<R>(rest, product(n + count - L, g + count - L));
+  }
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <class T> static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
+  Vector<Real<T>> lanes = {};
+  for (int64_t index = 0; index < positions.outer; ++index) {
+    int64_t at_n, at_g;
+    positions.offsets(index, at_n, at_g);
+    lanes += dot_lanes(n + at_n, g + at_g, positions.inner);
+  }
+  return lanes;
+}
+
+// kLanes contiguous rows of `width` positions, width a power of two and smaller than a vector.
+template <class T, int width> static inline Vector<Real<T>> packed_row_sums(const T* n, const T* g) {
+  using R = Real<T>;
+  Vector<R> lanes[width];
+  for (int k = 0; k < width; ++k) lanes[k] = product(n + k * kLanes<R>, g + k * kLanes<R>);
+  return reduce_rows<R, width>(lanes);
+}
+
+template <class T, int width>
+static void packed_rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                        Real<T>* out) {
+  constexpr int L = kLanes<Real<T>>;
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + begin * width;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + begin * width;
+    for (int64_t i = begin; i < end; i += L, n += L * width, g += L * width) {
+      store(out + i, load(out + i) + absolute<Real<T>>(packed_row_sums<T, width>(n, g)));
+    }
+  }
+}
+
+template <class T>
+static void rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                 Real<T>* out) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  const Positions positions(p);
+  const int64_t blocks_end = begin + (end - begin) / L * L;
+  const bool dense = positions.outer == 1 && p.activation_neuron_stride == positions.inner &&
+                     p.gradient_neuron_stride == positions.inner;
+  int64_t from = begin;
+  if (dense && positions.inner < L) {
+    from = blocks_end;
+    if (positions.inner == 2) packed_rows<T, 2>(p, batch_begin, batch_end, begin, blocks_end, out);
+    else if (positions.inner == 4 && L > 4) packed_rows<T, 4>(p, batch_begin, batch_end, begin, blocks_end, out);
+    else if (positions.inner == 8 && L > 8) packed_rows<T, 8>(p, batch_begin, batch_end, begin, blocks_end, out);
+    else from = begin;
+  }
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride;
+    int64_t i = from;
+    const bool masked = dense && positions.inner < L;
+    const Mask<R> row_mask = first_lanes<R>(static_cast<int>(positions.inner < L ? positions.inner : L));
+    for (; i + L <= blocks_end; i += L) {
+      // A row shorter than a vector is read with its neighbours and masked, where the sample goes on for long enough.
+      const bool readable = (i + L - 1) * positions.inner + L <= p.neurons * positions.inner;
+      Vector<R> lanes[L];
+      for (int k = 0; k < L; ++k) {
+        const T* row_n = n + (i + k) * p.activation_neuron_stride;
+        const T* row_g = g + (i + k) * p.gradient_neuron_stride;
+        if (masked && readable) lanes[k] = keep<R>(row_mask, product(row_n, row_g));
+        else lanes[k] = row_lanes(positions, row_n, row_g);
+      }
+      store(out + i, load(out + i) + absolute<R>(reduce_rows<R, L>(lanes)));
+    }
+    for (; i < end; ++i) {
+      const R sum = sum_lanes<R>(
+          row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
+      out[i] += sum < 0 ? -sum : sum;
+    }
+  }
+}
+
+template <class T, int vectors>
+static void column_block(const ImportanceParams& p, const Positions& positions, int64_t batch_begin,
+                         int64_t batch_end, int64_t column, Real<T>* out) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  Vector<R> totals[vectors] = {};
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    Vector<R> sums[vectors] = {};
+    for (int64_t index = 0; index < positions.outer; ++index) {
+      int64_t at_n, at_g;
+      positions.offsets(index, at_n, at_g);
+      const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + at_n + column;
+      const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + at_g + column;
+      for (int64_t at = 0; at < positions.inner; ++at) {
+        for (int k = 0; k < vectors; ++k) sums[k] += product(n + k * L, g + k * L);
+        n += positions.activation_stride;
+        g += positions.gradient_stride;
+      }
+    }
+    for (int k = 0; k < vectors; ++k) totals[k] += absolute<R>(sums[k]);
+  }
+  for (int k = 0; k < vectors; ++k) store(out + column + k * L, totals[k]);
+}
+
+template <class T>
+static void scattered(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                      Real<T>* out) {
+  using R = Real<T>;
+  const Positions positions(p);
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    for (int64_t i = begin; i < end; ++i) {
+      R sum = 0;
+      for (int64_t index = 0; index < positions.outer; ++index) {
+        int64_t at_n, at_g;
+        positions.offsets(index, at_n, at_g);
+        const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride +
+                     i * p.activation_neuron_stride + at_n;
+        const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride +
+                     i * p.gradient_neuron_stride + at_g;
+        for (int64_t at = 0; at < positions.inner; ++at) {
+          sum += to_real(n[at * positions.activation_stride]) * to_real(g[at * positions.gradient_stride]);
+        }
+      }
+      out[i] += sum < 0 ? -sum : sum;
+    }
+  }
+}
+
+template <class T>
+static void columns(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                    Real<T>* out) {
+  constexpr int L = kLanes<Real<T>>;
+  const Positions positions(p);
+  int64_t i = begin;
+  for (; i + 8 * L <= end; i += 8 * L) column_block<T, 8>(p, positions, batch_begin, batch_end, i, out);
+  for (; i + L <= end; i += L) column_block<T, 1>(p, positions, batch_begin, batch_end, i, out);
+  scattered<T>(p, batch_begin, batch_end, i, end, out);
+}
+
+template <class T>
+static void importance(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                       void* untyped_out) {
+  auto* out = static_cast<Real<T>*>(untyped_out);
+  for (int64_t i = begin; i < end; ++i) out[i] = 0;
+  const Positions positions(p);
+  const bool adjacent_neurons = p.activation_neuron_stride == 1 && p.gradient_neuron_stride == 1;
+  const bool adjacent_positions = positions.activation_stride == 1 && positions.gradient_stride == 1;
+  const bool single_position = positions.outer == 1 && positions.inner == 1;
+  if (adjacent_neurons && (single_position || !adjacent_positions)) {
+    columns<T>(p, batch_begin, batch_end, begin, end, out);
+  } else if (adjacent_positions && !single_position) {
+    rows<T>(p, batch_begin, batch_end, begin, end, out);
+  } else {
+    scattered<T>(p, batch_begin, batch_end, begin, end, out);
+  }
+}
+
+// ------------------------------------------------------------------------------------------ importance to plasticity
+
+static void average(float* average, const float* measured, int64_t neurons, float total, float active, float delta,
+                    float one_minus_delta) {
+  for (int64_t i = 0; i < neurons; ++i) {
+    average[i] = moving_average(average[i], normalized_importance(measured[i], total, active), delta, one_minus_delta);
+  }
+}
+
+static void plasticity(const float* average, float* out, int64_t neurons, float alpha, float beta,
+                       bool error_function) {
+  if (error_function) {
+    for (int64_t i = 0; i < neurons; ++i) out[i] = plasticity_erf(average[i], alpha, beta);
+  } else {
+    for (int64_t i = 0; i < neurons; ++i) out[i] = plasticity_sigmoid(average[i], alpha, beta);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------- the weights
+
+constexpr int64_t kShortRun = 32;  // runs below this many elements get a rate per element instead of a loop per run
+constexpr int64_t kTile = 256;
+
+template <class T> struct Step {
+  using R = Real<T>;
+  R gradient_factor;  // 1 / grad_scale, negative to maximize
+  R weight_decay, momentum;
+};
+
+template <class T, bool has_momentum, bool nesterov>
+static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, Vector<Real<T>> gradient,
+                                    Vector<Real<T>> rate, Vector<Real<T>>& velocity) {
+  const Vector<Real<T>> d = gradient * step.gradient_factor + step.weight_decay * value;
+  if constexpr (!has_momentum) {
+    return value - rate * d;
+  } else {
+    velocity = step.momentum * velocity + d;
+    return value - rate * (nesterov ? d + step.momentum * velocity : velocity);
+  }
+}
+
+// `count` elements that share one rate.
+template <class T, bool has_momentum, bool nesterov>
+static void descend_run(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count, Real<T> rate) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  const Vector<R> rates = broadcast<R>(rate);
+  Vector<R> velocity = {};
+  int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    if constexpr (has_momentum) velocity = load(momentum + i);
+    store(value + i,
+          moved<T, has_momentum, nesterov>(step, load(value + i), load(gradient + i), rates, velocity));
+    if constexpr (has_momentum) store(momentum + i, velocity);
+  }
+  if (i == count) return;
+  const int64_t rest = count - i;
+  if constexpr (has_momentum) velocity = load_partial(momentum + i, rest);
+  const Vector<R> result = moved<T, has_momentum, nesterov>(step, load_partial(value + i, rest),
+                                                            load_partial(gradient + i, rest), rates, velocity);
+  store_partial(value + i, result, rest);
+  if constexpr (has_momentum) store_partial(momentum + i, velocity, rest);
+}
+
+// `count` elements with a rate each; a negative rate marks an element that stays as it is.
+template <class T, bool has_momentum, bool nesterov>
+static void descend_elements(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count,
+                             const Real<T>* rates) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  for (int64_t i = 0; i < count; i += L) {
+    const int64_t rest = count - i;
+    const bool whole = rest >= L;
+    const Vector<R> old = whole ? load(value + i) : load_partial(value + i, rest);
+    const Vector<R> d = whole ? load(gradient + i) : load_partial(gradient + i, rest);
+    const Vector<R> rate = load(rates + i);
+    const Mask<R> stays = rate < R(0);
+    Vector<R> velocity = {}, old_velocity = {};
+    if constexpr (has_momentum) {
+      old_velocity = velocity = whole ? load(momentum + i) : load_partial(momentum + i, rest);
+    }
+    Vector<R> result = moved<T, has_momentum, nesterov>(step, old, d, rate, velocity);
+    result = keep<R>(~stays, result);
+    result = (Vector<R>)((Mask<R>)result | (Mask<R>)keep<R>(stays, old));
+    if (whole) store(value + i, result);
+    else store_partial(value + i, result, rest);
+    if constexpr (has_momentum) {
+      velocity = keep<R>(~stays, velocity);
+      velocity = (Vector<R>)((Mask<R>)velocity | (Mask<R>)keep<R>(stays, old_velocity));
+      if (whole) store(momentum + i, velocity);
+      else store_partial(momentum + i, velocity, rest);
+    }
+  }
+}
+
+template <class T, bool has_momentum, bool nesterov>
+static void descend_with(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                         int64_t end) {
+  using R = Real<T>;
+  T* value = static_cast<T*>(p.value);
+  const T* gradient = static_cast<const T*>(p.gradient);
+  T* momentum = static_cast<T*>(p.momentum);
+  const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
+                     static_cast<R>(p.momentum_factor)};
+  const R lr = static_cast<R>(p.lr);
+  const auto run_elements = [&](int64_t at, int64_t count, R rate) {
+    descend_run<T, has_momentum, nesterov>(step, value + at, gradient + at, has_momentum ? momentum + at : nullptr,
+                                           count, rate);
+  };
+  if (plasticity == nullptr) {
+    run_elements(begin, end - begin, lr);
+    return;
+  }
+  const int64_t runs_per_group = p.outer * p.middle;
+  // Which neuron the run that holds element `begin` belongs to, advanced run by run.
+  int64_t run = begin / p.run;
+  int64_t row = run % p.middle, group_base = run / runs_per_group * p.middle, left_in_group =
+      runs_per_group - run % runs_per_group;
+  const auto next_run = [&] {
+    if (++row == p.middle) row = 0;
+    if (--left_in_group == 0) {
+      left_in_group = runs_per_group;
+      group_base += p.middle;
+    }
+  };
+  if (p.run >= kShortRun) {
+    for (int64_t at = begin; at < end; next_run()) {
+      const int64_t run_end = (at / p.run + 1) * p.run;
+      const int64_t stop = run_end < end ? run_end : end;
+      const R free_rate = plasticity[group_base + row];
+      if (free_rate != 0) run_elements(at, stop - at, free_rate < lr ? free_rate : lr);
+      at = stop;
+    }
+    return;
+  }
+  int64_t left_in_run = p.run - begin % p.run;
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    R rates[kTile + kLanes<R>];
+    for (int64_t i = 0; i < count;) {
+      const R free_rate = plasticity[group_base + row];
+      const R rate = free_rate == 0 ? R(-1) : free_rate < lr ? free_rate : lr;
+      const int64_t length = left_in_run < count - i ? left_in_run : count - i;
+      for (int64_t k = 0; k < length; ++k) rates[i + k] = rate;
+      i += length;
+      left_in_run -= length;
+      if (left_in_run == 0) {
+        left_in_run = p.run;
+        next_run();
+      }
+    }
+    for (int k = 0; k < kLanes<R>; ++k) rates[count + k] = R(-1);
+    descend_elements<T, has_momentum, nesterov>(step, value + at, gradient + at,
+                                                has_momentum ? momentum + at : nullptr, count, rates);
+  }
+}
+
+template <class T>
+static void descend(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                    int64_t end) {
+  if (p.momentum == nullptr) descend_with<T, false, false>(p, plasticity, gradient_factor, begin, end);
+  else if (p.nesterov) descend_with<T, true, true>(p, plasticity, gradient_factor, begin, end);
+  else descend_with<T, true, false>(p, plasticity, gradient_factor, begin, end);
+}
+
+static constexpr Kernels table(const char* isa) {
+  return Kernels{
+      isa,
+      {importance<float>, importance<double>, importance<half_bits>, importance<bfloat_bits>},
+      average,
+      plasticity,
+      {descend<float>, descend<double>, descend<half_bits>, descend<bfloat_bits>},
+  };
+}
+
+}  // namespace npc::cpu::NPC_ISA

@@ -1,0 +1,52 @@
+// The equations of neuron-level plasticity control, once, for CPU and CUDA alike.
+// Paik, Oh, Kwak, Kim: "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020.
+//
+// Every translation unit gets its own copy (internal linkage): the CPU kernels are compiled once per instruction set,
+// and the linker must not merge a copy made for a newer processor into code that an older one runs.
+#pragma once
+
+#include <math.h>
+
+#if defined(__CUDACC__)
+#define NPC_RULE static __host__ __device__ __forceinline__
+#else
+#define NPC_RULE static inline __attribute__((always_inline))
+#endif
+
+namespace npc {
+
+// Eq. 3: c_i / mean of c, with the mean taken over `neurons` neurons whose importance sums to `total`.
+// The division comes first: a_i / total is at most 1, so no finite total can overflow.
+NPC_RULE float normalized_importance(float measured, float total, float neurons) {
+  return measured / total * neurons;
+}
+
+// Eq. 4: C_i <- delta C_i + (1 - delta) c_i.
+NPC_RULE float moving_average(float average, float normalized, float delta, float one_minus_delta) {
+  return delta * average + one_minus_delta * normalized;
+}
+
+// Eq. 7 before its minimum with the largest learning rate: alpha sqrt(max(beta / C - 1, 0)), infinite where C = 0.
+NPC_RULE float plasticity_sigmoid(float average, float alpha, float beta) {
+  const float surplus = beta / average - 1.0f;
+  return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+}
+
+// The same for the error function: alpha sqrt(max(ln(beta / C), 0)).
+NPC_RULE float plasticity_erf(float average, float alpha, float beta) {
+  const float surplus = logf(beta / average);
+  return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+}
+
+// Algorithm 1 with the options of torch.optim.SGD: the step d that the rate multiplies. `velocity` is the momentum
+// buffer's old value and becomes its new one; it is left alone where `has_momentum` is false.
+template <class Real>
+NPC_RULE Real descent(Real value, Real gradient, Real weight_decay, bool has_momentum, Real momentum, bool nesterov,
+                      Real& velocity) {
+  const Real step = gradient + weight_decay * value;
+  if (!has_momentum) return step;
+  velocity = momentum * velocity + step;
+  return nesterov ? step + momentum * velocity : velocity;
+}
+
+}  // namespace npc

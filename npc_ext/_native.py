@@ -1,0 +1,94 @@
+"""The compiled module: the one built ahead of time, else one built just in time, else a remembered, explained failure.
+
+Loaded at the first use, once per process. A module that was compiled from other sources or flags than those beside it
+(a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+import threading
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+from . import _build
+
+_NAME = "npc_ext._C"
+_lock = threading.Lock()
+
+
+class NativeUnavailableError(RuntimeError):
+    """The compiled kernels cannot be used here; the message says why and what mends it."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """What loading came to: a module and where it is from, or the reason why there is none."""
+
+    module: ModuleType | None
+    origin: str
+    reason: str = ""
+
+
+@lru_cache(maxsize=1)
+def _load() -> Native:
+    prebuilt, why_not_prebuilt = _prebuilt()
+    if prebuilt is not None:
+        return Native(prebuilt, f"built ahead of time: {prebuilt.__file__}")
+    try:
+        path = _build.build_cached()
+        return Native(_import_from(path), f"built just in time: {path}")
+    except (_build.BuildError, ImportError) as error:
+        return Native(None, "none", f"{why_not_prebuilt}; {error}")
+
+
+def _prebuilt() -> tuple[ModuleType | None, str]:
+    path = Path(__file__).with_name(_build.MODULE_FILE)
+    if not path.exists():
+        return None, f"no module built ahead of time ({path.name} is not in {path.parent})"
+    try:
+        module = _import_from(path)
+    except ImportError as error:
+        return None, f"the module built ahead of time does not load ({error})"
+    if module.build_key != _build.build_key():
+        # Two versions of one extension cannot share a name in a process; the stale one must not be found again.
+        sys.modules.pop(_NAME, None)
+        return None, "the module built ahead of time is older than the sources beside it"
+    return module, ""
+
+
+def _import_from(path: Path) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
+    spec = importlib.util.spec_from_file_location(_NAME, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def status() -> Native:
+    """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
+    with _lock:
+        return _load()
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used."""
+    return status().module is not None
+
+
+def module() -> ModuleType:
+    """The compiled module. Raises NativeUnavailableError with the reason and the mend if there is none."""
+    native = status()
+    if native.module is None:
+        raise NativeUnavailableError(
+            f"npc_ext's compiled kernels are not available: {native.reason}\n"
+            "Mend that, or pass backend='reference' for the slower kernels in plain PyTorch "
+            "('python -m npc_ext' shows the state of this installation)."
+        )
+    return native.module

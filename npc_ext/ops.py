@@ -1,0 +1,573 @@
+"""The operations, with checked arguments, for eager code, autograd-free loops and `torch.compile`.
+
+Each is registered as `torch.ops.npc_ext.<name>` with a schema, a kernel and a fake kernel. On the CPU the compiled
+kernels do the work; on other devices, and where the compiled module is missing (which is said once), the plain PyTorch
+of `npc_ext.reference` does, which has the same functions with the same signatures.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _launch, _native, reference
+
+SIGMAS = ("sigmoid", "tanh", "erf")
+
+_library = torch.library.Library("npc_ext", "DEF")
+
+_NETWORK = (
+    "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor(c!)[] importances, "
+)
+_OPTIONS = (
+    "Tensor(d!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] momentum, bool[] nesterov, "
+    "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
+    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+)
+_SCHEMAS = (
+    "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
+    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}",
+    "network_step_(Tensor[] activations, Tensor[] activation_gradients, int[] channel_dim, int[] batch_dim, "
+    f"{_NETWORK}{_OPTIONS}",
+    "layer_step_(Tensor activation, Tensor activation_gradient, Tensor(a!)[] parameters, Tensor[] gradients, "
+    "Tensor(b!)[] momentum_buffers, Tensor(c!) importance, Tensor(d!) skipped, int[] neuron_dim, int[] groups, "
+    "int channel_dim=1, int batch_dim=0, float lr=0.1, float momentum=0.0, bool nesterov=False, "
+    "float weight_decay=0.0, bool maximize=False, float alpha=0.05, float beta=0.5, float delta=0.9998, "
+    'str sigma="sigmoid", bool active_only=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()',
+)
+for _schema in _SCHEMAS:
+    _library.define(_schema)
+
+
+def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """How much each neuron of a layer matters to the loss: a_i = sum over b of |sum over p of n_bip * dL/dn_bip|.
+
+    That is eq. 2 of the NPC paper without its two means, which eq. 3 cancels. One pass over the two tensors, in any
+    memory layout, without copies; the same input gives the same bits for a given number of threads.
+
+    Args:
+        activation: n, at least two-dimensional: samples, neurons and any number of positions. float32, float16,
+            bfloat16 or float64, any strides.
+        gradient: dL/dn, of the same shape and dtype, on the same device.
+        channel_dim: the dimension that counts neurons: 1 after convolutions, -1 after linear layers.
+        batch_dim: the dimension that counts samples; all others are positions.
+
+    Returns:
+        (N,), summed and returned in float32, for float64 input in float64.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or dimensions do not fit.
+    """
+    if activation.shape != gradient.shape:
+        raise ValueError(
+            f"gradient has shape {tuple(gradient.shape)}, but activation has {tuple(activation.shape)}; "
+            "they must be the same"
+        )
+    if activation.dtype != gradient.dtype or activation.device != gradient.device:
+        raise ValueError(
+            f"gradient is {gradient.dtype} on {gradient.device}, but activation is {activation.dtype} on "
+            f"{activation.device}; they must agree"
+        )
+    _check_dtype("activation", activation)
+    _check_dims(activation, channel_dim, batch_dim)
+    return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
+
+
+@torch.no_grad()
+def update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Eqs. 3, 4 and 7 and the weight update for all layers of a network in one call, in place.
+
+    Lists over parameters (P of them) and over layers (L of them) run side by side.
+
+    Args:
+        parameters: P tensors, changed in place: w <- w - eta_i (dw + weight_decay w), with momentum as in
+            `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) are neither read nor written.
+        gradients: P tensors like the parameters.
+        momentum_buffers: P tensors like the parameters, changed in place; those of parameters with momentum 0 are
+            ignored (an empty tensor will do), and the whole list may be empty if all are.
+        importances: L float32 tensors (N,), the moving averages C, changed in place.
+        measured: L float32 tensors (N,), sums from `importance`; an empty tensor leaves that layer's C as it is, as
+            do sums of zero and, counted in `skipped`, sums that are not finite.
+        skipped: (L,) int64, changed in place.
+        layer: for each parameter its layer, or -1 for a parameter that trains at plain `lr`.
+        neuron_dim: for each parameter the dimension that counts neurons.
+        groups: for each parameter 1, or the groups of a grouped transposed convolution's weight.
+        lr, momentum, nesterov, weight_decay, maximize: for each parameter; `lr` is the largest rate eta_max.
+        alpha, beta, delta: for each layer the constants of eqs. 4 and 7.
+        sigma: for each layer "sigmoid", "tanh" or "erf".
+        active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
+        grad_scale: one element by which gradients are divided, or None.
+        found_inf: one element; if it is not zero nothing is changed at all.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
+    """
+    _check_network(
+        parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum
+    )
+    _check_lengths(len(importances), measured=measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
+    for index, sums in enumerate(measured):
+        if sums.numel() == 0:
+            continue
+        _check_per_neuron(f"measured[{index}]", sums, importances[index])
+    torch.ops.npc_ext.update_.default(
+        parameters,
+        gradients,
+        momentum_buffers,
+        importances,
+        measured,
+        skipped,
+        layer,
+        neuron_dim,
+        groups,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        _check_sigma(sigma),
+        active_only,
+        grad_scale,
+        found_inf,
+    )
+
+
+@torch.no_grad()
+def network_step_(
+    activations: Sequence[Tensor],
+    activation_gradients: Sequence[Tensor],
+    channel_dim: Sequence[int],
+    batch_dim: Sequence[int],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """A whole NPC step in one call: `importance` of every layer from its activation, then `update_`, in place.
+
+    Args:
+        activations, activation_gradients, channel_dim, batch_dim: for each layer what `importance` takes.
+        parameters, ...: as in `update_`.
+
+    Raises:
+        ValueError: as in `importance` and `update_`. Nothing is changed then.
+    """
+    layers = len(importances)
+    _check_network(
+        parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum
+    )
+    _check_lengths(
+        layers,
+        activations=activations,
+        activation_gradients=activation_gradients,
+        channel_dim=channel_dim,
+        batch_dim=batch_dim,
+        sigma=sigma,
+    )
+    for index in range(layers):
+        _check_activation(
+            f"[{index}]",
+            activations[index],
+            activation_gradients[index],
+            channel_dim[index],
+            batch_dim[index],
+            importances[index],
+        )
+    torch.ops.npc_ext.network_step_.default(
+        activations,
+        activation_gradients,
+        channel_dim,
+        batch_dim,
+        parameters,
+        gradients,
+        momentum_buffers,
+        importances,
+        skipped,
+        layer,
+        neuron_dim,
+        groups,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        _check_sigma(sigma),
+        active_only,
+        grad_scale,
+        found_inf,
+    )
+
+
+@torch.no_grad()
+def layer_step_(
+    activation: Tensor,
+    activation_gradient: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importance: Tensor,
+    skipped: Tensor,
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    channel_dim: int = 1,
+    batch_dim: int = 0,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    alpha: float = 0.05,
+    beta: float = 0.5,
+    delta: float = 1 - 2e-4,
+    sigma: str = "sigmoid",
+    active_only: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`network_step_` for one layer whose parameters share their options: from n and dL/dn to the new weights.
+
+    Args:
+        activation, activation_gradient, channel_dim, batch_dim: as in `importance`.
+        parameters, gradients, momentum_buffers, neuron_dim, groups: the layer's own, as in `update_`.
+        importance: (N,) float32, the moving average C, changed in place.
+        skipped: (1,) int64, changed in place.
+        lr, ...: as in `update_`, one value for all.
+
+    Raises:
+        ValueError: as in `importance` and `update_`. Nothing is changed then.
+    """
+    count = len(parameters)
+    _check_network(
+        parameters,
+        gradients,
+        momentum_buffers,
+        [importance],
+        skipped,
+        [0] * count,
+        neuron_dim,
+        groups,
+        [momentum] * count,
+    )
+    _check_activation("", activation, activation_gradient, channel_dim, batch_dim, importance)
+    torch.ops.npc_ext.layer_step_.default(
+        activation,
+        activation_gradient,
+        parameters,
+        gradients,
+        momentum_buffers,
+        importance,
+        skipped,
+        neuron_dim,
+        groups,
+        channel_dim,
+        batch_dim,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        _check_sigma([sigma])[0],
+        active_only,
+        grad_scale,
+        found_inf,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ checks
+
+
+def _check_lengths(expected: int, **lists: Sequence[object]) -> None:
+    for name, values in lists.items():
+        if len(values) != expected:
+            raise ValueError(f"{name} has {len(values)} entries, expected {expected}")
+
+
+def _check_dtype(name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in _launch.DTYPES:
+        raise ValueError(f"{name} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
+
+
+def _check_dims(activation: Tensor, channel_dim: int, batch_dim: int) -> None:
+    ndim = activation.ndim
+    if ndim < 2:
+        raise ValueError(
+            f"activation has shape {tuple(activation.shape)}; expected samples and neurons at least, (B, N)"
+        )
+    for name, dim in (("channel_dim", channel_dim), ("batch_dim", batch_dim)):
+        if not -ndim <= dim < ndim:
+            raise ValueError(f"{name} is {dim}, but activation has {ndim} dimensions")
+    if channel_dim % ndim == batch_dim % ndim:
+        raise ValueError(f"channel_dim and batch_dim are both dimension {batch_dim % ndim}; they must differ")
+
+
+def _check_per_neuron(name: str, values: Tensor, importance: Tensor) -> None:
+    if values.shape != importance.shape or values.dtype != torch.float32 or not values.is_contiguous():
+        raise ValueError(
+            f"{name} is {values.dtype} of shape {tuple(values.shape)}; expected contiguous float32 of shape "
+            f"{tuple(importance.shape)}, one value for each neuron"
+        )
+
+
+def _check_activation(
+    at: str, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int, importance: Tensor
+) -> None:
+    if activation.shape != gradient.shape or activation.dtype != gradient.dtype:
+        raise ValueError(
+            f"activation_gradient{at} is {gradient.dtype} of shape {tuple(gradient.shape)}, but activation{at} is "
+            f"{activation.dtype} of shape {tuple(activation.shape)}; they must be the same"
+        )
+    _check_dtype(f"activation{at}", activation)
+    _check_dims(activation, channel_dim, batch_dim)
+    if activation.shape[channel_dim] != importance.numel():
+        raise ValueError(
+            f"activation{at} has {activation.shape[channel_dim]} channels in dimension {channel_dim}, but importance "
+            f"has {importance.numel()} values; they must agree"
+        )
+
+
+def _check_sigma(sigma: Sequence[str]) -> Sequence[str]:
+    for value in sigma:
+        if value not in SIGMAS:
+            raise ValueError(f"sigma is {value!r}; expected one of {', '.join(map(repr, SIGMAS))}")
+    return sigma
+
+
+def _check_network(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    momentum: Sequence[float],
+) -> None:
+    count = len(parameters)
+    _check_lengths(count, gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
+    if any(momentum):
+        _check_lengths(count, momentum_buffers=momentum_buffers)
+    if skipped.dtype != torch.int64 or skipped.numel() != len(importances):
+        raise ValueError(
+            f"skipped is {skipped.dtype} of shape {tuple(skipped.shape)}; expected int64 of shape ({len(importances)},)"
+        )
+    for index, average in enumerate(importances):
+        if average.ndim != 1:
+            raise ValueError(f"importances[{index}] has shape {tuple(average.shape)}; expected (neurons,)")
+        _check_per_neuron(f"importances[{index}]", average, average)
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        _check_dtype(f"parameters[{index}]", parameter)
+        _check_like(f"gradients[{index}]", gradient, parameter)
+        if momentum[index] != 0:
+            _check_like(f"momentum_buffers[{index}]", momentum_buffers[index], parameter)
+        if layer[index] < 0:
+            continue
+        if layer[index] >= len(importances):
+            raise ValueError(f"layer[{index}] is {layer[index]}, but there are {len(importances)} layers")
+        dim = neuron_dim[index]
+        if not 0 <= dim < parameter.ndim:
+            raise ValueError(
+                f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions"
+            )
+        rows, neurons = parameter.shape[dim] * groups[index], importances[layer[index]].numel()
+        if rows != neurons:
+            raise ValueError(
+                f"parameters[{index}] has {rows} rows, but importance has {neurons} values; they must agree "
+                f"(layer {layer[index]})"
+            )
+
+
+def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} is sparse ({tensor.layout}); expected a dense tensor")
+    if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype or tensor.device != parameter.device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, but its parameter is "
+            f"{parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device}; they must agree"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- kernels
+
+
+@lru_cache(maxsize=1)
+def _warn_without_native() -> None:
+    warnings.warn(
+        f"npc_ext's compiled kernels are not available, plain PyTorch is used instead, which is slower: "
+        f"{_native.status().reason} ('python -m npc_ext' says how to mend it)",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def _native_takes(tensors: Iterable[Tensor]) -> bool:
+    if not all(map(_launch.supports, tensors)):
+        return False
+    if _native.available():
+        return True
+    _warn_without_native()
+    return False
+
+
+def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    kernel = _launch.importance if _native_takes((activation, gradient)) else reference.importance
+    return kernel(activation, gradient, channel_dim, batch_dim)
+
+
+def _update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum_buffers: list[Tensor],
+    importances: list[Tensor],
+    measured: list[Tensor],
+    *options: Any,
+) -> None:
+    if _native_takes([*parameters, *importances]):
+        _launch.Network(parameters, gradients, momentum_buffers, importances, *options).update(measured)
+    else:
+        reference.update_(parameters, gradients, momentum_buffers, importances, measured, *options)
+
+
+def _network_step(
+    activations: list[Tensor],
+    activation_gradients: list[Tensor],
+    channel_dim: list[int],
+    batch_dim: list[int],
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum_buffers: list[Tensor],
+    importances: list[Tensor],
+    *options: Any,
+) -> None:
+    inputs = (activations, activation_gradients, channel_dim, batch_dim)
+    network = (parameters, gradients, momentum_buffers, importances)
+    if _native_takes([*activations, *parameters, *importances]):
+        _launch.Network(*network, *options).step(*inputs)
+    else:
+        reference.network_step_(*inputs, *network, *options)
+
+
+def _layer_step(
+    activation: Tensor,
+    activation_gradient: Tensor,
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum_buffers: list[Tensor],
+    importance: Tensor,
+    skipped: Tensor,
+    neuron_dim: list[int],
+    groups: list[int],
+    channel_dim: int = 1,
+    batch_dim: int = 0,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    alpha: float = 0.05,
+    beta: float = 0.5,
+    delta: float = 1 - 2e-4,
+    sigma: str = "sigmoid",
+    active_only: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    per_parameter = [
+        [value] * len(parameters) for value in (lr, momentum, nesterov, weight_decay, maximize)
+    ]
+    _network_step(
+        [activation],
+        [activation_gradient],
+        [channel_dim],
+        [batch_dim],
+        parameters,
+        gradients,
+        momentum_buffers,
+        [importance],
+        skipped,
+        [0] * len(parameters),
+        neuron_dim,
+        groups,
+        *per_parameter,
+        [alpha],
+        [beta],
+        [delta],
+        [sigma],
+        [active_only],
+        grad_scale,
+        found_inf,
+    )
+
+
+def _fake_importance(
+    activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> Tensor:
+    dtype = reference.compute_dtype(activation.dtype)
+    return activation.new_empty(activation.shape[channel_dim], dtype=dtype)
+
+
+def _fake_nothing(*arguments: Any, **options: Any) -> None:
+    return None
+
+
+_KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "importance": (_importance, _fake_importance),
+    "update_": (_update, _fake_nothing),
+    "network_step_": (_network_step, _fake_nothing),
+    "layer_step_": (_layer_step, _fake_nothing),
+}
+for _name, (_kernel, _fake) in _KERNELS.items():
+    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"npc_ext::{_name}", _fake, lib=_library)

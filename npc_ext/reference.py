@@ -1,0 +1,273 @@
+"""The equations of neuron-level plasticity control in plain PyTorch: the specification of every kernel.
+
+One function per equation of Paik, Oh, Kwak and Kim, "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity
+Control" (AAAI 2020, arXiv 1907.13322), then the operations of `npc_ext.ops` composed from them with the same
+signatures. Everything runs on any device; float64 tensors are computed in float64 throughout, half precision in
+float32. Written to be read, not to be fast.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision in which sums and steps over tensors of `dtype` are taken: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """Eq. 2 without its two means: a_i = sum over b of |sum over p of n_bip * dL/dn_bip|, shape (N,).
+
+    Every dimension of `activation` but `batch_dim` and `channel_dim` is a position p. The means over b and p are
+    positive factors of the whole layer, which eq. 3 cancels.
+    """
+    dtype = compute_dtype(activation.dtype)
+    product = activation.to(dtype) * gradient.to(dtype)
+    product = product.movedim((batch_dim % product.ndim, channel_dim % product.ndim), (0, 1))
+    return product.flatten(2).sum(2).abs().sum(0) if product.ndim > 2 else product.abs().sum(0)
+
+
+def normalize(measured: Tensor, active_only: bool = False) -> Tensor:
+    """Eq. 3: importance divided by its mean over the layer, or over the neurons that received any (`active_only`)."""
+    total = measured.sum()
+    neurons = (measured > 0).sum() if active_only else measured.numel()
+    return measured / total * neurons
+
+
+def moving_average(importance: Tensor, normalized: Tensor, delta: float) -> Tensor:
+    """Eq. 4: C_i <- delta C_i + (1 - delta) c_i."""
+    return delta * importance + (1 - delta) * normalized
+
+
+def plasticity(importance: Tensor, alpha: float, beta: float, sigma: str = "sigmoid") -> Tensor:
+    """Eq. 7 before its minimum with the largest learning rate; infinite where C_i = 0.
+
+    `sigma` is the function that eq. 5 assumes between a weight's change and the loss. Sigmoid and tanh share the form
+    alpha sqrt(beta / C - 1) (their alpha differs), the error function gives alpha sqrt(ln(beta / C)).
+    """
+    ratio = beta / importance
+    surplus = ratio.log() if sigma == "erf" else ratio - 1
+    return alpha * surplus.clamp(min=0).sqrt()
+
+
+def learning_rate(importance: Tensor, lr: float, alpha: float, beta: float, sigma: str = "sigmoid") -> Tensor:
+    """Eq. 7: eta_i = min(lr, alpha sqrt(max(beta / C_i - 1, 0))), and lr where C_i = 0."""
+    return plasticity(importance, alpha, beta, sigma).clamp(max=lr)
+
+
+def descend_(
+    parameter: Tensor,
+    gradient: Tensor,
+    momentum_buffer: Tensor | None,
+    rate: Tensor | float,
+    frozen: Tensor | bool = False,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+) -> None:
+    """Algorithm 1's weight update with the options of `torch.optim.SGD`; frozen elements stay as they are.
+
+    `rate` and `frozen` broadcast against `parameter`. A frozen element's momentum buffer stays as it is, too.
+    """
+    dtype = compute_dtype(parameter.dtype)
+    value = parameter.to(dtype)
+    step = -gradient.to(dtype) if maximize else gradient.to(dtype)
+    step = step + weight_decay * value
+    frozen = torch.as_tensor(frozen, device=parameter.device)
+    if momentum_buffer is not None:
+        velocity = momentum * momentum_buffer.to(dtype) + step
+        momentum_buffer.copy_(torch.where(frozen, momentum_buffer, velocity.to(parameter.dtype)))
+        step = step + momentum * velocity if nesterov else velocity
+    parameter.copy_(torch.where(frozen, parameter, (value - rate * step).to(parameter.dtype)))
+
+
+def per_element(per_neuron: Tensor, parameter: Tensor, neuron_dim: int, groups: int) -> Tensor:
+    """Views one value per neuron (N,) so that it broadcasts against `parameter`, whose `neuron_dim` indexes neurons.
+
+    With `groups` > 1 (grouped transposed convolutions) dimension 0 of the parameter runs over groups x inputs and
+    neuron i sits in group i // (N / groups), row i % (N / groups) of `neuron_dim`; the result then has the shape of
+    the parameter's first `neuron_dim` + 1 dimensions, followed by ones.
+    """
+    shape = [1] * parameter.ndim
+    if groups == 1:
+        shape[neuron_dim] = per_neuron.numel()
+        return per_neuron.view(shape)
+    shape[0], shape[neuron_dim] = parameter.shape[0], parameter.shape[neuron_dim]
+    rows = per_neuron.view(groups, -1).repeat_interleave(parameter.shape[0] // groups, dim=0)
+    return rows.view(shape)
+
+
+def update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Eqs. 3, 4, 7 and Algorithm 1 for a whole network, in place; see `npc_ext.ops.update_` for the arguments."""
+    if found_inf is not None and bool(found_inf):
+        return
+    for index, (average, sums) in enumerate(zip(importances, measured, strict=True)):
+        if sums.numel() == 0:
+            continue
+        total = float(sums.sum())
+        if not math.isfinite(total):
+            skipped[index] += 1
+        elif total > 0:
+            normalized = normalize(sums.to(average.dtype), active_only[index])
+            average.copy_(moving_average(average, normalized, delta[index]))
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        rate: Tensor | float = lr[index]
+        frozen: Tensor | bool = False
+        if layer[index] >= 0:
+            at = layer[index]
+            free = plasticity(importances[at], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
+            free = per_element(free, parameter, neuron_dim[index], groups[index])
+            rate, frozen = free.clamp(max=lr[index]), free == 0
+        if grad_scale is not None:
+            gradient = gradient.to(compute_dtype(gradient.dtype)) / grad_scale
+        buffer = momentum_buffers[index] if momentum[index] != 0 else None
+        descend_(
+            parameter,
+            gradient,
+            buffer,
+            rate,
+            frozen,
+            momentum[index],
+            nesterov[index],
+            weight_decay[index],
+            maximize[index],
+        )
+
+
+def network_step_(
+    activations: Sequence[Tensor],
+    activation_gradients: Sequence[Tensor],
+    channel_dim: Sequence[int],
+    batch_dim: Sequence[int],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """A whole NPC step from every layer's activation and its gradient: `importance`, then `update_`."""
+    measured = [
+        importance(*arguments)
+        for arguments in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
+    ]
+    update_(
+        parameters,
+        gradients,
+        momentum_buffers,
+        importances,
+        measured,
+        skipped,
+        layer,
+        neuron_dim,
+        groups,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        sigma,
+        active_only,
+        grad_scale,
+        found_inf,
+    )
+
+
+def layer_step_(
+    activation: Tensor,
+    activation_gradient: Tensor,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importance: Tensor,
+    skipped: Tensor,
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    channel_dim: int = 1,
+    batch_dim: int = 0,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    alpha: float = 0.05,
+    beta: float = 0.5,
+    delta: float = 1 - 2e-4,
+    sigma: str = "sigmoid",
+    active_only: bool = False,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """`network_step_` for one layer whose parameters share their options."""
+    count = len(parameters)
+    network_step_(
+        [activation],
+        [activation_gradient],
+        [channel_dim],
+        [batch_dim],
+        parameters,
+        gradients,
+        momentum_buffers,
+        [importance],
+        skipped,
+        [0] * count,
+        neuron_dim,
+        groups,
+        [lr] * count,
+        [momentum] * count,
+        [nesterov] * count,
+        [weight_decay] * count,
+        [maximize] * count,
+        [alpha],
+        [beta],
+        [delta],
+        [sigma],
+        [active_only],
+        grad_scale,
+        found_inf,
+    )
