@@ -1,0 +1,41 @@
+"""Neuron-level plasticity control: networks that learn one task after another without forgetting.
+
+>>> from npc_ext import NPC
+>>> optimizer = NPC(model, lr=0.1)  # was: torch.optim.SGD(model.parameters(), lr=0.1)
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .neurons import find_neurons as find_neurons
+    from .npc import NPC as NPC
+    from .npc import LayerPlasticity as LayerPlasticity
+    from .plot import plot_plasticity as plot_plasticity
+    from .tap import ImportanceWarning as ImportanceWarning
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "NPC": "npc",
+    "LayerPlasticity": "npc",
+    "find_neurons": "neurons",
+    "ImportanceWarning": "tap",
+    "plot_plasticity": "plot",
+}
+__all__ = ["NPC", "ImportanceWarning", "LayerPlasticity", "find_neurons", "ops", "plot_plasticity", "reference"]
+
+
+# Loaded at first use: `python -m npc_ext` must be able to say what is wrong when torch itself does not load.
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in ("ops", "reference"):
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

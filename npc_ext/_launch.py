@@ -21,8 +21,8 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 
 
 
 def supports(tensor: Tensor) -> bool:
-    """Whether the compiled kernels take this tensor: on the CPU, in one of four dtypes, strided and real."""
-    return tensor.device.type == "cpu" and tensor.dtype in DTYPES and tensor.layout == torch.strided
+    """Whether the compiled kernels take this tensor: on the CPU, in one of four dtypes, dense."""
+    return tensor.is_cpu and tensor.dtype in DTYPES and not tensor.is_sparse
 
 
 def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:

@@ -10,7 +10,6 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
-import threading
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,6 @@ from types import ModuleType
 from . import _build
 
 _NAME = "npc_ext._C"
-_lock = threading.Lock()
 
 
 class NativeUnavailableError(RuntimeError):
@@ -36,7 +34,8 @@ class Native:
 
 
 @lru_cache(maxsize=1)
-def _load() -> Native:
+def status() -> Native:
+    """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
     prebuilt, why_not_prebuilt = _prebuilt()
     if prebuilt is not None:
         return Native(prebuilt, f"built ahead of time: {prebuilt.__file__}")
@@ -71,17 +70,12 @@ def _import_from(path: Path) -> ModuleType:
     return module
 
 
-def status() -> Native:
-    """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
-    with _lock:
-        return _load()
-
-
 def available() -> bool:
     """Whether the compiled kernels can be used."""
     return status().module is not None
 
 
+@lru_cache(maxsize=1)  # read on every launch; a failure is remembered by status() instead
 def module() -> ModuleType:
     """The compiled module. Raises NativeUnavailableError with the reason and the mend if there is none."""
     native = status()

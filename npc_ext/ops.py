@@ -75,6 +75,8 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
         )
     _check_dtype("activation", activation)
     _check_dims(activation, channel_dim, batch_dim)
+    if _is_plain_call(activation, gradient) and _native_takes((activation,)):
+        return _launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
 
 
@@ -452,9 +454,20 @@ def _warn_without_native() -> None:
     )
 
 
-def _native_takes(tensors: Iterable[Tensor]) -> bool:
-    if not all(map(_launch.supports, tensors)):
+def _is_plain_call(*tensors: Tensor) -> bool:
+    """Whether nobody listens in on operations: no compiler, no dispatch mode, no tensor subclass.
+
+    PyTorch's dispatcher takes 5 microseconds to come back to Python, as long as the work on a small layer takes.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+
+
+def _native_takes(tensors: Iterable[Tensor]) -> bool:
+    for tensor in tensors:
+        if not _launch.supports(tensor):
+            return False
     if _native.available():
         return True
     _warn_without_native()
@@ -466,7 +479,7 @@ def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batc
     return kernel(activation, gradient, channel_dim, batch_dim)
 
 
-def _update(
+def update_unchecked(
     parameters: list[Tensor],
     gradients: list[Tensor],
     momentum_buffers: list[Tensor],
@@ -474,6 +487,7 @@ def _update(
     measured: list[Tensor],
     *options: Any,
 ) -> None:
+    """`update_` for a caller that has checked its arguments, as the optimizer has: no dispatcher, no second look."""
     if _native_takes([*parameters, *importances]):
         _launch.Network(parameters, gradients, momentum_buffers, importances, *options).update(measured)
     else:
@@ -564,7 +578,7 @@ def _fake_nothing(*arguments: Any, **options: Any) -> None:
 
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "importance": (_importance, _fake_importance),
-    "update_": (_update, _fake_nothing),
+    "update_": (update_unchecked, _fake_nothing),
     "network_step_": (_network_step, _fake_nothing),
     "layer_step_": (_layer_step, _fake_nothing),
 }

@@ -1,0 +1,652 @@
+"""Which parameters make up which neuron, and where in the model its activation is measured.
+
+The model is traced symbolically (torch.fx), nothing is computed. From each weighted layer the walk goes downstream
+through normalization, activation, pooling and dropout to the last point at which the tensor still holds this layer's
+neurons and nothing else: up to a flatten, an addition, a second consumer or an unknown operation. Parts of a model that
+cannot be traced (control flow that depends on data) are searched child by child.
+
+Two facts decide between points (the tests prove both). Before a normalization the importance is zero but for rounding,
+so the point is always behind it. Over operations that are positively homogeneous within each channel (ReLU, pooling,
+dropout) it is the same before and after (Euler), so any of those points will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import inspect
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import UninitializedParameter
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils.hooks import RemovableHandle
+
+from . import ops
+from .tap import TapHook
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_WEIGHTED = (nn.Linear, *_CONVOLUTIONS, *_TRANSPOSED)
+_TRACED_INTO = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+
+_NORMALIZATION = {
+    *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
+    *("SyncBatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"),
+    *("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm"),
+}
+# f(s x) = s f(x) for s > 0, within each channel.
+_HOMOGENEOUS = {
+    *("ReLU", "LeakyReLU", "PReLU", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"),
+    *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("contiguous",),
+}
+_POOLING = {
+    *(f"{kind}Pool{d}d" for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg", "LP") for d in (1, 2, 3)),
+    *(f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp") for d in (1, 2, 3)),
+}
+_OTHER_ACTIVATIONS = {
+    *("ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh", "ReLU6"),
+    *("Hardswish", "Hardsigmoid", "LogSigmoid", "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "AlphaDropout"),
+    *("elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign", "hardtanh", "relu6"),
+    *("hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold"),
+    *("alpha_dropout", "sigmoid_", "tanh_", "elu_", "selu_", "celu_", "hardtanh_", "threshold_"),
+}
+_ASKS_FOR_SHAPE = {"size", "dim", "shape", "ndim", "dtype", "device", "getattr"}
+_VIEWS = {
+    *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "chunk", "split"),
+    *("Flatten", "Unflatten", "Identity", "view_as", "expand", "movedim", "contiguous", "unbind", "narrow", "select"),
+}
+
+
+@dataclass(frozen=True)
+class NeuronParameter:
+    """A parameter whose dimension `dim` counts neurons; `groups` > 1 only for grouped transposed convolutions."""
+
+    name: str
+    parameter: nn.Parameter
+    dim: int = 0
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class TapPoint:
+    """A place in the model where a layer's activation passes: what a module returns, or what it takes.
+
+    `copy`: what follows works in place, or is unknown, so the tap hands on a copy. A tensor of `unbatched_ndim`
+    dimensions is a single sample.
+    """
+
+    module: str
+    where: str  # "output" or "input"
+    channel_dim: int
+    batch_dim: int
+    unbatched_ndim: int
+    copy: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.where} of {self.module or '(the model)'}"
+
+
+@dataclass(eq=False)
+class NeuronLayer:
+    """The neurons of one weighted layer (or of several that share their weight).
+
+    Attributes:
+        name: the layer's name in the model.
+        neurons: N.
+        fan_in: weights per neuron.
+        parameters: what belongs to the neurons, weight first: bias, and scales and biases of a following
+            normalization.
+        points: where their activation is measured.
+        note: what a reader of the table should know.
+        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
+    """
+
+    name: str
+    neurons: int
+    fan_in: int
+    parameters: tuple[NeuronParameter, ...]
+    points: tuple[TapPoint, ...]
+    note: str
+    sink: Tensor
+    measure: Callable[..., Tensor] = ops.importance
+    checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
+
+
+@dataclass(frozen=True)
+class OtherParameter:
+    """A parameter that belongs to no neuron, and why."""
+
+    name: str
+    parameter: nn.Parameter
+    reason: str
+
+
+class Neurons:
+    """All neurons of a model, layer by layer, and the parameters that belong to none. Printing it shows a table."""
+
+    def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
+        self.layers, self.others = tuple(layers), tuple(others)
+        self._handles: list[RemovableHandle] = []
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[NeuronLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, name: str) -> NeuronLayer:
+        for layer in self.layers:
+            if layer.name == name:
+                return layer
+        raise KeyError(f"no layer {name!r}; the layers are {', '.join(layer.name for layer in self.layers)}")
+
+    def attach(
+        self, model: nn.Module, layers: list[NeuronLayer] | None = None, measure: Callable[..., Tensor] | None = None
+    ) -> None:
+        """Places the taps of `layers` (default: all) in the model."""
+        for layer in self.layers if layers is None else layers:
+            layer.measure = measure or ops.importance
+            weighted = model.get_submodule(layer.name)
+            for point in layer.points:
+                module, hook = model.get_submodule(point.module), TapHook(layer, point, weighted)
+                if point.where == "output":
+                    self._handles.append(module.register_forward_hook(hook))
+                else:
+                    self._handles.append(module.register_forward_pre_hook(hook))
+
+    def detach(self) -> None:
+        """Takes the taps out of the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __str__(self) -> str:
+        rows = [("layer", "neurons", "fan-in", "measured at", "parameters of its neurons")]
+        for layer in self.layers:
+            measured = " and ".join(map(str, layer.points))
+            if any(point.copy for point in layer.points):
+                measured += " (copied)"
+            names = ", ".join(_relative(p.name, layer.name) for p in layer.parameters)
+            rows.append((layer.name or "(the model)", f"{layer.neurons:,}", f"{layer.fan_in:,}", measured, names))
+        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        if self.others:
+            lines += ["", "in no neuron, trained at plain learning rate unless others='freeze':"]
+            width = max(len(other.name) for other in self.others)
+            lines += [f"  {other.name.ljust(width)}  {other.reason}" for other in self.others]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def find_neurons(
+    model: nn.Module, *, measure_at: Mapping[str, str] | None = None, batch_dim: Mapping[str, int] | None = None
+) -> Neurons:
+    """Finds the neurons of a model and where to measure them; computes nothing and changes nothing.
+
+    Args:
+        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons.
+        measure_at: layer name -> name of the module whose output holds the layer's activation, instead of the place
+            found.
+        batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
+
+    Raises:
+        ValueError: there are no neurons; parameters are uninitialized or complex; a name in `measure_at` or
+            `batch_dim` is not in the model; layers share a weight but count neurons along different dimensions.
+    """
+    modules = dict(model.named_modules())
+    weighted, unusable = _weighted_layers(modules)
+    for option, names in (("measure_at", measure_at or {}), ("batch_dim", batch_dim or {})):
+        for name in names:
+            _check_name(option, name, [*weighted])
+    for name in (measure_at or {}).values():
+        _check_name("measure_at", name, list(modules))
+    graphs = _Graphs(model)
+    layers, claimed = [], dict[int, str]()
+    for names in _by_weight(weighted).values():
+        found = _layer(names, modules, graphs, measure_at or {}, batch_dim or {}, claimed)
+        if isinstance(found, str):
+            unusable[names[0]] = found
+            continue
+        layers.append(found)
+        claimed.update((id(p.parameter), found.name) for p in found.parameters)
+    if not layers:
+        raise ValueError(
+            f"the model ({type(model).__name__}) has no neurons that can be measured: no Linear, Conv or ConvTranspose "
+            "layer" + "".join(f"; {name!r}: {reason}" for name, reason in unusable.items())
+        )
+    others = [
+        OtherParameter(name, parameter, _why_other(name, modules, unusable))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in claimed
+    ]
+    return Neurons(layers, others)
+
+
+# ------------------------------------------------------------------------------------------------- layers and weights
+
+
+def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Layers with neurons, and those that would have some but for a reason."""
+    weighted, unusable = {}, {}
+    for name, module in modules.items():
+        for own, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{own}".lstrip(".")
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(f"parameter {full!r} is not initialized yet: pass one batch through the model first")
+            if parameter.is_complex():
+                raise ValueError(f"parameter {full!r} is complex ({parameter.dtype}); NPC trains real parameters only")
+        if not isinstance(module, _WEIGHTED):
+            continue
+        if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+            unusable[name] = "its weight is computed from other parameters (a parametrization)"
+        else:
+            weighted[name] = module
+    return weighted, unusable
+
+
+def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+    """Names of layers grouped by the weight that they share."""
+    groups: dict[int, list[str]] = {}
+    for name, module in weighted.items():
+        groups.setdefault(id(module.weight), []).append(name)
+    for names in groups.values():
+        places = {name: _neuron_place(weighted[name]) for name in names}
+        if len(set(places.values())) > 1:
+            raise ValueError(
+                f"layers {', '.join(map(repr, names))} share one weight but count their neurons along different "
+                f"dimensions ({', '.join(str(place[1]) for place in places.values())}); a row of it cannot be a neuron "
+                "of both: give them weights of their own"
+            )
+    return groups
+
+
+def _neuron_place(module: nn.Module) -> tuple[int, int, int]:
+    """Number of neurons of a weighted module, the weight's dimension that counts them, and its groups."""
+    if isinstance(module, _TRANSPOSED):
+        return module.out_channels, 1, module.groups
+    return module.weight.shape[0], 0, 1  # type: ignore[union-attr, return-value]
+
+
+def _layer(
+    names: list[str],
+    modules: Mapping[str, nn.Module],
+    graphs: _Graphs,
+    measure_at: Mapping[str, str],
+    batch_dim: Mapping[str, int],
+    claimed: Mapping[int, str],
+) -> NeuronLayer | str:
+    """The layer whose weight the modules `names` share, or why it cannot be measured."""
+    first = modules[names[0]]
+    weight: nn.Parameter = first.weight  # type: ignore[assignment]
+    neurons, dim, groups = _neuron_place(first)
+    parameters = [NeuronParameter(_join(names[0], "weight"), weight, dim, groups)]
+    points: list[TapPoint] = []
+    notes: list[str] = []
+    taken = {*claimed, id(weight)}
+    for name in names:
+        module = modules[name]
+        scales: list[str] = []
+        if name in measure_at:
+            found: list[tuple[str, str, bool]] | str = [
+                (measure_at[name], "output", graphs.needs_copy(measure_at[name]))
+            ]
+        else:
+            found, scales, note = graphs.measuring_points(name)
+            notes += [note] if note else []
+        if isinstance(found, str):
+            return found
+        channel_dim, unbatched = (-1, 1) if isinstance(module, nn.Linear) else (1, module.weight.ndim - 1)
+        samples = batch_dim.get(name, _samples_dim(name, modules))
+        points += [TapPoint(at, where, channel_dim, samples, unbatched, copy) for at, where, copy in found]
+        own = [(_join(name, "bias"), module.bias)]
+        own += [(_join(scale, n), p) for scale in scales for n, p in modules[scale].named_parameters(recurse=False)]
+        for full, parameter in own:
+            if parameter is None or id(parameter) in taken or tuple(parameter.shape) != (neurons,):
+                continue
+            taken.add(id(parameter))
+            parameters.append(NeuronParameter(full, parameter))
+    if len(names) > 1:
+        notes.append(f"its weight is shared with {', '.join(names[1:])}; importance adds up over all of them")
+    for name, module in modules.items():
+        if isinstance(module, nn.Embedding) and module.weight is weight:
+            notes.append(f"its weight is also the embedding {name}")
+    sink = torch.zeros(neurons, device=weight.device, requires_grad=True)
+    fan_in = weight.numel() // max(neurons, 1)
+    return NeuronLayer(
+        names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
+    )
+
+
+def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
+    """Transformer layers say themselves whether samples or positions come first."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        module = modules.get(".".join(parts[:end]))
+        attention = getattr(module, "self_attn", module)
+        if isinstance(attention, nn.MultiheadAttention):
+            return 0 if attention.batch_first else 1
+    return 0
+
+
+def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[str, str]) -> str:
+    owner, _, own = name.rpartition(".")
+    for layer, reason in unusable.items():
+        if owner == layer or owner.startswith(f"{layer}.parametrizations"):
+            return reason
+    module = modules[owner]
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return "embedding"
+    if isinstance(module, _RECURRENT):
+        return "recurrent layer: its activations inside the sequence cannot be seen"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention's input projection: its activations cannot be seen"
+    if type(module).__name__ in _NORMALIZATION:
+        return "normalization that follows no single layer's neurons"
+    return f"{own} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"
+
+
+def _check_name(option: str, name: str, known: list[str]) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:8]
+    raise ValueError(f"{option} names {name!r}, which is not in the model; close to it: {', '.join(map(repr, close))}")
+
+
+def _join(owner: str, own: str) -> str:
+    return f"{owner}.{own}" if owner else own
+
+
+def _relative(name: str, layer: str) -> str:
+    return name[len(layer) + 1 :] if layer and name.startswith(f"{layer}.") else name
+
+
+# --------------------------------------------------------------------------------------------------------- the graphs
+
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "setitem")
+}
+
+
+class _Value(fx.Proxy):
+    """A stand-in that keeps `x += y` apart from `x + y`, and allows `x[i] = y`."""
+
+
+for _operator in _IN_PLACE_OPERATORS:
+
+    def _record(self: _Value, *arguments: Any, _operator: Any = _operator) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", _operator, (self, *arguments), {})
+
+    setattr(_Value, f"__{_operator.__name__}__", _record)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into containers and users' modules, not into layers, nor into what torch.nn computes in one piece."""
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (torch.jit.ScriptModule, *_WEIGHTED)):
+            return True
+        return m.__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
+
+
+class _Graphs:
+    """The traced parts of a model: where each module is called, and what becomes of what it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.calls: dict[str, list[fx.Node]] = {}
+        self._prefix: dict[fx.Node, str] = {}
+        self._trace("", model)
+
+    def _trace(self, name: str, module: nn.Module) -> None:
+        if isinstance(module, _WEIGHTED):
+            return
+        graph = _symbolic_trace(module)
+        if graph is None:
+            for child_name, child in module.named_children():
+                self._trace(_join(name, child_name), child)
+            return
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self._prefix[node] = name
+                self.calls.setdefault(self.target(node), []).append(node)
+
+    def target(self, node: fx.Node) -> str:
+        """The full name of the module that a node calls."""
+        return _join(self._prefix[node], str(node.target))
+
+    def operation(self, node: fx.Node) -> str:
+        """What a node does, by the name of its module's class, its function or its method."""
+        if node.op == "call_module":
+            return type(self.modules[self.target(node)]).__name__
+        if node.op == "call_function":
+            return getattr(node.target, "__name__", "").removeprefix("boolean_dispatch.")
+        return str(node.target) if node.op == "call_method" else node.op
+
+    def kind(self, node: fx.Node, convolution: bool) -> str | None:
+        """ "normalization", "homogeneous" or "activation"; None for everything that ends a walk."""
+        name = _POOLING_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
+        name = name or self.operation(node)
+        if name in _NORMALIZATION:
+            return "normalization"
+        if name in _HOMOGENEOUS:
+            return "homogeneous"
+        if name in _POOLING:
+            indices = node.op == "call_module" and getattr(
+                self.modules[self.target(node)], "return_indices", False
+            )
+            return "homogeneous" if convolution and not indices and not node.kwargs.get("return_indices") else None
+        return "activation" if name in _OTHER_ACTIVATIONS else None
+
+    def consumers(self, node: fx.Node) -> list[fx.Node]:
+        """Who uses a value, apart from those who only ask for its shape."""
+        return [user for user in node.users if self.operation(user) not in _ASKS_FOR_SHAPE]
+
+    def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether a consumer overwrites the value, directly or through a view of it."""
+        name = self.operation(node)
+        if node.op == "call_module" and getattr(self.modules[self.target(node)], "inplace", False):
+            return True
+        if node.kwargs.get("inplace") or (len(name) > 1 and name.endswith("_") and not name.endswith("__")):
+            return True
+        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+            return bool(node.args) and node.args[0] is value
+        if name in _VIEWS:
+            return any(self.works_in_place(user, node) for user in node.users) or "output" in {
+                user.op for user in node.users
+            }
+        return False
+
+    def is_overwritten(self, value: fx.Node) -> bool:
+        """Whether what follows a value works in place, or is out of sight."""
+        users = self.consumers(value)
+        return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
+
+    def needs_copy(self, name: str) -> bool:
+        """Whether the output of a module is overwritten in any of its calls, or may be."""
+        return any(map(self.is_overwritten, self.calls.get(name, []))) or name not in self.calls
+
+    def measuring_points(self, name: str) -> tuple[list[tuple[str, str, bool]] | str, list[str], str]:
+        """Where to measure a layer: (module, "output" or "input", copy) for each of its calls, or why nowhere.
+
+        Also returns the modules on the way whose per-channel parameters belong to the neurons, and a note.
+        """
+        starts, at = self.calls.get(name, []), name
+        if not starts and name.endswith("out_proj"):  # attention never calls it as a module
+            owner = name.rpartition(".")[0]
+            if isinstance(self.modules[owner], nn.MultiheadAttention):
+                starts, at = self.calls.get(owner, []), owner
+        if not starts:
+            return [(at, "output", True)], [], ""
+        convolution = not isinstance(self.modules[name], nn.Linear)
+        walks = [_Walk(self, start, convolution) for start in starts]
+        own = {node for walk in walks for node in walk.values}
+        choices = [walk.choose(own) for walk in walks]
+        scales = [
+            self.target(node)
+            for node in walks[0].values[1:]
+            if node.op == "call_module" and all(call in own for call in self.calls[self.target(node)])
+        ]
+        if any(isinstance(choice, str) for choice in choices):
+            return next(choice for choice in choices if isinstance(choice, str)), [], ""
+        points = {choice[:2]: choice for choice in choices if not isinstance(choice, str)}
+        if (at, "output") in points and len(points) > 1:
+            # One call can only be measured at the layer itself, and a tap there sees every call.
+            if any("normalization" in walk.kinds for walk in walks):
+                return "it is called several times, and only some calls can be measured behind their normalization", [], ""
+            points = {(at, "output"): (at, "output", any(map(self.is_overwritten, starts)), "")}
+        copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
+        note = next((choice[3] for choice in points.values() if choice[3]), "")
+        return [(*key, copies.get(key, True) or points[key][2]) for key in points], scales, note
+
+
+class _Walk:
+    """The way of one call's result downstream: `values[i]` becomes `values[i + 1]` by an operation of `kinds[i]`."""
+
+    def __init__(self, graphs: _Graphs, start: fx.Node, convolution: bool) -> None:
+        self.graphs = graphs
+        self.values, self.kinds = [start], list[str]()
+        while len(users := graphs.consumers(self.values[-1])) == 1 or self._is_attention():
+            if self._is_attention():  # a tuple of the output and the attention weights
+                users = [u for u in users if u.target is operator.getitem and u.args[1] == 0]
+                if len(users) != 1:
+                    return
+                self.kinds.append("homogeneous")
+                self.values.append(users[0])
+                continue
+            kind = graphs.kind(users[0], convolution)
+            if kind is None or users[0].args[:1] != (self.values[-1],):
+                return
+            self.kinds.append(kind)
+            self.values.append(users[0])
+
+    def _is_attention(self) -> bool:
+        return len(self.values) == 1 and self.graphs.operation(self.values[0]) == "MultiheadAttention"
+
+    def choose(self, own: set[fx.Node]) -> tuple[str, str, bool, str] | str:
+        """The last point that a hook can reach, or one that is equal to it; a note, or why there is none.
+
+        `own` are all values of this layer: a module that is called for another layer too is out of the question.
+        """
+        last = len(self.values) - 1
+        equal = last  # from here on every operation is homogeneous, so importance is the same
+        while equal > 0 and self.kinds[equal - 1] == "homogeneous":
+            equal -= 1
+        # A convolution's input is kept for its own backward pass: measuring there costs no memory. Another consumer's
+        # input comes second, because which head consumes it may change from task to task.
+        for at in range(last, equal - 1, -1):
+            if point := self._output(at, own) or self._input(at, own, _CONVOLUTIONS):
+                return (*point, "")
+        for at in range(last, equal - 1, -1):
+            if point := self._input(at, own, nn.Module):
+                return (*point, "")
+        for at in range(equal - 1, -1, -1):
+            if self.kinds[at] == "normalization":
+                return (
+                    "a normalization follows that no module's output or input comes behind: make that normalization or "
+                    "what follows it a module that is used once, or name a place with measure_at"
+                )
+            if point := self._output(at, own) or self._input(at, own, nn.Module):
+                name = self.graphs.operation(self.values[at + 1])
+                return (*point, f"measured before {name}, which is not a module that is used once")
+        return "no module's output or input shows its activation: name a place with measure_at"
+
+    def _output(self, at: int, own: set[fx.Node]) -> tuple[str, str, bool] | None:
+        node = self.values[at]
+        if at == 1 and self._is_attention():  # its tuple's first element, which a hook can reach
+            node = self.values[0]
+        if node.op != "call_module" or not self._is_only_ours(node, own):
+            return None
+        return self.graphs.target(node), "output", self.graphs.is_overwritten(self.values[at])
+
+    def _input(self, at: int, own: set[fx.Node], consumer: Any) -> tuple[str, str, bool] | None:
+        users = self.graphs.consumers(self.values[at])
+        if len(users) != 1 or users[0].op != "call_module" or users[0].args[:1] != (self.values[at],):
+            return None
+        target = self.graphs.target(users[0])
+        if not isinstance(self.graphs.modules[target], consumer) or len(self.graphs.calls[target]) > 1:
+            return None
+        return target, "input", self.graphs.works_in_place(users[0], self.values[at])
+
+    def _is_only_ours(self, node: fx.Node, own: set[fx.Node]) -> bool:
+        calls = self.graphs.calls[self.graphs.target(node)]
+        return all(call in own for call in calls) and sum(call in self.values for call in calls) == 1
+
+
+# torch.nn.functional wraps pooling in dispatchers that do not carry the function's name.
+_POOLING_FUNCTIONS: dict[Any, str] = {
+    function: name for name in _POOLING if (function := getattr(nn.functional, name, None)) is not None
+}
+
+
+def _symbolic_trace(module: nn.Module) -> fx.Graph | None:
+    """The module's graph, or None if it cannot be traced. Leaves no trace in the module itself."""
+    try:
+        forward = inspect.signature(module.forward)
+    except (TypeError, ValueError):
+        return None
+    defaults = {
+        name: parameter.default
+        for name, parameter in forward.parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    attempts = [defaults, {}] if defaults else [{}]
+    for concrete in attempts:
+        with _unchanged(module), _no_fast_path():
+            try:
+                return _Tracer().trace(module, concrete_args=concrete or None)
+            # Tracing runs the user's forward on stand-ins for tensors; whatever it raises means the same: not this way.
+            except Exception:
+                continue
+    return None
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what a forward pass on stand-ins leaves in the modules' attributes, and in the random state."""
+    saved = [(m, dict(m.__dict__)) for m in module.modules()]
+    dicts = [(d, dict(d)) for m, own in saved for d in own.values() if isinstance(d, dict)]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for m, attributes in saved:
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+            for d, entries in dicts:
+                d.clear()
+                d.update(entries)
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers choose an inference path by the shapes of their input, which stand-ins do not have."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

@@ -1,0 +1,528 @@
+"""NPC, neuron-level plasticity control, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _launch, _native, ops, reference
+from .neurons import NeuronLayer, Neurons, find_neurons
+from .tap import ImportanceWarning
+
+_LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
+_BACKENDS = ("auto", "native", "reference")
+
+
+@dataclass(frozen=True)
+class LayerPlasticity:
+    """How plastic one layer is at this moment.
+
+    Attributes:
+        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
+        learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
+        frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
+        skipped: in how many steps the measured importance was not finite and was left out.
+    """
+
+    importance: Tensor
+    learning_rate: Tensor
+    frozen: float
+    skipped: int
+
+
+class NPC(torch.optim.Optimizer):
+    """SGD whose learning rate falls, neuron by neuron, with the neuron's importance to what was learned before.
+
+    During back-propagation each neuron's importance |n * dL/dn| is measured (eq. 2), divided by its layer's mean
+    (eq. 3) and averaged over time into C (eq. 4). Neuron i then learns at the rate
+
+        eta_i = min(lr, alpha * sqrt(max(beta / C_i - 1, 0)))                                             (eq. 7)
+
+    with all its incoming weights and its bias (Algorithm 1), so what mattered stays and the rest is free to learn.
+    No data of old tasks, no copies of weights, no notion of a task: one float per neuron. Source: Paik, Oh, Kwak, Kim,
+    "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv 1907.13322.
+
+    Use it as `torch.optim.SGD`; nothing else in the training loop changes. It takes the model, because it has to see
+    activations: it places taps (hooks) in it. `print(optimizer.neurons)` shows where, and what happens to every
+    parameter. Parameters that belong to no neuron train at plain `lr`.
+
+    How long a memory lasts is delta's affair: of the importance gathered in one task, delta ** steps is left after
+    another of that many steps. Choose delta so that this is about a half or more.
+
+    Args:
+        model: the network. Build the optimizer after moving it to its device.
+        lr: eta_max, the largest learning rate, of neurons without importance and of other parameters.
+        alpha: scale of eq. 7; greater is more plastic.
+        beta: importance from which on a neuron is frozen; the mean importance of a layer is 1.
+        delta: decay of the moving average per step, in [0, 1).
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
+            bit-identical under all of them.
+        sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
+        params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
+            Default: all of the model's.
+        normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones
+            that received gradient; the latter suits output layers that hold the outputs of several tasks.
+        layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. Options
+            are alpha, beta, delta, sigma, normalize; consolidate=False (train at plain lr); measure_at="module" (where
+            the layer's activation is measured); batch_dim=1 (sequence-first activations).
+        others: "train" parameters outside neurons at plain lr, or "freeze" them.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Example:
+        >>> optimizer = NPC(model, lr=0.1)
+        >>> for images, labels in loader:
+        ...     optimizer.zero_grad()
+        ...     criterion(model(images), labels).backward()
+        ...     optimizer.step()
+    """
+
+    # GradScaler then calls step() also when gradients overflowed, with found_inf and grad_scale set: the step changes
+    # nothing, but it can drop the importance measured on the way.
+    _step_supports_amp_scaling = True
+
+    neurons: Neurons
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        alpha: float = 0.05,
+        beta: float = 0.5,
+        delta: float = 1 - 2e-4,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
+        *,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        normalize: Literal["all", "active"] = "all",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        others: Literal["train", "freeze"] = "train",
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"NPC takes the model itself, got {type(model).__name__}; "
+                "write NPC(model, lr=...), not NPC(model.parameters(), lr=...)"
+            )
+        _check_choice("others", others, ("train", "freeze"))
+        _check_choice("backend", backend, _BACKENDS)
+        self._model = model
+        self._layer_options = {name: dict(options) for name, options in (layers or {}).items()}
+        self._others = others
+        self._backend = backend
+        self._warned: set[tuple[str, str]] = set()
+        self._ready = False
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "beta": beta,
+            "delta": delta,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "sigma": sigma,
+            "maximize": maximize,
+            "normalize": normalize,
+        }
+        if backend == "native":
+            _require_native(model)
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._ready = True
+        self._find_neurons()
+
+    # -------------------------------------------------------------------------------------------- groups and layers
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own, for example those of a head that the model has just been given.
+
+        The model is searched again, so that neurons of new layers are measured; what is known of the others is kept.
+        """
+        _check_options({**self.defaults, **param_group})
+        for parameter in _parameters_of(param_group):
+            if parameter.is_complex():
+                raise ValueError(
+                    f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
+                    "NPC trains real parameters only"
+                )
+        super().add_param_group(param_group)
+        if not self._ready:
+            return
+        try:
+            self._find_neurons()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _find_neurons(self) -> None:
+        """Searches the model, moves the taps and gives every new layer its importance of zero."""
+        trained = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        found = find_neurons(self._model, **self._discovery_options())
+        old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
+        for layer in found:
+            known = old.get(id(layer.parameters[0].parameter))
+            if known is not None:
+                layer.sink = known.sink
+        options = [self._options_of(layer.name) for layer in found]
+        self._check_layer_patterns(found)
+        if self._ready_neurons:
+            self.neurons.detach()
+        self.neurons = found
+        self._consolidated = [
+            layer
+            for layer, own in zip(found, options, strict=True)
+            if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
+        ]
+        self._own_options = [self._options_of(layer.name) for layer in self._consolidated]
+        self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
+        self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
+        for index, layer in enumerate(self._consolidated):
+            own = [p for p in layer.parameters if id(p.parameter) in trained]
+            for p in own:
+                self._place[id(p.parameter)] = (index, p.dim, p.groups)
+            key = own[0].parameter
+            self._keys.append(key)
+            if "importance" not in self.state[key]:
+                self.state[key]["importance"] = torch.zeros(layer.neurons, device=key.device)
+        self._skipped = torch.zeros(len(self._consolidated), dtype=torch.int64)
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        measure = reference.importance if self._backend == "reference" else ops.importance
+        self.neurons.attach(self._model, self._consolidated, measure)
+
+    @property
+    def _ready_neurons(self) -> bool:
+        return "neurons" in self.__dict__
+
+    def _options_of(self, name: str) -> dict[str, Any]:
+        """Options of one layer: those under its own name before those under patterns, in the order given."""
+        if name in self._layer_options:
+            return self._layer_options[name]
+        return next(
+            (options for pattern, options in self._layer_options.items() if fnmatchcase(name, pattern)), {}
+        )
+
+    def _discovery_options(self) -> dict[str, dict[str, Any]]:
+        names = [name for name, _ in self._model.named_modules()]
+        return {
+            option: {name: own[option] for name in names if (own := self._options_of(name)).get(option) is not None}
+            for option in ("measure_at", "batch_dim")
+        }
+
+    def _check_layer_patterns(self, found: Neurons) -> None:
+        names = [layer.name for layer in found]
+        for pattern, options in self._layer_options.items():
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+                raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(names)}")
+            for option in options:
+                if option not in _LAYER_OPTIONS:
+                    raise ValueError(
+                        f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(_LAYER_OPTIONS)}"
+                    )
+            _check_options({**self.defaults, **options}, f"layers[{pattern!r}]: ")
+
+    # ------------------------------------------------------------------------------------------------------ the step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step: moves every neuron's importance on, and every weight at its neuron's rate.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as for any torch optimizer.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: gradients are there, but no importance was measured at all.
+            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+
+        An exception leaves weights and importance as they were.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        batches: dict[torch.device, _Batch] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                place = self._place.get(id(parameter))
+                if place is None and self._others == "freeze":
+                    continue
+                if (batch := batches.get(parameter.device)) is None:
+                    batch = batches[parameter.device] = _Batch()
+                self._add(batch, parameter, group, place)
+        self._check_measured(batches.values())
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        for device, batch in batches.items():
+            self._launch(batch, *(None if flag is None else flag.to(device) for flag in (grad_scale, found_inf)))
+        self._drop_measured()
+        self._report_skipped()
+        return loss
+
+    def _add(
+        self, batch: _Batch, parameter: Tensor, group: dict[str, Any], place: tuple[int, int, int] | None
+    ) -> None:
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+            got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
+            raise ValueError(
+                f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
+                f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
+            )
+        momentum = group["momentum"]
+        buffer = parameter
+        if momentum != 0:
+            state = self.state[parameter]
+            buffer = state.get("momentum_buffer")
+            if buffer is None:
+                buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
+            elif buffer.stride() != parameter.stride():  # loaded from a run with another memory format
+                buffer = state["momentum_buffer"] = _launch.in_memory_order_of(parameter, buffer)
+        layer, dim, groups = (-1, 0, 1) if place is None else (batch.index_of(place[0]), *place[1:])
+        batch.parameters.append(parameter)
+        batch.gradients.append(gradient)
+        batch.buffers.append(buffer)
+        batch.layer.append(layer)
+        batch.neuron_dim.append(dim)
+        batch.groups.append(groups)
+        batch.lr.append(float(group["lr"]))
+        batch.momentum.append(momentum)
+        batch.nesterov.append(group["nesterov"])
+        batch.weight_decay.append(group["weight_decay"])
+        batch.maximize.append(group["maximize"])
+
+    def _check_measured(self, batches: Iterable[_Batch]) -> None:
+        """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
+        indices = [index for batch in batches for index in batch.layers]
+        unmeasured = [index for index in indices if self._consolidated[index].sink.grad is None]
+        if not unmeasured:
+            return
+        if len(unmeasured) == len(indices):
+            layer = self._consolidated[indices[0]]
+            training = "" if self._model.training else " The model is in eval mode now: call model.train()."
+            raise RuntimeError(
+                f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
+                f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
+                "a forward pass in training mode, by hooks in the model that NPC was given: build NPC on the model "
+                "that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and step()."
+            )
+        for index in unmeasured:
+            self._warn_once(
+                self._consolidated[index].name,
+                "unmeasured",
+                "received gradients, but its importance was not measured; it trains at the rates of its importance so "
+                "far (its tap did not run: print(optimizer.neurons) shows where it is, layers={...: {'measure_at': "
+                "...}} moves it)",
+            )
+
+    def _launch(self, batch: _Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        layers = [self._consolidated[index] for index in batch.layers]
+        importances = [self.state[self._keys[index]]["importance"] for index in batch.layers]
+        measured = [
+            average.new_empty(0) if layer.sink.grad is None else layer.sink.grad
+            for layer, average in zip(layers, importances, strict=True)
+        ]
+        everything = len(layers) == len(self._consolidated)
+        at = torch.tensor(batch.layers)
+        skipped = self._skipped if everything else self._skipped[at]
+        if batch.parameters[0].device.type != "cpu":
+            skipped = skipped.to(batch.parameters[0].device)
+        constants = [self._constants(index) for index in batch.layers]
+        options = (
+            skipped,
+            batch.layer,
+            batch.neuron_dim,
+            batch.groups,
+            batch.lr,
+            batch.momentum,
+            batch.nesterov,
+            batch.weight_decay,
+            batch.maximize,
+            [c["alpha"] for c in constants],
+            [c["beta"] for c in constants],
+            [c["delta"] for c in constants],
+            [c["sigma"] for c in constants],
+            [c["normalize"] == "active" for c in constants],
+            grad_scale,
+            found_inf,
+        )
+        update = reference.update_ if self._backend == "reference" else ops.update_unchecked
+        update(batch.parameters, batch.gradients, batch.buffers, importances, measured, *options)
+        if skipped is not self._skipped:
+            self._skipped[at] = skipped.cpu()
+
+    def _constants(self, index: int) -> Mapping[str, Any]:
+        """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
+        group, own = self._group_of[id(self._keys[index])], self._own_options[index]
+        return {**group, **own} if own else group
+
+    def _drop_measured(self) -> None:
+        for layer in self.neurons:
+            layer.sink.grad = None
+
+    def _report_skipped(self) -> None:
+        for layer, count in zip(self._consolidated, self._skipped.tolist(), strict=True):
+            if count:
+                self._warn_once(
+                    layer.name,
+                    "skipped",
+                    "was measured with an importance that is not finite (inf or nan in activations or gradients); "
+                    "such steps leave its importance as it was and are counted in plasticity()[...].skipped",
+                )
+
+    def _warn_once(self, layer: str, kind: str, text: str) -> None:
+        if (layer, kind) not in self._warned:
+            self._warned.add((layer, kind))
+            warnings.warn(f"layer {layer!r} {text}", ImportanceWarning, stacklevel=4)
+
+    def _name_of(self, parameter: Tensor) -> str:
+        names = (name for name, own in self._model.named_parameters() if own is parameter)
+        return next((f"{name!r}" for name in names), f"a parameter of shape {tuple(parameter.shape)}")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters, and the importance measured since the last step."""
+        super().zero_grad(set_to_none)
+        if self._ready_neurons:
+            self._drop_measured()
+
+    # ------------------------------------------------------------------------------------------------------ looking in
+
+    @torch.no_grad()
+    def plasticity(self) -> dict[str, LayerPlasticity]:
+        """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
+        result = {}
+        for index, layer in enumerate(self._consolidated):
+            key, constants = self._keys[index], self._constants(index)
+            average = self.state[key]["importance"].clone()
+            rate = reference.learning_rate(
+                average,
+                float(self._group_of[id(key)]["lr"]),
+                constants["alpha"],
+                constants["beta"],
+                constants["sigma"],
+            )
+            frozen = (rate == 0).double().mean().item()
+            result[layer.name] = LayerPlasticity(average, rate, frozen, int(self._skipped[index]))
+        return result
+
+    # --------------------------------------------------------------------------------------------- saving and loading
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a saved state, importance included. Raises ValueError, before any change, if it does not fit."""
+        groups, saved_groups = self.param_groups, state_dict["param_groups"]
+        counts, saved_counts = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+        if counts != saved_counts:
+            raise ValueError(
+                f"the state dict has parameter groups of {saved_counts} parameters, this optimizer has {counts}; "
+                "it was saved for another architecture or other groups"
+            )
+        ids = [index for group in saved_groups for index in group["params"]]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        saved = {id(p): state_dict["state"].get(index, {}) for index, p in zip(ids, parameters, strict=True)}
+        for layer, key in zip(self._consolidated, self._keys, strict=True):
+            importance = saved[id(key)].get("importance")
+            got = "none" if importance is None else f"{tuple(importance.shape)}"
+            if got != f"({layer.neurons},)":
+                raise ValueError(
+                    f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
+                    f"({layer.neurons},); it was saved for another architecture or by another optimizer"
+                )
+        for parameter in parameters:
+            buffer = saved[id(parameter)].get("momentum_buffer")
+            if buffer is not None and buffer.shape != parameter.shape:
+                raise ValueError(
+                    f"the state dict's momentum buffer for {self._name_of(parameter)} has shape {tuple(buffer.shape)}, "
+                    f"expected {tuple(parameter.shape)}; it was saved for another architecture"
+                )
+        super().load_state_dict(state_dict)
+        # torch casts state to the parameter's dtype; importance stays float32, and its own.
+        for key in self._keys:
+            average = saved[id(key)]["importance"]
+            self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._drop_measured()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, **super().__getstate__()}
+    
+    def __repr__(self) -> str:
+        layers = len(self._consolidated)
+        neurons = sum(layer.neurons for layer in self._consolidated)
+        return f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n)"
+
+
+class _Batch:
+    """What one device's part of a step works on: lists over parameters, and the layers they belong to."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self.gradients: list[Tensor] = []
+        self.buffers: list[Tensor] = []
+        self.layer: list[int] = []  # positions in `layers`
+        self.neuron_dim: list[int] = []
+        self.groups: list[int] = []
+        self.lr: list[float] = []
+        self.momentum: list[float] = []
+        self.nesterov: list[bool] = []
+        self.weight_decay: list[float] = []
+        self.maximize: list[bool] = []
+        self.layers: list[int] = []  # indices of consolidated layers
+        self._position: dict[int, int] = {}
+
+    def index_of(self, layer: int) -> int:
+        if layer not in self._position:
+            self._position[layer] = len(self.layers)
+            self.layers.append(layer)
+        return self._position[layer]
+
+
+def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
+    parameters = param_group["params"]
+    if isinstance(parameters, Tensor):
+        return [parameters]
+    param_group["params"] = list(parameters)  # a generator can be read once only
+    return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def _check_options(options: Mapping[str, Any], where: str = "") -> None:
+    for name in ("lr", "momentum", "weight_decay"):
+        if not 0 <= float(options[name]) < math.inf:
+            raise ValueError(f"{where}{name} is {options[name]}; expected a finite number of at least 0")
+    for name in ("alpha", "beta"):
+        if not 0 < float(options[name]) < math.inf:
+            raise ValueError(f"{where}{name} is {options[name]}; expected a finite number above 0")
+    if not 0 <= float(options["delta"]) < 1:
+        raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
+    if options["nesterov"] and not options["momentum"]:
+        raise ValueError(f"{where}nesterov is on, but momentum is {options['momentum']}; nesterov needs a momentum above 0")
+    _check_choice(f"{where}sigma", options["sigma"], ops.SIGMAS)
+    _check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
+
+
+def _require_native(model: nn.Module) -> None:
+    _native.module()
+    for name, parameter in model.named_parameters():
+        if not parameter.is_cpu:
+            raise ValueError(
+                f"backend is 'native', but {name!r} is on {parameter.device}, for which there are no compiled kernels; "
+                "use backend='auto' (plain PyTorch there) or move the model to the CPU"
+            )
