@@ -419,6 +419,14 @@ class NPC(torch.optim.Optimizer):
             result[layer.name] = LayerPlasticity(average, rate, frozen, int(self._skipped[index]))
         return result
 
+    def constants(self, layer: str) -> dict[str, Any]:
+        """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
+        names = [consolidated.name for consolidated in self._consolidated]
+        if layer not in names:
+            raise KeyError(f"no consolidated layer {layer!r}; the layers are {', '.join(names)}")
+        constants = self._constants(names.index(layer))
+        return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
+
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -458,7 +466,7 @@ class NPC(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **super().__getstate__()}
-    
+
     def __repr__(self) -> str:
         layers = len(self._consolidated)
         neurons = sum(layer.neurons for layer in self._consolidated)

@@ -93,47 +93,96 @@ static void packed_rows(const ImportanceParams& p, int64_t batch_begin, int64_t 
   }
 }
 
+// Contiguous rows of at least a vector each: as many whole vectors as fit, then one that ends with the row, of which
+// only the lanes not counted yet are kept.
 template <class T>
-static void rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
-                 Real<T>* out) {
+static void long_rows(const ImportanceParams& p, int64_t width, int64_t batch_begin, int64_t batch_end, int64_t begin,
+                      int64_t end, Real<T>* out) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
-  const Positions positions(p);
-  const int64_t blocks_end = begin + (end - begin) / L * L;
-  const bool dense = positions.outer == 1 && p.activation_neuron_stride == positions.inner &&
-                     p.gradient_neuron_stride == positions.inner;
-  int64_t from = begin;
-  if (dense && positions.inner < L) {
-    from = blocks_end;
-    if (positions.inner == 2) packed_rows<T, 2>(p, batch_begin, batch_end, begin, blocks_end, out);
-    else if (positions.inner == 4 && L > 4) packed_rows<T, 4>(p, batch_begin, batch_end, begin, blocks_end, out);
-    else if (positions.inner == 8 && L > 8) packed_rows<T, 8>(p, batch_begin, batch_end, begin, blocks_end, out);
-    else from = begin;
-  }
+  const int64_t whole = width / L * L;
+  const Mask<R> rest = last_lanes<R>(static_cast<int>(width - whole));
   for (int64_t b = batch_begin; b < batch_end; ++b) {
-    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride;
-    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride;
-    int64_t i = from;
-    const bool masked = dense && positions.inner < L;
-    const Mask<R> row_mask = first_lanes<R>(static_cast<int>(positions.inner < L ? positions.inner : L));
-    for (; i + L <= blocks_end; i += L) {
-      // A row shorter than a vector is read with its neighbours and masked, where the sample goes on for long enough.
-      const bool readable = (i + L - 1) * positions.inner + L <= p.neurons * positions.inner;
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + begin * width;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + begin * width;
+    for (int64_t i = begin; i < end; i += L) {
       Vector<R> lanes[L];
-      for (int k = 0; k < L; ++k) {
-        const T* row_n = n + (i + k) * p.activation_neuron_stride;
-        const T* row_g = g + (i + k) * p.gradient_neuron_stride;
-        if (masked && readable) lanes[k] = keep<R>(row_mask, product(row_n, row_g));
-        else lanes[k] = row_lanes(positions, row_n, row_g);
+      for (int k = 0; k < L; ++k, n += width, g += width) {
+        Vector<R> sums = whole == width ? Vector<R>{} : keep<R>(rest, product(n + width - L, g + width - L));
+        for (int64_t at = 0; at < whole; at += L) sums += product(n + at, g + at);
+        lanes[k] = sums;
       }
       store(out + i, load(out + i) + absolute<R>(reduce_rows<R, L>(lanes)));
     }
-    for (; i < end; ++i) {
+  }
+}
+
+// Rows shorter than a vector: each is read with its neighbours and masked.
+template <class T>
+static void short_rows(const ImportanceParams& p, int64_t width, int64_t batch_begin, int64_t batch_end,
+                       int64_t begin, int64_t end, Real<T>* out) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  const Mask<R> row = first_lanes<R>(static_cast<int>(width));
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + begin * width;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + begin * width;
+    for (int64_t i = begin; i < end; i += L) {
+      Vector<R> lanes[L];
+      for (int k = 0; k < L; ++k, n += width, g += width) lanes[k] = keep<R>(row, product(n, g));
+      store(out + i, load(out + i) + absolute<R>(reduce_rows<R, L>(lanes)));
+    }
+  }
+}
+
+// Rows in any arrangement, one after the other.
+template <class T>
+static void single_rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                        Real<T>* out) {
+  using R = Real<T>;
+  const Positions positions(p);
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride;
+    for (int64_t i = begin; i < end; ++i) {
       const R sum = sum_lanes<R>(
           row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
       out[i] += sum < 0 ? -sum : sum;
     }
   }
+}
+
+// Contiguous samples whose rows are too few vectors long to repay a reduction each go through in blocks of kLanes
+// rows; what is left over, and everything else, row by row.
+template <class T>
+static void rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
+                 Real<T>* out) {
+  constexpr int L = kLanes<Real<T>>;
+  constexpr int kLongestBlocked = 16 * L;
+  const Positions positions(p);
+  const int64_t width = positions.inner;
+  const bool dense =
+      positions.outer == 1 && p.activation_neuron_stride == width && p.gradient_neuron_stride == width;
+  int64_t blocks_end = begin;
+  if (dense && width <= kLongestBlocked) {
+    blocks_end = begin + (end - begin) / L * L;
+    if (width == 2 && L >= 2) {
+      packed_rows<T, 2>(p, batch_begin, batch_end, begin, blocks_end, out);
+    } else if (width == 4 && L >= 4) {
+      packed_rows<T, 4>(p, batch_begin, batch_end, begin, blocks_end, out);
+    } else if (width == 8 && L >= 8) {
+      packed_rows<T, 8>(p, batch_begin, batch_end, begin, blocks_end, out);
+    } else if (width == 16 && L >= 16) {
+      packed_rows<T, 16>(p, batch_begin, batch_end, begin, blocks_end, out);
+    } else if (width >= L) {
+      long_rows<T>(p, width, batch_begin, batch_end, begin, blocks_end, out);
+    } else {
+      // The last row of a block reads L - width elements beyond itself, which must still belong to its sample.
+      while (blocks_end > begin && (blocks_end - 1) * width + L > p.neurons * width) blocks_end -= L;
+      short_rows<T>(p, width, batch_begin, batch_end, begin, blocks_end, out);
+    }
+  }
+  single_rows<T>(p, batch_begin, batch_end, blocks_end, end, out);
 }
 
 template <class T, int vectors>

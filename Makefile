@@ -1,0 +1,39 @@
+# make demo   five tasks in a row, with SGD and with NPC: a table and figures
+# make test   all tests
+# make bench  micro-benchmarks
+# make lint   format, lint and type-check (CI=true: check the format only)
+#
+# Each sets up .venv where it is missing or out of date. PYTHON=python3.12 chooses the interpreter it is made with.
+
+PYTHON ?= python3
+BIN := .venv/bin
+REQUIREMENTS := .venv/requirements.stamp
+BUILD := .venv/build.stamp
+SOURCES := setup.py pyproject.toml npc_ext/_build.py $(shell find csrc -type f)
+
+.PHONY: demo test bench lint clean
+.DELETE_ON_ERROR:
+
+demo: $(BUILD)
+	@$(BIN)/python -m bench.continual.demo
+
+test: $(BUILD)
+	@$(BIN)/python -m pytest
+
+bench: $(BUILD)
+	@$(BIN)/python -m bench.micro
+
+lint: $(BUILD)
+	@$(BIN)/ruff format $(if $(filter true,$(CI)),--check) .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist *.egg-info npc_ext/_C.* npc_ext/csrc
+
+$(REQUIREMENTS): requirements.txt tools/bootstrap.py
+	@command -v $(PYTHON) >/dev/null || { echo "npc_ext: no program named '$(PYTHON)'; install Python 3.10 or newer, or name it: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) tools/bootstrap.py requirements
+
+$(BUILD): $(REQUIREMENTS) $(SOURCES)
+	@$(BIN)/python tools/bootstrap.py build
