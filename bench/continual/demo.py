@@ -1,0 +1,103 @@
+"""Five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
+
+Prints a table and writes it, the figures and all numbers to bench/results/demo.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from npc_ext import NPC, plot_plasticity
+
+from .. import environment
+from . import report
+from .networks import cnn
+from .tasks import Task, digits
+from .training import Run, learn
+
+LR = 0.1
+# Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
+DELTA = 0.999
+
+
+def network(classes: int) -> nn.Module:
+    """A small CNN of the paper's style for 8x8 images."""
+    return cnn(in_channels=1, image_size=8, channels=(16, 32), hidden=64, classes=classes)
+
+
+def optimizer_for(method: str, model: nn.Module) -> torch.optim.Optimizer:
+    """The two optimizers that are compared: same model, same learning rate."""
+    if method == "SGD":
+        return torch.optim.SGD(model.parameters(), lr=LR, fused=True)
+    return NPC(model, lr=LR, delta=DELTA)
+
+
+def run(method: str, seed: int, tasks: list[Task], epochs: int, batch_size: int) -> tuple[Run, torch.optim.Optimizer]:
+    """Learns all tasks from one seed, which decides the initial weights, the order of samples and dropout."""
+    torch.manual_seed(seed)
+    model = network(sum(len(task.classes) for task in tasks))
+    optimizer = optimizer_for(method, model)
+    generator = torch.Generator().manual_seed(seed)
+    label = f"{method}, seed {seed}"
+    return learn(
+        model, optimizer, tasks, epochs=epochs, batch_size=batch_size, label=label, generator=generator
+    ), optimizer
+
+
+def main() -> None:
+    """Runs the demonstration."""
+    parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions of each method (at least 2, default 3)")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
+    parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the results")
+    arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    tasks = digits()
+    names = [" or ".join(map(str, task.classes)) for task in tasks]
+    started = time.perf_counter()
+    runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}
+    for seed in range(arguments.seeds):
+        for method in runs:
+            result, optimizer = run(method, seed, tasks, arguments.epochs, arguments.batch_size)
+            runs[method].append(result)
+    assert isinstance(optimizer, NPC)
+
+    table = report.table(runs, [f"{name} (%)" for name in names])
+    seconds = time.perf_counter() - started
+    print(f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n")
+    print(table)
+    figures = {
+        "average": report.figure_average(runs),
+        "per-task": report.figure_per_task(runs, names),
+        "plasticity": plot_plasticity(optimizer),
+    }
+    for name, figure in figures.items():
+        for suffix in ("svg", "png"):
+            figure.savefig(arguments.out / f"{name}.{suffix}", dpi=150)
+    command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])
+    (arguments.out / "results.md").write_text(f"{table}\n\n`{command.strip()}`, {seconds:.0f} s\n")
+    numbers = {
+        "command": command.strip(),
+        "seconds": seconds,
+        "environment": environment.describe(),
+        "tasks": names,
+        "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()},
+    }
+    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"\n{seconds:.0f} s. Figures and numbers: {arguments.out}/")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What a result was measured on: machine, versions and commit."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from pathlib import Path
+
+import numpy
+import torch
+
+import npc_ext
+from npc_ext import _native
+
+
+def describe() -> dict[str, str | int]:
+    """Everything that another run has to share for its numbers to be comparable."""
+    native = _native.status().module
+    return {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "npc_ext": npc_ext.__version__,
+        "kernels": "none" if native is None else f"{native.isa_in_use()}, compiler {native.compiler}",
+        "commit": _commit(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def _commit() -> str:
+    root = Path(__file__).resolve().parent
+
+    def git(*command: str) -> str:
+        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/**/*.py", "setup.py")
+        return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
