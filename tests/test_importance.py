@@ -1,0 +1,171 @@
+"""The importance kernel against the float64 reference: shapes, strides, dtypes, instruction sets, threads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from npc_ext import ops, reference
+
+from .tolerances import DTYPES, assert_importance
+
+SHAPES = [
+    *[(1, 1), (3, 1), (2, 10), (5, 16), (4, 33), (64, 200), (300, 3)],
+    *[(1, 1, 1), (2, 17, 2), (3, 64, 2, 2), (3, 40, 8), (2, 35, 4, 4), (2, 33, 3, 3), (2, 20, 5), (2, 64, 7, 7)],
+    *[(2, 5, 16, 16), (1, 3, 300), (4, 2, 31, 33), (2, 18, 1, 40), (3, 16, 15), (2, 7, 2, 3, 4)],
+]
+
+
+def layouts(tensor: Tensor) -> dict[str, Tensor]:
+    """The same values in several memory layouts, cut out of larger tensors so that what is beside them shows."""
+    beside = torch.full([*(size + 3 for size in tensor.shape[:-1]), 2 * tensor.shape[-1] + 5], torch.nan)
+    cut = beside.to(tensor.dtype)[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    every_other = beside.to(tensor.dtype)[tuple(slice(0, size) for size in tensor.shape[:-1])]
+    every_other = every_other[..., : 2 * tensor.shape[-1] : 2]
+    return {
+        "contiguous": tensor,
+        "cut": cut.copy_(tensor),
+        "every other": every_other.copy_(tensor),
+        "channels last": tensor.movedim(1, -1).contiguous().movedim(-1, 1),
+        "transposed": tensor.transpose(0, -1).contiguous().transpose(0, -1),
+    }
+
+
+def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> None:
+    n, g = activation.double(), gradient.double()
+    got = ops.importance(activation, gradient, channel_dim, batch_dim)
+    want = reference.importance(n, g, channel_dim, batch_dim)
+    absolute = (n * g).abs().movedim(channel_dim, 0).flatten(1).sum(1)
+    terms = activation.numel() // max(activation.shape[channel_dim], 1)
+    assert_importance(got, want, absolute, terms, activation.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_importance_agrees_with_the_reference_in_every_layout(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+    activations = layouts(torch.randn(shape).to(dtype))
+    gradients = layouts(torch.randn(shape).to(dtype))
+    for name, activation in activations.items():
+        check(activation, gradients[name])
+        check(activation, gradients["contiguous"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_importance_of_linear_layers_on_sequences(dtype: torch.dtype, isa: str) -> None:
+    activation, gradient = torch.randn(3, 5, 4, 37).to(dtype), torch.randn(3, 5, 4, 37).to(dtype)
+    check(activation, gradient, channel_dim=-1)
+    check(activation, gradient, channel_dim=3, batch_dim=1)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (3, 5, 0), (0, 0)], ids=str)
+def test_importance_of_nothing_is_zero(shape: tuple[int, ...]) -> None:
+    got = ops.importance(torch.randn(shape), torch.randn(shape))
+    assert got.shape == (shape[1],)
+    assert not got.any()
+
+
+def test_importance_of_an_expanded_gradient_is_not_copied_and_right(isa: str) -> None:
+    activation = torch.randn(4, 6, 5, 5)
+    check(activation, torch.randn(4, 6, 1, 1).expand(4, 6, 5, 5))
+    check(activation, torch.tensor(0.5).expand(4, 6, 5, 5))
+
+
+@pytest.mark.parametrize("shape", [(64, 512, 8, 8), (4096, 40), (4096, 3), (64, 3, 64, 64), (3, 2, 200, 200)], ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_importance_on_several_threads_is_right_and_repeats_bit_for_bit(shape: tuple[int, ...], threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        activation, gradient = torch.randn(shape), torch.randn(shape)
+        check(activation, gradient)
+        first = ops.importance(activation, gradient)
+        assert all(torch.equal(first, ops.importance(activation, gradient)) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_importance_keeps_infinities_and_nans_visible(isa: str) -> None:
+    activation, gradient = torch.ones(2, 40, 9), torch.ones(2, 40, 9)
+    activation[0, 3, 2], activation[1, 17, 8] = torch.inf, torch.nan
+    got = ops.importance(activation, gradient)
+    assert got[3] == torch.inf
+    assert got[17].isnan()
+    assert got.isfinite().sum() == 38
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, isa: str) -> None:
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    finite = every[every.isfinite()][None]
+    got = ops.importance(finite, torch.ones_like(finite))
+    assert torch.equal(got, finite[0].float().abs())
+
+
+@st.composite
+def strided_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
+    """Two tensors of one shape with strides of their own: dimensions permuted in memory, with gaps, or expanded."""
+    ndim = draw(st.integers(2, 5))
+    shape = [draw(st.integers(1, 20 if dim < 2 else 6)) for dim in range(ndim)]
+    dtype = draw(st.sampled_from(DTYPES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def one() -> Tensor:
+        order = draw(st.permutations(range(ndim)))  # from the outermost dimension in memory to the innermost
+        steps = [draw(st.sampled_from([0, 1, 1, 2, 3])) for _ in range(ndim)]
+        sizes = [shape[dim] * steps[dim] if steps[dim] else 1 for dim in range(ndim)]
+        memory = torch.randn([sizes[dim] for dim in order], generator=generator).to(dtype)
+        view = memory.permute([order.index(dim) for dim in range(ndim)])
+        return view[tuple(slice(None, None, max(step, 1)) for step in steps)].expand(shape)
+
+    channel_dim, batch_dim = draw(st.permutations(range(ndim)))[:2]
+    return one(), one(), channel_dim, batch_dim
+
+
+@given(strided_pairs())
+def test_importance_of_any_shape_and_strides(pair: tuple[Tensor, Tensor, int, int]) -> None:
+    activation, gradient, channel_dim, batch_dim = pair
+    check(activation, gradient, channel_dim, batch_dim)
+
+
+def test_importance_passes_opcheck() -> None:
+    opcheck(torch.ops.npc_ext.importance.default, (torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
+    opcheck(torch.ops.npc_ext.importance.default, (torch.randn(2, 4, 5), torch.randn(2, 4, 5), -1, 1))
+
+
+def test_importance_inside_a_compiled_function() -> None:
+    compiled = torch.compile(lambda n, g: ops.importance(n * 2, g) + 1, fullgraph=True, backend="aot_eager")
+    n, g = torch.randn(3, 5, 4), torch.randn(3, 5, 4)
+    torch.testing.assert_close(compiled(n, g), ops.importance(n * 2, g) + 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((torch.ones(2, 3), torch.ones(2, 4)), r"gradient has shape \(2, 4\), but activation has \(2, 3\)"),
+        ((torch.ones(2, 3), torch.ones(2, 3).double()), "gradient is torch.float64 on cpu, but activation is torch.float32"),
+        ((torch.ones(2, 3).int(), torch.ones(2, 3).int()), "activation is torch.int32; expected float32"),
+        ((torch.ones(3), torch.ones(3)), r"activation has shape \(3,\); expected samples and neurons"),
+        ((torch.ones(2, 3), torch.ones(2, 3), 2), "channel_dim is 2, but activation has 2 dimensions"),
+        ((torch.ones(2, 3), torch.ones(2, 3), 1, -1), "channel_dim and batch_dim are both dimension 1"),
+    ],
+)
+def test_importance_refuses_what_does_not_fit(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        ops.importance(*arguments)
+
+
+def test_more_positions_than_the_kernel_takes_are_refused() -> None:
+    tensor = torch.randn([2, 3] + [4] * 9)[(slice(None), slice(None)) + (slice(None, None, 2),) * 9]
+    with pytest.raises(ValueError, match="more than 8 position dimensions"):
+        ops.importance(tensor, tensor)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_importance_on_a_gpu(shape: tuple[int, ...]) -> None:
+    activation, gradient = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
+    check(activation, gradient)

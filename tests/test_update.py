@@ -1,0 +1,349 @@
+"""The update kernel against the float64 reference, and what it promises about rows it must not touch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.library import opcheck
+
+from npc_ext import ops, reference
+
+from .tolerances import DTYPES, assert_average, assert_stepped
+
+LAYERS = (10, 64, 12, 33, 1)
+# shape, layer, dimension of neurons, groups; the last two belong to no neuron.
+PARAMETERS: list[tuple[tuple[int, ...], int, int, int]] = [
+    ((10, 7), 0, 0, 1),
+    ((10,), 0, 0, 1),
+    ((64, 3, 3, 3), 1, 0, 1),
+    ((64,), 1, 0, 1),
+    ((6, 4, 3, 3), 2, 1, 3),
+    ((12,), 2, 0, 1),
+    ((5, 33, 3), 3, 1, 1),
+    ((33, 400), 3, 0, 1),
+    ((1, 70), 4, 0, 1),
+    ((100,), -1, 0, 1),
+    ((7, 9), -1, 0, 1),
+]
+ARGUMENTS = (
+    *("parameters", "gradients", "momentum_buffers", "importances", "measured", "skipped", "layer", "neuron_dim"),
+    *("groups", "lr", "momentum", "nesterov", "weight_decay", "maximize", "alpha", "beta", "delta", "sigma"),
+    *("active_only", "grad_scale", "found_inf"),
+)
+WRITTEN = ("parameters", "momentum_buffers", "importances", "skipped")
+
+
+def network(
+    dtype: torch.dtype = torch.float32,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    maximize: bool = False,
+    sigma: str = "sigmoid",
+    active_only: bool = False,
+    grad_scale: float | None = None,
+    channels_last: bool = False,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Arguments of `update_` for a small network with every kind of parameter; a third of all neurons are frozen."""
+    count, layers = len(PARAMETERS), len(LAYERS)
+
+    def tensors() -> list[Tensor]:
+        made = [torch.randn(shape).to(device, dtype) for shape, *_ in PARAMETERS]
+        last = torch.channels_last
+        return [t.contiguous(memory_format=last) if channels_last and t.ndim == 4 else t for t in made]
+
+    importances = [torch.rand(neurons, device=device) * 0.75 for neurons in LAYERS]
+    importances[0][:2] = 0
+    measured = [torch.rand(neurons, device=device) * 100 for neurons in LAYERS]
+    measured[1][:40] = 0
+    return {
+        "parameters": tensors(),
+        "gradients": tensors(),
+        "momentum_buffers": tensors(),
+        "importances": importances,
+        "measured": measured,
+        "skipped": torch.zeros(layers, dtype=torch.int64, device=device),
+        "layer": [layer for _, layer, _, _ in PARAMETERS],
+        "neuron_dim": [dim for _, _, dim, _ in PARAMETERS],
+        "groups": [groups for *_, groups in PARAMETERS],
+        "lr": [0.1 + 0.01 * index for index in range(count)],
+        "momentum": [momentum] * count,
+        "nesterov": [nesterov] * count,
+        "weight_decay": [weight_decay] * count,
+        "maximize": [maximize] * count,
+        "alpha": [0.05, 0.04, 0.06, 0.05, 0.05],
+        "beta": [0.5, 0.6, 0.5, 0.4, 0.5],
+        "delta": [0.99, 0.9, 0.0, 0.98, 0.99],
+        "sigma": [sigma] * layers,
+        "active_only": [active_only] * layers,
+        "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
+        "found_inf": None,
+    }
+
+
+def copied(arguments: dict[str, Any], double: bool = False) -> dict[str, Any]:
+    def copy(value: Any) -> Any:
+        if isinstance(value, list):
+            return [copy(one) for one in value]
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(torch.float64, copy=True) if double and value.is_floating_point() else value.clone()
+
+    return {name: copy(value) for name, value in arguments.items()}
+
+
+def check(arguments: dict[str, Any]) -> None:
+    """Importance against float64; weights against float64 from the importance that the kernel came to."""
+    before, exact = copied(arguments), copied(arguments, double=True)
+    ops.update_(**arguments)
+    reference.update_(**exact)
+    for got, want in zip(arguments["importances"], exact["importances"], strict=True):
+        assert_average(got, want, got.numel())
+    given_average = copied(before, double=True)
+    given_average["importances"] = [average.double() for average in arguments["importances"]]
+    given_average["measured"] = [torch.empty(0)] * len(LAYERS)
+    reference.update_(**given_average)
+    for index, got in enumerate(arguments["parameters"]):
+        # Every term of the step in absolute value: the scale of its rounding.
+        gradient, value = before["gradients"][index].double().abs(), before["parameters"][index].double().abs()
+        gradient = gradient / (before["grad_scale"] or 1)
+        step = gradient + before["weight_decay"][index] * value
+        if before["momentum"][index]:
+            step = 2 * step + before["momentum"][index] * before["momentum_buffers"][index].double().abs()
+        layer = before["layer"][index]
+        alpha = before["alpha"][layer] if layer >= 0 else 0.0
+        assert_stepped(got, given_average["parameters"][index], step, alpha)
+        if before["momentum"][index]:
+            assert_stepped(
+                arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0
+            )
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    {"weight_decay": 0.01, "maximize": True},
+    {"sigma": "erf", "active_only": True},
+    {"sigma": "tanh", "grad_scale": 8.0},
+    {"momentum": 0.5, "maximize": True, "grad_scale": 3.0, "channels_last": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str, Any], isa: str) -> None:
+    check(network(dtype, **options))
+
+
+@given(st.data())
+def test_update_of_any_network(data: st.DataObject) -> None:
+    draw = data.draw
+    torch.manual_seed(draw(st.integers(0, 2**31)))
+    momentum = draw(st.sampled_from([0.0, 0.9]))
+    check(
+        network(
+            draw(st.sampled_from(DTYPES)),
+            momentum=momentum,
+            nesterov=momentum > 0 and draw(st.booleans()),
+            weight_decay=draw(st.sampled_from([0.0, 0.1])),
+            maximize=draw(st.booleans()),
+            sigma=draw(st.sampled_from(ops.SIGMAS)),
+            active_only=draw(st.booleans()),
+            grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
+            channels_last=draw(st.booleans()),
+        )
+    )
+
+
+@given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2), st.sampled_from(DTYPES))
+def test_update_of_one_parameter_of_any_shape(
+    groups: int, rows: int, run: int, dim: int, dtype: torch.dtype
+) -> None:
+    shape = [2 * groups if groups > 1 else 3, 4, run]
+    dim = 1 if groups > 1 else dim
+    shape[dim] = rows
+    parameter, neurons = torch.randn(shape).to(dtype), rows * groups
+    importance = torch.rand(neurons) * 0.75
+    gradient = torch.randn_like(parameter)
+    exact, options = parameter.double(), ([], [importance], [torch.empty(0)], torch.zeros(1, dtype=torch.int64))
+    scalars = ([0], [dim], [groups], [0.1], [0.0], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
+    ops.update_([parameter], [gradient], *options, *scalars)
+    reference.update_([exact], [gradient.double()], [], [importance.double()], *options[2:], *scalars)
+    assert_stepped(parameter, exact, gradient.double().abs(), 0.05)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_update_does_not_depend_on_the_number_of_threads(threads: int) -> None:
+    def run(count: int) -> list[Tensor]:
+        torch.manual_seed(1)
+        weight, bias = torch.randn(301, 1003), torch.randn(301)
+        options = ([torch.rand(301)], [torch.rand(301)], torch.zeros(1, dtype=torch.int64), [0, 0], [0, 0], [1, 1])
+        torch.set_num_threads(count)
+        gradients, buffers = [weight * 2, bias * 3], [weight * 4, bias * 5]
+        ops.update_([weight, bias], gradients, buffers, *options, [0.1] * 2, [0.9] * 2, [True] * 2, [0.01] * 2, [False] * 2, [0.05], [0.5], [0.9], ["sigmoid"], [False])
+        return [weight, bias, *buffers]
+
+    before = torch.get_num_threads()
+    try:
+        assert all(map(torch.equal, run(1), run(threads)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay(isa: str) -> None:
+    arguments = network(momentum=0.9, nesterov=True, weight_decay=0.1)
+    arguments["measured"] = [torch.empty(0)] * len(LAYERS)
+    for gradient in arguments["gradients"]:
+        gradient.view(-1)[::3] = torch.nan  # not even read
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for index, (shape, layer, dim, groups) in enumerate(PARAMETERS):
+        if layer < 0:
+            continue
+        frozen = before["importances"][layer] >= before["beta"][layer]
+        rows = reference.per_element(frozen.double(), torch.empty(shape), dim, groups).bool().expand(shape)
+        for name in ("parameters", "momentum_buffers"):
+            assert torch.equal(arguments[name][index][rows], before[name][index][rows])
+        assert not torch.equal(arguments["parameters"][index], before["parameters"][index]) or bool(rows.all())
+
+
+def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts() -> None:
+    arguments = network()
+    arguments["measured"][0][3], arguments["measured"][2][0] = torch.nan, torch.inf
+    before = copied(arguments)
+    ops.update_(**arguments)
+    assert arguments["skipped"].tolist() == [1, 0, 1, 0, 0]
+    changed = [not torch.equal(a, b) for a, b in zip(arguments["importances"], before["importances"], strict=True)]
+    assert changed == [False, True, False, True, True]
+    assert all(bool(parameter.isfinite().all()) for parameter in arguments["parameters"])
+
+
+def test_a_layer_whose_importance_sums_to_zero_keeps_its_average() -> None:
+    arguments = network()
+    arguments["measured"][1].zero_()
+    before = arguments["importances"][1].clone()
+    ops.update_(**arguments)
+    assert torch.equal(arguments["importances"][1], before)
+    assert not arguments["skipped"].any()
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30])
+def test_importance_of_extreme_size_is_normalized_like_any_other(size: float) -> None:
+    arguments = network()
+    pattern = (torch.arange(33) % 7).float()
+    arguments["measured"][3] = pattern * size
+    arguments["delta"][3] = 0.0
+    ops.update_(**arguments)
+    measured = arguments["measured"][3].double()
+    shares = measured / measured.sum() * 33
+    torch.testing.assert_close(arguments["importances"][3].double(), shares, rtol=1e-5, atol=0)
+
+
+def test_found_inf_changes_nothing_at_all() -> None:
+    arguments = network(momentum=0.9)
+    arguments["found_inf"] = torch.tensor(1.0)
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for name in WRITTEN:
+        pairs = zip(arguments[name], before[name], strict=True)
+        assert all(torch.equal(after, old) for after, old in pairs)
+
+
+def test_every_written_tensor_gets_a_new_version() -> None:
+    arguments = network(momentum=0.9)
+    written = [*arguments["parameters"], *arguments["momentum_buffers"], *arguments["importances"], arguments["skipped"]]
+    versions = [tensor._version for tensor in written]
+    ops.update_(**arguments)
+    assert all(tensor._version > old for tensor, old in zip(written, versions, strict=True))
+
+
+def test_update_passes_opcheck() -> None:
+    arguments = network(momentum=0.9)
+    opcheck(torch.ops.npc_ext.update_.default, tuple(arguments[name] for name in ARGUMENTS))
+
+
+def activations(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    shapes = [(4, 10), (4, 64, 5, 5), (4, 12, 3, 3), (4, 7, 33), (4, 1)]
+    return {
+        "activations": [torch.randn(shape).to(dtype) for shape in shapes],
+        "activation_gradients": [torch.randn(shape).to(dtype) for shape in shapes],
+        "channel_dim": [1, 1, 1, -1, 1],
+        "batch_dim": [0] * 5,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_network_step_is_importance_and_then_update(dtype: torch.dtype, isa: str) -> None:
+    inputs, whole = activations(dtype), network(dtype, momentum=0.9, weight_decay=0.01)
+    del whole["measured"]
+    parts = copied(whole)
+    ops.network_step_(**inputs, **whole)
+    measured = [ops.importance(*one).float() for one in zip(*inputs.values(), strict=True)]
+    ops.update_(**parts, measured=measured)
+    for name in ("parameters", "momentum_buffers", "importances"):
+        assert all(map(torch.equal, whole[name], parts[name]))
+
+
+def test_layer_step_is_a_network_step_of_one_layer() -> None:
+    n, g = torch.randn(4, 64, 5, 5), torch.randn(4, 64, 5, 5)
+    weight, bias, average, skipped = torch.randn(64, 27), torch.randn(64), torch.rand(64), torch.zeros(1).long()
+    gradients = [torch.randn_like(weight), torch.randn_like(bias)]
+    mine = [weight.clone(), bias.clone(), average.clone()]
+    exact = [tensor.double() for tensor in mine]
+    options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.04, "beta": 0.6}
+    ops.layer_step_(n, g, mine[:2], gradients, [], mine[2], skipped, [0, 0], [1, 1], **options)
+    gradients = [gradient.double() for gradient in gradients]
+    reference.layer_step_(n.double(), g.double(), exact[:2], gradients, [], exact[2], skipped, [0, 0], [1, 1], **options)
+    for got, want in zip(mine, exact, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(mine[0], weight)
+
+
+def test_step_operations_pass_opcheck() -> None:
+    arguments = network(momentum=0.9)
+    del arguments["measured"]
+    names = [name for name in ARGUMENTS if name != "measured"]
+    opcheck(
+        torch.ops.npc_ext.network_step_.default,
+        (*activations().values(), *(arguments[name] for name in names)),
+    )
+    weight = torch.randn(10, 7)
+    layer = (torch.randn(4, 10), torch.randn(4, 10), [weight], [weight * 2], [], torch.rand(10))
+    opcheck(torch.ops.npc_ext.layer_step_.default, (*layer, torch.zeros(1, dtype=torch.int64), [0], [1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("gradients", lambda a: a["gradients"][:-1], "gradients has 10 entries, expected 11"),
+        ("gradients", lambda a: [a["gradients"][1], *a["gradients"][1:]], r"gradients\[0\] is torch.float32 of shape \(10,\)"),
+        ("gradients", lambda a: [a["gradients"][0].half(), *a["gradients"][1:]], r"gradients\[0\] is torch.float16"),
+        ("gradients", lambda a: [a["gradients"][0].to_sparse(), *a["gradients"][1:]], r"gradients\[0\] is sparse"),
+        ("importances", lambda a: [torch.rand(9), *a["importances"][1:]], r"parameters\[0\] has 10 rows, but importance has 9 values"),
+        ("importances", lambda a: [a["importances"][0].double(), *a["importances"][1:]], r"importances\[0\] is torch.float64"),
+        ("measured", lambda a: [torch.rand(4), *a["measured"][1:]], r"measured\[0\] is torch.float32 of shape \(4,\)"),
+        ("sigma", lambda a: ["relu"] * 5, "sigma is 'relu'; expected one of 'sigmoid', 'tanh', 'erf'"),
+        ("layer", lambda a: [5, *a["layer"][1:]], r"layer\[0\] is 5, but there are 5 layers"),
+        ("skipped", lambda a: torch.zeros(2), r"skipped is torch.float32 of shape \(2,\); expected int64 of shape \(5,\)"),
+        ("neuron_dim", lambda a: [3, *a["neuron_dim"][1:]], r"neuron_dim\[0\] is 3, but parameters\[0\] has 2 dimensions"),
+        ("parameters", lambda a: [a["parameters"][0].cfloat(), *a["parameters"][1:]], r"parameters\[0\] is torch.complex64"),
+        ("momentum_buffers", lambda a: a["momentum_buffers"][:3], "momentum_buffers has 3 entries, expected 11"),
+        ("parameters", lambda a: [torch.randn(10, 14)[:, ::2], *a["parameters"][1:]], "which leave gaps or overlap"),
+    ],
+)  # fmt: skip
+def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
+    arguments = network(momentum=0.9)
+    arguments[name] = value(arguments)
+    before = copied(arguments)
+    with pytest.raises(ValueError, match=message):
+        ops.update_(**arguments)
+    for written in WRITTEN:
+        assert all(map(torch.equal, arguments[written], before[written]))
