@@ -1,0 +1,100 @@
+"""Networks of the kinds that users have, small."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BasicBlock(nn.Module):
+    """A residual block as torchvision writes it: one ReLU module used twice, in place, and `+=`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(8)
+        self.blocks = nn.Sequential(BasicBlock(8), BasicBlock(8))
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(F.relu(self.bn(self.stem(x))))
+        return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+
+
+def vgg() -> nn.Sequential:
+    """Convolutions with batch norm and in-place ReLU, pooling, and a classifier with dropout."""
+    features: list[nn.Module] = []
+    channels = 3
+    for width in (8, 8, 0, 12, 0):
+        if width == 0:
+            features.append(nn.MaxPool2d(2))
+            continue
+        features += [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+        channels = width
+    classifier = [nn.Linear(12 * 4, 20), nn.ReLU(True), nn.Dropout(0.0), nn.Linear(20, 5)]
+    return nn.Sequential(nn.Sequential(*features), nn.Flatten(), nn.Sequential(*classifier))
+
+
+def paper_cnn(channels: tuple[int, ...] = (8, 16), hidden: int = 32, classes: int = 10, dropout: float = 0.0) -> nn.Sequential:
+    """The paper's network for 8x8 images of one channel, narrow."""
+    from bench.continual.networks import cnn
+
+    return cnn(1, 8, channels, hidden, classes, dropout)
+
+
+class ManyHeads(nn.Module):
+    """One head per task, chosen by an argument."""
+
+    def __init__(self, heads: int = 2) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Linear(6, 16), nn.ReLU())
+        self.heads = nn.ModuleList([nn.Linear(16, 3) for _ in range(heads)])
+
+    def forward(self, x: Tensor, task: int) -> Tensor:
+        return self.heads[task](self.features(x))
+
+
+class SetTask(nn.Module):
+    """One head per task, chosen by an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.task = 0
+        self.hidden = nn.Linear(6, 16)
+        self.heads = nn.ModuleList([nn.Linear(16, 3) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.heads[self.task](F.relu(self.hidden(x)))
+
+
+class DataDependent(nn.Module):
+    """Control flow that depends on data, so that it cannot be traced."""
+
+    def __init__(self, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, bias=False)
+        self.norm = norm or nn.Identity()
+        self.fc = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(x))
+        if x.sum() > 1e9:
+            x = x * 2
+        return self.fc(F.relu(x).mean((2, 3)) + 0.1)

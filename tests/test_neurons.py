@@ -1,0 +1,401 @@
+"""Which neurons a model has, and that what is measured of them is what eq. 2 says.
+
+Every expected importance comes from a float64 forward pass written out in the test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import find_neurons
+from npc_ext.neurons import Neurons
+
+from .models import DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, vgg
+
+
+def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """a_i = sum_b |sum_p n dL/dn|, as a loop over samples and neurons."""
+    n, g = (t.movedim((batch_dim, channel_dim), (0, 1)) for t in (activation, gradient))
+    rows = [[(n[b, i] * g[b, i]).sum().abs() for i in range(n.shape[1])] for b in range(n.shape[0])]
+    return torch.tensor(rows).double().sum(0)
+
+
+def measured(model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object) -> tuple[Neurons, dict[str, Tensor]]:
+    """Taps the model, runs it forward and backward, and returns what the sinks hold."""
+    neurons = find_neurons(model, **options)  # type: ignore[arg-type]
+    neurons.attach(model)
+    loss(model(*inputs)).backward()
+    neurons.detach()
+    return neurons, {layer.name: layer.sink.grad for layer in neurons if layer.sink.grad is not None}
+
+
+def expected(activations: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
+    """Importance from activations of a float64 graph, whose loss is the sum of the output's squares."""
+    gradients = torch.autograd.grad(output.pow(2).sum(), list(activations.values()))
+    return {name: eq_2(n.detach(), g) for (name, n), g in zip(activations.items(), gradients, strict=True)}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, importance in want.items():
+        assert importance.max() > 0
+        torch.testing.assert_close(got[name].double(), importance, rtol=1e-3, atol=1e-5 * importance.max().item())
+
+
+def through(sequence: nn.Sequential, x: Tensor, keep: dict[str, str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs a sequence; `keep` says behind which module which layer's activation is taken."""
+    activations = {}
+    for name, module in sequence.named_children():
+        x = module(x)
+        if name in keep:
+            activations[keep[name]] = x
+    return activations, x
+
+
+def test_the_papers_network_is_measured_behind_its_pooling() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    keep = {"pool1": "conv1", "pool2": "conv2", "relu": "hidden", "output": "output"}
+    assert_same(got, expected(*through(exact, x.double(), keep)))
+    assert [str(layer.points[0]) for layer in neurons] == [f"output of {m}" for m in ("pool1", "pool2", "dropout", "output")]
+
+
+def test_importance_behind_pooling_equals_importance_behind_the_norm_up_to_the_number_of_positions() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    _, pooled = measured(model, x)
+    _, normed = measured(model, x, measure_at={"conv1": "norm1", "conv2": "norm2"})
+    for name in pooled:
+        torch.testing.assert_close(pooled[name], normed[name], rtol=1e-3, atol=1e-6)
+
+
+def test_resnet_with_batch_norm_functional_and_shared_relu_and_residual_additions() -> None:
+    model, x = ResNet(), torch.randn(4, 3, 6, 6)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    acts = {"stem": exact.bn(exact.stem(x.double()))}
+    y = F.relu(acts["stem"])
+    for index, block in enumerate(exact.blocks):
+        acts[f"blocks.{index}.conv1"] = block.bn1(block.conv1(y))
+        acts[f"blocks.{index}.conv2"] = block.bn2(block.conv2(F.relu(acts[f"blocks.{index}.conv1"])))
+        y = F.relu(acts[f"blocks.{index}.conv2"] + y)
+    acts["fc"] = exact.fc(y.mean((2, 3)))
+    assert_same(got, expected(acts, acts["fc"]))
+    assert [p.name for p in neurons["blocks.0.conv1"].parameters] == ["blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"]
+
+
+def test_vgg_with_in_place_relu() -> None:
+    model, x = vgg(), torch.randn(3, 3, 8, 8)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    y, features = x.double(), {}
+    for index, module in enumerate(exact[0]):
+        y = F.relu(y) if isinstance(module, nn.ReLU) else module(y)
+        if isinstance(module, nn.BatchNorm2d):
+            features[f"0.{index - 1}"] = y
+    hidden = exact[2][0](y.flatten(1))
+    out = exact[2][3](F.relu(hidden))
+    assert_same(got, expected({**features, "2.0": hidden, "2.3": out}, out))
+
+
+def test_mlp_on_three_dimensional_input_sums_over_the_middle() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), torch.randn(4, 6, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    acts, out = through(exact, x.double(), {"1": "0", "2": "2"})
+    gradients = torch.autograd.grad(out.pow(2).sum(), list(acts.values()))
+    assert_same(got, {name: eq_2(n.detach(), g, 2) for (name, n), g in zip(acts.items(), gradients, strict=True)})
+    assert str(neurons["0"].points[0]) == "output of 1"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for parameter in model.parameters():  # the encoder copies one layer; let the copies differ
+        nn.init.normal_(parameter, std=0.3)
+    x, target = (torch.randn(3, 5, 8) for _ in range(2))
+    exact = copy.deepcopy(model).double()
+    loss = lambda y: (y * target.to(y.dtype)).sum()  # noqa: E731
+    neurons, got = measured(model, x, loss=loss)
+    acts: dict[str, Tensor] = {}
+    y = x.double()
+    for index, block in enumerate(exact.layers):
+        mixed = block.self_attn(y, y, y, need_weights=False)[0]
+        y = block.norm1(y + mixed)
+        hidden = F.gelu(block.linear1(y))
+        second = block.linear2(hidden)
+        y = block.norm2(y + second)
+        acts |= {f"layers.{index}.self_attn.out_proj": mixed, f"layers.{index}.linear1": hidden, f"layers.{index}.linear2": second}
+    gradients = torch.autograd.grad(loss(y), list(acts.values()))
+    samples = 0 if batch_first else 1
+    assert_same(got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)})
+    assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
+        *(f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")),
+        *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
+    }
+
+
+def test_two_layers_with_tied_weights_are_one_layer_whose_importance_adds_up() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    model[2].weight = model[0].weight
+    x = torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    first = F.relu(exact[0](x.double()))
+    second = F.relu(exact[2](first))
+    out = exact[4](second)
+    want = expected({"0": first, "2": second, "4": out}, out)
+    want["0"] += want.pop("2")
+    assert_same(got, want)
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "2.bias"]
+    assert "shared with 2" in neurons["0"].note
+
+
+def test_a_module_called_twice_in_one_forward_pass_adds_up() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.layer(F.relu(self.layer(x)))))
+
+    model, x = Twice(), torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    first = exact.layer(x.double())
+    second = exact.layer(F.relu(first))
+    out = exact.out(F.relu(second))
+    want = expected({"first": first, "second": second, "out": out}, out)
+    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+
+
+def test_channels_last_memory_gives_the_same_importance() -> None:
+    model, x = vgg(), torch.randn(3, 3, 8, 8)
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    _, got = measured(model, x)
+    _, last = measured(twin, x.contiguous(memory_format=torch.channels_last))
+    for name in got:
+        torch.testing.assert_close(last[name], got[name], rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_layers_are_listed_but_not_measured() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    model.conv1.requires_grad_(False)
+    neurons, got = measured(model, x)
+    assert "conv1" in [layer.name for layer in neurons]
+    assert set(got) == {"conv2", "hidden", "output"}
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7)),
+    (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 7)),
+    (nn.Conv3d(2, 5, 2), (2, 2, 4, 4, 4)),
+    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 9)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    (nn.ConvTranspose3d(2, 4, 2, groups=2), (2, 2, 3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).split("kernel")[0])
+def test_every_kind_of_convolution(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model, x = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), nn.Flatten()), torch.randn(shape)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    activation = torch.tanh(exact[0](x.double()))
+    assert_same(got, expected({"0": activation}, activation))
+    weight, n = neurons["0"].parameters[0], layer.out_channels
+    assert weight.parameter.shape[weight.dim] * weight.groups == n == neurons["0"].neurons
+
+
+def test_unbatched_input_counts_as_one_sample() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), torch.randn(2, 6, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    activation = F.relu(exact[0](x.double()))[None]
+    assert_same(got, expected({"0": activation}, activation))
+
+
+def test_functional_gelu_is_followed_and_measured_at_the_next_layers_input() -> None:
+    class FeedForward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.gelu(self.up(x)))
+
+    model, x = FeedForward(), torch.randn(5, 4)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    hidden = F.gelu(exact.up(x.double()))
+    down = exact.down(hidden)
+    assert_same(got, expected({"up": hidden, "down": down}, x.double() + down))
+    assert str(neurons["up"].points[0]) == "input of down"
+
+
+def test_a_functional_activation_that_cannot_be_reached_is_noted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.gelu(self.conv(x)).mean((2, 3)))
+
+    note = find_neurons(Net())["conv"].note
+    assert note == "measured before gelu, which is not a module that is used once"
+
+
+def test_a_layer_before_an_unreachable_normalization_trains_plainly_and_says_why() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.instance_norm(self.conv(x)).mean((2, 3)))
+
+    neurons = find_neurons(Net())
+    assert [layer.name for layer in neurons] == ["out"]
+    assert "a normalization follows" in neurons.others[0].reason
+
+
+def test_heads_chosen_by_an_argument_or_an_attribute() -> None:
+    x = torch.randn(4, 6)
+    for task in (0, 1):
+        _, got = measured(ManyHeads(), x, task)
+        assert set(got) == {"features.0", f"heads.{task}"}
+        model = SetTask()
+        neurons = find_neurons(model)
+        neurons.attach(model)
+        model.task = task
+        model(x).sum().backward()
+        assert {layer.name for layer in neurons if layer.sink.grad is not None} == {"hidden", f"heads.{task}"}
+
+
+def test_a_model_that_cannot_be_traced_is_measured_at_its_layers_own_outputs() -> None:
+    model, x = DataDependent(), torch.randn(4, 3, 5, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    conv = exact.conv(x.double())
+    out = exact.fc(F.relu(conv).mean((2, 3)) + 0.1)
+    assert_same(got, expected({"conv": conv, "fc": out}, out))
+    assert neurons["conv"].points[0].copy
+
+
+def test_in_place_operations_on_measured_tensors_are_met_with_a_copy() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(4, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            x[:, 0] = 0
+            return self.out(F.relu_(x.view(-1, 6)))
+
+    model, x = Masks(), torch.randn(3, 4)
+    neurons, got = measured(model, x)
+    assert set(got) == {"layer", "out"}
+    assert neurons["layer"].points[0].copy
+    logits_masked_by_the_user = model(x)
+    neurons.attach(model)
+    logits_masked_by_the_user = model(x)
+    logits_masked_by_the_user[:, 2:] = -1e9
+    logits_masked_by_the_user.logsumexp(1).sum().backward()
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last, self.seen, self.calls = nn.Linear(3, 2), None, {}, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = self.seen["x"] = self.layer(x)
+            return torch.dropout(self.last, 0.5, self.training)
+
+    model, state = Remembers().eval(), torch.get_rng_state()
+    find_neurons(model)
+    assert (model.last, model.seen, model.calls, model.training) == (None, {}, 0, False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.layer._forward_hooks
+
+
+def test_detaching_takes_every_hook_out() -> None:
+    model = ResNet()
+    neurons = find_neurons(model)
+    neurons.attach(model)
+    assert any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    neurons.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("make", [paper_cnn, ResNet, vgg, ManyHeads, DataDependent, lambda: nn.TransformerEncoderLayer(8, 2, 12), lambda: nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 3))])
+def test_the_table_lists_every_parameter_once(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    neurons = find_neurons(model)
+    listed = [p.name for layer in neurons for p in layer.parameters] + [other.name for other in neurons.others]
+    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+    for name in listed:
+        assert name.rpartition(".")[2] in str(neurons)
+
+
+def test_language_model_head_tied_with_its_embedding() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    neurons, got = measured(Tied(), torch.randint(11, (2, 5)))
+    assert "also the embedding embedding" in neurons["head"].note
+    assert got["head"].shape == (11,)
+
+
+def test_layers_whose_weight_is_computed_train_plainly() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+    neurons = find_neurons(model)
+    assert [layer.name for layer in neurons] == ["2"]
+    assert all("a parametrization" in other.reason for other in neurons.others)
+
+
+def tied_across_dimensions() -> nn.Module:
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ConvTranspose1d(6, 4, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: nn.ReLU(), {}, r"the model \(ReLU\) has no neurons that can be measured"),
+        (lambda: nn.LazyLinear(3), {}, "'weight' is not initialized yet: pass one batch"),
+        (lambda: nn.Linear(2, 2, dtype=torch.cfloat), {}, "'weight' is complex"),
+        (tied_across_dimensions, {}, "layers '0', '1' share one weight but count their neurons along different"),
+        (paper_cnn, {"measure_at": {"conv1": "pool9"}}, "measure_at names 'pool9', which is not in the model; close to it: 'pool"),
+        (paper_cnn, {"measure_at": {"convv": "pool1"}}, "measure_at names 'convv', which is not in the model; close to it: 'conv"),
+        (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        find_neurons(make(), **options)
+
+
+def test_looking_up_an_unknown_layer_names_the_known() -> None:
+    with pytest.raises(KeyError, match="no layer 'conv9'; the layers are conv1, conv2, hidden, output"):
+        find_neurons(paper_cnn())["conv9"]

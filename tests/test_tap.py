@@ -1,0 +1,175 @@
+"""The tap as autograd, the compiler and checkpointing see it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from npc_ext import ImportanceWarning, find_neurons
+from npc_ext.neurons import Neurons
+
+from .models import DataDependent, ResNet, paper_cnn
+
+
+def tapped(model: nn.Module) -> Neurons:
+    neurons = find_neurons(model)
+    neurons.attach(model)
+    return neurons
+
+
+def sinks(neurons: Neurons) -> list[Tensor]:
+    return [layer.sink.grad.clone() for layer in neurons if layer.sink.grad is not None]
+
+
+def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, 1, 8, 8), torch.randint(10, (samples,))
+
+
+def test_taps_change_neither_the_output_nor_the_gradients() -> None:
+    model, (x, y) = ResNet(), (torch.randn(4, 3, 6, 6), torch.randint(5, (4,)))
+    plain = copy.deepcopy(model)
+    tapped(model)
+    assert torch.equal(model(x), plain(x))
+    F.cross_entropy(model(x), y).backward()
+    F.cross_entropy(plain(x), y).backward()
+    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_importance_adds_up_over_micro_batches_and_is_cleared_like_a_gradient() -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    F.cross_entropy(model(x), y, reduction="sum").backward()
+    whole = sinks(neurons)
+    for layer in neurons:
+        layer.sink.grad = None
+    for part in (slice(0, 3), slice(3, 8)):
+        F.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
+    for one, parts in zip(whole, sinks(neurons), strict=True):
+        torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_measures_once(reentrant: bool) -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    F.cross_entropy(model(x), y).backward()
+    want = sinks(neurons)
+    for layer in neurons:
+        layer.sink.grad = None
+    x.requires_grad_()  # reentrant checkpointing passes gradients on only if its input has some
+    F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y).backward()
+    assert all(map(torch.equal, sinks(neurons), want))
+    assert len(want) == 4
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_model_is_measured_without_graph_breaks(backend: str) -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    F.cross_entropy(model(x), y).backward()
+    want = sinks(neurons)
+    for layer in neurons:
+        layer.sink.grad = None
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    F.cross_entropy(compiled(x), y).backward()
+    for got, importance in zip(sinks(neurons), want, strict=True):
+        torch.testing.assert_close(got, importance, rtol=1e-3, atol=1e-5 * importance.max().item())
+
+
+def test_autocast_measures_half_precision_activations_in_float32_sinks() -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    F.cross_entropy(model(x), y).backward()
+    want = sinks(neurons)
+    for layer in neurons:
+        layer.sink.grad = None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(x), y)
+    loss.backward()
+    for got, importance in zip(sinks(neurons), want, strict=True):
+        assert got.dtype == torch.float32
+        assert torch.corrcoef(torch.stack([got, importance]))[0, 1] > 0.9
+
+
+def test_nothing_is_measured_in_eval_mode_without_gradients_or_in_frozen_layers() -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    with torch.no_grad():
+        assert model(x).grad_fn is None
+    model.eval()
+    F.cross_entropy(model(x), y).backward()
+    assert not sinks(neurons)
+    model.train().requires_grad_(False)
+    F.cross_entropy(model(x.requires_grad_()), y).backward()
+    assert not sinks(neurons)
+
+
+def test_a_gradient_expanded_from_one_number_is_measured() -> None:
+    model = nn.Sequential(nn.Linear(4, 3))
+    neurons, x = tapped(model), torch.randn(5, 4)
+    model(x).sum().backward()
+    torch.testing.assert_close(neurons["0"].sink.grad, model(x).abs().sum(0).detach())
+
+
+def test_a_tapped_model_can_be_copied_and_pickled() -> None:
+    model, (x, y) = paper_cnn(), batch()
+    neurons = tapped(model)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        F.cross_entropy(twin(x), y).backward()
+        assert not sinks(neurons)
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(6), nn.BatchNorm2d(6)], ids=["instance norm", "batch norm"])
+def test_a_measuring_point_before_a_normalization_is_reported_once(norm: nn.Module) -> None:
+    model = DataDependent(norm)
+    tapped(model)
+    with pytest.warns(ImportanceWarning, match="layer 'conv': its importance, measured at the output of conv, is zero"):
+        model(torch.randn(4, 3, 8, 8)).pow(2).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(4, 3, 8, 8)).pow(2).sum().backward()
+
+
+def test_measure_at_moves_the_point_behind_the_normalization() -> None:
+    model = DataDependent(nn.InstanceNorm2d(6))
+    neurons = find_neurons(model, measure_at={"conv": "norm"})
+    neurons.attach(model)
+    model(torch.randn(4, 3, 8, 8)).pow(2).sum().backward()  # a warning would fail this test
+    assert neurons["conv"].sink.grad.min() > 1e-3
+
+
+def test_sound_models_and_dead_layers_are_not_reported() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ImportanceWarning)
+        for model, x in ((paper_cnn(), batch()[0]), (ResNet(), torch.randn(4, 3, 6, 6))):
+            tapped(model)
+            model(x).pow(2).sum().backward()
+        dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        nn.init.constant_(dead[0].bias, -1e3)
+        tapped(dead)
+        dead(torch.randn(5, 3)).sum().backward()
+
+
+def test_a_point_with_another_number_of_channels_is_refused() -> None:
+    model = paper_cnn()
+    find_neurons(model, measure_at={"conv1": "conv2"}).attach(model)
+    message = r"output of conv2 gave a tensor of shape \(8, 16, 4, 4\), but layer 'conv1' has 8 neurons"
+    with pytest.raises(ValueError, match=message):
+        model(batch()[0])
+
+
+def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    tapped(model)
+    model.to("meta")
+    with pytest.raises(RuntimeError, match="layer '0' runs on meta, but its importance is on cpu; build the optimizer after"):
+        model(torch.randn(4, 3, device="meta"))
