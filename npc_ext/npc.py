@@ -185,20 +185,23 @@ class NPC(torch.optim.Optimizer):
             if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
         ]
         self._own_options = [self._options_of(layer.name) for layer in self._consolidated]
+        self._skipped = torch.zeros(len(self._consolidated), dtype=torch.int64)
+        self._index_parameters()
+        for layer, key in zip(self._consolidated, self._keys, strict=True):
+            if "importance" not in self.state[key]:
+                self.state[key]["importance"] = torch.zeros(layer.neurons, device=key.device)
+        measure = reference.importance if self._backend == "reference" else ops.importance
+        self.neurons.attach(self._model, self._consolidated, measure)
+
+    def _index_parameters(self) -> None:
+        """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
         for index, layer in enumerate(self._consolidated):
-            own = [p for p in layer.parameters if id(p.parameter) in trained]
-            for p in own:
-                self._place[id(p.parameter)] = (index, p.dim, p.groups)
-            key = own[0].parameter
-            self._keys.append(key)
-            if "importance" not in self.state[key]:
-                self.state[key]["importance"] = torch.zeros(layer.neurons, device=key.device)
-        self._skipped = torch.zeros(len(self._consolidated), dtype=torch.int64)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        measure = reference.importance if self._backend == "reference" else ops.importance
-        self.neurons.attach(self._model, self._consolidated, measure)
+            own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
+            self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
+            self._keys.append(own[0].parameter)
 
     @property
     def _ready_neurons(self) -> bool:
@@ -337,7 +340,7 @@ class NPC(torch.optim.Optimizer):
             for layer, average in zip(layers, importances, strict=True)
         ]
         everything = len(layers) == len(self._consolidated)
-        at = torch.tensor(batch.layers)
+        at = torch.tensor(batch.layers, dtype=torch.int64)
         skipped = self._skipped if everything else self._skipped[at]
         if batch.parameters[0].device.type != "cpu":
             skipped = skipped.to(batch.parameters[0].device)
@@ -461,11 +464,14 @@ class NPC(torch.optim.Optimizer):
         for key in self._keys:
             average = saved[id(key)]["importance"]
             self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
-        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._drop_measured()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, **super().__getstate__()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
+        self._index_parameters()
 
     def __repr__(self) -> str:
         layers = len(self._consolidated)
