@@ -63,9 +63,13 @@ def sources() -> list[Source]:
 
 
 def flags() -> list[str]:
-    """Compiler flags of every translation unit, and NPC_EXT_CXXFLAGS (for sanitizers, say)."""
-    x86 = ["-DNPC_X86"] if _X86 else []
-    return [*_FLAGS, *x86, *os.environ.get("NPC_EXT_CXXFLAGS", "").split()]
+    """Compiler flags of every translation unit, before its own."""
+    return [*_FLAGS, *(["-DNPC_X86"] if _X86 else [])]
+
+
+def user_flags() -> list[str]:
+    """Flags from NPC_EXT_CXXFLAGS (for sanitizers, say); they come last, so that they win."""
+    return os.environ.get("NPC_EXT_CXXFLAGS", "").split()
 
 
 def build_key() -> str:
@@ -74,7 +78,7 @@ def build_key() -> str:
     root = source_dir()
     for path in sorted([*root.rglob("*.h"), *root.rglob("*.cpp")]):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((sources(), flags())).encode())
+    digest.update(repr((sources(), flags(), user_flags())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -175,7 +179,7 @@ def _ninja_file(folder: Path) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $cxx -shared {' '.join(flags())} $in -o $out {link}",
+        f"  command = $cxx -shared {' '.join([*flags(), *user_flags()])} $in -o $out {link}",
     ]
     objects = []
     for source in sources():
@@ -183,7 +187,7 @@ def _ninja_file(folder: Path) -> str:
         objects.append(name)
         lines += [
             f"build {name}: compile {_escape(str(root / source.path))}",
-            f"  flags = {common} {' '.join(source.flags)}",
+            f"  flags = {common} {' '.join([*source.flags, *user_flags()])}",
         ]
     lines += [f"build {MODULE_FILE}: link {' '.join(objects)}", f"default {MODULE_FILE}", ""]
     return "\n".join(lines)

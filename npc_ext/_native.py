@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
-import sys
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -50,15 +49,13 @@ def _prebuilt() -> tuple[ModuleType | None, str]:
     path = Path(__file__).with_name(_build.MODULE_FILE)
     if not path.exists():
         return None, f"no module built ahead of time ({path.name} is not in {path.parent})"
+    # Found without loading it: an extension that has been loaded cannot be replaced in the same process.
+    if _build.build_key().encode() not in path.read_bytes():
+        return None, "the module built ahead of time is older than the sources beside it"
     try:
-        module = _import_from(path)
+        return _import_from(path), ""
     except ImportError as error:
         return None, f"the module built ahead of time does not load ({error})"
-    if module.build_key != _build.build_key():
-        # Two versions of one extension cannot share a name in a process; the stale one must not be found again.
-        sys.modules.pop(_NAME, None)
-        return None, "the module built ahead of time is older than the sources beside it"
-    return module, ""
 
 
 def _import_from(path: Path) -> ModuleType:

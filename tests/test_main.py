@@ -1,0 +1,46 @@
+"""python -m npc_ext: the state of an installation, also of a broken one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def report(**environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "npc_ext"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_a_sound_installation_is_described() -> None:
+    result = report()
+    assert result.returncode == 0, result.stdout + result.stderr
+    for text in ("npc_ext   0.", "torch", "kernels   built", "in use; this processor runs baseline"):
+        assert text in result.stdout
+
+
+def test_a_broken_torch_is_reported_and_not_raised(tmp_path: Path) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libtorch_cpu.so: cannot open shared object file')")
+    result = report(PYTHONPATH=str(tmp_path))
+    assert result.returncode == 1
+    assert "libtorch_cpu.so: cannot open shared object file" in result.stdout
+    assert "mend: pip install --force-reinstall torch" in result.stdout
+    assert "kernels   built" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_a_missing_module_is_reported_with_reason_and_mend(tmp_path: Path) -> None:
+    result = report(NPC_EXT_CXXFLAGS="-DOTHER", CXX="/nowhere/c++", NPC_EXT_CACHE=str(tmp_path))
+    assert result.returncode == 1
+    assert "MISSING" in result.stdout
+    assert "CXX=/nowhere/c++ does not name a program; install one" in result.stdout
+    assert "plain PyTorch is used instead" in result.stdout
+
+
+def test_the_instruction_set_can_be_chosen() -> None:
+    assert "baseline in use" in report(NPC_EXT_ISA="baseline").stdout
