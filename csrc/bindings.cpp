@@ -112,13 +112,13 @@ struct Network {
   Network(const std::vector<Address>& values, const std::vector<Address>& gradients,
           const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
           const py::buffer& parameter_options, const std::vector<Address>& importances,
-          const std::vector<Address>& measured, Address skipped, const py::buffer& layer_numbers,
-          const py::buffer& layer_options, Address grad_scale, Address found_inf)
+          const std::vector<Address>& measured, const std::vector<Address>& skipped,
+          const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
       : layers(importances.size()), parameters(values.size()) {
     if (gradients.size() != values.size() || momentum.size() != values.size() ||
-        measured.size() != importances.size()) {
+        measured.size() != importances.size() || skipped.size() != importances.size()) {
       throw std::invalid_argument("update: every parameter needs a gradient and a momentum entry, every layer an "
-                                  "importance and a measured entry");
+                                  "importance, a measured and a skipped entry");
     }
     const Table<int64_t> numbers(parameter_numbers, values.size(), 8, "parameter_numbers");
     const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
@@ -136,7 +136,7 @@ struct Network {
       const int64_t* n = sizes.row(l);
       const double* o = constants.row(l);
       layers[l] = LayerParams{pointer<float>(importances[l]), pointer<const float>(measured[l]),
-                              pointer<int64_t>(skipped) + l, n[0], o[0], o[1], o[2], n[1] != 0, n[2] != 0};
+                              pointer<int64_t>(skipped[l]), n[0], o[0], o[1], o[2], n[1] != 0, n[2] != 0};
     }
     params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
                           static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
@@ -147,8 +147,8 @@ struct Network {
 void update(const std::vector<Address>& values, const std::vector<Address>& gradients,
             const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
             const py::buffer& parameter_options, const std::vector<Address>& importances,
-            const std::vector<Address>& measured, Address skipped, const py::buffer& layer_numbers,
-            const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
+            const std::vector<Address>& measured, const std::vector<Address>& skipped,
+            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
   const Network network(values, gradients, momentum, parameter_numbers, parameter_options, importances, measured,
                         skipped, layer_numbers, layer_options, grad_scale, found_inf);
   const py::gil_scoped_release released;
@@ -160,8 +160,8 @@ using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, In
 void network_step(const std::vector<ImportanceInput>& inputs, const std::vector<Address>& values,
                   const std::vector<Address>& gradients, const std::vector<Address>& momentum,
                   const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                  const std::vector<Address>& importances, Address skipped, const py::buffer& layer_numbers,
-                  const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
+                  const std::vector<Address>& importances, const std::vector<Address>& skipped,
+                  const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
   if (inputs.size() != importances.size()) {
     throw std::invalid_argument("network_step: every layer needs an activation and its gradient");
   }

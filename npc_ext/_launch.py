@@ -54,6 +54,8 @@ def geometry(
 
     Raises ValueError for memory with gaps or overlaps, and for groups that are not outermost in memory.
     """
+    if 0 in shape or not shape:
+        return 1, 1, 1
     order = sorted((dim for dim in range(len(shape)) if shape[dim] != 1), key=lambda dim: -stride[dim])
     expected = 1
     for dim in reversed(order):
@@ -90,16 +92,18 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
 
 
-class Network:
-    """The tables and addresses of one `update_` call; building it checks everything, launching it changes things."""
+class Tables:
+    """What the kernels must know of a network's parameters and layers, apart from where they are; checked once.
+
+    Rows of `parameter_numbers`: dtype, size, outer, middle, run, layer, nesterov, maximize; of `parameter_options`: lr,
+    momentum, weight decay; of `layer_numbers`: neurons, error function, active only; of `layer_options`: alpha, beta,
+    delta. They stay valid while the parameters keep their shape, dtype and memory order.
+    """
 
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        momentum_buffers: Sequence[Tensor],
         importances: Sequence[Tensor],
-        skipped: Tensor,
         layer: Sequence[int],
         neuron_dim: Sequence[int],
         groups: Sequence[int],
@@ -113,85 +117,139 @@ class Network:
         delta: Sequence[float],
         sigma: Sequence[str],
         active_only: Sequence[bool],
-        grad_scale: Tensor | None = None,
-        found_inf: Tensor | None = None,
     ) -> None:
         numbers, options = array("q"), array("d")
-        self.written = [*parameters, *importances, skipped]
-        # A gradient in another memory order is copied; the copies live as long as this object.
-        self.gradients = [in_memory_order_of(p, g) for p, g in zip(parameters, gradients, strict=True)]
-        momentum_addresses = []
         for index, parameter in enumerate(parameters):
-            size = parameter.numel()
-            place = (1, 1, size)
-            if layer[index] >= 0:
-                place = geometry(parameter.shape, parameter.stride(), neuron_dim[index], groups[index])
-            elif not parameter.is_contiguous():
-                geometry(parameter.shape, parameter.stride(), 0, 1)
-            numbers.extend(
-                (DTYPES[parameter.dtype], size, *place, layer[index], nesterov[index], maximize[index])
-            )
+            place = geometry(parameter.shape, parameter.stride(), neuron_dim[index], groups[index])
+            numbers.extend((DTYPES[parameter.dtype], parameter.numel(), *place, layer[index]))
+            numbers.extend((nesterov[index], maximize[index]))
             options.extend((lr[index], momentum[index], weight_decay[index]))
-            if momentum[index] == 0:
-                momentum_addresses.append(0)
-                continue
-            buffer = momentum_buffers[index]
-            if buffer.stride() != parameter.stride():
-                raise ValueError(
-                    f"momentum buffer {index} has strides {buffer.stride()}, but its parameter has "
-                    f"{parameter.stride()}; they must lie in memory alike"
-                )
-            momentum_addresses.append(buffer.data_ptr())
-            self.written.append(buffer)
         layer_numbers, layer_options = array("q"), array("d")
         for index, average in enumerate(importances):
             layer_numbers.extend((average.numel(), sigma[index] == "erf", active_only[index]))
             layer_options.extend((alpha[index], beta[index], delta[index]))
+        self.parameter_numbers, self.parameter_options = numbers, options
+        self.layer_numbers, self.layer_options = layer_numbers, layer_options
+        self.has_momentum = [value != 0 for value in momentum]
+        self.any_momentum = any(self.has_momentum)
+
+
+class _Call:
+    """The addresses of one launch. Holds what it had to copy until the launch is over."""
+
+    def __init__(
+        self,
+        tables: Tables,
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor],
+        importances: Sequence[Tensor],
+        skipped: Tensor,
+        skipped_at: Sequence[int] | None,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        self.written = [*parameters, *importances, skipped]
+        self.gradients = [in_memory_order_of(p, g) for p, g in zip(parameters, gradients, strict=True)]
         # The scale and the flag may come in any dtype; the kernels read float32.
         self.flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
-        self.addresses = (
+        momentum = [0] * len(parameters)
+        if tables.any_momentum:
+            for index, buffer in enumerate(momentum_buffers):
+                if tables.has_momentum[index]:
+                    _check_momentum_buffer(index, buffer, parameters[index])
+                    momentum[index] = buffer.data_ptr()
+                    self.written.append(buffer)
+        counter, bytes_each = skipped.data_ptr(), skipped.element_size()
+        counters = [counter + bytes_each * at for at in skipped_at or range(len(importances))]
+        self.parameters = (
             [parameter.data_ptr() for parameter in parameters],
             [gradient.data_ptr() for gradient in self.gradients],
-            momentum_addresses,
-            numbers,
-            options,
-            [average.data_ptr() for average in importances],
+            momentum,
+            tables.parameter_numbers,
+            tables.parameter_options,
         )
-        self.constants = (
-            skipped.data_ptr(),
-            layer_numbers,
-            layer_options,
+        self.averages = [average.data_ptr() for average in importances]
+        self.layers = (
+            counters,
+            tables.layer_numbers,
+            tables.layer_options,
             *(0 if flag is None else flag.data_ptr() for flag in self.flags),
+            torch.get_num_threads(),
         )
 
-    def update(self, measured: Sequence[Tensor]) -> None:
-        """Eqs. 3, 4, 7 and the weight update in one launch."""
-        sums = [tensor.data_ptr() if tensor.numel() else 0 for tensor in measured]
-        _native.module().update(*self.addresses, sums, *self.constants, torch.get_num_threads())
-        torch.autograd.graph.increment_version(self.written)
 
-    def step(
-        self,
-        activations: Sequence[Tensor],
-        activation_gradients: Sequence[Tensor],
-        channel_dim: Sequence[int],
-        batch_dim: Sequence[int],
-    ) -> None:
-        """The same with eq. 2 before it, still in one launch."""
-        inputs = [
-            (
-                n.data_ptr(),
-                g.data_ptr(),
-                DTYPES[n.dtype],
-                n.shape,
-                n.stride(),
-                g.stride(),
-                channel % n.ndim,
-                batch % n.ndim,
-            )
-            for n, g, channel, batch in zip(
-                activations, activation_gradients, channel_dim, batch_dim, strict=True
-            )
-        ]
-        _native.module().network_step(inputs, *self.addresses, *self.constants, torch.get_num_threads())
-        torch.autograd.graph.increment_version(self.written)
+def _check_momentum_buffer(index: int, buffer: Tensor, parameter: Tensor) -> None:
+    if buffer.stride() != parameter.stride():
+        raise ValueError(
+            f"momentum buffer {index} has strides {buffer.stride()}, but its parameter has {parameter.stride()}; "
+            "they must lie in memory alike"
+        )
+
+
+def update_(
+    tables: Tables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor | None],
+    skipped: Tensor,
+    skipped_at: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.ops.update_`.
+
+    A layer whose `measured` is None or empty keeps its average. `skipped_at` says which element of `skipped` counts
+    for which layer; by default they run side by side.
+    """
+    call = _Call(
+        tables,
+        parameters,
+        gradients,
+        momentum_buffers,
+        importances,
+        skipped,
+        skipped_at,
+        grad_scale,
+        found_inf,
+    )
+    sums = [0 if one is None or one.numel() == 0 else one.data_ptr() for one in measured]
+    _native.module().update(*call.parameters, call.averages, sums, *call.layers)
+    torch.autograd.graph.increment_version(call.written)
+
+
+def network_step_(
+    tables: Tables,
+    activations: Sequence[Tensor],
+    activation_gradients: Sequence[Tensor],
+    channel_dim: Sequence[int],
+    batch_dim: Sequence[int],
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """The same with eq. 2 before it, still in one launch; see `npc_ext.ops.network_step_`."""
+    call = _Call(
+        tables, parameters, gradients, momentum_buffers, importances, skipped, None, grad_scale, found_inf
+    )
+    inputs = [
+        (
+            n.data_ptr(),
+            g.data_ptr(),
+            DTYPES[n.dtype],
+            n.shape,
+            n.stride(),
+            g.stride(),
+            channel % n.ndim,
+            batch % n.ndim,
+        )
+        for n, g, channel, batch in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
+    ]
+    _native.module().network_step(inputs, *call.parameters, call.averages, *call.layers)
+    torch.autograd.graph.increment_version(call.written)

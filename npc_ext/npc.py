@@ -17,6 +17,7 @@ from .neurons import NeuronLayer, Neurons, find_neurons
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
+_OTHER_OPTIONS = ("alpha", "beta", "delta", "momentum", "nesterov", "weight_decay", "sigma", "maximize", "normalize")
 _BACKENDS = ("auto", "native", "reference")
 
 
@@ -195,6 +196,8 @@ class NPC(torch.optim.Optimizer):
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        self._plans: list[_Plan] = []
+        self._planned_for: list[Any] | None = None
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
@@ -256,61 +259,83 @@ class NPC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        batches: dict[torch.device, _Batch] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                place = self._place.get(id(parameter))
-                if place is None and self._others == "freeze":
-                    continue
-                if (batch := batches.get(parameter.device)) is None:
-                    batch = batches[parameter.device] = _Batch()
-                self._add(batch, parameter, group, place)
-        self._check_measured(batches.values())
+        signature = self._signature()
+        if signature != self._planned_for:
+            self._plans, self._planned_for = self._make_plans(), signature
+        self._check_measured()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        for device, batch in batches.items():
-            self._launch(batch, *(None if flag is None else flag.to(device) for flag in (grad_scale, found_inf)))
+        for plan in self._plans:
+            flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
+            self._launch(plan, *flags)
         self._drop_measured()
         self._report_skipped()
         return loss
 
-    def _add(
-        self, batch: _Batch, parameter: Tensor, group: dict[str, Any], place: tuple[int, int, int] | None
-    ) -> None:
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
-            got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
-            raise ValueError(
-                f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
-                f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
-            )
-        momentum = group["momentum"]
-        buffer = parameter
-        if momentum != 0:
-            state = self.state[parameter]
-            buffer = state.get("momentum_buffer")
-            if buffer is None:
-                buffer = state["momentum_buffer"] = torch.zeros_like(parameter)
-            elif buffer.stride() != parameter.stride():  # loaded from a run with another memory format
-                buffer = state["momentum_buffer"] = _launch.in_memory_order_of(parameter, buffer)
-        layer, dim, groups = (-1, 0, 1) if place is None else (batch.index_of(place[0]), *place[1:])
-        batch.parameters.append(parameter)
-        batch.gradients.append(gradient)
-        batch.buffers.append(buffer)
-        batch.layer.append(layer)
-        batch.neuron_dim.append(dim)
-        batch.groups.append(groups)
-        batch.lr.append(float(group["lr"]))
-        batch.momentum.append(momentum)
-        batch.nesterov.append(group["nesterov"])
-        batch.weight_decay.append(group["weight_decay"])
-        batch.maximize.append(group["maximize"])
+    def _signature(self) -> list[Any]:
+        """Everything that plans depend on: which parameters have gradients, their layout, and all options.
 
-    def _check_measured(self, batches: Iterable[_Batch]) -> None:
+        Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
+        """
+        signature: list[Any] = []
+        for group in self.param_groups:
+            # A tensor lr may be changed in place, so its value counts.
+            signature.append([float(group["lr"]), *(group[name] for name in _OTHER_OPTIONS)])
+            for parameter in group["params"]:
+                gradient = parameter.grad
+                if gradient is None:
+                    signature.append(None)
+                    continue
+                if gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+                    self._refuse_gradient(parameter, gradient)
+                signature += (parameter.dtype, parameter.device, parameter.stride())
+        return signature
+
+    def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
+        got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
+        raise ValueError(
+            f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
+            f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
+        )
+
+    def _make_plans(self) -> list[_Plan]:
+        """What a step works on, device by device, until something in the signature changes."""
+        members: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                in_neurons = id(parameter) in self._place
+                if parameter.grad is not None and (in_neurons or self._others == "train"):
+                    members.setdefault(parameter.device, []).append((parameter, group))
+        return [self._make_plan(device, own) for device, own in members.items()]
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Tensor, dict[str, Any]]]) -> _Plan:
+        parameters, groups = [p for p, _ in members], [group for _, group in members]
+        for parameter, group in members:
+            if group["momentum"] != 0:
+                state = self.state[parameter]
+                buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+                # One that was loaded, or whose model changed its memory format, may lie in memory otherwise.
+                state["momentum_buffer"] = _launch.in_memory_order_of(parameter, buffer)
+        places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
+        layers = sorted({layer for layer, _, _ in places if layer >= 0})
+        position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
+        constants = [self._constants(layer) for layer in layers]
+        options = (
+            [position[layer] for layer, _, _ in places],
+            [dim for _, dim, _ in places],
+            [count for _, _, count in places],
+            [float(group["lr"]) for group in groups],
+            *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
+            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
+            [own["normalize"] == "active" for own in constants],
+        )
+        importances = [self.state[self._keys[layer]]["importance"] for layer in layers]
+        native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
+        tables = _launch.Tables(parameters, importances, *options) if native else None
+        return _Plan(device, parameters, [group["momentum"] != 0 for group in groups], layers, options, tables)
+
+    def _check_measured(self) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
-        indices = [index for batch in batches for index in batch.layers]
+        indices = [index for plan in self._plans for index in plan.layers]
         unmeasured = [index for index in indices if self._consolidated[index].sink.grad is None]
         if not unmeasured:
             return
@@ -332,41 +357,24 @@ class NPC(torch.optim.Optimizer):
                 "...}} moves it)",
             )
 
-    def _launch(self, batch: _Batch, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        layers = [self._consolidated[index] for index in batch.layers]
-        importances = [self.state[self._keys[index]]["importance"] for index in batch.layers]
-        measured = [
-            average.new_empty(0) if layer.sink.grad is None else layer.sink.grad
-            for layer, average in zip(layers, importances, strict=True)
-        ]
-        everything = len(layers) == len(self._consolidated)
-        at = torch.tensor(batch.layers, dtype=torch.int64)
-        skipped = self._skipped if everything else self._skipped[at]
-        if batch.parameters[0].device.type != "cpu":
-            skipped = skipped.to(batch.parameters[0].device)
-        constants = [self._constants(index) for index in batch.layers]
-        options = (
-            skipped,
-            batch.layer,
-            batch.neuron_dim,
-            batch.groups,
-            batch.lr,
-            batch.momentum,
-            batch.nesterov,
-            batch.weight_decay,
-            batch.maximize,
-            [c["alpha"] for c in constants],
-            [c["beta"] for c in constants],
-            [c["delta"] for c in constants],
-            [c["sigma"] for c in constants],
-            [c["normalize"] == "active" for c in constants],
-            grad_scale,
-            found_inf,
-        )
-        update = reference.update_ if self._backend == "reference" else ops.update_unchecked
-        update(batch.parameters, batch.gradients, batch.buffers, importances, measured, *options)
-        if skipped is not self._skipped:
-            self._skipped[at] = skipped.cpu()
+    def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        state = self.state
+        buffers = [state[p]["momentum_buffer"] if has else p for p, has in zip(plan.parameters, plan.has_momentum)]  # noqa: B905
+        importances = [state[self._keys[index]]["importance"] for index in plan.layers]
+        measured = [self._consolidated[index].sink.grad for index in plan.layers]
+        network = (plan.parameters, [p.grad for p in plan.parameters], buffers, importances)
+        if plan.tables is not None:
+            _launch.update_(
+                plan.tables, *network, measured, self._skipped, plan.layers, grad_scale, found_inf
+            )
+            return
+        at = torch.tensor(plan.layers, dtype=torch.int64)
+        skipped = self._skipped[at].to(plan.device)
+        nothing = torch.empty(0, device=plan.device)
+        sums = [nothing if one is None else one for one in measured]
+        update = reference.update_ if self._backend == "reference" else ops.update_
+        update(*network, sums, skipped, *plan.options, grad_scale, found_inf)
+        self._skipped[at] = skipped.cpu()
 
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
@@ -479,29 +487,16 @@ class NPC(torch.optim.Optimizer):
         return f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n)"
 
 
-class _Batch:
-    """What one device's part of a step works on: lists over parameters, and the layers they belong to."""
+@dataclass(frozen=True)
+class _Plan:
+    """What one device's part of a step works on, apart from the values."""
 
-    def __init__(self) -> None:
-        self.parameters: list[Tensor] = []
-        self.gradients: list[Tensor] = []
-        self.buffers: list[Tensor] = []
-        self.layer: list[int] = []  # positions in `layers`
-        self.neuron_dim: list[int] = []
-        self.groups: list[int] = []
-        self.lr: list[float] = []
-        self.momentum: list[float] = []
-        self.nesterov: list[bool] = []
-        self.weight_decay: list[float] = []
-        self.maximize: list[bool] = []
-        self.layers: list[int] = []  # indices of consolidated layers
-        self._position: dict[int, int] = {}
-
-    def index_of(self, layer: int) -> int:
-        if layer not in self._position:
-            self._position[layer] = len(self.layers)
-            self.layers.append(layer)
-        return self._position[layer]
+    device: torch.device
+    parameters: list[Tensor]
+    has_momentum: list[bool]
+    layers: list[int]  # indices of consolidated layers
+    options: tuple[Any, ...]  # of ops.update_, from `layer` to `active_only`
+    tables: _launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
 
 
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:

@@ -75,7 +75,7 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
         )
     _check_dtype("activation", activation)
     _check_dims(activation, channel_dim, batch_dim)
-    if _is_plain_call(activation, gradient) and _native_takes((activation,)):
+    if _is_plain_call(activation, gradient) and native_takes((activation,)):
         return _launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
 
@@ -464,7 +464,12 @@ def _is_plain_call(*tensors: Tensor) -> bool:
     return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
 
 
-def _native_takes(tensors: Iterable[Tensor]) -> bool:
+# The options of update_ and network_step_ from `layer` to `active_only`; grad_scale and found_inf follow.
+_CONSTANTS = 13
+
+
+def native_takes(tensors: Iterable[Tensor]) -> bool:
+    """Whether the compiled kernels do the work on these tensors; warns, once, if they would but are missing."""
     for tensor in tensors:
         if not _launch.supports(tensor):
             return False
@@ -475,23 +480,25 @@ def _native_takes(tensors: Iterable[Tensor]) -> bool:
 
 
 def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
-    kernel = _launch.importance if _native_takes((activation, gradient)) else reference.importance
+    kernel = _launch.importance if native_takes((activation, gradient)) else reference.importance
     return kernel(activation, gradient, channel_dim, batch_dim)
 
 
-def update_unchecked(
+def _update(
     parameters: list[Tensor],
     gradients: list[Tensor],
     momentum_buffers: list[Tensor],
     importances: list[Tensor],
     measured: list[Tensor],
+    skipped: Tensor,
     *options: Any,
 ) -> None:
-    """`update_` for a caller that has checked its arguments, as the optimizer has: no dispatcher, no second look."""
-    if _native_takes([*parameters, *importances]):
-        _launch.Network(parameters, gradients, momentum_buffers, importances, *options).update(measured)
+    network = (parameters, gradients, momentum_buffers, importances, measured, skipped)
+    if native_takes([*parameters, *importances]):
+        constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
+        _launch.update_(_launch.Tables(parameters, importances, *constants), *network, None, *flags)
     else:
-        reference.update_(parameters, gradients, momentum_buffers, importances, measured, *options)
+        reference.update_(*network, *options)
 
 
 def _network_step(
@@ -503,12 +510,14 @@ def _network_step(
     gradients: list[Tensor],
     momentum_buffers: list[Tensor],
     importances: list[Tensor],
+    skipped: Tensor,
     *options: Any,
 ) -> None:
     inputs = (activations, activation_gradients, channel_dim, batch_dim)
-    network = (parameters, gradients, momentum_buffers, importances)
-    if _native_takes([*activations, *parameters, *importances]):
-        _launch.Network(*network, *options).step(*inputs)
+    network = (parameters, gradients, momentum_buffers, importances, skipped)
+    if native_takes([*activations, *parameters, *importances]):
+        constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
+        _launch.network_step_(_launch.Tables(parameters, importances, *constants), *inputs, *network, *flags)
     else:
         reference.network_step_(*inputs, *network, *options)
 
@@ -578,7 +587,7 @@ def _fake_nothing(*arguments: Any, **options: Any) -> None:
 
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "importance": (_importance, _fake_importance),
-    "update_": (update_unchecked, _fake_nothing),
+    "update_": (_update, _fake_nothing),
     "network_step_": (_network_step, _fake_nothing),
     "layer_step_": (_layer_step, _fake_nothing),
 }

@@ -1,0 +1,270 @@
+"""Micro-benchmarks, each against its peers in the same run: `make bench`.
+
+Prints Markdown tables and writes them with all numbers to bench/results/micro.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from npc_ext import NPC, ops, reference
+
+from .. import environment
+from ..continual.networks import cnn
+from ..continual.report import markdown
+from .timing import Comparison, compare, sets_of
+
+# (samples, neurons, positions...): fully connected layers, small maps, the paper's maps, large maps.
+IMPORTANCE_SHAPES = [
+    *[(16, 512), (64, 512), (256, 512), (256, 4096)],
+    *[(64, 512, 2, 2), (64, 256, 4, 4), (64, 512, 7, 7), (64, 512, 8, 8)],
+    *[(16, 128, 16, 16), (64, 128, 16, 16), (16, 128, 32, 32), (64, 128, 32, 32), (8, 64, 224, 224)],
+]
+SMALL_POSITIONS = 64  # up to here the goal is a factor of 1.5
+UPDATE_SIZES = [10**3, 10**4, 10**5, 10**6, 10**7, 64 * 10**6]
+
+Row = dict[str, Any]
+
+
+def importance(quick: bool) -> Iterator[Row]:
+    """Eq. 2 against PyTorch's ways to compute it."""
+
+    def eager(n: Tensor, g: Tensor) -> Tensor:
+        product = n * g
+        return (product.flatten(2).sum(2) if product.ndim > 2 else product).abs().sum(0)
+
+    def vecdot(n: Tensor, g: Tensor) -> Tensor:
+        return torch.linalg.vecdot(n.flatten(2), g.flatten(2)).abs().sum(0) if n.ndim > 2 else (n * g).abs().sum(0)
+
+    compiled = torch.compile(eager, dynamic=False)
+    torch._dynamo.config.cache_size_limit = 64
+    for shape in IMPORTANCE_SHAPES[:: 4 if quick else 1]:
+        count = sets_of(2 * 4 * torch.Size(shape).numel())
+        inputs = [(torch.randn(shape), torch.randn(shape)) for _ in range(count)]
+        peers: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+            "npc_ext": ops.importance,
+            "eager": eager,
+            "vecdot": vecdot,
+            "compile": compiled,
+        }
+        want = reference.importance(*(t.double() for t in inputs[0]))
+        for name, function in peers.items():
+            _check(name, function(*inputs[0]), want)
+        result = compare({name: _on(function, inputs) for name, function in peers.items()}, sets=count)
+        goal = 1.5 if torch.Size(shape[2:]).numel() <= SMALL_POSITIONS else 1.0
+        yield _row(" x ".join(map(str, shape)), result, goal, 2 * 4 * torch.Size(shape).numel())
+
+
+def update(quick: bool) -> Iterator[Row]:
+    """optimizer.step() with nothing frozen, which is the most work NPC can have, against SGD."""
+    for momentum in (0.0, 0.9):
+        for size in UPDATE_SIZES[: 3 if quick else None]:
+            width = max(int((size / 4) ** 0.5), 1)
+            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+            models = [model, *(copy.deepcopy(model) for _ in range(3))]
+            for one in models:
+                for parameter in one.parameters():
+                    parameter.grad = torch.randn_like(parameter)
+            # beta so large that every neuron learns at full rate, as in SGD
+            ours = NPC(models[0], lr=1e-3, beta=1e9, momentum=momentum)
+            eager = NPC(models[3], lr=1e-3, beta=1e9, momentum=momentum, backend="reference")
+            sgd = {"lr": 1e-3, "momentum": momentum}
+            optimizers: dict[str, torch.optim.Optimizer] = {
+                "npc_ext": ours,
+                "SGD fused": torch.optim.SGD(models[1].parameters(), **sgd, fused=True),
+                "SGD foreach": torch.optim.SGD(models[2].parameters(), **sgd, foreach=True),
+                "eager NPC": eager,
+            }
+            measured = torch.rand(width)
+
+            def prepare(optimizers: tuple[NPC, ...] = (ours, eager), measured: Tensor = measured) -> None:
+                for optimizer in optimizers:
+                    for layer in optimizer.neurons:
+                        layer.sink.grad = measured
+
+            prepare()
+            for one, optimizer in zip(models, optimizers.values(), strict=True):
+                with torch.no_grad():
+                    for parameter in one.parameters():
+                        parameter.grad = model.state_dict()["0.weight"].new_ones(parameter.shape)
+                optimizer.step()
+            for name, one in zip(optimizers, models, strict=True):
+                _check(name, one[0].weight, models[1][0].weight.double())
+            steps = {name: _ignoring_the_set(optimizer.step) for name, optimizer in optimizers.items()}
+            result = compare(steps, prepare=prepare, turns=11 if size > 10**7 else 31, seconds_per_turn=0.02)
+            label = f"{size:,} parameters" + (f", momentum {momentum}" if momentum else "")
+            yield _row(label, result, 1.0 if size >= 10**4 else None, (3 + 2 * bool(momentum)) * 4 * size, "SGD fused")
+
+
+def step(quick: bool) -> Iterator[Row]:
+    """The whole training step of the paper's CNN, and of a network so small that only host time counts."""
+    configurations: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
+        ("digits CNN, batch 16", lambda: cnn(1, 8, (16, 32), 64, 10), (16, 1, 8, 8), 41),
+        ("paper's CNN, batch 16", lambda: cnn(3, 32, (128, 512, 256), 512, 100), (16, 3, 32, 32), 21),
+        ("paper's CNN, batch 64", lambda: cnn(3, 32, (128, 512, 256), 512, 100), (64, 3, 32, 32), 15),
+    ]
+    for label, make, shape, turns in configurations[: 1 if quick else None]:
+        model = make()
+        twin = copy.deepcopy(model)
+        optimizers = [NPC(model, lr=1e-3), torch.optim.SGD(twin.parameters(), lr=1e-3, fused=True)]
+        images, labels = torch.randn(shape), torch.randint(10, shape[:1])
+
+        def train(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor = images, y: Tensor = labels) -> None:
+            optimizer.zero_grad()
+            F.cross_entropy(network(x), y).backward()
+            optimizer.step()
+
+        steps = {
+            "npc_ext": _ignoring_the_set(lambda m=model, o=optimizers[0]: train(m, o)),
+            "SGD fused": _ignoring_the_set(lambda m=twin, o=optimizers[1]: train(m, o)),
+        }
+        result = compare(steps, turns=turns, seconds_per_turn=0.02)
+        goal = None if "digits" in label else 1 / 1.03
+        row = _row(label, result, goal, None)
+        row["saved for backward, bytes"] = {"npc_ext": _saved(model, images), "SGD fused": _saved(twin, images)}
+        state = [value for of_one in optimizers[0].state.values() for value in of_one.values()]
+        row["optimizer state, bytes"] = sum(value.numel() * value.element_size() for value in state)
+        row["neurons"] = sum(layer.neurons for layer in optimizers[0].neurons)  # type: ignore[attr-defined]
+        yield row
+
+
+def host(quick: bool) -> Iterator[Row]:
+    """Time per call where there is next to nothing to compute."""
+    n, g = torch.randn(2, 8), torch.randn(2, 8)
+    result = compare(
+        {
+            "npc_ext": lambda _: ops.importance(n, g),
+            "eager": lambda _: (n * g).abs().sum(0),
+            "through the dispatcher": lambda _: torch.ops.npc_ext.importance.default(n, g),
+        }
+    )
+    yield _row("importance, 2 x 8", result, None, None)
+    yield from (row for row in update(True) if row["case"] == f"{10**3:,} parameters")
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+    tapped = copy.deepcopy(model)
+    NPC(tapped)
+    x = torch.randn(2, 8)
+    passes = {
+        "npc_ext": lambda _: tapped(x).sum().backward(),
+        "without taps": lambda _: model(x).sum().backward(),
+    }
+    yield _row("forward and backward of 2 layers with taps", compare(passes), None, None)
+
+
+def _on(function: Callable[[Tensor, Tensor], Tensor], inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], Tensor]:
+    return lambda index: function(*inputs[index])
+
+
+def _ignoring_the_set(function: Callable[[], object]) -> Callable[[int], object]:
+    return lambda _: function()
+
+
+def _check(name: str, got: Tensor, want: Tensor) -> None:
+    """A peer that computes something else is no peer."""
+    error = (got.double() - want).norm() / want.norm()
+    if not error < 1e-4:
+        raise AssertionError(f"{name} is off by {error:.2g} of what it should compute")
+
+
+def _saved(model: nn.Module, images: Tensor) -> int:
+    """Bytes of distinct memory that the forward pass keeps for the backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(images)
+    del output
+    return sum(kept.values())
+
+
+def _row(case: str, result: Comparison, goal: float | None, moved: int | None, against: str = "") -> Row:
+    low, median, high = result.ratio[against] if against else result.fastest_peer()
+    row: Row = {
+        "case": case,
+        "seconds": result.seconds,
+        "peer / npc_ext (quartiles)": result.ratio,
+        "against": against or next(name for name, ratio in result.ratio.items() if ratio[1] == median),
+        "ratio": [low, median, high],
+        "goal": goal,
+    }
+    if moved:
+        row["GB/s"] = moved / result.seconds["npc_ext"] / 1e9
+    return row
+
+
+def _table(rows: list[Row]) -> str:
+    """One line per case: our time, how many times longer each peer takes, and whether the goal is reached."""
+    peers = list(rows[0]["peer / npc_ext (quartiles)"])
+    header = ["case", "npc_ext", *(f"{peer}, times as long" for peer in peers), "goal"]
+    lines = []
+    for row in rows:
+        ratios = [row["peer / npc_ext (quartiles)"].get(peer) for peer in peers]
+        cells = ["" if r is None else f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in ratios]
+        lines.append([row["case"], _duration(row["seconds"]["npc_ext"]), *cells, _verdict(row)])
+    return markdown(header, lines)
+
+
+def _duration(seconds: float) -> str:
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} µs"
+
+
+def _verdict(row: Row) -> str:
+    """Reached if the median is; where the quartiles straddle the goal, the run cannot tell, and the table says so."""
+    if row["goal"] is None:
+        return ""
+    low, median, high = row["ratio"]
+    word = "reached" if median >= row["goal"] else "within the noise" if high >= row["goal"] else "missed"
+    return f"{word} (at least {row['goal']:.2f} of {row['against']})"
+
+
+PARTS = {"importance": importance, "update": update, "step": step, "host": host}
+
+
+def main() -> None:
+    """Runs the parts asked for and writes what they measured."""
+    parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
+    parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/micro"), help="folder for the results")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    command = " ".join(["python -m bench.micro", *sys.argv[1:]])
+    for part in arguments.only:
+        started = time.perf_counter()
+        rows = list(tqdm(PARTS[part](arguments.quick), desc=part, unit="case", leave=False))
+        table = _table(rows)
+        print(f"\n### {part}: {PARTS[part].__doc__}\n\n{table}")
+        result = {
+            "command": command,
+            "seconds": time.perf_counter() - started,
+            "environment": environment.describe(),
+            "rows": rows,
+        }
+        (arguments.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
+        (arguments.out / f"{part}.md").write_text(f"{table}\n\n`{command}`\n")
+
+
+if __name__ == "__main__":
+    main()
