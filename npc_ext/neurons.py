@@ -359,9 +359,14 @@ def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[st
         return "recurrent layer: its activations inside the sequence cannot be seen"
     if isinstance(module, nn.MultiheadAttention):
         return "attention's input projection: its activations cannot be seen"
-    if type(module).__name__ in _NORMALIZATION:
+    if _torch_class(module) in _NORMALIZATION:
         return "normalization that follows no single layer's neurons"
     return f"{own} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"
+
+
+def _torch_class(module: nn.Module) -> str:
+    """The name of the torch.nn class that a module is, or that its class is derived from."""
+    return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
 
 
 def _check_name(option: str, name: str, known: list[str]) -> None:
@@ -401,7 +406,28 @@ for _operator in _IN_PLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into containers and users' modules, not into layers, nor into what torch.nn computes in one piece."""
+    """Goes into containers and users' modules, not into layers, nor into what torch.nn computes in one piece.
+
+    A module whose forward cannot be traced is one node of its caller's graph, and is listed in `opaque`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque: list[nn.Module] = []
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before = len(self.graph.nodes)
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        # The user's forward runs on stand-ins for tensors; whatever it raises means the same: not this way.
+        except Exception:
+            for node in reversed(list(self.graph.nodes)[before:]):
+                self.graph.erase_node(node)
+            if m not in self.opaque:
+                self.opaque.append(m)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -418,30 +444,39 @@ class _Graphs:
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.calls: dict[str, list[fx.Node]] = {}
-        self._prefix: dict[fx.Node, str] = {}
-        self._trace("", model)
+        self._name = {module: name for name, module in self.modules.items()}
+        self._target: dict[fx.Node, str] = {}
+        self._opaque: set[str] = set()
+        self._traced: set[nn.Module] = set()
+        self._trace(model)
+        # Branches that the forward pass did not take, as another task's head, are graphs of their own.
+        for name, module in self.modules.items():
+            if name and not any(call == name or call.startswith(f"{name}.") for call in self.calls):
+                self._trace(module)
 
-    def _trace(self, name: str, module: nn.Module) -> None:
-        if isinstance(module, _WEIGHTED):
+    def _trace(self, module: nn.Module) -> None:
+        if isinstance(module, _WEIGHTED) or module in self._traced:
             return
-        graph = _symbolic_trace(module)
-        if graph is None:
-            for child_name, child in module.named_children():
-                self._trace(_join(name, child_name), child)
-            return
+        self._traced.add(module)
+        graph, opaque = _symbolic_trace(module)
         for node in graph.nodes:
             if node.op == "call_module":
-                self._prefix[node] = name
-                self.calls.setdefault(self.target(node), []).append(node)
+                called = module.get_submodule(str(node.target))
+                self._target[node] = self._name[called]  # a module may have several names; this is its first
+                self.calls.setdefault(self._name[called], []).append(node)
+        for part in opaque:
+            self._opaque.add(self._name[part])
+            for child in part.children():
+                self._trace(child)
 
     def target(self, node: fx.Node) -> str:
         """The full name of the module that a node calls."""
-        return _join(self._prefix[node], str(node.target))
+        return self._target[node]
 
     def operation(self, node: fx.Node) -> str:
-        """What a node does, by the name of its module's class, its function or its method."""
+        """What a node does, by the name of its module's class in torch.nn, its function or its method."""
         if node.op == "call_module":
-            return type(self.modules[self.target(node)]).__name__
+            return _torch_class(self.modules[self.target(node)])
         if node.op == "call_function":
             return getattr(node.target, "__name__", "").removeprefix("boolean_dispatch.")
         return str(node.target) if node.op == "call_method" else node.op
@@ -468,7 +503,9 @@ class _Graphs:
     def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether a consumer overwrites the value, directly or through a view of it."""
         name = self.operation(node)
-        if node.op == "call_module" and getattr(self.modules[self.target(node)], "inplace", False):
+        if node.op == "call_module" and (
+            self.target(node) in self._opaque or getattr(self.modules[self.target(node)], "inplace", False)
+        ):
             return True
         if node.kwargs.get("inplace") or (len(name) > 1 and name.endswith("_") and not name.endswith("__")):
             return True
@@ -508,7 +545,10 @@ class _Graphs:
         scales = [
             self.target(node)
             for node in walks[0].values[1:]
-            if node.op == "call_module" and all(call in own for call in self.calls[self.target(node)])
+            if node.op == "call_module"
+            and all(call in own for call in self.calls[self.target(node)])
+            # Behind a convolution their scales count positions.
+            and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
         ]
         if any(isinstance(choice, str) for choice in choices):
             return next(choice for choice in choices if isinstance(choice, str)), [], ""
@@ -602,33 +642,29 @@ _POOLING_FUNCTIONS: dict[Any, str] = {
 }
 
 
-def _symbolic_trace(module: nn.Module) -> fx.Graph | None:
-    """The module's graph, or None if it cannot be traced. Leaves no trace in the module itself."""
-    try:
-        forward = inspect.signature(module.forward)
-    except (TypeError, ValueError):
-        return None
-    defaults = {
-        name: parameter.default
-        for name, parameter in forward.parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
-    attempts = [defaults, {}] if defaults else [{}]
-    for concrete in attempts:
-        with _unchanged(module), _no_fast_path():
-            try:
-                return _Tracer().trace(module, concrete_args=concrete or None)
-            # Tracing runs the user's forward on stand-ins for tensors; whatever it raises means the same: not this way.
-            except Exception:
-                continue
-    return None
+def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
+    """The module's graph, empty if it cannot be traced, and the modules in it that cannot. Leaves no trace in them."""
+    defaults: dict[str, Any] = {}
+    with contextlib.suppress(TypeError, ValueError):
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(module.forward).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+    for concrete in [defaults, None] if defaults else [None]:
+        tracer = _Tracer()
+        # As in `_Tracer.call_module`, whatever it raises means: not this way.
+        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path():
+            return tracer.trace(module, concrete_args=concrete), tracer.opaque
+    return fx.Graph(), [module]
 
 
 @contextlib.contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass on stand-ins leaves in the modules' attributes, and in the random state."""
+    """Undoes what a forward pass on stand-ins leaves in modules' attributes and buffers, and in the random state."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
-    dicts = [(d, dict(d)) for m, own in saved for d in own.values() if isinstance(d, dict)]
+    containers = [(c, c.copy()) for _, own in saved for c in own.values() if isinstance(c, (dict, list, set))]
+    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -636,9 +672,13 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
             for m, attributes in saved:
                 m.__dict__.clear()
                 m.__dict__.update(attributes)
-            for d, entries in dicts:
-                d.clear()
-                d.update(entries)
+            for container, entries in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(entries)
+            for buffer, version, value in buffers:
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
 
 
 @contextlib.contextmanager

@@ -17,9 +17,13 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .neurons import NeuronLayer, TapPoint
 
-# A signed sum that is smaller than this share of the sum of absolute values is rounding, not importance: float32
-# products of random sign leave about 1e-7 * sqrt(count) of it, real importance leaves 1e-2 and more.
-_NUMERICALLY_ZERO = 1e-4
+# Before a normalization the gradient sums to zero but for rounding: this share of the absolute sum in float32.
+_ZERO_GRADIENT = 1e-5
+# How often a layer may be taken for one before a normalization by chance, when its activations and gradients are as
+# unrelated as random numbers.
+_FALSE_ALARMS = 1e-6
+# Halves are so coarse that the gradients of few channels may all sum to zero by chance.
+_FEWEST_NEURONS_IN_HALVES = 5
 
 
 class ImportanceWarning(UserWarning):
@@ -105,23 +109,33 @@ class TapHook:
 def _check_not_before_normalization(
     layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> None:
-    """Warns if the importance is zero but for rounding, as it is before a normalization whatever the data.
+    """Warns if the importance is next to zero by construction, as it is before a normalization whatever the data.
 
-    Instance norm does not change with the scale of one channel of one sample, so every sum over positions is zero; batch
-    norm does not change with the scale of one channel, so a channel's sum over samples and positions is. (Layer and
-    group norm do not change with the scale of several channels together, which sums to zero before layers far upstream
-    of any normalization too, and so says nothing.)
+    Instance norm changes neither with the mean nor with the scale of one channel of one sample, so every channel's
+    gradient and importance sum to zero over positions; before batch norm they do over samples and positions. (Layer and
+    group norm do not change with those of several channels together, which sum to zero before layers far upstream of
+    any normalization too, and so say nothing.)
     """
     if layer.neurons == 1:  # its scale is the sample's scale, see above
         return
-    product = activation.detach().double() * gradient.double()
-    product = product.movedim((batch_dim, channel_dim), (0, 1)).reshape(product.shape[batch_dim], layer.neurons, -1)
-    absolute = product.abs().sum((0, 2))
-    for kind, signed in (
-        ("an instance normalization", product.sum(2).abs().sum(0)),
-        ("a batch normalization", product.sum((0, 2)).abs()),
-    ):
-        if absolute.sum() > 0 and bool((signed <= _NUMERICALLY_ZERO * absolute).all()):
+    u = torch.finfo(gradient.dtype).eps / 2
+    if u > _ZERO_GRADIENT and layer.neurons < _FEWEST_NEURONS_IN_HALVES:
+        return
+    gradient, activation = (
+        t.detach().double().movedim((batch_dim, channel_dim), (0, 1)).reshape(t.shape[batch_dim], layer.neurons, -1)
+        for t in (gradient, activation)
+    )
+    product = activation * gradient
+    if not product.any():
+        return
+    for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
+        terms = product.numel() / product.sum(dims).numel()
+        zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
+        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization hands it back to its input.
+        # The importance is zero, too, but for the eps added to the variance. Unrelated numbers leave about
+        # 1 / sqrt(terms) of the absolute sum; that all channels stay below a part of that is improbable.
+        zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
+        if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
             warnings.warn(
                 f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
                 f"zero but for rounding, as it is before {kind}; measure it behind that: "
@@ -130,3 +144,9 @@ def _check_not_before_normalization(
                 stacklevel=2,
             )
             return
+
+
+def _cancels(values: Tensor, dims: tuple[int, ...], share: float) -> bool:
+    """Whether in each channel of (B, N, P) the sums over `dims` are at most `share` of those of absolute values."""
+    signed, absolute = values.sum(dims, keepdim=True).abs().sum(0), values.abs().sum((0, 2)).unsqueeze(1)
+    return bool((signed <= share * absolute).all())

@@ -282,6 +282,16 @@ def test_heads_chosen_by_an_argument_or_an_attribute() -> None:
         assert {layer.name for layer in neurons if layer.sink.grad is not None} == {"hidden", f"heads.{task}"}
 
 
+def test_heads_that_the_trace_does_not_reach_are_measured_behind_their_normalization() -> None:
+    model = SetTask()
+    for index in range(2):
+        head = (nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+        model.heads[index] = nn.Sequential(*head)
+    layer = find_neurons(model)["heads.1.0"]
+    assert str(layer.points[0]) == "output of heads.1.2"
+    assert [p.name for p in layer.parameters][2:] == ["heads.1.1.weight", "heads.1.1.bias"]
+
+
 def test_a_model_that_cannot_be_traced_is_measured_at_its_layers_own_outputs() -> None:
     model, x = DataDependent(), torch.randn(4, 3, 5, 5)
     exact = copy.deepcopy(model).double()
@@ -330,6 +340,102 @@ def test_tracing_leaves_nothing_behind() -> None:
     assert (model.last, model.seen, model.calls, model.training) == (None, {}, 0, False)
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.layer._forward_hooks
+
+
+def test_tracing_leaves_nothing_in_buffers_and_lists_even_if_it_fails() -> None:
+    class Counts(nn.Module):
+        def __init__(self, fails: bool) -> None:
+            super().__init__()
+            self.layer, self.fails, self.log = nn.Linear(3, 2), fails, list[Tensor]()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            x = self.layer(x)
+            self.log.append(x)
+            return -x if self.fails and x.sum() > 0 else x
+
+    for fails in (False, True):
+        model = Counts(fails)
+        find_neurons(model)
+        assert (model.log, model.steps.item()) == ([], 0)
+
+
+class OverwritesItsInput(nn.Module):
+    """Cannot be traced, and works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_() if x.sum() > 0 else x.mul_(2)
+
+
+def test_a_part_that_cannot_be_traced_moves_no_point_before_it() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), OverwritesItsInput(), nn.Flatten(), nn.Linear(36, 2))
+    )
+    x = torch.randn(3, 2, 5, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    assert str(neurons["0"].points[0]) == "output of 2"
+    assert neurons["0"].points[0].copy
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    conv = exact[2](exact[1](exact[0](x.double())))
+    out = exact[5](exact[3](conv.clone()).flatten(1))
+    assert_same(got, expected({"0": conv, "5": out}, out))
+
+
+def test_a_module_with_two_names_in_a_model_that_cannot_be_traced() -> None:
+    class Part(nn.Module):
+        def __init__(self, relu: nn.Module) -> None:
+            super().__init__()
+            self.fc, self.relu = nn.Linear(4, 4), relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.fc(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            relu = nn.ReLU()
+            self.a, self.b = Part(relu), Part(relu)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x) if x.sum() >= 0 else x
+
+    assert [str(layer.points[0]) for layer in find_neurons(Model())] == ["output of a.fc", "output of b.fc"]
+
+
+def test_a_class_derived_from_a_normalization_is_passed_even_if_it_cannot_be_traced() -> None:
+    class CheckedNorm(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            if input.abs().amax() == torch.inf:
+                raise ValueError("infinite")
+            return F.relu(super().forward(input))
+
+    neurons = find_neurons(nn.Sequential(nn.Conv2d(2, 4, 3), CheckedNorm(4), nn.Conv2d(4, 2, 1)))
+    assert str(neurons["0"].points[0]) == "output of 1"
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_functional_pooling_does_not_hide_a_following_normalization() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.avg_pool2d(F.max_pool2d(self.conv(x), 2), 2)
+            return self.fc(self.norm(F.adaptive_avg_pool2d(x, 2)).mean((2, 3)))
+
+    assert str(find_neurons(Model())["conv"].points[0]) == "output of norm"
+
+
+def test_scales_of_a_layer_norm_behind_a_convolution_count_positions_not_neurons() -> None:
+    # The last dimension is as long as there are neurons, by chance.
+    neurons = find_neurons(nn.Sequential(nn.Conv1d(2, 5, 1), nn.LayerNorm(5), nn.ReLU(), nn.Conv1d(5, 2, 1)))
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias"]
+    assert [other.name for other in neurons.others] == ["1.weight", "1.bias"]
+    assert str(neurons["0"].points[0]) == "output of 2"
 
 
 def test_detaching_takes_every_hook_out() -> None:

@@ -128,15 +128,53 @@ def test_a_tapped_model_can_be_copied_and_pickled() -> None:
         assert torch.equal(twin(x), model(x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(6), nn.BatchNorm2d(6)], ids=["instance norm", "batch norm"])
-def test_a_measuring_point_before_a_normalization_is_reported_once(norm: nn.Module) -> None:
+def test_a_measuring_point_before_a_normalization_is_reported_once(norm: nn.Module, dtype: torch.dtype) -> None:
     model = DataDependent(norm)
     tapped(model)
+
+    def train() -> None:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            model(torch.randn(8, 3, 12, 12)).float().pow(2).sum().backward()
+
     with pytest.warns(ImportanceWarning, match="layer 'conv': its importance, measured at the output of conv, is zero"):
-        model(torch.randn(4, 3, 8, 8)).pow(2).sum().backward()
+        train()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        model(torch.randn(4, 3, 8, 8)).pow(2).sum().backward()
+        train()
+
+
+def sound_models() -> list[tuple[nn.Module, Tensor]]:
+    """Models whose taps are in place, among them those whose gradients sum to zero all the same."""
+    return [
+        (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(64, 6)),
+        (
+            nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(2 * 14 * 14, 2)),
+            torch.randn(64, 1, 16, 16),
+        ),
+        *(
+            (
+                nn.Sequential(
+                    *(nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 4, 1), norm(4), nn.ReLU()),
+                    *(nn.Conv2d(4, 4, 1), norm(4), nn.Flatten(), nn.Linear(4 * 36, 2)),
+                ),
+                torch.randn(64, 3, 8, 8),
+            )
+            for norm in (nn.BatchNorm2d, nn.InstanceNorm2d)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sound_models_are_not_reported(dtype: torch.dtype) -> None:
+    for seed in range(40):
+        torch.manual_seed(seed)
+        for model, x in sound_models():
+            tapped(model)
+            with warnings.catch_warnings(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                warnings.simplefilter("error", ImportanceWarning)
+                F.cross_entropy(model(x).float(), torch.arange(64) % 2).backward()
 
 
 def test_measure_at_moves_the_point_behind_the_normalization() -> None:
