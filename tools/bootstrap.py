@@ -3,7 +3,8 @@
 `bootstrap.py requirements` makes .venv with the Python that runs it and installs requirements.txt.
 `bootstrap.py build`, run with .venv's Python, compiles and installs the package in place.
 
-Standard library only, and in a syntax that Python versions too old for the package can still read.
+Standard library only, and in a syntax that Python 3.6 can still read, so that a Python too old for the package is
+told so: hence no `from __future__ import annotations` here.
 """
 
 import argparse
@@ -12,42 +13,50 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from typing import NoReturn
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 VENV = os.path.join(ROOT, ".venv")
 VENV_PYTHON = os.path.join(VENV, "bin", "python")
+VENV_PIP = os.path.join(VENV, "bin", "pip")
 LOG = os.path.join(ROOT, "setup.log")
 OLDEST = (3, 10)
 
-# What a failing command's output says, and the sentence for it.
+NO_VENV = "Python's venv module is missing or incomplete; install it (for example 'apt install python3-venv')"
+NO_COMPILER = "install one (for example 'apt install g++') or set CXX to one"
+NO_HEADERS = "Python's headers are missing; install them (for example 'apt install python3-dev')"
+NO_NETWORK = "the package index cannot be reached; check the network and run the command again"
+
+# What a failing command's output says, and the sentence for it; the first that fits is told. pip names the trouble
+# with the network only in its warnings about retries, and then ends with "No matching distribution found".
 CAUSES = [
     ("No space left on device", "the disk is full; free some space and run the command again"),
-    ("ensurepip is not available", "Python's venv module is incomplete; install it (for example 'apt install python3-venv')"),
-    ("No module named venv", "Python's venv module is missing; install it (for example 'apt install python3-venv')"),
-    ("No module named ensurepip", "Python's venv module is incomplete; install it (for example 'apt install python3-venv')"),
-    ("no C++ compiler", "there is no C++ compiler; install one (for example 'apt install g++') or set CXX to one"),
-    ("Python.h is missing", "Python's headers are missing; install them (for example 'apt install python3-dev')"),
+    ("ensurepip is not available", NO_VENV),
+    ("No module named ensurepip", NO_VENV),
+    ("No module named venv", NO_VENV),
+    ("no C++ compiler", "there is no C++ compiler; " + NO_COMPILER),
+    ("Python.h is missing", NO_HEADERS),
     ("the C++ compiler failed", "the C++ compiler could not compile the extension; its messages are in the log"),
-    ("Failed to establish a new connection", "the package index cannot be reached; check the network and run the command again"),
-    ("Temporary failure in name resolution", "the package index cannot be reached; check the network and run the command again"),
-    ("Connection refused", "the package index cannot be reached; check the network and run the command again"),
-    ("Read timed out", "the package index does not answer; check the network and run the command again"),
-    ("Network is unreachable", "the package index cannot be reached; check the network and run the command again"),
-    ("No matching distribution found", "the package index has no build of a pinned version for this Python and machine, or cannot be reached"),
+    ("CERTIFICATE_VERIFY_FAILED", "the package index's certificate is not trusted; check the clock, and PIP_CERT"),
+    ("connection broken by", NO_NETWORK),
+    ("Read timed out", NO_NETWORK),
+    (
+        "No matching distribution found",
+        "the package index has no build of a pinned version for this Python and machine",
+    ),
 ]
 
 
-def fail(sentence):
+def fail(sentence: str) -> NoReturn:
     """Ends the program with one sentence."""
-    sys.exit("npc_ext: " + sentence)
+    sys.exit(f"npc_ext: {sentence}")
 
 
-def run(what, command):
+def run(what: str, command: "list[str]") -> None:
     """Runs a command quietly, its output in the log; on failure says what went wrong in one sentence."""
-    sys.stderr.write("npc_ext: " + what + " ...\n")
-    sys.stderr.flush()
+    print(f"npc_ext: {what} ...", file=sys.stderr, flush=True)
     with open(LOG, "a") as log:
-        log.write("\n$ " + " ".join(command) + "\n")
+        log.write("\n$ {}\n".format(" ".join(command)))
         log.flush()
         start = log.tell()
         status = subprocess.call(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
@@ -58,62 +67,66 @@ def run(what, command):
         output = log.read()
     for sign, sentence in CAUSES:
         if sign in output:
-            fail(what + " failed: " + sentence + " (log: " + LOG + ")")
-    fail(what + " failed with exit status " + str(status) + "; the end of " + LOG + " says why")
+            fail(f"{what} failed: {sentence} (log: {LOG})")
+    fail(f"{what} failed with exit status {status}; the end of {LOG} says why")
 
 
-def check_python():
+def check_python() -> None:
     """Refuses a Python that is too old."""
-    if sys.version_info[:2] < OLDEST:
+    version = sys.version_info[:2]
+    if version < OLDEST:
         fail(
-            "Python %d.%d or newer is needed, %s is %d.%d; name a newer one: make PYTHON=/path/to/python3"
-            % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]))
+            f"Python {OLDEST[0]}.{OLDEST[1]} or newer is needed, {sys.executable} is {version[0]}.{version[1]}; "
+            "name a newer one: make PYTHON=/path/to/python3"
         )
 
 
-def check_compiler():
+def check_compiler() -> None:
     """Refuses before minutes of installation what the build would refuse after them."""
     wanted = os.environ.get("CXX", "").split()[:1]
     if not any(shutil.which(name) for name in wanted or ["c++", "g++", "clang++"]):
-        got = "CXX names " + wanted[0] + ", which is no program" if wanted else "none of c++, g++, clang++ is on the PATH"
-        fail("there is no C++ compiler (" + got + "); install one (for example 'apt install g++') or set CXX to one")
+        got = f"CXX={wanted[0]} names no program" if wanted else "none of c++, g++, clang++ is on the PATH"
+        fail(f"there is no C++ compiler ({got}); {NO_COMPILER}")
     if not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")):
-        fail("Python's headers are missing; install them (for example 'apt install python3-dev')")
+        fail(NO_HEADERS)
 
 
-def stamp(name):
+def stamp(name: str) -> None:
     """Marks a step as done, for make; nothing is marked that was interrupted."""
     with open(os.path.join(VENV, name + ".stamp"), "w"):
         pass
 
 
-def install_requirements():
+def install_requirements() -> None:
     """Makes .venv and installs the pinned versions."""
     check_python()
     check_compiler()
     if os.path.exists(LOG):
         os.remove(LOG)
-    if not os.path.exists(VENV_PYTHON):
+    # venv makes python first and pip last: without both it was interrupted, or its Python is gone.
+    if not (os.path.exists(VENV_PYTHON) and os.path.exists(VENV_PIP)):
         run("making .venv", [sys.executable, "-m", "venv", "--clear", VENV])
+    # At least one retry: pip tells a broken connection only when it tries again.
     pip = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--retries", "2", "--timeout", "20"]
-    run("installing the versions in requirements.txt (torch among them, this takes a while)", pip + ["install", "-r", "requirements.txt"])
+    what = "installing the versions in requirements.txt (torch among them, this takes a while)"
+    run(what, [*pip, "install", "-r", "requirements.txt"])
     stamp("requirements")
 
 
-def build():
+def build() -> None:
     """Compiles the extension and installs the package in place."""
     check_compiler()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    run("compiling the extension", pip + ["install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."])
+    run("compiling the extension", [*pip, "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."])
     stamp("build")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Makes .venv and builds the extension, for the Makefile.")
     parser.add_argument("step", choices=["requirements", "build"])
     try:
         {"requirements": install_requirements, "build": build}[parser.parse_args().step]()
     except KeyboardInterrupt:
         fail("interrupted; run the command again, it goes on where it can")
     except OSError as error:
-        fail(str(error) + "; mend that and run the command again")
+        fail(f"{error}; mend that and run the command again")
