@@ -14,7 +14,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 
 _spec = importlib.util.spec_from_file_location("npc_ext_build", ROOT / "npc_ext" / "_build.py")
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 _build = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = _build
 _spec.loader.exec_module(_build)

@@ -1,4 +1,4 @@
-"""python -m npc_ext: what is installed and built here, and for what is missing the reason and the command that mends it.
+"""python -m npc_ext: what is installed and built here, and for what is missing the reason and what mends it.
 
 Works when torch or the compiled module is broken; the exit status is 0 if everything that runs here is in order.
 """

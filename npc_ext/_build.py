@@ -56,9 +56,7 @@ def sources() -> list[Source]:
     """Every translation unit of the module for this machine's processor family."""
     isas = ["baseline", "avx2", "avx512"] if _X86 else ["baseline"]
     kernels = [Source(f"cpu/kernels_{isa}.cpp", (*_FAST, *_ISA_FLAGS[isa])) for isa in isas]
-    shared = [
-        Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")
-    ]
+    shared = [Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")]
     return [Source("bindings.cpp", ("-O1",)), *kernels, *shared]
 
 

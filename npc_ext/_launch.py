@@ -47,9 +47,7 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
 
 
 @lru_cache(maxsize=4096)
-def geometry(
-    shape: tuple[int, ...], stride: tuple[int, ...], neuron_dim: int, groups: int
-) -> tuple[int, int, int]:
+def geometry(shape: tuple[int, ...], stride: tuple[int, ...], neuron_dim: int, groups: int) -> tuple[int, int, int]:
     """How a parameter's memory falls into runs of one neuron each: (outer, middle, run), as csrc/api.h defines them.
 
     Raises ValueError for memory with gaps or overlaps, and for groups that are not outermost in memory.
@@ -235,9 +233,7 @@ def network_step_(
     found_inf: Tensor | None = None,
 ) -> None:
     """The same with eq. 2 before it, still in one launch; see `npc_ext.ops.network_step_`."""
-    call = _Call(
-        tables, parameters, gradients, momentum_buffers, importances, skipped, None, grad_scale, found_inf
-    )
+    call = _Call(tables, parameters, gradients, momentum_buffers, importances, skipped, None, grad_scale, found_inf)
     inputs = [
         (
             n.data_ptr(),

@@ -214,11 +214,14 @@ def find_neurons(
     """
     modules = dict(model.named_modules())
     weighted, unusable = _weighted_layers(modules)
-    for option, names in (("measure_at", measure_at or {}), ("batch_dim", batch_dim or {})):
-        for name in names:
-            _check_name(option, name, [*weighted])
+    for name in measure_at or {}:
+        _check_name("measure_at", name, [*weighted])
     for name in (measure_at or {}).values():
         _check_name("measure_at", name, list(modules))
+    for name, dim in (batch_dim or {}).items():
+        _check_name("batch_dim", name, [*weighted])
+        if dim not in (0, 1):
+            raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
     graphs = _Graphs(model)
     layers, claimed = [], dict[int, str]()
     for names in _by_weight(weighted).values():
@@ -246,7 +249,8 @@ def find_neurons(
 
 def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Layers with neurons, and those that would have some but for a reason."""
-    weighted, unusable = {}, {}
+    weighted: dict[str, nn.Module] = {}
+    unusable: dict[str, str] = {}
     for name, module in modules.items():
         for own, parameter in module.named_parameters(recurse=False):
             full = f"{name}.{own}".lstrip(".")
@@ -279,11 +283,11 @@ def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     return groups
 
 
-def _neuron_place(module: nn.Module) -> tuple[int, int, int]:
+def _neuron_place(module: Any) -> tuple[int, int, int]:
     """Number of neurons of a weighted module, the weight's dimension that counts them, and its groups."""
     if isinstance(module, _TRANSPOSED):
         return module.out_channels, 1, module.groups
-    return module.weight.shape[0], 0, 1  # type: ignore[union-attr, return-value]
+    return module.weight.shape[0], 0, 1
 
 
 def _layer(
@@ -295,15 +299,15 @@ def _layer(
     claimed: Mapping[int, str],
 ) -> NeuronLayer | str:
     """The layer whose weight the modules `names` share, or why it cannot be measured."""
-    first = modules[names[0]]
-    weight: nn.Parameter = first.weight  # type: ignore[assignment]
+    first: Any = modules[names[0]]
+    weight: nn.Parameter = first.weight
     neurons, dim, groups = _neuron_place(first)
     parameters = [NeuronParameter(_join(names[0], "weight"), weight, dim, groups)]
     points: list[TapPoint] = []
     notes: list[str] = []
     taken = {*claimed, id(weight)}
     for name in names:
-        module = modules[name]
+        module: Any = modules[name]
         scales: list[str] = []
         if name in measure_at:
             found: list[tuple[str, str, bool]] | str = [
@@ -482,7 +486,7 @@ class _Graphs:
         return str(node.target) if node.op == "call_method" else node.op
 
     def kind(self, node: fx.Node, convolution: bool) -> str | None:
-        """ "normalization", "homogeneous" or "activation"; None for everything that ends a walk."""
+        """Either "normalization", "homogeneous" or "activation"; None for everything that ends a walk."""
         name = _POOLING_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
         name = name or self.operation(node)
         if name in _NORMALIZATION:
@@ -490,9 +494,7 @@ class _Graphs:
         if name in _HOMOGENEOUS:
             return "homogeneous"
         if name in _POOLING:
-            indices = node.op == "call_module" and getattr(
-                self.modules[self.target(node)], "return_indices", False
-            )
+            indices = node.op == "call_module" and getattr(self.modules[self.target(node)], "return_indices", False)
             return "homogeneous" if convolution and not indices and not node.kwargs.get("return_indices") else None
         return "activation" if name in _OTHER_ACTIVATIONS else None
 
@@ -556,7 +558,11 @@ class _Graphs:
         if (at, "output") in points and len(points) > 1:
             # One call can only be measured at the layer itself, and a tap there sees every call.
             if any("normalization" in walk.kinds for walk in walks):
-                return "it is called several times, and only some calls can be measured behind their normalization", [], ""
+                return (
+                    "it is called several times, and only some calls can be measured behind their normalization",
+                    [],
+                    "",
+                )
             points = {(at, "output"): (at, "output", any(map(self.is_overwritten, starts)), "")}
         copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
         note = next((choice[3] for choice in points.values() if choice[3]), "")

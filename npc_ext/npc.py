@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
-from .neurons import NeuronLayer, Neurons, find_neurons
+from .neurons import Neurons, find_neurons
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
@@ -214,9 +214,7 @@ class NPC(torch.optim.Optimizer):
         """Options of one layer: those under its own name before those under patterns, in the order given."""
         if name in self._layer_options:
             return self._layer_options[name]
-        return next(
-            (options for pattern, options in self._layer_options.items() if fnmatchcase(name, pattern)), {}
-        )
+        return next((options for pattern, options in self._layer_options.items() if fnmatchcase(name, pattern)), {})
 
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         names = [name for name, _ in self._model.named_modules()]
@@ -240,7 +238,7 @@ class NPC(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------ the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: moves every neuron's importance on, and every weight at its neuron's rate.
 
         Args:
@@ -319,7 +317,7 @@ class NPC(torch.optim.Optimizer):
         layers = sorted({layer for layer, _, _ in places if layer >= 0})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
         constants = [self._constants(layer) for layer in layers]
-        options = (
+        options: tuple[Any, ...] = (
             [position[layer] for layer, _, _ in places],
             [dim for _, dim, _ in places],
             [count for _, _, count in places],
@@ -362,18 +360,28 @@ class NPC(torch.optim.Optimizer):
         buffers = [state[p]["momentum_buffer"] if has else p for p, has in zip(plan.parameters, plan.has_momentum)]  # noqa: B905
         importances = [state[self._keys[index]]["importance"] for index in plan.layers]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
-        network = (plan.parameters, [p.grad for p in plan.parameters], buffers, importances)
+        gradients: list[Any] = [parameter.grad for parameter in plan.parameters]
         if plan.tables is not None:
             _launch.update_(
-                plan.tables, *network, measured, self._skipped, plan.layers, grad_scale, found_inf
+                plan.tables,
+                plan.parameters,
+                gradients,
+                buffers,
+                importances,
+                measured,
+                self._skipped,
+                plan.layers,
+                grad_scale,
+                found_inf,
             )
             return
         at = torch.tensor(plan.layers, dtype=torch.int64)
         skipped = self._skipped[at].to(plan.device)
         nothing = torch.empty(0, device=plan.device)
         sums = [nothing if one is None else one for one in measured]
-        update = reference.update_ if self._backend == "reference" else ops.update_
-        update(*network, sums, skipped, *plan.options, grad_scale, found_inf)
+        update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
+        network = (plan.parameters, gradients, buffers, importances, sums, skipped)
+        update(*network, *plan.options, grad_scale, found_inf)
         self._skipped[at] = skipped.cpu()
 
     def _constants(self, index: int) -> Mapping[str, Any]:
@@ -522,7 +530,9 @@ def _check_options(options: Mapping[str, Any], where: str = "") -> None:
     if not 0 <= float(options["delta"]) < 1:
         raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
     if options["nesterov"] and not options["momentum"]:
-        raise ValueError(f"{where}nesterov is on, but momentum is {options['momentum']}; nesterov needs a momentum above 0")
+        raise ValueError(
+            f"{where}nesterov is on, but momentum is {options['momentum']}; nesterov needs a momentum above 0"
+        )
     _check_choice(f"{where}sigma", options["sigma"], ops.SIGMAS)
     _check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
 

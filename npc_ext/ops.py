@@ -21,9 +21,7 @@ SIGMAS = ("sigmoid", "tanh", "erf")
 
 _library = torch.library.Library("npc_ext", "DEF")
 
-_NETWORK = (
-    "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor(c!)[] importances, "
-)
+_NETWORK = "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor(c!)[] importances, "
 _OPTIONS = (
     "Tensor(d!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
@@ -131,9 +129,7 @@ def update_(
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
-    _check_network(
-        parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum
-    )
+    _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
     _check_lengths(len(importances), measured=measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
     for index, sums in enumerate(measured):
         if sums.numel() == 0:
@@ -201,9 +197,7 @@ def network_step_(
         ValueError: as in `importance` and `update_`. Nothing is changed then.
     """
     layers = len(importances)
-    _check_network(
-        parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum
-    )
+    _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
     _check_lengths(
         layers,
         activations=activations,
@@ -420,9 +414,7 @@ def _check_network(
             raise ValueError(f"layer[{index}] is {layer[index]}, but there are {len(importances)} layers")
         dim = neuron_dim[index]
         if not 0 <= dim < parameter.ndim:
-            raise ValueError(
-                f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions"
-            )
+            raise ValueError(f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions")
         rows, neurons = parameter.shape[dim] * groups[index], importances[layer[index]].numel()
         if rows != neurons:
             raise ValueError(
@@ -513,8 +505,8 @@ def _network_step(
     skipped: Tensor,
     *options: Any,
 ) -> None:
-    inputs = (activations, activation_gradients, channel_dim, batch_dim)
-    network = (parameters, gradients, momentum_buffers, importances, skipped)
+    inputs: tuple[Any, ...] = (activations, activation_gradients, channel_dim, batch_dim)
+    network: tuple[Any, ...] = (parameters, gradients, momentum_buffers, importances, skipped)
     if native_takes([*activations, *parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
         _launch.network_step_(_launch.Tables(parameters, importances, *constants), *inputs, *network, *flags)
@@ -547,9 +539,7 @@ def _layer_step(
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
-    per_parameter = [
-        [value] * len(parameters) for value in (lr, momentum, nesterov, weight_decay, maximize)
-    ]
+    per_parameter = [[value] * len(parameters) for value in (lr, momentum, nesterov, weight_decay, maximize)]
     _network_step(
         [activation],
         [activation_gradient],
@@ -574,9 +564,7 @@ def _layer_step(
     )
 
 
-def _fake_importance(
-    activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
-) -> Tensor:
+def _fake_importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
     dtype = reference.compute_dtype(activation.dtype)
     return activation.new_empty(activation.shape[channel_dim], dtype=dtype)
 

@@ -13,7 +13,7 @@ _IMPORTANCE, _RATE, _LIMIT = "#4c72b0", "#dd8452", "#555555"
 
 
 def plot_plasticity(optimizer: NPC) -> Figure:
-    """Draws importance (eq. 4) above learning rates (eq. 7), one column per layer, neurons from most to least important.
+    """Draws importance (eq. 4) above learning rates (eq. 7), a column per layer, the most important neurons first.
 
     The dashed line is beta: a neuron above it is frozen. Returns a matplotlib figure to show or save.
 

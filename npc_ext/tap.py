@@ -32,7 +32,7 @@ class ImportanceWarning(UserWarning):
 
 class _Tap(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, activation: Tensor, sink: Tensor, layer: NeuronLayer, channel_dim: int, batch_dim: int, copy: bool
     ) -> Tensor:
         ctx.save_for_backward(activation)
@@ -40,7 +40,7 @@ class _Tap(torch.autograd.Function):
         return activation.clone() if copy else activation.view_as(activation)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
         layer = ctx.layer
         if gradient.dtype != activation.dtype:

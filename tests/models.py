@@ -52,7 +52,9 @@ def vgg() -> nn.Sequential:
     return nn.Sequential(nn.Sequential(*features), nn.Flatten(), nn.Sequential(*classifier))
 
 
-def paper_cnn(channels: tuple[int, ...] = (8, 16), hidden: int = 32, classes: int = 10, dropout: float = 0.0) -> nn.Sequential:
+def paper_cnn(
+    channels: tuple[int, ...] = (8, 16), hidden: int = 32, classes: int = 10, dropout: float = 0.0
+) -> nn.Sequential:
     """The paper's network for 8x8 images of one channel, narrow."""
     from bench.continual.networks import cnn
 

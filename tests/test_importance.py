@@ -46,7 +46,9 @@ def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_importance_agrees_with_the_reference_in_every_layout(shape: tuple[int, ...], dtype: torch.dtype, isa: str) -> None:
+def test_importance_agrees_with_the_reference_in_every_layout(
+    shape: tuple[int, ...], dtype: torch.dtype, isa: str
+) -> None:
     activations = layouts(torch.randn(shape).to(dtype))
     gradients = layouts(torch.randn(shape).to(dtype))
     for name, activation in activations.items():
@@ -146,7 +148,10 @@ def test_importance_inside_a_compiled_function() -> None:
     ("arguments", "message"),
     [
         ((torch.ones(2, 3), torch.ones(2, 4)), r"gradient has shape \(2, 4\), but activation has \(2, 3\)"),
-        ((torch.ones(2, 3), torch.ones(2, 3).double()), "gradient is torch.float64 on cpu, but activation is torch.float32"),
+        (
+            (torch.ones(2, 3), torch.ones(2, 3).double()),
+            "gradient is torch.float64 on cpu, but activation is torch.float32",
+        ),
         ((torch.ones(2, 3).int(), torch.ones(2, 3).int()), "activation is torch.int32; expected float32"),
         ((torch.ones(3), torch.ones(3)), r"activation has shape \(3,\); expected samples and neurons"),
         ((torch.ones(2, 3), torch.ones(2, 3), 2), "channel_dim is 2, but activation has 2 dimensions"),

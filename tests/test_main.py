@@ -12,7 +12,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def report(**environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "npc_ext"], cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        [sys.executable, "-m", "npc_ext"],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -26,7 +26,9 @@ def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: 
     return torch.tensor(rows).double().sum(0)
 
 
-def measured(model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object) -> tuple[Neurons, dict[str, Tensor]]:
+def measured(
+    model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object
+) -> tuple[Neurons, dict[str, Tensor]]:
     """Taps the model, runs it forward and backward, and returns what the sinks hold."""
     neurons = find_neurons(model, **options)  # type: ignore[arg-type]
     neurons.attach(model)
@@ -64,7 +66,9 @@ def test_the_papers_network_is_measured_behind_its_pooling() -> None:
     neurons, got = measured(model, x)
     keep = {"pool1": "conv1", "pool2": "conv2", "relu": "hidden", "output": "output"}
     assert_same(got, expected(*through(exact, x.double(), keep)))
-    assert [str(layer.points[0]) for layer in neurons] == [f"output of {m}" for m in ("pool1", "pool2", "dropout", "output")]
+    assert [str(layer.points[0]) for layer in neurons] == [
+        f"output of {m}" for m in ("pool1", "pool2", "dropout", "output")
+    ]
 
 
 def test_importance_behind_pooling_equals_importance_behind_the_norm_up_to_the_number_of_positions() -> None:
@@ -87,7 +91,11 @@ def test_resnet_with_batch_norm_functional_and_shared_relu_and_residual_addition
         y = F.relu(acts[f"blocks.{index}.conv2"] + y)
     acts["fc"] = exact.fc(y.mean((2, 3)))
     assert_same(got, expected(acts, acts["fc"]))
-    assert [p.name for p in neurons["blocks.0.conv1"].parameters] == ["blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"]
+    assert [p.name for p in neurons["blocks.0.conv1"].parameters] == [
+        "blocks.0.conv1.weight",
+        "blocks.0.bn1.weight",
+        "blocks.0.bn1.bias",
+    ]
 
 
 def test_vgg_with_in_place_relu() -> None:
@@ -132,10 +140,16 @@ def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
         hidden = F.gelu(block.linear1(y))
         second = block.linear2(hidden)
         y = block.norm2(y + second)
-        acts |= {f"layers.{index}.self_attn.out_proj": mixed, f"layers.{index}.linear1": hidden, f"layers.{index}.linear2": second}
+        acts |= {
+            f"layers.{index}.self_attn.out_proj": mixed,
+            f"layers.{index}.linear1": hidden,
+            f"layers.{index}.linear2": second,
+        }
     gradients = torch.autograd.grad(loss(y), list(acts.values()))
     samples = 0 if batch_first else 1
-    assert_same(got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)})
+    assert_same(
+        got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)}
+    )
     assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
         *(f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")),
         *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
@@ -447,7 +461,18 @@ def test_detaching_takes_every_hook_out() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize("make", [paper_cnn, ResNet, vgg, ManyHeads, DataDependent, lambda: nn.TransformerEncoderLayer(8, 2, 12), lambda: nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 3))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        paper_cnn,
+        ResNet,
+        vgg,
+        ManyHeads,
+        DataDependent,
+        lambda: nn.TransformerEncoderLayer(8, 2, 12),
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 3)),
+    ],
+)
 def test_the_table_lists_every_parameter_once(make: Callable[[], nn.Module]) -> None:
     model = make()
     neurons = find_neurons(model)

@@ -95,7 +95,9 @@ def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dic
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
-@pytest.mark.parametrize("options", [{"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 0.98}, ALL_OPTIONS], ids=["paper's", "all options"])
+@pytest.mark.parametrize(
+    "options", [{"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 0.98}, ALL_OPTIONS], ids=["paper's", "all options"]
+)
 def test_100_steps_stay_with_the_equations_in_float64(options: dict[str, Any], backend: str) -> None:
     model, data = paper_cnn(), batches(100)
     want = exact_trajectory(copy.deepcopy(model), data, options)
@@ -159,7 +161,11 @@ def test_frozen_neurons_stay_bit_identical_under_momentum_nesterov_and_weight_de
     optimizer = NPC(model, delta=0.8, momentum=0.9, nesterov=True, weight_decay=0.01)
     train(model, optimizer, data[:20])
     for x, y in data[20:]:
-        before = {name: (m.weight.clone(), m.bias.clone()) for name, m in model.named_children() if hasattr(m, "weight") and m.weight is not None}
+        before = {
+            name: (m.weight.clone(), m.bias.clone())
+            for name, m in model.named_children()
+            if hasattr(m, "weight") and m.weight is not None
+        }
         train(model, optimizer, [(x, y)])
         for name, layer in optimizer.plasticity().items():
             frozen = layer.learning_rate == 0
@@ -221,7 +227,9 @@ def test_step_hooks_are_called() -> None:
     assert called == ["before", "after"]
 
 
-@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))], ids=["deepcopy", "pickle"]
+)
 def test_copies_of_model_and_optimizer_go_on_like_the_originals(twin_of: Any) -> None:
     model, data = paper_cnn(), batches(6)
     optimizer = NPC(model, **ALL_OPTIONS)
@@ -377,7 +385,9 @@ def test_state_is_four_bytes_per_neuron() -> None:
         model(x).sum().backward()
         optimizer.step()
     held = [value for state in optimizer.state.values() for value in state.values()]
-    assert sum(value.numel() * value.element_size() for value in held) == 4 * sum(l.neurons for l in optimizer.neurons)
+    assert sum(value.numel() * value.element_size() for value in held) == 4 * sum(
+        layer.neurons for layer in optimizer.neurons
+    )
 
 
 def test_channels_last_models_train_alike() -> None:
@@ -403,11 +413,15 @@ def test_memory_format_may_change_after_the_optimizer_was_built() -> None:
 
 def test_options_of_single_layers_by_name_and_pattern() -> None:
     model = paper_cnn()
-    optimizer = NPC(model, layers={"conv*": {"delta": 0.5}, "output": {"normalize": "active", "beta": 0.7, "sigma": "erf"}})
+    optimizer = NPC(
+        model, layers={"conv*": {"delta": 0.5}, "output": {"normalize": "active", "beta": 0.7, "sigma": "erf"}}
+    )
     assert optimizer.constants("conv2")["delta"] == 0.5
     assert optimizer.constants("hidden")["delta"] == 1 - 2e-4
     assert (optimizer.constants("output")["normalize"], optimizer.constants("output")["beta"]) == ("active", 0.7)
-    assert str(NPC(paper_cnn(), layers={"conv1": {"measure_at": "norm1"}}).neurons["conv1"].points[0]) == "output of norm1"
+    assert (
+        str(NPC(paper_cnn(), layers={"conv1": {"measure_at": "norm1"}}).neurons["conv1"].points[0]) == "output of norm1"
+    )
 
 
 def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
@@ -483,7 +497,9 @@ def test_arguments_out_of_range_are_refused(options: dict[str, Any], message: st
 
 
 def test_parameters_instead_of_a_model_are_refused_with_the_right_call() -> None:
-    raising(TypeError, r"NPC takes the model itself, got generator; write NPC\(model, lr=...\)", paper_cnn().parameters())
+    raising(
+        TypeError, r"NPC takes the model itself, got generator; write NPC\(model, lr=...\)", paper_cnn().parameters()
+    )
 
 
 def test_a_model_without_neurons_is_refused() -> None:
@@ -536,7 +552,10 @@ def test_a_single_layer_that_was_not_measured_is_reported_once() -> None:
 def test_importance_that_is_not_finite_is_left_out_counted_and_reported_once() -> None:
     model, (x, y) = paper_cnn(), batches(1)[0]
     optimizer = NPC(model, lr=0.0)
-    for expectation in (pytest.warns(ImportanceWarning, match="layer 'conv1' was measured with an importance that is not finite"), warnings.catch_warnings()):
+    for expectation in (
+        pytest.warns(ImportanceWarning, match="layer 'conv1' was measured with an importance that is not finite"),
+        warnings.catch_warnings(),
+    ):
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         optimizer.neurons["conv1"].sink.grad[0] = torch.nan
@@ -575,11 +594,15 @@ def test_native_backend_is_refused_with_the_mend_where_there_are_no_kernels(monk
     monkeypatch.setattr(_native, "status", lambda: missing)
     _native.module.cache_clear()
     try:
-        with pytest.raises(_native.NativeUnavailableError, match=r"no C\+\+ compiler; install one\nMend that, or pass backend='reference'"):
+        with pytest.raises(
+            _native.NativeUnavailableError,
+            match=r"no C\+\+ compiler; install one\nMend that, or pass backend='reference'",
+        ):
             NPC(paper_cnn(), backend="native")
+        model = paper_cnn()
+        optimizer = NPC(model)
         with pytest.warns(RuntimeWarning, match="plain PyTorch is used instead"):
-            model = paper_cnn()
-            train(model, NPC(model), batches(1))
+            train(model, optimizer, batches(1))
     finally:
         _native.module.cache_clear()
 

@@ -38,7 +38,9 @@ def test_moving_average() -> None:
     assert average.tolist() == [0.25, 1.75]
 
 
-@pytest.mark.parametrize(("importance", "rate"), [(0.0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.25, 0.05), (0.4, 0.025), (0.5, 0.0), (0.7, 0.0)])
+@pytest.mark.parametrize(
+    ("importance", "rate"), [(0.0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.25, 0.05), (0.4, 0.025), (0.5, 0.0), (0.7, 0.0)]
+)
 def test_learning_rate_at_the_check_values_of_the_paper(importance: float, rate: float) -> None:
     got = reference.learning_rate(torch.tensor([importance], dtype=torch.double), lr=0.1, alpha=0.05, beta=0.5)
     assert got.item() == pytest.approx(rate, abs=1e-15)
@@ -49,7 +51,9 @@ def test_learning_rate_for_the_error_function_is_the_root_of_the_logarithm() -> 
     torch.testing.assert_close(got, torch.tensor([0.1, 0.05 * math.sqrt(math.log(2)), 0.0, 0.0]))
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"maximize": True, "weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}, {"maximize": True, "weight_decay": 0.1}]
+)
 def test_descend_is_sgd_where_nothing_is_frozen(options: dict[str, float]) -> None:
     ours = torch.randn(5, 3, dtype=torch.double)
     theirs = nn.Parameter(ours.clone())
@@ -80,7 +84,14 @@ def test_fact_1_every_positive_factor_cancels() -> None:
 
 @pytest.mark.parametrize(
     "operation",
-    [F.relu, lambda x: F.leaky_relu(x, 0.2), lambda x: F.max_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2), lambda x: F.adaptive_avg_pool2d(x, 1), lambda x: x * torch.bernoulli(torch.full_like(x, 0.5))],
+    [
+        F.relu,
+        lambda x: F.leaky_relu(x, 0.2),
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+    ],
     ids=["relu", "leaky relu", "max pooling", "average pooling", "global pooling", "dropout"],
 )
 def test_fact_2_importance_is_the_same_before_and_after_homogeneous_operations(operation) -> None:  # type: ignore[no-untyped-def]

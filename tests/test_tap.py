@@ -209,5 +209,7 @@ def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     tapped(model)
     model.to("meta")
-    with pytest.raises(RuntimeError, match="layer '0' runs on meta, but its importance is on cpu; build the optimizer after"):
+    with pytest.raises(
+        RuntimeError, match="layer '0' runs on meta, but its importance is on cpu; build the optimizer after"
+    ):
         model(torch.randn(4, 3, device="meta"))

@@ -121,9 +121,7 @@ def check(arguments: dict[str, Any]) -> None:
         alpha = before["alpha"][layer] if layer >= 0 else 0.0
         assert_stepped(got, given_average["parameters"][index], step, alpha)
         if before["momentum"][index]:
-            assert_stepped(
-                arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0
-            )
+            assert_stepped(arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -164,9 +162,7 @@ def test_update_of_any_network(data: st.DataObject) -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2), st.sampled_from(DTYPES))
-def test_update_of_one_parameter_of_any_shape(
-    groups: int, rows: int, run: int, dim: int, dtype: torch.dtype
-) -> None:
+def test_update_of_one_parameter_of_any_shape(groups: int, rows: int, run: int, dim: int, dtype: torch.dtype) -> None:
     shape = [2 * groups if groups > 1 else 3, 4, run]
     dim = 1 if groups > 1 else dim
     shape[dim] = rows
@@ -188,7 +184,22 @@ def test_update_does_not_depend_on_the_number_of_threads(threads: int) -> None:
         options = ([torch.rand(301)], [torch.rand(301)], torch.zeros(1, dtype=torch.int64), [0, 0], [0, 0], [1, 1])
         torch.set_num_threads(count)
         gradients, buffers = [weight * 2, bias * 3], [weight * 4, bias * 5]
-        ops.update_([weight, bias], gradients, buffers, *options, [0.1] * 2, [0.9] * 2, [True] * 2, [0.01] * 2, [False] * 2, [0.05], [0.5], [0.9], ["sigmoid"], [False])
+        ops.update_(
+            [weight, bias],
+            gradients,
+            buffers,
+            *options,
+            [0.1] * 2,
+            [0.9] * 2,
+            [True] * 2,
+            [0.01] * 2,
+            [False] * 2,
+            [0.05],
+            [0.5],
+            [0.9],
+            ["sigmoid"],
+            [False],
+        )
         return [weight, bias, *buffers]
 
     before = torch.get_num_threads()
@@ -259,7 +270,12 @@ def test_found_inf_changes_nothing_at_all() -> None:
 
 def test_every_written_tensor_gets_a_new_version() -> None:
     arguments = network(momentum=0.9)
-    written = [*arguments["parameters"], *arguments["momentum_buffers"], *arguments["importances"], arguments["skipped"]]
+    written = [
+        *arguments["parameters"],
+        *arguments["momentum_buffers"],
+        *arguments["importances"],
+        arguments["skipped"],
+    ]
     versions = [tensor._version for tensor in written]
     ops.update_(**arguments)
     assert all(tensor._version > old for tensor, old in zip(written, versions, strict=True))
@@ -301,7 +317,9 @@ def test_layer_step_is_a_network_step_of_one_layer() -> None:
     options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.04, "beta": 0.6}
     ops.layer_step_(n, g, mine[:2], gradients, [], mine[2], skipped, [0, 0], [1, 1], **options)
     gradients = [gradient.double() for gradient in gradients]
-    reference.layer_step_(n.double(), g.double(), exact[:2], gradients, [], exact[2], skipped, [0, 0], [1, 1], **options)
+    reference.layer_step_(
+        n.double(), g.double(), exact[:2], gradients, [], exact[2], skipped, [0, 0], [1, 1], **options
+    )
     for got, want in zip(mine, exact, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
     assert not torch.equal(mine[0], weight)

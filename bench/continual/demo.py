@@ -76,7 +76,9 @@ def main() -> None:
 
     table = report.table(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
-    print(f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n")
+    print(
+        f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n"
+    )
     print(table)
     figures = {
         "average": report.figure_average(runs),

@@ -39,6 +39,8 @@ def split(
     for classes in torch.unique(train_labels).split(classes_per_task):
         train, test = torch.isin(train_labels, classes), torch.isin(test_labels, classes)
         tasks.append(
-            Task(tuple(classes.tolist()), train_images[train], train_labels[train], test_images[test], test_labels[test])
+            Task(
+                tuple(classes.tolist()), train_images[train], train_labels[train], test_images[test], test_labels[test]
+            )
         )
     return tasks

@@ -64,7 +64,9 @@ def learn(
 def _step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Tensor) -> float:
     """One training step; returns the loss."""
     optimizer.zero_grad()
-    loss = F.cross_entropy(_task_outputs(model, task.train_images[batch], task), _task_labels(task.train_labels[batch], task))
+    loss = F.cross_entropy(
+        _task_outputs(model, task.train_images[batch], task), _task_labels(task.train_labels[batch], task)
+    )
     loss.backward()
     optimizer.step()
     return loss.item()

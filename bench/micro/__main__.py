@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def importance(quick: bool) -> Iterator[Row]:
             "vecdot": vecdot,
             "compile": compiled,
         }
-        want = reference.importance(*(t.double() for t in inputs[0]))
+        want = reference.importance(inputs[0][0].double(), inputs[0][1].double())
         for name, function in peers.items():
             _check(name, function(*inputs[0]), want)
         result = compare({name: _on(function, inputs) for name, function in peers.items()}, sets=count)
@@ -80,7 +81,7 @@ def update(quick: bool) -> Iterator[Row]:
             # beta so large that every neuron learns at full rate, as in SGD
             ours = NPC(models[0], lr=1e-3, beta=1e9, momentum=momentum)
             eager = NPC(models[3], lr=1e-3, beta=1e9, momentum=momentum, backend="reference")
-            sgd = {"lr": 1e-3, "momentum": momentum}
+            sgd: dict[str, Any] = {"lr": 1e-3, "momentum": momentum}
             optimizers: dict[str, torch.optim.Optimizer] = {
                 "npc_ext": ours,
                 "SGD fused": torch.optim.SGD(models[1].parameters(), **sgd, fused=True),
@@ -101,7 +102,7 @@ def update(quick: bool) -> Iterator[Row]:
                         parameter.grad = model.state_dict()["0.weight"].new_ones(parameter.shape)
                 optimizer.step()
             for name, one in zip(optimizers, models, strict=True):
-                _check(name, one[0].weight, models[1][0].weight.double())
+                _check(name, next(one.parameters()), next(models[1].parameters()).double())
             steps = {name: _ignoring_the_set(optimizer.step) for name, optimizer in optimizers.items()}
             result = compare(steps, prepare=prepare, turns=11 if size > 10**7 else 31, seconds_per_turn=0.02)
             label = f"{size:,} parameters" + (f", momentum {momentum}" if momentum else "")
@@ -127,8 +128,8 @@ def step(quick: bool) -> Iterator[Row]:
             optimizer.step()
 
         steps = {
-            "npc_ext": _ignoring_the_set(lambda m=model, o=optimizers[0]: train(m, o)),
-            "SGD fused": _ignoring_the_set(lambda m=twin, o=optimizers[1]: train(m, o)),
+            "npc_ext": _ignoring_the_set(partial(train, model, optimizers[0])),
+            "SGD fused": _ignoring_the_set(partial(train, twin, optimizers[1])),
         }
         result = compare(steps, turns=turns, seconds_per_turn=0.02)
         goal = None if "digits" in label else 1 / 1.03
@@ -233,7 +234,7 @@ def _verdict(row: Row) -> str:
     """Reached if the median is; where the quartiles straddle the goal, the run cannot tell, and the table says so."""
     if row["goal"] is None:
         return ""
-    low, median, high = row["ratio"]
+    _, median, high = row["ratio"]
     word = "reached" if median >= row["goal"] else "within the noise" if high >= row["goal"] else "missed"
     return f"{word} (at least {row['goal']:.2f} of {row['against']})"
 

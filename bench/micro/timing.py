@@ -61,7 +61,9 @@ def compare(
     return Comparison({name: float(np.median(times)) for name, times in samples.items()}, quartiles)  # type: ignore[arg-type]
 
 
-def _time(function: Callable[[int], object], turn: int, calls: int, sets: int, prepare: Callable[[], None] | None) -> float:
+def _time(
+    function: Callable[[int], object], turn: int, calls: int, sets: int, prepare: Callable[[], None] | None
+) -> float:
     """Mean seconds of one call."""
     if prepare is None:
         started = time.perf_counter()
