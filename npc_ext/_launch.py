@@ -132,49 +132,42 @@ class Tables:
         self.any_momentum = any(self.has_momentum)
 
 
-class _Call:
-    """The addresses of one launch. Holds what it had to copy until the launch is over."""
+def _addresses(
+    tables: Tables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+) -> tuple[list[int], list[int], list[int], array[int], array[float], list[int]]:
+    """The arguments that `update` and `network_step` begin with."""
+    momentum = [0] * len(parameters)
+    if tables.any_momentum:
+        for index, buffer in enumerate(momentum_buffers):
+            if tables.has_momentum[index]:
+                _check_momentum_buffer(index, buffer, parameters[index])
+                momentum[index] = buffer.data_ptr()
+    return (
+        [parameter.data_ptr() for parameter in parameters],
+        [gradient.data_ptr() for gradient in gradients],
+        momentum,
+        tables.parameter_numbers,
+        tables.parameter_options,
+        [average.data_ptr() for average in importances],
+    )
 
-    def __init__(
-        self,
-        tables: Tables,
-        parameters: Sequence[Tensor],
-        gradients: Sequence[Tensor],
-        momentum_buffers: Sequence[Tensor],
-        importances: Sequence[Tensor],
-        skipped: Tensor,
-        skipped_at: Sequence[int] | None,
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
-        self.written = [*parameters, *importances, skipped]
-        self.gradients = [in_memory_order_of(p, g) for p, g in zip(parameters, gradients, strict=True)]
-        # The scale and the flag may come in any dtype; the kernels read float32.
-        self.flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
-        momentum = [0] * len(parameters)
-        if tables.any_momentum:
-            for index, buffer in enumerate(momentum_buffers):
-                if tables.has_momentum[index]:
-                    _check_momentum_buffer(index, buffer, parameters[index])
-                    momentum[index] = buffer.data_ptr()
-                    self.written.append(buffer)
-        counter, bytes_each = skipped.data_ptr(), skipped.element_size()
-        counters = [counter + bytes_each * at for at in skipped_at or range(len(importances))]
-        self.parameters = (
-            [parameter.data_ptr() for parameter in parameters],
-            [gradient.data_ptr() for gradient in self.gradients],
-            momentum,
-            tables.parameter_numbers,
-            tables.parameter_options,
-        )
-        self.averages = [average.data_ptr() for average in importances]
-        self.layers = (
-            counters,
-            tables.layer_numbers,
-            tables.layer_options,
-            *(0 if flag is None else flag.data_ptr() for flag in self.flags),
-            torch.get_num_threads(),
-        )
+
+def _counters(skipped: Tensor, at: Sequence[int]) -> list[int]:
+    start, width = skipped.data_ptr(), skipped.element_size()
+    return [start + width * index for index in at]
+
+
+def _raise_versions(
+    tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *others: Tensor
+) -> None:
+    written = [*parameters, *others]
+    if tables.any_momentum:
+        written += [buffer for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True) if has]
+    torch.autograd.graph.increment_version(written)
 
 
 def _check_momentum_buffer(index: int, buffer: Tensor, parameter: Tensor) -> None:
@@ -199,23 +192,22 @@ def update_(
 ) -> None:
     """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.ops.update_`.
 
-    A layer whose `measured` is None or empty keeps its average. `skipped_at` says which element of `skipped` counts
-    for which layer; by default they run side by side.
+    Gradients lie in memory like their parameters (`in_memory_order_of`). A layer whose `measured` is None or empty
+    keeps its average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
+    side.
     """
-    call = _Call(
-        tables,
-        parameters,
-        gradients,
-        momentum_buffers,
-        importances,
-        skipped,
-        skipped_at,
-        grad_scale,
-        found_inf,
+    # The scale and the flag may come in any dtype; the kernels read float32.
+    flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
+    _native.module().update(
+        *_addresses(tables, parameters, gradients, momentum_buffers, importances),
+        [0 if one is None or one.numel() == 0 else one.data_ptr() for one in measured],
+        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
+        tables.layer_numbers,
+        tables.layer_options,
+        *(0 if flag is None else flag.data_ptr() for flag in flags),
+        torch.get_num_threads(),
     )
-    sums = [0 if one is None or one.numel() == 0 else one.data_ptr() for one in measured]
-    _native.module().update(*call.parameters, call.averages, sums, *call.layers)
-    torch.autograd.graph.increment_version(call.written)
+    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)
 
 
 def network_step_(
@@ -233,7 +225,7 @@ def network_step_(
     found_inf: Tensor | None = None,
 ) -> None:
     """The same with eq. 2 before it, still in one launch; see `npc_ext.ops.network_step_`."""
-    call = _Call(tables, parameters, gradients, momentum_buffers, importances, skipped, None, grad_scale, found_inf)
+    flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
     inputs = [
         (
             n.data_ptr(),
@@ -247,5 +239,13 @@ def network_step_(
         )
         for n, g, channel, batch in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
     ]
-    _native.module().network_step(inputs, *call.parameters, call.averages, *call.layers)
-    torch.autograd.graph.increment_version(call.written)
+    _native.module().network_step(
+        inputs,
+        *_addresses(tables, parameters, gradients, momentum_buffers, importances),
+        _counters(skipped, range(len(importances))),
+        tables.layer_numbers,
+        tables.layer_options,
+        *(0 if flag is None else flag.data_ptr() for flag in flags),
+        torch.get_num_threads(),
+    )
+    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)

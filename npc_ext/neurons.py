@@ -124,8 +124,15 @@ class NeuronLayer:
     points: tuple[TapPoint, ...]
     note: str
     sink: Tensor
-    measure: Callable[..., Tensor] = ops.importance
+    measure: Callable[..., Tensor] = ops.importance_of_checked
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
+
+    def trains(self) -> bool:
+        """Whether any of the neurons' parameters requires a gradient."""
+        for own in self.parameters:  # no generator: this is called in every forward pass
+            if own.parameter.requires_grad:
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,7 @@ class Neurons:
     ) -> None:
         """Places the taps of `layers` (default: all) in the model."""
         for layer in self.layers if layers is None else layers:
-            layer.measure = measure or ops.importance
+            layer.measure = measure or ops.importance_of_checked
             weighted = model.get_submodule(layer.name)
             for point in layer.points:
                 module, hook = model.get_submodule(point.module), TapHook(layer, point, weighted)

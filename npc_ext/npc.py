@@ -191,7 +191,7 @@ class NPC(torch.optim.Optimizer):
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             if "importance" not in self.state[key]:
                 self.state[key]["importance"] = torch.zeros(layer.neurons, device=key.device)
-        measure = reference.importance if self._backend == "reference" else ops.importance
+        measure = reference.importance if self._backend == "reference" else ops.importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure)
 
     def _index_parameters(self) -> None:
@@ -283,9 +283,10 @@ class NPC(torch.optim.Optimizer):
                 if gradient is None:
                     signature.append(None)
                     continue
-                if gradient.is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+                if gradient.is_sparse:  # it has no strides
                     self._refuse_gradient(parameter, gradient)
-                signature += (parameter.dtype, parameter.device, parameter.stride())
+                dtypes = (parameter.dtype, gradient.dtype)
+                signature += (dtypes, parameter.device, parameter.stride(), gradient.stride())
         return signature
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -305,9 +306,11 @@ class NPC(torch.optim.Optimizer):
                     members.setdefault(parameter.device, []).append((parameter, group))
         return [self._make_plan(device, own) for device, own in members.items()]
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Tensor, dict[str, Any]]]) -> _Plan:
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
         for parameter, group in members:
+            if parameter.grad.dtype != parameter.dtype:
+                self._refuse_gradient(parameter, parameter.grad)
             if group["momentum"] != 0:
                 state = self.state[parameter]
                 buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
@@ -329,7 +332,9 @@ class NPC(torch.optim.Optimizer):
         importances = [self.state[self._keys[layer]]["importance"] for layer in layers]
         native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
         tables = _launch.Tables(parameters, importances, *options) if native else None
-        return _Plan(device, parameters, [group["momentum"] != 0 for group in groups], layers, options, tables)
+        aligned = all(p.grad.stride() == p.stride() for p in parameters)
+        has_momentum = [group["momentum"] != 0 for group in groups]
+        return _Plan(device, parameters, aligned, has_momentum, layers, options, tables)
 
     def _check_measured(self) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
@@ -357,10 +362,15 @@ class NPC(torch.optim.Optimizer):
 
     def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         state = self.state
-        buffers = [state[p]["momentum_buffer"] if has else p for p, has in zip(plan.parameters, plan.has_momentum)]  # noqa: B905
+        buffers = plan.parameters
+        if any(plan.has_momentum):
+            with_momentum = zip(plan.parameters, plan.has_momentum, strict=True)
+            buffers = [state[p]["momentum_buffer"] if has else p for p, has in with_momentum]
         importances = [state[self._keys[index]]["importance"] for index in plan.layers]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
         gradients: list[Any] = [parameter.grad for parameter in plan.parameters]
+        if not plan.aligned:
+            gradients = list(map(_launch.in_memory_order_of, plan.parameters, gradients))
         if plan.tables is not None:
             _launch.update_(
                 plan.tables,
@@ -394,7 +404,9 @@ class NPC(torch.optim.Optimizer):
             layer.sink.grad = None
 
     def _report_skipped(self) -> None:
-        for layer, count in zip(self._consolidated, self._skipped.tolist(), strict=True):
+        if not any(counts := self._skipped.tolist()):
+            return
+        for layer, count in zip(self._consolidated, counts, strict=True):
             if count:
                 self._warn_once(
                     layer.name,
@@ -501,6 +513,7 @@ class _Plan:
 
     device: torch.device
     parameters: list[Tensor]
+    aligned: bool  # all gradients lie in memory like their parameters
     has_momentum: list[bool]
     layers: list[int]  # indices of consolidated layers
     options: tuple[Any, ...]  # of ops.update_, from `layer` to `active_only`

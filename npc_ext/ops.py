@@ -73,6 +73,11 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
         )
     _check_dtype("activation", activation)
     _check_dims(activation, channel_dim, batch_dim)
+    return importance_of_checked(activation, gradient, channel_dim, batch_dim)
+
+
+def importance_of_checked(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """`importance` for a caller who knows that its arguments fit, as autograd does of a tensor and its gradient."""
     if _is_plain_call(activation, gradient) and native_takes((activation,)):
         return _launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
@@ -453,7 +458,10 @@ def _is_plain_call(*tensors: Tensor) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    for tensor in tensors:
+        if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return False
+    return True
 
 
 # The options of update_ and network_step_ from `layer` to `active_only`; grad_scale and found_inf follow.
@@ -485,12 +493,14 @@ def _update(
     skipped: Tensor,
     *options: Any,
 ) -> None:
-    network = (parameters, gradients, momentum_buffers, importances, measured, skipped)
     if native_takes([*parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        _launch.update_(_launch.Tables(parameters, importances, *constants), *network, None, *flags)
+        tables = _launch.Tables(parameters, importances, *constants)
+        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        network = (parameters, ordered, momentum_buffers, importances, measured, skipped)
+        _launch.update_(tables, *network, None, *flags)
     else:
-        reference.update_(*network, *options)
+        reference.update_(parameters, gradients, momentum_buffers, importances, measured, skipped, *options)
 
 
 def _network_step(
@@ -506,11 +516,14 @@ def _network_step(
     *options: Any,
 ) -> None:
     inputs: tuple[Any, ...] = (activations, activation_gradients, channel_dim, batch_dim)
-    network: tuple[Any, ...] = (parameters, gradients, momentum_buffers, importances, skipped)
     if native_takes([*activations, *parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        _launch.network_step_(_launch.Tables(parameters, importances, *constants), *inputs, *network, *flags)
+        tables = _launch.Tables(parameters, importances, *constants)
+        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        network: tuple[Any, ...] = (parameters, ordered, momentum_buffers, importances, skipped)
+        _launch.network_step_(tables, *inputs, *network, *flags)
     else:
+        network = (parameters, gradients, momentum_buffers, importances, skipped)
         reference.network_step_(*inputs, *network, *options)
 
 

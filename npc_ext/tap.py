@@ -46,10 +46,12 @@ class _Tap(torch.autograd.Function):
         if gradient.dtype != activation.dtype:
             activation = activation.to(gradient.dtype)
         importance = layer.measure(activation, gradient, *ctx.dims)
-        if not torch.compiler.is_compiling() and not layer.checked:
+        if importance.dtype != torch.float32:
+            importance = importance.to(torch.float32)
+        if not layer.checked and not torch.compiler.is_compiling():
             layer.checked = True
             _check_not_before_normalization(layer, activation, gradient, *ctx.dims)
-        return gradient, importance.to(torch.float32), None, None, None, None
+        return gradient, importance, None, None, None, None
 
 
 def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
@@ -93,7 +95,7 @@ class TapHook:
         """The tapped tensor, or None to leave `value` as it is."""
         if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
             return None
-        if not self.weighted.training or not any(p.parameter.requires_grad for p in self.layer.parameters):
+        if not self.weighted.training or not self.layer.trains():
             return None
         return tap(value, self.layer, self.point)
 
