@@ -192,15 +192,15 @@ def update_(
 ) -> None:
     """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.ops.update_`.
 
-    Gradients lie in memory like their parameters (`in_memory_order_of`). A layer whose `measured` is None or empty
-    keeps its average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
+    Gradients lie in memory like their parameters (`in_memory_order_of`). A layer whose `measured` is None keeps its
+    average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
     side.
     """
     # The scale and the flag may come in any dtype; the kernels read float32.
     flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
     _native.module().update(
         *_addresses(tables, parameters, gradients, momentum_buffers, importances),
-        [0 if one is None or one.numel() == 0 else one.data_ptr() for one in measured],
+        [0 if one is None else one.data_ptr() for one in measured],
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,

@@ -188,9 +188,8 @@ class NPC(torch.optim.Optimizer):
         self._own_options = [self._options_of(layer.name) for layer in self._consolidated]
         self._skipped = torch.zeros(len(self._consolidated), dtype=torch.int64)
         self._index_parameters()
-        for layer, key in zip(self._consolidated, self._keys, strict=True):
-            if "importance" not in self.state[key]:
-                self.state[key]["importance"] = torch.zeros(layer.neurons, device=key.device)
+        for index in range(len(self._consolidated)):
+            self._layer_state(index)
         measure = reference.importance if self._backend == "reference" else ops.importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure)
 
@@ -274,7 +273,7 @@ class NPC(torch.optim.Optimizer):
 
         Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
         """
-        signature: list[Any] = []
+        signature: list[Any] = [len(self.state)]  # 0 if somebody has cleared it
         for group in self.param_groups:
             # A tensor lr may be changed in place, so its value counts.
             signature.append([float(group["lr"]), *(group[name] for name in _OTHER_OPTIONS)])
@@ -285,8 +284,8 @@ class NPC(torch.optim.Optimizer):
                     continue
                 if gradient.is_sparse:  # it has no strides
                     self._refuse_gradient(parameter, gradient)
-                dtypes = (parameter.dtype, gradient.dtype)
-                signature += (dtypes, parameter.device, parameter.stride(), gradient.stride())
+                # Another device, dtype or memory format of the parameter is another address.
+                signature += (gradient.dtype, gradient.stride(), parameter.stride(), parameter.data_ptr())
         return signature
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
@@ -309,7 +308,7 @@ class NPC(torch.optim.Optimizer):
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
         for parameter, group in members:
-            if parameter.grad.dtype != parameter.dtype:
+            if parameter.grad.dtype != parameter.dtype or parameter.grad.device != device:
                 self._refuse_gradient(parameter, parameter.grad)
             if group["momentum"] != 0:
                 state = self.state[parameter]
@@ -329,12 +328,20 @@ class NPC(torch.optim.Optimizer):
             *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
             [own["normalize"] == "active" for own in constants],
         )
-        importances = [self.state[self._keys[layer]]["importance"] for layer in layers]
+        layer_states = [self._layer_state(layer) for layer in layers]
+        importances = [state["importance"] for state in layer_states]
         native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
         tables = _launch.Tables(parameters, importances, *options) if native else None
         aligned = all(p.grad.stride() == p.stride() for p in parameters)
-        has_momentum = [group["momentum"] != 0 for group in groups]
-        return _Plan(device, parameters, aligned, has_momentum, layers, options, tables)
+        momentum = [self.state[p] if group["momentum"] != 0 else None for p, group in members]
+        return _Plan(device, parameters, aligned, momentum, layers, layer_states, options, tables)
+
+    def _layer_state(self, index: int) -> dict[str, Any]:
+        """Where a layer's importance is kept; it is zero at first."""
+        state, key = self.state[self._keys[index]], self._keys[index]
+        if "importance" not in state:
+            state["importance"] = torch.zeros(self._consolidated[index].neurons, device=key.device)
+        return state
 
     def _check_measured(self) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
@@ -361,12 +368,9 @@ class NPC(torch.optim.Optimizer):
             )
 
     def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        state = self.state
-        buffers = plan.parameters
-        if any(plan.has_momentum):
-            with_momentum = zip(plan.parameters, plan.has_momentum, strict=True)
-            buffers = [state[p]["momentum_buffer"] if has else p for p, has in with_momentum]
-        importances = [state[self._keys[index]]["importance"] for index in plan.layers]
+        own = zip(plan.parameters, plan.momentum_states, strict=True)
+        buffers = [p if state is None else state["momentum_buffer"] for p, state in own]
+        importances = [state["importance"] for state in plan.layer_states]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
         gradients: list[Any] = [parameter.grad for parameter in plan.parameters]
         if not plan.aligned:
@@ -438,7 +442,7 @@ class NPC(torch.optim.Optimizer):
         result = {}
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
-            average = self.state[key]["importance"].clone()
+            average = self._layer_state(index)["importance"].clone()
             rate = reference.learning_rate(
                 average,
                 float(self._group_of[id(key)]["lr"]),
@@ -514,8 +518,9 @@ class _Plan:
     device: torch.device
     parameters: list[Tensor]
     aligned: bool  # all gradients lie in memory like their parameters
-    has_momentum: list[bool]
+    momentum_states: list[dict[str, Any] | None]  # the states that hold the momentum buffers
     layers: list[int]  # indices of consolidated layers
+    layer_states: list[dict[str, Any]]  # the states that hold their importance
     options: tuple[Any, ...]  # of ops.update_, from `layer` to `active_only`
     tables: _launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
 

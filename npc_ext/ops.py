@@ -497,7 +497,8 @@ def _update(
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
         tables = _launch.Tables(parameters, importances, *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        network = (parameters, ordered, momentum_buffers, importances, measured, skipped)
+        sums = [one if one.numel() else None for one in measured]
+        network = (parameters, ordered, momentum_buffers, importances, sums, skipped)
         _launch.update_(tables, *network, None, *flags)
     else:
         reference.update_(parameters, gradients, momentum_buffers, importances, measured, skipped, *options)
@@ -515,15 +516,15 @@ def _network_step(
     skipped: Tensor,
     *options: Any,
 ) -> None:
-    inputs: tuple[Any, ...] = (activations, activation_gradients, channel_dim, batch_dim)
+    inputs: list[Any] = [activations, activation_gradients, channel_dim, batch_dim]
     if native_takes([*activations, *parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
         tables = _launch.Tables(parameters, importances, *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        network: tuple[Any, ...] = (parameters, ordered, momentum_buffers, importances, skipped)
+        network: list[Any] = [parameters, ordered, momentum_buffers, importances, skipped]
         _launch.network_step_(tables, *inputs, *network, *flags)
     else:
-        network = (parameters, gradients, momentum_buffers, importances, skipped)
+        network = [parameters, gradients, momentum_buffers, importances, skipped]
         reference.network_step_(*inputs, *network, *options)
 
 

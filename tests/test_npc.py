@@ -390,6 +390,28 @@ def test_state_is_four_bytes_per_neuron() -> None:
     )
 
 
+def test_a_cleared_state_starts_anew() -> None:
+    model, data = paper_cnn(), batches(4)
+    optimizer = NPC(model, delta=0.5, momentum=0.9)
+    train(model, optimizer, data[:2])
+    optimizer.state.clear()
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        module._forward_hooks.clear()
+    fresh = NPC(twin, delta=0.5, momentum=0.9)
+    assert same(train(model, optimizer, data[2:]), train(twin, fresh, data[2:]))
+
+
+def test_a_learning_rate_tensor_may_be_changed_in_place() -> None:
+    model, data = paper_cnn(), batches(2)
+    optimizer = NPC(model, lr=torch.tensor(0.1))
+    train(model, optimizer, data[:1])
+    optimizer.param_groups[0]["lr"].zero_()
+    before = weights(model)
+    train(model, optimizer, data[1:])
+    assert same(model, before)
+
+
 def test_channels_last_models_train_alike() -> None:
     model, data = paper_cnn(), batches(10)
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)

@@ -303,9 +303,16 @@ static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, 
   }
 }
 
-// `count` elements that share one rate.
+// The first lanes of `result`, the others from `old`.
+template <class R> static inline Vector<R> blend(Mask<R> first, Vector<R> result, Vector<R> old) {
+  return (Vector<R>)((Mask<R>)keep<R>(first, result) | (Mask<R>)keep<R>(~first, old));
+}
+
+// `count` elements that share one rate, of `room` that this thread owns. Where there is room, the last vector goes
+// beyond the run and gives the elements there back as they were.
 template <class T, bool has_momentum, bool nesterov>
-static void descend_run(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count, Real<T> rate) {
+static void descend_run(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count, int64_t room,
+                        Real<T> rate) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Vector<R> rates = broadcast<R>(rate);
@@ -319,6 +326,16 @@ static void descend_run(const Step<T>& step, T* value, const T* gradient, T* mom
   }
   if (i == count) return;
   const int64_t rest = count - i;
+  if (i + L <= room) {
+    const Mask<R> mine = first_lanes<R>(static_cast<int>(rest));
+    const Vector<R> old = load(value + i);
+    Vector<R> old_velocity = {};
+    if constexpr (has_momentum) velocity = old_velocity = load(momentum + i);
+    store(value + i,
+          blend<R>(mine, moved<T, has_momentum, nesterov>(step, old, load(gradient + i), rates, velocity), old));
+    if constexpr (has_momentum) store(momentum + i, blend<R>(mine, velocity, old_velocity));
+    return;
+  }
   if constexpr (has_momentum) velocity = load_partial(momentum + i, rest);
   const Vector<R> result = moved<T, has_momentum, nesterov>(step, load_partial(value + i, rest),
                                                             load_partial(gradient + i, rest), rates, velocity);
@@ -344,13 +361,11 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
       old_velocity = velocity = whole ? load(momentum + i) : load_partial(momentum + i, rest);
     }
     Vector<R> result = moved<T, has_momentum, nesterov>(step, old, d, rate, velocity);
-    result = keep<R>(~stays, result);
-    result = (Vector<R>)((Mask<R>)result | (Mask<R>)keep<R>(stays, old));
+    result = blend<R>(~stays, result, old);
     if (whole) store(value + i, result);
     else store_partial(value + i, result, rest);
     if constexpr (has_momentum) {
-      velocity = keep<R>(~stays, velocity);
-      velocity = (Vector<R>)((Mask<R>)velocity | (Mask<R>)keep<R>(stays, old_velocity));
+      velocity = blend<R>(~stays, velocity, old_velocity);
       if (whole) store(momentum + i, velocity);
       else store_partial(momentum + i, velocity, rest);
     }
@@ -369,7 +384,7 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
   const R lr = static_cast<R>(p.lr);
   const auto run_elements = [&](int64_t at, int64_t count, R rate) {
     descend_run<T, has_momentum, nesterov>(step, value + at, gradient + at, has_momentum ? momentum + at : nullptr,
-                                           count, rate);
+                                           count, end - at, rate);
   };
   if (plasticity == nullptr) {
     run_elements(begin, end - begin, lr);
