@@ -236,7 +236,6 @@ class NPC(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------------------------ the step
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step: moves every neuron's importance on, and every weight at its neuron's rate.
 
@@ -262,8 +261,7 @@ class NPC(torch.optim.Optimizer):
         self._check_measured()
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for plan in self._plans:
-            flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
-            self._launch(plan, *flags)
+            self._launch(plan, grad_scale, found_inf)
         self._drop_measured()
         self._report_skipped()
         return loss
@@ -295,6 +293,7 @@ class NPC(torch.optim.Optimizer):
             f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
         )
 
+    @torch.no_grad()
     def _make_plans(self) -> list[_Plan]:
         """What a step works on, device by device, until something in the signature changes."""
         members: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
@@ -389,13 +388,26 @@ class NPC(torch.optim.Optimizer):
                 found_inf,
             )
             return
+        self._update_by_pytorch(plan, gradients, buffers, importances, measured, grad_scale, found_inf)
+
+    @torch.no_grad()
+    def _update_by_pytorch(
+        self,
+        plan: _Plan,
+        gradients: list[Tensor],
+        buffers: list[Tensor],
+        importances: list[Tensor],
+        measured: list[Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
         at = torch.tensor(plan.layers, dtype=torch.int64)
         skipped = self._skipped[at].to(plan.device)
         nothing = torch.empty(0, device=plan.device)
         sums = [nothing if one is None else one for one in measured]
+        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
-        network = (plan.parameters, gradients, buffers, importances, sums, skipped)
-        update(*network, *plan.options, grad_scale, found_inf)
+        update(plan.parameters, gradients, buffers, importances, sums, skipped, *plan.options, *flags)
         self._skipped[at] = skipped.cpu()
 
     def _constants(self, index: int) -> Mapping[str, Any]:
