@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.continual.networks import cnn
 from npc_ext import NPC, ImportanceWarning, _native, reference
 
 from .models import ManyHeads, ResNet, paper_cnn
@@ -66,7 +67,8 @@ def importances(optimizer: NPC) -> list[Tensor]:
 def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dict[str, Any]) -> list[Tensor]:
     """NPC in float64 from the equations of reference.py, with activations kept by the forward pass written out here."""
     net = model.double()
-    after = {"conv1": "pool1", "conv2": "pool2", "hidden": "relu", "output": "output"}
+    convolutions = [name for name, _ in net.named_children() if name.startswith("conv")]
+    after = {name: name.replace("conv", "pool") for name in convolutions} | {"hidden": "relu", "output": "output"}
     layers = [getattr(net, name) for name in after]
     average = [torch.zeros(layer.weight.shape[0], dtype=torch.double) for layer in layers]
     velocity = [torch.zeros_like(p) for p in net.parameters()]
@@ -110,6 +112,20 @@ def test_100_steps_stay_with_the_equations_in_float64(options: dict[str, Any], b
         assert difference < TRAJECTORY
         # It did go somewhere, apart from biases that a normalization cancels.
         assert got.ndim == 1 or (got - start).norm() / exact.norm() > 100 * TRAJECTORY
+
+
+def test_100_steps_of_the_papers_own_network_stay_with_the_equations_in_float64() -> None:
+    model = cnn(3, 32, (128, 512, 256), 512, 100, dropout=0.0)
+    generator = torch.Generator().manual_seed(0)
+    data = [
+        (torch.randn(2, 3, 32, 32, generator=generator), torch.randint(100, (2,), generator=generator))
+        for _ in range(100)
+    ]
+    options = {"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 0.98}
+    want = exact_trajectory(copy.deepcopy(model), data, options)
+    train(model, NPC(model, backend="native", **options), data)
+    for got, exact in zip(weights(model), want, strict=True):
+        assert (got.double() - exact).norm() / exact.norm() < TRAJECTORY
 
 
 def test_same_seed_same_bits() -> None:

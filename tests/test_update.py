@@ -13,6 +13,7 @@ from torch.library import opcheck
 
 from npc_ext import ops, reference
 
+from .test_importance import strided_pairs
 from .tolerances import DTYPES, assert_average, assert_stepped
 
 LAYERS = (10, 64, 12, 33, 1)
@@ -306,6 +307,44 @@ def test_network_step_is_importance_and_then_update(dtype: torch.dtype, isa: str
     ops.update_(**parts, measured=measured)
     for name in ("parameters", "momentum_buffers", "importances"):
         assert all(map(torch.equal, whole[name], parts[name]))
+
+
+@given(st.data())
+def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
+    draw = data.draw
+    activation, gradient, channel_dim, batch_dim = draw(strided_pairs())
+    neurons, inputs = activation.shape[channel_dim], draw(st.integers(1, 40))
+    momentum = draw(st.sampled_from([0.0, 0.9]))
+    before = [torch.randn(neurons, inputs), torch.randn(neurons)]
+    gradients, buffers = [w * 2 for w in before], [w * 3 for w in before]
+    average, nothing = torch.rand(neurons), torch.zeros(1, dtype=torch.int64)
+
+    def run(step: Any) -> list[Tensor]:
+        state = [[t.clone() for t in before], [t.clone() for t in buffers], average.clone()]
+        step(*state)
+        return [*state[0], *state[1], state[2]]
+
+    def by_layer(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
+        where = ([0, 0], [1, 1], channel_dim, batch_dim)
+        ops.layer_step_(
+            activation, gradient, weights, gradients, velocities, importance, nothing, *where, 0.1, momentum
+        )
+
+    def by_network(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
+        two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
+        one = ([0.05], [0.5], [1 - 2e-4], ["sigmoid"], [False])
+        inputs = ([activation], [gradient], [channel_dim], [batch_dim])
+        ops.network_step_(*inputs, weights, gradients, velocities, [importance], nothing, *two, *one)
+
+    def by_parts(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
+        measured = ops.importance(activation, gradient, channel_dim, batch_dim).float()
+        two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
+        one = ([0.05], [0.5], [1 - 2e-4], ["sigmoid"], [False])
+        ops.update_(weights, gradients, velocities, [importance], [measured], nothing, *two, *one)
+
+    want = run(by_parts)
+    assert all(map(torch.equal, run(by_layer), want))
+    assert all(map(torch.equal, run(by_network), want))
 
 
 def test_layer_step_is_a_network_step_of_one_layer() -> None:

@@ -1,4 +1,5 @@
-// Eq. 2 on the CPU: neurons are divided among threads, or samples where there are too few neurons.
+// Eq. 2 on the CPU: threads divide the neurons among them, or, where neurons are few or lie side by side, the samples,
+// whose partial sums are then added in a fixed order.
 
 #include <algorithm>
 #include <vector>
@@ -10,7 +11,6 @@ namespace npc::cpu {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;  // less does not repay waking a thread
-constexpr int64_t kNeuronsPerThread = 64;      // fewer would split cache lines of (batch, neurons) inputs
 
 int64_t elements(const ImportanceParams& params) {
   int64_t count = params.batch * params.neurons;
@@ -18,8 +18,9 @@ int64_t elements(const ImportanceParams& params) {
   return count;
 }
 
-bool is_single_position(const ImportanceParams& params) {
-  return elements(params) == params.batch * params.neurons;
+// Whether neurons lie side by side, so that dividing them among threads would tear rows of memory apart.
+bool neurons_are_innermost(const ImportanceParams& params) {
+  return params.activation_neuron_stride == 1 && params.gradient_neuron_stride == 1;
 }
 
 int64_t share(int64_t total, int index, int shares) { return total * index / shares; }
@@ -45,10 +46,9 @@ void launch_importance(const ImportanceParams& params, int threads) {
   const auto kernel = kernels().importance[static_cast<int>(params.dtype)];
   const int64_t useful = std::max<int64_t>(1, elements(params) / kElementsPerThread);
   const int shares = static_cast<int>(std::min<int64_t>(threads, useful));
-  const int64_t smallest = is_single_position(params) ? kNeuronsPerThread : 1;
   if (shares == 1) {
     kernel(params, 0, params.batch, 0, params.neurons, params.out);
-  } else if (params.neurons >= shares * smallest) {
+  } else if (params.neurons >= shares && (!neurons_are_innermost(params) || params.batch < shares)) {
     parallel(shares, [&](int index) {
       kernel(params, 0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares),
              params.out);

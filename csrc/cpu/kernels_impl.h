@@ -42,6 +42,8 @@ struct Positions {
   }
 };
 
+constexpr int64_t kColumns = 1024;  // of which the sums fit the first cache beside what streams through it
+
 template <class T> static inline Vector<Real<T>> product(const T* n, const T* g) { return load(n) * load(g); }
 
 // The lanes' sums of n[i] * g[i] over a contiguous row.
@@ -185,28 +187,38 @@ static void rows(const ImportanceParams& p, int64_t batch_begin, int64_t batch_e
   single_rows<T>(p, batch_begin, batch_end, blocks_end, end, out);
 }
 
-template <class T, int vectors>
+// Columns [column, column + width), sample after sample and position after position, as they lie in memory: a row at a
+// time and not a column at a time, so that the processor can fetch ahead. The sums of a sample stay in the first cache.
+template <class T>
 static void column_block(const ImportanceParams& p, const Positions& positions, int64_t batch_begin,
-                         int64_t batch_end, int64_t column, Real<T>* out) {
+                         int64_t batch_end, int64_t column, int64_t width, Real<T>* out) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
-  Vector<R> totals[vectors] = {};
+  const bool single_position = positions.outer * positions.inner == 1;
+  R sums[kColumns];
   for (int64_t b = batch_begin; b < batch_end; ++b) {
-    Vector<R> sums[vectors] = {};
+    const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + column;
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + column;
+    if (single_position) {
+      for (int64_t i = 0; i < width; i += L) {
+        store(out + column + i, load(out + column + i) + absolute<R>(product(n + i, g + i)));
+      }
+      continue;
+    }
+    for (int64_t i = 0; i < width; i += L) store(sums + i, Vector<R>{});
     for (int64_t index = 0; index < positions.outer; ++index) {
       int64_t at_n, at_g;
       positions.offsets(index, at_n, at_g);
-      const T* n = static_cast<const T*>(p.activation) + b * p.activation_batch_stride + at_n + column;
-      const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + at_g + column;
       for (int64_t at = 0; at < positions.inner; ++at) {
-        for (int k = 0; k < vectors; ++k) sums[k] += product(n + k * L, g + k * L);
-        n += positions.activation_stride;
-        g += positions.gradient_stride;
+        const T* row_n = n + at_n + at * positions.activation_stride;
+        const T* row_g = g + at_g + at * positions.gradient_stride;
+        for (int64_t i = 0; i < width; i += L) store(sums + i, load(sums + i) + product(row_n + i, row_g + i));
       }
     }
-    for (int k = 0; k < vectors; ++k) totals[k] += absolute<R>(sums[k]);
+    for (int64_t i = 0; i < width; i += L) {
+      store(out + column + i, load(out + column + i) + absolute<R>(load(sums + i)));
+    }
   }
-  for (int k = 0; k < vectors; ++k) store(out + column + k * L, totals[k]);
 }
 
 template <class T>
@@ -238,10 +250,12 @@ static void columns(const ImportanceParams& p, int64_t batch_begin, int64_t batc
                     Real<T>* out) {
   constexpr int L = kLanes<Real<T>>;
   const Positions positions(p);
-  int64_t i = begin;
-  for (; i + 8 * L <= end; i += 8 * L) column_block<T, 8>(p, positions, batch_begin, batch_end, i, out);
-  for (; i + L <= end; i += L) column_block<T, 1>(p, positions, batch_begin, batch_end, i, out);
-  scattered<T>(p, batch_begin, batch_end, i, end, out);
+  const int64_t whole = begin + (end - begin) / L * L;
+  for (int64_t i = begin; i < whole; i += kColumns) {
+    const int64_t width = whole - i < kColumns ? whole - i : kColumns;
+    column_block<T>(p, positions, batch_begin, batch_end, i, width, out);
+  }
+  scattered<T>(p, batch_begin, batch_end, whole, end, out);
 }
 
 template <class T>
@@ -291,15 +305,24 @@ template <class T> struct Step {
   R weight_decay, momentum;
 };
 
-template <class T, bool has_momentum, bool nesterov>
+// What a parameter asks for, known at compile time so that a plain step computes nothing else.
+enum class Momentum { none, classic, nesterov };
+template <Momentum momentum_, bool scaled_or_decayed> struct Options {
+  static constexpr Momentum momentum = momentum_;
+  static constexpr bool has_momentum = momentum_ != Momentum::none;
+  static constexpr bool plain_gradient = !scaled_or_decayed;  // no weight decay, gradient factor 1
+};
+
+template <class O, class T>
 static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, Vector<Real<T>> gradient,
                                     Vector<Real<T>> rate, Vector<Real<T>>& velocity) {
-  const Vector<Real<T>> d = gradient * step.gradient_factor + step.weight_decay * value;
-  if constexpr (!has_momentum) {
+  Vector<Real<T>> d = gradient;
+  if constexpr (!O::plain_gradient) d = gradient * step.gradient_factor + step.weight_decay * value;
+  if constexpr (!O::has_momentum) {
     return value - rate * d;
   } else {
     velocity = step.momentum * velocity + d;
-    return value - rate * (nesterov ? d + step.momentum * velocity : velocity);
+    return value - rate * (O::momentum == Momentum::nesterov ? d + step.momentum * velocity : velocity);
   }
 }
 
@@ -310,19 +333,27 @@ template <class R> static inline Vector<R> blend(Mask<R> first, Vector<R> result
 
 // `count` elements that share one rate, of `room` that this thread owns. Where there is room, the last vector goes
 // beyond the run and gives the elements there back as they were.
-template <class T, bool has_momentum, bool nesterov>
-static void descend_run(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count, int64_t room,
+template <class O, class T>
+static inline void descend_run(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count, int64_t room,
                         Real<T> rate) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Vector<R> rates = broadcast<R>(rate);
   Vector<R> velocity = {};
   int64_t i = 0;
+  for (; i + 4 * L <= count; i += 4 * L) {
+    for (int k = 0; k < 4; ++k) {
+      const int64_t at = i + k * L;
+      if constexpr (O::has_momentum) velocity = load(momentum + at);
+      store(value + at, moved<O, T>(step, load(value + at), load(gradient + at), rates, velocity));
+      if constexpr (O::has_momentum) store(momentum + at, velocity);
+    }
+  }
   for (; i + L <= count; i += L) {
-    if constexpr (has_momentum) velocity = load(momentum + i);
+    if constexpr (O::has_momentum) velocity = load(momentum + i);
     store(value + i,
-          moved<T, has_momentum, nesterov>(step, load(value + i), load(gradient + i), rates, velocity));
-    if constexpr (has_momentum) store(momentum + i, velocity);
+          moved<O, T>(step, load(value + i), load(gradient + i), rates, velocity));
+    if constexpr (O::has_momentum) store(momentum + i, velocity);
   }
   if (i == count) return;
   const int64_t rest = count - i;
@@ -330,21 +361,21 @@ static void descend_run(const Step<T>& step, T* value, const T* gradient, T* mom
     const Mask<R> mine = first_lanes<R>(static_cast<int>(rest));
     const Vector<R> old = load(value + i);
     Vector<R> old_velocity = {};
-    if constexpr (has_momentum) velocity = old_velocity = load(momentum + i);
+    if constexpr (O::has_momentum) velocity = old_velocity = load(momentum + i);
     store(value + i,
-          blend<R>(mine, moved<T, has_momentum, nesterov>(step, old, load(gradient + i), rates, velocity), old));
-    if constexpr (has_momentum) store(momentum + i, blend<R>(mine, velocity, old_velocity));
+          blend<R>(mine, moved<O, T>(step, old, load(gradient + i), rates, velocity), old));
+    if constexpr (O::has_momentum) store(momentum + i, blend<R>(mine, velocity, old_velocity));
     return;
   }
-  if constexpr (has_momentum) velocity = load_partial(momentum + i, rest);
-  const Vector<R> result = moved<T, has_momentum, nesterov>(step, load_partial(value + i, rest),
+  if constexpr (O::has_momentum) velocity = load_partial(momentum + i, rest);
+  const Vector<R> result = moved<O, T>(step, load_partial(value + i, rest),
                                                             load_partial(gradient + i, rest), rates, velocity);
   store_partial(value + i, result, rest);
-  if constexpr (has_momentum) store_partial(momentum + i, velocity, rest);
+  if constexpr (O::has_momentum) store_partial(momentum + i, velocity, rest);
 }
 
 // `count` elements with a rate each; a negative rate marks an element that stays as it is.
-template <class T, bool has_momentum, bool nesterov>
+template <class O, class T>
 static void descend_elements(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count,
                              const Real<T>* rates) {
   using R = Real<T>;
@@ -357,14 +388,14 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
     const Vector<R> rate = load(rates + i);
     const Mask<R> stays = rate < R(0);
     Vector<R> velocity = {}, old_velocity = {};
-    if constexpr (has_momentum) {
+    if constexpr (O::has_momentum) {
       old_velocity = velocity = whole ? load(momentum + i) : load_partial(momentum + i, rest);
     }
-    Vector<R> result = moved<T, has_momentum, nesterov>(step, old, d, rate, velocity);
+    Vector<R> result = moved<O, T>(step, old, d, rate, velocity);
     result = blend<R>(~stays, result, old);
     if (whole) store(value + i, result);
     else store_partial(value + i, result, rest);
-    if constexpr (has_momentum) {
+    if constexpr (O::has_momentum) {
       velocity = blend<R>(~stays, velocity, old_velocity);
       if (whole) store(momentum + i, velocity);
       else store_partial(momentum + i, velocity, rest);
@@ -372,7 +403,7 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
   }
 }
 
-template <class T, bool has_momentum, bool nesterov>
+template <class O, class T>
 static void descend_with(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
                          int64_t end) {
   using R = Real<T>;
@@ -383,7 +414,7 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
                      static_cast<R>(p.momentum_factor)};
   const R lr = static_cast<R>(p.lr);
   const auto run_elements = [&](int64_t at, int64_t count, R rate) {
-    descend_run<T, has_momentum, nesterov>(step, value + at, gradient + at, has_momentum ? momentum + at : nullptr,
+    descend_run<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr,
                                            count, end - at, rate);
   };
   if (plasticity == nullptr) {
@@ -402,17 +433,16 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
       group_base += p.middle;
     }
   };
+  int64_t left_in_run = p.run - begin % p.run;
   if (p.run >= kShortRun) {
-    for (int64_t at = begin; at < end; next_run()) {
-      const int64_t run_end = (at / p.run + 1) * p.run;
-      const int64_t stop = run_end < end ? run_end : end;
+    for (int64_t at = begin; at < end; next_run(), left_in_run = p.run) {
+      const int64_t count = left_in_run < end - at ? left_in_run : end - at;
       const R free_rate = plasticity[group_base + row];
-      if (free_rate != 0) run_elements(at, stop - at, free_rate < lr ? free_rate : lr);
-      at = stop;
+      if (free_rate != 0) run_elements(at, count, free_rate < lr ? free_rate : lr);
+      at += count;
     }
     return;
   }
-  int64_t left_in_run = p.run - begin % p.run;
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
     R rates[kTile + kLanes<R>];
@@ -429,17 +459,31 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
       }
     }
     for (int k = 0; k < kLanes<R>; ++k) rates[count + k] = R(-1);
-    descend_elements<T, has_momentum, nesterov>(step, value + at, gradient + at,
-                                                has_momentum ? momentum + at : nullptr, count, rates);
+    descend_elements<O, T>(step, value + at, gradient + at,
+                                                O::has_momentum ? momentum + at : nullptr, count, rates);
+  }
+}
+
+template <class T, Momentum momentum>
+static void descend_with_momentum(const ParameterParams& p, const float* plasticity, double gradient_factor,
+                                  int64_t begin, int64_t end) {
+  if (p.weight_decay == 0 && gradient_factor == 1) {
+    descend_with<Options<momentum, false>, T>(p, plasticity, gradient_factor, begin, end);
+  } else {
+    descend_with<Options<momentum, true>, T>(p, plasticity, gradient_factor, begin, end);
   }
 }
 
 template <class T>
 static void descend(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
                     int64_t end) {
-  if (p.momentum == nullptr) descend_with<T, false, false>(p, plasticity, gradient_factor, begin, end);
-  else if (p.nesterov) descend_with<T, true, true>(p, plasticity, gradient_factor, begin, end);
-  else descend_with<T, true, false>(p, plasticity, gradient_factor, begin, end);
+  if (p.momentum == nullptr) {
+    descend_with_momentum<T, Momentum::none>(p, plasticity, gradient_factor, begin, end);
+  } else if (p.nesterov) {
+    descend_with_momentum<T, Momentum::nesterov>(p, plasticity, gradient_factor, begin, end);
+  } else {
+    descend_with_momentum<T, Momentum::classic>(p, plasticity, gradient_factor, begin, end);
+  }
 }
 
 static constexpr Kernels table(const char* isa) {
