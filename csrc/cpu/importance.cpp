@@ -1,5 +1,5 @@
-// Eq. 2 on the CPU: threads divide the neurons among them, or, where neurons are few or lie side by side, the samples,
-// whose partial sums are then added in a fixed order.
+// Eq. 2 on the CPU: threads divide the samples among them, so that each streams through memory of its own, and their
+// partial sums are added in a fixed order; where samples are few, they divide the neurons.
 
 #include <algorithm>
 #include <vector>
@@ -11,16 +11,12 @@ namespace npc::cpu {
 namespace {
 
 constexpr int64_t kElementsPerThread = 16384;  // less does not repay waking a thread
+constexpr int64_t kSamplesPerThread = 4;       // fewer do not repay a thread's partial sums
 
 int64_t elements(const ImportanceParams& params) {
   int64_t count = params.batch * params.neurons;
   for (int dim = 0; dim < params.position_dims; ++dim) count *= params.position_size[dim];
   return count;
-}
-
-// Whether neurons lie side by side, so that dividing them among threads would tear rows of memory apart.
-bool neurons_are_innermost(const ImportanceParams& params) {
-  return params.activation_neuron_stride == 1 && params.gradient_neuron_stride == 1;
 }
 
 int64_t share(int64_t total, int index, int shares) { return total * index / shares; }
@@ -48,7 +44,7 @@ void launch_importance(const ImportanceParams& params, int threads) {
   const int shares = static_cast<int>(std::min<int64_t>(threads, useful));
   if (shares == 1) {
     kernel(params, 0, params.batch, 0, params.neurons, params.out);
-  } else if (params.neurons >= shares && (!neurons_are_innermost(params) || params.batch < shares)) {
+  } else if (params.batch < kSamplesPerThread * shares && params.neurons >= shares) {
     parallel(shares, [&](int index) {
       kernel(params, 0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares),
              params.out);

@@ -251,8 +251,9 @@ static void columns(const ImportanceParams& p, int64_t batch_begin, int64_t batc
   constexpr int L = kLanes<Real<T>>;
   const Positions positions(p);
   const int64_t whole = begin + (end - begin) / L * L;
-  for (int64_t i = begin; i < whole; i += kColumns) {
-    const int64_t width = whole - i < kColumns ? whole - i : kColumns;
+  const int64_t widest = positions.outer * positions.inner == 1 ? whole - begin : kColumns;  // no sums to keep
+  for (int64_t i = begin; i < whole; i += widest) {
+    const int64_t width = whole - i < widest ? whole - i : widest;
     column_block<T>(p, positions, batch_begin, batch_end, i, width, out);
   }
   scattered<T>(p, batch_begin, batch_end, whole, end, out);
