@@ -64,36 +64,55 @@ def importances(optimizer: NPC) -> list[Tensor]:
 # --------------------------------------------------------------------------------------------------------- trajectory
 
 
-def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dict[str, Any]) -> list[Tensor]:
-    """NPC in float64 from the equations of reference.py, with activations kept by the forward pass written out here."""
-    net = model.double()
-    convolutions = [name for name, _ in net.named_children() if name.startswith("conv")]
-    after = {name: name.replace("conv", "pool") for name in convolutions} | {"hidden": "relu", "output": "output"}
-    layers = [getattr(net, name) for name in after]
-    average = [torch.zeros(layer.weight.shape[0], dtype=torch.double) for layer in layers]
-    velocity = [torch.zeros_like(p) for p in net.parameters()]
-    for x, y in data:
-        net.zero_grad()
+class Exact:
+    """NPC in float64 from the equations of reference.py, for the paper's networks, written out here."""
+
+    def __init__(self, model: nn.Module, o: dict[str, Any]) -> None:
+        convolutions = [name for name, _ in model.named_children() if name.startswith("conv")]
+        self.measured_behind = [name.replace("conv", "pool") for name in convolutions] + ["relu", "output"]
+        self.layers = [getattr(model, name) for name in [*convolutions, "hidden", "output"]]
+        self.average = [torch.zeros(layer.weight.shape[0], dtype=torch.double) for layer in self.layers]
+        self.weights = [p.detach().double().clone() for p in model.parameters()]
+        self.velocity = [torch.zeros_like(p) for p in self.weights]
+        self.options = o
+
+    def backward(self, model: nn.Module, x: Tensor, y: Tensor) -> list[Tensor]:
+        """Runs the model forward and backward, and returns the activations with their gradients, layer by layer."""
+        model.zero_grad()
         kept: dict[str, Tensor] = {}
-        h = x.double()
-        for name, module in net.named_children():
-            h = module(h)
-            if name in after.values():
-                h.retain_grad()
-                kept[name] = h
-        F.cross_entropy(h, y).backward()
+        for name, module in model.named_children():
+            x = module(x)
+            if name in self.measured_behind:
+                x.retain_grad()
+                kept[name] = x
+        F.cross_entropy(x, y).backward()
+        return [kept[name] for name in self.measured_behind]
+
+    def step(self, activations: list[Tensor], gradients: list[Tensor]) -> None:
+        o = self.options
+        sgd = (o.get("momentum", 0.0), o.get("nesterov", False), o.get("weight_decay", 0.0))
+        for index, n in enumerate(activations):
+            measured = reference.importance(n.detach().double(), n.grad.double())
+            normalized = reference.normalize(measured, o.get("normalize") == "active")
+            self.average[index] = reference.moving_average(self.average[index], normalized, o["delta"])
+            constants = (o["alpha"], o["beta"], o.get("sigma", "sigmoid"))
+            eta = reference.learning_rate(self.average[index], o["lr"], *constants)
+            for k in (2 * index, 2 * index + 1):  # weight and bias
+                shaped = eta.view(-1, *[1] * (self.weights[k].ndim - 1))
+                gradient = gradients[k].double()
+                reference.descend_(self.weights[k], gradient, self.velocity[k], shaped, shaped == 0, *sgd)
+
+
+def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dict[str, Any]) -> list[Tensor]:
+    """Forward, backward and step in float64."""
+    exact = Exact(model.double(), o)
+    for x, y in data:
         with torch.no_grad():
-            for index, layer in enumerate(layers):
-                n = kept[list(after.values())[index]]
-                measured = reference.importance(n, n.grad)
-                normalized = reference.normalize(measured, o.get("normalize") == "active")
-                average[index] = reference.moving_average(average[index], normalized, o["delta"])
-                eta = reference.learning_rate(average[index], o["lr"], o["alpha"], o["beta"], o.get("sigma", "sigmoid"))
-                for k, p in enumerate((layer.weight, layer.bias)):
-                    shaped = eta.view(-1, *[1] * (p.ndim - 1))
-                    step = (o.get("momentum", 0.0), o.get("nesterov", False), o.get("weight_decay", 0.0))
-                    reference.descend_(p, p.grad, velocity[2 * index + k], shaped, shaped == 0, *step)
-    return weights(net)
+            for parameter, weight in zip(model.parameters(), exact.weights, strict=True):
+                parameter.copy_(weight)
+        activations = exact.backward(model, x.double(), y)
+        exact.step(activations, [p.grad for p in model.parameters()])
+    return exact.weights
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -114,18 +133,24 @@ def test_100_steps_stay_with_the_equations_in_float64(options: dict[str, Any], b
         assert got.ndim == 1 or (got - start).norm() / exact.norm() > 100 * TRAJECTORY
 
 
-def test_100_steps_of_the_papers_own_network_stay_with_the_equations_in_float64() -> None:
+def test_100_steps_on_the_papers_own_network_stay_with_the_equations_in_float64() -> None:
+    """Both see the same activations and gradients, those of the float32 network.
+
+    Forward and backward passes of their own would measure something else: in so large a network rounding decides some
+    maxima and signs, and plain SGD in float32 is 1e-2 away from plain SGD in float64 after 20 steps.
+    """
     model = cnn(3, 32, (128, 512, 256), 512, 100, dropout=0.0)
-    generator = torch.Generator().manual_seed(0)
-    data = [
-        (torch.randn(2, 3, 32, 32, generator=generator), torch.randint(100, (2,), generator=generator))
-        for _ in range(100)
-    ]
     options = {"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 0.98}
-    want = exact_trajectory(copy.deepcopy(model), data, options)
-    train(model, NPC(model, backend="native", **options), data)
-    for got, exact in zip(weights(model), want, strict=True):
-        assert (got.double() - exact).norm() / exact.norm() < TRAJECTORY
+    exact, optimizer = Exact(model, options), NPC(model, backend="native", **options)
+    before = weights(model)
+    for _ in range(100):
+        activations = exact.backward(model, torch.randn(2, 3, 32, 32), torch.randint(100, (2,)))
+        exact.step(activations, [p.grad for p in model.parameters()])
+        optimizer.step()
+    for got, want, start in zip(weights(model), exact.weights, before, strict=True):
+        assert (got.double() - want).norm() / want.norm() < TRAJECTORY
+        assert got.ndim == 1 or (got - start).norm() / want.norm() > 100 * TRAJECTORY
+    assert any(layer.frozen > 0.5 for layer in optimizer.plasticity().values())
 
 
 def test_same_seed_same_bits() -> None:
