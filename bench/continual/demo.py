@@ -23,7 +23,6 @@ from .networks import cnn
 from .tasks import Task, digits
 from .training import Run, learn
 
-LR = 0.1
 # Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
 DELTA = 0.999
 
@@ -33,18 +32,20 @@ def network(classes: int) -> nn.Module:
     return cnn(in_channels=1, image_size=8, channels=(16, 32), hidden=64, classes=classes)
 
 
-def optimizer_for(method: str, model: nn.Module) -> torch.optim.Optimizer:
+def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The two optimizers that are compared: same model, same learning rate."""
     if method == "SGD":
-        return torch.optim.SGD(model.parameters(), lr=LR, fused=True)
-    return NPC(model, lr=LR, delta=DELTA)
+        return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
+    return NPC(model, lr=lr, delta=DELTA)
 
 
-def run(method: str, seed: int, tasks: list[Task], epochs: int, batch_size: int) -> tuple[Run, torch.optim.Optimizer]:
+def run(
+    method: str, seed: int, tasks: list[Task], lr: float, epochs: int, batch_size: int
+) -> tuple[Run, torch.optim.Optimizer]:
     """Learns all tasks from one seed, which decides the initial weights, the order of samples and dropout."""
     torch.manual_seed(seed)
     model = network(sum(len(task.classes) for task in tasks))
-    optimizer = optimizer_for(method, model)
+    optimizer = optimizer_for(method, model, lr)
     generator = torch.Generator().manual_seed(seed)
     label = f"{method}, seed {seed}"
     return learn(
@@ -56,6 +57,7 @@ def main() -> None:
     """Runs the demonstration."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of each method (at least 2, default 3)")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of both (default 0.1, the paper's)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the results")
@@ -70,7 +72,7 @@ def main() -> None:
     runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}
     for seed in range(arguments.seeds):
         for method in runs:
-            result, optimizer = run(method, seed, tasks, arguments.epochs, arguments.batch_size)
+            result, optimizer = run(method, seed, tasks, arguments.lr, arguments.epochs, arguments.batch_size)
             runs[method].append(result)
     assert isinstance(optimizer, NPC)
 
