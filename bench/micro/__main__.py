@@ -196,13 +196,6 @@ def _saved(model: nn.Module, images: Tensor) -> int:
     return sum(kept.values())
 
 
-def _read_bandwidth() -> float:
-    """GB/s at which this machine reads memory: the floor of everything that reads its input once."""
-    large = torch.ones(2**27)
-    seconds = compare({"sum": lambda _: large.sum()}, turns=7).seconds["sum"]
-    return 4 * large.numel() / seconds / 1e9
-
-
 def _row(case: str, result: Comparison, goal: float | None, moved: int | None, against: str = "") -> Row:
     low, median, high = result.ratio[against] if against else result.fastest_peer()
     row: Row = {
@@ -260,22 +253,19 @@ def main() -> None:
     torch.manual_seed(0)
     arguments.out.mkdir(parents=True, exist_ok=True)
     command = " ".join(["python -m bench.micro", *sys.argv[1:]])
-    bandwidth = _read_bandwidth()
     for part in arguments.only:
         started = time.perf_counter()
         rows = list(tqdm(PARTS[part](arguments.quick), desc=part, unit="case", leave=False))
         table = _table(rows)
         print(f"\n### {part}: {PARTS[part].__doc__}\n\n{table}")
-        note = f"`{command}`; this machine reads {bandwidth:.0f} GB/s from memory (torch.sum of 512 MB)"
         result = {
             "command": command,
-            "read bandwidth, GB/s": bandwidth,
             "seconds": time.perf_counter() - started,
             "environment": environment.describe(),
             "rows": rows,
         }
         (arguments.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
-        (arguments.out / f"{part}.md").write_text(f"{table}\n\n{note}\n")
+        (arguments.out / f"{part}.md").write_text(f"{table}\n\n`{command}`\n")
 
 
 if __name__ == "__main__":
