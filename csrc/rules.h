@@ -38,15 +38,4 @@ NPC_RULE float plasticity_erf(float average, float alpha, float beta) {
   return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
 }
 
-// Algorithm 1 with the options of torch.optim.SGD: the step d that the rate multiplies. `velocity` is the momentum
-// buffer's old value and becomes its new one; it is left alone where `has_momentum` is false.
-template <class Real>
-NPC_RULE Real descent(Real value, Real gradient, Real weight_decay, bool has_momentum, Real momentum, bool nesterov,
-                      Real& velocity) {
-  const Real step = gradient + weight_decay * value;
-  if (!has_momentum) return step;
-  velocity = momentum * velocity + step;
-  return nesterov ? step + momentum * velocity : velocity;
-}
-
 }  // namespace npc
