@@ -26,7 +26,8 @@ class BuildModule(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            _build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), Path(self.build_temp).resolve())
+            # A folder that stays, so that the next build compiles only what changed.
+            _build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / "build" / _build.MODULE_FILE)
         except _build.BuildError as error:
             sys.exit(f"npc_ext: {error}")
 

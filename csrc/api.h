@@ -15,6 +15,7 @@ struct ImportanceParams {
   const void* activation;  // n      [batch, neurons, positions...], any strides
   const void* gradient;    // dL/dn  the same shape, any strides
   void* out;               // a      [neurons], contiguous; float64 if the input is, else float32
+  void* gradient_in;       // ReLU's gradient, in the memory order of activation, or null; CUDA only
   DType dtype;
   int64_t batch, neurons;
   int position_dims;  // dimensions of p that no common stride merges; 0 means a single position
@@ -46,6 +47,7 @@ struct ParameterParams {
   int64_t size, outer, middle, run;
   int64_t layer;  // whose neurons scale the rate, or -1: the plain rate lr
   double lr, momentum_factor, weight_decay;
+  const float* lr_address;  // takes the place of lr, so that a CUDA graph's replays see it change; or null
   bool nesterov, maximize;
 };
 
@@ -77,4 +79,28 @@ void launch_update(const UpdateParams& params, int threads);
 void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads);
 
 }  // namespace cpu
+
+#if defined(NPC_CUDA)
+namespace cuda {
+
+struct Stream {
+  int device;
+  void* handle;  // a cudaStream_t; null is the default stream
+};
+
+// Scratch for one stream at a time. It begins as zeros; every launch leaves it ready for the next.
+struct Workspace {
+  void* data;
+  int64_t bytes;
+};
+
+// They return 0 once launched, or how many bytes of workspace they need, with nothing done. Errors of the CUDA runtime
+// are thrown as std::runtime_error. Inputs are float32, float16 or bfloat16.
+int64_t launch_importance(const ImportanceParams& params, const Stream& stream, const Workspace& workspace);
+int64_t launch_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
+int64_t launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream,
+                            const Workspace& workspace);
+
+}  // namespace cuda
+#endif
 }  // namespace npc

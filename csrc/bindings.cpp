@@ -76,13 +76,45 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   return p;
 }
 
-void importance(Address activation, Address gradient, Address out, int64_t dtype, const Int64s& sizes,
-                const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim, int batch_dim,
-                int threads) {
-  const ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
-                                                    gradient_strides, channel_dim, batch_dim);
+// Where the CPU's kernels run.
+struct Threads {
+  int count;
+  using Result = void;
+
+  void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
+  void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
+  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
+    npc::cpu::launch_network_step(inputs, params, count);
+  }
+};
+
+#if defined(NPC_CUDA)
+// Where the CUDA kernels run: (device, stream, workspace, bytes of workspace). Results as in api.h.
+struct OnStream {
+  npc::cuda::Stream stream;
+  npc::cuda::Workspace workspace;
+  using Result = int64_t;
+
+  int64_t importance(const ImportanceParams& params) const {
+    return npc::cuda::launch_importance(params, stream, workspace);
+  }
+  int64_t update(const UpdateParams& params) const { return npc::cuda::launch_update(params, stream, workspace); }
+  int64_t network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
+    return npc::cuda::launch_network_step(inputs, params, stream, workspace);
+  }
+};
+#endif
+
+template <class Target>
+typename Target::Result importance(const Target& target, Address activation, Address gradient, Address out,
+                                   Address gradient_in, int64_t dtype, const Int64s& sizes,
+                                   const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim,
+                                   int batch_dim) {
+  ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
+                                              gradient_strides, channel_dim, batch_dim);
+  params.gradient_in = pointer<void>(gradient_in);
   const py::gil_scoped_release released;
-  npc::cpu::launch_importance(params, threads);
+  return target.importance(params);
 }
 
 // A (rows, columns) table of int64 or float64 that lives in a Python buffer.
@@ -110,15 +142,16 @@ struct Network {
   UpdateParams params;
 
   Network(const std::vector<Address>& values, const std::vector<Address>& gradients,
-          const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
-          const py::buffer& parameter_options, const std::vector<Address>& importances,
-          const std::vector<Address>& measured, const std::vector<Address>& skipped,
-          const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
+          const std::vector<Address>& momentum, const std::vector<Address>& lr,
+          const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+          const std::vector<Address>& importances, const std::vector<Address>& measured,
+          const std::vector<Address>& skipped, const py::buffer& layer_numbers, const py::buffer& layer_options,
+          Address grad_scale, Address found_inf)
       : layers(importances.size()), parameters(values.size()) {
     if (gradients.size() != values.size() || momentum.size() != values.size() ||
-        measured.size() != importances.size() || skipped.size() != importances.size()) {
-      throw std::invalid_argument("update: every parameter needs a gradient and a momentum entry, every layer an "
-                                  "importance, a measured and a skipped entry");
+        (!lr.empty() && lr.size() != values.size()) || measured.size() != importances.size() || skipped.size() != importances.size()) {
+      throw std::invalid_argument("update: every parameter needs a gradient and a momentum entry, and an lr entry if any "
+                                  "has one, every layer an importance, a measured and a skipped entry");
     }
     const Table<int64_t> numbers(parameter_numbers, values.size(), 8, "parameter_numbers");
     const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
@@ -127,7 +160,7 @@ struct Network {
       const double* o = options.row(i);
       parameters[i] = ParameterParams{pointer<void>(values[i]), pointer<const void>(gradients[i]),
                                       pointer<void>(momentum[i]), dtype_of(n[0]), n[1], n[2], n[3], n[4], n[5],
-                                      o[0], o[1], o[2], n[6] != 0, n[7] != 0};
+                                      o[0], o[1], o[2], lr.empty() ? nullptr : pointer<const float>(lr[i]), n[6] != 0, n[7] != 0};
       if (n[5] >= static_cast<int64_t>(layers.size())) throw std::invalid_argument("update: layer out of range");
     }
     const Table<int64_t> sizes(layer_numbers, layers.size(), 3, "layer_numbers");
@@ -144,24 +177,30 @@ struct Network {
   }
 };
 
-void update(const std::vector<Address>& values, const std::vector<Address>& gradients,
-            const std::vector<Address>& momentum, const py::buffer& parameter_numbers,
-            const py::buffer& parameter_options, const std::vector<Address>& importances,
-            const std::vector<Address>& measured, const std::vector<Address>& skipped,
-            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
-  const Network network(values, gradients, momentum, parameter_numbers, parameter_options, importances, measured,
+template <class Target>
+typename Target::Result update(const Target& target, const std::vector<Address>& values,
+                               const std::vector<Address>& gradients, const std::vector<Address>& momentum,
+                               const std::vector<Address>& lr, const py::buffer& parameter_numbers,
+                               const py::buffer& parameter_options, const std::vector<Address>& importances,
+                               const std::vector<Address>& measured, const std::vector<Address>& skipped,
+                               const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
+                               Address found_inf) {
+  const Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, importances, measured,
                         skipped, layer_numbers, layer_options, grad_scale, found_inf);
   const py::gil_scoped_release released;
-  npc::cpu::launch_update(network.params, threads);
+  return target.update(network.params);
 }
 
 using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
 
-void network_step(const std::vector<ImportanceInput>& inputs, const std::vector<Address>& values,
-                  const std::vector<Address>& gradients, const std::vector<Address>& momentum,
-                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                  const std::vector<Address>& importances, const std::vector<Address>& skipped,
-                  const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf, int threads) {
+template <class Target>
+typename Target::Result network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
+                                     const std::vector<Address>& values, const std::vector<Address>& gradients,
+                                     const std::vector<Address>& momentum, const std::vector<Address>& lr,
+                                     const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                                     const std::vector<Address>& importances, const std::vector<Address>& skipped,
+                                     const py::buffer& layer_numbers, const py::buffer& layer_options,
+                                     Address grad_scale, Address found_inf) {
   if (inputs.size() != importances.size()) {
     throw std::invalid_argument("network_step: every layer needs an activation and its gradient");
   }
@@ -171,10 +210,10 @@ void network_step(const std::vector<ImportanceInput>& inputs, const std::vector<
                                        batch_dim));
   }
   const std::vector<Address> in_scratch(importances.size(), 0);
-  const Network network(values, gradients, momentum, parameter_numbers, parameter_options, importances, in_scratch,
+  const Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, importances, in_scratch,
                         skipped, layer_numbers, layer_options, grad_scale, found_inf);
   const py::gil_scoped_release released;
-  npc::cpu::launch_network_step(params.data(), network.params, threads);
+  return target.network_step(params.data(), network.params);
 }
 
 py::list isas() {
@@ -185,16 +224,32 @@ py::list isas() {
   return names;
 }
 
+template <class Target>
+void define_kernels(py::module_& m) {
+  m.def("importance", &importance<Target>);
+  m.def("update", &update<Target>);
+  m.def("network_step", &network_step<Target>);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of npc_ext; npc_ext.ops is the interface to use.";
   m.attr("build_key") = NPC_EXT_BUILD_KEY;
   m.attr("compiler") = __VERSION__;
-  m.def("importance", &importance);
-  m.def("update", &update);
-  m.def("network_step", &network_step);
+  py::module_ cpu = m.def_submodule("cpu");
+  py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));
+  define_kernels<Threads>(cpu);
   m.def("isas", &isas, "Instruction sets compiled in that this processor runs, best last.");
   m.def("isa_in_use", &npc::cpu::isa_in_use);
   m.def("use_isa", &npc::cpu::use_isa);
+#if defined(NPC_CUDA)
+  m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
+  py::module_ cuda = m.def_submodule("cuda");
+  py::class_<OnStream>(cuda, "OnStream", py::module_local())
+      .def(py::init([](int device, Address stream, Address workspace, int64_t bytes) {
+        return OnStream{{device, pointer<void>(stream)}, {pointer<void>(workspace), bytes}};
+      }));
+  define_kernels<OnStream>(cuda);
+#endif
 }

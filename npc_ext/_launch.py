@@ -1,4 +1,4 @@
-"""Where tensors become addresses: the only module that knows both torch and the compiled kernels.
+"""Where tensors become addresses: the only module that knows both torch and the compiled kernels, on CPU and CUDA.
 
 Every tensor is held by its caller until the launch has returned, and every tensor that a launch writes gets its
 version counter raised, so that autograd notices. Callers (npc_ext.ops) have checked shapes; what is checked here is
@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,28 +21,99 @@ from .reference import compute_dtype
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 
 
+_CUDA_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
+_FIRST_WORKSPACE = 4 * 2**20  # bytes; more than most launches need
+
+
 def supports(tensor: Tensor) -> bool:
-    """Whether the compiled kernels take this tensor: on the CPU, in one of four dtypes, dense."""
-    return tensor.is_cpu and tensor.dtype in DTYPES and not tensor.is_sparse
+    """Whether there is a compiled kernel for this tensor: on CPU or CUDA, dense, in a dtype that it takes there."""
+    if tensor.is_sparse:
+        return False
+    return tensor.dtype in DTYPES if tensor.is_cpu else tensor.is_cuda and tensor.dtype in _CUDA_DTYPES
+
+
+@lru_cache(maxsize=64)
+def _threads(count: int) -> Any:
+    return _native.module().cpu.Threads(count)
+
+
+class _Workspace:
+    """Scratch of one stream, which the launches on that stream use one after the other. Grows when a launch asks."""
+
+    def __init__(self, device: torch.device, stream: int) -> None:
+        self.device, self.stream = device, stream
+        self.grow(_FIRST_WORKSPACE)
+
+    def grow(self, size: int) -> None:
+        self.memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        index = self.device.index or 0
+        self.target = _native.module().cuda.OnStream(index, self.stream, self.memory.data_ptr(), size)
+
+
+_workspaces: dict[tuple[int, int], _Workspace] = {}
+
+
+def _workspace(device: torch.device) -> _Workspace:
+    """The workspace of the device's current stream, which is asked for at every launch and never remembered.
+
+    A CUDA graph gets one of its own, out of its own memory: it may be replayed on any stream.
+    """
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    if torch.cuda.is_current_stream_capturing():
+        return _Workspace(device, stream)
+    key = (device.index, stream)
+    if key not in _workspaces:
+        _workspaces[key] = _Workspace(device, stream)
+    return _workspaces[key]
+
+
+def _launch(kernel: str, device: torch.device, *arguments: Any) -> None:
+    """Calls a kernel of the compiled module where `device` runs it."""
+    module = _native.module()
+    if device.type == "cpu":
+        getattr(module.cpu, kernel)(_threads(torch.get_num_threads()), *arguments)
+        return
+    workspace = _workspace(device)
+    function = getattr(module.cuda, kernel)
+    if missing := function(workspace.target, *arguments):
+        workspace.grow(missing)
+        function(workspace.target, *arguments)
 
 
 def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
     """Launches eq. 2; see `npc_ext.ops.importance`."""
-    shape = activation.shape
-    out = torch.empty(shape[channel_dim], dtype=compute_dtype(activation.dtype))
+    return _importance(activation, gradient, channel_dim, batch_dim, 0)
+
+
+def relu_backward_importance(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Launches eq. 2 with the backward pass of ReLU, on CUDA; see `npc_ext.ops.relu_backward_importance`."""
+    gradient_in = torch.empty_like(output)
+    if gradient_in.stride() != output.stride():  # of a tensor with gaps or overlaps, which has no likeness
+        output = output.contiguous()
+        gradient_in = torch.empty_like(output)
+    return gradient_in, _importance(output, gradient, channel_dim, batch_dim, gradient_in.data_ptr())
+
+
+def _importance(activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int, gradient_in: int) -> Tensor:
+    shape, device = activation.shape, activation.device
+    out = torch.empty(shape[channel_dim], dtype=compute_dtype(activation.dtype), device=device)
     if activation.numel() == 0:
         return out.zero_()
-    _native.module().importance(
+    _launch(
+        "importance",
+        device,
         activation.data_ptr(),
         gradient.data_ptr(),
         out.data_ptr(),
+        gradient_in,
         DTYPES[activation.dtype],
         shape,
         activation.stride(),
         gradient.stride(),
         channel_dim % len(shape),
         batch_dim % len(shape),
-        torch.get_num_threads(),
     )
     return out
 
@@ -105,7 +177,7 @@ class Tables:
         layer: Sequence[int],
         neuron_dim: Sequence[int],
         groups: Sequence[int],
-        lr: Sequence[float],
+        lr: Sequence[float | Tensor],
         momentum: Sequence[float],
         nesterov: Sequence[bool],
         weight_decay: Sequence[float],
@@ -121,13 +193,18 @@ class Tables:
             place = geometry(parameter.shape, parameter.stride(), neuron_dim[index], groups[index])
             numbers.extend((DTYPES[parameter.dtype], parameter.numel(), *place, layer[index]))
             numbers.extend((nesterov[index], maximize[index]))
-            options.extend((lr[index], momentum[index], weight_decay[index]))
+            rate = lr[index]
+            options.extend((0.0 if isinstance(rate, Tensor) else rate, momentum[index], weight_decay[index]))
         layer_numbers, layer_options = array("q"), array("d")
         for index, average in enumerate(importances):
             layer_numbers.extend((average.numel(), sigma[index] == "erf", active_only[index]))
             layer_options.extend((alpha[index], beta[index], delta[index]))
         self.parameter_numbers, self.parameter_options = numbers, options
         self.layer_numbers, self.layer_options = layer_numbers, layer_options
+        # A rate in device memory is read there, so that a CUDA graph's replays see it change.
+        rates = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lr]
+        self.lr_addresses = rates if any(rates) else []
+        self.lr_tensors = [rate for rate in lr if isinstance(rate, Tensor)]  # held while their addresses are
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
 
@@ -138,7 +215,7 @@ def _addresses(
     gradients: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     importances: Sequence[Tensor],
-) -> tuple[list[int], list[int], list[int], array[int], array[float], list[int]]:
+) -> tuple[list[int], list[int], list[int], list[int], array[int], array[float], list[int]]:
     """The arguments that `update` and `network_step` begin with."""
     momentum = [0] * len(parameters)
     if tables.any_momentum:
@@ -150,6 +227,7 @@ def _addresses(
         [parameter.data_ptr() for parameter in parameters],
         [gradient.data_ptr() for gradient in gradients],
         momentum,
+        tables.lr_addresses,
         tables.parameter_numbers,
         tables.parameter_options,
         [average.data_ptr() for average in importances],
@@ -178,6 +256,11 @@ def _check_momentum_buffer(index: int, buffer: Tensor, parameter: Tensor) -> Non
         )
 
 
+def _flags(device: torch.device, *flags: Tensor | None) -> list[Tensor | None]:
+    """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
+    return [None if flag is None else flag.to(device, torch.float32) for flag in flags]
+
+
 def update_(
     tables: Tables,
     parameters: Sequence[Tensor],
@@ -196,16 +279,16 @@ def update_(
     average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
     side.
     """
-    # The scale and the flag may come in any dtype; the kernels read float32.
-    flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
-    _native.module().update(
+    flags = _flags(skipped.device, grad_scale, found_inf)
+    _launch(
+        "update",
+        skipped.device,
         *_addresses(tables, parameters, gradients, momentum_buffers, importances),
         [0 if one is None else one.data_ptr() for one in measured],
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,
         *(0 if flag is None else flag.data_ptr() for flag in flags),
-        torch.get_num_threads(),
     )
     _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)
 
@@ -225,7 +308,7 @@ def network_step_(
     found_inf: Tensor | None = None,
 ) -> None:
     """The same with eq. 2 before it, still in one launch; see `npc_ext.ops.network_step_`."""
-    flags = [None if flag is None else flag.to(torch.float32) for flag in (grad_scale, found_inf)]
+    flags = _flags(skipped.device, grad_scale, found_inf)
     inputs = [
         (
             n.data_ptr(),
@@ -239,13 +322,14 @@ def network_step_(
         )
         for n, g, channel, batch in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
     ]
-    _native.module().network_step(
+    _launch(
+        "network_step",
+        skipped.device,
         inputs,
         *_addresses(tables, parameters, gradients, momentum_buffers, importances),
         _counters(skipped, range(len(importances))),
         tables.layer_numbers,
         tables.layer_options,
         *(0 if flag is None else flag.data_ptr() for flag in flags),
-        torch.get_num_threads(),
     )
     _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)

@@ -413,7 +413,7 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
   T* momentum = static_cast<T*>(p.momentum);
   const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
                      static_cast<R>(p.momentum_factor)};
-  const R lr = static_cast<R>(p.lr);
+  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
   const auto run_elements = [&](int64_t at, int64_t count, R rate) {
     descend_run<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr,
                                            count, end - at, rate);

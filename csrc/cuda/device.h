@@ -1,0 +1,80 @@
+// What every kernel uses: numbers and 16-byte packs of them, sums over warps and blocks, and the last block to arrive.
+#pragma once
+
+#include <cstdint>
+
+#include "launch.h"
+#include "runtime.h"
+
+namespace npc::cuda {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void from_float(float value, float& out) { out = value; }
+__device__ __forceinline__ void from_float(float value, __half& out) { out = __float2half_rn(value); }
+__device__ __forceinline__ void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
+
+// As many numbers as one 16-byte access moves.
+template <class T>
+struct alignas(16) Pack {
+  static constexpr int size = 16 / sizeof(T);
+  T at[size];
+};
+
+// One number, where 16-byte accesses are not allowed.
+template <class T>
+struct Single {
+  static constexpr int size = 1;
+  T at[1];
+};
+
+template <class P, class T>
+__device__ __forceinline__ P load(const T* from) {
+  return *reinterpret_cast<const P*>(from);
+}
+
+template <class P, class T>
+__device__ __forceinline__ void store(T* to, const P& pack) {
+  *reinterpret_cast<P*>(to) = pack;
+}
+
+// The sum over `lanes` neighbouring threads of a warp (a power of two), in all of them. All threads of the warp call it.
+template <class T>
+__device__ __forceinline__ T sum_over_lanes(T value, int lanes) {
+  for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
+  return value;
+}
+
+constexpr int kWarps = kThreads / kWarp;
+
+// This thread's number in its block.
+__device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+
+// The sum over a block, in all its threads and the same in every block. All threads call it; `scratch` is shared.
+template <class T>
+__device__ __forceinline__ T sum_over_block(T value, T (&scratch)[kWarps]) {
+  value = sum_over_lanes(value, kWarp);
+  if (thread() % kWarp == 0) scratch[thread() / kWarp] = value;
+  __syncthreads();
+  T sum = 0;
+  for (int warp = 0; warp < kWarps; ++warp) sum += scratch[warp];
+  __syncthreads();  // the scratch may be used again
+  return sum;
+}
+
+// Whether this block is the last of `expected` to arrive at a counter, which then counts from 0 again. Everything that
+// the blocks wrote or read before happens before what the last one does after. All threads call it; `last` is shared.
+__device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned expected, bool& last) {
+  __syncthreads();
+  if (thread() == 0) {
+    ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*counter);
+    last = arrived.fetch_add(1, ::cuda::memory_order_acq_rel) + 1 == expected;
+    if (last) arrived.store(0, ::cuda::memory_order_relaxed);
+  }
+  __syncthreads();
+  return last;
+}
+
+}  // namespace npc::cuda

@@ -1,0 +1,112 @@
+// From the parameter structs of api.h to what the device reads (update.h), in as few launches as hold it.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "update.h"
+
+namespace npc::cuda {
+
+constexpr int64_t kMostArguments = 32764;  // bytes that a kernel's arguments may take, since CUDA 12.1
+
+// The layers and parameters of one launch, as indices into UpdateParams.
+struct Part {
+  std::vector<int64_t> layers, parameters;
+  std::vector<bool> moves_average;  // of each layer: this launch moves C, unless nothing was measured
+};
+
+// Divides a network into launches. A layer's parameters may end in another launch than they begin in: the first moves
+// C, the others find it moved.
+template <class N>
+std::vector<Part> divide_network(const UpdateParams& params) {
+  constexpr size_t most_layers = N::kLayers, most_parameters = N::kParameters - N::kLayers;  // see fits()
+  std::vector<std::vector<int64_t>> of_layer(params.layer_count + 1);  // the last: parameters of no layer
+  for (int64_t i = 0; i < params.parameter_count; ++i) {
+    const int64_t layer = params.parameters[i].layer;
+    of_layer[layer < 0 ? params.layer_count : layer].push_back(i);
+  }
+  std::vector<Part> parts(1);
+  for (int64_t layer = 0; layer <= params.layer_count; ++layer) {
+    const bool plain = layer == params.layer_count;
+    bool moves_average = true;
+    const auto begin_layer = [&] {
+      if (plain) return;
+      parts.back().layers.push_back(layer);
+      parts.back().moves_average.push_back(moves_average);
+      moves_average = false;
+    };
+    const size_t places = parts.back().parameters.size() + of_layer[layer].size();
+    const bool full = parts.back().layers.size() == most_layers ||
+                      (places > most_parameters && !parts.back().parameters.empty());
+    if (full && !plain) parts.emplace_back();
+    begin_layer();
+    for (const int64_t parameter : of_layer[layer]) {
+      if (parts.back().parameters.size() == most_parameters) {
+        parts.emplace_back();
+        begin_layer();
+      }
+      parts.back().parameters.push_back(parameter);
+    }
+  }
+  return parts;
+}
+
+// Whether a launch holds a part; each of its layers may need the place of a parameter more, see describe().
+template <class N>
+bool fits(const Part& part) {
+  return part.layers.size() <= N::kLayers && part.parameters.size() + part.layers.size() <= N::kParameters;
+}
+
+inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// `blocks`: how many the device runs at a time.
+template <class N>
+N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
+  N network{};
+  network.grad_scale = params.grad_scale;
+  network.found_inf = params.found_inf;
+  std::vector<int> place(params.layer_count, -1);
+  for (size_t index = 0; index < part.layers.size(); ++index) {
+    const LayerParams& from = params.layers[part.layers[index]];
+    place[part.layers[index]] = network.layer_count;
+    network.layers[network.layer_count++] = {
+        from.importance, part.moves_average[index] ? from.measured : nullptr, from.skipped, from.neurons,
+        static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
+        static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
+  }
+  int64_t elements = 0;
+  for (const int64_t index : part.parameters) elements += params.parameters[index].size;
+  // Small networks are cut smaller, so that all of the device works on them.
+  const int64_t item = std::clamp<int64_t>(elements / blocks / kRuns * kRuns, kRuns, kItem);
+  const auto add = [&](Parameter parameter) {
+    parameter.item_size = static_cast<int>(std::min(item, kRuns * std::min<int64_t>(parameter.run, kItem)));
+    parameter.first_item = network.items;
+    const int64_t items = (parameter.size + parameter.item_size - 1) / parameter.item_size;
+    network.items += items;
+    if (parameter.layer >= 0) network.layers[parameter.layer].items += static_cast<unsigned>(items);
+    network.parameters[network.parameter_count++] = parameter;
+  };
+  for (const int64_t index : part.parameters) {
+    const ParameterParams& from = params.parameters[index];
+    if (from.size == 0) continue;
+    add({from.value, from.gradient, from.momentum, from.lr_address, from.size, from.outer, from.middle, from.run, 0, 0,
+         from.layer < 0 ? -1 : place[from.layer], static_cast<float>(from.lr),
+         static_cast<float>(from.momentum_factor), static_cast<float>(from.weight_decay),
+         from.maximize ? -1.0f : 1.0f, from.dtype, from.nesterov,
+         on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)});
+  }
+  // C moves also where nothing depends on it: an item without elements sees to that.
+  for (int layer = 0; layer < network.layer_count; ++layer) {
+    if (network.layers[layer].items > 0 || network.layers[layer].measured == nullptr) continue;
+    network.layers[layer].items = 1;
+    Parameter nothing{};
+    nothing.outer = nothing.middle = nothing.run = nothing.item_size = 1;
+    nothing.layer = layer;
+    nothing.first_item = network.items++;
+    network.parameters[network.parameter_count++] = nothing;
+  }
+  return network;
+}
+
+}  // namespace npc::cuda

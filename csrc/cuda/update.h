@@ -1,0 +1,220 @@
+// Eqs. 3, 4, 7 and the weight update of all layers on the device.
+//
+// The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
+// on one item at a time. It sums its layer's measured importance (as every block of the layer does, in the same order,
+// so that all agree), computes the new average C and from it the plasticity of the neurons that its elements belong to,
+// and moves the elements. C itself is written by the layer's last block to have read it.
+//
+// Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
+// for the elements of frozen neurons. A layer's importance comes out of the cache for all blocks but the first.
+#pragma once
+
+#include "../api.h"
+#include "../rules.h"
+#include "device.h"
+
+namespace npc::cuda {
+
+constexpr int kItem = 16384;         // elements
+constexpr int kRuns = 1024;          // runs of one neuron that an item holds at most, but for the one it begins in
+constexpr int64_t kManyElements = int64_t{1} << 31;
+
+struct Layer {
+  float* importance;
+  const float* measured;
+  int64_t* skipped;
+  int64_t neurons;
+  float alpha, beta, delta, one_minus_delta;
+  bool error_function, active_only;
+  unsigned items;  // that read the layer's importance
+};
+
+struct Parameter {
+  void* value;
+  const void* gradient;
+  void* momentum;
+  const float* lr_address;
+  int64_t size, outer, middle, run;
+  int64_t first_item;  // items are counted through all parameters
+  int item_size;       // elements
+  int layer;
+  float lr, momentum_factor, weight_decay, sign;
+  DType dtype;
+  bool nesterov, packed;  // packed: 16-byte accesses are allowed
+};
+
+// The whole network, by value in the kernel's arguments.
+template <int kParameters_, int kLayers_>
+struct Network {
+  static constexpr int kParameters = kParameters_, kLayers = kLayers_;
+  const float* grad_scale;
+  const float* found_inf;
+  unsigned* arrived;  // [layer_count], zero
+  int64_t items;
+  int parameter_count, layer_count;
+  Layer layers[kLayers];
+  Parameter parameters[kParameters];
+};
+
+struct UpdateShared {
+  float plasticity[kRuns + 2];  // of the neurons that an item's runs belong to
+  double totals[kWarps];
+  int64_t counts[kWarps];
+  bool last;
+};
+
+// A layer's sum over measured importance, and the number of neurons in eq. 3's mean.
+struct Total {
+  float sum, neurons;
+};
+
+__device__ inline Total total_of(const Layer& layer, UpdateShared& shared) {
+  double sum = 0;
+  int64_t active = 0;
+  for (int64_t i = thread(); i < layer.neurons; i += kThreads) {
+    sum += layer.measured[i];
+    active += layer.measured[i] > 0.0f;
+  }
+  const double total = sum_over_block(sum, shared.totals);
+  active = layer.active_only ? sum_over_block(active, shared.counts) : layer.neurons;
+  return {static_cast<float>(total), static_cast<float>(active)};
+}
+
+// C_i after eqs. 3 and 4. Sums that are zero or not finite leave it as it is.
+__device__ __forceinline__ float averaged(const Layer& layer, const Total& total, int64_t neuron) {
+  const float average = layer.importance[neuron];
+  if (!(total.sum > 0.0f) || isinf(total.sum)) return average;
+  const float normalized = normalized_importance(layer.measured[neuron], total.sum, total.neurons);
+  return moving_average(average, normalized, layer.delta, layer.one_minus_delta);
+}
+
+__device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run) {
+  if (p.outer == 1) return run;
+  return run / (p.outer * p.middle) * p.middle + run % p.middle;
+}
+
+// What every element of a parameter has in common.
+struct Step {
+  float lr, factor, weight_decay, momentum;
+  bool nesterov;
+};
+
+__device__ __forceinline__ float moved(const Step& step, float value, float gradient, float rate, bool has_momentum,
+                                       float& velocity) {
+  float d = gradient * step.factor;
+  if (step.weight_decay != 0.0f) d += step.weight_decay * value;
+  if (!has_momentum) return value - rate * d;
+  velocity = step.momentum * velocity + d;
+  return value - rate * (step.nesterov ? d + step.momentum * velocity : velocity);
+}
+
+// Moves the numbers of one pack, all of one neuron.
+template <class P, class T>
+__device__ __forceinline__ void move(const Parameter& p, const Step& step, int64_t at, float rate) {
+  T* value = static_cast<T*>(p.value) + at;
+  P values = load<P>(value);
+  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
+  const bool has_momentum = p.momentum != nullptr;
+  P velocities = {};
+  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
+  for (int k = 0; k < P::size; ++k) {
+    float velocity = to_float(velocities.at[k]);
+    from_float(moved(step, to_float(values.at[k]), to_float(gradients.at[k]), rate, has_momentum, velocity),
+               values.at[k]);
+    from_float(velocity, velocities.at[k]);
+  }
+  store(value, values);
+  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
+}
+
+// Elements [begin, end) of a parameter; `shared.plasticity` begins with the run that element `begin` belongs to.
+template <class T>
+__device__ void move_elements(const Parameter& p, const Step& step, int64_t begin, int64_t end,
+                              const UpdateShared& shared) {
+  const int64_t offset = p.layer < 0 ? 0 : begin % p.run;
+  // An item is shorter than a run of so many elements, and so lies in two of them at most.
+  const auto run_of = [&](int64_t local) -> int {
+    if (p.run >= kManyElements) return local >= p.run;
+    return static_cast<int>(static_cast<uint32_t>(local) / static_cast<uint32_t>(p.run));
+  };
+  constexpr int size = Pack<T>::size;
+  const int64_t packs = p.packed ? (end - begin) / size : 0;
+#pragma unroll 2
+  for (int64_t pack = thread(); pack < packs; pack += kThreads) {
+    const int64_t at = begin + pack * size, local = offset + pack * size;
+    if (p.layer < 0) {
+      move<Pack<T>, T>(p, step, at, step.lr);
+      continue;
+    }
+    const int run = run_of(local);
+    if (run_of(local + size - 1) == run) {
+      const float plasticity = shared.plasticity[run];
+      if (plasticity != 0.0f) move<Pack<T>, T>(p, step, at, fminf(plasticity, step.lr));
+      continue;
+    }
+    for (int k = 0; k < size; ++k) {
+      const float plasticity = shared.plasticity[run_of(local + k)];
+      if (plasticity != 0.0f) move<Single<T>, T>(p, step, at + k, fminf(plasticity, step.lr));
+    }
+  }
+  for (int64_t at = begin + packs * size + thread(); at < end; at += kThreads) {
+    const float plasticity = p.layer < 0 ? step.lr : shared.plasticity[run_of(offset + at - begin)];
+    if (p.layer < 0 || plasticity != 0.0f) move<Single<T>, T>(p, step, at, fminf(plasticity, step.lr));
+  }
+}
+
+template <class N>
+__device__ __forceinline__ const Parameter& parameter_of(const N& network, int64_t item) {
+  int first = 0, last = network.parameter_count - 1;
+  while (first < last) {
+    const int middle = (first + last + 1) / 2;
+    if (network.parameters[middle].first_item <= item) first = middle;
+    else last = middle - 1;
+  }
+  return network.parameters[first];
+}
+
+// Whether the whole step is to be left out because gradients overflowed.
+template <class N>
+__device__ __forceinline__ bool overflowed(const N& network) {
+  return network.found_inf != nullptr && *network.found_inf != 0.0f;
+}
+
+// One item. All threads of the block call it, and may call it again at once.
+template <class N>
+__device__ __forceinline__ void update_item(const N& network, int64_t item, UpdateShared& shared) {
+  const Parameter& p = parameter_of(network, item);
+  const int64_t begin = (item - p.first_item) * p.item_size;
+  const int64_t end = begin + p.item_size < p.size ? begin + p.item_size : p.size;
+  if (p.layer >= 0) {
+    const Layer& layer = network.layers[p.layer];
+    const bool measured = layer.measured != nullptr;
+    const Total total = measured ? total_of(layer, shared) : Total{0.0f, 0.0f};
+    const int64_t first_run = begin / p.run;
+    const int runs = begin < end ? static_cast<int>((end - 1) / p.run - first_run) + 1 : 0;
+    for (int run = thread(); run < runs; run += kThreads) {
+      const float average = averaged(layer, total, neuron_of_run(p, first_run + run));
+      shared.plasticity[run] = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                                    : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    }
+    if (!measured) {
+      __syncthreads();
+    } else if (arrives_last(network.arrived + p.layer, layer.items, shared.last)) {
+      for (int64_t i = thread(); i < layer.neurons; i += kThreads) {
+        layer.importance[i] = averaged(layer, total, i);
+      }
+      if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
+    }
+  }
+  const float scale = network.grad_scale == nullptr ? 1.0f : *network.grad_scale;
+  const Step step{p.lr_address == nullptr ? p.lr : *p.lr_address, p.sign / scale, p.weight_decay, p.momentum_factor,
+                  p.nesterov};
+  switch (p.dtype) {
+    case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
+    case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;
+    default: move_elements<__nv_bfloat16>(p, step, begin, end, shared); break;
+  }
+  __syncthreads();  // shared.plasticity may be written again
+}
+
+}  // namespace npc::cuda

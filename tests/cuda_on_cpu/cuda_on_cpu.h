@@ -1,0 +1,223 @@
+// CUDA for the tests, on the CPU: what csrc/cuda uses of the CUDA runtime, with a host meaning.
+//
+// Every thread of a block is a thread of the process; they meet at __syncthreads(), at shuffles and, in a cooperative
+// launch, at the grid's barrier, and nowhere else. So the sanitizers see the kernels as they run: the thread sanitizer a
+// missing barrier, the address sanitizer an index out of bounds. A block's shared memory is heap memory of its exact
+// size, filled with garbage before each block; "device memory" is the process's own.
+//
+// Two switches break the kernels, so that tests can show that the sanitizers object:
+//   CUDA_ON_CPU_WITHOUT_BARRIER_IN="name"  barriers in the function of that name do nothing
+//   CUDA_ON_CPU_SHIFT=n                    threads count from n
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <string_view>
+#include <thread>
+#include <tuple>
+#include <typeinfo>
+#include <utility>
+#include <vector>
+
+#if !defined(CUDA_ON_CPU_WITHOUT_BARRIER_IN)
+#define CUDA_ON_CPU_WITHOUT_BARRIER_IN ""
+#endif
+#if !defined(CUDA_ON_CPU_SHIFT)
+#define CUDA_ON_CPU_SHIFT 0
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+using std::isfinite;
+using std::isinf;
+
+// ------------------------------------------------------------------------------------------------ blocks and barriers
+
+namespace cuda_on_cpu {
+
+constexpr int kWarp = 32;
+constexpr int kProcessors = 2;
+constexpr int kBlocksAtATime = 3;  // of a launch that is not cooperative; they share no barrier
+
+struct Warp {
+  std::barrier<> barrier{kWarp};
+  uint64_t lanes[kWarp];
+};
+
+struct Block {
+  explicit Block(int threads) : barrier(threads), warps(threads / kWarp) {}
+  std::barrier<> barrier;
+  std::vector<Warp> warps;
+  std::mutex mutex;
+  std::unique_ptr<unsigned char[]> shared;
+  const std::type_info* shared_type = nullptr;
+};
+
+inline thread_local Block* block;
+inline thread_local std::barrier<>* grid;
+
+inline bool skipped(const char* function) { return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN; }
+
+inline void syncthreads(const char* function) {
+  if (!skipped(function)) block->barrier.arrive_and_wait();
+}
+
+template <class T>
+T shuffle_xor(T value, int offset) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  const unsigned thread = threadIdx.x - CUDA_ON_CPU_SHIFT;
+  Warp& warp = block->warps[thread / kWarp];
+  std::memcpy(&warp.lanes[thread % kWarp], &value, sizeof(T));
+  warp.barrier.arrive_and_wait();
+  std::memcpy(&value, &warp.lanes[(thread % kWarp) ^ offset], sizeof(T));
+  warp.barrier.arrive_and_wait();
+  return value;
+}
+
+}  // namespace cuda_on_cpu
+
+#define __syncthreads() cuda_on_cpu::syncthreads(__func__)
+#define __shfl_xor_sync(mask, value, offset) cuda_on_cpu::shuffle_xor(value, offset)
+
+namespace npc::cuda {
+
+constexpr int kThreads = 64;  // two warps: enough for what goes on between warps
+
+template <class T>
+T& shared_memory() {
+  ::cuda_on_cpu::Block& block = *::cuda_on_cpu::block;
+  const std::lock_guard<std::mutex> lock(block.mutex);
+  if (block.shared_type == nullptr) {
+    block.shared_type = &typeid(T);
+    block.shared.reset(new unsigned char[sizeof(T)]);
+    std::memset(block.shared.get(), 0xCB, sizeof(T));
+  }
+  return *reinterpret_cast<T*>(block.shared.get());
+}
+
+inline void grid_barrier() {
+  if (!::cuda_on_cpu::skipped("grid_barrier")) ::cuda_on_cpu::grid->arrive_and_wait();
+}
+
+}  // namespace npc::cuda
+
+namespace cuda {
+
+enum thread_scope { thread_scope_device };
+using std::memory_order_acq_rel;
+using std::memory_order_relaxed;
+
+template <class T, thread_scope>
+struct atomic_ref : std::atomic_ref<T> {
+  using std::atomic_ref<T>::atomic_ref;
+};
+
+}  // namespace cuda
+
+// ------------------------------------------------------------------------------------------------------------- numbers
+
+struct __half {
+  _Float16 value;
+};
+inline float __half2float(__half h) { return static_cast<float>(h.value); }
+inline __half __float2half_rn(float f) { return {static_cast<_Float16>(f)}; }
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+inline float __bfloat162float(__nv_bfloat16 b) { return std::bit_cast<float>(static_cast<uint32_t>(b.bits) << 16); }
+inline __nv_bfloat16 __float2bfloat16_rn(float f) {
+  uint32_t bits = std::bit_cast<uint32_t>(f);
+  if (std::isnan(f)) return {0x7fff};
+  bits += 0x7fff + (bits >> 16 & 1);  // to the nearest, ties to even
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+// ------------------------------------------------------------------------------------------------------------- runtime
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorCooperativeLaunchTooLarge };
+enum { cudaDevAttrMultiProcessorCount };
+enum { cudaLaunchAttributeCooperative };
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorCooperativeLaunchTooLarge";
+}
+inline const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "too many blocks in cooperative launch";
+}
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
+  return *value = cuda_on_cpu::kProcessors, cudaSuccess;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = 2, cudaSuccess;
+}
+
+struct cudaLaunchAttribute {
+  int id;
+  struct {
+    int cooperative;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  int numAttrs;
+};
+
+// Runs the kernel and returns when it is done.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  const bool cooperative = config->numAttrs > 0 && config->attrs[0].val.cooperative;
+  const int blocks = static_cast<int>(config->gridDim.x), threads = static_cast<int>(config->blockDim.x);
+  const int at_a_time = cooperative ? blocks : std::min(blocks, cuda_on_cpu::kBlocksAtATime);
+  if (cooperative && blocks > 2 * cuda_on_cpu::kProcessors) return cudaErrorCooperativeLaunchTooLarge;
+  const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
+  std::barrier<> grid(at_a_time * threads);
+  std::vector<std::unique_ptr<cuda_on_cpu::Block>> slots;
+  for (int slot = 0; slot < at_a_time; ++slot) slots.push_back(std::make_unique<cuda_on_cpu::Block>(threads));
+  std::vector<std::thread> running;
+  for (int index = 0; index < at_a_time * threads; ++index) {
+    running.emplace_back([&, index] {
+      const int thread = index % threads;
+      cuda_on_cpu::block = slots[index / threads].get();
+      cuda_on_cpu::grid = &grid;
+      threadIdx = dim3(thread + CUDA_ON_CPU_SHIFT, 0, 0);
+      blockDim = config->blockDim;
+      gridDim = config->gridDim;
+      for (int own = index / threads; own < blocks; own += at_a_time) {
+        blockIdx = dim3(own, 0, 0);
+        std::apply(kernel, copies);
+        cuda_on_cpu::block->barrier.arrive_and_wait();
+        if (thread == 0) cuda_on_cpu::block->shared_type = nullptr;  // the next block finds garbage again
+        cuda_on_cpu::block->barrier.arrive_and_wait();
+      }
+    });
+  }
+  for (std::thread& one : running) one.join();
+  return cudaSuccess;
+}
