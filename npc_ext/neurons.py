@@ -361,7 +361,7 @@ def _layer(
 def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
     """Transformer layers say themselves whether samples or positions come first."""
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(len(parts), -1, -1):
         module = modules.get(".".join(parts[:end]))
         attention = getattr(module, "self_attn", module)
         if isinstance(attention, nn.MultiheadAttention):
@@ -578,11 +578,15 @@ class _Graphs:
         if any(isinstance(choice, str) for choice in choices):
             return next(choice for choice in choices if isinstance(choice, str)), [], ""
         points = {choice[:2]: choice for choice in choices if not isinstance(choice, str)}
-        if (at, "output") in points and len(points) > 1:
-            # One call can only be measured at the layer itself, and a tap there sees every call.
+        if any(
+            where == "output" and self._walks_through(module, walks) > sum(c[:2] == (module, where) for c in choices)
+            for module, where in points
+        ):
+            # A tap sees every call of its module, so a call that chose another point would count twice.
             if any("normalization" in walk.kinds for walk in walks):
                 return (
-                    "it is called several times, and only some calls can be measured behind their normalization",
+                    "it is called several times, and not all calls can be measured at the same place behind their "
+                    "normalization",
                     [],
                     "",
                 )
@@ -590,6 +594,9 @@ class _Graphs:
         copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
         note = next((choice[3] for choice in points.values() if choice[3]), "")
         return [(*key, copies.get(key, True) or points[key][2]) for key in points], scales, note
+
+    def _walks_through(self, module: str, walks: list[_Walk]) -> int:
+        return sum(any(call in walk.values for call in self.calls[module]) for walk in walks)
 
 
 class _Walk:
