@@ -25,14 +25,14 @@ _HOME = {
     "ImportanceWarning": "tap",
     "plot_plasticity": "plot",
 }
-__all__ = ["NPC", "ImportanceWarning", "LayerPlasticity", "find_neurons", "ops", "plot_plasticity", "reference"]
+__all__ = ["NPC", "ImportanceWarning", "LayerPlasticity", "find_neurons", "nn", "ops", "plot_plasticity", "reference"]
 
 
 # Loaded at first use: `python -m npc_ext` must be able to say what is wrong when torch itself does not load.
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("ops", "reference"):
+    if name in ("nn", "ops", "reference"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

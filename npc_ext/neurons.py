@@ -27,6 +27,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.utils.hooks import RemovableHandle
 
 from . import ops
+from .nn import ReLU
 from .tap import TapHook
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -87,8 +88,8 @@ class NeuronParameter:
 class TapPoint:
     """A place in the model where a layer's activation passes: what a module returns, or what it takes.
 
-    `copy`: what follows works in place, or is unknown, so the tap hands on a copy. A tensor of `unbatched_ndim`
-    dimensions is a single sample.
+    `copy`: what follows works in place, or is unknown, so the tap hands on a copy. `in_backward`: the module is an
+    `npc_ext.nn.ReLU` that needs no tap. A tensor of `unbatched_ndim` dimensions is a single sample.
     """
 
     module: str
@@ -97,6 +98,7 @@ class TapPoint:
     batch_dim: int
     unbatched_ndim: int
     copy: bool = False
+    in_backward: bool = False
 
     def __str__(self) -> str:
         return f"{self.where} of {self.module or '(the model)'}"
@@ -125,6 +127,7 @@ class NeuronLayer:
     note: str
     sink: Tensor
     measure: Callable[..., Tensor] = ops.importance_of_checked
+    relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
     def trains(self) -> bool:
@@ -164,15 +167,21 @@ class Neurons:
         raise KeyError(f"no layer {name!r}; the layers are {', '.join(layer.name for layer in self.layers)}")
 
     def attach(
-        self, model: nn.Module, layers: list[NeuronLayer] | None = None, measure: Callable[..., Tensor] | None = None
+        self,
+        model: nn.Module,
+        layers: list[NeuronLayer] | None = None,
+        measure: Callable[..., Tensor] = ops.importance_of_checked,
+        relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked,
     ) -> None:
-        """Places the taps of `layers` (default: all) in the model."""
+        """Places the taps of `layers` (default: all) in the model; they measure by the operations given."""
         for layer in self.layers if layers is None else layers:
-            layer.measure = measure or ops.importance_of_checked
+            layer.measure, layer.relu_backward = measure, relu_backward
             weighted = model.get_submodule(layer.name)
             for point in layer.points:
                 module, hook = model.get_submodule(point.module), TapHook(layer, point, weighted)
-                if point.where == "output":
+                if point.in_backward and isinstance(module, ReLU):
+                    self._handles.append(module.attach(hook))
+                elif point.where == "output":
                     self._handles.append(module.register_forward_hook(hook))
                 else:
                     self._handles.append(module.register_forward_pre_hook(hook))
@@ -186,7 +195,7 @@ class Neurons:
     def __str__(self) -> str:
         rows = [("layer", "neurons", "fan-in", "measured at", "parameters of its neurons")]
         for layer in self.layers:
-            measured = " and ".join(map(str, layer.points))
+            measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):
                 measured += " (copied)"
             names = ", ".join(_relative(p.name, layer.name) for p in layer.parameters)
@@ -327,7 +336,9 @@ def _layer(
             return found
         channel_dim, unbatched = (-1, 1) if isinstance(module, nn.Linear) else (1, module.weight.ndim - 1)
         samples = batch_dim.get(name, _samples_dim(name, modules))
-        points += [TapPoint(at, where, channel_dim, samples, unbatched, copy) for at, where, copy in found]
+        for at, where, copy in found:
+            in_backward = where == "output" and not copy and _is_measuring_relu(modules[at])
+            points.append(TapPoint(at, where, channel_dim, samples, unbatched, copy, in_backward))
         own = [(_join(name, "bias"), module.bias)]
         own += [(_join(scale, n), p) for scale in scales for n, p in modules[scale].named_parameters(recurse=False)]
         for full, parameter in own:
@@ -350,7 +361,7 @@ def _layer(
 def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
     """Transformer layers say themselves whether samples or positions come first."""
     parts = name.split(".")
-    for end in range(len(parts), 0, -1):
+    for end in range(len(parts), -1, -1):
         module = modules.get(".".join(parts[:end]))
         attention = getattr(module, "self_attn", module)
         if isinstance(attention, nn.MultiheadAttention):
@@ -378,6 +389,11 @@ def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[st
 def _torch_class(module: nn.Module) -> str:
     """The name of the torch.nn class that a module is, or that its class is derived from."""
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
+
+
+def _is_measuring_relu(module: nn.Module) -> bool:
+    """Whether a module is an `npc_ext.nn.ReLU`; a class derived from it may do something else, or something more."""
+    return type(module) is ReLU
 
 
 def _check_name(option: str, name: str, known: list[str]) -> None:
@@ -444,7 +460,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (torch.jit.ScriptModule, *_WEIGHTED)):
+        if isinstance(m, (torch.jit.ScriptModule, *_WEIGHTED)) or _is_measuring_relu(m):
             return True
         return m.__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
@@ -562,11 +578,15 @@ class _Graphs:
         if any(isinstance(choice, str) for choice in choices):
             return next(choice for choice in choices if isinstance(choice, str)), [], ""
         points = {choice[:2]: choice for choice in choices if not isinstance(choice, str)}
-        if (at, "output") in points and len(points) > 1:
-            # One call can only be measured at the layer itself, and a tap there sees every call.
+        if any(
+            where == "output" and self._walks_through(module, walks) > sum(c[:2] == (module, where) for c in choices)
+            for module, where in points
+        ):
+            # A tap sees every call of its module, so a call that chose another point would count twice.
             if any("normalization" in walk.kinds for walk in walks):
                 return (
-                    "it is called several times, and only some calls can be measured behind their normalization",
+                    "it is called several times, and not all calls can be measured at the same place behind their "
+                    "normalization",
                     [],
                     "",
                 )
@@ -574,6 +594,9 @@ class _Graphs:
         copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
         note = next((choice[3] for choice in points.values() if choice[3]), "")
         return [(*key, copies.get(key, True) or points[key][2]) for key in points], scales, note
+
+    def _walks_through(self, module: str, walks: list[_Walk]) -> int:
+        return sum(any(call in walk.values for call in self.calls[module]) for walk in walks)
 
 
 class _Walk:
@@ -608,6 +631,9 @@ class _Walk:
         equal = last  # from here on every operation is homogeneous, so importance is the same
         while equal > 0 and self.kinds[equal - 1] == "homogeneous":
             equal -= 1
+        for at in range(last, equal - 1, -1):
+            if (point := self._output(at, own)) and not point[2] and _is_measuring_relu(self.graphs.modules[point[0]]):
+                return (*point, "")
         # A convolution's input is kept for its own backward pass: measuring there costs no memory. Another consumer's
         # input comes second, because which head consumes it may change from task to task.
         for at in range(last, equal - 1, -1):

@@ -190,8 +190,11 @@ class NPC(torch.optim.Optimizer):
         self._index_parameters()
         for index in range(len(self._consolidated)):
             self._layer_state(index)
-        measure = reference.importance if self._backend == "reference" else ops.importance_of_checked
-        self.neurons.attach(self._model, self._consolidated, measure)
+        if self._backend == "reference":
+            measure, relu_backward = reference.importance, reference.relu_backward_importance
+        else:
+            measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
+        self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""

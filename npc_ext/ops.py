@@ -29,6 +29,7 @@ _OPTIONS = (
 )
 _SCHEMAS = (
     "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
+    "relu_backward_importance(Tensor output, Tensor gradient, int channel_dim=1, int batch_dim=0) -> (Tensor, Tensor)",
     f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}",
     "network_step_(Tensor[] activations, Tensor[] activation_gradients, int[] channel_dim, int[] batch_dim, "
     f"{_NETWORK}{_OPTIONS}",
@@ -61,18 +62,7 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
     Raises:
         ValueError: shapes, dtypes, devices or dimensions do not fit.
     """
-    if activation.shape != gradient.shape:
-        raise ValueError(
-            f"gradient has shape {tuple(gradient.shape)}, but activation has {tuple(activation.shape)}; "
-            "they must be the same"
-        )
-    if activation.dtype != gradient.dtype or activation.device != gradient.device:
-        raise ValueError(
-            f"gradient is {gradient.dtype} on {gradient.device}, but activation is {activation.dtype} on "
-            f"{activation.device}; they must agree"
-        )
-    _check_dtype("activation", activation)
-    _check_dims(activation, channel_dim, batch_dim)
+    _check_pair("activation", activation, gradient, channel_dim, batch_dim)
     return importance_of_checked(activation, gradient, channel_dim, batch_dim)
 
 
@@ -81,6 +71,36 @@ def importance_of_checked(activation: Tensor, gradient: Tensor, channel_dim: int
     if _is_plain_call(activation, gradient) and native_takes((activation,)):
         return _launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
+
+
+@torch.no_grad()
+def relu_backward_importance(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The backward pass of ReLU and the `importance` at its output, both from the two tensors that the former reads.
+
+    Args:
+        output: y = max(x, 0), at least two-dimensional, as `activation` in `importance`.
+        gradient: dL/dy, of the same shape and dtype, on the same device.
+        channel_dim, batch_dim: as in `importance`.
+
+    Returns:
+        dL/dx, like `output`: `gradient` where y > 0 (or NaN, as in torch), else 0; and `importance(output, gradient)`.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or dimensions do not fit.
+    """
+    _check_pair("output", output, gradient, channel_dim, batch_dim)
+    return relu_backward_importance_of_checked(output, gradient, channel_dim, batch_dim)
+
+
+def relu_backward_importance_of_checked(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """`relu_backward_importance` for a caller who knows that its arguments fit, and records no gradients."""
+    if _is_plain_call(output, gradient) and native_takes((output,)):
+        return _relu_backward_importance(output, gradient, channel_dim, batch_dim)
+    return torch.ops.npc_ext.relu_backward_importance.default(output, gradient, channel_dim, batch_dim)
 
 
 @torch.no_grad()
@@ -340,15 +360,28 @@ def _check_dtype(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
 
 
-def _check_dims(activation: Tensor, channel_dim: int, batch_dim: int) -> None:
+def _check_pair(name: str, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int) -> None:
+    if activation.shape != gradient.shape:
+        raise ValueError(
+            f"gradient has shape {tuple(gradient.shape)}, but {name} has {tuple(activation.shape)}; "
+            "they must be the same"
+        )
+    if activation.dtype != gradient.dtype or activation.device != gradient.device:
+        raise ValueError(
+            f"gradient is {gradient.dtype} on {gradient.device}, but {name} is {activation.dtype} on "
+            f"{activation.device}; they must agree"
+        )
+    _check_dtype(name, activation)
+    _check_dims(activation, channel_dim, batch_dim, name)
+
+
+def _check_dims(activation: Tensor, channel_dim: int, batch_dim: int, tensor: str = "activation") -> None:
     ndim = activation.ndim
     if ndim < 2:
-        raise ValueError(
-            f"activation has shape {tuple(activation.shape)}; expected samples and neurons at least, (B, N)"
-        )
+        raise ValueError(f"{tensor} has shape {tuple(activation.shape)}; expected samples and neurons at least, (B, N)")
     for name, dim in (("channel_dim", channel_dim), ("batch_dim", batch_dim)):
         if not -ndim <= dim < ndim:
-            raise ValueError(f"{name} is {dim}, but activation has {ndim} dimensions")
+            raise ValueError(f"{name} is {dim}, but {tensor} has {ndim} dimensions")
     if channel_dim % ndim == batch_dim % ndim:
         raise ValueError(f"channel_dim and batch_dim are both dimension {batch_dim % ndim}; they must differ")
 
@@ -484,6 +517,14 @@ def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batc
     return kernel(activation, gradient, channel_dim, batch_dim)
 
 
+def _relu_backward_importance(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    grad_input = torch.empty_like(output)
+    torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=grad_input)
+    return grad_input, _importance(output, gradient, channel_dim, batch_dim)
+
+
 def _update(
     parameters: list[Tensor],
     gradients: list[Tensor],
@@ -583,12 +624,19 @@ def _fake_importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1,
     return activation.new_empty(activation.shape[channel_dim], dtype=dtype)
 
 
+def _fake_relu_backward_importance(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(output), _fake_importance(output, gradient, channel_dim, batch_dim)
+
+
 def _fake_nothing(*arguments: Any, **options: Any) -> None:
     return None
 
 
 _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "importance": (_importance, _fake_importance),
+    "relu_backward_importance": (_relu_backward_importance, _fake_relu_backward_importance),
     "update_": (_update, _fake_nothing),
     "network_step_": (_network_step, _fake_nothing),
     "layer_step_": (_layer_step, _fake_nothing),

@@ -32,6 +32,16 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
     return product.flatten(2).sum(2).abs().sum(0) if product.ndim > 2 else product.abs().sum(0)
 
 
+def relu_backward_importance(
+    output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> tuple[Tensor, Tensor]:
+    """The derivative of ReLU, from its output y and dL/dy, and eq. 2 at y: (dL/dx, `importance` of y).
+
+    dL/dx is dL/dy where y > 0 and else 0; where y is NaN it is dL/dy, as in torch.
+    """
+    return gradient.masked_fill(output <= 0, 0), importance(output, gradient, channel_dim, batch_dim)
+
+
 def normalize(measured: Tensor, active_only: bool = False) -> Tensor:
     """Eq. 3: importance divided by its mean over the layer, or over the neurons that received any (`active_only`)."""
     total = measured.sum()

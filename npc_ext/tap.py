@@ -41,17 +41,24 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (activation,) = ctx.saved_tensors
-        layer = ctx.layer
-        if gradient.dtype != activation.dtype:
-            activation = activation.to(gradient.dtype)
-        importance = layer.measure(activation, gradient, *ctx.dims)
-        if importance.dtype != torch.float32:
-            importance = importance.to(torch.float32)
-        if not layer.checked and not torch.compiler.is_compiling():
-            layer.checked = True
-            _check_not_before_normalization(layer, activation, gradient, *ctx.dims)
-        return gradient, importance, None, None, None, None
+        activation = like(gradient, *ctx.saved_tensors)
+        importance = ctx.layer.measure(activation, gradient, *ctx.dims)
+        return gradient, for_sink(importance, ctx.layer, activation, gradient, *ctx.dims), None, None, None, None
+
+
+def like(gradient: Tensor, activation: Tensor) -> Tensor:
+    """The activation in its gradient's dtype."""
+    return activation if activation.dtype == gradient.dtype else activation.to(gradient.dtype)
+
+
+def for_sink(
+    importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
+) -> Tensor:
+    """What was measured as the gradient of the layer's sink; the first time, warns if it cannot be right."""
+    if not layer.checked and not torch.compiler.is_compiling():
+        layer.checked = True
+        _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
+    return importance if importance.dtype == torch.float32 else importance.to(torch.float32)
 
 
 def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
@@ -61,10 +68,13 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
         ValueError: the tensor does not hold the layer's neurons where the point says.
         RuntimeError: it is on another device than the layer's importance.
     """
-    # Inputs without a batch dimension count as a batch of one.
-    unbatched = activation.ndim == point.unbatched_ndim
-    if unbatched:
+    if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(0), layer, point).squeeze(0)
+    return _Tap.apply(activation, layer.sink, layer, *checked_dims(activation, layer, point), point.copy)
+
+
+def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
+    """The dimensions of an activation, with samples, that count neurons and samples; raises as `tap` does."""
     channel_dim = point.channel_dim % activation.ndim
     # (B, N) has no positions, whichever dimension counts samples in longer shapes.
     batch_dim = 0 if activation.ndim == 2 else point.batch_dim
@@ -79,7 +89,7 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
             f"layer {layer.name!r} runs on {activation.device}, but its importance is on {layer.sink.device}; "
             "build the optimizer after moving the model"
         )
-    return _Tap.apply(activation, layer.sink, layer, channel_dim, batch_dim, point.copy)
+    return channel_dim, batch_dim
 
 
 class TapHook:
@@ -91,13 +101,15 @@ class TapHook:
     def __init__(self, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
         self.layer, self.point, self.weighted = layer, point, weighted
 
-    def _tapped(self, value: Any) -> Any:
-        """The tapped tensor, or None to leave `value` as it is."""
+    def measures(self, value: Any) -> bool:
+        """Whether `value` is to be tapped, at this moment."""
         if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
-            return None
-        if not self.weighted.training or not self.layer.trains():
-            return None
-        return tap(value, self.layer, self.point)
+            return False
+        return self.weighted.training and self.layer.trains()
+
+    def _tapped(self, value: Any) -> Tensor | None:
+        """The tapped tensor, or None to leave `value` as it is."""
+        return tap(value, self.layer, self.point) if self.measures(value) else None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Any:
         """As a forward hook it is called with the output, as a forward pre-hook without."""

@@ -22,7 +22,9 @@ SHAPES = [
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
     """The same values in several memory layouts, cut out of larger tensors so that what is beside them shows."""
-    beside = torch.full([*(size + 3 for size in tensor.shape[:-1]), 2 * tensor.shape[-1] + 5], torch.nan)
+    beside = torch.full(
+        [*(size + 3 for size in tensor.shape[:-1]), 2 * tensor.shape[-1] + 5], torch.nan, device=tensor.device
+    )
     cut = beside.to(tensor.dtype)[tuple(slice(1, 1 + size) for size in tensor.shape)]
     every_other = beside.to(tensor.dtype)[tuple(slice(0, size) for size in tensor.shape[:-1])]
     every_other = every_other[..., : 2 * tensor.shape[-1] : 2]

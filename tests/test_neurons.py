@@ -156,6 +156,12 @@ def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
     }
 
 
+def test_a_transformer_layer_that_is_the_model_itself_says_where_samples_are() -> None:
+    for batch_first, samples in ((True, 0), (False, 1)):
+        neurons = find_neurons(nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first))
+        assert {point.batch_dim for layer in neurons for point in layer.points} == {samples}
+
+
 def test_two_layers_with_tied_weights_are_one_layer_whose_importance_adds_up() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model[2].weight = model[0].weight
@@ -187,6 +193,28 @@ def test_a_module_called_twice_in_one_forward_pass_adds_up() -> None:
     first = exact.layer(x.double())
     second = exact.layer(F.relu(first))
     out = exact.out(F.relu(second))
+    want = expected({"first": first, "second": second, "out": out}, out)
+    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+
+
+def test_a_call_that_could_be_measured_further_downstream_does_not_count_twice() -> None:
+    class Twice(nn.Module):
+        """One layer and its ReLU called twice; dropout follows the second call only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.relu, self.dropout, self.out = nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.layer(x))
+            return self.out(self.dropout(self.relu(self.layer(y + 0.5 * y))))
+
+    model, x = Twice(), torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    first = F.relu(exact.layer(x.double()))
+    second = F.relu(exact.layer(1.5 * first))
+    out = exact.out(second)
     want = expected({"first": first, "second": second, "out": out}, out)
     assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
 
