@@ -149,7 +149,9 @@ def archs() -> tuple[str, ...]:
             listed = [one.upper() for one in re.split(r"[;,\s]+", value.strip())]
             for one in listed:
                 if not re.fullmatch(r"\d+\.?\d[AF]?(\+PTX)?", one):
-                    raise BuildError(f"{name}={value} has the entry {one!r}; expected architectures as in '8.0;9.0+PTX'")
+                    raise BuildError(
+                        f"{name}={value} has the entry {one!r}; expected architectures as in '8.0;9.0+PTX'"
+                    )
             return tuple(one.replace(".", "").replace("A", "a").replace("F", "f") for one in listed)
     present = _output_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).split()
     here = sorted({one.replace(".", "") for one in present if re.fullmatch(r"\d+\.\d", one)}, key=int)
@@ -303,8 +305,8 @@ def _cuda_libraries(compiler: Path) -> str:
             if (path := Path(top[1].strip()) / folder).joinpath("libcudart_static.a").exists():
                 return str(path.resolve())
     raise BuildError(
-        f"libcudart_static.a is not with {compiler}; install the whole CUDA toolkit, or set NPC_EXT_NVCC='' to build for "
-        "the CPU only"
+        f"libcudart_static.a is not with {compiler}; install the whole CUDA toolkit, or set NPC_EXT_NVCC='' to build "
+        "for the CPU only"
     )
 
 

@@ -85,6 +85,11 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
     return _importance(activation, gradient, channel_dim, batch_dim, 0)
 
 
+def has_relu_backward(tensor: Tensor) -> bool:
+    """Whether there is a kernel for `relu_backward_importance` where the tensor is."""
+    return tensor.is_cuda
+
+
 def relu_backward_importance(
     output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
 ) -> tuple[Tensor, Tensor]:

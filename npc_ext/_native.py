@@ -83,3 +83,17 @@ def module() -> ModuleType:
             "('python -m npc_ext' shows the state of this installation)."
         )
     return native.module
+
+
+@lru_cache(maxsize=1)
+def why_no_cuda() -> str:
+    """Empty if the module has CUDA kernels, else the reason why not and what mends it."""
+    compiled = status().module
+    if compiled is None:
+        return status().reason
+    if hasattr(compiled, "cuda"):
+        return ""
+    return (
+        "the module was compiled without CUDA; install the CUDA toolkit (nvcc 12.1 or newer) and compile it again: "
+        "'make' in a checkout, else 'pip install --force-reinstall --no-deps --no-binary npc_ext npc_ext'"
+    )

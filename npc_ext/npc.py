@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
 from .neurons import Neurons, find_neurons
+from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
@@ -186,7 +187,7 @@ class NPC(torch.optim.Optimizer):
             if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
         ]
         self._own_options = [self._options_of(layer.name) for layer in self._consolidated]
-        self._skipped = torch.zeros(len(self._consolidated), dtype=torch.int64)
+        self._skipped = SkippedSteps(len(self._consolidated))
         self._index_parameters()
         for index in range(len(self._consolidated)):
             self._layer_state(index)
@@ -266,7 +267,8 @@ class NPC(torch.optim.Optimizer):
         for plan in self._plans:
             self._launch(plan, grad_scale, found_inf)
         self._drop_measured()
-        self._report_skipped()
+        if counts := self._skipped.news():
+            self._report_skipped(counts)
         return loss
 
     def _signature(self) -> list[Any]:
@@ -276,8 +278,9 @@ class NPC(torch.optim.Optimizer):
         """
         signature: list[Any] = [len(self.state)]  # 0 if somebody has cleared it
         for group in self.param_groups:
-            # A tensor lr may be changed in place, so its value counts.
-            signature.append([float(group["lr"]), *(group[name] for name in _OTHER_OPTIONS)])
+            lr = group["lr"]
+            # A tensor may be changed in place, so its value counts; but one that the kernels read on the device.
+            signature.append([id(lr) if self._read_on_device(lr) else float(lr), *(group[n] for n in _OTHER_OPTIONS)])
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
@@ -288,6 +291,12 @@ class NPC(torch.optim.Optimizer):
                 # Another device, dtype or memory format of the parameter is another address.
                 signature += (gradient.dtype, gradient.stride(), parameter.stride(), parameter.data_ptr())
         return signature
+
+    def _read_on_device(self, lr: float | Tensor) -> bool:
+        """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
+        if not isinstance(lr, Tensor) or not lr.is_cuda or self._backend == "reference":
+            return False
+        return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_no_cuda()
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
@@ -325,7 +334,7 @@ class NPC(torch.optim.Optimizer):
             [position[layer] for layer, _, _ in places],
             [dim for _, dim, _ in places],
             [count for _, _, count in places],
-            [float(group["lr"]) for group in groups],
+            [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in (g["lr"] for g in groups)],
             *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
             *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
             [own["normalize"] == "active" for own in constants],
@@ -334,9 +343,10 @@ class NPC(torch.optim.Optimizer):
         importances = [state["importance"] for state in layer_states]
         native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
         tables = _launch.Tables(parameters, importances, *options) if native else None
+        skipped = self._skipped.on(device)
         aligned = all(p.grad.stride() == p.stride() for p in parameters)
         momentum = [self.state[p] if group["momentum"] != 0 else None for p, group in members]
-        return _Plan(device, parameters, aligned, momentum, layers, layer_states, options, tables)
+        return _Plan(device, parameters, aligned, momentum, layers, layer_states, skipped, options, tables)
 
     def _layer_state(self, index: int) -> dict[str, Any]:
         """Where a layer's importance is kept; it is zero at first."""
@@ -385,7 +395,7 @@ class NPC(torch.optim.Optimizer):
                 buffers,
                 importances,
                 measured,
-                self._skipped,
+                plan.skipped,
                 plan.layers,
                 grad_scale,
                 found_inf,
@@ -404,14 +414,13 @@ class NPC(torch.optim.Optimizer):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        at = torch.tensor(plan.layers, dtype=torch.int64)
-        skipped = self._skipped[at].to(plan.device)
+        skipped = plan.skipped[plan.layers]
         nothing = torch.empty(0, device=plan.device)
         sums = [nothing if one is None else one for one in measured]
         flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
         update(plan.parameters, gradients, buffers, importances, sums, skipped, *plan.options, *flags)
-        self._skipped[at] = skipped.cpu()
+        plan.skipped[plan.layers] = skipped
 
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
@@ -422,9 +431,7 @@ class NPC(torch.optim.Optimizer):
         for layer in self.neurons:
             layer.sink.grad = None
 
-    def _report_skipped(self) -> None:
-        if not any(counts := self._skipped.tolist()):
-            return
+    def _report_skipped(self, counts: Sequence[int]) -> None:
         for layer, count in zip(self._consolidated, counts, strict=True):
             if count:
                 self._warn_once(
@@ -455,6 +462,7 @@ class NPC(torch.optim.Optimizer):
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
         result = {}
+        counts = self._skipped.now()
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
             average = self._layer_state(index)["importance"].clone()
@@ -466,7 +474,7 @@ class NPC(torch.optim.Optimizer):
                 constants["sigma"],
             )
             frozen = (rate == 0).double().mean().item()
-            result[layer.name] = LayerPlasticity(average, rate, frozen, int(self._skipped[index]))
+            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index])
         return result
 
     def constants(self, layer: str) -> dict[str, Any]:
@@ -536,6 +544,7 @@ class _Plan:
     momentum_states: list[dict[str, Any] | None]  # the states that hold the momentum buffers
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
+    skipped: Tensor  # counters of all layers, on the device
     options: tuple[Any, ...]  # of ops.update_, from `layer` to `active_only`
     tables: _launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
 
@@ -573,8 +582,13 @@ def _check_options(options: Mapping[str, Any], where: str = "") -> None:
 def _require_native(model: nn.Module) -> None:
     _native.module()
     for name, parameter in model.named_parameters():
-        if not parameter.is_cpu:
+        if parameter.is_cuda and (reason := _native.why_no_cuda()):
+            raise _native.NativeUnavailableError(
+                f"backend is 'native', but {name!r} is on {parameter.device} and {reason}; or use backend='auto' "
+                "(plain PyTorch there)"
+            )
+        if not parameter.is_cpu and not parameter.is_cuda:
             raise ValueError(
                 f"backend is 'native', but {name!r} is on {parameter.device}, for which there are no compiled kernels; "
-                "use backend='auto' (plain PyTorch there) or move the model to the CPU"
+                "use backend='auto' (plain PyTorch there) or move the model to the CPU or to a CUDA device"
             )

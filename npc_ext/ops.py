@@ -1,8 +1,8 @@
 """The operations, with checked arguments, for eager code, autograd-free loops and `torch.compile`.
 
-Each is registered as `torch.ops.npc_ext.<name>` with a schema, a kernel and a fake kernel. On the CPU the compiled
-kernels do the work; on other devices, and where the compiled module is missing (which is said once), the plain PyTorch
-of `npc_ext.reference` does, which has the same functions with the same signatures.
+Each is registered as `torch.ops.npc_ext.<name>` with a schema, a kernel and a fake kernel. On CPU and CUDA the compiled
+kernels do the work; on other devices, for float64 on CUDA, and where the compiled kernels are missing (which is said
+once), the plain PyTorch of `npc_ext.reference` does, which has the same functions with the same signatures.
 """
 
 from __future__ import annotations
@@ -387,16 +387,22 @@ def _check_dims(activation: Tensor, channel_dim: int, batch_dim: int, tensor: st
 
 
 def _check_per_neuron(name: str, values: Tensor, importance: Tensor) -> None:
-    if values.shape != importance.shape or values.dtype != torch.float32 or not values.is_contiguous():
+    fits = values.shape == importance.shape and values.dtype == torch.float32 and values.device == importance.device
+    if not fits or not values.is_contiguous():
         raise ValueError(
-            f"{name} is {values.dtype} of shape {tuple(values.shape)}; expected contiguous float32 of shape "
-            f"{tuple(importance.shape)}, one value for each neuron"
+            f"{name} is {values.dtype} of shape {tuple(values.shape)} on {values.device}; expected contiguous float32 "
+            f"of shape {tuple(importance.shape)} on {importance.device}, one value for each neuron"
         )
 
 
 def _check_activation(
     at: str, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int, importance: Tensor
 ) -> None:
+    if activation.device != importance.device or gradient.device != importance.device:
+        raise ValueError(
+            f"activation{at} is on {activation.device} and activation_gradient{at} on {gradient.device}, but "
+            f"importance is on {importance.device}; they must agree"
+        )
     if activation.shape != gradient.shape or activation.dtype != gradient.dtype:
         raise ValueError(
             f"activation_gradient{at} is {gradient.dtype} of shape {tuple(gradient.shape)}, but activation{at} is "
@@ -437,6 +443,13 @@ def _check_network(
         raise ValueError(
             f"skipped is {skipped.dtype} of shape {tuple(skipped.shape)}; expected int64 of shape ({len(importances)},)"
         )
+    device = next((tensor.device for tensor in (*parameters, *importances)), skipped.device)
+    for name, tensors in (("parameters", parameters), ("importances", importances), ("skipped", [skipped])):
+        for tensor in tensors:
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name} has a tensor on {tensor.device}, but others are on {device}; one call works on one device"
+                )
     for index, average in enumerate(importances):
         if average.ndim != 1:
             raise ValueError(f"importances[{index}] has shape {tuple(average.shape)}; expected (neurons,)")
@@ -475,12 +488,12 @@ def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
 
 
 @lru_cache(maxsize=1)
-def _warn_without_native() -> None:
+def _warn_without_native(kernels: str, reason: str) -> None:
     warnings.warn(
-        f"npc_ext's compiled kernels are not available, plain PyTorch is used instead, which is slower: "
-        f"{_native.status().reason} ('python -m npc_ext' says how to mend it)",
+        f"npc_ext's {kernels} kernels are not available, plain PyTorch is used instead, which is slower: {reason} "
+        "('python -m npc_ext' says how to mend it)",
         RuntimeWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -503,12 +516,14 @@ _CONSTANTS = 13
 
 def native_takes(tensors: Iterable[Tensor]) -> bool:
     """Whether the compiled kernels do the work on these tensors; warns, once, if they would but are missing."""
+    cuda = False
     for tensor in tensors:
         if not _launch.supports(tensor):
             return False
-    if _native.available():
+        cuda = cuda or tensor.is_cuda
+    if _native.available() and not (cuda and _native.why_no_cuda()):
         return True
-    _warn_without_native()
+    _warn_without_native("CUDA" if cuda else "compiled", _native.why_no_cuda() if cuda else _native.status().reason)
     return False
 
 
@@ -520,6 +535,8 @@ def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batc
 def _relu_backward_importance(
     output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
 ) -> tuple[Tensor, Tensor]:
+    if _launch.has_relu_backward(output) and native_takes((output, gradient)):
+        return _launch.relu_backward_importance(output, gradient, channel_dim, batch_dim)
     grad_input = torch.empty_like(output)
     torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=grad_input)
     return grad_input, _importance(output, gradient, channel_dim, batch_dim)

@@ -55,10 +55,15 @@ def for_sink(
     importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> Tensor:
     """What was measured as the gradient of the layer's sink; the first time, warns if it cannot be right."""
-    if not layer.checked and not torch.compiler.is_compiling():
+    if not layer.checked and not torch.compiler.is_compiling() and not _is_captured(gradient):
         layer.checked = True
         _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
     return importance if importance.dtype == torch.float32 else importance.to(torch.float32)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:

@@ -1,4 +1,4 @@
-"""What all tests share: seeds, GPU selection, and the instruction sets of this machine."""
+"""What all tests share: seeds, GPU selection, and the kernels to run them with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import pytest
 import torch
 from hypothesis import settings
 
-from npc_ext import _native
+from npc_ext import _launch, _native
+
+from . import cuda_on_cpu
 
 settings.register_profile("npc_ext", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("npc_ext")
@@ -27,13 +29,25 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test once per instruction set that this machine has."""
-    native = _native.module()
-    if request.param not in native.isas():
-        pytest.skip(f"this processor does not run {request.param}")
-    before = native.isa_in_use()
-    native.use_isa(request.param)
-    yield request.param
-    native.use_isa(before)
+@pytest.fixture(params=["baseline", "avx2", "avx512", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test with all kernels there are and returns where its tensors have to be.
+
+    The CPU's kernels once for each instruction set that this machine has, the CUDA kernels on the CPU, and on a GPU.
+    """
+    if request.param == "cuda":
+        yield "cuda"
+    elif request.param == "cuda_on_cpu":
+        if request.node.callspec.params.get("dtype") == torch.float64:
+            pytest.skip("float64 on CUDA is left to PyTorch")
+        monkeypatch.setattr(_launch, "_launch", cuda_on_cpu.launch)
+        monkeypatch.setattr(_launch, "has_relu_backward", lambda tensor: True)
+        yield "cpu"
+    else:
+        native = _native.module()
+        if request.param not in native.isas():
+            pytest.skip(f"this processor does not run {request.param}")
+        before = native.isa_in_use()
+        native.use_isa(request.param)
+        yield "cpu"
+        native.use_isa(before)

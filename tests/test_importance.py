@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +19,7 @@ SHAPES = [
     *[(1, 1), (3, 1), (2, 10), (5, 16), (4, 33), (64, 200), (300, 3)],
     *[(1, 1, 1), (2, 17, 2), (3, 64, 2, 2), (3, 40, 8), (2, 35, 4, 4), (2, 33, 3, 3), (2, 20, 5), (2, 64, 7, 7)],
     *[(2, 5, 16, 16), (1, 3, 300), (4, 2, 31, 33), (2, 18, 1, 40), (3, 16, 15), (2, 7, 2, 3, 4)],
+    *[(1, 700), (40, 136), (1, 1, 3000), (70, 2, 49), (3, 24, 64)],
 ]
 
 
@@ -49,18 +52,18 @@ def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_importance_agrees_with_the_reference_in_every_layout(
-    shape: tuple[int, ...], dtype: torch.dtype, isa: str
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:
-    activations = layouts(torch.randn(shape).to(dtype))
-    gradients = layouts(torch.randn(shape).to(dtype))
+    activations = layouts(torch.randn(shape).to(device, dtype))
+    gradients = layouts(torch.randn(shape).to(device, dtype))
     for name, activation in activations.items():
         check(activation, gradients[name])
         check(activation, gradients["contiguous"])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_importance_of_linear_layers_on_sequences(dtype: torch.dtype, isa: str) -> None:
-    activation, gradient = torch.randn(3, 5, 4, 37).to(dtype), torch.randn(3, 5, 4, 37).to(dtype)
+def test_importance_of_linear_layers_on_sequences(dtype: torch.dtype, device: str) -> None:
+    activation, gradient = (torch.randn(3, 5, 4, 37).to(device, dtype) for _ in range(2))
     check(activation, gradient, channel_dim=-1)
     check(activation, gradient, channel_dim=3, batch_dim=1)
 
@@ -72,10 +75,10 @@ def test_importance_of_nothing_is_zero(shape: tuple[int, ...]) -> None:
     assert not got.any()
 
 
-def test_importance_of_an_expanded_gradient_is_not_copied_and_right(isa: str) -> None:
-    activation = torch.randn(4, 6, 5, 5)
-    check(activation, torch.randn(4, 6, 1, 1).expand(4, 6, 5, 5))
-    check(activation, torch.tensor(0.5).expand(4, 6, 5, 5))
+def test_importance_of_an_expanded_gradient_is_not_copied_and_right(device: str) -> None:
+    activation = torch.randn(4, 6, 5, 5).to(device)
+    check(activation, torch.randn(4, 6, 1, 1).to(device).expand(4, 6, 5, 5))
+    check(activation, torch.tensor(0.5).to(device).expand(4, 6, 5, 5))
 
 
 @pytest.mark.parametrize("shape", [(64, 512, 8, 8), (4096, 40), (4096, 3), (64, 3, 64, 64), (3, 2, 200, 200)], ids=str)
@@ -92,8 +95,8 @@ def test_importance_on_several_threads_is_right_and_repeats_bit_for_bit(shape: t
         torch.set_num_threads(before)
 
 
-def test_importance_keeps_infinities_and_nans_visible(isa: str) -> None:
-    activation, gradient = torch.ones(2, 40, 9), torch.ones(2, 40, 9)
+def test_importance_keeps_infinities_and_nans_visible(device: str) -> None:
+    activation, gradient = torch.ones(2, 40, 9, device=device), torch.ones(2, 40, 9, device=device)
     activation[0, 3, 2], activation[1, 17, 8] = torch.inf, torch.nan
     got = ops.importance(activation, gradient)
     assert got[3] == torch.inf
@@ -102,9 +105,9 @@ def test_importance_keeps_infinities_and_nans_visible(isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, isa: str) -> None:
+def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, device: str) -> None:
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    finite = every[every.isfinite()][None]
+    finite = every[every.isfinite()][None].to(device)
     got = ops.importance(finite, torch.ones_like(finite))
     assert torch.equal(got, finite[0].float().abs())
 
@@ -129,10 +132,53 @@ def strided_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
     return one(), one(), channel_dim, batch_dim
 
 
-@given(strided_pairs())
+@given(pair=strided_pairs())
 def test_importance_of_any_shape_and_strides(pair: tuple[Tensor, Tensor, int, int]) -> None:
     activation, gradient, channel_dim, batch_dim = pair
     check(activation, gradient, channel_dim, batch_dim)
+
+
+@pytest.mark.parametrize("count", range(40))
+def test_importance_of_random_shapes_and_strides(count: int, device: str) -> None:
+    generator = random.Random(count)
+    shape = [generator.randint(1, 20 if dim < 2 else 6) for dim in range(generator.randint(2, 5))]
+    dtype = generator.choice([torch.float32, torch.float16, torch.bfloat16])
+
+    def one() -> Tensor:
+        order = generator.sample(range(len(shape)), len(shape))
+        memory = torch.randn([2 * shape[dim] for dim in order]).to(device, dtype)
+        view = memory.permute([order.index(dim) for dim in range(len(shape))])
+        return view[tuple(slice(None, None, 2) if generator.random() < 0.5 else slice(size) for size in shape)]
+
+    check(one(), one(), *generator.sample(range(len(shape)), 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 16), (40, 33), (3, 24, 8, 8), (2, 5, 7), (1, 2, 900), (0, 4)], ids=str)
+def test_relu_backward_takes_importance_on_the_way(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    outputs = layouts(torch.randn(shape).relu().to(device, dtype))
+    gradients = layouts(torch.randn(shape).to(device, dtype))
+    for name, output in outputs.items():
+        for gradient in (gradients[name], gradients["contiguous"]):
+            got, importance = ops.relu_backward_importance(output, gradient)
+            assert torch.equal(got, reference.relu_backward_importance(output, gradient)[0])
+            n, g = output.double(), gradient.double()
+            absolute = (n * g).abs().movedim(1, 0).flatten(1).sum(1)
+            assert_importance(importance, reference.importance(n, g), absolute, n.numel() // shape[1], dtype)
+
+
+def test_relu_backward_hands_on_the_gradient_of_a_nan(device: str) -> None:
+    output = torch.tensor([[torch.nan, 0.0, 2.0, 0.0]], device=device)
+    got, importance = ops.relu_backward_importance(output, torch.tensor([[1.0, 2.0, 3.0, torch.nan]], device=device))
+    assert got.tolist() == [[1.0, 0.0, 3.0, 0.0]]
+    assert importance.isnan().tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize("shape", [(70, 30), (3, 5, 700), (40, 8, 4, 4), (1, 3, 2000)], ids=str)
+def test_importance_repeats_bit_for_bit(shape: tuple[int, ...], device: str) -> None:
+    for tensor in layouts(torch.randn(shape).to(device)).values():
+        first = ops.importance(tensor, tensor * 3)
+        assert all(torch.equal(first, ops.importance(tensor, tensor * 3)) for _ in range(5))
 
 
 def test_importance_passes_opcheck() -> None:
@@ -169,10 +215,3 @@ def test_more_positions_than_the_kernel_takes_are_refused() -> None:
     tensor = torch.randn([2, 3] + [4] * 9)[(slice(None), slice(None)) + (slice(None, None, 2),) * 9]
     with pytest.raises(ValueError, match="more than 8 position dimensions"):
         ops.importance(tensor, tensor)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_importance_on_a_gpu(shape: tuple[int, ...]) -> None:
-    activation, gradient = torch.randn(shape, device="cuda"), torch.randn(shape, device="cuda")
-    check(activation, gradient)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -109,7 +110,7 @@ def check(arguments: dict[str, Any]) -> None:
         assert_average(got, want, got.numel())
     given_average = copied(before, double=True)
     given_average["importances"] = [average.double() for average in arguments["importances"]]
-    given_average["measured"] = [torch.empty(0)] * len(LAYERS)
+    given_average["measured"] = [torch.empty(0, device=average.device) for average in arguments["importances"]]
     reference.update_(**given_average)
     for index, got in enumerate(arguments["parameters"]):
         # Every term of the step in absolute value: the scale of its rounding.
@@ -138,8 +139,8 @@ OPTIONS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str, Any], isa: str) -> None:
-    check(network(dtype, **options))
+def test_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
+    check(network(dtype, **options, device=device))
 
 
 @given(st.data())
@@ -164,13 +165,65 @@ def test_update_of_any_network(data: st.DataObject) -> None:
 
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2), st.sampled_from(DTYPES))
 def test_update_of_one_parameter_of_any_shape(groups: int, rows: int, run: int, dim: int, dtype: torch.dtype) -> None:
+    check_one_parameter(groups, rows, run, dim, dtype, "cpu")
+
+
+@pytest.mark.parametrize("count", range(30))
+def test_update_of_one_parameter_of_a_random_shape(count: int, device: str) -> None:
+    draw = random.Random(count)
+    dtype = draw.choice([torch.float32, torch.float16, torch.bfloat16])
+    sizes = draw.randint(1, 3), draw.randint(1, 70), draw.choice([1, 3, 8, 70, 700]), draw.randint(0, 2)
+    check_one_parameter(*sizes, dtype, device)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4])
+def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> None:
+    def cut(size: int) -> Tensor:
+        return torch.randn(size + offset, device=device)[offset:].view(-1, 24)
+
+    weight, gradient, buffer = cut(240), cut(240), cut(240)
+    exact, velocity = weight.double(), buffer.double()
+    average, skipped = torch.rand(10, device=device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
+    rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
+    none = [torch.empty(0, device=device)]
+    ops.update_([weight], [gradient], [buffer], [average], none, skipped, *rest)
+    reference.update_([exact], [gradient.double()], [velocity], [average.double()], none, skipped, *rest)
+    assert_stepped(weight, exact, gradient.double().abs() + velocity.abs(), 0.05)
+
+
+@pytest.mark.parametrize(("layers", "each"), [(130, 2), (1, 400), (90, 1), (3, 0)])
+def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
+    count = layers * each + 3  # the last three belong to no layer
+
+    def tensors(number: int) -> list[Tensor]:
+        return [torch.randn(4, 5, device=device) for _ in range(number)]
+
+    weights, gradients = tensors(count), tensors(count)
+    averages, measured = ([torch.rand(4, device=device) for _ in range(layers)] for _ in range(2))
+    skipped = torch.zeros(layers, dtype=torch.int64, device=device)
+    exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
+    layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
+    per_parameter = ([0] * count, [1] * count, [0.1] * count, [0.0] * count, [False] * count, [0.1] * count)
+    per_layer = ([0.05] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
+    rest = (skipped, layer, *per_parameter, [False] * count, *per_layer)
+    ops.update_(weights, gradients, [], averages, measured, *rest)
+    in_double = ([g.double() for g in gradients], [], exact_averages, [one.double() for one in measured])
+    reference.update_(exact, *in_double, *rest)
+    for got, want in zip([*weights, *averages], [*exact, *exact_averages], strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
+def check_one_parameter(groups: int, rows: int, run: int, dim: int, dtype: torch.dtype, device: str) -> None:
     shape = [2 * groups if groups > 1 else 3, 4, run]
     dim = 1 if groups > 1 else dim
     shape[dim] = rows
-    parameter, neurons = torch.randn(shape).to(dtype), rows * groups
-    importance = torch.rand(neurons) * 0.75
+    parameter, neurons = torch.randn(shape).to(device, dtype), rows * groups
+    importance = torch.rand(neurons, device=device) * 0.75
     gradient = torch.randn_like(parameter)
-    exact, options = parameter.double(), ([], [importance], [torch.empty(0)], torch.zeros(1, dtype=torch.int64))
+    exact, options = (
+        parameter.double(),
+        ([], [importance], [torch.empty(0, device=device)], torch.zeros(1, dtype=torch.int64, device=device)),
+    )
     scalars = ([0], [dim], [groups], [0.1], [0.0], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
     ops.update_([parameter], [gradient], *options, *scalars)
     reference.update_([exact], [gradient.double()], [], [importance.double()], *options[2:], *scalars)
@@ -210,9 +263,9 @@ def test_update_does_not_depend_on_the_number_of_threads(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay(isa: str) -> None:
-    arguments = network(momentum=0.9, nesterov=True, weight_decay=0.1)
-    arguments["measured"] = [torch.empty(0)] * len(LAYERS)
+def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay(device: str) -> None:
+    arguments = network(momentum=0.9, nesterov=True, weight_decay=0.1, device=device)
+    arguments["measured"] = [torch.empty(0, device=device)] * len(LAYERS)
     for gradient in arguments["gradients"]:
         gradient.view(-1)[::3] = torch.nan  # not even read
     before = copied(arguments)
@@ -221,14 +274,16 @@ def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay
         if layer < 0:
             continue
         frozen = before["importances"][layer] >= before["beta"][layer]
-        rows = reference.per_element(frozen.double(), torch.empty(shape), dim, groups).bool().expand(shape)
+        rows = (
+            reference.per_element(frozen.double(), torch.empty(shape, device=device), dim, groups).bool().expand(shape)
+        )
         for name in ("parameters", "momentum_buffers"):
             assert torch.equal(arguments[name][index][rows], before[name][index][rows])
         assert not torch.equal(arguments["parameters"][index], before["parameters"][index]) or bool(rows.all())
 
 
-def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts() -> None:
-    arguments = network()
+def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts(device: str) -> None:
+    arguments = network(device=device)
     arguments["measured"][0][3], arguments["measured"][2][0] = torch.nan, torch.inf
     before = copied(arguments)
     ops.update_(**arguments)
@@ -238,8 +293,8 @@ def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts() -> No
     assert all(bool(parameter.isfinite().all()) for parameter in arguments["parameters"])
 
 
-def test_a_layer_whose_importance_sums_to_zero_keeps_its_average() -> None:
-    arguments = network()
+def test_a_layer_whose_importance_sums_to_zero_keeps_its_average(device: str) -> None:
+    arguments = network(device=device)
     arguments["measured"][1].zero_()
     before = arguments["importances"][1].clone()
     ops.update_(**arguments)
@@ -248,9 +303,9 @@ def test_a_layer_whose_importance_sums_to_zero_keeps_its_average() -> None:
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30])
-def test_importance_of_extreme_size_is_normalized_like_any_other(size: float) -> None:
-    arguments = network()
-    pattern = (torch.arange(33) % 7).float()
+def test_importance_of_extreme_size_is_normalized_like_any_other(size: float, device: str) -> None:
+    arguments = network(device=device)
+    pattern = (torch.arange(33, device=device) % 7).float()
     arguments["measured"][3] = pattern * size
     arguments["delta"][3] = 0.0
     ops.update_(**arguments)
@@ -259,9 +314,9 @@ def test_importance_of_extreme_size_is_normalized_like_any_other(size: float) ->
     torch.testing.assert_close(arguments["importances"][3].double(), shares, rtol=1e-5, atol=0)
 
 
-def test_found_inf_changes_nothing_at_all() -> None:
-    arguments = network(momentum=0.9)
-    arguments["found_inf"] = torch.tensor(1.0)
+def test_found_inf_changes_nothing_at_all(device: str) -> None:
+    arguments = network(momentum=0.9, device=device)
+    arguments["found_inf"] = torch.tensor(1.0, device=device)
     before = copied(arguments)
     ops.update_(**arguments)
     for name in WRITTEN:
@@ -287,19 +342,19 @@ def test_update_passes_opcheck() -> None:
     opcheck(torch.ops.npc_ext.update_.default, tuple(arguments[name] for name in ARGUMENTS))
 
 
-def activations(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+def activations(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
     shapes = [(4, 10), (4, 64, 5, 5), (4, 12, 3, 3), (4, 7, 33), (4, 1)]
     return {
-        "activations": [torch.randn(shape).to(dtype) for shape in shapes],
-        "activation_gradients": [torch.randn(shape).to(dtype) for shape in shapes],
+        "activations": [torch.randn(shape).to(device, dtype) for shape in shapes],
+        "activation_gradients": [torch.randn(shape).to(device, dtype) for shape in shapes],
         "channel_dim": [1, 1, 1, -1, 1],
         "batch_dim": [0] * 5,
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_network_step_is_importance_and_then_update(dtype: torch.dtype, isa: str) -> None:
-    inputs, whole = activations(dtype), network(dtype, momentum=0.9, weight_decay=0.01)
+def test_network_step_is_importance_and_then_update(dtype: torch.dtype, device: str) -> None:
+    inputs, whole = activations(dtype, device), network(dtype, momentum=0.9, weight_decay=0.01, device=device)
     del whole["measured"]
     parts = copied(whole)
     ops.network_step_(**inputs, **whole)
@@ -347,9 +402,10 @@ def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
     assert all(map(torch.equal, run(by_network), want))
 
 
-def test_layer_step_is_a_network_step_of_one_layer() -> None:
-    n, g = torch.randn(4, 64, 5, 5), torch.randn(4, 64, 5, 5)
-    weight, bias, average, skipped = torch.randn(64, 27), torch.randn(64), torch.rand(64), torch.zeros(1).long()
+def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
+    n, g = torch.randn(4, 64, 5, 5).to(device), torch.randn(4, 64, 5, 5).to(device)
+    weight, bias, average = (tensor.to(device) for tensor in (torch.randn(64, 27), torch.randn(64), torch.rand(64)))
+    skipped = torch.zeros(1, dtype=torch.int64, device=device)
     gradients = [torch.randn_like(weight), torch.randn_like(bias)]
     mine = [weight.clone(), bias.clone(), average.clone()]
     exact = [tensor.double() for tensor in mine]

@@ -66,7 +66,7 @@ NetworkStep describe_step(const ImportanceParams* inputs, const UpdateParams& pa
   StepNetwork& network = step.network;
   network = describe<StepNetwork>(params, part, resident);
   network.arrived = scratch.counters(network.layer_count);
-  const int64_t blocks = std::max<int64_t>(resident / std::max(network.layer_count, 1), 1);  // for each layer
+  const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance(): the same bits
   for (int layer = 0; layer < network.layer_count; ++layer) {
     step.blocks[layer + 1] = step.blocks[layer];
     if (!part.moves_average[layer]) continue;

@@ -1,0 +1,82 @@
+"""The CUDA kernels compiled for the CPU (cuda_on_cpu.h says how), as a module like npc_ext's own."""
+
+from __future__ import annotations
+
+import hashlib
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+from npc_ext import _build, _native
+
+HERE = Path(__file__).parent
+CSRC = _build.source_dir()
+SOURCES = [
+    *("bindings.cpp", "cpu/kernels_baseline.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
+    *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu"),
+]
+DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
+
+
+def build(flags: tuple[str, ...]) -> Path:
+    """Compiles the module with more flags, unless it is there from before, and returns its path."""
+    compiler = _build.compiler_command()
+    common = [
+        *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+        *("-fno-math-errno", "-Werror", *DEFINES, f"-I{HERE}"),
+        *(f"-I{path}" for path in (_build._python_include(), _build._pybind11_include())),
+        *flags,
+    ]
+    files = [
+        path for folder in (CSRC, HERE) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")
+    ]
+    key = hashlib.sha256(repr((compiler, common)).encode() + b"".join(path.read_bytes() for path in files))
+    folder = HERE.parents[1] / "build" / "cuda_on_cpu" / key.hexdigest()[:16]
+    target = folder / _build.MODULE_FILE
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def run(*arguments: str) -> None:
+        result = subprocess.run([*compiler, *arguments], capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    def compile_one(source: str) -> str:
+        made = str(folder / f"{source.replace('/', '_')}.o")
+        run(*common, "-x", "c++", "-c", str(CSRC / source), "-o", made)
+        return made
+
+    with FileLock(folder / "lock"):
+        if not target.exists():
+            with ThreadPoolExecutor(2) as pool:
+                objects = list(pool.map(compile_one, SOURCES))
+            run("-shared", *flags, *objects, "-o", str(target), "-ldl", "-lpthread")
+    return target
+
+
+@lru_cache
+def module() -> ModuleType:
+    """The module, with the flags that npc_ext's own is compiled with, sanitizers' for example."""
+    return _native._import_from(build(tuple(_build.user_flags())))
+
+
+_workspace = torch.zeros(1, dtype=torch.int64)
+
+
+def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
+    """`npc_ext._launch._launch` as it is for a GPU, with the CPU's memory and a workspace that is first too small."""
+    global _workspace
+
+    def call() -> int:
+        cuda = module().cuda
+        target = cuda.OnStream(0, 0, _workspace.data_ptr(), _workspace.nbytes)
+        return int(getattr(cuda, kernel)(target, *arguments))
+
+    if missing := call():
+        assert missing > _workspace.nbytes
+        _workspace = torch.zeros((missing + 7) // 8, dtype=torch.int64)
+        assert call() == 0
