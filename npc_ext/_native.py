@@ -58,9 +58,9 @@ def _prebuilt() -> tuple[ModuleType | None, str]:
         return None, f"the module built ahead of time does not load ({error})"
 
 
-def _import_from(path: Path) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
-    spec = importlib.util.spec_from_file_location(_NAME, path, loader=loader)
+def _import_from(path: Path, name: str = _NAME) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)

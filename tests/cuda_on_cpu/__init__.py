@@ -28,8 +28,8 @@ def build(flags: tuple[str, ...]) -> Path:
     """Compiles the module with more flags, unless it is there from before, and returns its path."""
     compiler = _build.compiler_command()
     common = [
-        *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
-        *("-fno-math-errno", "-Werror", *DEFINES, f"-I{HERE}"),
+        *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
+        *("-fno-math-errno", "-fno-trapping-math", "-Werror", *DEFINES, f"-I{HERE}"),
         *(f"-I{path}" for path in (_build._python_include(), _build._pybind11_include())),
         *flags,
     ]
@@ -61,7 +61,7 @@ def build(flags: tuple[str, ...]) -> Path:
 @lru_cache
 def module() -> ModuleType:
     """The module, with the flags that npc_ext's own is compiled with, sanitizers' for example."""
-    return _native._import_from(build(tuple(_build.user_flags())))
+    return _native._import_from(build(tuple(_build.user_flags())), f"{__name__}._C")
 
 
 _workspace = torch.zeros(1, dtype=torch.int64)
