@@ -1,8 +1,13 @@
-"""The kernels' own tests, run again on a module built with the address and undefined-behaviour sanitizers."""
+"""The kernels' own tests, run again under sanitizers: the CPU's kernels, and the CUDA kernels compiled for the CPU.
+
+And proof that the sanitizers bite: kernels that are broken on purpose.
+"""
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +16,15 @@ import pytest
 
 from npc_ext import _build
 
+from . import cuda_on_cpu
+
 ROOT = Path(__file__).resolve().parents[1]
-FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+ADDRESS = "-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
+KERNEL_TESTS = ["tests/test_importance.py", "tests/test_update.py"]
+# A launch takes a quarter of a second under the thread sanitizer: tests with few launches that, all together, go
+# through every kernel, layout, dtype and option.
+FEW_LAUNCHES = "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16))"
 
 
 def runtime(name: str) -> str:
@@ -22,21 +34,46 @@ def runtime(name: str) -> str:
     return path.strip()
 
 
-def run(arguments: list[str], cache: Path, **more: str) -> subprocess.CompletedProcess[str]:
-    libraries = [runtime(name) for name in ("libasan.so", "libubsan.so")]
-    if not all(os.path.isabs(library) for library in libraries):
+def run(arguments: list[str], libraries: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    paths = [runtime(name) for name in libraries]
+    if not all(os.path.isabs(path) for path in paths):
         pytest.skip("the compiler comes without sanitizer libraries")
-    environment = {
-        **os.environ,
-        "NPC_EXT_CACHE": str(cache),
-        "NPC_EXT_CXXFLAGS": FLAGS,
-        "LD_PRELOAD": " ".join(libraries),
-        # Python itself leaks; torch's allocations go through the sanitizer and are checked at their ends.
-        "ASAN_OPTIONS": "detect_leaks=0",
-        **more,
-    }
+    # Without random addresses: the thread sanitizer's own memory has to be where it expects it.
+    fixed = [setarch, platform.machine(), "-R"] if (setarch := shutil.which("setarch")) else []
     return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        [*fixed, sys.executable, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "LD_PRELOAD": " ".join(paths), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_with_address_sanitizer(arguments: list[str], cache: Path, more: str = "") -> subprocess.CompletedProcess[str]:
+    flags = f"{ADDRESS} {more}".strip()
+    cuda_on_cpu.build(tuple(flags.split()))
+    return run(
+        arguments,
+        ["libasan.so", "libubsan.so"],
+        NPC_EXT_CACHE=str(cache),
+        NPC_EXT_NVCC="",
+        NPC_EXT_CXXFLAGS=f"-O1 -g {ADDRESS}",
+        CUDA_ON_CPU_FLAGS=flags,
+        # Python itself leaks; torch's allocations go through the sanitizer and are checked at their ends.
+        ASAN_OPTIONS="detect_leaks=0",
+    )
+
+
+def run_with_thread_sanitizer(selection: str, more: str = "") -> subprocess.CompletedProcess[str]:
+    flags = f"{THREAD} {more}".strip()
+    cuda_on_cpu.build(tuple(flags.split()))  # here, because the compiler does not run beside the sanitizer
+    return run(
+        [*("-m", "pytest", *KERNEL_TESTS, "-q", "-p", "no:cacheprovider"), "-k", f"cuda_on_cpu and ({selection})"],
+        ["libtsan.so"],
+        CUDA_ON_CPU_FLAGS=flags,
+        OMP_NUM_THREADS="1",
+        TSAN_OPTIONS="halt_on_error=1 exitcode=66 report_thread_leaks=0",
     )
 
 
@@ -46,9 +83,15 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(cache: Path) -> None:
-    tests = ["tests/test_importance.py", "tests/test_update.py"]
-    options = ["-q", "-p", "no:cacheprovider", "-k", "not opcheck and not compiled"]
-    result = run(["-m", "pytest", *tests, *options], cache)
+    selection = f"not opcheck and not compiled and (not cuda_on_cpu or {FEW_LAUNCHES})"
+    options = ["-q", "-p", "no:cacheprovider", "-k", selection]
+    result = run_with_address_sanitizer(["-m", "pytest", *KERNEL_TESTS, *options], cache)
+    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+    assert " passed" in result.stdout
+
+
+def test_cuda_kernels_are_clean_under_the_thread_sanitizer() -> None:
+    result = run_with_thread_sanitizer(FEW_LAUNCHES)
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert " passed" in result.stdout
 
@@ -56,9 +99,30 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(cach
 def test_the_sanitizer_objects_to_a_kernel_that_reads_one_element_too_many(cache: Path) -> None:
     # The same module, told that the tensors are one row longer than they are.
     script = (
-        "import torch; from npc_ext import _native; n = torch.randn(4, 40); out = torch.empty(40);"
-        "_native.module().importance(n.data_ptr(), n.data_ptr(), out.data_ptr(), 0, (5, 40), (40, 1), (40, 1), 1, 0, 1)"
+        "import torch; from npc_ext import _native; n = torch.randn(4, 40); out = torch.empty(40); m = _native.module();"
+        "m.cpu.importance(m.cpu.Threads(1), n.data_ptr(), n.data_ptr(), out.data_ptr(), 0, 0, (5, 40), (40, 1), (40, 1),"
+        " 1, 0)"
     )
-    result = run(["-c", script], cache)
+    result = run_with_address_sanitizer(["-c", script], cache)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
+
+
+def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one(cache: Path) -> None:
+    tests = [KERNEL_TESTS[0], "-q", "-p", "no:cacheprovider", "-k", "cuda_on_cpu and random_shapes"]
+    result = run_with_address_sanitizer(["-m", "pytest", *tests], cache, "-DCUDA_ON_CPU_SHIFT=1")
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr + result.stdout
+
+
+@pytest.mark.parametrize(
+    ("function", "selection"),
+    [
+        ("sum_over_block", "random_shape and 3"),
+        ("grid_barrier", "network_step and float32"),
+    ],
+)
+def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str, selection: str) -> None:
+    result = run_with_thread_sanitizer(selection, f'-DCUDA_ON_CPU_WITHOUT_BARRIER_IN="{function}"')
+    assert result.returncode != 0
+    assert "ThreadSanitizer: data race" in result.stderr + result.stdout

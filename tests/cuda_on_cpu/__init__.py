@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -60,8 +61,8 @@ def build(flags: tuple[str, ...]) -> Path:
 
 @lru_cache
 def module() -> ModuleType:
-    """The module, with the flags that npc_ext's own is compiled with, sanitizers' for example."""
-    return _native._import_from(build(tuple(_build.user_flags())), f"{__name__}._C")
+    """The module, compiled with the flags in CUDA_ON_CPU_FLAGS, a sanitizer's for example."""
+    return _native._import_from(build(tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())), f"{__name__}._C")
 
 
 _workspace = torch.zeros(1, dtype=torch.int64)
