@@ -118,7 +118,7 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
 @pytest.mark.parametrize(
     ("function", "selection"),
     [
-        ("sum_over_block", "random_shape and 3"),
+        ("sum_over_block", "networks_of_any and 90"),
         ("grid_barrier", "network_step and float32"),
     ],
 )
