@@ -102,7 +102,7 @@ def _tables(out: Path) -> str:
         texts.append(f"### {name}: {part.__doc__}\n")
         columns = list(dict.fromkeys(key for row in result["rows"] for key in row if key not in ("tail", "seconds")))
         if columns:
-            texts.append(markdown(columns, [[_cell(row.get(key)) for key in columns] for row in result["rows"]]))
+            texts.append(markdown(columns, [[_cell(row.get(key, "")) for key in columns] for row in result["rows"]]))
         if result["state"] == "failed":
             texts.append(f"\n**failed**: {result['error'].strip().splitlines()[-1]}")
         texts.append(

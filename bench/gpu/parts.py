@@ -116,7 +116,7 @@ def relu(device: Device, quick: bool) -> Iterator[Row]:
             "without importance": lambda y, g: torch.ops.aten.threshold_backward(g, y, 0),
         }
         result = device.compare({name: _on(function, inputs) for name, function in peers.items()}, len(inputs))
-        yield _ratio_row(" x ".join(map(str, shape)), result, "without importance", 1.03)
+        yield _ratio_row(device, " x ".join(map(str, shape)), result, "without importance", 1.03)
 
 
 def update(device: Device, quick: bool) -> Iterator[Row]:
@@ -167,7 +167,7 @@ def _update_row(device: Device, size: int, momentum: float, frozen: float) -> Ro
             parameter.grad = torch.full_like(parameter, 1e-4)
         peers["SGD compiled"] = _compiled_step(torch.optim.SGD(model.parameters(), **options))
     label = f"{size:,} parameters{', momentum' if momentum else ''}{', 90 % frozen' if frozen else ''}"
-    row = _ratio_row(label, device.compare(peers), "SGD fused", 1.0 if not frozen else None)
+    row = _ratio_row(device, label, device.compare(peers), "SGD fused", 1.0 if not frozen else None)
     row["bytes"] = (3 + 2 * bool(momentum)) * 4 * 8 * width * width
     row["host seconds"] = {name: device.host_seconds(lambda f=f: f(0)) for name, f in peers.items()}  # type: ignore[misc]
     return row
@@ -190,11 +190,11 @@ def launches(device: Device, quick: bool) -> Iterator[Row]:
         torch.zeros(n.shape[1], device=device.name),
         torch.zeros(1, dtype=torch.int64, device=device.name),
     )
-    layer: tuple[list[Tensor], ...] = ([weight], [weight * 2], [])
+    gradient = weight * 2
     cases: dict[str, Callable[[], object]] = {
         "importance": lambda: ops.importance(n, g),
         "relu_backward_importance": lambda: ops.relu_backward_importance(n, g),
-        "layer_step_": lambda: ops.layer_step_(n, g, *layer, average, skipped, [0], [1]),
+        "layer_step_": lambda: ops.layer_step_(n, g, [weight], [gradient], [], average, skipped, [0], [1]),
     }
     for name, function in cases.items():
         yield {
@@ -252,7 +252,7 @@ def step(device: Device, quick: bool) -> Iterator[Row]:
                     train = _step(device, torch.compile(model), optimizer, batch, autocast)  # type: ignore[arg-type]
                     peers[f"{name}, compiled"] = lambda _, train=train: train()  # type: ignore[misc]
             result = device.compare(peers)
-            row = _ratio_row(f"{label}{', bf16' if autocast else ''}", result, "SGD fused", 1.03)
+            row = _ratio_row(device, f"{label}{', bf16' if autocast else ''}", result, "SGD fused", 1.03)
             pairs = {
                 "in a graph": ("NPC in a graph", "SGD fused in a graph"),
                 "compiled": ("NPC, compiled", "SGD fused, compiled"),
@@ -340,12 +340,12 @@ def _bandwidth_row(device: Device, case: str, result: Comparison, bytes_: int, g
         "GB/s": speed / 1e9,
         "copy, GB/s": copy_ / 1e9,
         "share of copy bandwidth": speed / copy_,
-        "goal": goal if bytes_ >= LARGE else None,
-        "reached": None if bytes_ < LARGE or device.dry else speed / copy_ >= goal,
+        "goal": goal if bytes_ >= LARGE else "",
+        "reached": "" if bytes_ < LARGE else None if device.dry else speed / copy_ >= goal,
     }
 
 
-def _ratio_row(case: str, result: Comparison, against: str, most: float | None) -> Row:
+def _ratio_row(device: Device, case: str, result: Comparison, against: str, most: float | None) -> Row:
     ours = next(iter(result.seconds))
     low, median, high = (1 / ratio for ratio in reversed(result.ratio[against]))
     return {
@@ -353,8 +353,8 @@ def _ratio_row(case: str, result: Comparison, against: str, most: float | None) 
         "seconds": result.seconds,
         "peer / npc_ext (quartiles)": result.ratio,
         f"{ours} / {against} (quartiles)": (low, median, high),
-        "goal": most,
-        "reached": None if most is None else median <= most,
+        "goal": "" if most is None else most,
+        "reached": "" if most is None else None if device.dry else median <= most,
     }
 
 

@@ -25,7 +25,7 @@ SOURCES = [
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 
 
-def build(flags: tuple[str, ...]) -> Path:
+def build(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
     """Compiles the module with more flags, unless it is there from before, and returns its path."""
     compiler = _build.compiler_command()
     common = [
@@ -35,7 +35,7 @@ def build(flags: tuple[str, ...]) -> Path:
         *flags,
     ]
     files = [
-        path for folder in (CSRC, HERE) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")
+        path for folder in (csrc, HERE) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")
     ]
     key = hashlib.sha256(repr((compiler, common)).encode() + b"".join(path.read_bytes() for path in files))
     folder = HERE.parents[1] / "build" / "cuda_on_cpu" / key.hexdigest()[:16]
@@ -48,7 +48,7 @@ def build(flags: tuple[str, ...]) -> Path:
 
     def compile_one(source: str) -> str:
         made = str(folder / f"{source.replace('/', '_')}.o")
-        run(*common, "-x", "c++", "-c", str(CSRC / source), "-o", made)
+        run(*common, "-x", "c++", "-c", str(csrc / source), "-o", made)
         return made
 
     with FileLock(folder / "lock"):
@@ -61,8 +61,9 @@ def build(flags: tuple[str, ...]) -> Path:
 
 @lru_cache
 def module() -> ModuleType:
-    """The module, compiled with the flags in CUDA_ON_CPU_FLAGS, a sanitizer's for example."""
-    return _native._import_from(build(tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())), f"{__name__}._C")
+    """The module, compiled with the flags in CUDA_ON_CPU_FLAGS (a sanitizer's) from CUDA_ON_CPU_CSRC (with a fault)."""
+    flags = tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())
+    return _native._import_from(build(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
 _workspace = torch.zeros(1, dtype=torch.int64)

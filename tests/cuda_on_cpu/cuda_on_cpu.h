@@ -5,9 +5,8 @@
 // missing barrier, the address sanitizer an index out of bounds. A block's shared memory is heap memory of its exact
 // size, filled with garbage before each block; "device memory" is the process's own.
 //
-// Two switches break the kernels, so that tests can show that the sanitizers object:
-//   CUDA_ON_CPU_WITHOUT_BARRIER_IN="name"  barriers in the function of that name do nothing
-//   CUDA_ON_CPU_SHIFT=n                    threads count from n
+// A switch breaks the kernels, so that tests can show that the thread sanitizer objects: with
+// CUDA_ON_CPU_WITHOUT_BARRIER_IN="name" the barriers in the function of that name do nothing.
 #pragma once
 
 #include <algorithm>
@@ -28,9 +27,6 @@
 
 #if !defined(CUDA_ON_CPU_WITHOUT_BARRIER_IN)
 #define CUDA_ON_CPU_WITHOUT_BARRIER_IN ""
-#endif
-#if !defined(CUDA_ON_CPU_SHIFT)
-#define CUDA_ON_CPU_SHIFT 0
 #endif
 
 #define __global__
@@ -83,7 +79,7 @@ inline void syncthreads(const char* function) {
 template <class T>
 T shuffle_xor(T value, int offset) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  const unsigned thread = threadIdx.x - CUDA_ON_CPU_SHIFT;
+  const unsigned thread = threadIdx.x;
   Warp& warp = block->warps[thread / kWarp];
   std::memcpy(&warp.lanes[thread % kWarp], &value, sizeof(T));
   warp.barrier.arrive_and_wait();
@@ -206,7 +202,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       const int thread = index % threads;
       cuda_on_cpu::block = slots[index / threads].get();
       cuda_on_cpu::grid = &grid;
-      threadIdx = dim3(thread + CUDA_ON_CPU_SHIFT, 0, 0);
+      threadIdx = dim3(thread, 0, 0);
       blockDim = config->blockDim;
       gridDim = config->gridDim;
       for (int own = index / threads; own < blocks; own += at_a_time) {
