@@ -26,8 +26,15 @@ def _gpus(torch: ModuleType | None) -> str:
         return "unknown, torch does not load"
     if not torch.cuda.is_available():
         return "none that torch can use"
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return ", ".join(names) + " (there are no CUDA kernels yet: plain PyTorch is used on it)"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def _cuda_compiler() -> str:
+    try:
+        found = _build.nvcc()
+    except _build.BuildError as error:
+        return str(error)
+    return "none found; the kernels are built for the CPU only" if found is None else str(found)
 
 
 def _version(package: str) -> str:
@@ -55,18 +62,22 @@ def main() -> int:
         ("numpy", _version("numpy")),
         ("GPUs", _gpus(torch)),
         ("compiler", _compiler()),
+        ("nvcc", _cuda_compiler()),
     ]
     if native.module is not None:
         isas = native.module.isas()
         rows += [
             ("kernels", f"{native.origin}, by {native.module.compiler}"),
             ("vectors", f"{native.module.isa_in_use()} in use; this processor runs {', '.join(isas)}"),
+            ("CUDA", f"missing: {why}" if (why := _native.why_no_cuda()) else f"for {native.module.cuda_archs}"),
         ]
     else:
         rows += [("kernels", f"MISSING: {native.reason}"), ("", "plain PyTorch is used instead, which is slower")]
     for name, text in rows:
         print(f"{name:9} {text}")
-    return 0 if torch is not None and native.module is not None else 1
+    if torch is None or native.module is None:
+        return 1
+    return 1 if torch.cuda.is_available() and _native.why_no_cuda() else 0
 
 
 if __name__ == "__main__":

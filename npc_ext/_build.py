@@ -232,7 +232,7 @@ def build(target: Path, folder: Path) -> None:
             [*ninja, "-C", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
         )
     if result.returncode != 0:
-        raise BuildError(f"the compiler failed (exit status {result.returncode}):\n{result.stdout}")
+        raise BuildError(f"the C++ compiler failed (exit status {result.returncode}):\n{result.stdout}")
     target.parent.mkdir(parents=True, exist_ok=True)
     # A copy beside the target first: os.replace is atomic only within one file system.
     staged = target.with_name(f".{target.name}.{os.getpid()}")

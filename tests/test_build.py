@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from npc_ext import _build
 
@@ -30,7 +34,7 @@ print(native.origin if native.module else native.reason, time.perf_counter() - s
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
     # -O0 makes no difference to what is tested here and a large one to how long it takes.
-    return {**os.environ, "NPC_EXT_CACHE": str(cache), "NPC_EXT_CXXFLAGS": "-O0", **more}
+    return {**os.environ, "NPC_EXT_CACHE": str(cache), "NPC_EXT_CXXFLAGS": "-O0", "NPC_EXT_NVCC": "", **more}
 
 
 def start(cache: Path, package: Path = ROOT / "npc_ext", **more: str) -> subprocess.Popen[str]:
@@ -150,13 +154,11 @@ def test_the_cache_key_changes_with(change: str, monkeypatch: pytest.MonkeyPatch
     assert _build.cache_key() != before
 
 
-def test_paths_with_spaces_build(tmp_path: Path) -> None:
+def test_paths_with_spaces_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "with space" / _build.MODULE_FILE
-    os.environ["NPC_EXT_CXXFLAGS"] = "-O0"
-    try:
-        _build.build(target, tmp_path / "a folder")
-    finally:
-        del os.environ["NPC_EXT_CXXFLAGS"]
+    monkeypatch.setenv("NPC_EXT_CXXFLAGS", "-O0")
+    monkeypatch.setattr(_build, "nvcc", lambda: None)
+    _build.build(target, tmp_path / "a folder")
     assert target.stat().st_size > 10_000
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
@@ -165,3 +167,111 @@ def test_no_torch_header_and_no_cuda_launch_syntax_in_csrc() -> None:
     for path in (ROOT / "csrc").rglob("*.*"):
         text = path.read_text()
         assert "<torch/" not in text and "<ATen/" not in text and "<<<" not in text
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+
+needs_nvcc = pytest.mark.skipif(_build.nvcc() is None, reason="there is no nvcc (CUDA 12.1 or newer) on this machine")
+
+
+def fresh(monkeypatch: pytest.MonkeyPatch, **environment: str) -> Any:
+    """_build.py as another process would find it."""
+    for name in ("NPC_EXT_ARCHS", "TORCH_CUDA_ARCH_LIST", "NPC_EXT_NVCC"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    spec = importlib.util.spec_from_file_location("npc_ext._build_again", _build.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@needs_nvcc
+def test_every_cuda_kernel_keeps_to_its_registers_for_every_architecture(tmp_path: Path) -> None:
+    logs = list((ROOT / "build" / _build.MODULE_FILE).glob("cuda_*.log"))
+    if not logs:  # the module came from elsewhere
+        _build.build(tmp_path / _build.MODULE_FILE, tmp_path)
+        logs = list(tmp_path.glob("cuda_*.log"))
+    reports = []
+    for log in logs:
+        reports += re.findall(
+            r"Compiling entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
+            r"(\d+) bytes spill loads.*?Used (\d+) registers",
+            log.read_text(),
+            re.DOTALL,
+        )
+    kernels = {(name, arch) for name, arch, *_ in reports}
+    assert len({name for name, _ in kernels}) == 27, "24 of importance, 2 of update, 1 of the whole step"
+    assert {arch for _, arch in kernels} == {arch.removesuffix("+PTX") for arch in _build.archs()}
+    # All are compiled for blocks of 256 threads, two on a multiprocessor at least: 65,536 / 512 registers a thread.
+    bad = [report for report in reports if list(map(int, report[2:5])) != [0, 0, 0] or int(report[5]) > 128]
+    assert not bad, "stack frame, spill stores, spill loads, registers"
+
+
+@needs_nvcc
+def test_the_module_has_cuda_kernels_and_needs_no_driver_to_be_imported() -> None:
+    from npc_ext import _native
+
+    native = _native.module()
+    assert native.cuda_archs.split() == list(_build.archs())
+    libraries = subprocess.run(["ldd", native.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libcuda" not in libraries
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs_nvcc
+def test_a_launch_without_a_driver_says_so() -> None:
+    from npc_ext import _native
+
+    cuda = _native.module().cuda
+    target = cuda.OnStream(0, 0, 0, 0)
+    with pytest.raises(RuntimeError, match="npc_ext: reading the current device failed: cudaError"):
+        cuda.importance(target, 0, 0, 0, 0, 0, (2, 3), (3, 1), (3, 1), 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "archs"),
+    [
+        ({"NPC_EXT_ARCHS": "80;90+PTX"}, ("80", "90+PTX")),
+        ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a+PTX"}, ("80", "90a+PTX")),
+        ({"NPC_EXT_ARCHS": "75", "TORCH_CUDA_ARCH_LIST": "8.0"}, ("75",)),
+    ],
+)
+def test_architectures_are_those_asked_for(
+    environment: dict[str, str], archs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fresh(monkeypatch, **environment).archs() == archs
+
+
+def test_architectures_are_those_of_the_gpus_present_else_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = fresh(monkeypatch)
+    monkeypatch.setattr(build, "_output_of", lambda command: "9.0\n8.0\n9.0\n")
+    assert build.archs() == ("80", "90")
+    build = fresh(monkeypatch)
+    monkeypatch.setattr(build, "_output_of", lambda command: "")
+    assert build.archs() == ("75", "80", "86", "89", "90", "100", "120+PTX")
+
+
+def test_a_wrong_architecture_or_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = fresh(monkeypatch, NPC_EXT_ARCHS="hopper")
+    with pytest.raises(
+        build.BuildError, match=r"NPC_EXT_ARCHS=hopper has the entry 'HOPPER'; expected .* '8.0;9.0\+PTX'"
+    ):
+        build.archs()
+    build = fresh(monkeypatch, NPC_EXT_NVCC="/nowhere/nvcc")
+    with pytest.raises(build.BuildError, match="NPC_EXT_NVCC=/nowhere/nvcc does not name a program"):
+        build.nvcc()
+    assert fresh(monkeypatch, NPC_EXT_NVCC="").nvcc() is None
+
+
+def test_an_nvcc_that_is_too_old_is_not_used_and_that_is_said(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "nvcc"
+    old.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
+    old.chmod(0o755)
+    assert fresh(monkeypatch, NPC_EXT_NVCC=str(old)).nvcc() is None
+    assert f"{old} is older than CUDA 12.1, so it is not used" in capsys.readouterr().err

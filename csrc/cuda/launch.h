@@ -1,4 +1,4 @@
-// The one way a kernel is launched: on the given device and stream, checked, never with <<< >>>.
+// The one way a kernel is launched: on the given device and stream, checked, with 64-bit arguments by value.
 #pragma once
 
 #include <stdexcept>

@@ -10,7 +10,7 @@ using LargeNetwork = Network<240, 80>;
 static_assert(sizeof(LargeNetwork) <= kMostArguments);
 
 template <class N>
-__global__ void __launch_bounds__(kThreads, 4) update_kernel(const __grid_constant__ N network) {
+__global__ void __launch_bounds__(kThreads, 3) update_kernel(const __grid_constant__ N network) {
   if (overflowed(network)) return;
   update_item(network, blockIdx.x, shared_memory<UpdateShared>());
 }

@@ -1,0 +1,247 @@
+"""What only a GPU can show: streams, graphs, threads, several devices, and sizes over 2**31."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import npc_ext
+from npc_ext import NPC, _native, npc, ops, reference
+
+from .test_update import network
+
+pytestmark = pytest.mark.gpu
+
+
+def model(device: str = "cuda") -> nn.Module:
+    torch.manual_seed(1)
+    convolution = (nn.Conv2d(3, 16, 3), npc_ext.nn.ReLU(), nn.MaxPool2d(2))
+    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(144, 33), nn.ReLU(), nn.Linear(33, 10)).to(device)
+
+
+def batch(device: str = "cuda") -> tuple[Tensor, Tensor]:
+    return torch.randn(8, 3, 8, 8, device=device), torch.randint(10, (8,), device=device)
+
+
+def trainer(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Callable[[], None]:
+    def train() -> None:
+        optimizer.zero_grad()
+        F.cross_entropy(network(x), y).backward()
+        optimizer.step()
+
+    return train
+
+
+def test_the_kernels_are_there() -> None:
+    assert not _native.why_no_cuda()
+
+
+def test_kernels_run_on_the_current_stream() -> None:
+    stream = torch.cuda.Stream()
+    n = torch.zeros(64, 512, device="cuda")
+    for _ in range(3):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)
+            n.fill_(2.0)  # long after the host is here
+            got = ops.importance(n, n)
+        stream.synchronize()
+        assert torch.equal(got, torch.full((512,), 256.0, device="cuda"))
+        n.zero_()
+        torch.cuda.synchronize()
+
+
+def test_two_streams_at_once_do_not_disturb_each_other() -> None:
+    tensors = [torch.randn(256, 700, device="cuda") for _ in range(2)]
+    want = [ops.importance(t, t) for t in tensors]
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        got = []
+        for stream, tensor in zip(streams, tensors, strict=True):
+            with torch.cuda.stream(stream):
+                got.append(ops.importance(tensor, tensor))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, got, want))
+
+
+def test_training_on_a_gpu_follows_the_reference() -> None:
+    ours, exact = model(), model()
+    x, y = batch()
+    steps = [trainer(ours, NPC(ours, lr=0.05, momentum=0.9), x, y)]
+    steps.append(trainer(exact, NPC(exact, lr=0.05, momentum=0.9, backend="reference"), x, y))
+    for _ in range(20):
+        for step in steps:
+            step()
+    for got, want in zip(ours.parameters(), exact.parameters(), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_bit() -> None:
+    ours = model()
+    lr = torch.tensor(0.05, device="cuda")
+    optimizer = NPC(ours, lr=lr, momentum=0.9)
+    x, y = batch()
+    train = trainer(ours, optimizer, x, y)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            train()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        train()
+    state = [tensor for tensor in (*ours.parameters(), *_state(optimizer))]
+    saved = [tensor.detach().clone() for tensor in state]
+
+    def run() -> list[Tensor]:
+        with torch.no_grad():
+            for tensor, old in zip(state, saved, strict=True):
+                tensor.copy_(old)
+        for step in range(5):
+            generator = torch.Generator("cuda").manual_seed(step)
+            x.normal_(generator=generator)
+            lr.fill_(0.05 / (step + 1))
+            graph.replay()
+        return [tensor.detach().clone() for tensor in state]
+
+    first = run()
+    assert all(map(torch.equal, first, run()))
+    lr_counts = run()
+    with torch.no_grad():
+        for tensor, old in zip(state, saved, strict=True):
+            tensor.copy_(old)
+    lr.zero_()
+    graph.replay()
+    assert torch.equal(next(ours.parameters()), saved[0]), (
+        "a learning rate of zero, set after the capture, moves nothing"
+    )
+    assert not torch.equal(lr_counts[0], saved[0])
+
+
+def _state(optimizer: NPC) -> list[Tensor]:
+    return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+
+
+def test_a_step_never_waits_for_the_gpu() -> None:
+    ours = model()
+    x, y = batch()
+    train = trainer(ours, NPC(ours), x, y)
+    for _ in range(3):
+        train()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(250):  # more than once through what is looked at now and then
+            train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_memory_does_not_grow() -> None:
+    ours = model()
+    x, y = batch()
+    train = trainer(ours, NPC(ours, momentum=0.9), x, y)
+    for _ in range(5):
+        train()
+    before = torch.cuda.memory_allocated()
+    for _ in range(1000):
+        train()
+    assert torch.cuda.memory_allocated() == before
+
+
+def test_a_skipped_layer_is_reported_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = model()
+    x, y = batch()
+    optimizer = NPC(ours, lr=0.0)
+    layer = optimizer.neurons["0"]
+    F.cross_entropy(ours(x), y).backward()
+    layer.sink.grad[0] = torch.nan
+    optimizer.step()
+    assert optimizer.plasticity()["0"].skipped == 1
+    train = trainer(ours, optimizer, x, y)
+    with pytest.warns(npc.ImportanceWarning, match="not finite"):
+        for _ in range(150):
+            train()
+            torch.cuda.synchronize()
+
+
+def test_backward_in_threads_of_their_own() -> None:
+    networks = [model() for _ in range(4)]
+    optimizers = [NPC(one) for one in networks]
+    x, y = batch()
+    steps = [trainer(*pair, x, y) for pair in zip(networks, optimizers, strict=True)]
+
+    def work(step: Callable[[], None]) -> None:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            for _ in range(20):
+                step()
+
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=work, args=(step,)) for step in steps]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    torch.cuda.synchronize()
+    for other in networks[1:]:
+        for got, want in zip(other.parameters(), networks[0].parameters(), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_gpu() -> None:
+    ours, twin = model("cuda:1"), model("cuda:0")
+    x, y = batch()
+    steps = [trainer(ours, NPC(ours), x.to("cuda:1"), y.to("cuda:1")), trainer(twin, NPC(twin), x, y)]
+    for _ in range(5):
+        for step in steps:
+            step()
+    for got, want in zip(ours.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_importance_of_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    n = torch.ones(2**15 + 1, 2**16, dtype=torch.float16, device="cuda")
+    n[-1] = 2
+    assert torch.equal(ops.importance(n, n), torch.full((2**16,), 2.0**15 + 4, device="cuda"))
+    last = n.view(1, 2, -1)
+    got = ops.importance(last, last)
+    want = torch.tensor([2.0**30 * (1 + 2**-15), 2.0**30], device="cuda")
+    assert (got / want - 1).abs().max() < 0.01
+
+
+def test_update_of_more_than_two_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    weight = torch.zeros(2**15 + 1, 2**16, dtype=torch.float16, device="cuda")
+    gradient = torch.ones_like(weight)
+    average, skipped = torch.zeros(2**15 + 1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    average[5] = 1
+    rest = ([0], [0], [1], [0.5], [0.0], [False], [0.0], [False], [0.05], [0.5], [0.9], ["sigmoid"], [False])
+    ops.update_([weight], [gradient], [], [average], [torch.empty(0, device="cuda")], skipped, *rest)
+    assert bool((weight[5] == 0).all())
+    assert bool((weight[:5] == -0.5).all())
+    assert bool((weight[6:] == -0.5).all())
+
+
+def test_operations_refuse_tensors_on_several_devices() -> None:
+    arguments: dict[str, Any] = network(device="cuda")
+    arguments["skipped"] = arguments["skipped"].cpu()
+    before = copy.deepcopy(arguments["parameters"])
+    with pytest.raises(ValueError, match="skipped has a tensor on cpu, but others are on cuda:0"):
+        ops.update_(**arguments)
+    assert all(map(torch.equal, arguments["parameters"], before))
+
+
+def test_float64_is_left_to_pytorch() -> None:
+    n = torch.randn(4, 8, dtype=torch.float64, device="cuda")
+    assert torch.equal(ops.importance(n, n), reference.importance(n, n))
