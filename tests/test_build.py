@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -275,3 +276,35 @@ def test_an_nvcc_that_is_too_old_is_not_used_and_that_is_said(
     old.chmod(0o755)
     assert fresh(monkeypatch, NPC_EXT_NVCC=str(old)).nvcc() is None
     assert f"{old} is older than CUDA 12.1, so it is not used" in capsys.readouterr().err
+
+
+def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npc_ext import _native, ops
+
+    monkeypatch.setattr(_native, "why_no_cuda", lambda: "the module was compiled without CUDA")
+    ops._warn_without_native.cache_clear()
+    on_gpu: Any = SimpleNamespace(is_sparse=False, is_cpu=False, is_cuda=True, dtype=torch.float32)
+    with pytest.warns(
+        RuntimeWarning, match="CUDA kernels are not available, plain PyTorch .* compiled without CUDA"
+    ) as said:
+        assert [ops.native_takes([on_gpu]) for _ in range(3)] == [False] * 3
+    assert len(said) == 1
+    ops._warn_without_native.cache_clear()
+
+
+def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npc_ext import _native, npc
+
+    class Compiled:
+        isas: Any = None
+
+    monkeypatch.setattr(_native, "status", lambda: _native.Native(Compiled(), "test"))  # type: ignore[arg-type]
+    _native.why_no_cuda.cache_clear()
+    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device="cuda:0")
+    model: Any = SimpleNamespace(named_parameters=lambda: [("weight", on_gpu)])
+    with pytest.raises(
+        _native.NativeUnavailableError,
+        match=r"'weight' is on cuda:0 and the module was compiled without CUDA; install the CUDA toolkit .*'make'",
+    ):
+        npc._require_native(model)
+    _native.why_no_cuda.cache_clear()
