@@ -60,7 +60,8 @@ class NPC(torch.optim.Optimizer):
 
     Args:
         model: the network. Build the optimizer after moving it to its device.
-        lr: eta_max, the largest learning rate, of neurons without importance and of other parameters.
+        lr: eta_max, the largest learning rate, of neurons without importance and of other parameters. A float32 tensor
+            in GPU memory is read there at each step, so that replays of a CUDA graph see it change.
         alpha: scale of eq. 7; greater is more plastic.
         beta: importance from which on a neuron is frozen; the mean importance of a layer is 1.
         delta: decay of the moving average per step, in [0, 1).
