@@ -88,7 +88,8 @@ struct Stream {
   void* handle;  // a cudaStream_t; null is the default stream
 };
 
-// Scratch for one stream at a time. It begins as zeros; every launch leaves it ready for the next.
+// Scratch for one stream at a time. Its first bytes begin as zeros, and every launch leaves them so.
+constexpr int64_t kZeroedBytes = 256 * 1024;
 struct Workspace {
   void* data;
   int64_t bytes;

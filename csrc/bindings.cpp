@@ -250,6 +250,7 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init([](int device, Address stream, Address workspace, int64_t bytes) {
         return OnStream{{device, pointer<void>(stream)}, {pointer<void>(workspace), bytes}};
       }));
+  cuda.attr("zeroed_bytes") = npc::cuda::kZeroedBytes;
   define_kernels<OnStream>(cuda);
 #endif
 }

@@ -7,6 +7,7 @@ header, so the module depends on the C and C++ libraries and on the Python versi
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import re
@@ -314,6 +315,10 @@ def _pybind11_include() -> str:
     try:
         import pybind11
     except ImportError as error:
+        # torch brings the same headers; its place is found without importing it.
+        torch = importlib.util.find_spec("torch")
+        if torch and torch.origin and (Path(torch.origin).parent / "include" / "pybind11").is_dir():
+            return str(Path(torch.origin).parent / "include")
         raise BuildError("pybind11 is missing; it compiles the kernels: pip install 'npc_ext[jit]'") from error
     return pybind11.get_include()
 

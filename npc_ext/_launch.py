@@ -45,9 +45,10 @@ class _Workspace:
         self.grow(_FIRST_WORKSPACE)
 
     def grow(self, size: int) -> None:
-        self.memory = torch.zeros(size, dtype=torch.uint8, device=self.device)
-        index = self.device.index or 0
-        self.target = _native.module().cuda.OnStream(index, self.stream, self.memory.data_ptr(), size)
+        cuda = _native.module().cuda
+        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
+        self.memory[: cuda.zeroed_bytes].zero_()
+        self.target = cuda.OnStream(self.device.index, self.stream, self.memory.data_ptr(), size)
 
 
 _workspaces: dict[tuple[int, int], _Workspace] = {}

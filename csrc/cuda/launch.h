@@ -90,7 +90,7 @@ class Scratch {
   int64_t needed() const { return (kCounters + floats_) * int64_t{sizeof(float)}; }
 
  private:
-  static constexpr int64_t kCounters = 65536;
+  static constexpr int64_t kCounters = kZeroedBytes / sizeof(unsigned);
   Workspace workspace_;
   int64_t counters_ = 0, floats_ = 0;
 };
