@@ -116,7 +116,7 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
     sound, broken = "(p.activation) + place_n)", "(p.activation) + place_n + 1)"
     assert sound in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(sound, broken))
-    tests = [KERNEL_TESTS[0], "-qs", "-p", "no:cacheprovider", "-k", "cuda_on_cpu and random_shapes"]
+    tests = [KERNEL_TESTS[0], "-qs", "-p", "no:cacheprovider", "-k", "cuda_on_cpu and repeats"]
     result = run_with_address_sanitizer(["-m", "pytest", *tests], cache, csrc)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
