@@ -67,11 +67,11 @@ def run_with_address_sanitizer(
     )
 
 
-def run_with_thread_sanitizer(selection: str, more: str = "") -> subprocess.CompletedProcess[str]:
+def run_with_thread_sanitizer(arguments: list[str], more: str = "") -> subprocess.CompletedProcess[str]:
     flags = f"{THREAD} {more}".strip()
     cuda_on_cpu.build(tuple(flags.split()))  # here, because the compiler does not run beside the sanitizer
     return run(
-        [*("-m", "pytest", *KERNEL_TESTS, "-qs", "-p", "no:cacheprovider"), "-k", f"cuda_on_cpu and ({selection})"],
+        arguments,
         ["libtsan.so"],
         CUDA_ON_CPU_FLAGS=flags,
         OMP_NUM_THREADS="1",
@@ -93,7 +93,8 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(cach
 
 
 def test_cuda_kernels_are_clean_under_the_thread_sanitizer() -> None:
-    result = run_with_thread_sanitizer(FEW_LAUNCHES)
+    options = ["-qs", "-p", "no:cacheprovider", "-k", f"cuda_on_cpu and ({FEW_LAUNCHES})"]
+    result = run_with_thread_sanitizer(["-m", "pytest", *KERNEL_TESTS, *options])
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert " passed" in result.stdout
 
@@ -122,15 +123,17 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
     assert "heap-buffer-overflow" in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("function", "selection"),
-    [
-        ("sum_over_block", "networks_of_any"),
-        ("grid_barrier", "network_step and float32"),
-    ],
-)
-def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str, selection: str) -> None:
-    result = run_with_thread_sanitizer(selection, f'-DCUDA_ON_CPU_WITHOUT_BARRIER_IN="{function}"')
-    assert result.returncode != 0
+@pytest.mark.parametrize("function", ["sum_over_block", "grid_barrier"])
+def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str) -> None:
+    # A sampling detector: it remembers the last four accesses to a word, and sees the race in most launches, not in all.
+    script = (
+        "from npc_ext import _launch, ops; from tests import cuda_on_cpu, test_update\n"
+        "_launch._launch = cuda_on_cpu.launch\n"
+        "inputs, arguments = test_update.activations(), test_update.network()\n"
+        "del arguments['measured']\n"
+        "for _ in range(40): ops.network_step_(**inputs, **arguments)\n"
+        "print('not seen')"
+    )
+    result = run_with_thread_sanitizer(["-c", script], f'-DCUDA_ON_CPU_WITHOUT_BARRIER_IN="{function}"')
+    assert result.returncode == 66, result.stdout + result.stderr[-5000:]
     assert "ThreadSanitizer: data race" in result.stderr
-    assert " passed" not in result.stdout
