@@ -26,7 +26,7 @@ struct ImportanceParams {
 
 // One layer's importance and the constants of eqs. 3, 4 and 7.
 struct LayerParams {
-  float* importance;      // C  [neurons], read and written
+  float* importance;      // C  [neurons], read and written; null for CPC, whose parameters have their own
   const float* measured;  // a  [neurons], or null: not measured in this step, C stays
   int64_t* skipped;       // counts the steps whose measured importance was not finite and did not enter C
   int64_t neurons;
@@ -49,6 +49,17 @@ struct ParameterParams {
   double lr, momentum_factor, weight_decay;
   const float* lr_address;  // takes the place of lr, so that a CUDA graph's replays see it change; or null
   bool nesterov, maximize;
+
+  // For launch_anchored_update: the penalty strength * stiffness * (value - anchor)^2 of EWC, MAS and SI, or null both,
+  // and SI's path integral, from which gradient * movement is taken, or null. All [size], in the memory order of value,
+  // float64 if the value is, else float32.
+  const void* stiffness;
+  const void* anchor;
+  void* path;
+  double strength;
+
+  // For launch_connection_update: C of every element [size], in the memory order of value.
+  float* importance;
 };
 
 // Eqs. 3, 4, 7 and the weight update of every layer of a network.
@@ -78,6 +89,13 @@ void launch_update(const UpdateParams& params, int threads);
 // layers[l].measured and inputs[l].out are ignored: the sums live in scratch.
 void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads);
 
+// The weight update alone, with anchors and path integrals. The parameters belong to no layer.
+void launch_anchored_update(const UpdateParams& params, int threads);
+
+// CPC: c = |value * gradient| of every element in place of eq. 2, then eqs. 3, 4, 7 and the weight update, an importance
+// and a rate to each element. `neurons`, `importance` and `measured` of the layers are ignored.
+void launch_connection_update(const UpdateParams& params, int threads);
+
 }  // namespace cpu
 
 #if defined(NPC_CUDA)
@@ -101,6 +119,8 @@ int64_t launch_importance(const ImportanceParams& params, const Stream& stream, 
 int64_t launch_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
 int64_t launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream,
                             const Workspace& workspace);
+int64_t launch_anchored_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
+int64_t launch_connection_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
 
 }  // namespace cuda
 #endif

@@ -83,6 +83,8 @@ struct Threads {
 
   void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
   void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
+  void anchored_update(const UpdateParams& params) const { npc::cpu::launch_anchored_update(params, count); }
+  void connection_update(const UpdateParams& params) const { npc::cpu::launch_connection_update(params, count); }
   void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
     npc::cpu::launch_network_step(inputs, params, count);
   }
@@ -99,6 +101,12 @@ struct OnStream {
     return npc::cuda::launch_importance(params, stream, workspace);
   }
   int64_t update(const UpdateParams& params) const { return npc::cuda::launch_update(params, stream, workspace); }
+  int64_t anchored_update(const UpdateParams& params) const {
+    return npc::cuda::launch_anchored_update(params, stream, workspace);
+  }
+  int64_t connection_update(const UpdateParams& params) const {
+    return npc::cuda::launch_connection_update(params, stream, workspace);
+  }
   int64_t network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
     return npc::cuda::launch_network_step(inputs, params, stream, workspace);
   }
@@ -135,83 +143,142 @@ struct Table {
   const T* row(size_t index) const { return static_cast<const T*>(info.ptr) + index * columns; }
 };
 
-// What one call of update changes, from the tables that npc_ext/_launch.py documents.
+using Addresses = std::vector<Address>;
+
+void check_sizes(bool fit, const char* message) {
+  if (!fit) throw std::invalid_argument(message);
+}
+
+// What one call changes, from the tables that npc_ext/_launch.py documents.
 struct Network {
   std::vector<LayerParams> layers;
   std::vector<ParameterParams> parameters;
   UpdateParams params;
 
-  Network(const std::vector<Address>& values, const std::vector<Address>& gradients,
-          const std::vector<Address>& momentum, const std::vector<Address>& lr,
-          const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-          const std::vector<Address>& importances, const std::vector<Address>& measured,
-          const std::vector<Address>& skipped, const py::buffer& layer_numbers, const py::buffer& layer_options,
-          Address grad_scale, Address found_inf)
-      : layers(importances.size()), parameters(values.size()) {
-    if (gradients.size() != values.size() || momentum.size() != values.size() ||
-        (!lr.empty() && lr.size() != values.size()) || measured.size() != importances.size() || skipped.size() != importances.size()) {
-      throw std::invalid_argument("update: every parameter needs a gradient and a momentum entry, and an lr entry if any "
-                                  "has one, every layer an importance, a measured and a skipped entry");
-    }
+  Network(const Addresses& values, const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
+          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& skipped,
+          const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
+      : layers(skipped.size()), parameters(values.size()) {
+    check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
+                    (lr.empty() || lr.size() == values.size()),
+                "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
     const Table<int64_t> numbers(parameter_numbers, values.size(), 8, "parameter_numbers");
     const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
     for (size_t i = 0; i < values.size(); ++i) {
       const int64_t* n = numbers.row(i);
       const double* o = options.row(i);
-      parameters[i] = ParameterParams{pointer<void>(values[i]), pointer<const void>(gradients[i]),
-                                      pointer<void>(momentum[i]), dtype_of(n[0]), n[1], n[2], n[3], n[4], n[5],
-                                      o[0], o[1], o[2], lr.empty() ? nullptr : pointer<const float>(lr[i]), n[6] != 0, n[7] != 0};
-      if (n[5] >= static_cast<int64_t>(layers.size())) throw std::invalid_argument("update: layer out of range");
+      ParameterParams& p = parameters[i];
+      p = ParameterParams{};
+      p.value = pointer<void>(values[i]);
+      p.gradient = pointer<const void>(gradients[i]);
+      p.momentum = pointer<void>(momentum[i]);
+      p.lr_address = lr.empty() ? nullptr : pointer<const float>(lr[i]);
+      p.dtype = dtype_of(n[0]);
+      p.size = n[1], p.outer = n[2], p.middle = n[3], p.run = n[4], p.layer = n[5];
+      p.nesterov = n[6] != 0, p.maximize = n[7] != 0;
+      p.lr = o[0], p.momentum_factor = o[1], p.weight_decay = o[2];
+      check_sizes(p.layer < static_cast<int64_t>(layers.size()), "layer out of range");
     }
     const Table<int64_t> sizes(layer_numbers, layers.size(), 3, "layer_numbers");
     const Table<double> constants(layer_options, layers.size(), 3, "layer_options");
     for (size_t l = 0; l < layers.size(); ++l) {
       const int64_t* n = sizes.row(l);
       const double* o = constants.row(l);
-      layers[l] = LayerParams{pointer<float>(importances[l]), pointer<const float>(measured[l]),
-                              pointer<int64_t>(skipped[l]), n[0], o[0], o[1], o[2], n[1] != 0, n[2] != 0};
+      layers[l] = LayerParams{nullptr, nullptr, pointer<int64_t>(skipped[l]), n[0], o[0], o[1], o[2], n[1] != 0,
+                              n[2] != 0};
     }
     params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
                           static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
                           pointer<const float>(found_inf)};
   }
+
+  void importance_of_layers(const Addresses& importances, const Addresses& measured) {
+    check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
+                "every layer needs an importance, a measured and a skipped entry");
+    for (size_t l = 0; l < layers.size(); ++l) {
+      layers[l].importance = pointer<float>(importances[l]);
+      layers[l].measured = pointer<const float>(measured[l]);
+    }
+  }
 };
 
 template <class Target>
-typename Target::Result update(const Target& target, const std::vector<Address>& values,
-                               const std::vector<Address>& gradients, const std::vector<Address>& momentum,
-                               const std::vector<Address>& lr, const py::buffer& parameter_numbers,
-                               const py::buffer& parameter_options, const std::vector<Address>& importances,
-                               const std::vector<Address>& measured, const std::vector<Address>& skipped,
-                               const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
-                               Address found_inf) {
-  const Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, importances, measured,
-                        skipped, layer_numbers, layer_options, grad_scale, found_inf);
+typename Target::Result update(const Target& target, const Addresses& values, const Addresses& gradients,
+                               const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                               const py::buffer& parameter_options, const Addresses& importances,
+                               const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
+                               const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+                  layer_options, grad_scale, found_inf);
+  network.importance_of_layers(importances, measured);
   const py::gil_scoped_release released;
   return target.update(network.params);
+}
+
+// stiffness, anchors and paths: an address or 0 for each parameter.
+template <class Target>
+typename Target::Result anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                                        const Addresses& momentum, const Addresses& lr,
+                                        const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                                        const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
+                                        const std::vector<double>& strength, const py::buffer& layer_numbers,
+                                        const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
+                  layer_options, grad_scale, found_inf);
+  const size_t count = values.size();
+  check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count && strength.size() == count,
+              "every parameter needs a stiffness, an anchor, a path and a strength entry");
+  for (size_t i = 0; i < count; ++i) {
+    ParameterParams& p = network.parameters[i];
+    check_sizes(p.layer < 0, "a parameter with an anchor belongs to no layer");
+    check_sizes((stiffness[i] == 0) == (anchors[i] == 0), "stiffness and anchor go together");
+    p.stiffness = pointer<const void>(stiffness[i]);
+    p.anchor = pointer<const void>(anchors[i]);
+    p.path = pointer<void>(paths[i]);
+    p.strength = strength[i];
+  }
+  const py::gil_scoped_release released;
+  return target.anchored_update(network.params);
+}
+
+// importances: of every parameter's elements, or 0 where it belongs to no layer.
+template <class Target>
+typename Target::Result connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                                          const Addresses& momentum, const Addresses& lr,
+                                          const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                                          const Addresses& importances, const Addresses& skipped,
+                                          const py::buffer& layer_numbers, const py::buffer& layer_options,
+                                          Address grad_scale, Address found_inf) {
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+                  layer_options, grad_scale, found_inf);
+  check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
+  for (size_t i = 0; i < values.size(); ++i) {
+    ParameterParams& p = network.parameters[i];
+    check_sizes((p.layer < 0) == (importances[i] == 0), "connections of a layer need an importance, others have none");
+    p.importance = pointer<float>(importances[i]);
+  }
+  const py::gil_scoped_release released;
+  return target.connection_update(network.params);
 }
 
 using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
 
 template <class Target>
 typename Target::Result network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
-                                     const std::vector<Address>& values, const std::vector<Address>& gradients,
-                                     const std::vector<Address>& momentum, const std::vector<Address>& lr,
-                                     const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                                     const std::vector<Address>& importances, const std::vector<Address>& skipped,
-                                     const py::buffer& layer_numbers, const py::buffer& layer_options,
-                                     Address grad_scale, Address found_inf) {
-  if (inputs.size() != importances.size()) {
-    throw std::invalid_argument("network_step: every layer needs an activation and its gradient");
-  }
+                                     const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+                                     const Addresses& lr, const py::buffer& parameter_numbers,
+                                     const py::buffer& parameter_options, const Addresses& importances,
+                                     const Addresses& skipped, const py::buffer& layer_numbers,
+                                     const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+  check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
   for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
     params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
                                        batch_dim));
   }
-  const std::vector<Address> in_scratch(importances.size(), 0);
-  const Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, importances, in_scratch,
-                        skipped, layer_numbers, layer_options, grad_scale, found_inf);
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+                  layer_options, grad_scale, found_inf);
+  network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
   const py::gil_scoped_release released;
   return target.network_step(params.data(), network.params);
 }
@@ -228,6 +295,8 @@ template <class Target>
 void define_kernels(py::module_& m) {
   m.def("importance", &importance<Target>);
   m.def("update", &update<Target>);
+  m.def("anchored_update", &anchored_update<Target>);
+  m.def("connection_update", &connection_update<Target>);
   m.def("network_step", &network_step<Target>);
 }
 

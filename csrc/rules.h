@@ -38,4 +38,11 @@ NPC_RULE float plasticity_erf(float average, float alpha, float beta) {
   return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
 }
 
+// The gradient of an anchor's penalty, strength * stiffness * (value - anchor)^2: what EWC, MAS, SI and SSL add to the
+// loss's gradient.
+template <class R>
+NPC_RULE R anchor_gradient(R value, R anchor, R stiffness, R twice_strength) {
+  return twice_strength * stiffness * (value - anchor);
+}
+
 }  // namespace npc

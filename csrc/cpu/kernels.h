@@ -5,6 +5,11 @@
 
 namespace npc::cpu {
 
+struct ConnectionTotal {
+  double sum;
+  int64_t active;
+};
+
 struct Kernels {
   const char* isa;
 
@@ -23,6 +28,16 @@ struct Kernels {
   // The weight update of elements [begin, end) of a parameter; `plasticity` belongs to its layer, null for plain rates.
   void (*descend[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
                            int64_t begin, int64_t end);
+
+  // The same with an anchor and a path integral, at the plain rate.
+  void (*descend_anchored[kDTypes])(const ParameterParams& parameter, double gradient_factor, int64_t begin,
+                                    int64_t end);
+
+  // CPC: the sum over |value * gradient| and the number of elements where it is not zero; then eqs. 3, 4, 7 and the
+  // weight update from that sum over the whole layer. A total that does not count (zero, not finite) leaves C alone.
+  ConnectionTotal (*measure_connections[kDTypes])(const ParameterParams& parameter, int64_t begin, int64_t end);
+  void (*descend_connections[kDTypes])(const ParameterParams& parameter, const LayerParams& layer, float total,
+                                       float connections, double gradient_factor, int64_t begin, int64_t end);
 };
 
 const Kernels& baseline_kernels();

@@ -6,6 +6,8 @@
 //   columns    neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
 //   scattered  anything else, element by element.
 // descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched.
+//              descend_anchored reads stiffness and anchor besides, and reads and writes the path integral.
+//              descend_connections reads and writes an importance to each element besides.
 #pragma once
 
 #include "../rules.h"
@@ -487,6 +489,155 @@ static void descend(const ParameterParams& p, const float* plasticity, double gr
   }
 }
 
+// -------------------------------------------------------------------------------- weights with an anchor: EWC, MAS, SI
+
+template <bool has_momentum, bool has_anchor, bool has_path, class T>
+static void descend_anchored_with(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  T* values = static_cast<T*>(p.value);
+  const T* gradients = static_cast<const T*>(p.gradient);
+  T* momentum = static_cast<T*>(p.momentum);
+  const R* stiffness = static_cast<const R*>(p.stiffness);
+  const R* anchor = static_cast<const R*>(p.anchor);
+  R* path = static_cast<R*>(p.path);
+  const R factor = static_cast<R>(gradient_factor), weight_decay = static_cast<R>(p.weight_decay);
+  const R momentum_factor = static_cast<R>(p.momentum_factor);
+  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
+  const Vector<R> twice_strength = broadcast<R>(static_cast<R>(2 * p.strength));
+  const bool nesterov = p.nesterov;
+  const auto move = [&](int64_t at, auto read, auto write) {
+    const Vector<R> value = read(values + at);
+    const Vector<R> loss_gradient = read(gradients + at) * factor;
+    Vector<R> d = loss_gradient + weight_decay * value;
+    if constexpr (has_anchor) {
+      d += anchor_gradient<Vector<R>>(value, read(anchor + at), read(stiffness + at), twice_strength);
+    }
+    if constexpr (has_momentum) {
+      const Vector<R> velocity = momentum_factor * read(momentum + at) + d;
+      write(momentum + at, velocity);
+      d = nesterov ? d + momentum_factor * velocity : velocity;
+    }
+    write(values + at, value - lr * d);
+    // The movement is that of the value as it is stored, rounded to its type.
+    if constexpr (has_path) write(path + at, read(path + at) - loss_gradient * (read(values + at) - value));
+  };
+  int64_t at = begin;
+  const auto read = [](const auto* from) { return load(from); };
+  const auto write = [](auto* to, Vector<R> vector) { store(to, vector); };
+  for (; at + 4 * L <= end; at += 4 * L) {
+    for (int k = 0; k < 4; ++k) move(at + k * L, read, write);
+  }
+  for (; at + L <= end; at += L) move(at, read, write);
+  if (at == end) return;
+  const int64_t rest = end - at;
+  move(at, [rest](const auto* from) { return load_partial(from, rest); },
+       [rest](auto* to, Vector<R> vector) { store_partial(to, vector, rest); });
+}
+
+template <bool has_momentum, class T>
+static void descend_anchored_with_momentum(const ParameterParams& p, double gradient_factor, int64_t begin,
+                                           int64_t end) {
+  if (p.stiffness != nullptr && p.path != nullptr) {
+    descend_anchored_with<has_momentum, true, true, T>(p, gradient_factor, begin, end);
+  } else if (p.stiffness != nullptr) {
+    descend_anchored_with<has_momentum, true, false, T>(p, gradient_factor, begin, end);
+  } else {
+    descend_anchored_with<has_momentum, false, true, T>(p, gradient_factor, begin, end);
+  }
+}
+
+template <class T>
+static void descend_anchored(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
+  if (p.stiffness == nullptr && p.path == nullptr) {
+    descend<T>(p, nullptr, gradient_factor, begin, end);
+  } else if (p.momentum != nullptr) {
+    descend_anchored_with_momentum<true, T>(p, gradient_factor, begin, end);
+  } else {
+    descend_anchored_with_momentum<false, T>(p, gradient_factor, begin, end);
+  }
+}
+
+// ------------------------------------------------------------------------------------- a rate to every connection: CPC
+
+// |value * gradient| of `count` elements, at most kTile, into out and as many as fill its last vector.
+template <class T>
+static inline void connection_importance(const T* value, const T* gradient, int64_t count, Real<T>* out) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  int64_t i = 0;
+  for (; i + L <= count; i += L) store(out + i, absolute<R>(product(value + i, gradient + i)));
+  if (i < count) store(out + i, absolute<R>(load_partial(value + i, count - i) * load_partial(gradient + i, count - i)));
+}
+
+template <class T>
+static ConnectionTotal measure_connections(const ParameterParams& p, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  R importance[kTile + L];
+  ConnectionTotal total = {0, 0};
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    connection_importance(static_cast<const T*>(p.value) + at, static_cast<const T*>(p.gradient) + at, count,
+                          importance);
+    Vector<R> sum = {};
+    Mask<R> inactive = {};  // each lane counts down
+    int64_t i = 0;
+    for (; i < count; i += L) {  // lanes beyond the last element are zero
+      const Vector<R> lanes = load(importance + i);
+      sum += lanes;
+      inactive += lanes == R(0);
+    }
+    int64_t zeros = 0;
+    for (int lane = 0; lane < L; ++lane) zeros -= inactive[lane];
+    total.sum += sum_lanes<R>(sum);
+    total.active += i - zeros;
+  }
+  return total;
+}
+
+template <class O, class T>
+static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total,
+                                     float connections, double gradient_factor, int64_t begin, int64_t end) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  T* value = static_cast<T*>(p.value);
+  const T* gradient = static_cast<const T*>(p.gradient);
+  T* momentum = static_cast<T*>(p.momentum);
+  const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
+                     static_cast<R>(p.momentum_factor)};
+  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
+  const auto alpha = static_cast<float>(layer.alpha), beta = static_cast<float>(layer.beta);
+  const auto delta = static_cast<float>(layer.delta), one_minus_delta = static_cast<float>(1 - layer.delta);
+  const bool moves_average = total > 0 && total <= __FLT_MAX__;
+  R measured[kTile + L], rates[kTile + L];
+  float as_float[kTile], free_rate[kTile];
+  for (int64_t at = begin; at < end; at += kTile) {
+    const int64_t count = end - at < kTile ? end - at : kTile;
+    if (moves_average) {
+      connection_importance(value + at, gradient + at, count, measured);
+      for (int64_t i = 0; i < count; ++i) as_float[i] = static_cast<float>(measured[i]);
+      average(p.importance + at, as_float, count, total, connections, delta, one_minus_delta);
+    }
+    plasticity(p.importance + at, free_rate, count, alpha, beta, layer.error_function);
+    for (int64_t i = 0; i < count; ++i) {
+      const R rate = free_rate[i];
+      rates[i] = rate == 0 ? R(-1) : rate < lr ? rate : lr;
+    }
+    for (int k = 0; k < L; ++k) rates[count + k] = R(-1);
+    descend_elements<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count, rates);
+  }
+}
+
+template <class T>
+static void descend_connections(const ParameterParams& p, const LayerParams& layer, float total, float connections,
+                                double gradient_factor, int64_t begin, int64_t end) {
+  const auto run = p.momentum == nullptr ? descend_connections_with<Options<Momentum::none, true>, T>
+                   : p.nesterov          ? descend_connections_with<Options<Momentum::nesterov, true>, T>
+                                         : descend_connections_with<Options<Momentum::classic, true>, T>;
+  run(p, layer, total, connections, gradient_factor, begin, end);
+}
+
 static constexpr Kernels table(const char* isa) {
   return Kernels{
       isa,
@@ -494,6 +645,11 @@ static constexpr Kernels table(const char* isa) {
       average,
       plasticity,
       {descend<float>, descend<double>, descend<half_bits>, descend<bfloat_bits>},
+      {descend_anchored<float>, descend_anchored<double>, descend_anchored<half_bits>, descend_anchored<bfloat_bits>},
+      {measure_connections<float>, measure_connections<double>, measure_connections<half_bits>,
+       measure_connections<bfloat_bits>},
+      {descend_connections<float>, descend_connections<double>, descend_connections<half_bits>,
+       descend_connections<bfloat_bits>},
   };
 }
 

@@ -1,5 +1,6 @@
 // Eqs. 3, 4, 7 and the weight update on the CPU: every layer's rates first (one float per neuron, on the calling
-// thread), then all elements of all parameters in equal shares, one per thread.
+// thread), then all elements of all parameters in equal shares, one per thread. With anchors (EWC, MAS, SI) there are no
+// rates to compute; connections (CPC) go through their elements twice, because rates depend on their layer's sum.
 
 #include <algorithm>
 #include <cmath>
@@ -31,18 +32,40 @@ void average_layer(const LayerParams& layer) {
   }
 }
 
-void descend(const ParameterParams& parameter, const std::vector<const float*>& plasticity, float grad_scale,
-             int64_t begin, int64_t end) {
-  const double factor = (parameter.maximize ? -1.0 : 1.0) / grad_scale;
-  const float* rates = parameter.layer < 0 ? nullptr : plasticity[parameter.layer];
-  kernels().descend[static_cast<int>(parameter.dtype)](parameter, rates, factor, begin, end);
+double gradient_factor(const ParameterParams& parameter, const UpdateParams& params) {
+  return (parameter.maximize ? -1.0 : 1.0) / (params.grad_scale == nullptr ? 1.0f : *params.grad_scale);
+}
+
+bool overflowed(const UpdateParams& params) { return params.found_inf != nullptr && *params.found_inf != 0; }
+
+// In how many equal shares the elements of all parameters are best worked on.
+int shares_of(const UpdateParams& params, int threads) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < params.parameter_count; ++i) size += params.parameters[i].size;
+  return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, threads));
+}
+
+// Calls work(share, parameter, begin, end) for the elements of every share, one thread to a share.
+template <class Work>
+void for_each_share(const UpdateParams& params, int shares, const Work& work) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < params.parameter_count; ++i) size += params.parameters[i].size;
+  parallel(shares, [&](int share) {
+    const int64_t begin = size * share / shares, end = size * (share + 1) / shares;
+    int64_t first = 0;  // of this parameter, counted over all of them
+    for (int64_t i = 0; i < params.parameter_count && first < end; ++i) {
+      const ParameterParams& parameter = params.parameters[i];
+      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, parameter.size);
+      if (from < to) work(share, parameter, from, to);
+      first += parameter.size;
+    }
+  });
 }
 
 }  // namespace
 
 void launch_update(const UpdateParams& params, int threads) {
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
-  const float grad_scale = params.grad_scale == nullptr ? 1.0f : *params.grad_scale;
+  if (overflowed(params)) return;
 
   int64_t neurons = 0;
   for (int64_t l = 0; l < params.layer_count; ++l) neurons += params.layers[l].neurons;
@@ -58,23 +81,66 @@ void launch_update(const UpdateParams& params, int threads) {
     next += layer.neurons;
   }
 
-  int64_t size = 0;
-  for (int64_t i = 0; i < params.parameter_count; ++i) size += params.parameters[i].size;
-  const int shares = static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, threads));
-  parallel(shares, [&](int index) {
-    const int64_t begin = size * index / shares, end = size * (index + 1) / shares;
-    int64_t first = 0;  // of this parameter, counted over all of them
-    for (int64_t i = 0; i < params.parameter_count && first < end; ++i) {
-      const ParameterParams& parameter = params.parameters[i];
-      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, parameter.size);
-      if (from < to) descend(parameter, plasticity, grad_scale, from, to);
-      first += parameter.size;
+  for_each_share(params, shares_of(params, threads),
+                 [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
+                   const float* rates = parameter.layer < 0 ? nullptr : plasticity[parameter.layer];
+                   kernels().descend[static_cast<int>(parameter.dtype)](
+                       parameter, rates, gradient_factor(parameter, params), begin, end);
+                 });
+}
+
+void launch_anchored_update(const UpdateParams& params, int threads) {
+  if (overflowed(params)) return;
+  for_each_share(params, shares_of(params, threads),
+                 [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
+                   kernels().descend_anchored[static_cast<int>(parameter.dtype)](
+                       parameter, gradient_factor(parameter, params), begin, end);
+                 });
+}
+
+void launch_connection_update(const UpdateParams& params, int threads) {
+  if (overflowed(params)) return;
+  const int shares = shares_of(params, threads);
+  std::vector<ConnectionTotal> partial(shares * params.layer_count);
+  for_each_share(params, shares, [&](int share, const ParameterParams& parameter, int64_t begin, int64_t end) {
+    if (parameter.layer < 0) return;
+    ConnectionTotal& sum = partial[share * params.layer_count + parameter.layer];
+    const ConnectionTotal own = kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
+    sum.sum += own.sum;
+    sum.active += own.active;
+  });
+
+  std::vector<float> totals(params.layer_count);
+  std::vector<double> connections(params.layer_count);
+  for (int64_t i = 0; i < params.parameter_count; ++i) {
+    const ParameterParams& parameter = params.parameters[i];
+    if (parameter.layer >= 0) connections[parameter.layer] += static_cast<double>(parameter.size);
+  }
+  for (int64_t l = 0; l < params.layer_count; ++l) {
+    ConnectionTotal total = {0, 0};
+    for (int share = 0; share < shares; ++share) {
+      total.sum += partial[share * params.layer_count + l].sum;
+      total.active += partial[share * params.layer_count + l].active;
+    }
+    totals[l] = static_cast<float>(total.sum);
+    if (params.layers[l].active_only) connections[l] = static_cast<double>(total.active);
+    if (!std::isfinite(totals[l])) ++*params.layers[l].skipped;
+  }
+  for_each_share(params, shares, [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
+    const int dtype = static_cast<int>(parameter.dtype);
+    const double factor = gradient_factor(parameter, params);
+    const int64_t l = parameter.layer;
+    if (l < 0) {
+      kernels().descend[dtype](parameter, nullptr, factor, begin, end);
+    } else {
+      kernels().descend_connections[dtype](parameter, params.layers[l], totals[l], static_cast<float>(connections[l]),
+                                           factor, begin, end);
     }
   });
 }
 
 void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads) {
-  if (params.found_inf != nullptr && *params.found_inf != 0) return;
+  if (overflowed(params)) return;
   std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
   std::vector<std::vector<float>> measured(params.layer_count);
   for (int64_t l = 0; l < params.layer_count; ++l) {

@@ -8,8 +8,6 @@
 
 namespace npc::cuda {
 
-constexpr int64_t kMostArguments = 32764;  // bytes that a kernel's arguments may take, since CUDA 12.1
-
 // The layers and parameters of one launch, as indices into UpdateParams.
 struct Part {
   std::vector<int64_t> layers, parameters;
@@ -58,8 +56,6 @@ bool fits(const Part& part) {
   return part.layers.size() <= N::kLayers && part.parameters.size() + part.layers.size() <= N::kParameters;
 }
 
-inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // `blocks`: how many the device runs at a time.
 template <class N>
 N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
@@ -75,10 +71,9 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
         static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
         static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
   }
-  int64_t elements = 0;
-  for (const int64_t index : part.parameters) elements += params.parameters[index].size;
-  // Small networks are cut smaller, so that all of the device works on them.
-  const int64_t item = std::clamp<int64_t>(elements / blocks / kRuns * kRuns, kRuns, kItem);
+  int64_t size = 0;
+  for (const int64_t index : part.parameters) size += params.parameters[index].size;
+  const int64_t item = item_size(size, blocks, kRuns);
   const auto add = [&](Parameter parameter) {
     parameter.item_size = static_cast<int>(std::min(item, kRuns * std::min<int64_t>(parameter.run, kItem)));
     parameter.first_item = network.items;
@@ -90,11 +85,7 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
     if (from.size == 0) continue;
-    add({from.value, from.gradient, from.momentum, from.lr_address, from.size, from.outer, from.middle, from.run, 0, 0,
-         from.layer < 0 ? -1 : place[from.layer], static_cast<float>(from.lr),
-         static_cast<float>(from.momentum_factor), static_cast<float>(from.weight_decay),
-         from.maximize ? -1.0f : 1.0f, from.dtype, from.nesterov,
-         on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)});
+    add({cuda::elements(from), from.outer, from.middle, from.run, from.layer < 0 ? -1 : place[from.layer]});
   }
   // C moves also where nothing depends on it: an item without elements sees to that.
   for (int layer = 0; layer < network.layer_count; ++layer) {

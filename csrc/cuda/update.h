@@ -9,13 +9,10 @@
 // for the elements of frozen neurons. A layer's importance comes out of the cache for all blocks but the first.
 #pragma once
 
-#include "../api.h"
-#include "../rules.h"
-#include "device.h"
+#include "elements.h"
 
 namespace npc::cuda {
 
-constexpr int kItem = 16384;         // elements
 constexpr int kRuns = 1024;          // runs of one neuron that an item holds at most, but for the one it begins in
 constexpr int64_t kManyElements = int64_t{1} << 31;
 
@@ -29,18 +26,9 @@ struct Layer {
   unsigned items;  // that read the layer's importance
 };
 
-struct Parameter {
-  void* value;
-  const void* gradient;
-  void* momentum;
-  const float* lr_address;
-  int64_t size, outer, middle, run;
-  int64_t first_item;  // items are counted through all parameters
-  int item_size;       // elements
+struct Parameter : Elements {
+  int64_t outer, middle, run;
   int layer;
-  float lr, momentum_factor, weight_decay, sign;
-  DType dtype;
-  bool nesterov, packed;  // packed: 16-byte accesses are allowed
 };
 
 // The whole network, by value in the kernel's arguments.
@@ -91,21 +79,6 @@ __device__ __forceinline__ float averaged(const Layer& layer, const Total& total
 __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run) {
   if (p.outer == 1) return run;
   return run / (p.outer * p.middle) * p.middle + run % p.middle;
-}
-
-// What every element of a parameter has in common.
-struct Step {
-  float lr, factor, weight_decay, momentum;
-  bool nesterov;
-};
-
-__device__ __forceinline__ float moved(const Step& step, float value, float gradient, float rate, bool has_momentum,
-                                       float& velocity) {
-  float d = gradient * step.factor;
-  if (step.weight_decay != 0.0f) d += step.weight_decay * value;
-  if (!has_momentum) return value - rate * d;
-  velocity = step.momentum * velocity + d;
-  return value - rate * (step.nesterov ? d + step.momentum * velocity : velocity);
 }
 
 // Moves the numbers of one pack, all of one neuron.
@@ -163,29 +136,11 @@ __device__ void move_elements(const Parameter& p, const Step& step, int64_t begi
   }
 }
 
-template <class N>
-__device__ __forceinline__ const Parameter& parameter_of(const N& network, int64_t item) {
-  int first = 0, last = network.parameter_count - 1;
-  while (first < last) {
-    const int middle = (first + last + 1) / 2;
-    if (network.parameters[middle].first_item <= item) first = middle;
-    else last = middle - 1;
-  }
-  return network.parameters[first];
-}
-
-// Whether the whole step is to be left out because gradients overflowed.
-template <class N>
-__device__ __forceinline__ bool overflowed(const N& network) {
-  return network.found_inf != nullptr && *network.found_inf != 0.0f;
-}
-
 // One item. All threads of the block call it, and may call it again at once.
 template <class N>
 __device__ __forceinline__ void update_item(const N& network, int64_t item, UpdateShared& shared) {
   const Parameter& p = parameter_of(network, item);
-  const int64_t begin = (item - p.first_item) * p.item_size;
-  const int64_t end = begin + p.item_size < p.size ? begin + p.item_size : p.size;
+  const auto [begin, end] = elements_of(p, item);
   if (p.layer >= 0) {
     const Layer& layer = network.layers[p.layer];
     const bool measured = layer.measured != nullptr;
@@ -206,9 +161,7 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
       if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
     }
   }
-  const float scale = network.grad_scale == nullptr ? 1.0f : *network.grad_scale;
-  const Step step{p.lr_address == nullptr ? p.lr : *p.lr_address, p.sign / scale, p.weight_decay, p.momentum_factor,
-                  p.nesterov};
+  const Step step = step_of(p, network.grad_scale);
   switch (p.dtype) {
     case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
     case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;

@@ -1,0 +1,286 @@
+// CPC: an importance and a learning rate to every connection, in one cooperative launch.
+//
+//   c = |w dL/dw|,  then eqs. 3 (over the layer's connections), 4, 7 and the weight update, element by element.
+//
+// First every block sums c over its items, layer by layer, and writes one partial sum for each layer; all blocks meet;
+// then each adds up the partial sums of the layers that its items are in, all in the same order, and moves its elements.
+// An item is at most kItem elements of one parameter; block k works on items k, k + blocks, ...
+// Traffic for float32: w and dL/dw (8 bytes an element) twice, C read and written, w written: 28 bytes; 20 where the
+// network fits the cache.
+
+#include <vector>
+
+#include "elements.h"
+
+namespace npc::cuda {
+namespace {
+
+struct ConnectionParameter : Elements {
+  float* importance;
+  int layer;  // or -1: plain rate
+};
+
+struct ConnectionLayer {
+  int64_t* skipped;
+  int64_t connections;
+  float alpha, beta, delta, one_minus_delta;
+  bool error_function, active_only;
+};
+
+// By value in the kernel's arguments.
+template <int kParameters_, int kLayers_>
+struct ConnectionNetwork {
+  static constexpr int kParameters = kParameters_, kLayers = kLayers_;
+  const float* grad_scale;
+  const float* found_inf;
+  float* partial_sums;    // [layers, blocks]
+  float* partial_counts;  // [layers, blocks], of connections with an importance above 0
+  int64_t items;
+  int parameter_count, layer_count;
+  ConnectionLayer layers[kLayers];
+  ConnectionParameter parameters[kParameters];
+};
+using SmallNetwork = ConnectionNetwork<24, 12>;
+using LargeNetwork = ConnectionNetwork<220, 110>;
+static_assert(sizeof(LargeNetwork) <= kMostArguments);
+
+struct ConnectionShared {
+  double totals[kWarps], counts[kWarps];
+};
+
+struct Total {
+  float sum, connections;
+};
+
+// Calls work with a number of the parameter's type: float, __half or __nv_bfloat16.
+template <class Work>
+__device__ __forceinline__ void with_type(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::float32: work(float{}); break;
+    case DType::float16: work(__half{}); break;
+    default: work(__nv_bfloat16{}); break;
+  }
+}
+
+template <class T, class P>
+__device__ __forceinline__ void add_importance(const ConnectionParameter& p, P, int64_t at, float& sum, float& active) {
+  const P values = load<P>(static_cast<const T*>(p.value) + at);
+  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
+  for (int k = 0; k < P::size; ++k) {
+    const float c = fabsf(to_float(values.at[k]) * to_float(gradients.at[k]));
+    sum += c;
+    active += c > 0.0f ? 1.0f : 0.0f;
+  }
+}
+
+// The first half: a block's partial sums. `layers` counts up through a block's items, because parameters are sorted.
+template <class N>
+__device__ __forceinline__ void measure(const N& network, ConnectionShared& shared) {
+  const auto place = [&](int layer) { return static_cast<int64_t>(layer) * gridDim.x + blockIdx.x; };
+  double sum = 0, active = 0;
+  int layer = -1;
+  const auto flush = [&] {
+    const double block_sum = sum_over_block(sum, shared.totals), block_active = sum_over_block(active, shared.counts);
+    if (thread() == 0) {
+      network.partial_sums[place(layer)] = static_cast<float>(block_sum);
+      network.partial_counts[place(layer)] = static_cast<float>(block_active);
+    }
+    sum = active = 0;
+  };
+  for (int l = thread(); l < network.layer_count; l += kThreads) {
+    network.partial_sums[place(l)] = network.partial_counts[place(l)] = 0.0f;
+  }
+  __syncthreads();  // zeros before sums
+  for (int64_t item = blockIdx.x; item < network.items; item += gridDim.x) {
+    const ConnectionParameter& p = parameter_of(network, item);
+    if (p.layer < 0) continue;
+    if (p.layer != layer && layer >= 0) flush();
+    layer = p.layer;
+    float item_sum = 0, item_active = 0;
+    with_type(p.dtype, [&](auto number) {
+      using T = decltype(number);
+      for_each_pack<T>(p, elements_of(p, item), [&](auto pack, int64_t at) {
+        add_importance<T>(p, pack, at, item_sum, item_active);
+      });
+    });
+    sum += item_sum;
+    active += item_active;
+  }
+  if (layer >= 0) flush();
+}
+
+template <class N>
+__device__ __forceinline__ Total total_of(const N& network, int layer, ConnectionShared& shared) {
+  double sum = 0, active = 0;
+  for (int64_t block = thread(); block < gridDim.x; block += kThreads) {
+    sum += network.partial_sums[static_cast<int64_t>(layer) * gridDim.x + block];
+    active += network.partial_counts[static_cast<int64_t>(layer) * gridDim.x + block];
+  }
+  const double total = sum_over_block(sum, shared.totals), count = sum_over_block(active, shared.counts);
+  const ConnectionLayer& own = network.layers[layer];
+  return {static_cast<float>(total), own.active_only ? static_cast<float>(count) : static_cast<float>(own.connections)};
+}
+
+template <class T, class P>
+__device__ __forceinline__ void move(const ConnectionParameter& p, const ConnectionLayer& layer, const Step& step,
+                                     const Total& total, P, int64_t at) {
+  using F = Floats<P>;
+  T* value = static_cast<T*>(p.value) + at;
+  P values = load<P>(value);
+  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
+  const bool has_momentum = p.momentum != nullptr;
+  P velocities = {};
+  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
+  F importance = load<F>(p.importance + at);
+  const bool moves_average = total.sum > 0.0f && !isinf(total.sum);
+  for (int k = 0; k < P::size; ++k) {
+    const float before = to_float(values.at[k]), gradient = to_float(gradients.at[k]);
+    float average = importance.at[k];
+    if (moves_average) {
+      const float normalized = normalized_importance(fabsf(before * gradient), total.sum, total.connections);
+      importance.at[k] = average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
+    }
+    const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                                  : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    if (plasticity == 0.0f) continue;  // frozen: as it is, to the bit
+    float velocity = to_float(velocities.at[k]);
+    from_float(moved(step, before, gradient, fminf(plasticity, step.lr), has_momentum, velocity), values.at[k]);
+    from_float(velocity, velocities.at[k]);
+  }
+  store(value, values);
+  store(p.importance + at, importance);
+  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
+}
+
+template <class T, class P>
+__device__ __forceinline__ void move_plainly(const ConnectionParameter& p, const Step& step, P, int64_t at) {
+  T* value = static_cast<T*>(p.value) + at;
+  P values = load<P>(value);
+  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
+  const bool has_momentum = p.momentum != nullptr;
+  P velocities = {};
+  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
+  for (int k = 0; k < P::size; ++k) {
+    float velocity = to_float(velocities.at[k]);
+    from_float(moved(step, to_float(values.at[k]), to_float(gradients.at[k]), step.lr, has_momentum, velocity),
+               values.at[k]);
+    from_float(velocity, velocities.at[k]);
+  }
+  store(value, values);
+  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
+}
+
+template <class N>
+__global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __grid_constant__ N network) {
+  if (overflowed(network)) return;
+  ConnectionShared& shared = shared_memory<ConnectionShared>();
+  measure(network, shared);
+  grid_barrier();
+  if (blockIdx.x == 0) {
+    for (int layer = 0; layer < network.layer_count; ++layer) {
+      const Total total = total_of(network, layer, shared);
+      if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
+    }
+  }
+  Total total = {0.0f, 0.0f};
+  int layer = -1;
+  for (int64_t item = blockIdx.x; item < network.items; item += gridDim.x) {
+    const ConnectionParameter& p = parameter_of(network, item);
+    if (p.layer >= 0 && p.layer != layer) {
+      layer = p.layer;
+      total = total_of(network, layer, shared);
+    }
+    const Step step = step_of(p, network.grad_scale);
+    with_type(p.dtype, [&](auto number) {
+      using T = decltype(number);
+      for_each_pack<T>(p, elements_of(p, item), [&](auto pack, int64_t at) {
+        if (p.layer < 0) move_plainly<T>(p, step, pack, at);
+        else move<T>(p, network.layers[p.layer], step, total, pack, at);
+      });
+    });
+  }
+}
+
+// The layers and parameters of one launch, as indices into UpdateParams; a layer's parameters stay together.
+struct Part {
+  std::vector<int64_t> layers, parameters;
+};
+
+std::vector<Part> divide(const UpdateParams& params) {
+  std::vector<Part> parts(1);
+  for (int64_t layer = -1; layer < params.layer_count; ++layer) {
+    std::vector<int64_t> own;
+    for (int64_t i = 0; i < params.parameter_count; ++i) {
+      if (params.parameters[i].layer == layer && params.parameters[i].size > 0) own.push_back(i);
+    }
+    const auto room = [&] { return size_t{LargeNetwork::kParameters} - parts.back().parameters.size(); };
+    if (layer >= 0) {
+      if (own.size() > size_t{LargeNetwork::kParameters}) {
+        throw std::length_error("npc_ext: a layer has more than " + std::to_string(LargeNetwork::kParameters) +
+                                " parameters");
+      }
+      if (own.size() > room() || parts.back().layers.size() == size_t{LargeNetwork::kLayers}) parts.emplace_back();
+      parts.back().layers.push_back(layer);
+    }
+    for (const int64_t parameter : own) {
+      if (room() == 0) parts.emplace_back();  // only parameters outside layers come here
+      parts.back().parameters.push_back(parameter);
+    }
+  }
+  return parts;
+}
+
+template <class N>
+void launch_part(const UpdateParams& params, const Part& part, Scratch& scratch, const Stream& stream) {
+  N network{};
+  network.grad_scale = params.grad_scale;
+  network.found_inf = params.found_inf;
+  std::vector<int> place(params.layer_count, -1);
+  for (const int64_t index : part.layers) {
+    const LayerParams& from = params.layers[index];
+    place[index] = network.layer_count;
+    network.layers[network.layer_count++] = {
+        from.skipped, 0, static_cast<float>(from.alpha), static_cast<float>(from.beta),
+        static_cast<float>(from.delta), static_cast<float>(1 - from.delta), from.error_function, from.active_only};
+  }
+  int64_t size = 0;
+  for (const int64_t index : part.parameters) size += params.parameters[index].size;
+  const int64_t resident = resident_blocks(connection_update_kernel<N>);
+  const int64_t item = item_size(size, resident, kThreads * 4);
+  for (const int64_t index : part.parameters) {
+    const ParameterParams& from = params.parameters[index];
+    ConnectionParameter p{elements(from), from.importance, from.layer < 0 ? -1 : place[from.layer]};
+    p.packed = p.packed && on_16_bytes(p.importance);
+    p.first_item = network.items;
+    p.item_size = static_cast<int>(item);
+    network.items += (p.size + item - 1) / item;
+    if (p.layer >= 0) network.layers[p.layer].connections += p.size;
+    network.parameters[network.parameter_count++] = p;
+  }
+  if (network.items == 0) return;
+  const int64_t blocks = std::min(network.items, resident);
+  network.partial_sums = scratch.floats(network.layer_count * blocks);
+  network.partial_counts = scratch.floats(network.layer_count * blocks);
+  if (!scratch.missing()) launch(connection_update_kernel<N>, blocks, true, stream, network);
+}
+
+}  // namespace
+
+int64_t launch_connection_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace) {
+  const OnDevice guard(stream.device);
+  // Launches follow each other, so they share the scratch that the largest of them needs.
+  const int64_t blocks = std::max(resident_blocks(connection_update_kernel<SmallNetwork>),
+                                  resident_blocks(connection_update_kernel<LargeNetwork>));
+  Scratch most(workspace);
+  most.floats(2 * (LargeNetwork::kLayers + 4) * blocks);
+  if (most.missing()) return most.needed();
+  for (const Part& part : divide(params)) {
+    Scratch scratch(workspace);
+    const bool small = part.layers.size() <= SmallNetwork::kLayers && part.parameters.size() <= SmallNetwork::kParameters;
+    small ? launch_part<SmallNetwork>(params, part, scratch, stream)
+          : launch_part<LargeNetwork>(params, part, scratch, stream);
+  }
+  return 0;
+}
+
+}  // namespace npc::cuda
