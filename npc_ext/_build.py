@@ -64,7 +64,14 @@ def sources() -> list[Source]:
     isas = ["baseline", "avx2", "avx512"] if _X86 else ["baseline"]
     kernels = [Source(f"cpu/kernels_{isa}.cpp", (*_FAST, *_ISA_FLAGS[isa])) for isa in isas]
     shared = [Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")]
-    cuda = [Source(f"cuda/{name}.cu", tuple(_FAST)) for name in ("step", "importance", "update", "connections", "anchored")] if nvcc() else []
+    cuda = (
+        [
+            Source(f"cuda/{name}.cu", tuple(_FAST))
+            for name in ("step", "importance", "update", "connections", "anchored")
+        ]
+        if nvcc()
+        else []
+    )
     return [*cuda, Source("bindings.cpp", ("-O1",)), *kernels, *shared]
 
 

@@ -165,7 +165,7 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself if its elements lie in memory like the parameter's, else a copy of it that does."""
     if tensor.stride() == parameter.stride():
         return tensor
-    return torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+    return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
 class Tables:
@@ -179,7 +179,7 @@ class Tables:
     def __init__(
         self,
         parameters: Sequence[Tensor],
-        importances: Sequence[Tensor],
+        neurons: Sequence[int],
         layer: Sequence[int],
         neuron_dim: Sequence[int],
         groups: Sequence[int],
@@ -188,11 +188,11 @@ class Tables:
         nesterov: Sequence[bool],
         weight_decay: Sequence[float],
         maximize: Sequence[bool],
-        alpha: Sequence[float],
-        beta: Sequence[float],
-        delta: Sequence[float],
-        sigma: Sequence[str],
-        active_only: Sequence[bool],
+        alpha: Sequence[float] = (),
+        beta: Sequence[float] = (),
+        delta: Sequence[float] = (),
+        sigma: Sequence[str] = (),
+        active_only: Sequence[bool] = (),
     ) -> None:
         numbers, options = array("q"), array("d")
         for index, parameter in enumerate(parameters):
@@ -202,8 +202,8 @@ class Tables:
             rate = lr[index]
             options.extend((0.0 if isinstance(rate, Tensor) else rate, momentum[index], weight_decay[index]))
         layer_numbers, layer_options = array("q"), array("d")
-        for index, average in enumerate(importances):
-            layer_numbers.extend((average.numel(), sigma[index] == "erf", active_only[index]))
+        for index, count in enumerate(neurons):
+            layer_numbers.extend((count, sigma[index] == "erf", active_only[index]))
             layer_options.extend((alpha[index], beta[index], delta[index]))
         self.parameter_numbers, self.parameter_options = numbers, options
         self.layer_numbers, self.layer_options = layer_numbers, layer_options
@@ -220,9 +220,8 @@ def _addresses(
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-) -> tuple[list[int], list[int], list[int], list[int], array[int], array[float], list[int]]:
-    """The arguments that `update` and `network_step` begin with."""
+) -> tuple[list[int], list[int], list[int], list[int], array[int], array[float]]:
+    """The arguments that all updates begin with."""
     momentum = [0] * len(parameters)
     if tables.any_momentum:
         for index, buffer in enumerate(momentum_buffers):
@@ -236,8 +235,11 @@ def _addresses(
         tables.lr_addresses,
         tables.parameter_numbers,
         tables.parameter_options,
-        [average.data_ptr() for average in importances],
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _counters(skipped: Tensor, at: Sequence[int]) -> list[int]:
@@ -289,14 +291,78 @@ def update_(
     _launch(
         "update",
         skipped.device,
-        *_addresses(tables, parameters, gradients, momentum_buffers, importances),
-        [0 if one is None else one.data_ptr() for one in measured],
+        *_addresses(tables, parameters, gradients, momentum_buffers),
+        [average.data_ptr() for average in importances],
+        list(map(_address, measured)),
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,
-        *(0 if flag is None else flag.data_ptr() for flag in flags),
+        *map(_address, flags),
     )
     _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)
+
+
+def anchored_update_(
+    tables: Tables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    stiffness: Sequence[Tensor | None],
+    anchors: Sequence[Tensor | None],
+    paths: Sequence[Tensor | None],
+    strength: Sequence[float],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Launches the weight update with anchors and path integrals; see `npc_ext.ops.anchored_update_`.
+
+    Gradients, stiffness, anchors and paths lie in memory like their parameters; None where a parameter has none.
+    """
+    device = parameters[0].device
+    flags = _flags(device, grad_scale, found_inf)
+    _launch(
+        "anchored_update",
+        device,
+        *_addresses(tables, parameters, gradients, momentum_buffers),
+        list(map(_address, stiffness)),
+        list(map(_address, anchors)),
+        list(map(_address, paths)),
+        strength,
+        tables.layer_numbers,
+        tables.layer_options,
+        *map(_address, flags),
+    )
+    _raise_versions(tables, parameters, momentum_buffers, *(path for path in paths if path is not None))
+
+
+def connection_update_(
+    tables: Tables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor | None],
+    skipped: Tensor,
+    skipped_at: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """Launches CPC's update, with an importance to every connection; see `npc_ext.ops.connection_update_`.
+
+    Gradients and importances lie in memory like their parameters; parameters outside layers have None.
+    """
+    flags = _flags(skipped.device, grad_scale, found_inf)
+    _launch(
+        "connection_update",
+        skipped.device,
+        *_addresses(tables, parameters, gradients, momentum_buffers),
+        list(map(_address, importances)),
+        _counters(skipped, range(skipped.numel()) if skipped_at is None else skipped_at),
+        tables.layer_numbers,
+        tables.layer_options,
+        *map(_address, flags),
+    )
+    written = [average for average in importances if average is not None]
+    _raise_versions(tables, parameters, momentum_buffers, *written, skipped)
 
 
 def network_step_(
@@ -332,10 +398,11 @@ def network_step_(
         "network_step",
         skipped.device,
         inputs,
-        *_addresses(tables, parameters, gradients, momentum_buffers, importances),
+        *_addresses(tables, parameters, gradients, momentum_buffers),
+        [average.data_ptr() for average in importances],
         _counters(skipped, range(len(importances))),
         tables.layer_numbers,
         tables.layer_options,
-        *(0 if flag is None else flag.data_ptr() for flag in flags),
+        *map(_address, flags),
     )
     _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)

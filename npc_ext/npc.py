@@ -343,7 +343,8 @@ class NPC(torch.optim.Optimizer):
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
-        tables = _launch.Tables(parameters, importances, *options) if native else None
+        neurons = [average.numel() for average in importances]
+        tables = _launch.Tables(parameters, neurons, *options) if native else None
         skipped = self._skipped.on(device)
         aligned = all(p.grad.stride() == p.stride() for p in parameters)
         momentum = [self.state[p] if group["momentum"] != 0 else None for p, group in members]

@@ -31,6 +31,13 @@ _SCHEMAS = (
     "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
     "relu_backward_importance(Tensor output, Tensor gradient, int channel_dim=1, int batch_dim=0) -> (Tensor, Tensor)",
     f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}",
+    "anchored_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor[] stiffness, "
+    "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, float[] lr, float[] momentum, bool[] nesterov, "
+    "float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "connection_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] importances, Tensor(d!) skipped, int[] layer, float[] lr, float[] momentum, bool[] nesterov, "
+    "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
+    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     "network_step_(Tensor[] activations, Tensor[] activation_gradients, int[] channel_dim, int[] batch_dim, "
     f"{_NETWORK}{_OPTIONS}",
     "layer_step_(Tensor activation, Tensor activation_gradient, Tensor(a!)[] parameters, Tensor[] gradients, "
@@ -170,6 +177,135 @@ def update_(
         layer,
         neuron_dim,
         groups,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        _check_sigma(sigma),
+        active_only,
+        grad_scale,
+        found_inf,
+    )
+
+
+@torch.no_grad()
+def anchored_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    stiffness: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    paths: Sequence[Tensor],
+    strength: Sequence[float],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """The weight update of EWC, MAS, SI and SSL for a whole network in one call, in place: SGD with anchors.
+
+    To the loss belongs the penalty strength * stiffness * (w - anchor)^2 of every weight w. Lists run over parameters.
+
+    Args:
+        parameters: changed in place, as `torch.optim.SGD` changes them by dL/dw + the penalty's gradient.
+        gradients: dL/dw, like the parameters, without the penalty's.
+        momentum_buffers: as in `update_`.
+        stiffness, anchors: like the parameters, but float32 for halves; empty tensors where there is no penalty.
+        paths: like `stiffness`, changed in place: SI's path integral, from which dL/dw times the weight's movement is
+            taken; empty tensors where none is wanted.
+        strength: the penalties' factors.
+        lr, momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        grad_scale, found_inf: as in `update_`.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
+    """
+    count = len(parameters)
+    _check_lengths(count, gradients=gradients, stiffness=stiffness, anchors=anchors, paths=paths, strength=strength)
+    _check_parameters(parameters, gradients, momentum_buffers, momentum)
+    for index, parameter in enumerate(parameters):
+        for name, tensors in (("stiffness", stiffness), ("anchors", anchors), ("paths", paths)):
+            if tensors[index].numel():
+                _check_beside(f"{name}[{index}]", tensors[index], parameter, reference.compute_dtype(parameter.dtype))
+        if stiffness[index].numel() != anchors[index].numel():
+            raise ValueError(f"stiffness[{index}] and anchors[{index}] go together, but one of them is empty")
+    torch.ops.npc_ext.anchored_update_.default(
+        parameters,
+        gradients,
+        momentum_buffers,
+        stiffness,
+        anchors,
+        paths,
+        strength,
+        lr,
+        momentum,
+        nesterov,
+        weight_decay,
+        maximize,
+        grad_scale,
+        found_inf,
+    )
+
+
+@torch.no_grad()
+def connection_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """CPC for a whole network in one call, in place: `update_` with an importance and a rate to every connection.
+
+    The importance |w dL/dw| of a connection takes the place of a neuron's; eq. 3's mean is over all connections of the
+    layer.
+
+    Args:
+        parameters, gradients, momentum_buffers: as in `update_`. Frozen connections (C >= beta) stay bit-identical.
+        importances: for each parameter a float32 tensor of its shape, the moving averages C, changed in place; an
+            empty tensor where `layer` is -1.
+        skipped, layer, lr, ...: as in `update_`.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
+    """
+    count, layers = len(parameters), len(alpha)
+    _check_lengths(count, gradients=gradients, importances=importances, layer=layer)
+    _check_lengths(layers, beta=beta, delta=delta, sigma=sigma, active_only=active_only)
+    _check_skipped(skipped, layers)
+    _check_parameters(parameters, gradients, momentum_buffers, momentum, skipped=[skipped])
+    for index, parameter in enumerate(parameters):
+        if layer[index] >= layers:
+            raise ValueError(f"layer[{index}] is {layer[index]}, but there are {layers} layers")
+        if layer[index] >= 0:
+            _check_beside(f"importances[{index}]", importances[index], parameter, torch.float32)
+    torch.ops.npc_ext.connection_update_.default(
+        parameters,
+        gradients,
+        momentum_buffers,
+        importances,
+        skipped,
+        layer,
         lr,
         momentum,
         nesterov,
@@ -435,30 +571,14 @@ def _check_network(
     groups: Sequence[int],
     momentum: Sequence[float],
 ) -> None:
-    count = len(parameters)
-    _check_lengths(count, gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
-    if any(momentum):
-        _check_lengths(count, momentum_buffers=momentum_buffers)
-    if skipped.dtype != torch.int64 or skipped.numel() != len(importances):
-        raise ValueError(
-            f"skipped is {skipped.dtype} of shape {tuple(skipped.shape)}; expected int64 of shape ({len(importances)},)"
-        )
-    device = next((tensor.device for tensor in (*parameters, *importances)), skipped.device)
-    for name, tensors in (("parameters", parameters), ("importances", importances), ("skipped", [skipped])):
-        for tensor in tensors:
-            if tensor.device != device:
-                raise ValueError(
-                    f"{name} has a tensor on {tensor.device}, but others are on {device}; one call works on one device"
-                )
+    _check_lengths(len(parameters), gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
+    _check_skipped(skipped, len(importances))
+    _check_parameters(parameters, gradients, momentum_buffers, momentum, importances=importances, skipped=[skipped])
     for index, average in enumerate(importances):
         if average.ndim != 1:
             raise ValueError(f"importances[{index}] has shape {tuple(average.shape)}; expected (neurons,)")
         _check_per_neuron(f"importances[{index}]", average, average)
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        _check_dtype(f"parameters[{index}]", parameter)
-        _check_like(f"gradients[{index}]", gradient, parameter)
-        if momentum[index] != 0:
-            _check_like(f"momentum_buffers[{index}]", momentum_buffers[index], parameter)
+    for index, parameter in enumerate(parameters):
         if layer[index] < 0:
             continue
         if layer[index] >= len(importances):
@@ -472,6 +592,52 @@ def _check_network(
                 f"parameters[{index}] has {rows} rows, but importance has {neurons} values; they must agree "
                 f"(layer {layer[index]})"
             )
+
+
+def _check_skipped(skipped: Tensor, layers: int) -> None:
+    if skipped.dtype != torch.int64 or skipped.numel() != layers:
+        raise ValueError(
+            f"skipped is {skipped.dtype} of shape {tuple(skipped.shape)}; expected int64 of shape ({layers},)"
+        )
+
+
+def _check_parameters(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    momentum: Sequence[float],
+    **others: Sequence[Tensor],
+) -> None:
+    """What every update needs: gradients and momentum that fit, all on one device, and so `others`, by name."""
+    if any(momentum):
+        _check_lengths(len(parameters), momentum_buffers=momentum_buffers)
+    named = {"parameters": parameters, **others}
+    device = next((tensor.device for tensors in named.values() for tensor in tensors), None)
+    for name, tensors in named.items():
+        for tensor in tensors:
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name} has a tensor on {tensor.device}, but others are on {device}; one call works on one device"
+                )
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        _check_dtype(f"parameters[{index}]", parameter)
+        _check_like(f"gradients[{index}]", gradient, parameter)
+        if momentum[index] != 0:
+            _check_like(f"momentum_buffers[{index}]", momentum_buffers[index], parameter)
+
+
+def _check_beside(name: str, tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> None:
+    """One value for each element of a parameter, in memory like it."""
+    if tensor.shape != parameter.shape or tensor.dtype != dtype or tensor.device != parameter.device:
+        raise ValueError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; expected {dtype} of shape "
+            f"{tuple(parameter.shape)} on {parameter.device}, one value for each element of its parameter"
+        )
+    if tensor.stride() != parameter.stride():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}, but its parameter has {parameter.stride()}; they must lie in "
+            "memory alike"
+        )
 
 
 def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
@@ -553,13 +719,61 @@ def _update(
 ) -> None:
     if native_takes([*parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        tables = _launch.Tables(parameters, importances, *constants)
+        tables = _launch.Tables(parameters, [average.numel() for average in importances], *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        sums = [one if one.numel() else None for one in measured]
-        network = (parameters, ordered, momentum_buffers, importances, sums, skipped)
+        network = (parameters, ordered, momentum_buffers, importances, _given(measured), skipped)
         _launch.update_(tables, *network, None, *flags)
     else:
         reference.update_(parameters, gradients, momentum_buffers, importances, measured, skipped, *options)
+
+
+def _given(tensors: Sequence[Tensor]) -> list[Tensor | None]:
+    return [tensor if tensor.numel() else None for tensor in tensors]
+
+
+def _anchored_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum_buffers: list[Tensor],
+    stiffness: list[Tensor],
+    anchors: list[Tensor],
+    paths: list[Tensor],
+    strength: list[float],
+    *options: Any,
+) -> None:
+    if not parameters:
+        return
+    if native_takes(parameters):
+        constants, flags = options[:5], options[5:]
+        outside = ([-1] * len(parameters), [0] * len(parameters), [1] * len(parameters))
+        tables = _launch.Tables(parameters, [], *outside, *constants)
+        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        network = (parameters, ordered, momentum_buffers, _given(stiffness), _given(anchors), _given(paths), strength)
+        _launch.anchored_update_(tables, *network, *flags)
+    else:
+        beside = (stiffness, anchors, paths, strength)
+        reference.anchored_update_(parameters, gradients, momentum_buffers, *beside, *options)
+
+
+def _connection_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    momentum_buffers: list[Tensor],
+    importances: list[Tensor],
+    skipped: Tensor,
+    layer: list[int],
+    *options: Any,
+) -> None:
+    if native_takes(parameters):
+        constants, flags = options[:10], options[10:]
+        whole = ([0] * len(parameters), [1] * len(parameters))
+        tables = _launch.Tables(parameters, [0] * skipped.numel(), layer, *whole, *constants)
+        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        averages = [one if at >= 0 else None for one, at in zip(importances, layer, strict=True)]
+        _launch.connection_update_(tables, parameters, ordered, momentum_buffers, averages, skipped, None, *flags)
+    else:
+        network = (parameters, gradients, momentum_buffers, importances, skipped, layer)
+        reference.connection_update_(*network, *options)
 
 
 def _network_step(
@@ -577,7 +791,7 @@ def _network_step(
     inputs: list[Any] = [activations, activation_gradients, channel_dim, batch_dim]
     if native_takes([*activations, *parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        tables = _launch.Tables(parameters, importances, *constants)
+        tables = _launch.Tables(parameters, [average.numel() for average in importances], *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
         network: list[Any] = [parameters, ordered, momentum_buffers, importances, skipped]
         _launch.network_step_(tables, *inputs, *network, *flags)
@@ -655,6 +869,8 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "importance": (_importance, _fake_importance),
     "relu_backward_importance": (_relu_backward_importance, _fake_relu_backward_importance),
     "update_": (_update, _fake_nothing),
+    "anchored_update_": (_anchored_update, _fake_nothing),
+    "connection_update_": (_connection_update, _fake_nothing),
     "network_step_": (_network_step, _fake_nothing),
     "layer_step_": (_layer_step, _fake_nothing),
 }

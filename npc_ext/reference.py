@@ -42,6 +42,12 @@ def relu_backward_importance(
     return gradient.masked_fill(output <= 0, 0), importance(output, gradient, channel_dim, batch_dim)
 
 
+def connection_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape."""
+    dtype = compute_dtype(parameter.dtype)
+    return (parameter.to(dtype) * gradient.to(dtype)).abs().to(torch.float32)
+
+
 def normalize(measured: Tensor, active_only: bool = False) -> Tensor:
     """Eq. 3: importance divided by its mean over the layer, or over the neurons that received any (`active_only`)."""
     total = measured.sum()
@@ -95,6 +101,34 @@ def descend_(
         momentum_buffer.copy_(torch.where(frozen, momentum_buffer, velocity.to(parameter.dtype)))
         step = step + momentum * velocity if nesterov else velocity
     parameter.copy_(torch.where(frozen, parameter, (value - rate * step).to(parameter.dtype)))
+
+
+def anchor_penalty(value: Tensor, anchor: Tensor, stiffness: Tensor, strength: float) -> Tensor:
+    """What EWC, MAS, SI and SSL add to the loss for one parameter: strength * sum of stiffness * (value - anchor)^2."""
+    return strength * (stiffness * (value - anchor) ** 2).sum()
+
+
+def anchor_gradient(value: Tensor, anchor: Tensor, stiffness: Tensor, strength: float) -> Tensor:
+    """The gradient of `anchor_penalty` with respect to the value."""
+    return 2 * strength * stiffness * (value - anchor)
+
+
+def merged_anchors(
+    stiffness: Tensor, anchor: Tensor, new_stiffness: Tensor, new_anchor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Two anchors in one, whose penalty is the sum of theirs but for a constant: (stiffness, anchor).
+
+    W_1 (x - a_1)^2 + W_2 (x - a_2)^2 = (W_1 + W_2) (x - a)^2 + constant, with a the mean of a_1 and a_2 weighted by
+    W_1 and W_2. So the anchors of any number of tasks need two tensors, exactly. Where both W are zero, a is a_2.
+    """
+    total = stiffness + new_stiffness
+    share = torch.where(total > 0, new_stiffness / total, 1.0)
+    return total, torch.lerp(anchor, new_anchor, share)
+
+
+def path_stiffness(path: Tensor, movement: Tensor, damping: float) -> Tensor:
+    """SI's importance of a task that is over: max(omega, 0) / (movement^2 + damping)."""
+    return path.clamp(min=0) / (movement**2 + damping)
 
 
 def per_element(per_neuron: Tensor, parameter: Tensor, neuron_dim: int, groups: int) -> Tensor:
@@ -170,6 +204,91 @@ def update_(
             weight_decay[index],
             maximize[index],
         )
+
+
+def anchored_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    stiffness: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    paths: Sequence[Tensor],
+    strength: Sequence[float],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """SGD with anchors and path integrals, in place; see `npc_ext.ops.anchored_update_` for the arguments."""
+    if found_inf is not None and bool(found_inf):
+        return
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        before = parameter.to(compute_dtype(parameter.dtype), copy=True)
+        loss_gradient = gradient.to(before.dtype) * (-1 if maximize[index] else 1)
+        if grad_scale is not None:
+            loss_gradient = loss_gradient / grad_scale
+        whole = loss_gradient
+        if stiffness[index].numel():
+            whole = whole + anchor_gradient(before, anchors[index], stiffness[index], strength[index])
+        buffer = momentum_buffers[index] if momentum[index] != 0 else None
+        options = (momentum[index], nesterov[index], weight_decay[index])
+        descend_(parameter, whole, buffer, lr[index], False, *options)
+        if paths[index].numel():
+            paths[index].sub_(loss_gradient * (parameter.to(before.dtype) - before))
+
+
+def connection_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    lr: Sequence[float],
+    momentum: Sequence[float],
+    nesterov: Sequence[bool],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """CPC: eqs. 3, 4, 7 and Algorithm 1 for each connection; see `npc_ext.ops.connection_update_`."""
+    if found_inf is not None and bool(found_inf):
+        return
+    for at in range(len(alpha)):
+        own = [index for index, of in enumerate(layer) if of == at]
+        if not own:
+            continue
+        measured = [connection_importance(parameters[index], gradients[index]).flatten() for index in own]
+        total = float(torch.cat(measured).sum())
+        if not math.isfinite(total):
+            skipped[at] += 1
+        elif total > 0:
+            sizes = [sums.numel() for sums in measured]
+            normalized = normalize(torch.cat(measured), active_only[at]).split(sizes)
+            for index, new in zip(own, normalized, strict=True):
+                average = importances[index]
+                average.copy_(moving_average(average, new.view_as(average), delta[at]))
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+        rate: Tensor | float = lr[index]
+        frozen: Tensor | bool = False
+        if layer[index] >= 0:
+            at = layer[index]
+            free = plasticity(importances[index], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
+            rate, frozen = free.clamp(max=lr[index]), free == 0
+        if grad_scale is not None:
+            gradient = gradient.to(compute_dtype(gradient.dtype)) / grad_scale
+        buffer = momentum_buffers[index] if momentum[index] != 0 else None
+        options = (momentum[index], nesterov[index], weight_decay[index], maximize[index])
+        descend_(parameter, gradient, buffer, rate, frozen, *options)
 
 
 def network_step_(
