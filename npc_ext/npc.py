@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from . import _launch, _native, ops, reference
+from . import _launch, ops, reference
+from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
 from .neurons import Neurons, find_neurons
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
-_OTHER_OPTIONS = ("alpha", "beta", "delta", "momentum", "nesterov", "weight_decay", "sigma", "maximize", "normalize")
-_BACKENDS = ("auto", "native", "reference")
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class LayerPlasticity:
     skipped: int
 
 
-class NPC(torch.optim.Optimizer):
+class NPC(Descent):
     """SGD whose learning rate falls, neuron by neuron, with the neuron's importance to what was learned before.
 
     During back-propagation each neuron's importance |n * dL/dn| is measured (eq. 2), divided by its layer's mean
@@ -89,9 +87,7 @@ class NPC(torch.optim.Optimizer):
         ...     optimizer.step()
     """
 
-    # GradScaler then calls step() also when gradients overflowed, with found_inf and grad_scale set: the step changes
-    # nothing, but it can drop the importance measured on the way.
-    _step_supports_amp_scaling = True
+    _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, "sigma", "normalize")
 
     neurons: Neurons
 
@@ -114,17 +110,9 @@ class NPC(torch.optim.Optimizer):
         others: Literal["train", "freeze"] = "train",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"NPC takes the model itself, got {type(model).__name__}; "
-                "write NPC(model, lr=...), not NPC(model.parameters(), lr=...)"
-            )
-        _check_choice("others", others, ("train", "freeze"))
-        _check_choice("backend", backend, _BACKENDS)
-        self._model = model
+        check_choice("others", others, ("train", "freeze"))
         self._layer_options = {name: dict(options) for name, options in (layers or {}).items()}
         self._others = others
-        self._backend = backend
         self._warned: set[tuple[str, str]] = set()
         self._ready = False
         defaults = {
@@ -139,9 +127,7 @@ class NPC(torch.optim.Optimizer):
             "maximize": maximize,
             "normalize": normalize,
         }
-        if backend == "native":
-            _require_native(model)
-        super().__init__(model.parameters() if params is None else params, defaults)
+        super().__init__(model, params, defaults, backend)
         self._ready = True
         self._find_neurons()
 
@@ -152,13 +138,6 @@ class NPC(torch.optim.Optimizer):
 
         The model is searched again, so that neurons of new layers are measured; what is known of the others is kept.
         """
-        _check_options({**self.defaults, **param_group})
-        for parameter in _parameters_of(param_group):
-            if parameter.is_complex():
-                raise ValueError(
-                    f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
-                    "NPC trains real parameters only"
-                )
         super().add_param_group(param_group)
         if not self._ready:
             return
@@ -237,7 +216,11 @@ class NPC(torch.optim.Optimizer):
                     raise ValueError(
                         f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(_LAYER_OPTIONS)}"
                     )
-            _check_options({**self.defaults, **options}, f"layers[{pattern!r}]: ")
+            self._check_options({**self.defaults, **options}, f"layers[{pattern!r}]: ")
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        super()._check_options(options, where)
+        check_plasticity_options(options, where)
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -256,77 +239,21 @@ class NPC(torch.optim.Optimizer):
 
         An exception leaves weights and importance as they were.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        signature = self._signature()
-        if signature != self._planned_for:
-            self._plans, self._planned_for = self._make_plans(), signature
+        return super().step(closure)
+
+    def _step(self) -> None:
+        self._prepare()
         self._check_measured()
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        for plan in self._plans:
-            self._launch(plan, grad_scale, found_inf)
+        self._launch_all()
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
-        return loss
 
-    def _signature(self) -> list[Any]:
-        """Everything that plans depend on: which parameters have gradients, their layout, and all options.
-
-        Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
-        """
-        signature: list[Any] = [len(self.state)]  # 0 if somebody has cleared it
-        for group in self.param_groups:
-            lr = group["lr"]
-            # A tensor may be changed in place, so its value counts; but one that the kernels read on the device.
-            signature.append([id(lr) if self._read_on_device(lr) else float(lr), *(group[n] for n in _OTHER_OPTIONS)])
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    signature.append(None)
-                    continue
-                if gradient.is_sparse:  # it has no strides
-                    self._refuse_gradient(parameter, gradient)
-                # Another device, dtype or memory format of the parameter is another address.
-                signature += (gradient.dtype, gradient.stride(), parameter.stride(), parameter.data_ptr())
-        return signature
-
-    def _read_on_device(self, lr: float | Tensor) -> bool:
-        """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
-        if not isinstance(lr, Tensor) or not lr.is_cuda or self._backend == "reference":
-            return False
-        return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_no_cuda()
-
-    def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
-        raise ValueError(
-            f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
-            f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
-        )
-
-    @torch.no_grad()
-    def _make_plans(self) -> list[_Plan]:
-        """What a step works on, device by device, until something in the signature changes."""
-        members: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                in_neurons = id(parameter) in self._place
-                if parameter.grad is not None and (in_neurons or self._others == "train"):
-                    members.setdefault(parameter.device, []).append((parameter, group))
-        return [self._make_plan(device, own) for device, own in members.items()]
+    def _trains(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._place or self._others == "train"
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
-        for parameter, group in members:
-            if parameter.grad.dtype != parameter.dtype or parameter.grad.device != device:
-                self._refuse_gradient(parameter, parameter.grad)
-            if group["momentum"] != 0:
-                state = self.state[parameter]
-                buffer = state.setdefault("momentum_buffer", torch.zeros_like(parameter))
-                # One that was loaded, or whose model changed its memory format, may lie in memory otherwise.
-                state["momentum_buffer"] = _launch.in_memory_order_of(parameter, buffer)
         places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
         layers = sorted({layer for layer, _, _ in places if layer >= 0})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
@@ -335,20 +262,24 @@ class NPC(torch.optim.Optimizer):
             [position[layer] for layer, _, _ in places],
             [dim for _, dim, _ in places],
             [count for _, _, count in places],
-            [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in (g["lr"] for g in groups)],
+            self._rates(device, groups),
             *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
             *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
             [own["normalize"] == "active" for own in constants],
         )
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
-        native = self._backend != "reference" and ops.native_takes([*parameters, *importances])
         neurons = [average.numel() for average in importances]
+        native = self._takes([*parameters, *importances])
         tables = _launch.Tables(parameters, neurons, *options) if native else None
-        skipped = self._skipped.on(device)
-        aligned = all(p.grad.stride() == p.stride() for p in parameters)
-        momentum = [self.state[p] if group["momentum"] != 0 else None for p, group in members]
-        return _Plan(device, parameters, aligned, momentum, layers, layer_states, skipped, options, tables)
+        return _Plan(
+            **self._common(device, members),
+            options=options,
+            tables=tables,
+            layers=layers,
+            layer_states=layer_states,
+            skipped=self._skipped.on(device),
+        )
 
     def _layer_state(self, index: int) -> dict[str, Any]:
         """Where a layer's importance is kept; it is zero at first."""
@@ -382,13 +313,9 @@ class NPC(torch.optim.Optimizer):
             )
 
     def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        own = zip(plan.parameters, plan.momentum_states, strict=True)
-        buffers = [p if state is None else state["momentum_buffer"] for p, state in own]
+        gradients, buffers = plan.gradients(), plan.momentum_buffers()
         importances = [state["importance"] for state in plan.layer_states]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
-        gradients: list[Any] = [parameter.grad for parameter in plan.parameters]
-        if not plan.aligned:
-            gradients = list(map(_launch.in_memory_order_of, plan.parameters, gradients))
         if plan.tables is not None:
             _launch.update_(
                 plan.tables,
@@ -448,10 +375,6 @@ class NPC(torch.optim.Optimizer):
             self._warned.add((layer, kind))
             warnings.warn(f"layer {layer!r} {text}", ImportanceWarning, stacklevel=4)
 
-    def _name_of(self, parameter: Tensor) -> str:
-        names = (name for name, own in self._model.named_parameters() if own is parameter)
-        return next((f"{name!r}" for name in names), f"a parameter of shape {tuple(parameter.shape)}")
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
         super().zero_grad(set_to_none)
@@ -489,18 +412,7 @@ class NPC(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a saved state, importance included. Raises ValueError, before any change, if it does not fit."""
-        groups, saved_groups = self.param_groups, state_dict["param_groups"]
-        counts, saved_counts = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
-        if counts != saved_counts:
-            raise ValueError(
-                f"the state dict has parameter groups of {saved_counts} parameters, this optimizer has {counts}; "
-                "it was saved for another architecture or other groups"
-            )
-        ids = [index for group in saved_groups for index in group["params"]]
-        parameters = [parameter for group in groups for parameter in group["params"]]
-        saved = {id(p): state_dict["state"].get(index, {}) for index, p in zip(ids, parameters, strict=True)}
+    def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
             got = "none" if importance is None else f"{tuple(importance.shape)}"
@@ -509,22 +421,13 @@ class NPC(torch.optim.Optimizer):
                     f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
                     f"({layer.neurons},); it was saved for another architecture or by another optimizer"
                 )
-        for parameter in parameters:
-            buffer = saved[id(parameter)].get("momentum_buffer")
-            if buffer is not None and buffer.shape != parameter.shape:
-                raise ValueError(
-                    f"the state dict's momentum buffer for {self._name_of(parameter)} has shape {tuple(buffer.shape)}, "
-                    f"expected {tuple(parameter.shape)}; it was saved for another architecture"
-                )
-        super().load_state_dict(state_dict)
-        # torch casts state to the parameter's dtype; importance stays float32, and its own.
-        for key in self._keys:
+
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        for key in self._keys:  # stays float32, and its own
             average = saved[id(key)]["importance"]
             self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
         self._drop_measured()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
@@ -537,60 +440,7 @@ class NPC(torch.optim.Optimizer):
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What one device's part of a step works on, apart from the values."""
-
-    device: torch.device
-    parameters: list[Tensor]
-    aligned: bool  # all gradients lie in memory like their parameters
-    momentum_states: list[dict[str, Any] | None]  # the states that hold the momentum buffers
+class _Plan(Plan):
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     skipped: Tensor  # counters of all layers, on the device
-    options: tuple[Any, ...]  # of ops.update_, from `layer` to `active_only`
-    tables: _launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
-
-
-def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
-    parameters = param_group["params"]
-    if isinstance(parameters, Tensor):
-        return [parameters]
-    param_group["params"] = list(parameters)  # a generator can be read once only
-    return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
-
-
-def _check_options(options: Mapping[str, Any], where: str = "") -> None:
-    for name in ("lr", "momentum", "weight_decay"):
-        if not 0 <= float(options[name]) < math.inf:
-            raise ValueError(f"{where}{name} is {options[name]}; expected a finite number of at least 0")
-    for name in ("alpha", "beta"):
-        if not 0 < float(options[name]) < math.inf:
-            raise ValueError(f"{where}{name} is {options[name]}; expected a finite number above 0")
-    if not 0 <= float(options["delta"]) < 1:
-        raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
-    if options["nesterov"] and not options["momentum"]:
-        raise ValueError(
-            f"{where}nesterov is on, but momentum is {options['momentum']}; nesterov needs a momentum above 0"
-        )
-    _check_choice(f"{where}sigma", options["sigma"], ops.SIGMAS)
-    _check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
-
-
-def _require_native(model: nn.Module) -> None:
-    _native.module()
-    for name, parameter in model.named_parameters():
-        if parameter.is_cuda and (reason := _native.why_no_cuda()):
-            raise _native.NativeUnavailableError(
-                f"backend is 'native', but {name!r} is on {parameter.device} and {reason}; or use backend='auto' "
-                "(plain PyTorch there)"
-            )
-        if not parameter.is_cpu and not parameter.is_cuda:
-            raise ValueError(
-                f"backend is 'native', but {name!r} is on {parameter.device}, for which there are no compiled kernels; "
-                "use backend='auto' (plain PyTorch there) or move the model to the CPU or to a CUDA device"
-            )
