@@ -1,0 +1,494 @@
+"""How important every weight was to a task: what EWC, MAS and SSL measure once, at the task's end.
+
+Both importances are means over samples of something that is not linear in a sample's own gradient g,
+
+    Fisher information (EWC)     F = 1/M sum over m of g_m ** 2,   g_m = d log p(y_m | x_m) / d theta
+    output sensitivity (MAS)     W = 1/M sum over m of |g_m|,      g_m = d ||f(x_m)||^2 / d theta
+
+so the gradient of a batch's mean does not do: its square has the products of different samples in it, which are of
+either sign. Every sample's own gradient is needed. torch.func computes those of a chunk of samples at once, by
+vmap over grad of the model called with one sample.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn import functional as F
+from torch.nn.parameter import UninitializedParameter
+
+_LABELS = ("sampled", "data", "exact")
+# What the gradients of one chunk may occupy by default, in bytes.
+_CHUNK_BYTES = 512 * 2**20
+
+# What is differentiated for a sample: of its outputs (1, ...), and whatever else belongs to it, each (1, ...).
+_Term = Callable[..., Tensor]
+
+
+def fisher(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    outputs: Callable[[Any], Tensor] | None = None,
+    labels: Literal["sampled", "data", "exact"] = "sampled",
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    samples: int | None = None,
+    chunk_size: int | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = True,
+) -> dict[Tensor, Tensor]:
+    """The diagonal of the Fisher information: the mean over samples of (d log p(y|x) / d theta) ** 2.
+
+    It is the weight of EWC's quadratic anchor: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural
+    networks", PNAS 2017, eq. 3. The model is measured as it is used: in evaluation mode (no dropout, batch norm by its
+    running statistics). Modes and buffers are then put back module by module, also after an error; no parameter's
+    gradient and no random number generator of torch is touched.
+
+    Args:
+        model: the network; its dimension 0 counts samples. It is called with batches of one.
+        batches: a DataLoader, or any iterable. A batch is the inputs, or (inputs,), or (inputs, targets); inputs are a
+            tensor (B, ...), or a tuple or list of such tensors, the model's positional arguments. Moved to the device
+            of the model.
+        parameters: those to measure, all of the model's by default. Those that do not require a gradient are left out.
+        outputs: picks what counts of what the model returns for one sample, (1, ...): for one task's classes
+            `lambda y: y[:, classes]`.
+        labels: where y comes from. "sampled": drawn from the model's own p(y|x), once for each sample: the Fisher
+            information, without bias, for one backward pass. "exact": the mean over all classes instead of a draw, for
+            a pass per class. "data": the targets given. That is the "empirical Fisher", which is neither the Fisher
+            information nor a curvature (Kunstner et al., NeurIPS 2019): it vanishes with the loss where the model fits
+            its data, and is largest for samples that the model gets wrong. Many implementations of EWC use it; it is
+            not the default as EWC's derivation asks for the Fisher information. Outputs are (B, C), the logits of p,
+            except with "data".
+        loss: for "data", the negative log-likelihood of one sample: loss(outputs (1, ...), target (1, ...)) -> one
+            number. Default: cross-entropy, where targets count within the outputs picked by `outputs`.
+        samples: how many samples to use at most. Default: all.
+        chunk_size: how many samples' gradients are held at once. They occupy chunk_size times the memory of the
+            parameters measured, and the largest parameter's once more; activations, what training on as many samples
+            takes. Default: as many as fit into 512 MiB, at least 1 and at most the batch.
+        generator: draws the labels, whichever device it is on. Default: a copy of torch's default generator of the
+            CPU, so that `torch.manual_seed` decides and training continues as if nothing had been drawn. Two calls
+            without a draw between them then draw the same.
+        progress: show a bar if tqdm is installed and stderr is a terminal.
+
+    Returns:
+        For each parameter, the importance in its shape and on its device; float32, for float64 parameters float64.
+        Zeros where the outputs do not depend on it. A parameter used in several places counts once, with its whole
+        gradient.
+
+    Raises:
+        TypeError: the model is no module; a batch, the outputs or `parameters` are of another kind than expected.
+        ValueError: there are no samples or no trained parameters; an option or a shape does not fit; an importance is
+            not finite.
+
+    Warns:
+        UserWarning: torch.func cannot run this model (control flow that depends on data, buffers changed in place,
+            some recurrent layers), so that samples are taken one by one, which is slower; the numbers are the same.
+
+    Example:
+        >>> importance = fisher(model, loader, outputs=lambda y: y[:, 0:10])
+        >>> importance[model.conv1.weight]  # of the weight's shape
+    """
+    if labels not in _LABELS:
+        raise ValueError(f"labels is {labels!r}; expected one of {', '.join(map(repr, _LABELS))}")
+    if loss is not None and labels != "data":
+        raise ValueError(
+            f"loss is for the targets given, but labels is {labels!r}; use labels='data' or leave loss out"
+        )
+    if generator is not None and labels != "sampled":
+        raise ValueError(f"generator draws labels, but labels is {labels!r}; use labels='sampled' or leave it out")
+    if labels == "sampled" and generator is None:
+        generator = torch.Generator()
+        generator.set_state(torch.get_rng_state())
+
+    def terms(first: Tensor, count: int, targets: Any) -> tuple[list[_Term], tuple[Tensor, ...]]:
+        if labels == "data":
+            return [F.cross_entropy if loss is None else loss], (_checked_targets(targets, count),)
+        _check_logits(first, labels)
+        classes = first.shape[1]
+        if labels == "exact":
+            return [partial(_weighted_log_probability, label=label) for label in range(classes)], ()
+        return [_log_probability_of_draw], (_exponential_noise(count, classes, first.dtype, generator),)
+
+    return _mean_over_samples(
+        model, batches, parameters, outputs, terms, torch.square, samples, chunk_size, "Fisher information", progress
+    )
+
+
+def output_sensitivity(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    parameters: Iterable[Tensor] | None = None,
+    outputs: Callable[[Any], Tensor] | None = None,
+    samples: int | None = None,
+    chunk_size: int | None = None,
+    progress: bool = True,
+) -> dict[Tensor, Tensor]:
+    """The mean over samples of |d ||f(x)||^2 / d theta|: how much each weight moves the model's outputs f. No labels.
+
+    It is the weight Omega of MAS's quadratic anchor: Aljundi et al., "Memory Aware Synapses: Learning what (not) to
+    forget", ECCV 2018, section 4.1, with the squared l2 norm of the outputs. SSL (Aljundi et al., "Selfless Sequential
+    Learning", ICLR 2019) anchors by the same.
+
+    Args:
+        model: as for `fisher`.
+        batches: as for `fisher`; targets are not looked at.
+        parameters: as for `fisher`.
+        outputs: picks what counts of what the model returns, as for `fisher`; any shape.
+        samples: as for `fisher`.
+        chunk_size: as for `fisher`.
+        progress: as for `fisher`.
+
+    Returns:
+        For each parameter, its importance, as `fisher` does.
+
+    Raises:
+        TypeError, ValueError: as `fisher` does.
+
+    Warns:
+        UserWarning: as `fisher` does.
+    """
+    return _mean_over_samples(
+        model, batches, parameters, outputs, _squared_norm_only, torch.abs, samples, chunk_size, "sensitivity", progress
+    )
+
+
+# ------------------------------------------------------------------------------------------- what is differentiated
+
+
+def _squared_norm_only(first: Tensor, count: int, targets: Any) -> tuple[list[_Term], tuple[Tensor, ...]]:
+    return [_squared_norm], ()
+
+
+def _squared_norm(outputs: Tensor) -> Tensor:
+    return outputs.square().sum()
+
+
+def _weighted_log_probability(logits: Tensor, label: int) -> Tensor:
+    """sqrt(p_c) log p_c with a constant p_c, whose squared gradients add up to sum over c of p_c g_c ** 2."""
+    log_p = F.log_softmax(logits, 1)[0, label]
+    return log_p.detach().exp().sqrt() * log_p
+
+
+def _log_probability_of_draw(logits: Tensor, noise: Tensor) -> Tensor:
+    """The log p_c of a class c drawn from p: of exponential variables of rates p, c is least with probability p_c."""
+    drawn = (F.softmax(logits.detach(), 1) / noise).argmax(1)
+    return F.cross_entropy(logits, drawn)
+
+
+def _exponential_noise(count: int, classes: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """(count, classes). Drawn before the samples are divided into chunks, so that these do not matter."""
+    device = "cpu" if generator is None else generator.device
+    noise = torch.empty(count, classes, dtype=dtype, device=device).exponential_(generator=generator)
+    return noise.clamp_min_(torch.finfo(dtype).tiny)  # 0 for a class of probability 0 would be 0 / 0
+
+
+def _check_logits(outputs: Tensor, labels: str) -> None:
+    if outputs.ndim != 2:
+        raise ValueError(
+            f"the outputs of one sample have shape {tuple(outputs.shape)}, but labels={labels!r} needs logits of shape "
+            "(1, classes); pick them with outputs=..., or use labels='data' with a loss for these outputs"
+        )
+    if outputs.shape[1] < 2:
+        raise ValueError(
+            f"the outputs of one sample have shape {tuple(outputs.shape)}: the softmax of fewer than two classes has "
+            "no information; for a single logit use labels='data' and "
+            "loss=torch.nn.functional.binary_cross_entropy_with_logits"
+        )
+
+
+def _checked_targets(targets: Any, count: int) -> Tensor:
+    if not isinstance(targets, Tensor):
+        got = "no targets" if targets is None else f"targets that are a {type(targets).__name__}"
+        raise TypeError(f"labels is 'data', but a batch has {got}; expected (inputs, targets) with a tensor of targets")
+    if targets.ndim < 1 or targets.shape[0] != count:
+        raise ValueError(f"a batch has {count} samples, but targets of shape {tuple(targets.shape)}; they must agree")
+    return targets
+
+
+# ------------------------------------------------------------------------------------------------- the mean of samples
+
+
+def _mean_over_samples(
+    model: nn.Module,
+    batches: Iterable[Any],
+    parameters: Iterable[Tensor] | None,
+    outputs: Callable[[Any], Tensor] | None,
+    terms: Callable[[Tensor, int, Any], tuple[list[_Term], tuple[Tensor, ...]]],
+    magnitude: Callable[[Tensor], Tensor],
+    samples: int | None,
+    chunk_size: int | None,
+    description: str,
+    progress: bool,
+) -> dict[Tensor, Tensor]:
+    """The mean over samples of sum over terms of magnitude(d term / d theta), for each parameter theta."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    if isinstance(batches, Tensor):
+        raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
+    for name, value in (("samples", samples), ("chunk_size", chunk_size)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1, or None")
+    trained = _trained_parameters(model, parameters)
+    device = next(iter(trained.values())).device
+    most = chunk_size or _default_chunk_size(trained)
+    importance = _Importance(model, trained, outputs, magnitude)
+    counted, first = 0, None
+    # Gradients are asked for explicitly; no graph is to grow through parameters that are not measured.
+    with _as_used(model), torch.no_grad():
+        for batch in _with_progress(batches, description, progress):
+            inputs, targets = _inputs_and_targets(batch)
+            count = inputs[0].shape[0] if samples is None else min(inputs[0].shape[0], samples - counted)
+            if count == 0:
+                continue
+            if targets is not None and isinstance(targets, Tensor) and targets.shape[:1] == inputs[0].shape[:1]:
+                targets = targets[:count]
+            inputs = tuple(tensor[:count].to(device, non_blocking=True) for tensor in inputs)
+            if first is None:
+                first = importance.outputs_of(*(tensor[:1] for tensor in inputs))
+            functions, others = terms(first, count, targets)
+            others = tuple(tensor.to(device, non_blocking=True) for tensor in others)
+            if counted == 0:
+                _check_one_number(functions[0](first, *(tensor[:1] for tensor in others)))
+            for start in range(0, count, most):
+                chunk = slice(start, start + most)
+                for function in functions:
+                    importance.add(function, [t[chunk] for t in inputs], [t[chunk] for t in others])
+            counted += count
+            if counted == samples:
+                break
+    if counted == 0:
+        raise ValueError("batches has no samples; expected at least one (a generator can be read only once)")
+    return importance.mean(counted)
+
+
+class _Importance:
+    """Adds up magnitudes of single samples' gradients: of a whole chunk at once, where torch.func can do that."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trained: dict[str, Tensor],
+        outputs: Callable[[Any], Tensor] | None,
+        magnitude: Callable[[Tensor], Tensor],
+    ) -> None:
+        self._model, self._trained, self._outputs, self._magnitude = model, trained, outputs, magnitude
+        self._values = {name: parameter.detach() for name, parameter in trained.items()}
+        self._sums = {
+            name: torch.zeros_like(value, dtype=_accumulated(value.dtype), requires_grad=False)
+            for name, value in self._values.items()
+        }
+        self._at_once = self._unchecked = True
+
+    def outputs_of(self, *inputs: Tensor) -> Tensor:
+        """What counts of the model's outputs for one sample, (1, ...), in float32 or float64."""
+        return self._picked(self._model(*inputs))
+
+    def add(self, term: _Term, inputs: list[Tensor], others: list[Tensor]) -> None:
+        """Adds a chunk's samples; each of the tensors is (chunk, ...)."""
+        if self._at_once:
+            failure = self._add_at_once(term, inputs, others)
+            if failure is None:
+                return
+            self._at_once = False
+            # If the model cannot be run at all, the loop's error is the one to see; then there is nothing to warn of.
+            self._add_one_by_one(term, inputs, others)
+            reason = str(failure).strip().split("\n")[0]
+            warnings.warn(
+                f"torch.func cannot run {type(self._model).__name__} for many samples at once, so that they are taken "
+                f"one by one, which is slower ({type(failure).__name__}: {reason[:300]})",
+                stacklevel=4,
+            )
+            return
+        self._add_one_by_one(term, inputs, others)
+
+    def mean(self, samples: int) -> dict[Tensor, Tensor]:
+        """The sums divided by the number of samples.
+
+        Raises:
+            ValueError: one of them is not finite.
+        """
+        for name, total in self._sums.items():
+            total /= samples
+            if not bool(total.isfinite().all()):
+                wrong = int((~total.isfinite()).sum())
+                raise ValueError(
+                    f"the importance of parameter {name!r} is not finite in {wrong} of {total.numel()} elements: "
+                    "the model's outputs or their gradients are nan or infinite, or overflow when squared"
+                )
+        return {parameter: self._sums[name] for name, parameter in self._trained.items()}
+
+    def _picked(self, outputs: Any) -> Tensor:
+        picked = outputs if self._outputs is None else self._outputs(outputs)
+        if not isinstance(picked, Tensor) or not picked.is_floating_point():
+            got = f"a tensor of {picked.dtype}" if isinstance(picked, Tensor) else f"a {type(picked).__name__}"
+            what = "the model returned" if self._outputs is None else "outputs returned"
+            raise TypeError(f"{what} {got}; expected a floating-point tensor: pick one with outputs=lambda y: ...")
+        return picked.to(_accumulated(picked.dtype))
+
+    def _add_at_once(self, term: _Term, inputs: list[Tensor], others: list[Tensor]) -> Exception | None:
+        """Returns what torch.func failed with; then nothing was added."""
+
+        def of_one_sample(values: dict[str, Tensor], inputs: list[Tensor], others: list[Tensor]) -> Tensor:
+            outputs = functional_call(self._model, values, tuple(tensor.unsqueeze(0) for tensor in inputs))
+            return term(self._picked(outputs), *(tensor.unsqueeze(0) for tensor in others)).reshape(())
+
+        try:
+            if self._unchecked:
+                self._check_replaceable([tensor[:1] for tensor in inputs])
+                self._unchecked = False
+            gradients = vmap(grad(of_one_sample), in_dims=(None, 0, 0), randomness="different")(
+                self._values, inputs, others
+            )
+        except torch.OutOfMemoryError:  # says by itself what to do: a smaller chunk_size
+            raise
+        except Exception as failure:
+            return failure
+        for name, total in self._sums.items():
+            total += self._magnitude(gradients.pop(name).to(total.dtype)).sum(0)
+        return None
+
+    def _check_replaceable(self, inputs: list[Tensor]) -> None:
+        """Raises if the model has a parameter by another way than its name, where torch.func cannot replace it."""
+        with torch.enable_grad():
+            outputs = self._picked(functional_call(self._model, self._values, tuple(inputs))).sum()
+            if not outputs.requires_grad:
+                return
+            gradients = torch.autograd.grad(outputs, list(self._trained.values()), allow_unused=True)
+        for name, gradient in zip(self._trained, gradients, strict=True):
+            if gradient is not None:
+                raise RuntimeError(f"the forward pass takes parameter {name!r} from elsewhere than the module's own")
+
+    def _add_one_by_one(self, term: _Term, inputs: list[Tensor], others: list[Tensor]) -> None:
+        parameters = list(self._trained.values())
+        for index in range(inputs[0].shape[0]):
+            one = slice(index, index + 1)
+            with torch.enable_grad():
+                outputs = self.outputs_of(*(tensor[one] for tensor in inputs))
+                value = term(outputs, *(tensor[one] for tensor in others)).reshape(())
+                if not value.requires_grad:  # depends on none of the parameters
+                    continue
+                gradients = torch.autograd.grad(value, parameters, allow_unused=True)
+            for total, gradient in zip(self._sums.values(), gradients, strict=True):
+                if gradient is not None:
+                    total += self._magnitude(gradient.to(total.dtype))
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers are squared and summed: float32 also for halves, which overflow and underflow."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _check_one_number(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"loss returned {got} for one sample; expected one number: reduce it, for example by sum()")
+
+
+def _trained_parameters(model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Tensor]:
+    """By their names, those of `parameters` that require a gradient."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    if isinstance(parameters, Tensor):
+        raise TypeError("parameters is a tensor; expected an iterable of the model's parameters: write [parameter]")
+    trained: dict[str, Tensor] = {}
+    for index, parameter in enumerate(model.parameters() if parameters is None else parameters):
+        if not isinstance(parameter, Tensor):
+            raise TypeError(f"parameters[{index}] is a {type(parameter).__name__}; expected a parameter of the model")
+        if id(parameter) not in names:
+            raise ValueError(
+                f"parameters[{index}], of shape {tuple(parameter.shape)}, is no parameter of the model "
+                f"({type(model).__name__}); was the model replaced, or wrapped by a copy?"
+            )
+        name = names[id(parameter)]
+        if isinstance(parameter, UninitializedParameter):
+            raise ValueError(f"parameter {name!r} is not initialized yet: pass one batch through the model first")
+        if parameter.is_complex():
+            raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}); expected real parameters")
+        if parameter.requires_grad:
+            trained[name] = parameter
+    if not trained:
+        raise ValueError("no parameter requires a gradient, so there is nothing to measure")
+    return trained
+
+
+def _default_chunk_size(trained: dict[str, Tensor]) -> int:
+    bytes_per_sample = sum(parameter.numel() * parameter.element_size() for parameter in trained.values())
+    return max(1, _CHUNK_BYTES // max(bytes_per_sample, 1))
+
+
+def _inputs_and_targets(batch: Any) -> tuple[tuple[Tensor, ...], Any]:
+    inputs, targets = batch, None
+    if isinstance(batch, (tuple, list)) and len(batch) in (1, 2):
+        inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
+    tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
+    # A batch of more than two elements is not guessed at: which of them are inputs, which are targets?
+    is_unclear = isinstance(batch, (tuple, list)) and len(batch) not in (1, 2)
+    if is_unclear or not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
+        raise TypeError(
+            f"a batch is {_described(batch)}; expected inputs, (inputs,) or (inputs, targets), where inputs are a "
+            "tensor or a tuple of tensors"
+        )
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    if not shapes or any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
+        raise ValueError(
+            f"a batch has inputs of shapes {', '.join(map(str, shapes)) or '(none)'}; expected tensors whose "
+            "dimension 0 counts the same samples"
+        )
+    return tuple(tensors), targets
+
+
+def _described(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"a {type(batch).__name__} of {len(batch)} ({', '.join(type(one).__name__ for one in batch[:4])})"
+    return f"a {type(batch).__name__}"
+
+
+@contextmanager
+def _as_used(model: nn.Module) -> Iterator[None]:
+    """Has every module in evaluation mode; afterwards modes and buffers are what they were, module by module.
+
+    Flags are set one by one as `model.eval()` and `model.train()` may be overridden: to keep some modules in a mode,
+    or to do more (LoRA layers merge weights).
+    """
+    modules = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module, _ in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    # cuDNN's recurrent layers have a backward pass in training mode only.
+    is_recurrent = any(isinstance(module, nn.RNNBase) for module, _ in modules)
+    with torch.backends.cudnn.flags(enabled=False) if is_recurrent else nullcontext():
+        try:
+            for module, _ in modules:
+                module.training = False
+            yield
+        finally:
+            for module, training in modules:
+                module.training = training
+            for module, name, buffer, version, values in buffers:
+                module._buffers[name] = buffer
+                if buffer._version != version:
+                    with torch.no_grad():
+                        buffer.copy_(values)
+
+
+def _with_progress(batches: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
+    if not progress or sys.stderr is None or not sys.stderr.isatty():
+        return batches
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return batches
+    bar: Iterable[Any] = tqdm(batches, desc=description, unit="batch", leave=False, dynamic_ncols=True)
+    return bar
