@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from . import _launch, ops, reference
 from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
+from .layer_options import LayerOptions
 from .neurons import Neurons, find_neurons
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
@@ -111,7 +111,7 @@ class NPC(Descent):
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
-        self._layer_options = {name: dict(options) for name, options in (layers or {}).items()}
+        self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
         self._others = others
         self._warned: set[tuple[str, str]] = set()
         self._ready = False
@@ -156,8 +156,8 @@ class NPC(Descent):
             known = old.get(id(layer.parameters[0].parameter))
             if known is not None:
                 layer.sink = known.sink
-        options = [self._options_of(layer.name) for layer in found]
-        self._check_layer_patterns(found)
+        options = [self._layer_options.of(layer.name) for layer in found]
+        self._layer_options.check((layer.name for layer in found), self._check_own_options)
         if self._ready_neurons:
             self.neurons.detach()
         self.neurons = found
@@ -166,7 +166,7 @@ class NPC(Descent):
             for layer, own in zip(found, options, strict=True)
             if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
         ]
-        self._own_options = [self._options_of(layer.name) for layer in self._consolidated]
+        self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
         self._skipped = SkippedSteps(len(self._consolidated))
         self._index_parameters()
         for index in range(len(self._consolidated)):
@@ -193,30 +193,17 @@ class NPC(Descent):
     def _ready_neurons(self) -> bool:
         return "neurons" in self.__dict__
 
-    def _options_of(self, name: str) -> dict[str, Any]:
-        """Options of one layer: those under its own name before those under patterns, in the order given."""
-        if name in self._layer_options:
-            return self._layer_options[name]
-        return next((options for pattern, options in self._layer_options.items() if fnmatchcase(name, pattern)), {})
-
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         names = [name for name, _ in self._model.named_modules()]
         return {
-            option: {name: own[option] for name in names if (own := self._options_of(name)).get(option) is not None}
+            option: {
+                name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None
+            }
             for option in ("measure_at", "batch_dim")
         }
 
-    def _check_layer_patterns(self, found: Neurons) -> None:
-        names = [layer.name for layer in found]
-        for pattern, options in self._layer_options.items():
-            if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
-                raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(names)}")
-            for option in options:
-                if option not in _LAYER_OPTIONS:
-                    raise ValueError(
-                        f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(_LAYER_OPTIONS)}"
-                    )
-            self._check_options({**self.defaults, **options}, f"layers[{pattern!r}]: ")
+    def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
+        self._check_options({**self.defaults, **own}, where)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)

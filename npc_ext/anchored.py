@@ -1,0 +1,110 @@
+"""SGD with anchors: what EWC, MAS, SI and SSL have in common.
+
+Each old task k pulls every weight back to where the task left it, theta_k, as strongly as the weight mattered to it:
+
+    loss + sum over k of strength * W_k (theta - theta_k)^2
+
+A sum of parabolas is a parabola. So the sum W of all W_k and the mean of all theta_k weighted by them, the anchor,
+hold all tasks exactly, but for a constant: two numbers a weight, however many tasks there were. The methods differ in
+what W_k is. The pull is added where the weights are updated, in the same pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import _launch, ops, reference
+from .descent import SGD_OPTIONS, Descent, Plan, check_number
+
+
+class Anchored(Descent):
+    """The base class of EWC, MAS, SI and SSL.
+
+    A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, both of its shape, float32 (float64 for float64
+    parameters), from the first `consolidate` on. Parameters added later have none until the next one.
+    """
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", *SGD_OPTIONS)
+    _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        super()._check_options(options, where)
+        check_number("strength", options["strength"], where)
+
+    @torch.no_grad()
+    def penalty(self) -> Tensor:
+        """The penalty on the weights as they are, sum of strength * W (theta - anchor)^2, for logging: one number.
+
+        Its gradient is what steps add to the loss's. With several old tasks it is the sum of their penalties less a
+        constant, so that it is 0 at the anchor.
+        """
+        total: Tensor | None = None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter, {})
+                if "stiffness" in state:
+                    value = parameter.detach().to(state["anchor"].dtype)
+                    own = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
+                    total = own if total is None else total + own.to(total.device)
+        return torch.zeros(()) if total is None else total
+
+    def _trained_parameters(self) -> list[Tensor]:
+        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+        if not parameters:
+            raise ValueError("no parameter requires a gradient, so there is nothing to consolidate")
+        return parameters
+
+    @torch.no_grad()
+    def _anchor(self, importances: Mapping[Tensor, Tensor]) -> None:
+        """Adds a task: the parameters where they are now, each with its importance W_k."""
+        for parameter, importance in importances.items():
+            dtype = reference.compute_dtype(parameter.dtype)
+            here = parameter.detach().to(dtype, copy=True)
+            importance = _launch.in_memory_order_of(parameter, importance.to(dtype))
+            state = self.state[parameter]
+            if "stiffness" in state:
+                state["stiffness"], state["anchor"] = reference.merged_anchors(
+                    state["stiffness"], state["anchor"], importance, here
+                )
+            else:
+                state["stiffness"], state["anchor"] = importance, here
+        self._planned_for = None
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
+        parameters, groups = [p for p, _ in members], [group for _, group in members]
+        count = len(parameters)
+        sgd = (self._rates(device, groups), *([group[name] for group in groups] for name in SGD_OPTIONS))
+        outside = ([-1] * count, [0] * count, [1] * count)  # of all layers
+        tables = _launch.Tables(parameters, [], *outside, *sgd) if self._takes(parameters) else None
+        options = ([float(group["strength"]) for group in groups], *sgd)
+        return Plan(**self._common(device, members), options=options, tables=tables)
+
+    def _launch(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        stiffness, paths = plan.beside("stiffness"), plan.beside("path")
+        # SI remembers where a task began before there is any stiffness.
+        anchors = [
+            anchor if stiff is not None else None
+            for anchor, stiff in zip(plan.beside("anchor"), stiffness, strict=True)
+        ]
+        network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
+        if plan.tables is not None:
+            strength = plan.options[0]
+            tables = plan.tables
+            _launch.anchored_update_(tables, *network, stiffness, anchors, paths, strength, grad_scale, found_inf)
+            return
+        beside = (_or_empty(each, plan.device) for each in (stiffness, anchors, paths))
+        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
+        update: Callable[..., None] = ops.anchored_update_
+        if self._backend == "reference":
+            update = reference.anchored_update_
+        with torch.no_grad():
+            update(*network, *beside, *plan.options, *flags)
+
+
+def _or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+    nothing = torch.empty(0, device=device)
+    return [nothing if tensor is None else tensor for tensor in tensors]

@@ -1,0 +1,34 @@
+"""Options of single layers, by name or by pattern as in a shell."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+class LayerOptions:
+    """What a user wrote as `layers={"head*": {"normalize": "active"}}`."""
+
+    def __init__(self, options: Mapping[str, Mapping[str, Any]] | None, known: Sequence[str]) -> None:
+        self._options = {name: dict(own) for name, own in (options or {}).items()}
+        self._known = known
+
+    def of(self, name: str) -> dict[str, Any]:
+        """Options of one layer: those under its own name before those under patterns, in the order given."""
+        if name in self._options:
+            return self._options[name]
+        return next((options for pattern, options in self._options.items() if fnmatchcase(name, pattern)), {})
+
+    def check(self, names: Iterable[str], check_values: Callable[[Mapping[str, Any], str], None]) -> None:
+        """Raises ValueError for a pattern that no layer has, an unknown option, or what `check_values` objects to."""
+        layers = list(names)
+        for pattern, options in self._options.items():
+            if not any(name == pattern or fnmatchcase(name, pattern) for name in layers):
+                raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(layers)}")
+            for option in options:
+                if option not in self._known:
+                    raise ValueError(
+                        f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(self._known)}"
+                    )
+            check_values(options, f"layers[{pattern!r}]: ")
