@@ -10,29 +10,57 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cpc import CPC as CPC
+    from .cpc import ConnectionPlasticity as ConnectionPlasticity
+    from .ewc import EWC as EWC
+    from .mas import MAS as MAS
     from .neurons import find_neurons as find_neurons
     from .npc import NPC as NPC
     from .npc import LayerPlasticity as LayerPlasticity
     from .plot import plot_plasticity as plot_plasticity
+    from .si import SI as SI
+    from .ssl import SSL as SSL
     from .tap import ImportanceWarning as ImportanceWarning
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "CPC": "cpc",
+    "ConnectionPlasticity": "cpc",
+    "EWC": "ewc",
+    "MAS": "mas",
     "NPC": "npc",
     "LayerPlasticity": "npc",
     "find_neurons": "neurons",
     "ImportanceWarning": "tap",
+    "SI": "si",
+    "SSL": "ssl",
     "plot_plasticity": "plot",
 }
-__all__ = ["NPC", "ImportanceWarning", "LayerPlasticity", "find_neurons", "nn", "ops", "plot_plasticity", "reference"]
+__all__ = [
+    "CPC",
+    "EWC",
+    "MAS",
+    "NPC",
+    "SI",
+    "SSL",
+    "ConnectionPlasticity",
+    "ImportanceWarning",
+    "LayerPlasticity",
+    "consolidation",
+    "find_neurons",
+    "nn",
+    "ops",
+    "plot_plasticity",
+    "reference",
+]
 
 
 # Loaded at first use: `python -m npc_ext` must be able to say what is wrong when torch itself does not load.
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("nn", "ops", "reference"):
+    if name in ("consolidation", "nn", "ops", "reference"):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

@@ -283,6 +283,19 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
     return weighted, unusable
 
 
+def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model that have neurons, by name: Linear, Conv and ConvTranspose with a weight of their own.
+
+    Raises:
+        ValueError: there is none; parameters are uninitialized or complex.
+    """
+    weighted, unusable = _weighted_layers(dict(model.named_modules()))
+    if not weighted:
+        reasons = "".join(f"; {name!r}: {reason}" for name, reason in unusable.items())
+        raise ValueError(f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{reasons}")
+    return weighted
+
+
 def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
     """Names of layers grouped by the weight that they share."""
     groups: dict[int, list[str]] = {}

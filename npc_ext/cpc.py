@@ -1,0 +1,251 @@
+"""CPC, connection-level plasticity control, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _launch, ops, reference
+from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
+from .layer_options import LayerOptions
+from .neurons import weighted_layers
+from .skipped import SkippedSteps
+from .tap import ImportanceWarning
+
+_LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate")
+_CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")
+
+
+@dataclass(frozen=True)
+class ConnectionPlasticity:
+    """How plastic the connections of one layer are at this moment.
+
+    Attributes:
+        importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4; its mean over the
+            layer tends to 1.
+        learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
+        frozen: the share of the layer's connections, from 0 to 1, whose learning rate is 0.
+        skipped: in how many steps the measured importance was not finite and was left out.
+    """
+
+    importance: dict[str, Tensor]
+    learning_rate: dict[str, Tensor]
+    frozen: float
+    skipped: int
+
+
+class CPC(Descent):
+    """SGD whose learning rate falls, connection by connection, with the connection's importance to what was learned.
+
+    As `NPC`, but for single connections: importance is |w * dL/dw|, divided by its mean over all connections of the
+    layer (weights and biases), averaged over time into C (eq. 4), and connection ij learns at the rate
+
+        eta_ij = min(lr, alpha * sqrt(max(beta / C_ij - 1, 0)))                                           (eq. 7)
+
+    It is the NPC paper's own control experiment: one float for each connection instead of one for each neuron, and what
+    was learned is kept worse. Source: Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level
+    Plasticity Control", AAAI 2020, arXiv 1907.13322.
+
+    Use it as `torch.optim.SGD`; nothing else in the training loop changes. Layers are the model's Linear, Conv and
+    ConvTranspose modules; other parameters train at plain `lr`.
+
+    Args:
+        model: the network.
+        lr: eta_max, the largest learning rate.
+        alpha, beta, delta, sigma: the constants of eqs. 4 and 7, as in `NPC`.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen connection stays
+            bit-identical under all of them.
+        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
+        normalize: eq. 3's mean is over "all" connections of the layer, or over the "active" ones with importance.
+        layers: options of single layers, by name or pattern: alpha, beta, delta, sigma, normalize; consolidate=False
+            (train at plain lr).
+        others: "train" parameters outside layers at plain lr, or "freeze" them.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+    """
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
+    _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        alpha: float = 0.05,
+        beta: float = 0.5,
+        delta: float = 1 - 2e-4,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
+        *,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        normalize: Literal["all", "active"] = "all",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        others: Literal["train", "freeze"] = "train",
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        check_choice("others", others, ("train", "freeze"))
+        self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
+        self._others = others
+        self._warned: set[str] = set()
+        self._ready = False
+        options = {
+            "lr": lr,
+            "alpha": alpha,
+            "beta": beta,
+            "delta": delta,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "sigma": sigma,
+            "maximize": maximize,
+            "normalize": normalize,
+        }
+        super().__init__(model, params, options, backend)
+        self._ready = True
+        self._find_layers()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own, for example those of a head that the model has just been given."""
+        super().add_param_group(param_group)
+        if self._ready:
+            self._find_layers()
+
+    def _find_layers(self) -> None:
+        modules = weighted_layers(self._model)
+        self._layer_options.check(modules, self._check_own_options)
+        self._names = [name for name in modules if self._layer_options.of(name).get("consolidate", True)]
+        self._skipped = SkippedSteps(len(self._names))
+        self._index_parameters()
+
+    def _index_parameters(self) -> None:
+        """Which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        modules = dict(self._model.named_modules())
+        self._layer_of: dict[int, int] = {}
+        self._parameters_of: list[list[Tensor]] = []
+        for index, name in enumerate(self._names):
+            own = [p for p in modules[name].parameters(recurse=False) if id(p) not in self._layer_of]
+            self._layer_of.update((id(parameter), index) for parameter in own)
+            self._parameters_of.append(own)
+
+    def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
+        self._check_options({**self.defaults, **own}, where)
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        super()._check_options(options, where)
+        check_plasticity_options(options, where)
+
+    def _constants(self, layer: int) -> dict[str, Any]:
+        """The constants of a layer: its own, else those of its first parameter's group."""
+        trained = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
+        groups = (trained[id(p)] for p in self._parameters_of[layer] if id(p) in trained)
+        group = next(groups, self.defaults)
+        return {**{name: group[name] for name in _CONSTANTS}, **self._layer_options.of(self._names[layer])}
+
+    def _step(self) -> None:
+        super()._step()
+        for name, count in zip(self._names, self._skipped.news() or (), strict=False):
+            if count and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"layer {name!r} had an importance that is not finite (inf or nan in weights or gradients); such "
+                    "steps leave its importance as it was and are counted in plasticity()[...].skipped",
+                    ImportanceWarning,
+                    stacklevel=4,
+                )
+
+    def _trains(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._layer_of or self._others == "train"
+
+    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        if id(parameter) in self._layer_of:
+            self.state[parameter].setdefault("importance", torch.zeros_like(parameter, dtype=torch.float32))
+        super()._prepare_state(parameter, group)
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
+        parameters, groups = [p for p, _ in members], [group for _, group in members]
+        layers = sorted({self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of})
+        position = {layer: at for at, layer in enumerate(layers)}
+        constants = [self._constants(layer) for layer in layers]
+        of = [position[self._layer_of[id(p)]] if id(p) in self._layer_of else -1 for p in parameters]
+        options: tuple[Any, ...] = (
+            of,
+            self._rates(device, groups),
+            *([group[name] for group in groups] for name in SGD_OPTIONS),
+            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
+            [own["normalize"] == "active" for own in constants],
+        )
+        tables = None
+        if self._takes(parameters):
+            whole = ([0] * len(parameters), [1] * len(parameters))
+            tables = _launch.Tables(parameters, [0] * len(layers), of, *whole, *options[1:])
+        skipped = self._skipped.on(device)
+        return _Plan(**self._common(device, members), options=options, tables=tables, layers=layers, skipped=skipped)
+
+    def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
+        importances = plan.beside("importance")
+        if plan.tables is not None:
+            counters = (plan.skipped, plan.layers)
+            _launch.connection_update_(plan.tables, *network, importances, *counters, grad_scale, found_inf)
+            return
+        nothing, skipped = torch.empty(0, device=plan.device), plan.skipped[plan.layers]
+        averages = [nothing if average is None else average for average in importances]
+        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
+        update: Callable[..., None] = ops.connection_update_
+        if self._backend == "reference":
+            update = reference.connection_update_
+        with torch.no_grad():
+            update(*network, averages, skipped, *plan.options, *flags)
+        plan.skipped[plan.layers] = skipped
+
+    @torch.no_grad()
+    def plasticity(self) -> dict[str, ConnectionPlasticity]:
+        """Importance, learning rates and the share of frozen connections of every layer, by its name."""
+        lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
+        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        counts, result = self._skipped.now(), {}
+        for index, layer in enumerate(self._names):
+            own = self._constants(index)
+            average, rate = {}, {}
+            for parameter in self._parameters_of[index]:
+                if id(parameter) not in lr:
+                    continue
+                state = self.state.get(parameter, {})
+                name = names[id(parameter)].removeprefix(f"{layer}.")
+                average[name] = state["importance"].clone() if "importance" in state else torch.zeros_like(parameter)
+                rate[name] = reference.learning_rate(
+                    average[name], lr[id(parameter)], own["alpha"], own["beta"], own["sigma"]
+                )
+            rates = torch.cat([one.flatten() for one in rate.values()]) if rate else torch.ones(1)
+            frozen = (rates == 0).double().mean().item()
+            result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])
+        return result
+
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        for layer in self._parameters_of:
+            for parameter in layer:
+                state = self.state.get(parameter, {})
+                if "importance" in state:
+                    state["importance"] = state["importance"].to(torch.float32)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_names" in self.__dict__:
+            self._index_parameters()
+
+
+@dataclass(frozen=True)
+class _Plan(Plan):
+    layers: Sequence[int]  # indices of the layers
+    skipped: Tensor  # counters of all layers, on the device

@@ -1,0 +1,171 @@
+"""SSL, selfless sequential learning, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .descent import check_number
+from .inhibition import local_inhibition_gradient
+from .mas import MAS
+from .neurons import NeuronLayer, TapPoint, find_neurons
+from .tap import TapHook, checked_dims
+
+
+class SSL(MAS):
+    """MAS, and a penalty that lets few neighbouring neurons be active together, so that room is left for later tasks.
+
+    To MAS's anchors comes, while a task is learned, the penalty on the activations h of hidden layers
+
+        sparsity * 1/M sum over samples and i != j of exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_i h_j
+
+    where a_i is the importance of neuron i to the tasks before: MAS's importance of its bias. Source: Aljundi,
+    Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019, arXiv 1806.05421 (SLNID). The gradient of the
+    penalty joins the loss's where it passes the layer in back-propagation, so nothing is added to the loss itself.
+    After convolutions h is the mean over positions.
+
+    Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task. Where a batch is split (gradient
+    accumulation), the penalty counts once for each part.
+
+    Args:
+        model: the network. Hooks are placed in it; they act in training mode only.
+        lr: learning rate.
+        strength: the factor of MAS's penalty.
+        sparsity: the factor of the penalty on activations.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's.
+        layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
+            connected layer with something (an activation, dropout) behind it.
+        scaler: the `torch.amp.GradScaler` in use, if any: the penalty's gradient has to be scaled as the loss is.
+        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Example:
+        >>> optimizer = SSL(model, lr=0.1, strength=1, sparsity=1e-5)
+        >>> for task in tasks:
+        ...     train(model, optimizer, task)
+        ...     optimizer.consolidate(task.loader)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        strength: float = 1.0,
+        sparsity: float = 1e-5,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        scale: float | None = None,
+        layers: Iterable[str] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        super().__init__(
+            model, lr, strength, momentum, nesterov, weight_decay, params=params, maximize=maximize, backend=backend
+        )
+        check_number("sparsity", sparsity)
+        if scale is not None:
+            check_number("scale", scale, positive=True)
+        self.sparsity, self._scale, self._scaler = sparsity, scale, scaler
+        self._sign = -1.0 if maximize else 1.0
+        self.inhibited = _inhibited_layers(model, None if layers is None else list(layers))
+        self._discounts = {layer.name: torch.ones(layer.neurons, device=layer.sink.device) for layer in self.inhibited}
+        self._place_hooks()
+
+    def _place_hooks(self) -> None:
+        for layer in self.inhibited:
+            weighted = self._model.get_submodule(layer.name)
+            for point in layer.points:
+                module, hook = self._model.get_submodule(point.module), _InhibitionHook(self, layer, point, weighted)
+                if point.where == "output":
+                    module.register_forward_hook(hook)
+                else:
+                    module.register_forward_pre_hook(hook)
+
+    def consolidate(self, batches: Iterable[Any], **options: Any) -> None:
+        """Anchors the weights where they are, as `MAS.consolidate` does, and discounts the neurons that mattered.
+
+        Args:
+            batches, options: as in `MAS.consolidate`.
+
+        Raises:
+            ValueError, TypeError: as in `MAS.consolidate`. Nothing is changed then.
+        """
+        super().consolidate(batches, **options)
+        self._discount()
+
+    @torch.no_grad()
+    def _discount(self) -> None:
+        """exp(-a), with a the stiffness of the bias: the derivative by a bias is that by the neuron's input."""
+        for layer in self.inhibited:
+            bias = self._model.get_submodule(layer.name)._parameters.get("bias")
+            state = {} if bias is None else self.state.get(bias, {})
+            if "stiffness" in state:
+                self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
+
+    def _inhibition(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
+        """The gradient of the penalty, of the activation's shape and dtype."""
+        h = activation.detach().movedim((batch_dim, channel_dim), (0, 1))
+        positions = h.numel() // max(h.shape[0] * h.shape[1], 1)
+        means = (h.flatten(2).mean(2) if h.ndim > 2 else h).to(torch.float32)
+        scale = layer.neurons / 6 if self._scale is None else self._scale
+        gradient = local_inhibition_gradient(means, self._discounts[layer.name], scale)
+        gradient *= self._sign * self.sparsity / positions
+        if self._scaler is not None:
+            gradient = self._scaler.scale(gradient)
+        gradient = gradient.view(*gradient.shape, *[1] * (h.ndim - 2)).expand_as(h)
+        return gradient.movedim((0, 1), (batch_dim, channel_dim)).to(activation.dtype)
+
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        self._discount()
+
+
+class _Inhibition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, added: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.added = added
+        return activation.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (activation,) = ctx.saved_tensors
+        return gradient + ctx.added(activation).to(gradient.dtype), None
+
+
+class _InhibitionHook(TapHook):
+    """Adds the penalty's gradient to that of what a module returns, or takes, where the layer trains."""
+
+    def __init__(self, optimizer: SSL, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
+        super().__init__(layer, point, weighted)
+        self.optimizer = optimizer
+
+    def _tapped(self, value: Any) -> Tensor | None:
+        if self.optimizer.sparsity == 0 or not self.measures(value) or value.ndim == self.point.unbatched_ndim:
+            return None
+        dims = checked_dims(value, self.layer, self.point)
+        return _Inhibition.apply(value, lambda activation: self.optimizer._inhibition(self.layer, activation, *dims))
+
+
+def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
+    neurons = find_neurons(model)
+    if patterns is None:
+        linear = (layer for layer in neurons if isinstance(model.get_submodule(layer.name), nn.Linear))
+        return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
+    names = [layer.name for layer in neurons]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(names)}")
+    return [layer for layer in neurons if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
