@@ -174,6 +174,12 @@ def test_a_class_of_probability_zero_is_never_drawn_and_does_no_harm() -> None:
         assert not importance[model[2].bias][1]
 
 
+def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
+    noise = consolidation._exponential_noise(1, 2, torch.float32, None)
+    assert (torch.tensor([[0.0, 1.0]]) / noise).argmax().item() == 1
+
+
 # ------------------------------------------------------------------------------------- which samples, which parameters
 
 
