@@ -9,19 +9,22 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from npc_ext import NPC, plot_plasticity
 
 from .. import environment
 from . import report
 from .networks import cnn
+from .report import Run
 from .tasks import Task, digits
-from .training import Run, learn
+from .training import test, train
 
 # Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
 DELTA = 0.999
@@ -51,6 +54,39 @@ def run(
     return learn(
         model, optimizer, tasks, epochs=epochs, batch_size=batch_size, label=label, generator=generator
     ), optimizer
+
+
+def learn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tasks: Sequence[Task],
+    *,
+    epochs: int,
+    batch_size: int,
+    label: str,
+    generator: torch.Generator,
+) -> Run:
+    """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them."""
+    accuracy: list[list[float]] = []
+    steps, seconds = 0, 0.0
+    with tqdm(total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+        for number, task in enumerate(tasks, start=1):
+
+            def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
+                so_far = test(model, task)
+                bar.set_postfix_str(f"task {number}/{len(tasks)}, loss {loss:.3f}, accuracy {so_far:.1%}")
+                bar.update()
+
+            more, spent = train(
+                model, optimizer, task, epochs=epochs, batch_size=batch_size, generator=generator, on_epoch=on_epoch
+            )
+            steps, seconds = steps + more, seconds + spent
+            accuracy.append([test(model, other) for other in tasks])
+            bar.write(
+                f"{label}: after task {number} of {len(tasks)}, average accuracy of the tasks so far "
+                f"{sum(accuracy[-1][:number]) / number:.1%}"
+            )
+    return Run(accuracy, steps, seconds / steps)
 
 
 def main() -> None:

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from .training import Run
+from .metrics import average_accuracy, forgetting
+
+
+@dataclass
+class Run:
+    """What learning a sequence of tasks came to.
+
+    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+    """
+
+    accuracy: list[list[float]]
+    steps: int
+    seconds_per_step: float
+
 
 COLORS = {"SGD": "#c44e52", "NPC": "#4c72b0"}
-
-
-def average_accuracy(run: Run) -> float:
-    """Accuracy over all tasks after the last one."""
-    return float(np.mean(run.accuracy[-1]))
-
-
-def forgetting(run: Run) -> float:
-    """How far tasks but the last fell, on average, from the best accuracy they ever had since they were learned."""
-    table = np.array(run.accuracy)
-    learned = np.tril(np.ones_like(table)) > 0
-    best = np.where(learned, table, 0)[:-1].max(0)
-    return float(np.mean(best[:-1] - table[-1, :-1]))
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
@@ -48,8 +49,8 @@ def table(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
             [
                 method,
                 *per_task,
-                f"**{percent(list(map(average_accuracy, repeated)))}**",
-                percent(list(map(forgetting, repeated))),
+                f"**{percent([average_accuracy(run.accuracy) for run in repeated])}**",
+                percent([forgetting(run.accuracy) for run in repeated]),
                 f"{milliseconds:.2f} ± {error:.2f}",
             ]
         )
