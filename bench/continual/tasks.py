@@ -20,6 +20,7 @@ class Task:
         mean, std: (1, C, 1, 1) float32, or (B, C, 1, 1) where training images come from several data sets: what makes
             the images' values standard for the network.
         rivals: (outputs, outputs) bool, row i is true where an output competes with label i; None: all `classes` do.
+        name: for tables and figures.
     """
 
     classes: tuple[int, ...]
@@ -30,6 +31,7 @@ class Task:
     mean: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, 1))
     std: Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, 1))
     rivals: Tensor | None = None
+    name: str = ""
 
     @property
     def outputs(self) -> slice:

@@ -212,9 +212,7 @@ def test(model: nn.Module, task: Task, machine: Machine | None = None, batch_siz
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=task.test_labels.device)
     with machine.arithmetic(), machine.autocast():
-        for images, labels in zip(
-            task.test_images.split(batch_size), task.test_labels.split(batch_size), strict=True
-        ):
+        for images, labels in zip(task.test_images.split(batch_size), task.test_labels.split(batch_size), strict=True):
             chosen = model(standard(images, task, machine))[:, task.outputs].argmax(1)
             right += (chosen == labels - task.classes[0]).sum()
     model.train(training)
