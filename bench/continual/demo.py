@@ -9,8 +9,8 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,14 +20,27 @@ from tqdm.auto import tqdm
 from npc_ext import NPC, plot_plasticity
 
 from .. import environment
-from . import report
+from . import figures
+from .metrics import average_accuracy, forgetting
 from .networks import cnn
-from .report import Run
+from .report import markdown, mean_and_error, percent
 from .tasks import Task, digits
-from .training import test, train
+from .training import accuracy_of, train
 
 # Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
 DELTA = 0.999
+
+
+@dataclass
+class Run:
+    """What learning a sequence of tasks came to.
+
+    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+    """
+
+    accuracy: list[list[float]]
+    steps: int
+    seconds_per_step: float
 
 
 def network(classes: int) -> nn.Module:
@@ -73,7 +86,7 @@ def learn(
         for number, task in enumerate(tasks, start=1):
 
             def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
-                so_far = test(model, task)
+                so_far = accuracy_of(model, task)
                 bar.set_postfix_str(f"task {number}/{len(tasks)}, loss {loss:.3f}, accuracy {so_far:.1%}")
                 bar.update()
 
@@ -81,12 +94,29 @@ def learn(
                 model, optimizer, task, epochs=epochs, batch_size=batch_size, generator=generator, on_epoch=on_epoch
             )
             steps, seconds = steps + more, seconds + spent
-            accuracy.append([test(model, other) for other in tasks])
+            accuracy.append([accuracy_of(model, other) for other in tasks])
             bar.write(
                 f"{label}: after task {number} of {len(tasks)}, average accuracy of the tasks so far "
                 f"{sum(accuracy[-1][:number]) / number:.1%}"
             )
     return Run(accuracy, steps, seconds / steps)
+
+
+def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
+    """A Markdown table: accuracy per task after the last, average, forgetting, seconds per step; over seeds."""
+    rows = []
+    for method, repeated in runs.items():
+        milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])
+        rows.append(
+            [
+                method,
+                *(percent([run.accuracy[-1][k] for run in repeated]) for k in range(len(tasks))),
+                f"**{percent([average_accuracy(run.accuracy) for run in repeated])}**",
+                percent([forgetting(run.accuracy) for run in repeated]),
+                f"{milliseconds:.2f} ± {error:.2f}",
+            ]
+        )
+    return markdown(["", *tasks, "average", "forgetting", "ms per step"], rows)
 
 
 def main() -> None:
@@ -112,18 +142,19 @@ def main() -> None:
             runs[method].append(result)
     assert isinstance(optimizer, NPC)
 
-    table = report.table(runs, [f"{name} (%)" for name in names])
+    table = table_of(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
     print(
         f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n"
     )
     print(table)
-    figures = {
-        "average": report.figure_average(runs),
-        "per-task": report.figure_per_task(runs, names),
+    accuracy = {method: [one.accuracy for one in repeated] for method, repeated in runs.items()}
+    drawn = {
+        "average": figures.average(accuracy),
+        "per-task": figures.per_task(accuracy, names),
         "plasticity": plot_plasticity(optimizer),
     }
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         for suffix in ("svg", "png"):
             figure.savefig(arguments.out / f"{name}.{suffix}", dpi=150)
     command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])

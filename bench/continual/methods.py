@@ -23,8 +23,8 @@ Outputs = Callable[[Tensor], Tensor]
 class Coordinate:
     """One step of the search over a hyperparameter.
 
-    With `values` these are tried; with `factors` the best value so far times each of them. Where `walk` is set and the
-    last factor was the best, it is applied again as long as that helps.
+    With `values` these are tried; with `factors` the best value so far times each of them. With `walk` a
+    factor that helps is applied again as long as it does, and the ones after it are left out.
     """
 
     name: str
@@ -104,7 +104,7 @@ def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
 _PLASTIC = {"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 1 - 2e-4, "survive": None, "output": "all"}
 _PLASTIC_SEARCH = (
     Coordinate("output", values=("active", "free")),
-    Coordinate("survive", values=(0.3, 0.8, 0.95)),
+    Coordinate("survive", values=(0.8, 0.95)),
     Coordinate("beta", factors=(0.5, 2, 4)),
     Coordinate("lr", factors=(0.3, 3)),
 )

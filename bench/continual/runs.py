@@ -7,7 +7,7 @@ on from its last task comes to the same numbers as one that was not.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,7 +25,7 @@ from .experiments import EXPERIMENTS, Protocol
 from .methods import METHODS
 from .store import Record, Store
 from .tasks import Task, joint
-from .training import Machine, standard, test, train
+from .training import Machine, accuracy_of, standard, train
 
 # SGD as an NPC that never consolidates, where the experiment is about the importance that NPC measures.
 _WATCHED = ("npc", "sgd")
@@ -159,7 +159,7 @@ def _learn(run: Run, store: Store, position: int) -> Record:
             record.seconds.append(round(seconds, 3))
             started = time.perf_counter()
             if method.consolidate is not None and number + 1 < len(tasks):
-                method.consolidate(optimizer, _batches(task, run), lambda y, task=task: y[:, task.outputs])
+                method.consolidate(optimizer, _batches(task, run), _select(task))
             record.consolidation_seconds.append(round(time.perf_counter() - started, 3))
             record.accuracy.append(_accuracies(run, model, tasks, number, record))
             if watch is not None:
@@ -172,9 +172,9 @@ def _learn(run: Run, store: Store, position: int) -> Record:
 def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, record: Record) -> list[float | None]:
     """On all tasks; of single networks, what each came to on its own task so far."""
     if run.method != "single":
-        return [test(model, task, run.machine) for task in tasks]
+        return [accuracy_of(model, task, run.machine) for task in tasks]
     before = record.accuracy[-1][:number] if number else []
-    return [*before, test(model, tasks[number], run.machine), *[None] * (len(tasks) - number - 1)]
+    return [*before, accuracy_of(model, tasks[number], run.machine), *[None] * (len(tasks) - number - 1)]
 
 
 def _fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -196,6 +196,11 @@ def _batches(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Te
     """All training samples as they are, with labels relative to the task's first."""
     for images, labels in zip(task.train_images.split(size), task.train_labels.split(size), strict=True):
         yield standard(images, task, run.machine), labels - task.classes[0]
+
+
+def _select(task: Task) -> Callable[[Tensor], Tensor]:
+    """The network's outputs for a task's own classes."""
+    return lambda outputs: outputs[:, task.outputs]
 
 
 def _mixed(seed: int, number: int, purpose: int) -> int:

@@ -7,7 +7,7 @@ samples are never looked at. All that was tried is recorded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,12 @@ def search(
         position: the line of the progress bar.
 
     Raises:
-        ValueError: the runs are not on validation samples, or the method shares another's hyperparameters.
+        ValueError: the runs are not on validation samples.
     """
     first = runs[0]
     if not first.protocol.validation:
         raise ValueError("a search needs runs on validation samples")
     method = METHODS[first.method]
-    if method.tuned_as is not None:
-        raise ValueError(f"{first.method} shares what is tuned for {method.tuned_as}; search that")
     tried: dict[str, tuple[dict[str, Any], float]] = {}
 
     with tqdm(
@@ -68,27 +66,25 @@ def search(
     return f"{len(tried)} configurations tried, best {score(best):.2%} with {best}"
 
 
-def _along(coordinate: Coordinate, best: dict[str, Any], score: Any, may_go_on: Any) -> dict[str, Any]:
-    """The best settings that differ from `best` in one hyperparameter only."""
-    start = best
-    for factor, candidate in _candidates(coordinate, start):
+def _along(
+    coordinate: Coordinate,
+    start: dict[str, Any],
+    score: Callable[[dict[str, Any]], float],
+    may_go_on: Callable[[], bool],
+) -> dict[str, Any]:
+    """The best settings that differ from `start` in one hyperparameter only."""
+    name, best = coordinate.name, start
+    choices: Sequence[Any] = coordinate.values or coordinate.factors
+    for choice in choices:
+        candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
         while may_go_on() and score(candidate) > score(best):
             best = candidate
-            if not coordinate.walk or factor is None:
+            if not coordinate.walk:
                 break
-            candidate = with_choice(best, coordinate.name, _rounded(best[coordinate.name] * factor))
-        else:
-            continue
-        if coordinate.walk:
+            candidate = with_choice(best, name, _rounded(best[name] * choice))
+        if coordinate.walk and best is not start:
             break
     return best
-
-
-def _candidates(coordinate: Coordinate, start: dict[str, Any]) -> Iterator[tuple[float | None, dict[str, Any]]]:
-    for value in coordinate.values:
-        yield None, with_choice(start, coordinate.name, value)
-    for factor in coordinate.factors:
-        yield factor, with_choice(start, coordinate.name, _rounded(start[coordinate.name] * factor))
 
 
 def _rounded(value: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,8 @@ class Task:
 
     def to(self, device: torch.device) -> Task:
         """The same task with all tensors on a device."""
-        return replace(self, **{name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)})
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **moved)
 
 
 def digits(classes_per_task: int = 2) -> list[Task]:

@@ -205,7 +205,7 @@ def _graph_of(step: Step, batch_size: int) -> Step:
 
 
 @torch.no_grad()
-def test(model: nn.Module, task: Task, machine: Machine | None = None, batch_size: int = 1000) -> float:
+def accuracy_of(model: nn.Module, task: Task, machine: Machine | None = None, batch_size: int = 1000) -> float:
     """The share of test images that are classified right among their own task's classes."""
     machine = machine or Machine(str(task.train_labels.device))
     training = model.training
