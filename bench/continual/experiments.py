@@ -137,14 +137,13 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
         data = _load(name, folder)
         if data is None:
             raise FileNotFoundError(f"the data set {name!r} is not there; --data names the folder it is in")
-        train_images, test_images = (
-            _resized(images, experiment.side, protocol.shrink) for images in (data.train_images, data.test_images)
-        )
-        train_labels, test_labels = data.train_labels, data.test_labels
+        train_images, train_labels = _resized(data.train_images, experiment.side, protocol.shrink), data.train_labels
         if protocol.validation:
             held_out = torch.rand(len(train_labels), generator=torch.Generator().manual_seed(0)) < VALIDATION_SHARE
             test_images, test_labels = train_images[held_out], train_labels[held_out]
             train_images, train_labels = train_images[~held_out], train_labels[~held_out]
+        else:
+            test_images, test_labels = _resized(data.test_images, experiment.side, protocol.shrink), data.test_labels
         pixels = train_images.float().transpose(0, 1).flatten(1)
         mean, std = (value.view(1, -1, 1, 1) for value in (pixels.mean(1), pixels.std(1)))
         order = torch.unique(train_labels)

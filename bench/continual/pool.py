@@ -7,6 +7,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -49,14 +50,13 @@ def parallel(
         first = work[index][0]
         on_outcome((first[0] if isinstance(first, list) else first).name, outcomes[index])
 
-    def drain(call: Callable[..., Any], position: int, after_each: Callable[[], None] = lambda: None) -> None:
+    def drain(call: Callable[..., Any], position: int) -> None:
         while True:
             try:
                 index, wait = waiting.get_nowait()
             except queue.Empty:
                 return
             finish(index, wait, call, position)
-            after_each()
 
     if jobs == 1:
         drain(function, 0)
@@ -71,18 +71,19 @@ def parallel(
         def pool() -> ProcessPoolExecutor:
             return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, lock))
 
-        pools = [pool()]
+        current = pool()
 
         def call(*arguments: Any, **named: Any) -> Any:
-            return pools[0].submit(function, *arguments, **named).result()
+            nonlocal current
+            try:
+                return current.submit(function, *arguments, **named).result()
+            except BrokenProcessPool:
+                current.shutdown(wait=False)
+                current = pool()
+                raise
 
-        def renew_if_broken() -> None:
-            if pools[0]._broken:
-                pools[0].shutdown(wait=False)
-                pools[0] = pool()
-
-        drain(call, position, renew_if_broken)
-        pools[0].shutdown()
+        drain(call, position)
+        current.shutdown()
 
     slots = [threading.Thread(target=slot, args=(position,)) for position in range(min(jobs, len(work)))]
     for thread in slots:

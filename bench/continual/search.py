@@ -31,7 +31,7 @@ def search(
         store: of the runs, in which a repeated search finds those it has done.
         budget: how many configurations.
         results: the folder of the record, <experiment>-<size>.json.
-        wait: must be on; a search waits for runs that another process holds.
+        wait: has no effect; a search always waits for runs that another process holds.
         position: the line of the progress bar.
 
     Raises:

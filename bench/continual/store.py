@@ -95,6 +95,7 @@ class Store:
             checkpoint.unlink(missing_ok=True)
             return
         # The checkpoint holds the record, too, so that the two agree wherever the process is killed.
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = checkpoint.with_suffix(f".{os.getpid()}")
         torch.save({"record": text, **state}, temporary)
         os.replace(temporary, checkpoint)
