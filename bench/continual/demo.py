@@ -9,22 +9,38 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from npc_ext import NPC, plot_plasticity
 
 from .. import environment
-from . import report
+from . import figures
+from .metrics import average_accuracy, forgetting
 from .networks import cnn
+from .report import markdown, mean_and_error, percent
 from .tasks import Task, digits
-from .training import Run, learn
+from .training import accuracy_of, train
 
 # Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
 DELTA = 0.999
+
+
+@dataclass
+class Run:
+    """What learning a sequence of tasks came to.
+
+    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+    """
+
+    accuracy: list[list[float]]
+    steps: int
+    seconds_per_step: float
 
 
 def network(classes: int) -> nn.Module:
@@ -53,6 +69,56 @@ def run(
     ), optimizer
 
 
+def learn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    tasks: Sequence[Task],
+    *,
+    epochs: int,
+    batch_size: int,
+    label: str,
+    generator: torch.Generator,
+) -> Run:
+    """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them."""
+    accuracy: list[list[float]] = []
+    steps, seconds = 0, 0.0
+    with tqdm(total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+        for number, task in enumerate(tasks, start=1):
+
+            def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
+                so_far = accuracy_of(model, task)
+                bar.set_postfix_str(f"task {number}/{len(tasks)}, loss {loss:.3f}, accuracy {so_far:.1%}")
+                bar.update()
+
+            more, spent = train(
+                model, optimizer, task, epochs=epochs, batch_size=batch_size, generator=generator, on_epoch=on_epoch
+            )
+            steps, seconds = steps + more, seconds + spent
+            accuracy.append([accuracy_of(model, other) for other in tasks])
+            bar.write(
+                f"{label}: after task {number} of {len(tasks)}, average accuracy of the tasks so far "
+                f"{sum(accuracy[-1][:number]) / number:.1%}"
+            )
+    return Run(accuracy, steps, seconds / steps)
+
+
+def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
+    """A Markdown table: accuracy per task after the last, average, forgetting, seconds per step; over seeds."""
+    rows = []
+    for method, repeated in runs.items():
+        milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])
+        rows.append(
+            [
+                method,
+                *(percent([run.accuracy[-1][k] for run in repeated]) for k in range(len(tasks))),
+                f"**{percent([average_accuracy(run.accuracy) for run in repeated])}**",
+                percent([forgetting(run.accuracy) for run in repeated]),
+                f"{milliseconds:.2f} ± {error:.2f}",
+            ]
+        )
+    return markdown(["", *tasks, "average", "forgetting", "ms per step"], rows)
+
+
 def main() -> None:
     """Runs the demonstration."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
@@ -76,18 +142,19 @@ def main() -> None:
             runs[method].append(result)
     assert isinstance(optimizer, NPC)
 
-    table = report.table(runs, [f"{name} (%)" for name in names])
+    table = table_of(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
     print(
         f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n"
     )
     print(table)
-    figures = {
-        "average": report.figure_average(runs),
-        "per-task": report.figure_per_task(runs, names),
+    accuracy = {method: [one.accuracy for one in repeated] for method, repeated in runs.items()}
+    drawn = {
+        "average": figures.average(accuracy),
+        "per-task": figures.per_task(accuracy, names),
         "plasticity": plot_plasticity(optimizer),
     }
-    for name, figure in figures.items():
+    for name, figure in drawn.items():
         for suffix in ("svg", "png"):
             figure.savefig(arguments.out / f"{name}.{suffix}", dpi=150)
     command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])

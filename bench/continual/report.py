@@ -1,59 +1,239 @@
-"""Tables and figures of learned sequences."""
+"""The report: tables and figures of what is stored, nothing else, and a list of what is not."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from .training import Run
+from . import figures
+from .experiments import EXPERIMENTS, SIZES, Experiment
+from .methods import BOUNDS, METHODS, defaults
+from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
+from .store import Record, Store
 
-COLORS = {"SGD": "#c44e52", "NPC": "#4c72b0"}
+_WITHOUT = "-"
+_FIGURES = {
+    "icifar100": "Figure 2",
+    "imnist": "Figure 3",
+    "ifashion": "Figure 3",
+    "activation": "Figure 4",
+    "hetero": "Figure 5",
+}
+# The paper's means of Figure 4: all neurons, the most and the least important tenth.
+_PUBLISHED_CHANGES = {"npc": ("0.383", "0.094", "0.667")}
 
 
-def average_accuracy(run: Run) -> float:
-    """Accuracy over all tasks after the last one."""
-    return float(np.mean(run.accuracy[-1]))
+def write(store: Store, out: Path) -> str:
+    """Writes report.md and the figures to a folder; returns the text."""
+    out.mkdir(parents=True, exist_ok=True)
+    stored = list(store.records())
+    parts = ["# Learning tasks in a row"]
+    missing: list[str] = []
+    for name, experiment in EXPERIMENTS.items():
+        for size in SIZES:
+            records = [record for record in stored if (record.experiment, record.size) == (name, size)]
+            missing += _missing(name, size, records)
+            if any(record.finished for record in records):
+                parts += _section(name, experiment, size, [one for one in records if one.finished], out)
+    parts += ["## Not run", "\n".join(f"* {line}" for line in missing) or "Nothing is missing."]
+    text = "\n\n".join(parts) + "\n"
+    (out / "report.md").write_text(text)
+    return text
 
 
-def forgetting(run: Run) -> float:
-    """How far tasks but the last fell, on average, from the best accuracy they ever had since they were learned."""
-    table = np.array(run.accuracy)
-    learned = np.tril(np.ones_like(table)) > 0
-    best = np.where(learned, table, 0)[:-1].max(0)
-    return float(np.mean(best[:-1] - table[-1, :-1]))
+def _section(name: str, experiment: Experiment, size: str, records: list[Record], out: Path) -> Iterator[str]:
+    """One experiment's paragraphs; writes its figures."""
+    yield f"## {experiment.title} ({name}, {size})"
+    groups = _grouped(records)
+    standard = {label.method: repeated for label, repeated in groups.items() if not label.changes}
+    others = {label: repeated for label, repeated in groups.items() if label.changes}
+    if standard:
+        protocol = next(iter(standard.values()))[0].settings["protocol"]
+        yield (
+            f"{protocol['epochs']} epochs a task, batch size {protocol['batch_size']}, channels "
+            f"{', '.join(map(str, protocol['channels']))}, hidden {protocol['hidden']}, images shrunk by "
+            f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
+        )
+        if name == "activation":
+            yield _changes(standard)
+            figure = figures.activation(standard)
+            yield _saved({"activation": figure}, f"{name}-{size}", out, _FIGURES[name])
+        else:
+            yield accuracy_table(standard, experiment.published)
+            tables = {method: [record.accuracy for record in repeated] for method, repeated in standard.items()}
+            drawn = {"average": figures.average(tables)}
+            if any(method.split()[0] not in BOUNDS for method in standard):
+                drawn["per-task"] = figures.per_task(tables, next(iter(standard.values()))[0].tasks)
+            yield _saved(drawn, f"{name}-{size}", out, _FIGURES.get(name, "Figure"))
+    if others:
+        yield "### Other settings"
+        yield _ablations(others, standard, name == "activation")
+    yield _hyperparameters(groups)
+
+
+def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
+    for kind, figure in drawn.items():
+        figures.save(figure, out / f"{prefix}-{kind}")
+    return "\n".join(f"![{title}, {kind}]({prefix}-{kind}.svg)" for kind in drawn)
+
+
+class _Label(tuple[str, str]):
+    """A method (with its precision, unless that is float32) and what of its settings is not the default."""
+
+    @property
+    def method(self) -> str:
+        return self[0]
+
+    @property
+    def changes(self) -> str:
+        return self[1]
+
+
+def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
+    """Runs that differ in their seed only, by what they are, methods in their usual order."""
+    most = max((tuple(record.settings["protocol"]["datasets"]) for record in records), key=len)
+    groups: dict[_Label, list[Record]] = {}
+    for record in sorted(records, key=lambda one: (list(METHODS).index(one.method), one.seed)):
+        precision = record.settings["precision"]
+        method = record.method if precision == "float32" else f"{record.method} ({precision})"
+        groups.setdefault(_Label((method, ", ".join(_changes_of(record, most)))), []).append(record)
+    return groups
+
+
+def _changes_of(record: Record, datasets: Sequence[str]) -> Iterator[str]:
+    protocol = asdict(replace(getattr(EXPERIMENTS[record.experiment], record.size), datasets=tuple(datasets)))
+    for prefix, own, usual in (
+        ("", record.settings["protocol"], protocol),
+        (f"{record.method}.", record.settings["method"], defaults(record.method, record.experiment, record.size)),
+    ):
+        for key, value in own.items():
+            expected = usual.get(key)
+            if value != (list(expected) if isinstance(expected, tuple) else expected) and value is not None:
+                yield f"{prefix}{key}={value}"
+
+
+def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[str, float]) -> str:
+    """A Markdown table: accuracy per task after the last, and every metric; over seeds."""
+    tasks = next(iter(groups.values()))[0].tasks
+    single = {record.seed: record for method in groups if method.startswith("single") for record in groups[method]}
+    header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds", "ms per step"]
+    rows = []
+    for method, repeated in groups.items():
+        tables = [record.accuracy for record in repeated]
+        in_a_row = method.split()[0] not in BOUNDS and len(tasks) > 1
+        compared = [(r.accuracy, single[r.seed].accuracy) for r in repeated if r.seed in single]
+        milliseconds = [1000 * sum(record.seconds) / sum(record.steps) for record in repeated]
+        row = [
+            method,
+            *(percent([float(table[-1][k] or 0) for table in tables]) for k in range(len(tasks))),
+            f"**{percent(list(map(average_accuracy, tables)))}**",
+            percent(list(map(forgetting, tables))) if in_a_row else _WITHOUT,
+            percent(list(map(backward_transfer, tables))) if in_a_row else _WITHOUT,
+            percent([forward_transfer(*pair) for pair in compared]) if in_a_row and compared else _WITHOUT,
+            str(len(repeated)),
+            f"{np.mean(milliseconds):.1f}",
+        ]
+        rows.append(row)
+    if published:
+        header.append("average in the paper, its full size")
+        for row, method in zip(rows, groups, strict=True):
+            number = published.get(method.split()[0])
+            row.append(_WITHOUT if number is None else f"{100 * number:.2f}")
+    return markdown(header, rows)
+
+
+def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
+    """Figure 4's means: relative change of all neurons, of the most and of the least important tenth."""
+    header = [
+        "",
+        "all neurons",
+        "most important tenth",
+        "least important tenth",
+        "never active",
+        "seeds",
+        "in the paper",
+    ]
+    rows = []
+    for method, repeated in groups.items():
+        columns = zip(*(_mean_changes(record) for record in repeated), strict=True)
+        cells = [
+            f"{mean:.3f} ± {error:.3f}" if error == error else f"{mean:.3f}"
+            for mean, error in map(mean_and_error, columns)
+        ]
+        dead = [sum(change is None for change in record.extra["change"]) for record in repeated]
+        paper = " / ".join(_PUBLISHED_CHANGES.get(method.split()[0], (_WITHOUT,)))
+        rows.append([method, *cells, f"{np.mean(dead):.1f}", str(len(repeated)), paper])
+    return markdown(header, rows)
+
+
+def _mean_changes(record: Record) -> tuple[float, float, float]:
+    pairs = zip(record.extra["importance"], record.extra["change"], strict=True)
+    by_importance = [change for _, change in sorted((i, c) for i, c in pairs if c is not None)]
+    tenth = max(1, len(by_importance) // 10)
+    return float(np.mean(by_importance)), float(np.mean(by_importance[-tenth:])), float(np.mean(by_importance[:tenth]))
+
+
+def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str, Any], activation: bool) -> str:
+    header = ["method", "setting", "average", "forgetting", "seeds"]
+    rows = []
+    for label, repeated in [*[(_Label((m, "")), r) for m, r in standard.items()], *others.items()]:
+        if not label.changes and label.method not in {other.method for other in others}:
+            continue
+        tables = [record.accuracy for record in repeated]
+        lost = _WITHOUT
+        if label.method.split()[0] not in BOUNDS and len(tables[0]) > 1:
+            lost = percent(list(map(forgetting, tables)))
+        average = percent(list(map(average_accuracy, tables)))
+        rows.append([label.method, label.changes or "as above", average, lost, str(len(repeated))])
+    return markdown(header, sorted(rows, key=lambda row: (row[0], row[1] != "as above")))
+
+
+def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
+    lines = {}
+    for label, repeated in groups.items():
+        if not label.changes:
+            own = repeated[0].settings["method"]
+            lines[label.method] = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+    processors = sorted({one["processor"] for records in groups.values() for r in records for one in r.environments})
+    devices = sorted({one["device"] for records in groups.values() for r in records for one in r.environments})
+    return "\n".join(
+        [*(f"* {method}: {text}" for method, text in lines.items()), f"* on {', '.join(devices + processors)}"]
+    )
+
+
+def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
+    """What an experiment lacks at its default settings."""
+    finished = [record for record in records if record.finished]
+    for record in records:
+        if not record.finished:
+            done = len(record.accuracy)
+            yield f"{name}, {size}: {record.method} seed {record.seed} stopped after task {done} of {len(record.tasks)}"
+    if not finished:
+        yield f"{name}, {size}: not run"
+        return
+    expected = ("npc", "sgd") if name == "activation" else METHODS
+    there = {label.method.split()[0] for label in _grouped(finished) if not label.changes}
+    if absent := [method for method in expected if method not in there]:
+        yield f"{name}, {size}: not run with {', '.join(absent)}"
+    used = {dataset for record in finished for dataset in record.settings["protocol"]["datasets"]}
+    if left_out := [dataset for dataset in EXPERIMENTS[name].datasets if dataset not in used]:
+        yield f"{name}, {size}: not run on {', '.join(left_out)}, which was not there"
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+    """Mean and its standard error, which is NaN of a single value."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean ± standard error, in percent."""
+    """Mean ± standard error, in percent; of a single value without the error."""
     mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f} ± {100 * error:.1f}"
-
-
-def table(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
-    """A Markdown table: accuracy per task after the last, average, forgetting, seconds per step; over seeds."""
-    header = ["", *tasks, "average", "forgetting", "ms per step"]
-    rows = []
-    for method, repeated in runs.items():
-        per_task = [percent([run.accuracy[-1][k] for run in repeated]) for k in range(len(tasks))]
-        milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])
-        rows.append(
-            [
-                method,
-                *per_task,
-                f"**{percent(list(map(average_accuracy, repeated)))}**",
-                percent(list(map(forgetting, repeated))),
-                f"{milliseconds:.2f} ± {error:.2f}",
-            ]
-        )
-    return markdown(header, rows)
+    return f"{100 * mean:.1f}" + ("" if np.isnan(error) else f" ± {100 * error:.1f}")
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -65,53 +245,3 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     ]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
-
-
-def figure_average(runs: Mapping[str, Sequence[Run]]) -> Figure:
-    """Average accuracy over the tasks so far, after each task; the band is the standard error over seeds."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
-    axes: Any = figure.subplots()
-    for method, repeated in runs.items():
-        so_far = np.array([[np.mean(row[: t + 1]) for t, row in enumerate(run.accuracy)] for run in repeated])
-        _line(axes, method, np.arange(1, so_far.shape[1] + 1), so_far)
-    axes.set_xlabel("tasks learned")
-    axes.set_ylabel("average accuracy of the tasks so far")
-    _finish(axes)
-    axes.legend(frameon=False, loc="lower left")
-    return figure
-
-
-def figure_per_task(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> Figure:
-    """Accuracy of every single task from when it is learned to the end."""
-    count = len(tasks)
-    figure = Figure(figsize=(2.2 * count, 2.6), layout="constrained")
-    grid: Any = figure.subplots(1, count, sharey=True, squeeze=False)
-    for k, axes in enumerate(grid[0]):
-        for method, repeated in runs.items():
-            course = np.array([[row[k] for row in run.accuracy[k:]] for run in repeated])
-            _line(axes, method, np.arange(k + 1, count + 1), course)
-        axes.set_title(f"task {k + 1}: {tasks[k]}", fontsize=10)
-        axes.set_xlim(0.7, count + 0.3)
-        axes.set_xlabel("tasks learned", fontsize=9)
-        _finish(axes)
-    grid[0, 0].set_ylabel("accuracy")
-    grid[0, 0].legend(frameon=False, loc="lower left", fontsize=9)
-    return figure
-
-
-def _line(axes: Any, method: str, x: np.ndarray, values: np.ndarray) -> None:
-    mean, error = values.mean(0), values.std(0, ddof=1) / np.sqrt(len(values))
-    color = COLORS.get(method)
-    axes.plot(x, mean, marker="o", markersize=4, color=color, label=method)
-    axes.fill_between(x, mean - error, np.minimum(mean + error, 1), color=color, alpha=0.2, linewidth=0)
-    axes.set_xticks(x if len(x) > 1 else [x[0]])
-
-
-def _finish(axes: Any) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
-    axes.set_axisbelow(True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,13 +12,37 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """The samples of some classes: images (B, C, H, W) float32, labels (B,) int64 among `classes`."""
+    """The samples of some classes, which are neighbouring outputs of the network.
+
+    Attributes:
+        classes: the outputs of the network that compete with each other, ascending without gaps.
+        train_images, test_images: (B, C, H, W), uint8 or float.
+        train_labels, test_labels: (B,) int64, among `classes`.
+        mean, std: (1, C, 1, 1) float32, or (B, C, 1, 1) where training images come from several data sets: what makes
+            the images' values standard for the network.
+        rivals: (outputs, outputs) bool, row i is true where an output competes with label i; None: all `classes` do.
+        name: for tables and figures.
+    """
 
     classes: tuple[int, ...]
     train_images: Tensor
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    mean: Tensor = field(default_factory=lambda: torch.zeros(1, 1, 1, 1))
+    std: Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, 1))
+    rivals: Tensor | None = None
+    name: str = ""
+
+    @property
+    def outputs(self) -> slice:
+        """Where `classes` lie among the network's outputs."""
+        return slice(self.classes[0], self.classes[-1] + 1)
+
+    def to(self, device: torch.device) -> Task:
+        """The same task with all tensors on a device."""
+        moved: dict[str, Any] = {name: value.to(device) for name, value in vars(self).items() if torch.is_tensor(value)}
+        return replace(self, **moved)
 
 
 def digits(classes_per_task: int = 2) -> list[Task]:
@@ -44,3 +70,25 @@ def split(
             )
         )
     return tasks
+
+
+def joint(tasks: Sequence[Task]) -> Task:
+    """All tasks' training samples as one task in which a sample's rivals are still its own task's classes only."""
+    classes = tuple(label for task in tasks for label in task.classes)
+    rivals = torch.zeros(len(classes), len(classes), dtype=torch.bool)
+    for task in tasks:
+        rivals[task.outputs, task.outputs] = True
+
+    def statistics(name: str) -> Tensor:
+        return torch.cat([getattr(task, name).expand(len(task.train_labels), -1, 1, 1) for task in tasks])
+
+    return Task(
+        classes,
+        torch.cat([task.train_images for task in tasks]),
+        torch.cat([task.train_labels for task in tasks]),
+        torch.cat([task.test_images for task in tasks]),
+        torch.cat([task.test_labels for task in tasks]),
+        statistics("mean"),
+        statistics("std"),
+        rivals.to(tasks[0].train_labels.device),
+    )

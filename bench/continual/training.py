@@ -1,94 +1,224 @@
-"""Learning tasks in a row: the protocol of the paper, and what is measured on the way."""
+"""Training on one task, and testing: samples stay on the device, and no step waits for the device to answer.
+
+An epoch's order, crops and flips are drawn at once and by a generator on the CPU, so that they are the same numbers on
+every machine; a batch is then cut out of the padded images by one gather.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
 from .tasks import Task
 
+Step = Callable[[Tensor], None]
 
-@dataclass
-class Run:
-    """What learning a sequence of tasks came to.
 
-    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crops of images with `padding` black pixels around them, and flips of left and right."""
+
+    padding: int = 0
+    flip: bool = False
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how training is computed; `bf16` and `tf32` change the arithmetic, the rest only the speed."""
+
+    device: str = "cpu"
+    bf16: bool = False
+    tf32: bool = False
+    channels_last: bool = False
+    cuda_graph: bool = False
+
+    @property
+    def precision(self) -> str:
+        """The name of the arithmetic."""
+        return "bf16" if self.bf16 else "tf32" if self.tf32 else "float32"
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Multiplies float32 matrices as `tf32` says, within the block."""
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = self.tf32
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before[0])
+            torch.backends.cudnn.allow_tf32 = before[1]
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Autocast to bfloat16, or nothing."""
+        return torch.autocast(torch.device(self.device).type, torch.bfloat16) if self.bf16 else nullcontext()
+
+    def memory_format(self) -> torch.memory_format:
+        """The layout of images and of convolutions' weights."""
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+
+class Samples:
+    """A task's training samples, drawn with augmentation."""
+
+    def __init__(self, task: Task, augmentation: Augmentation) -> None:
+        self._task, self._augmentation = task, augmentation
+        _, channels, self._height, self._width = task.train_images.shape
+        device = task.train_images.device
+        # Padding all images once makes a crop a plain gather.
+        self._padded = F.pad(task.train_images, (augmentation.padding,) * 4)
+        self._channels = torch.arange(channels, device=device).view(1, -1, 1, 1)
+        self._rows = torch.arange(self._height, device=device).view(1, 1, -1, 1)
+        self._columns = torch.arange(self._width, device=device).view(1, 1, 1, -1)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """What `count` samples are: (count, 4) int64 of sample, first row, first column, and whether flipped.
+
+        Passes over all samples in random order follow each other until there are `count`.
+        """
+        available = len(self._task.train_labels)
+        orders = [torch.randperm(available, generator=generator) for _ in range(-(-count // available))]
+        drawn = torch.zeros(count, 4, dtype=torch.int64)
+        drawn[:, 0] = torch.cat(orders)[:count]
+        if self._augmentation.padding:
+            places = 2 * self._augmentation.padding + 1
+            drawn[:, 1:3] = torch.randint(places, (count, 2), generator=generator)
+        if self._augmentation.flip:
+            drawn[:, 3] = torch.randint(2, (count,), generator=generator)
+        return drawn.to(self._padded.device)
+
+    def batch(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """The drawn samples: images (B, C, H, W) float32 that are standard for the network, and labels (B,)."""
+        sample, top, left, flipped = drawn.view(-1, 4, 1, 1, 1).unbind(1)
+        columns = torch.where(flipped.bool(), self._width - 1 - self._columns, self._columns)
+        images = self._padded[sample, self._channels, top + self._rows, left + columns]
+        index = drawn[:, 0]
+        mean, std = (value if len(value) == 1 else value[index] for value in (self._task.mean, self._task.std))
+        return (images - mean) / std, self._task.train_labels[index]
+
+
+def loss_of(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
+    """Cross-entropy over the outputs of the task's own classes (task-incremental learning).
+
+    Args:
+        outputs: (B, outputs) of the network.
+        labels: (B,) int64, among the task's classes.
+        task: whose classes compete.
     """
+    if task.rivals is not None:
+        return F.cross_entropy(outputs.masked_fill(~task.rivals[labels], -torch.inf), labels)
+    return F.cross_entropy(outputs[:, task.outputs], labels - task.classes[0])
 
-    accuracy: list[list[float]]
-    steps: int
-    seconds_per_step: float
 
-
-def learn(
+def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    tasks: Sequence[Task],
+    task: Task,
     *,
     epochs: int,
     batch_size: int,
-    label: str,
     generator: torch.Generator,
-) -> Run:
-    """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them.
+    epoch_samples: int | None = None,
+    augmentation: Augmentation | None = None,
+    machine: Machine | None = None,
+    on_epoch: Callable[[float], None] = lambda loss: None,
+) -> tuple[int, float]:
+    """Trains a model on one task; returns the number of steps and their seconds.
 
-    The loss is the cross-entropy over the outputs of the task's own classes (task-incremental learning).
+    Args:
+        model: the network, on the task's device.
+        optimizer: of its parameters.
+        task: what to learn.
+        epochs: how often `epoch_samples` are drawn.
+        batch_size: samples per step; the last step of an epoch may have fewer.
+        generator: on the CPU; decides order, crops and flips.
+        epoch_samples: samples in an epoch; default: as many as the task has.
+        augmentation: crops and flips; default: none.
+        machine: how to compute; default: in float32 on the task's device.
+        on_epoch: is called with the mean loss of every epoch, which also waits for the device.
     """
-    accuracy: list[list[float]] = []
+    machine = machine or Machine(str(task.train_labels.device))
+    samples = Samples(task, augmentation or Augmentation())
+    count = epoch_samples or len(task.train_labels)
+    total = torch.zeros((), device=task.train_labels.device)
+    model.train()
+
+    def step(drawn: Tensor) -> None:
+        images, labels = samples.batch(drawn)
+        optimizer.zero_grad()
+        with machine.autocast():
+            loss = loss_of(model(images.contiguous(memory_format=machine.memory_format())), labels, task)
+        loss.backward()
+        optimizer.step()
+        total.add_(loss.detach())
+
+    run_step = _graph_of(step, batch_size) if machine.cuda_graph and total.is_cuda else step
     steps, seconds = 0, 0.0
-    with tqdm(total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True) as bar:
-        for number, task in enumerate(tasks, start=1):
-            for _ in range(epochs):
-                started = time.perf_counter()
-                batches = torch.randperm(len(task.train_labels), generator=generator).split(batch_size)
-                loss = sum(_step(model, optimizer, task, batch) for batch in batches) / len(batches)
-                seconds += time.perf_counter() - started
-                steps += len(batches)
-                so_far = _average([test(model, task)])
-                bar.set_postfix_str(f"task {number}/{len(tasks)}, loss {loss:.3f}, accuracy {so_far:.1%}")
-                bar.update()
-            accuracy.append([test(model, other) for other in tasks])
-            bar.write(
-                f"{label}: after task {number} of {len(tasks)}, average accuracy of the tasks so far "
-                f"{_average(accuracy[-1][:number]):.1%}"
-            )
-    return Run(accuracy, steps, seconds / steps)
+    with machine.arithmetic():
+        for _ in range(epochs):
+            started = time.perf_counter()
+            batches = samples.draw(count, generator).split(batch_size)
+            for drawn in batches:
+                run_step(drawn)
+            mean_loss = total.item() / len(batches)
+            total.zero_()
+            seconds += time.perf_counter() - started
+            steps += len(batches)
+            on_epoch(mean_loss)
+    return steps, seconds
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, batch: Tensor) -> float:
-    """One training step; returns the loss."""
-    optimizer.zero_grad()
-    loss = F.cross_entropy(
-        _task_outputs(model, task.train_images[batch], task), _task_labels(task.train_labels[batch], task)
-    )
-    loss.backward()
-    optimizer.step()
-    return loss.item()
+def _graph_of(step: Step, batch_size: int) -> Step:
+    """The step as a CUDA graph that is replayed, for batches of `batch_size`; others are computed as usual.
+
+    The first three steps are ordinary ones on the side, which is what capture asks for as a warm-up.
+    """
+    graph, stream, seen = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
+    static: Tensor | None = None
+
+    def run(drawn: Tensor) -> None:
+        nonlocal static, seen
+        if len(drawn) != batch_size:
+            step(drawn)
+            return
+        seen += 1
+        if seen <= 3:
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                step(drawn)
+            torch.cuda.current_stream().wait_stream(stream)
+            return
+        if static is None:
+            static = drawn.clone()
+            with torch.cuda.graph(graph):
+                step(static)
+        static.copy_(drawn)
+        graph.replay()
+
+    return run
 
 
 @torch.no_grad()
-def test(model: nn.Module, task: Task) -> float:
+def accuracy_of(model: nn.Module, task: Task, machine: Machine | None = None, batch_size: int = 1000) -> float:
     """The share of test images that are classified right among their own task's classes."""
+    machine = machine or Machine(str(task.train_labels.device))
     training = model.training
     model.eval()
-    right = _task_outputs(model, task.test_images, task).argmax(1) == _task_labels(task.test_labels, task)
+    right = torch.zeros((), dtype=torch.int64, device=task.test_labels.device)
+    with machine.arithmetic(), machine.autocast():
+        for images, labels in zip(task.test_images.split(batch_size), task.test_labels.split(batch_size), strict=True):
+            chosen = model(standard(images, task, machine))[:, task.outputs].argmax(1)
+            right += (chosen == labels - task.classes[0]).sum()
     model.train(training)
-    return right.double().mean().item()
+    return right.item() / len(task.test_labels)
 
 
-def _task_outputs(model: nn.Module, images: Tensor, task: Task) -> Tensor:
-    return model(images)[:, list(task.classes)]
-
-
-def _task_labels(labels: Tensor, task: Task) -> Tensor:
-    return torch.searchsorted(torch.tensor(task.classes), labels)
-
-
-def _average(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def standard(images: Tensor, task: Task, machine: Machine) -> Tensor:
+    """Images of a single task as the network wants them."""
+    return ((images - task.mean) / task.std).contiguous(memory_format=machine.memory_format())

@@ -1,0 +1,204 @@
+"""The experiments as a program: `python -m bench.continual run|search|report --help`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from . import experiments, methods, metrics, search
+from .experiments import EXPERIMENTS, SIZES, Protocol
+from .methods import METHODS
+from .pool import Outcome, parallel
+from .runs import Run, execute
+from .store import STORE, Record, Store
+from .training import Machine
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the program; returns its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "report":
+        from . import report
+
+        print(report.write(Store(options.store), options.out))
+        return 0
+    try:
+        runs = _runs(options)
+    except ValueError as error:
+        parser.error(str(error))
+    return _search(options, runs) if options.command == "search" else _run(options, runs)
+
+
+def _run(options: argparse.Namespace, runs: list[Run]) -> int:
+    store = Store(options.store)
+    outcomes = parallel(execute, [(run, store) for run in runs], options.jobs, on_outcome=_show)
+    return _status(outcomes)
+
+
+def _search(options: argparse.Namespace, runs: list[Run]) -> int:
+    by_method: dict[str, list[Run]] = {}
+    for run in runs:
+        by_method.setdefault(run.method, []).append(run)
+    work = [
+        (repeated, Store(options.store / "validation"), options.budget, options.results)
+        for repeated in by_method.values()
+    ]
+    return _status(parallel(search.search, work, options.jobs, on_outcome=_show))
+
+
+def _show(name: str, outcome: Outcome) -> None:
+    if isinstance(outcome, Record):
+        seconds = sum(outcome.seconds) + sum(outcome.consolidation_seconds)
+        text = f"{name}: average accuracy {metrics.average_accuracy(outcome.accuracy):.2%}, {seconds:.1f} s"
+    elif isinstance(outcome, BaseException):
+        text = f"{name}: failed: {type(outcome).__name__}: {outcome}"
+    else:
+        text = f"{name}: {outcome}"
+    tqdm.write(text, file=sys.stderr if isinstance(outcome, BaseException) else sys.stdout)
+
+
+def _status(outcomes: Sequence[Outcome]) -> int:
+    failed = sum(isinstance(outcome, BaseException) for outcome in outcomes)
+    if failed:
+        print(f"{failed} of {len(outcomes)} failed; the same command does only what is missing", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _runs(options: argparse.Namespace) -> list[Run]:
+    """All runs that the options ask for, the seeds of a method after each other.
+
+    Raises:
+        ValueError: an option is unknown or does not fit; the message is one sentence.
+    """
+    if options.seeds < 1:
+        raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; expected at least 1")
+    device = options.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    elif device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"--device is {device}, but PyTorch sees no CUDA device")
+    machine = Machine(device, options.bf16, options.tf32, options.channels_last, options.cuda_graph)
+    experiment = EXPERIMENTS[options.experiment]
+    protocol: Protocol = getattr(experiment, options.size)
+    present = experiments.available(experiment, options.data)
+    missing = [name for name in experiment.datasets if name not in present]
+    if not present or (missing and experiment.classes_per_task):
+        raise ValueError(f"{options.experiment} needs the data set {missing[0]!r}; --data names the folder it is in")
+    if missing:
+        print(f"{options.experiment}: left out, because it is not there: {', '.join(missing)}", file=sys.stderr)
+    protocol = replace(protocol, datasets=present)
+    if options.command == "search":
+        protocol = replace(protocol, validation=True, tasks=options.tasks or protocol.tasks)
+
+    names = options.methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"--methods has {name!r}; expected some of {', '.join(METHODS)}")
+        if options.command == "search" and (shared := METHODS[name].tuned_as):
+            raise ValueError(f"--methods has {name!r}, which shares what is tuned for {shared}; search that")
+    hyperparameters = {name: methods.defaults(name, options.experiment, options.size) for name in names}
+    for assignment in options.set:
+        protocol = _assign(assignment, protocol, hyperparameters)
+    return [
+        Run(
+            options.experiment,
+            options.size,
+            name,
+            seed,
+            protocol,
+            hyperparameters[name],
+            machine,
+            options.data,
+        )
+        for name in names
+        for seed in range(options.seeds)
+    ]
+
+
+def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict[str, Any]]) -> Protocol:
+    """Carries out one of --set: a method's hyperparameter, in place, or a field of the protocol, which is returned."""
+    key, equals, text = assignment.partition("=")
+    if not equals:
+        raise ValueError(f"--set has {assignment!r}; expected name=value or method.name=value")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    method, dot, name = key.rpartition(".")
+    if not dot:
+        return _with_field(protocol, key, value)
+    if method not in METHODS:
+        raise ValueError(f"--set has {key!r}; {method!r} is no method, expected one of {', '.join(METHODS)}")
+    known = METHODS[method].paper
+    if name not in known:
+        raise ValueError(f"--set has {key!r}; {method} has {', '.join(known)}")
+    if isinstance(known[name], str) != isinstance(value, str):
+        raise ValueError(
+            f"--set has {assignment!r}; expected {'a word' if isinstance(known[name], str) else 'a number'}"
+        )
+    if method in hyperparameters:
+        hyperparameters[method] = methods.with_choice(hyperparameters[method], name, value)
+    return protocol
+
+
+def _with_field(protocol: Protocol, name: str, value: Any) -> Protocol:
+    known = [one.name for one in fields(Protocol) if one.name not in ("datasets", "validation")]
+    if name not in known:
+        raise ValueError(f"--set has {name!r}; the protocol has {', '.join(known)}, a method method.name")
+    value = tuple(value) if isinstance(value, list) else value
+    before = getattr(protocol, name)
+    if type(value) is not type(before):
+        raise ValueError(f"--set has {name}={value!r}; expected a value such as {before!r}")
+    return replace(protocol, **{name: value})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench.continual", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("run", help="learn tasks in a row and store every task's results")
+    look = commands.add_parser("search", help="tune hyperparameters on held-out training samples")
+    tell = commands.add_parser("report", help="tables and figures of what is stored")
+    for command in (run, look):
+        command.add_argument("--experiment", required=True, choices=EXPERIMENTS, help="what to learn")
+        command.add_argument("--methods", default="npc,sgd", help=f"comma-separated, of {', '.join(METHODS)}")
+        command.add_argument("--size", default="small", choices=SIZES, help="small: one core; paper: a GPU")
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+        command.add_argument("--jobs", type=int, default=1, help="how many runs are computed beside each other")
+        command.add_argument("--data", default=os.environ.get("NPC_DATA"), help="folder of the data sets")
+        command.add_argument(
+            "--set",
+            nargs="+",
+            action="extend",
+            default=[],
+            metavar="NAME=VALUE",
+            help="other settings: npc.delta=0.999 of a method, batch_size=64 of the protocol",
+        )
+        command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+        command.add_argument("--tf32", action="store_true", help="multiply float32 in TF32 (CUDA)")
+        command.add_argument("--channels-last", action="store_true", help="images and weights with channels last")
+        command.add_argument("--cuda-graph", action="store_true", help="replay the step as a CUDA graph (CUDA)")
+    run.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
+    look.add_argument("--seeds", type=int, default=1, help="repetitions that a score is the mean of (default 1)")
+    look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
+    look.add_argument("--budget", type=int, default=10, help="configurations tried for every method (default 10)")
+    look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
+    tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")
+    for command in (run, look, tell):
+        command.add_argument("--store", type=Path, default=STORE, help="folder of the runs' results")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,62 @@
+"""How much a hidden layer's activations on task 1 change while task 2 is learned (Figure 4 of the paper).
+
+The paper gives no formula. Here the change of neuron i over samples s is sum_s |a'_si - a_si| / sum_s |a_si|, with a
+before and a' after task 2; a neuron that no sample had activated has none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .tasks import Task
+from .training import Machine, standard
+
+SAMPLES = 256
+
+
+class Watch:
+    """Follows the activations of the layer before the output on samples of the first task."""
+
+    def __init__(self, task: Task, machine: Machine) -> None:
+        self._images = standard(task.test_images[:SAMPLES], task, machine)
+        self._before: dict[str, Tensor] = {}
+
+    def after_task(self, number: int, model: nn.Module, optimizer: Any) -> dict[str, Any]:
+        """After the first task, remembers; after the second, returns the neurons' importance and change."""
+        if number == 0:
+            importance = optimizer.plasticity()["hidden"].importance
+            self._before = {"activations": self._activations(model), "importance": importance}
+        if number != 1:
+            return {}
+        before, after = self._before["activations"].to(self._images.device), self._activations(model)
+        size = before.abs().sum(0)
+        change = torch.where(size > 0, (after - before).abs().sum(0) / size, torch.nan)
+        return {
+            "importance": [round(value, 5) for value in self._before["importance"].tolist()],
+            "change": [None if value != value else round(value, 5) for value in change.tolist()],
+        }
+
+    @torch.no_grad()
+    def _activations(self, model: nn.Module) -> Tensor:
+        """(SAMPLES, neurons) after the hidden layer's ReLU."""
+        seen: list[Tensor] = []
+        training = model.training
+        handle = model.get_submodule("relu").register_forward_hook(lambda module, inputs, output: seen.append(output))
+        try:
+            model.eval()
+            model(self._images)
+        finally:
+            handle.remove()
+            model.train(training)
+        return seen[0].float().clone()
+
+    def state(self) -> dict[str, Tensor]:
+        """What it remembers."""
+        return self._before
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Remembers a state again."""
+        self._before = state

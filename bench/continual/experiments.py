@@ -1,0 +1,241 @@
+"""The experiments: which data sets make which tasks, and the network and protocol that learn them.
+
+The paper leaves batch size, class order and initialization open; they are fields of `Protocol`, so that every run
+states them. Size "paper" is the paper's network and length; size "small" fits one processor core in half a minute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import datasets
+from .networks import cnn
+from .tasks import Task
+from .training import Augmentation
+
+SIZES = ("small", "paper")
+VALIDATION_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How an experiment is run.
+
+    Attributes:
+        channels, hidden: widths of the convolutions and of the hidden layer.
+        epochs: per task.
+        epoch_samples: samples in an epoch; 0: as many as the task's whole data set has for training.
+        batch_size: samples per step.
+        tasks: how many tasks are learned; 0: all.
+        train_samples, test_samples: the most samples of a task that are used; 0: all.
+        shrink: images are averaged over squares of so many pixels.
+        class_order: seed of the permutation of classes; -1: their own order.
+        datasets: names of the data sets there are.
+        validation: test on samples held out of the training set, never on test samples.
+    """
+
+    channels: tuple[int, ...] = (128, 512, 256)
+    hidden: int = 512
+    epochs: int = 30
+    epoch_samples: int = 0
+    batch_size: int = 256
+    tasks: int = 0
+    train_samples: int = 0
+    test_samples: int = 0
+    shrink: int = 1
+    class_order: int = -1
+    datasets: tuple[str, ...] = ()
+    validation: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A sequence of tasks: all classes of the data sets, one data set after the other, `classes_per_task` at a time.
+
+    Attributes:
+        title: as the report calls it.
+        datasets: names for `datasets.load`.
+        classes_per_task: 0: all classes of a data set are one task.
+        side: width and height in pixels that images are padded to.
+        augmentation: of images of that size.
+        small: the protocol of size "small".
+        paper: the protocol of size "paper".
+        published: average accuracy after the last task in the paper, by method.
+    """
+
+    title: str
+    datasets: tuple[str, ...]
+    classes_per_task: int
+    small: Protocol
+    paper: Protocol = field(default_factory=Protocol)
+    side: int = 32
+    augmentation: Augmentation = field(default_factory=lambda: Augmentation(padding=4))
+    published: dict[str, float] = field(default_factory=dict)
+
+
+_SMALL = Protocol(
+    channels=(32, 64, 64), hidden=128, epochs=4, epoch_samples=2500, batch_size=32, train_samples=4000, shrink=2
+)
+_CIFAR = replace(_SMALL, epochs=8, tasks=5)
+_WITH_FLIPS = Augmentation(padding=4, flip=True)
+EXPERIMENTS = {
+    "idigits": Experiment(
+        "Digits (8x8), 5 tasks of 2 classes",
+        ("digits",),
+        2,
+        Protocol(channels=(16, 32), hidden=64, epochs=30, epoch_samples=280, batch_size=16),
+        Protocol(channels=(16, 32), hidden=64, batch_size=16),
+        side=8,
+        augmentation=Augmentation(),
+    ),
+    "imnist": Experiment("iMNIST, 5 tasks of 2 classes", ("mnist",), 2, _SMALL, published={"npc": 0.9963}),
+    "ifashion": Experiment("iFashion-MNIST, 5 tasks of 2 classes", ("fashion",), 2, _SMALL),
+    "icifar100": Experiment(
+        "iCIFAR100, tasks of 10 classes",
+        ("cifar100",),
+        10,
+        _CIFAR,
+        augmentation=_WITH_FLIPS,
+        published={"npc": 0.7243},
+    ),
+    "hetero": Experiment(
+        "Heterogeneous sequence: MNIST, Fashion-MNIST, EMNIST-47 (re-split), smallNORB",
+        ("mnist", "fashion", "emnist", "smallnorb"),
+        0,
+        replace(_SMALL, train_samples=10000, test_samples=5000),
+    ),
+    "activation": Experiment(
+        "Change of the hidden layer's activations over task 2 of iCIFAR100",
+        ("cifar100",),
+        10,
+        replace(_CIFAR, tasks=2),
+        Protocol(tasks=2),
+        augmentation=_WITH_FLIPS,
+    ),
+}
+
+
+def available(experiment: Experiment, folder: str | None) -> tuple[str, ...]:
+    """Those of the experiment's data sets that are there or can be had."""
+    return tuple(name for name in experiment.datasets if _load(name, folder) is not None)
+
+
+def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> list[Task]:
+    """The tasks, with labels that are outputs of the network: the first task has the first ones, and so on.
+
+    Raises:
+        FileNotFoundError: a data set that the protocol names is missing.
+    """
+    tasks: list[Task] = []
+    outputs = 0
+    for name in protocol.datasets:
+        data = _load(name, folder)
+        if data is None:
+            raise FileNotFoundError(f"the data set {name!r} is not there; --data names the folder it is in")
+        train_images, train_labels = _resized(data.train_images, experiment.side, protocol.shrink), data.train_labels
+        if protocol.validation:
+            held_out = torch.rand(len(train_labels), generator=torch.Generator().manual_seed(0)) < VALIDATION_SHARE
+            test_images, test_labels = train_images[held_out], train_labels[held_out]
+            train_images, train_labels = train_images[~held_out], train_labels[~held_out]
+        else:
+            test_images, test_labels = _resized(data.test_images, experiment.side, protocol.shrink), data.test_labels
+        pixels = train_images.float().transpose(0, 1).flatten(1)
+        mean, std = (value.view(1, -1, 1, 1) for value in (pixels.mean(1), pixels.std(1)))
+        order = torch.unique(train_labels)
+        if protocol.class_order >= 0:
+            order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(protocol.class_order))]
+        for classes in order.split(experiment.classes_per_task or len(order)):
+            train = _some_of(train_labels, classes, protocol.train_samples)
+            test = _some_of(test_labels, classes, protocol.test_samples)
+            position = torch.empty(int(order.max()) + 1, dtype=torch.int64)
+            position[classes] = torch.arange(outputs, outputs + len(classes))
+            tasks.append(
+                Task(
+                    tuple(range(outputs, outputs + len(classes))),
+                    train_images[train],
+                    position[train_labels[train]],
+                    test_images[test],
+                    position[test_labels[test]],
+                    mean,
+                    std,
+                    name=_name(name, classes if experiment.classes_per_task else None),
+                )
+            )
+            outputs += len(classes)
+    return tasks[: protocol.tasks or None]
+
+
+def epoch_samples(protocol: Protocol, experiment: Experiment, task: Task, folder: str | None) -> int:
+    """Samples in an epoch of a task: the protocol's, or as many as the task's whole data set has."""
+    if protocol.epoch_samples:
+        return protocol.epoch_samples
+    data = _load(protocol.datasets[0], folder) if experiment.classes_per_task else None
+    return len(task.train_labels if data is None else data.train_labels)
+
+
+def network(experiment: Experiment, protocol: Protocol, tasks: Sequence[Task]) -> nn.Sequential:
+    """The network of the experiment, with an output for every class of all tasks."""
+    channels, side = tasks[0].train_images.shape[1:3]
+    return cnn(channels, side, protocol.channels, protocol.hidden, tasks[-1].classes[-1] + 1)
+
+
+def augmentation(experiment: Experiment, protocol: Protocol) -> Augmentation:
+    """The experiment's augmentation for images of the protocol's size."""
+    return replace(experiment.augmentation, padding=experiment.augmentation.padding // protocol.shrink)
+
+
+_loaded: dict[tuple[str, str | None], datasets.Dataset | None] = {}
+
+
+def _load(name: str, folder: str | None) -> datasets.Dataset | None:
+    """A data set, read once in a process; None if it is not there and cannot be fetched."""
+    if (name, folder) not in _loaded:
+        try:
+            _loaded[name, folder] = datasets.load(name, folder)
+        except OSError:
+            _loaded[name, folder] = None
+    return _loaded[name, folder]
+
+
+def _name(dataset: str, classes: Tensor | None) -> str:
+    if classes is None:
+        return {
+            "mnist": "MNIST",
+            "fashion": "Fashion-MNIST",
+            "emnist": "EMNIST-47 (re-split)",
+            "smallnorb": "smallNORB",
+        }[dataset]
+    labels = classes.tolist()
+    if len(labels) <= 3 or labels != list(range(labels[0], labels[0] + len(labels))):
+        return ", ".join(map(str, labels))
+    return f"{labels[0]} to {labels[-1]}"
+
+
+def _resized(images: Tensor, side: int, shrink: int) -> Tensor:
+    """Images (B, C, H, W) uint8, first padded with black to (side, side), or averaged if larger, then shrunk."""
+    height = images.shape[2]
+    if height > side:  # smallNORB's 96 pixels
+        images = _averaged(images, height // side)
+    before = (side - images.shape[2]) // 2
+    after = side - images.shape[2] - before
+    return _averaged(F.pad(images, (before, after, before, after)), shrink)
+
+
+def _averaged(images: Tensor, square: int) -> Tensor:
+    if square == 1:
+        return images
+    # In parts, because all of a data set as float32 may not fit in memory.
+    return torch.cat([F.avg_pool2d(part.float(), square).round().to(torch.uint8) for part in images.split(10000)])
+
+
+def _some_of(labels: Tensor, classes: Tensor, most: int) -> Tensor:
+    """Indices of the samples of some classes: all, or `most` at random, but always the same ones."""
+    indices = torch.isin(labels, classes).nonzero().flatten()
+    if not most or most >= len(indices):
+        return indices
+    return indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))[:most]]

@@ -1,0 +1,168 @@
+"""The methods that are compared: the optimizer of each, its hyperparameters, and what it does at a task's end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import npc_ext
+
+SEARCH = Path("bench/results/continual/search")
+Settings = Mapping[str, Any]
+Batches = Iterable[tuple[Tensor, Tensor]]
+Outputs = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Coordinate:
+    """One step of the search over a hyperparameter.
+
+    With `values` these are tried; with `factors` the best value so far times each of them. With `walk` a
+    factor that helps is applied again as long as it does, and the ones after it are left out.
+    """
+
+    name: str
+    values: tuple[Any, ...] = ()
+    factors: tuple[float, ...] = ()
+    walk: bool = False
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a method learns.
+
+    Attributes:
+        paper: its hyperparameters, with the paper's values.
+        optimizer: builds it from the model, the hyperparameters and the steps of one task.
+        consolidate: what it does after a task with the task's samples; None: nothing.
+        search: what the search varies, in turn.
+        tuned_as: the method whose tuned hyperparameters it shares.
+    """
+
+    paper: Settings
+    optimizer: Callable[[nn.Module, Settings, int], torch.optim.Optimizer]
+    consolidate: Callable[[Any, Batches, Outputs], None] | None = None
+    search: tuple[Coordinate, ...] = ()
+    tuned_as: str | None = None
+
+
+def _sgd(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
+
+
+def _plastic(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
+    def build(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimizer:
+        output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
+        delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
+        return _optimizer(name)(
+            model,
+            lr=settings["lr"],
+            alpha=settings["alpha"],
+            beta=settings["beta"],
+            delta=delta,
+            layers={"output": output},
+        )
+
+    return build
+
+
+def _anchored(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
+    return lambda model, settings, steps: _optimizer(name)(model, **settings)
+
+
+def _optimizer(name: str) -> Any:
+    try:
+        return getattr(npc_ext, name)
+    except AttributeError:
+        raise ValueError(f"this npc_ext has no optimizer {name}; leave --methods {name.lower()} out") from None
+
+
+def _from_samples(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
+    optimizer.consolidate(batches, outputs=outputs, progress=False)
+
+
+def _from_path(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
+    optimizer.consolidate()
+
+
+def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
+    """Powers of ten, then the learning rate, then one significant digit."""
+    return (
+        Coordinate("strength", factors=(0.1, 10), walk=True),
+        *more,
+        Coordinate("lr", factors=(0.3, 3)),
+        Coordinate("strength", factors=(0.5, 2, 3)),
+    )
+
+
+_PLASTIC = {"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 1 - 2e-4, "survive": None, "output": "all"}
+_PLASTIC_SEARCH = (
+    Coordinate("output", values=("active", "free")),
+    Coordinate("survive", values=(0.8, 0.95)),
+    Coordinate("beta", factors=(0.5, 2, 4)),
+    Coordinate("lr", factors=(0.3, 3)),
+)
+_SGD = {"lr": 0.1, "weight_decay": 1e-4}
+METHODS = {
+    "npc": Method(_PLASTIC, _plastic("NPC"), search=_PLASTIC_SEARCH),
+    "cpc": Method(_PLASTIC, _plastic("CPC"), search=_PLASTIC_SEARCH),
+    "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored("EWC"), _from_samples, _strength()),
+    "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored("MAS"), _from_samples, _strength()),
+    "si": Method({"lr": 0.1, "strength": 0.08}, _anchored("SI"), _from_path, _strength()),
+    "ssl": Method(
+        {"lr": 0.1, "strength": 3.0, "sparsity": 2e-6},
+        _anchored("SSL"),
+        _from_samples,
+        _strength(Coordinate("sparsity", factors=(0.1, 10))),
+    ),
+    "sgd": Method(
+        _SGD,
+        _sgd,
+        search=(
+            Coordinate("weight_decay", factors=(0.1, 10), walk=True),
+            Coordinate("lr", factors=(0.3, 3), walk=True),
+            Coordinate("weight_decay", factors=(0.5, 2, 3)),
+        ),
+    ),
+    "joint": Method(_SGD, _sgd, tuned_as="sgd"),
+    "single": Method(_SGD, _sgd, tuned_as="sgd"),
+}
+BOUNDS = ("joint", "single")
+
+
+def defaults(method: str, experiment: str, size: str) -> dict[str, Any]:
+    """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
+
+    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
+    """
+    settings = dict(METHODS[method].paper)
+    if experiment == "imnist" and "delta" in settings:
+        settings["delta"] = 1 - 1e-3
+    if size != "small":
+        return settings
+    if "delta" in settings:
+        settings |= {"delta": None, "survive": 0.5}
+    tuned_on = "icifar100" if experiment == "activation" else experiment
+    try:
+        searched = json.loads((SEARCH / f"{tuned_on}-{size}.json").read_text())["methods"]
+    except FileNotFoundError:
+        return settings
+    return settings | searched.get(METHODS[method].tuned_as or method, {}).get("best", {})
+
+
+def with_choice(settings: Settings, name: str, value: Any) -> dict[str, Any]:
+    """Settings with one hyperparameter changed; delta and the share that survives a task replace each other.
+
+    Raises:
+        KeyError: there is no such hyperparameter.
+    """
+    if name not in settings:
+        raise KeyError(name)
+    other = {"delta": "survive", "survive": "delta"}.get(name)
+    return {**settings, name: value, **({other: None} if other else {})}

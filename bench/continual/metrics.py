@@ -1,0 +1,54 @@
+"""What a table of accuracies says about learning in a row.
+
+`accuracy[t][k]` is the accuracy on task k after task t was learned; entries that were not measured are None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Accuracy = Sequence[Sequence["float | None"]]
+
+
+def average_accuracy(accuracy: Accuracy) -> float:
+    """Mean accuracy of all tasks after the last one."""
+    return float(np.mean(_last(accuracy)))
+
+
+def forgetting(accuracy: Accuracy) -> float:
+    """How far tasks but the last fell, on average, from the best accuracy they had from when they were learned on.
+
+    Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018.
+    """
+    tasks = len(accuracy)
+    best = [max(_known(accuracy[t][k]) for t in range(k, tasks - 1)) for k in range(tasks - 1)]
+    return float(np.mean(np.array(best) - _last(accuracy)[:-1]))
+
+
+def backward_transfer(accuracy: Accuracy) -> float:
+    """How much tasks but the last gained (below 0: lost) since they were learned: mean of A[T][k] - A[k][k].
+
+    Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
+    """
+    return float(np.mean((_last(accuracy) - _diagonal(accuracy))[:-1]))
+
+
+def forward_transfer(accuracy: Accuracy, single: Accuracy) -> float:
+    """How much better tasks but the first were learned than by a fresh network: mean of A[k][k] - S[k][k]."""
+    return float(np.mean((_diagonal(accuracy) - _diagonal(single))[1:]))
+
+
+def _last(accuracy: Accuracy) -> np.ndarray:
+    return np.array([_known(value) for value in accuracy[-1]])
+
+
+def _diagonal(accuracy: Accuracy) -> np.ndarray:
+    return np.array([_known(row[k]) for k, row in enumerate(accuracy)])
+
+
+def _known(value: float | None) -> float:
+    if value is None:
+        raise ValueError("the table of accuracies lacks a value that this metric needs")
+    return value

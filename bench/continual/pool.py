@@ -1,0 +1,99 @@
+"""Several pieces of work beside each other, each in a process; one that fails, or dies, leaves the others alone."""
+
+from __future__ import annotations
+
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from .runs import BusyError
+
+Outcome = Any  # what the work returned, or the exception that ended it
+
+
+def parallel(
+    function: Callable[..., Any],
+    work: Sequence[tuple[Any, ...]],
+    jobs: int,
+    on_outcome: Callable[[str, Outcome], None],
+) -> list[Outcome]:
+    """Calls `function(*arguments, wait=..., position=...)` for all of the work and returns what came of each.
+
+    Work that another process holds (BusyError) is put off to the end, and waited for then.
+
+    Args:
+        function: of a module, so that other processes find it.
+        work: arguments of each call; the first one, or the first of it, has a `name`.
+        jobs: how many processes; 1: this one alone.
+        on_outcome: is called with the name and what came of it as soon as that is known.
+    """
+    outcomes: list[Outcome] = [None] * len(work)
+    waiting: queue.Queue[tuple[int, bool]] = queue.Queue()
+    for index in range(len(work)):
+        waiting.put((index, False))
+
+    def finish(index: int, wait: bool, call: Callable[..., Any], position: int) -> None:
+        try:
+            outcomes[index] = call(*work[index], wait=wait, position=position)
+        except BusyError:
+            waiting.put((index, True))
+            return
+        except Exception as error:
+            outcomes[index] = error
+        first = work[index][0]
+        on_outcome((first[0] if isinstance(first, list) else first).name, outcomes[index])
+
+    def drain(call: Callable[..., Any], position: int) -> None:
+        while True:
+            try:
+                index, wait = waiting.get_nowait()
+            except queue.Empty:
+                return
+            finish(index, wait, call, position)
+
+    if jobs == 1:
+        drain(function, 0)
+        return outcomes
+    context = multiprocessing.get_context("spawn")
+    threads = max(1, torch.get_num_threads() // jobs)
+    lock = context.RLock()
+    tqdm.set_lock(lock)
+
+    def slot(position: int) -> None:
+        # A pool of its own for every slot: a process that dies breaks only the pool it was in.
+        def pool() -> ProcessPoolExecutor:
+            return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, lock))
+
+        current = pool()
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            nonlocal current
+            try:
+                return current.submit(function, *arguments, **named).result()
+            except BrokenProcessPool:
+                current.shutdown(wait=False)
+                current = pool()
+                raise
+
+        drain(call, position)
+        current.shutdown()
+
+    slots = [threading.Thread(target=slot, args=(position,)) for position in range(min(jobs, len(work)))]
+    for thread in slots:
+        thread.start()
+    for thread in slots:
+        thread.join()
+    return outcomes
+
+
+def _prepare(threads: int, lock: Any) -> None:
+    """Sets up a process: its share of the threads, and one lock for all progress lines."""
+    torch.set_num_threads(threads)
+    tqdm.set_lock(lock)

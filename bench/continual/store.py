@@ -1,0 +1,121 @@
+"""Where results are kept: one JSON file per run, rewritten in one piece after every task.
+
+    <store>/<experiment>-<size>/<method>/<hash of the settings>/seed<k>.json     a run: settings, accuracies, machine
+    <store>/checkpoints/…/seed<k>.pt and .lock                                   while it is not finished
+
+Stores of several machines are merged by copying one over the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+
+STORE = Path("bench/results/continual/runs")
+
+
+@dataclass
+class Record:
+    """What is known of one run.
+
+    Attributes:
+        experiment, size, method, seed: which run it is.
+        settings: everything its numbers depend on: {"protocol": ..., "method": ..., "precision": ...}.
+        tasks: the names of all its tasks.
+        accuracy: after each task so far, the accuracies on all tasks; None where a method has none.
+        seconds, steps: of training, for each task so far; consolidation is not in it.
+        consolidation_seconds: what the method did after each task so far.
+        environments: the machines it ran on, one after the other.
+        extra: what an experiment measures besides.
+    """
+
+    experiment: str
+    size: str
+    method: str
+    seed: int
+    settings: dict[str, Any]
+    tasks: list[str]
+    accuracy: list[list[float | None]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    consolidation_seconds: list[float] = field(default_factory=list)
+    environments: list[dict[str, Any]] = field(default_factory=list)
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all tasks are learned."""
+        return len(self.accuracy) == len(self.tasks)
+
+    @property
+    def path(self) -> Path:
+        """Its place in a store, without suffix."""
+        return Path(f"{self.experiment}-{self.size}") / self.method / hash_of(self.settings) / f"seed{self.seed}"
+
+
+def hash_of(settings: dict[str, Any]) -> str:
+    """A short name of some settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write(path: Path, text: str) -> None:
+    """Writes a file in one piece: whoever reads it, or is killed, finds the old content or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+class Store:
+    """A folder of records."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def lock(self, record: Record) -> FileLock:
+        """Whoever holds it may work on the run."""
+        path = self._checkpoint(record, ".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    def save(self, record: Record, state: dict[str, Any]) -> None:
+        """Keeps a run after a task, with what is needed to go on from there; of a finished run only the record."""
+        text = json.dumps(asdict(record)) + "\n"
+        checkpoint = self._checkpoint(record, ".pt")
+        if record.finished:
+            write(self.folder / record.path.with_suffix(".json"), text)
+            checkpoint.unlink(missing_ok=True)
+            return
+        # The checkpoint holds the record, too, so that the two agree wherever the process is killed.
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        temporary = checkpoint.with_suffix(f".{os.getpid()}")
+        torch.save({"record": text, **state}, temporary)
+        os.replace(temporary, checkpoint)
+        write(self.folder / record.path.with_suffix(".json"), text)
+
+    def load(self, record: Record) -> tuple[Record, dict[str, Any] | None]:
+        """The run as it was saved: finished, or with the state to go on from, or else as given."""
+        path = self.folder / record.path.with_suffix(".json")
+        if path.exists() and (stored := Record(**json.loads(path.read_text()))).finished:
+            return stored, None
+        checkpoint = self._checkpoint(record, ".pt")
+        if not checkpoint.exists():
+            return record, None
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        return Record(**json.loads(state.pop("record"))), state
+
+    def records(self) -> Iterator[Record]:
+        """All runs, finished or not, in order of their names."""
+        for path in sorted(self.folder.glob("*/*/*/seed*.json")):
+            yield Record(**json.loads(path.read_text()))
+
+    def _checkpoint(self, record: Record, suffix: str) -> Path:
+        return self.folder / "checkpoints" / record.path.with_suffix(suffix)

@@ -1,0 +1,274 @@
+"""The experiments as a program: what is stored is what was run, whatever happened on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import npc_ext
+from bench.continual import datasets, experiments, metrics, report, runs
+from bench.continual.__main__ import main
+from bench.continual.experiments import EXPERIMENTS
+from bench.continual.methods import METHODS, defaults
+from bench.continual.pool import parallel
+from bench.continual.store import Record, Store
+from bench.continual.tasks import Task, joint, split
+from bench.continual.training import Augmentation, Samples, loss_of
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
+# Methods of this package that it may not have yet.
+EXISTING = [name for name in METHODS if name in ("sgd", "joint", "single") or hasattr(npc_ext, name.upper())]
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "bench.continual", *arguments]
+
+
+def only_record(folder: Path) -> Record:
+    (record,) = Store(folder).records()
+    return record
+
+
+def numbers(record: Record) -> tuple[Any, ...]:
+    return record.accuracy, record.steps, record.settings, record.tasks
+
+
+def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path) -> None:
+    assert main(["run", *TINY, "--methods", ",".join(EXISTING), "--seeds", "1", "--store", str(tmp_path)]) == 0
+    records = list(Store(tmp_path).records())
+    assert {record.method for record in records} == set(EXISTING)
+    for record in records:
+        assert record.finished
+        assert record.steps == [4] * 5
+        assert record.tasks == ["0, 1", "2, 3", "4, 5", "6, 7", "8, 9"]
+        measured = [[value is not None for value in row] for row in record.accuracy]
+        assert measured == [[record.method != "single" or k <= t for k in range(5)] for t in range(5)]
+        assert record.environments[0]["torch"] == torch.__version__
+    assert not list(tmp_path.rglob("*.pt"))
+    assert all(path.stat().st_size < 5000 for path in tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("method", EXISTING)
+def test_a_run_that_failed_goes_on_to_the_same_numbers(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["run", *TINY, "--methods", method, "--seeds", "1", "--store"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+
+    learned: list[str] = []
+    train = runs.train
+
+    def fail_in_the_third(*positional: Any, **named: Any) -> Any:
+        learned.append("")
+        if len(learned) == 3:
+            raise RuntimeError("out of memory")
+        return train(*positional, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(runs, "train", fail_in_the_third)
+        assert main([*arguments, str(tmp_path / "broken")]) == 1
+    assert len(only_record(tmp_path / "broken").accuracy) == 2
+    assert main([*arguments, str(tmp_path / "broken")]) == 0
+    assert numbers(only_record(tmp_path / "broken")) == numbers(only_record(tmp_path / "whole"))
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    arguments = ["run", "--experiment", "idigits", "--set", "epochs=2", "--methods", "npc", "--seeds", "1", "--store"]
+    killed = subprocess.Popen(command(*arguments, str(tmp_path / "killed")), cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not list((tmp_path / "killed").glob("*/*/*/seed0.json")):
+        assert killed.poll() is None
+        time.sleep(0.005)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert 1 <= len(only_record(tmp_path / "killed").accuracy) < 5
+    for folder in ("killed", "whole"):
+        assert main([*arguments, str(tmp_path / folder)]) == 0
+    assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
+
+
+def test_two_processes_share_a_store(tmp_path: Path) -> None:
+    arguments = command("run", *TINY, "--methods", "sgd,npc", "--seeds", "2", "--store", str(tmp_path))
+    both = [subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert outputs[0].count("average accuracy") == outputs[1].count("average accuracy") == 4
+    records = list(Store(tmp_path).records())
+    assert len(records) == 4
+    # Whoever had learned it wrote it: a run that two had worked on would name two machines or more than five tasks.
+    assert all(len(record.environments) == 1 and len(record.steps) == 5 for record in records)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
+
+
+def succeed(name: Any, *, wait: bool, position: int) -> str:
+    if name.name == "dies":
+        os._exit(3)
+    if name.name == "fails":
+        raise ValueError("no")
+    return "done"
+
+
+def test_work_that_fails_or_dies_leaves_the_rest_alone() -> None:
+    names = [argument_named(name) for name in ("dies", "fails", "first", "second")]
+    shown: dict[str, Any] = {}
+    outcomes = parallel(succeed, [(name,) for name in names], 2, shown.__setitem__)
+    assert [type(outcome).__name__ for outcome in outcomes] == ["BrokenProcessPool", "ValueError", "str", "str"]
+    assert list(shown.values()).count("done") == 2
+
+
+def argument_named(name: str) -> Path:
+    return Path(name)
+
+
+def test_batches_are_those_of_a_loop_over_samples() -> None:
+    images = torch.randint(0, 256, (7, 3, 6, 5), dtype=torch.uint8)
+    labels = torch.arange(7)
+    mean, std = torch.rand(1, 3, 1, 1) * 100, torch.rand(1, 3, 1, 1) + 50
+    task = Task(tuple(range(7)), images, labels, images, labels, mean, std)
+    samples = Samples(task, Augmentation(padding=2, flip=True))
+    drawn = samples.draw(50, torch.Generator().manual_seed(0))
+    got, got_labels = samples.batch(drawn)
+    for row, (sample, top, left, flipped) in enumerate(drawn.tolist()):
+        padded = torch.zeros(3, 10, 9)
+        padded[:, 2:8, 2:7] = images[sample]
+        expected = padded[:, top : top + 6, left : left + 5]
+        expected = expected.flip(2) if flipped else expected
+        assert torch.equal(got[row], ((expected - mean) / std)[0])
+        assert got_labels[row] == sample
+    assert drawn[:7, 0].sort().values.tolist() == list(range(7)), "a pass holds every sample once"
+    assert [drawn[:, column].unique().tolist() for column in (1, 2, 3)] == [list(range(5)), list(range(5)), [0, 1]]
+
+
+def test_joint_training_compares_a_sample_with_its_own_tasks_classes_only() -> None:
+    images, labels = torch.rand(6, 1, 1, 1), torch.tensor([0, 1, 2, 3, 0, 3])
+    tasks = split(images, labels, images, labels, 2)
+    outputs = torch.randn(6, 4, requires_grad=True)
+    together = joint(tasks)
+    loss = loss_of(outputs, together.train_labels, together)
+    single = [
+        loss_of(outputs[:3], tasks[0].train_labels, tasks[0]),
+        loss_of(outputs[3:], tasks[1].train_labels, tasks[1]),
+    ]
+    assert loss.item() == pytest.approx(sum(one.item() for one in single) / 2)
+    (gradient,) = torch.autograd.grad(loss, outputs)
+    assert gradient.isfinite().all()
+    assert not gradient[:3, 2:].any()
+
+
+def test_metrics_of_a_known_table() -> None:
+    known = [[1.0, 0.5, 0.5], [0.8, 0.9, 0.5], [0.7, 0.6, 0.8]]
+    assert metrics.average_accuracy(known) == pytest.approx(0.7)
+    assert metrics.forgetting(known) == pytest.approx((0.3 + 0.3) / 2)
+    assert metrics.backward_transfer(known) == pytest.approx((-0.3 - 0.3) / 2)
+    single = [[1.0, None, None], [1.0, 0.7, None], [1.0, 0.7, 0.9]]
+    assert metrics.forward_transfer(known, single) == pytest.approx((0.2 - 0.1) / 2)
+    with pytest.raises(ValueError, match="lacks a value"):
+        metrics.backward_transfer([[0.5, 0.5], [None, 0.5]])
+
+
+class Untouchable:
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError("the search looked at test samples")
+
+
+def test_the_search_keeps_to_its_budget_and_to_training_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = datasets.load("digits")
+    nothing: Any = Untouchable()
+    poisoned = replace(digits, test_images=nothing, test_labels=nothing)
+    monkeypatch.setitem(experiments._loaded, ("digits", None), poisoned)
+    monkeypatch.delenv("NPC_DATA", raising=False)
+    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
+    assert main(["search", *TINY, "--methods", "sgd,npc", *options]) == 0
+    searched = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]
+    for method in ("sgd", "npc"):
+        tried = searched[method]["tried"]
+        assert len(tried) == 4
+        assert len({json.dumps(one["settings"]) for one in tried}) == 4
+        best = max(tried, key=lambda one: one["validation accuracy"])
+        assert best["validation accuracy"] == next(
+            one["validation accuracy"] for one in tried if one["settings"] == searched[method]["best"]
+        )
+    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 8
+    assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
+
+
+def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes: Any) -> Record:
+    protocol = replace(EXPERIMENTS["idigits"].small, datasets=("digits",))
+    settings = {
+        "protocol": asdict(protocol),
+        "method": defaults(method, "idigits", "small") | changes,
+        "precision": "float32",
+    }
+    machine = {"processor": "a processor", "device": "cpu"}
+    return Record(
+        "idigits", "small", method, seed, settings, ["0, 1", "2, 3"], accuracy, [1.0, 1.0], [5, 5], [0, 0], [machine]
+    )
+
+
+def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    for record in (
+        stored("npc", 0, [[1.0, 0.5], [0.8, 0.9]]),
+        stored("npc", 1, [[1.0, 0.5], [0.9, 0.9]]),
+        stored("single", 0, [[0.9, None], [0.9, 0.8]]),
+        stored("single", 1, [[0.9, None], [0.9, 0.8]]),
+        stored("npc", 0, [[1.0, 0.5], [0.6, 0.6]], beta=0.25),
+        stored("sgd", 0, [[1.0, 0.5]]),
+    ):
+        store.save(record, {})
+    text = report.write(store, tmp_path / "out")
+    row = next(line for line in text.splitlines() if line.startswith("| npc "))
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells == [
+        "npc",
+        "85.0 ± 5.0",
+        "90.0 ± 0.0",
+        "**87.5 ± 2.5**",
+        "15.0 ± 5.0",
+        "-15.0 ± 5.0",
+        "10.0 ± 0.0",
+        "2",
+        "200.0",
+    ]
+    assert "| npc    | npc.beta=0.25 | 60.0" in text
+    assert "* idigits, small: sgd seed 0 stopped after task 1 of 2" in text
+    assert "* idigits, small: not run with cpc, ewc, mas, si, ssl, sgd, joint" in text
+    assert "* icifar100, paper: not run" in text
+    drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "foo"], "--methods has 'foo'; expected some of npc, cpc"),
+        (["--set", "npc.foo=1"], "--set has 'npc.foo'; npc has lr, alpha, beta"),
+        (["--set", "foo.lr=1"], "'foo' is no method"),
+        (["--set", "foo=1"], "--set has 'foo'; the protocol has channels"),
+        (["--set", "epochs=many"], "expected a value such as 30"),
+        (["--set", "npc.lr=fast"], "expected a number"),
+        (["--set", "npc.lr"], "expected name=value"),
+        (["--seeds", "0"], "--seeds is 0; expected at least 1"),
+        (["--jobs", "0"], "--jobs is 0; expected at least 1"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_sentence(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", "--experiment", "idigits", *arguments])
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in last
