@@ -21,7 +21,7 @@ import numpy as np
 import pooch
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -157,6 +157,7 @@ def test_smallnorb_is_the_first_image_of_each_pair_averaged_to_a_third(tmp_path:
     assert len(data.test_images) == len(data.test_labels) == 3
 
 
+@settings(max_examples=20)
 @given(
     array=arrays.arrays(np.uint8, arrays.array_shapes(max_dims=4, max_side=5)),
     compress=st.booleans(),
