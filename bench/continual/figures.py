@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from .methods import BOUNDS
 from .metrics import Accuracy, average_accuracy
 from .store import Record
 
@@ -26,7 +27,6 @@ _COLORS = {
     "joint": "#222222",
     "single": "#999999",
 }
-_BOUNDS = ("joint", "single")
 _COLUMNS = 5
 
 
@@ -101,7 +101,7 @@ def _known(values: Any) -> list[float]:
 
 
 def _is_bound(method: str) -> bool:
-    return method.split()[0] in _BOUNDS
+    return method.split()[0] in BOUNDS
 
 
 def _color(method: str) -> str | None:

@@ -143,30 +143,39 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                 bar.set_postfix_str(f"task {number + 1}/{len(tasks)}, loss {loss:.3f}", refresh=False)
                 bar.update()
 
-            steps, seconds = train(
-                model,
-                optimizer,
-                task,
-                epochs=run.protocol.epochs,
-                epoch_samples=experiments.epoch_samples(run.protocol, experiment, tasks[number], run.folder),
-                batch_size=run.protocol.batch_size,
-                augmentation=cut,
-                generator=_generator(run.seed, number),
-                machine=run.machine,
-                on_epoch=on_epoch,
-            )
+            steps, seconds, consolidation_seconds = 0, 0.0, 0.0
+            if record.diverged_in is None or run.method == "single":
+                steps, seconds = train(
+                    model,
+                    optimizer,
+                    task,
+                    epochs=run.protocol.epochs,
+                    epoch_samples=experiments.epoch_samples(run.protocol, experiment, tasks[number], run.folder),
+                    batch_size=run.protocol.batch_size,
+                    augmentation=cut,
+                    generator=_generator(run.seed, number),
+                    machine=run.machine,
+                    on_epoch=on_epoch,
+                )
+                started = time.perf_counter()
+                if not _is_finite(model):
+                    record.diverged_in = number
+                elif method.consolidate is not None and number + 1 < len(tasks):
+                    method.consolidate(optimizer, _batches(task, run), _select(task))
+                consolidation_seconds = time.perf_counter() - started
             record.steps.append(steps)
             record.seconds.append(round(seconds, 3))
-            started = time.perf_counter()
-            if method.consolidate is not None and number + 1 < len(tasks):
-                method.consolidate(optimizer, _batches(task, run), _select(task))
-            record.consolidation_seconds.append(round(time.perf_counter() - started, 3))
+            record.consolidation_seconds.append(round(consolidation_seconds, 3))
             record.accuracy.append(_accuracies(run, model, tasks, number, record))
             if watch is not None:
                 record.extra |= watch.after_task(number, model, optimizer)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             store.save(record, state if watch is None else {**state, "watch": watch.state()})
     return record
+
+
+def _is_finite(model: nn.Module) -> bool:
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, record: Record) -> list[float | None]:

@@ -1,4 +1,4 @@
-"""Tuning: one hyperparameter after the other, the same number of configurations for every method.
+"""Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method.
 
 Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
 samples are never looked at. All that was tried is recorded.
@@ -60,8 +60,11 @@ def search(
 
         best = dict(first.hyperparameters)
         score(best)
-        for coordinate in method.search:
-            best = _along(coordinate, best, score, lambda: len(tried) < budget)
+        before = None
+        while best != before and len(tried) < budget:
+            before = best
+            for coordinate in method.search:
+                best = _along(coordinate, best, score, lambda: len(tried) < budget)
     _record(first, len(runs), list(tried.values()), best, results)
     return f"{len(tried)} configurations tried, best {score(best):.2%} with {best}"
 

@@ -35,6 +35,8 @@ class Record:
         consolidation_seconds: what the method did after each task so far.
         environments: the machines it ran on, one after the other.
         extra: what an experiment measures besides.
+        diverged_in: the number of the task in which weights ceased to be finite, if they did. No task was learned from
+            then on; the accuracies are what such a network comes to.
     """
 
     experiment: str
@@ -49,6 +51,7 @@ class Record:
     consolidation_seconds: list[float] = field(default_factory=list)
     environments: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    diverged_in: int | None = None
 
     @property
     def finished(self) -> bool:
