@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -196,7 +197,7 @@ def _load(name: str, folder: str | None) -> datasets.Dataset | None:
     """A data set, read once in a process; None if it is not there and cannot be fetched."""
     if (name, folder) not in _loaded:
         try:
-            _loaded[name, folder] = datasets.load(name, folder)
+            _loaded[name, folder] = datasets.load(name, None if folder is None else Path(folder))
         except OSError:
             _loaded[name, folder] = None
     return _loaded[name, folder]

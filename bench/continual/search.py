@@ -21,6 +21,9 @@ from .runs import Run, execute
 from .store import Store, hash_of, write
 
 
+DIVERGED = -1.0
+
+
 def search(
     runs: Sequence[Run], store: Store, budget: int, results: Path, *, wait: bool = True, position: int = 0
 ) -> str:
@@ -54,6 +57,8 @@ def search(
                     execute(replace(run, hyperparameters=settings), store, position=2 * position + 1) for run in runs
                 ]
                 scores = [metrics.average_accuracy(record.accuracy) for record in repeated]
+                if any(record.diverged_in is not None for record in repeated):
+                    scores = [DIVERGED]
                 tried[key] = settings, sum(scores) / len(scores)
                 bar.update()
             return tried[key][1]
@@ -80,7 +85,8 @@ def _along(
     choices: Sequence[Any] = coordinate.values or coordinate.factors
     for choice in choices:
         candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
-        while may_go_on() and score(candidate) > score(best):
+        # Where a method diverges, nothing says yet whether the direction is good: the walk goes on.
+        while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(best) == DIVERGED)):
             best = candidate
             if not coordinate.walk:
                 break
@@ -107,7 +113,10 @@ def _record(
             "best": best,
             "seeds": seeds,
             "protocol": asdict(run.protocol),
-            "tried": [{"settings": settings, "validation accuracy": round(value, 5)} for settings, value in tried],
+            "tried": [
+                {"settings": settings, "validation accuracy": None if value == DIVERGED else round(value, 5)}
+                for settings, value in tried
+            ],
         }
         by_method = {**recorded.get("methods", {}), run.method: entry}
         write(path, json.dumps({"experiment": run.experiment, "size": run.size, "methods": by_method}, indent=1) + "\n")
