@@ -39,6 +39,10 @@ class DatasetError(ValueError):
     """A data set is missing, cannot be fetched, or is not what its format says."""
 
 
+class MissingDatasetError(DatasetError):
+    """Files of a data set are not there, and are not to be or cannot be fetched."""
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images uint8 (B, C, H, W) of values 0 to 255, and labels int64 (B,) from 0 to `classes` - 1.
@@ -380,7 +384,7 @@ def _locate(sources: tuple[_Source, ...], folder: Path, download: bool) -> tuple
         f"{', '.join(source.files)} in {' or '.join(str(folder / place) for place in source.folders)}"
         for source in sources
     )
-    raise DatasetError(
+    raise MissingDatasetError(
         f"{sources[0].name} is missing or incomplete; looked for {looked_for} (each also with .gz); name the folder of "
         "the data sets by --data DIR or NPC_DATA, or allow the download"
     )
@@ -419,7 +423,7 @@ def _fetch(download: _Download, folder: Path) -> None:
     except ValueError as error:
         raise DatasetError(f"{download.url} is not the published file: {error}") from error
     except OSError as error:
-        raise DatasetError(
+        raise MissingDatasetError(
             f"{download.url} cannot be fetched into {folder}: {error}; try again, or put {', '.join(download.names())} "
             "there yourself"
         ) from error

@@ -198,7 +198,7 @@ def _load(name: str, folder: str | None) -> datasets.Dataset | None:
     if (name, folder) not in _loaded:
         try:
             _loaded[name, folder] = datasets.load(name, None if folder is None else Path(folder))
-        except OSError:
+        except datasets.MissingDatasetError:
             _loaded[name, folder] = None
     return _loaded[name, folder]
 

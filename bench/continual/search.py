@@ -20,7 +20,6 @@ from .methods import METHODS, Coordinate, with_choice
 from .runs import Run, execute
 from .store import Store, hash_of, write
 
-
 DIVERGED = -1.0
 
 
