@@ -254,7 +254,8 @@ typename Target::Result connection_update(const Target& target, const Addresses&
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
   for (size_t i = 0; i < values.size(); ++i) {
     ParameterParams& p = network.parameters[i];
-    check_sizes((p.layer < 0) == (importances[i] == 0), "connections of a layer need an importance, others have none");
+    check_sizes(p.size == 0 || (p.layer < 0) == (importances[i] == 0),
+                "connections of a layer need an importance, others have none");
     p.importance = pointer<float>(importances[i]);
   }
   const py::gil_scoped_release released;
