@@ -136,10 +136,11 @@ METHODS = {
 BOUNDS = ("joint", "single")
 
 
-def defaults(method: str, experiment: str, size: str) -> dict[str, Any]:
+def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> dict[str, Any]:
     """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
 
-    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
+    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper. Without
+    `tuned` no search is looked at, so that a repeated search starts where the first one did.
     """
     settings = dict(METHODS[method].paper)
     if experiment == "imnist" and "delta" in settings:
@@ -148,6 +149,8 @@ def defaults(method: str, experiment: str, size: str) -> dict[str, Any]:
         return settings
     if "delta" in settings:
         settings |= {"delta": None, "survive": 0.5}
+    if not tuned:
+        return settings
     tuned_on = "icifar100" if experiment == "activation" else experiment
     try:
         searched = json.loads((SEARCH / f"{tuned_on}-{size}.json").read_text())["methods"]
