@@ -139,8 +139,8 @@ BOUNDS = ("joint", "single")
 def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> dict[str, Any]:
     """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
 
-    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper. Without
-    `tuned` no search is looked at, so that a repeated search starts where the first one did.
+    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
+    Without `tuned` no search is looked at, so that a repeated search starts where the first one did.
     """
     settings = dict(METHODS[method].paper)
     if experiment == "imnist" and "delta" in settings:
