@@ -92,12 +92,11 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     machine = Machine(device, options.bf16, options.tf32, options.channels_last, options.cuda_graph)
     experiment = EXPERIMENTS[options.experiment]
     protocol: Protocol = getattr(experiment, options.size)
-    present = experiments.available(experiment, options.data)
-    missing = [name for name in experiment.datasets if name not in present]
+    present, missing = experiments.available(experiment, options.data)
     if not present or (missing and experiment.classes_per_task):
-        raise ValueError(f"{options.experiment} needs the data set {missing[0]!r}; --data names the folder it is in")
-    if missing:
-        print(f"{options.experiment}: left out, because it is not there: {', '.join(missing)}", file=sys.stderr)
+        raise ValueError(next(iter(missing.values())))
+    for name, why in missing.items():
+        print(f"{options.experiment}: {name} is left out: {why}", file=sys.stderr)
     protocol = replace(protocol, datasets=present)
     if options.command == "search":
         protocol = replace(protocol, validation=True, tasks=options.tasks or protocol.tasks)
@@ -108,7 +107,9 @@ def _runs(options: argparse.Namespace) -> list[Run]:
             raise ValueError(f"--methods has {name!r}; expected some of {', '.join(METHODS)}")
         if options.command == "search" and (shared := METHODS[name].tuned_as):
             raise ValueError(f"--methods has {name!r}, which shares what is tuned for {shared}; search that")
-    hyperparameters = {name: methods.defaults(name, options.experiment, options.size) for name in names}
+    hyperparameters = {
+        name: methods.defaults(name, options.experiment, options.size, tuned=options.command == "run") for name in names
+    }
     for assignment in options.set:
         protocol = _assign(assignment, protocol, hyperparameters)
     return [

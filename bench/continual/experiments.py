@@ -82,7 +82,7 @@ class Experiment:
 _SMALL = Protocol(
     channels=(32, 64, 64), hidden=128, epochs=4, epoch_samples=2500, batch_size=32, train_samples=4000, shrink=2
 )
-_CIFAR = replace(_SMALL, epochs=8, tasks=5)
+_CIFAR = replace(_SMALL, epochs=6, tasks=5)
 _WITH_FLIPS = Augmentation(padding=4, flip=True)
 EXPERIMENTS = {
     "idigits": Experiment(
@@ -105,7 +105,7 @@ EXPERIMENTS = {
         published={"npc": 0.7243},
     ),
     "hetero": Experiment(
-        "Heterogeneous sequence: MNIST, Fashion-MNIST, EMNIST-47 (re-split), smallNORB",
+        "Heterogeneous sequence: MNIST, Fashion-MNIST, EMNIST, smallNORB",
         ("mnist", "fashion", "emnist", "smallnorb"),
         0,
         replace(_SMALL, train_samples=10000, test_samples=5000),
@@ -121,23 +121,27 @@ EXPERIMENTS = {
 }
 
 
-def available(experiment: Experiment, folder: str | None) -> tuple[str, ...]:
-    """Those of the experiment's data sets that are there or can be had."""
-    return tuple(name for name in experiment.datasets if _load(name, folder) is not None)
+def available(experiment: Experiment, folder: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Those of the experiment's data sets that are there or can be fetched, and why the others are not."""
+    missing = {}
+    for name in experiment.datasets:
+        try:
+            _load(name, folder)
+        except datasets.DatasetError as error:
+            missing[name] = str(error)
+    return tuple(name for name in experiment.datasets if name not in missing), missing
 
 
 def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> list[Task]:
     """The tasks, with labels that are outputs of the network: the first task has the first ones, and so on.
 
     Raises:
-        FileNotFoundError: a data set that the protocol names is missing.
+        DatasetError: a data set that the protocol names is missing or damaged.
     """
     tasks: list[Task] = []
     outputs = 0
     for name in protocol.datasets:
         data = _load(name, folder)
-        if data is None:
-            raise FileNotFoundError(f"the data set {name!r} is not there; --data names the folder it is in")
         train_images, train_labels = _resized(data.train_images, experiment.side, protocol.shrink), data.train_labels
         if protocol.validation:
             held_out = torch.rand(len(train_labels), generator=torch.Generator().manual_seed(0)) < VALIDATION_SHARE
@@ -164,7 +168,7 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
                     position[test_labels[test]],
                     mean,
                     std,
-                    name=_name(name, classes if experiment.classes_per_task else None),
+                    name=_name(classes) if experiment.classes_per_task else data.name,
                 )
             )
             outputs += len(classes)
@@ -175,8 +179,8 @@ def epoch_samples(protocol: Protocol, experiment: Experiment, task: Task, folder
     """Samples in an epoch of a task: the protocol's, or as many as the task's whole data set has."""
     if protocol.epoch_samples:
         return protocol.epoch_samples
-    data = _load(protocol.datasets[0], folder) if experiment.classes_per_task else None
-    return len(task.train_labels if data is None else data.train_labels)
+    whole = _load(protocol.datasets[0], folder) if experiment.classes_per_task else task
+    return len(whole.train_labels)
 
 
 def network(experiment: Experiment, protocol: Protocol, tasks: Sequence[Task]) -> nn.Sequential:
@@ -190,27 +194,17 @@ def augmentation(experiment: Experiment, protocol: Protocol) -> Augmentation:
     return replace(experiment.augmentation, padding=experiment.augmentation.padding // protocol.shrink)
 
 
-_loaded: dict[tuple[str, str | None], datasets.Dataset | None] = {}
+_loaded: dict[tuple[str, str | None], datasets.Dataset] = {}
 
 
-def _load(name: str, folder: str | None) -> datasets.Dataset | None:
-    """A data set, read once in a process; None if it is not there and cannot be fetched."""
+def _load(name: str, folder: str | None) -> datasets.Dataset:
+    """A data set, read once in a process."""
     if (name, folder) not in _loaded:
-        try:
-            _loaded[name, folder] = datasets.load(name, None if folder is None else Path(folder))
-        except datasets.MissingDatasetError:
-            _loaded[name, folder] = None
+        _loaded[name, folder] = datasets.load(name, None if folder is None else Path(folder))
     return _loaded[name, folder]
 
 
-def _name(dataset: str, classes: Tensor | None) -> str:
-    if classes is None:
-        return {
-            "mnist": "MNIST",
-            "fashion": "Fashion-MNIST",
-            "emnist": "EMNIST-47 (re-split)",
-            "smallnorb": "smallNORB",
-        }[dataset]
+def _name(classes: Tensor) -> str:
     labels = classes.tolist()
     if len(labels) <= 3 or labels != list(range(labels[0], labels[0] + len(labels))):
         return ", ".join(map(str, labels))

@@ -59,15 +59,13 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimi
 def _plastic(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
     def build(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimizer:
         output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
+        layers: dict[str, dict[str, Any]] = {"output": output}
+        if settings.get("measure") == "before pooling":
+            blocks = [name.removeprefix("conv") for name, _ in model.named_children() if name.startswith("conv")]
+            layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
-        return _optimizer(name)(
-            model,
-            lr=settings["lr"],
-            alpha=settings["alpha"],
-            beta=settings["beta"],
-            delta=delta,
-            layers={"output": output},
-        )
+        options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
+        return _optimizer(name)(model, **options, delta=delta, layers=layers)
 
     return build
 
@@ -101,7 +99,17 @@ def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
     )
 
 
-_PLASTIC = {"lr": 0.1, "alpha": 0.05, "beta": 0.5, "delta": 1 - 2e-4, "survive": None, "output": "all"}
+# `survive` is the share of old importance that is left after another task, delta ** steps; `output` how the output layer
+# is normalized, or "free": not consolidated.
+_PLASTIC = {
+    "lr": 0.1,
+    "alpha": 0.05,
+    "beta": 0.5,
+    "delta": 1 - 2e-4,
+    "survive": None,
+    "output": "all",
+    "sigma": "sigmoid",
+}
 _PLASTIC_SEARCH = (
     Coordinate("output", values=("active", "free")),
     Coordinate("survive", values=(0.8, 0.95)),
@@ -110,7 +118,7 @@ _PLASTIC_SEARCH = (
 )
 _SGD = {"lr": 0.1, "weight_decay": 1e-4}
 METHODS = {
-    "npc": Method(_PLASTIC, _plastic("NPC"), search=_PLASTIC_SEARCH),
+    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic("NPC"), search=_PLASTIC_SEARCH),
     "cpc": Method(_PLASTIC, _plastic("CPC"), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored("EWC"), _from_samples, _strength()),
     "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored("MAS"), _from_samples, _strength()),
@@ -134,12 +142,15 @@ METHODS = {
     "single": Method(_SGD, _sgd, tuned_as="sgd"),
 }
 BOUNDS = ("joint", "single")
+# Experiments that are not searched themselves take what was tuned on another, as the paper's heterogeneous sequence does.
+TUNED_ON = {"activation": "icifar100", "hetero": "icifar100", "imnist": "ifashion"}
 
 
-def defaults(method: str, experiment: str, size: str) -> dict[str, Any]:
+def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> dict[str, Any]:
     """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
 
     Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
+    Without `tuned` no search is looked at, so that a repeated search starts where the first one did.
     """
     settings = dict(METHODS[method].paper)
     if experiment == "imnist" and "delta" in settings:
@@ -148,7 +159,9 @@ def defaults(method: str, experiment: str, size: str) -> dict[str, Any]:
         return settings
     if "delta" in settings:
         settings |= {"delta": None, "survive": 0.5}
-    tuned_on = "icifar100" if experiment == "activation" else experiment
+    if not tuned:
+        return settings
+    tuned_on = TUNED_ON.get(experiment, experiment)
     try:
         searched = json.loads((SEARCH / f"{tuned_on}-{size}.json").read_text())["methods"]
     except FileNotFoundError:

@@ -84,7 +84,7 @@ def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> 
 
     Raises:
         BusyError: another process is working on it, and `wait` is off.
-        FileNotFoundError: a data set is missing.
+        DatasetError: a data set is missing.
         ValueError: the method does not exist or cannot do the experiment.
     """
     lock = store.lock(run.record())
