@@ -21,10 +21,16 @@ from . import cuda_on_cpu
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
-KERNEL_TESTS = ["tests/test_importance.py", "tests/test_update.py"]
+KERNEL_TESTS = [
+    *("tests/test_importance.py", "tests/test_update.py"),
+    *("tests/test_anchored_update.py", "tests/test_connection_update.py"),
+]
 # A launch takes a quarter of a second under the thread sanitizer: tests with few launches that, all together, go
 # through every kernel, layout, dtype and option.
-FEW_LAUNCHES = "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16))"
+FEW_LAUNCHES = (
+    "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
+    "or ((anchored_update_agrees or connection_update_agrees) and bfloat16)"
+)
 
 
 def runtime(name: str) -> str:

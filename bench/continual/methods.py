@@ -99,8 +99,8 @@ def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
     )
 
 
-# `survive` is the share of old importance that is left after another task, delta ** steps; `output` how the output layer
-# is normalized, or "free": not consolidated.
+# `survive` is the share of old importance that is left after another task, delta ** steps; `output` how the output
+# layer is normalized, or "free": not consolidated.
 _PLASTIC = {
     "lr": 0.1,
     "alpha": 0.05,
@@ -142,7 +142,7 @@ METHODS = {
     "single": Method(_SGD, _sgd, tuned_as="sgd"),
 }
 BOUNDS = ("joint", "single")
-# Experiments that are not searched themselves take what was tuned on another, as the paper's heterogeneous sequence does.
+# Experiments that are not searched themselves take what was tuned on another.
 TUNED_ON = {"activation": "icifar100", "hetero": "icifar100", "imnist": "ifashion"}
 
 

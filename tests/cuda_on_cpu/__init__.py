@@ -39,24 +39,32 @@ def build(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
         path for folder in (csrc, HERE) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")
     ]
     key = hashlib.sha256(repr((compiler, common)).encode() + b"".join(path.read_bytes() for path in files))
-    folder = HERE.parents[1] / "build" / "cuda_on_cpu" / key.hexdigest()[:16]
+    objects = HERE.parents[1] / "build" / "cuda_on_cpu"
+    folder = objects / key.hexdigest()[:16]
     target = folder / _build.MODULE_FILE
     folder.mkdir(parents=True, exist_ok=True)
 
-    def run(*arguments: str) -> None:
-        result = subprocess.run([*compiler, *arguments], capture_output=True, text=True, check=False)
-        assert result.returncode == 0, result.stderr
+    def run(*arguments: str) -> bytes:
+        result = subprocess.run([*compiler, *arguments], capture_output=True, check=False)
+        assert result.returncode == 0, result.stderr.decode()
+        return result.stdout
 
     def compile_one(source: str) -> str:
-        made = str(folder / f"{source.replace('/', '_')}.o")
-        run(*common, "-x", "c++", "-c", str(csrc / source), "-o", made)
-        return made
+        # Modules that differ in few sources share the objects of the others: what counts is what the compiler sees.
+        what = ("-x", "c++", str(csrc / source))
+        seen = run(*common, "-E", "-P", *what)
+        options = [flag for flag in flags if not flag.startswith("-D")]
+        made = objects / f"{hashlib.sha256(repr((compiler, options)).encode() + seen).hexdigest()[:16]}.o"
+        if not made.exists():
+            run(*common, "-c", *what, "-o", f"{made}.{os.getpid()}")
+            os.replace(f"{made}.{os.getpid()}", made)
+        return str(made)
 
     with FileLock(folder / "lock"):
         if not target.exists():
             with ThreadPoolExecutor(2) as pool:
-                objects = list(pool.map(compile_one, SOURCES))
-            run("-shared", *flags, *objects, "-o", str(target), "-ldl", "-lpthread")
+                made = list(pool.map(compile_one, SOURCES))
+            run("-shared", *flags, *made, "-o", str(target), "-ldl", "-lpthread")
     return target
 
 
