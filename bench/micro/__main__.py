@@ -25,6 +25,7 @@ from npc_ext import NPC, ops, reference
 from .. import environment
 from ..continual.networks import cnn
 from ..continual.report import markdown
+from .methods import OLD_TASKS, Case, paper_cnn
 from .timing import Comparison, compare, sets_of
 
 # (samples, neurons, positions...): fully connected layers, small maps, the paper's maps, large maps.
@@ -141,6 +142,30 @@ def step(quick: bool) -> Iterator[Row]:
         yield row
 
 
+def methods(quick: bool) -> Iterator[Row]:
+    """optimizer.step() of every method on the paper's CNN, by the number of old tasks, against SGD and foreach."""
+    for name in ("NPC", "CPC", "EWC", "MAS", "SI", "SSL"):
+        for old_tasks in OLD_TASKS[: 1 if quick or name in ("NPC", "CPC") else None]:
+            case = Case(name, (lambda: cnn(1, 8, (16, 32), 64, 10)) if quick else paper_cnn, old_tasks)
+            steps = list(case.peers.items())
+            for _, one in steps:
+                if case.prepare:
+                    case.prepare()
+                one()
+            for index, (peer, _) in enumerate(steps):
+                if peer.startswith("foreach"):
+                    got, want = (next(case.models[at].parameters()) for at in (index, 0))
+                    _check(peer, got, want.double())
+            timed = {peer: _ignoring_the_set(one) for peer, one in steps}
+            result = compare(timed, prepare=case.prepare, turns=21, seconds_per_turn=0.02)
+            label = name if name in ("NPC", "CPC") else f"{name}, {old_tasks} old task{'s' * (old_tasks > 1)}"
+            goal = 0.5 if name in ("EWC", "MAS", "SI") else None
+            row = _row(label, result, goal, None, "SGD fused")
+            row["state, bytes"] = case.state
+            row["parameters"] = sum(parameter.numel() for parameter in case.models[0].parameters())
+            yield row
+
+
 def host(quick: bool) -> Iterator[Row]:
     """Time per call where there is next to nothing to compute."""
     n, g = torch.randn(2, 8), torch.randn(2, 8)
@@ -215,11 +240,15 @@ def _table(rows: list[Row]) -> str:
     """One line per case: our time, how many times longer each peer takes, and whether the goal is reached."""
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peer / npc_ext (quartiles)"]))
     header = ["case", "npc_ext", "GB/s", *(f"{peer}, times as long" for peer in peers), "goal"]
+    with_state = any("state, bytes" in row for row in rows)
+    header = [*header[:-1], "state, bytes an element", "goal"] if with_state else header
     lines = []
     for row in rows:
         ratios = [row["peer / npc_ext (quartiles)"].get(peer) for peer in peers]
         cells = ["" if r is None else f"{r[1]:.2f} ({r[0]:.2f} to {r[2]:.2f})" for r in ratios]
         moved = f"{row['GB/s']:.0f}" if "GB/s" in row else ""
+        if with_state:
+            cells.append(f"{row['state, bytes']['npc_ext'] / row['parameters']:.2f}")
         lines.append([row["case"], _duration(row["seconds"]["npc_ext"]), moved, *cells, _verdict(row)])
     return markdown(header, lines)
 
@@ -240,7 +269,7 @@ def _verdict(row: Row) -> str:
     return f"{word} (at least {row['goal']:.2f} of {row['against']})"
 
 
-PARTS = {"importance": importance, "update": update, "step": step, "host": host}
+PARTS = {"importance": importance, "update": update, "step": step, "methods": methods, "host": host}
 
 
 def main() -> None:

@@ -1,0 +1,195 @@
+"""The other methods' steps beside plain SGD's, and beside the same methods in PyTorch's foreach operations."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
+from npc_ext.anchored import Anchored
+
+from ..continual.networks import cnn
+
+LR = 1e-3
+OLD_TASKS = (1, 5, 9)
+
+
+def paper_cnn() -> nn.Module:
+    """The paper's network, for 10 tasks of 10 classes."""
+    return cnn(3, 32, (128, 512, 256), 512, 100)
+
+
+def with_gradients(model: nn.Module) -> nn.Module:
+    """The model, every parameter with a gradient, the same for copies of the model."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def after_tasks(optimizer: Anchored, tasks: int) -> Anchored:
+    """An optimizer with so many old tasks, whose importances are random."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(tasks):
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer._anchor({p: torch.rand(p.shape, generator=generator) for p in parameters})
+    return optimizer
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """What an optimizer keeps from step to step."""
+    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+class ForeachAnchors:
+    """The plain way to write EWC, MAS and SSL well: foreach operations, an anchor for every entry of `tasks`.
+
+    One entry for all tasks together is what `npc_ext` does; an entry for every task is what libraries do.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], tasks: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
+        self.parameters, self.tasks = list(parameters), tasks
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """SGD's step along dL/dw + 2 strength * sum of stiffness (w - anchor), strength 1."""
+        total: list[Tensor] | None = None
+        for stiffness, anchors in self.tasks:
+            pull = torch._foreach_sub(self.parameters, anchors)
+            torch._foreach_mul_(pull, stiffness)
+            if total is None:
+                total = list(pull)
+            else:
+                torch._foreach_add_(total, pull)
+        gradients = _gradients(self.parameters)
+        direction = gradients if total is None else torch._foreach_add(gradients, total, alpha=2)
+        torch._foreach_add_(self.parameters, direction, alpha=-LR)
+
+
+class ForeachSI:
+    """The plain way to write SI well."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], stiffness: list[Tensor], anchors: list[Tensor], paths: list[Tensor]
+    ) -> None:
+        self.parameters, self.stiffness, self.anchors, self.paths = list(parameters), stiffness, anchors, paths
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """The step with the anchor's pull, and the path integral; strength 1."""
+        pull = torch._foreach_sub(self.parameters, self.anchors)
+        torch._foreach_mul_(pull, self.stiffness)
+        gradients = _gradients(self.parameters)
+        moved = torch._foreach_add(gradients, pull, alpha=2)
+        torch._foreach_mul_(moved, -LR)
+        torch._foreach_add_(self.parameters, moved)
+        torch._foreach_addcmul_(self.paths, gradients, moved, value=-1)
+
+
+class ForeachCPC:
+    """The plain way to write CPC well, with the paper's alpha, beta and delta; layers are (weight, bias)."""
+
+    def __init__(self, layers: Sequence[list[Tensor]], averages: Sequence[list[Tensor]]) -> None:
+        self.layers, self.averages = layers, averages
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Eqs. 3, 4 and 7 for every connection, and the weight update."""
+        delta = 1 - 2e-4
+        for layer, averages in zip(self.layers, self.averages, strict=True):
+            gradients = _gradients(layer)
+            importance = torch._foreach_mul(layer, gradients)
+            torch._foreach_abs_(importance)
+            mean = torch.stack([one.sum() for one in importance]).sum() / sum(one.numel() for one in importance)
+            torch._foreach_mul_(averages, delta)
+            torch._foreach_add_(averages, torch._foreach_mul(importance, (1 - delta) / mean))
+            rates = torch._foreach_reciprocal(averages)
+            torch._foreach_mul_(rates, 0.5)
+            torch._foreach_sub_(rates, 1)
+            torch._foreach_clamp_min_(rates, 0)
+            torch._foreach_sqrt_(rates)
+            torch._foreach_mul_(rates, 0.05)
+            torch._foreach_clamp_max_(rates, LR)
+            torch._foreach_addcmul_(layer, gradients, rates, value=-1)
+
+
+class Case:
+    """A method with so many old tasks.
+
+    Attributes:
+        peers: steps of ours, which comes first, and of the others.
+        models: what they train, in the same order.
+        state: what each keeps from step to step, in bytes.
+        prepare: to be called before each step, if anything.
+    """
+
+    def __init__(self, name: str, make: Callable[[], nn.Module], old_tasks: int) -> None:
+        models = [with_gradients(make())]
+        models += [with_gradients(copy.deepcopy(models[0])) for _ in range(3)]
+        parameters = [list(model.parameters()) for model in models]
+        sgd = torch.optim.SGD(parameters[1], lr=LR, fused=True)
+        self.models, self.state = models, {"SGD fused": 0}
+        self.prepare: Callable[[], None] | None = None
+        ours: torch.optim.Optimizer
+        if name == "NPC":
+            ours = npc = NPC(models[0], lr=LR)
+
+            def measured() -> None:
+                for layer in npc.neurons:
+                    layer.sink.grad = torch.ones(layer.neurons)
+
+            measured()
+            ours.step()
+            self.prepare = measured
+            self.peers: dict[str, Callable[[], object]] = {"npc_ext": ours.step, "SGD fused": sgd.step}
+        elif name == "CPC":
+            ours = CPC(models[0], lr=LR)
+            ours.step()
+            averages = [ours.state[parameter]["importance"].clone() for parameter in parameters[0]]
+            layers: list[list[Tensor]] = [list(parameters[2][at : at + 2]) for at in range(0, len(parameters[2]), 2)]
+            plain = ForeachCPC(layers, [averages[at : at + 2] for at in range(0, len(averages), 2)])
+            with torch.no_grad():
+                for model in models[1:]:
+                    model.load_state_dict(models[0].state_dict())
+            self.peers = {"npc_ext": ours.step, "SGD fused": sgd.step, "foreach": plain.step}
+            self.state["foreach"] = state_bytes(ours)
+        else:
+            ours, plain_peers, state = self._anchored(name, models, parameters, old_tasks)
+            self.peers = {"npc_ext": ours.step, "SGD fused": sgd.step, **plain_peers}
+            self.state |= state
+        self.state = {"npc_ext": state_bytes(ours), **self.state}
+
+    @staticmethod
+    def _anchored(
+        name: str, models: list[nn.Module], parameters: list[list[nn.Parameter]], old_tasks: int
+    ) -> tuple[Anchored, dict[str, Callable[[], object]], dict[str, int]]:
+        method = {"EWC": EWC, "MAS": MAS, "SI": SI, "SSL": SSL}[name]
+        ours: Anchored = method(models[0], lr=LR, strength=1.0)
+        after_tasks(ours, old_tasks)
+
+        def beside(kind: str) -> list[Tensor]:
+            return [ours.state[parameter][kind].clone() for parameter in parameters[0]]
+
+        merged = (beside("stiffness"), beside("anchor"))
+        if name == "SI":
+            paths = [torch.zeros_like(parameter) for parameter in parameters[2]]
+            plain = ForeachSI(parameters[2], *merged, paths)
+            for parameter, path in zip(parameters[0], paths, strict=True):
+                ours.state[parameter]["path"] = path.clone()
+            return ours, {"foreach": plain.step}, {"foreach": state_bytes(ours)}
+        one = ForeachAnchors(parameters[2], [merged])
+        each = ForeachAnchors(
+            parameters[3],
+            [([s / old_tasks for s in merged[0]], [a.clone() for a in merged[1]]) for _ in range(old_tasks)],
+        )
+        peers: dict[str, Callable[[], object]] = {"foreach": one.step, "foreach, an anchor per task": each.step}
+        state = {"foreach": state_bytes(ours), "foreach, an anchor per task": old_tasks * state_bytes(ours)}
+        return ours, peers, state
