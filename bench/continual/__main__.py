@@ -105,8 +105,6 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     for name in names:
         if name not in METHODS:
             raise ValueError(f"--methods has {name!r}; expected some of {', '.join(METHODS)}")
-        if options.command == "search" and (shared := METHODS[name].tuned_as):
-            raise ValueError(f"--methods has {name!r}, which shares what is tuned for {shared}; search that")
     hyperparameters = {
         name: methods.defaults(name, options.experiment, options.size, tuned=options.command == "run") for name in names
     }

@@ -42,14 +42,12 @@ class Method:
         optimizer: builds it from the model, the hyperparameters and the steps of one task.
         consolidate: what it does after a task with the task's samples; None: nothing.
         search: what the search varies, in turn.
-        tuned_as: the method whose tuned hyperparameters it shares.
     """
 
     paper: Settings
     optimizer: Callable[[nn.Module, Settings, int], torch.optim.Optimizer]
     consolidate: Callable[[Any, Batches, Outputs], None] | None = None
     search: tuple[Coordinate, ...] = ()
-    tuned_as: str | None = None
 
 
 def _sgd(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimizer:
@@ -117,6 +115,11 @@ _PLASTIC_SEARCH = (
     Coordinate("lr", factors=(0.3, 3)),
 )
 _SGD = {"lr": 0.1, "weight_decay": 1e-4}
+_SGD_SEARCH = (
+    Coordinate("weight_decay", factors=(0.1, 10), walk=True),
+    Coordinate("lr", factors=(0.3, 3), walk=True),
+    Coordinate("weight_decay", factors=(0.5, 2, 3)),
+)
 METHODS = {
     "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic("NPC"), search=_PLASTIC_SEARCH),
     "cpc": Method(_PLASTIC, _plastic("CPC"), search=_PLASTIC_SEARCH),
@@ -129,17 +132,9 @@ METHODS = {
         _from_samples,
         _strength(Coordinate("sparsity", factors=(0.1, 10))),
     ),
-    "sgd": Method(
-        _SGD,
-        _sgd,
-        search=(
-            Coordinate("weight_decay", factors=(0.1, 10), walk=True),
-            Coordinate("lr", factors=(0.3, 3), walk=True),
-            Coordinate("weight_decay", factors=(0.5, 2, 3)),
-        ),
-    ),
-    "joint": Method(_SGD, _sgd, tuned_as="sgd"),
-    "single": Method(_SGD, _sgd, tuned_as="sgd"),
+    "sgd": Method(_SGD, _sgd, search=_SGD_SEARCH),
+    "joint": Method(_SGD, _sgd, search=_SGD_SEARCH),
+    "single": Method(_SGD, _sgd, search=_SGD_SEARCH),
 }
 BOUNDS = ("joint", "single")
 # Experiments that are not searched themselves take what was tuned on another.
@@ -166,7 +161,7 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
         searched = json.loads((SEARCH / f"{tuned_on}-{size}.json").read_text())["methods"]
     except FileNotFoundError:
         return settings
-    return settings | searched.get(METHODS[method].tuned_as or method, {}).get("best", {})
+    return settings | searched.get(method, {}).get("best", {})
 
 
 def with_choice(settings: Settings, name: str, value: Any) -> dict[str, Any]:
