@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 
 from . import figures
 from .experiments import EXPERIMENTS, SIZES, Experiment
-from .methods import BOUNDS, METHODS, defaults
+from .methods import BOUNDS, METHODS, SEARCH, defaults
 from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
 from .store import Record, Store
 
@@ -39,6 +40,7 @@ def write(store: Store, out: Path) -> str:
             missing += _missing(name, size, records)
             if any(record.finished for record in records):
                 parts += _section(name, experiment, size, [one for one in records if one.finished], out)
+    parts += _searches(SEARCH)
     parts += ["## Not run", "\n".join(f"* {line}" for line in missing) or "Nothing is missing."]
     text = "\n\n".join(parts) + "\n"
     (out / "report.md").write_text(text)
@@ -73,6 +75,33 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
         yield "### Other settings"
         yield _ablations(others, standard, name == "activation")
     yield _hyperparameters(groups)
+
+
+def _searches(folder: Path) -> Iterator[str]:
+    """What every recorded search tried: how many configurations, their spread on validation samples, and the best."""
+    for path in sorted(folder.glob("*.json")):
+        recorded = json.loads(path.read_text())
+        rows = []
+        for method in sorted(recorded["methods"], key=list(METHODS).index):
+            entry = recorded["methods"][method]
+            scores = [tried["validation accuracy"] for tried in entry["tried"]]
+            finite = [score for score in scores if score is not None]
+            best = ", ".join(f"{name} {value}" for name, value in entry["best"].items() if value is not None)
+            row = [
+                method,
+                len(scores),
+                len(scores) - len(finite),
+                f"{100 * min(finite):.1f}",
+                f"{100 * max(finite):.1f}",
+            ]
+            rows.append([*map(str, row), best])
+        protocol = next(iter(recorded["methods"].values()))["protocol"]
+        yield f"## Search on {recorded['experiment']}, {recorded['size']}"
+        yield (
+            f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
+            f"tasks; every configuration is in {path.name}."
+        )
+        yield markdown(["", "configurations", "diverged", "worst", "best", "best hyperparameters"], rows)
 
 
 def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
