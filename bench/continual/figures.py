@@ -32,7 +32,7 @@ _COLUMNS = 5
 
 def average(tables: Mapping[str, Tables]) -> Figure:
     """Average accuracy over the tasks so far, after each task; the bounds' after the last, dashed."""
-    figure = Figure(figsize=(5, 3.4), layout="constrained")
+    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes: Any = figure.subplots()
     for method, repeated in tables.items():
         if _is_bound(method):
@@ -44,7 +44,7 @@ def average(tables: Mapping[str, Tables]) -> Figure:
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("average accuracy of the tasks so far")
     _finish(axes)
-    axes.legend(frameon=False, loc="lower left", fontsize=9)
+    _legend(figure, axes)
     return figure
 
 
@@ -53,7 +53,7 @@ def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
     count = len(tasks)
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.2 * columns, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(2.2 * columns + 0.8, 2.6 * rows), layout="constrained")
     grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[count:]:
         axes.remove()
@@ -68,7 +68,7 @@ def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
         _finish(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy")
-    grid[0, 0].legend(frameon=False, loc="lower left", fontsize=9)
+    _legend(figure, grid[0, 0])
     return figure
 
 
@@ -115,6 +115,11 @@ def _line(axes: Any, method: str, x: np.ndarray, values: np.ndarray) -> None:
         error = values.std(0, ddof=1) / np.sqrt(len(values))
         axes.fill_between(x, mean - error, np.minimum(mean + error, 1), color=_color(method), alpha=0.2, linewidth=0)
     axes.set_xticks(x if len(x) > 1 else [x[0]])
+
+
+def _legend(figure: Figure, axes: Any) -> None:
+    """Beside the axes, where it hides no line."""
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=9)
 
 
 def _finish(axes: Any) -> None:

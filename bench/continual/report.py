@@ -163,7 +163,7 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
             percent(list(map(forgetting, tables))) if in_a_row else _WITHOUT,
             percent(list(map(backward_transfer, tables))) if in_a_row else _WITHOUT,
             percent([forward_transfer(*pair) for pair in compared]) if in_a_row and compared else _WITHOUT,
-            str(len(repeated)),
+            _seeds(repeated),
             f"{np.mean(milliseconds):.1f}",
         ]
         rows.append(row)
@@ -173,6 +173,11 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
             number = published.get(method.split()[0])
             row.append(_WITHOUT if number is None else f"{100 * number:.2f}")
     return markdown(header, rows)
+
+
+def _seeds(repeated: Sequence[Record]) -> str:
+    diverged = sum(record.diverged_in is not None for record in repeated)
+    return f"{len(repeated)}" + (f" ({diverged} diverged)" if diverged else "")
 
 
 def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
@@ -195,7 +200,7 @@ def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
         ]
         dead = [sum(change is None for change in record.extra["change"]) for record in repeated]
         paper = " / ".join(_PUBLISHED_CHANGES.get(method.split()[0], (_WITHOUT,)))
-        rows.append([method, *cells, f"{np.mean(dead):.1f}", str(len(repeated)), paper])
+        rows.append([method, *cells, f"{np.mean(dead):.1f}", _seeds(repeated), paper])
     return markdown(header, rows)
 
 
@@ -217,7 +222,7 @@ def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str,
         if label.method.split()[0] not in BOUNDS and len(tables[0]) > 1:
             lost = percent(list(map(forgetting, tables)))
         average = percent(list(map(average_accuracy, tables)))
-        rows.append([label.method, label.changes or "as above", average, lost, str(len(repeated))])
+        rows.append([label.method, label.changes or "as above", average, lost, _seeds(repeated)])
     return markdown(header, sorted(rows, key=lambda row: (row[0], row[1] != "as above")))
 
 
