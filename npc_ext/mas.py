@@ -24,7 +24,8 @@ class MAS(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty, lambda of eq. 4.
+        strength: the factor of the penalty, lambda of eq. 4. Where lr * strength * W is above 1, a step overshoots the
+            anchor, and training diverges.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
