@@ -110,7 +110,7 @@ _PLASTIC = {
 }
 _PLASTIC_SEARCH = (
     Coordinate("output", values=("active", "free")),
-    Coordinate("survive", values=(0.8, 0.95)),
+    Coordinate("survive", values=(0.2, 0.8)),
     Coordinate("beta", factors=(0.5, 2, 4)),
     Coordinate("lr", factors=(0.3, 3)),
 )
@@ -138,7 +138,7 @@ METHODS = {
 }
 BOUNDS = ("joint", "single")
 # Experiments that are not searched themselves take what was tuned on another.
-TUNED_ON = {"activation": "icifar100", "hetero": "icifar100", "imnist": "ifashion"}
+TUNED_ON = {"activation": "icifar100", "hetero": "icifar100"}
 
 
 def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> dict[str, Any]:
