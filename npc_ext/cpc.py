@@ -117,8 +117,13 @@ class CPC(Descent):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own, for example those of a head that the model has just been given."""
         super().add_param_group(param_group)
-        if self._ready:
+        if not self._ready:
+            return
+        try:
             self._find_layers()
+        except Exception:
+            self.param_groups.pop()
+            raise
 
     def _find_layers(self) -> None:
         modules = weighted_layers(self._model)
