@@ -295,7 +295,7 @@ def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkey
 
 
 def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
-    from npc_ext import _native, npc
+    from npc_ext import _native, descent
 
     class Compiled:
         isas: Any = None
@@ -308,5 +308,5 @@ def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: p
         _native.NativeUnavailableError,
         match=r"'weight' is on cuda:0 and the module was compiled without CUDA; install the CUDA toolkit .*'make'",
     ):
-        npc._require_native(model)
+        descent.require_native(model)
     _native.why_no_cuda.cache_clear()
