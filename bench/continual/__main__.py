@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import ast
 import os
 import sys
 from collections.abc import Sequence
@@ -132,8 +132,8 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
     if not equals:
         raise ValueError(f"--set has {assignment!r}; expected name=value or method.name=value")
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
         value = text
     method, dot, name = key.rpartition(".")
     if not dot:

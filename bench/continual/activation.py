@@ -1,7 +1,8 @@
 """How much a hidden layer's activations on task 1 change while task 2 is learned (Figure 4 of the paper).
 
-The paper gives no formula. Here the change of neuron i over samples s is sum_s |a'_si - a_si| / sum_s |a_si|, with a
-before and a' after task 2; a neuron that no sample had activated has none.
+The paper gives no formula. Here the change of neuron i over samples s is 2 sum_s |a'_si - a_si| / sum_s (|a_si| +
+|a'_si|), with a before and a' after task 2: for small changes the relative change, but at most 2 for a neuron that was
+almost silent before, which else would decide every mean. A neuron that is never active has none.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Watch:
         if number != 1:
             return {}
         before, after = self._before["activations"].to(self._images.device), self._activations(model)
-        size = before.abs().sum(0)
+        size = (before.abs() + after.abs()).sum(0) / 2
         change = torch.where(size > 0, (after - before).abs().sum(0) / size, torch.nan)
         return {
             "importance": [round(value, 5) for value in self._before["importance"].tolist()],

@@ -1,7 +1,7 @@
 """The experiments: which data sets make which tasks, and the network and protocol that learn them.
 
 The paper leaves batch size, class order and initialization open; they are fields of `Protocol`, so that every run
-states them. Size "paper" is the paper's network and length; size "small" fits one processor core in half a minute.
+states them. Size "paper" is the paper's network and length; size "small" fits one processor core in a minute.
 """
 
 from __future__ import annotations
@@ -80,9 +80,11 @@ class Experiment:
 
 
 _SMALL = Protocol(
-    channels=(32, 64, 64), hidden=128, epochs=4, epoch_samples=2500, batch_size=32, train_samples=4000, shrink=2
+    channels=(32, 64, 64), hidden=256, epochs=4, epoch_samples=2500, batch_size=32, train_samples=6000, shrink=2
 )
-_CIFAR = replace(_SMALL, epochs=6, tasks=5)
+# With the length of iFashion-MNIST even a fresh network per task stays at 99.0 % here.
+_MNIST = replace(_SMALL, epochs=8, batch_size=16)
+_CIFAR = replace(_SMALL, epochs=10, tasks=5)
 _WITH_FLIPS = Augmentation(padding=4, flip=True)
 EXPERIMENTS = {
     "idigits": Experiment(
@@ -94,7 +96,7 @@ EXPERIMENTS = {
         side=8,
         augmentation=Augmentation(),
     ),
-    "imnist": Experiment("iMNIST, 5 tasks of 2 classes", ("mnist",), 2, _SMALL, published={"npc": 0.9963}),
+    "imnist": Experiment("iMNIST, 5 tasks of 2 classes", ("mnist",), 2, _MNIST, published={"npc": 0.9963}),
     "ifashion": Experiment("iFashion-MNIST, 5 tasks of 2 classes", ("fashion",), 2, _SMALL),
     "icifar100": Experiment(
         "iCIFAR100, tasks of 10 classes",

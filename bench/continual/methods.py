@@ -111,13 +111,13 @@ _PLASTIC = {
 _PLASTIC_SEARCH = (
     Coordinate("output", values=("active", "free")),
     Coordinate("survive", values=(0.2, 0.8)),
-    Coordinate("beta", factors=(0.5, 2, 4)),
-    Coordinate("lr", factors=(0.3, 3)),
+    Coordinate("lr", factors=(0.3,)),
+    Coordinate("beta", factors=(0.5, 0.8, 1.2, 2)),
 )
 _SGD = {"lr": 0.1, "weight_decay": 1e-4}
 _SGD_SEARCH = (
-    Coordinate("weight_decay", factors=(0.1, 10), walk=True),
     Coordinate("lr", factors=(0.3, 3), walk=True),
+    Coordinate("weight_decay", factors=(0.1, 10), walk=True),
     Coordinate("weight_decay", factors=(0.5, 2, 3)),
 )
 METHODS = {
