@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-import npc_ext
 from bench.continual import datasets, experiments, metrics, report, runs
-from bench.continual.__main__ import main
+from bench.continual.__main__ import _parser, main
 from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
+from bench.continual.plan import PLANS
 from bench.continual.pool import parallel
 from bench.continual.store import Record, Store
 from bench.continual.tasks import Task, joint, split
@@ -27,8 +28,6 @@ from bench.continual.training import Augmentation, Samples, loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
-# Methods of this package that it may not have yet.
-EXISTING = [name for name in METHODS if name in ("sgd", "joint", "single") or hasattr(npc_ext, name.upper())]
 
 
 def command(*arguments: str) -> list[str]:
@@ -45,9 +44,9 @@ def numbers(record: Record) -> tuple[Any, ...]:
 
 
 def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path) -> None:
-    assert main(["run", *TINY, "--methods", ",".join(EXISTING), "--seeds", "1", "--store", str(tmp_path)]) == 0
+    assert main(["run", *TINY, "--methods", ",".join(METHODS), "--seeds", "1", "--store", str(tmp_path)]) == 0
     records = list(Store(tmp_path).records())
-    assert {record.method for record in records} == set(EXISTING)
+    assert {record.method for record in records} == set(METHODS)
     for record in records:
         assert record.finished
         assert record.steps == [4] * 5
@@ -59,7 +58,7 @@ def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path)
     assert all(path.stat().st_size < 5000 for path in tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("method", EXISTING)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_failed_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +80,16 @@ def test_a_run_that_failed_goes_on_to_the_same_numbers(
     assert len(only_record(tmp_path / "broken").accuracy) == 2
     assert main([*arguments, str(tmp_path / "broken")]) == 0
     assert numbers(only_record(tmp_path / "broken")) == numbers(only_record(tmp_path / "whole"))
+
+
+def test_a_run_that_diverges_stops_and_says_so(tmp_path: Path) -> None:
+    arguments = ["--methods", "sgd", "--set", "epochs=50", "sgd.lr=1e9", "--seeds", "1", "--store", str(tmp_path)]
+    assert main(["run", *TINY, *arguments]) == 0
+    record = only_record(tmp_path)
+    assert record.finished
+    assert record.diverged_in == 0
+    assert 0 < record.steps[0] < 50 * 4
+    assert record.steps[1:] == [0, 0, 0, 0]
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
@@ -276,3 +285,21 @@ def test_bad_arguments_are_answered_in_one_sentence(
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
+
+
+@pytest.mark.parametrize("size", PLANS)
+def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "--dry", "--size", size, "--jobs", "2"]) == 0
+    budgets: dict[tuple[str, str], int] = {}
+    run = set()
+    for line in capsys.readouterr().out.splitlines():
+        options = _parser().parse_args(shlex.split(line)[3:])
+        assert (options.size, options.jobs) == (size, 2)
+        for method in options.methods.split(","):
+            if options.command == "search":
+                assert (options.experiment, method) not in run
+                budgets[options.experiment, method] = options.budget
+            run.add((options.experiment, method))
+    rivals = ("cpc", "ewc", "mas", "si", "ssl", "sgd")
+    assert {budgets[experiment, method] for experiment in ("imnist", "icifar100") for method in rivals} == {10}
+    assert {method for experiment, method in run if experiment == "icifar100"} == set(METHODS)

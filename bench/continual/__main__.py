@@ -1,10 +1,11 @@
-"""The experiments as a program: `python -m bench.continual run|search|report --help`."""
+"""The experiments as a program: `python -m bench.continual run|search|report|reproduce --help`."""
 
 from __future__ import annotations
 
 import argparse
 import ast
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from . import experiments, methods, metrics, search
 from .experiments import EXPERIMENTS, SIZES, Protocol
 from .methods import METHODS
+from .plan import PLANS
 from .pool import Outcome, parallel
 from .runs import Run, execute
 from .store import STORE, Record, Store
@@ -32,11 +34,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(report.write(Store(options.store), options.out))
         return 0
+    if options.command == "reproduce":
+        return _reproduce(options, parser)
     try:
         runs = _runs(options)
     except ValueError as error:
         parser.error(str(error))
     return _search(options, runs) if options.command == "search" else _run(options, runs)
+
+
+def _reproduce(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Carries out the plan, each of its commands after it is printed; one that fails does not stop the others."""
+    shared = [f"--{name}={getattr(options, name)}" for name in ("size", "device", "jobs", "store")]
+    shared += [] if options.data is None else [f"--data={options.data}"]
+    shared += [
+        f"--{name}"
+        for name in ("bf16", "tf32", "channels-last", "cuda-graph")
+        if getattr(options, name.replace("-", "_"))
+    ]
+    status = 0
+    for command in PLANS[options.size]:
+        command = [*command, *shared]
+        print("python -m bench.continual", shlex.join(command), flush=True)
+        if not options.dry:
+            status |= main(command)
+    return status
 
 
 def _run(options: argparse.Namespace, runs: list[Run]) -> int:
@@ -168,14 +190,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="learn tasks in a row and store every task's results")
     look = commands.add_parser("search", help="tune hyperparameters on held-out training samples")
+    all_of_it = commands.add_parser("reproduce", help="search and run all that the published results consist of")
     tell = commands.add_parser("report", help="tables and figures of what is stored")
     for command in (run, look):
         command.add_argument("--experiment", required=True, choices=EXPERIMENTS, help="what to learn")
         command.add_argument("--methods", default="npc,sgd", help=f"comma-separated, of {', '.join(METHODS)}")
-        command.add_argument("--size", default="small", choices=SIZES, help="small: one core; paper: a GPU")
-        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-        command.add_argument("--jobs", type=int, default=1, help="how many runs are computed beside each other")
-        command.add_argument("--data", default=os.environ.get("NPC_DATA"), help="folder of the data sets")
         command.add_argument(
             "--set",
             nargs="+",
@@ -184,17 +203,23 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help="other settings: npc.delta=0.999 of a method, batch_size=64 of the protocol",
         )
+    for command in (run, look, all_of_it):
+        command.add_argument("--size", default="small", choices=SIZES, help="small: one core; paper: a GPU")
+        command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+        command.add_argument("--jobs", type=int, default=1, help="how many runs are computed beside each other")
+        command.add_argument("--data", default=os.environ.get("NPC_DATA"), help="folder of the data sets")
         command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
         command.add_argument("--tf32", action="store_true", help="multiply float32 in TF32 (CUDA)")
         command.add_argument("--channels-last", action="store_true", help="images and weights with channels last")
         command.add_argument("--cuda-graph", action="store_true", help="replay the step as a CUDA graph (CUDA)")
+    all_of_it.add_argument("--dry", action="store_true", help="only print the commands")
     run.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
     look.add_argument("--seeds", type=int, default=1, help="repetitions that a score is the mean of (default 1)")
     look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
     look.add_argument("--budget", type=int, default=10, help="configurations tried for every method (default 10)")
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
     tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")
-    for command in (run, look, tell):
+    for command in (run, look, all_of_it, tell):
         command.add_argument("--store", type=Path, default=STORE, help="folder of the runs' results")
     return parser
 

@@ -25,7 +25,7 @@ from .experiments import EXPERIMENTS, Protocol
 from .methods import METHODS
 from .store import Record, Store
 from .tasks import Task, joint
-from .training import Machine, accuracy_of, standard, train
+from .training import Machine, accuracy_of, is_finite, standard, train
 
 # SGD as an NPC that never consolidates, where the experiment is about the importance that NPC measures.
 _WATCHED = ("npc", "sgd")
@@ -158,7 +158,7 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                     on_epoch=on_epoch,
                 )
                 started = time.perf_counter()
-                if not _is_finite(model):
+                if not is_finite(model):
                     record.diverged_in = number
                 elif method.consolidate is not None and number + 1 < len(tasks):
                     method.consolidate(optimizer, _batches(task, run), _select(task))
@@ -172,10 +172,6 @@ def _learn(run: Run, store: Store, position: int) -> Record:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
             store.save(record, state if watch is None else {**state, "watch": watch.state()})
     return record
-
-
-def _is_finite(model: nn.Module) -> bool:
-    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, record: Record) -> list[float | None]:

@@ -6,6 +6,7 @@ every machine; a batch is then cut out of the padded images by one gather.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -129,7 +130,7 @@ def train(
     machine: Machine | None = None,
     on_epoch: Callable[[float], None] = lambda loss: None,
 ) -> tuple[int, float]:
-    """Trains a model on one task; returns the number of steps and their seconds.
+    """Trains a model on one task; returns the number of steps and their seconds. Stops if parameters are NaN.
 
     Args:
         model: the network, on the task's device.
@@ -171,7 +172,14 @@ def train(
             seconds += time.perf_counter() - started
             steps += len(batches)
             on_epoch(mean_loss)
+            if not math.isfinite(mean_loss) and not is_finite(model):
+                break
     return steps, seconds
+
+
+def is_finite(model: nn.Module) -> bool:
+    """Whether training has not diverged: every parameter is a number."""
+    return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _graph_of(step: Step, batch_size: int) -> Step:

@@ -1,0 +1,63 @@
+"""What the published results consist of: commands of this program, in the order in which they tell most.
+
+Size "paper" starts with what the paper is about, so that time on a GPU that runs out has bought the most. A method's
+hyperparameters do not transfer from other implementations, nor from the small size, so every rival is searched first.
+"""
+
+from __future__ import annotations
+
+from .methods import METHODS
+
+_BOUNDS = "joint,single"
+_RIVALS = "sgd,ewc,mas,si,cpc,ssl"
+_ALL = ",".join(METHODS)
+
+
+def _searched(experiment: str, methods: str, *, tasks: int = 0) -> list[list[str]]:
+    """A search of the same budget for every method; a smaller one for the bounds, which have no memory to tune."""
+    first = ["--tasks", str(tasks)] if tasks else []
+    return [
+        ["search", "--experiment", experiment, "--methods", some, "--budget", str(budget), *first]
+        for some, budget in ((methods, 10), (_BOUNDS, 4))
+    ]
+
+
+def _run(experiment: str, methods: str, *settings: str) -> list[str]:
+    return ["run", "--experiment", experiment, "--methods", methods, *(["--set", *settings] if settings else [])]
+
+
+# What the paper leaves open, on NPC.
+_OPEN = (
+    "npc.measure=before pooling",
+    "npc.sigma=erf",
+    "npc.output=all",
+    "npc.output=free",
+    "npc.output=active",
+    "npc.survive=0.2",
+    "npc.survive=0.8",
+    "batch_size=16",
+    "batch_size=128",
+)
+PLANS: dict[str, list[list[str]]] = {
+    "small": [
+        *_searched("imnist", f"npc,{_RIVALS}"),
+        _run("imnist", _ALL),
+        *_searched("icifar100", f"npc,{_RIVALS}", tasks=3),
+        _run("icifar100", _ALL),
+        *_searched("ifashion", f"npc,{_RIVALS}"),
+        _run("ifashion", _ALL),
+        _run("activation", "npc,sgd"),
+        *(_run("ifashion", "npc", setting) for setting in _OPEN),
+    ],
+    "paper": [
+        _run("icifar100", "npc"),
+        *(_run("icifar100", "npc", f"batch_size={size}") for size in (64, 128, 512)),
+        *_searched("icifar100", _RIVALS, tasks=3),
+        _run("icifar100", f"{_RIVALS},{_BOUNDS}"),
+        _run("imnist", "npc"),
+        *_searched("imnist", _RIVALS),
+        _run("imnist", f"{_RIVALS},{_BOUNDS}"),
+        _run("activation", "npc,sgd"),
+        _run("hetero", _ALL),
+    ],
+}
