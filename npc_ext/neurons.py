@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
-from torch.utils.hooks import RemovableHandle
 
 from . import ops
 from .nn import ReLU
@@ -152,7 +151,7 @@ class Neurons:
 
     def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
         self.layers, self.others = tuple(layers), tuple(others)
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Any] = []
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -186,8 +185,12 @@ class Neurons:
                 else:
                     self._handles.append(module.register_forward_pre_hook(hook))
 
+    def hold(self, handle: Any) -> None:
+        """Has `detach` call `remove()` of something else that was placed in the model."""
+        self._handles.append(handle)
+
     def detach(self) -> None:
-        """Takes the taps out of the model."""
+        """Takes everything that was placed in the model out of it."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -294,6 +297,11 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
         reasons = "".join(f"; {name!r}: {reason}" for name, reason in unusable.items())
         raise ValueError(f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{reasons}")
     return weighted
+
+
+def is_shared(weight: Tensor, model: nn.Module) -> bool:
+    """Whether several modules of a model have a weight in common."""
+    return sum(any(own is weight for own in m._parameters.values()) for m in model.modules()) > 1
 
 
 def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:

@@ -11,13 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, ops, reference
+from .certificate import Certificates, Watch, frozen_for
 from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
+from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
-from .neurons import Neurons, find_neurons
+from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
-_LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate", "measure_at", "batch_dim")
+_LAYER_OPTIONS = (
+    "alpha",
+    "beta",
+    "delta",
+    "sigma",
+    "normalize",
+    "consolidate",
+    "skip_frozen",
+    "measure_at",
+    "batch_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -29,12 +41,18 @@ class LayerPlasticity:
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
         frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
         skipped: in how many steps the measured importance was not finite and was left out.
+        frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
+            constants in force; 0 where that is not certain, at most a million.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients are left out of backward passes at
+            the moment.
     """
 
     importance: Tensor
     learning_rate: Tensor
     frozen: float
     skipped: int
+    frozen_for: Tensor
+    gradients_skipped: float
 
 
 class NPC(Descent):
@@ -71,9 +89,12 @@ class NPC(Descent):
         normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones
             that received gradient; the latter suits output layers that hold the outputs of several tasks.
         layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. Options
-            are alpha, beta, delta, sigma, normalize; consolidate=False (train at plain lr); measure_at="module" (where
-            the layer's activation is measured); batch_dim=1 (sequence-first activations).
+            are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
+            measure_at="module" (where the layer's activation is measured); batch_dim=1 (sequence-first activations).
         others: "train" parameters outside neurons at plain lr, or "freeze" them.
+        skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
+            step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
+            changes. Gradients are meant for the step that follows their forward pass.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
@@ -108,11 +129,14 @@ class NPC(Descent):
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
+        skip_frozen: bool = True,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
         self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
         self._others = others
+        _check_flag("skip_frozen", skip_frozen)
+        self._skip_frozen = skip_frozen
         self._warned: set[tuple[str, str]] = set()
         self._ready = False
         defaults = {
@@ -176,6 +200,32 @@ class NPC(Descent):
         else:
             measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
+        self._watch_layers(trained)
+
+    def _watch_layers(self, trained: set[int]) -> None:
+        """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
+        watches = {}
+        for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
+            if not own.get("skip_frozen", self._skip_frozen):
+                continue
+            if reason := self._why_all_gradients(layer, trained):
+                computed = f"its weight gradients are always computed for all neurons: {reason}"
+                layer.note = f"{layer.note}; {computed}" if layer.note else computed
+                continue
+            forward = PartialForward.of(self._model.get_submodule(layer.name))
+            self.neurons.hold(forward)
+            watches[layer.name] = Watch(forward, layer.parameters[0].parameter, key, own)
+        self._certificates = Certificates(watches)
+        self._bind_certificates()
+
+    def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
+        if is_shared(layer.parameters[0].parameter, self._model):
+            return "its weight is shared"
+        return why_not(self._model.get_submodule(layer.name), trained)
+
+    def _bind_certificates(self) -> None:
+        for watch in self._certificates.watches.values():
+            watch.bind(self._certificates, self.state, self._group_of[id(watch.key)])
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
@@ -203,6 +253,7 @@ class NPC(Descent):
         }
 
     def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
+        _check_flag(f"{where}skip_frozen", own.get("skip_frozen", True))
         self._check_options({**self.defaults, **own}, where)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
@@ -221,7 +272,8 @@ class NPC(Descent):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: gradients are there, but no importance was measured at all.
+            RuntimeError: gradients are there, but no importance was measured at all; or gradients were left out of
+                neurons that, after a change of constants or state since the forward pass, may move in this step.
             ValueError: a gradient is sparse or has another dtype or device than its parameter.
 
         An exception leaves weights and importance as they were.
@@ -231,7 +283,9 @@ class NPC(Descent):
     def _step(self) -> None:
         self._prepare()
         self._check_measured()
+        self._certificates.before_step()
         self._launch_all()
+        self._certificates.after_step()
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
@@ -367,6 +421,7 @@ class NPC(Descent):
         super().zero_grad(set_to_none)
         if self._ready_neurons:
             self._drop_measured()
+            self._certificates.gradients_dropped()
 
     # ------------------------------------------------------------------------------------------------------ looking in
 
@@ -386,8 +441,14 @@ class NPC(Descent):
                 constants["sigma"],
             )
             frozen = (rate == 0).double().mean().item()
-            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index])
+            certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
+            left_out = self._gradients_skipped(layer.name)
+            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
+
+    def _gradients_skipped(self, layer: str) -> float:
+        watch = self._certificates.watches.get(layer)
+        return 0.0 if watch is None else watch.gradients_skipped()
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
@@ -419,11 +480,21 @@ class NPC(Descent):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._index_parameters()
+        self._bind_certificates()
 
     def __repr__(self) -> str:
         layers = len(self._consolidated)
         neurons = sum(layer.neurons for layer in self._consolidated)
-        return f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n)"
+        rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
+        return (
+            f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n"
+            f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
+        )
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}; expected True or False")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,281 @@
+"""Which neurons cannot change in the coming steps, whatever the data.
+
+Normalized importance is never negative, so eq. 4 never takes more than a factor of delta from C: where
+
+    delta ** m * C_i >= beta,
+
+eq. 7 gives eta_i = 0 in each of the next m steps. A certificate names the neurons of a layer for which that holds, and
+the last step for which it does. It is issued every few steps, for twice as long, from the importance at that moment;
+on a GPU the importance is copied without waiting for it, while the certificate before is still in force.
+
+**Rounding.** Let u = 2 ** -24, half the distance from 1 to the next float32. A step computes
+C' = fl(fl(fl(delta) * C) + r) with r >= 0. fl(delta) and the product lose at most a factor of 1 - u each. The sum loses
+nothing: rounding is monotonic and its first term is a float32 already, so C' is at least that term (with a fused
+multiply-add likewise). So C' >= delta (1 - u)^2 C, which is more than delta (1 - 4 u) C. In eq. 7, beta is rounded to
+float32, and so is beta / C, which is at most 1 where C >= fl(beta); the bound here asks for C >= beta (1 + 8 u), which
+also pays for the comparison's own rounding. All of that holds above the smallest normal float32 only, so the bound asks
+for that, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .frozen_rows import PartialForward, Rows, rows_to_compute
+
+_U = 2.0**-24
+_SMALLEST_NORMAL = 2.0**-126
+# Beyond this many steps plasticity() does not count.
+LONGEST = 10**6
+
+STEPS_BETWEEN_ISSUES = 32
+VALIDITY = 2 * STEPS_BETWEEN_ISSUES
+# Importance copied from a GPU is looked at so many steps later, at a fixed step, so that runs are reproducible. A CPU
+# that is further ahead than that waits, while the GPU still has those steps to do.
+STEPS_TO_ARRIVE = 8
+
+
+def frozen_for(importance: Tensor, beta: float, delta: float) -> Tensor:
+    """For how many more steps each neuron is certain not to move, whatever the data.
+
+    Args:
+        importance: (N,) float32, C of eq. 4.
+        beta: the constant of eq. 7.
+        delta: the constant of eq. 4.
+
+    Returns:
+        (N,) int64, 0 where nothing is certain, at most `LONGEST`.
+    """
+    surplus = (importance.double() / _frozen_from(beta)).log()
+    steps = surplus / -math.log(delta * (1 - 4 * _U)) if delta > 0 else torch.zeros_like(surplus)
+    return steps.nan_to_num(0.0, LONGEST, 0.0).clamp(0, LONGEST).floor().long()
+
+
+def least_importance(beta: float, delta: float, steps: int) -> float:
+    """From which C on a neuron is certain not to move in the next `steps` steps."""
+    decay = (delta * (1 - 4 * _U)) ** steps
+    return _frozen_from(beta) / decay if decay > 0 else math.inf
+
+
+def _frozen_from(beta: float) -> float:
+    return max(beta * (1 + 8 * _U), 2 * _SMALLEST_NORMAL)
+
+
+@dataclass(frozen=True, eq=False)
+class Certificate:
+    """Until step `until` (counted from the optimizer's first), only `rows` of a layer may change."""
+
+    rows: Rows
+    until: int
+
+
+class Watch:
+    """One layer, as certificates see it: what is in force for it, and whether somebody else has interfered.
+
+    A certificate is worth something only as long as nobody but the optimizer changes importance, constants and weights
+    (whoever changes the weights trains them by rules of their own, and needs all gradients).
+    """
+
+    def __init__(self, forward: PartialForward, weight: Tensor, key: Tensor, own: Mapping[str, Any]) -> None:
+        self.forward, self.weight, self.key = forward, weight, key
+        self._own = own
+        self._used: set[Certificate] = set()
+        self._forget()
+
+    def bind(self, clock: Certificates, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
+        """Says where importance and constants are found; whatever was certified before is void."""
+        self._clock, self._states, self._group = clock, states, group
+        self._forget()
+
+    def _forget(self) -> None:
+        self.certificate: Certificate | None = None
+        self.interfered = False  # since the last issue
+        self._importance: Tensor | None = None
+        self._seen: tuple[Any, ...] = ()
+        self._used.clear()
+
+    def constants(self) -> tuple[float, float]:
+        """Beta and delta in force. Alpha and sigma do not matter to whether eq. 7 is zero."""
+        own, group = self._own, self._group
+        return float(own.get("beta", group["beta"])), float(own.get("delta", group["delta"]))
+
+    def importance(self) -> Tensor | None:
+        """C as it is now, None where the state has been cleared."""
+        state = self._states.get(self.key)
+        return None if state is None else state.get("importance")
+
+    def _versions(self, importance: Tensor) -> tuple[Any, ...]:
+        group = self._group
+        return importance._version, self.weight._version, group["beta"], group["delta"]
+
+    def record(self) -> None:
+        """Called after a step of ours: whatever changes from now on, somebody else did."""
+        importance = self._importance = self.importance()
+        self._seen = () if importance is None else self._versions(importance)
+        self._used.clear()
+
+    def is_untouched(self) -> bool:
+        """Whether importance, constants and weights are as the last step left them."""
+        importance = self.importance()
+        return importance is not None and importance is self._importance and self._versions(importance) == self._seen
+
+    def in_force(self) -> Certificate | None:
+        """The certificate for the coming step, if there is one."""
+        certificate = self.certificate
+        if certificate is None or self._clock.steps >= certificate.until or not self.is_untouched():
+            return None
+        return certificate
+
+    def use(self, certificate: Certificate) -> None:
+        """Notes that gradients were left out on the strength of a certificate."""
+        self._used.add(certificate)
+
+    def before_step(self, name: str) -> None:
+        """Voids the certificate if somebody interfered.
+
+        Raises:
+            RuntimeError: gradients were left out of neurons that may move in this step.
+        """
+        untouched = self.is_untouched()
+        for certificate in self._used:
+            if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
+                raise RuntimeError(
+                    f"layer {name!r}: gradients were left out of neurons that could not move in the coming step, but "
+                    "can in this one: beta, delta, importance or the optimizer's state was changed between the forward "
+                    "pass and step(), or more steps were taken in between than foreseen. Now call the optimizer's "
+                    "zero_grad() and start again with a forward pass; make such changes between step() and the next "
+                    "forward pass, or build the optimizer with skip_frozen=False"
+                )
+        if not untouched and self._seen:
+            self.interfered, self.certificate = True, None
+
+    def _still_holds(self, certificate: Certificate) -> bool:
+        importance = self.importance()
+        if importance is None:
+            return False
+        certain = importance >= least_importance(*self.constants(), steps=1)
+        return bool(certain[certificate.rows.left_out().to(certain.device)].all())
+
+    def issue(self, importance: Tensor, issued_at: int) -> None:
+        """Certifies from C at step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
+        if self.interfered:
+            return
+        certain = importance >= least_importance(*self.constants(), steps=VALIDITY)
+        rows = rows_to_compute(certain, self.forward.all_or_nothing)
+        if rows is None:
+            self.certificate = None
+            self.forward.release(self)
+            return
+        before = self.certificate
+        if before is not None and torch.equal(before.rows.on_cpu, rows):
+            kept = before.rows
+        else:
+            kept = Rows(rows, len(certain), self.weight.device)
+        self.certificate = Certificate(kept, issued_at + VALIDITY)
+        self.forward.follow(self)
+
+    def void(self) -> None:
+        """Takes back what was certified."""
+        self.certificate = None
+
+    def gradients_dropped(self) -> None:
+        """Called when gradients are cleared: nothing that was left out matters any more."""
+        self._used.clear()
+
+    def gradients_skipped(self) -> float:
+        """The share of rows whose gradients the next forward and backward pass leave out, as far as it is known."""
+        certificate = self.in_force()
+        return 0.0 if certificate is None or not self.forward.obeys(self) else certificate.rows.share_left_out()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
+        return {**self.__dict__, "certificate": None, "_used": set(), "_importance": None, "_seen": ()}
+
+
+class Certificates:
+    """Issues certificates for the layers of one optimizer as its steps go by."""
+
+    def __init__(self, watches: Mapping[str, Watch]) -> None:
+        self.watches = dict(watches)
+        self.steps = 0
+        self._captured = False
+        self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
+        self._arriving: list[tuple[list[Watch], list[Tensor], torch.cuda.Event | None]] = []
+
+    def before_step(self) -> None:
+        """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
+        for name, watch in self.watches.items():
+            watch.before_step(name)
+
+    def after_step(self) -> None:
+        """Counts the step, and issues certificates when it is time to."""
+        self.steps += 1
+        if self._is_captured():
+            return
+        for watch in self.watches.values():
+            watch.record()
+        since_issue = self.steps % STEPS_BETWEEN_ISSUES
+        if since_issue == 0:
+            self._look()
+        if self._arriving and since_issue == STEPS_TO_ARRIVE:
+            self._read()
+
+    def gradients_dropped(self) -> None:
+        """Called when gradients are cleared."""
+        for watch in self.watches.values():
+            watch.gradients_dropped()
+
+    def _is_captured(self) -> bool:
+        """Replays of a CUDA graph change importance unseen: from its capture on, nothing is certified."""
+        if not self._captured and self._on_gpu and torch.cuda.is_current_stream_capturing():
+            self._captured = True
+            self._arriving.clear()
+            for watch in self.watches.values():
+                watch.void()
+        return self._captured
+
+    def _look(self) -> None:
+        """Reads importance on the CPU, and sends for it on GPUs."""
+        self._arriving.clear()
+        on_device: dict[torch.device, list[tuple[Watch, Tensor]]] = {}
+        for watch in self.watches.values():
+            importance, undisturbed = watch.importance(), not watch.interfered
+            watch.interfered = False
+            if importance is not None and undisturbed:
+                on_device.setdefault(importance.device, []).append((watch, importance))
+        for device, members in on_device.items():
+            watches, importances = [watch for watch, _ in members], [one for _, one in members]
+            if device.type == "cuda":
+                self._arriving.append(_sent_for(device, watches, importances))
+                continue
+            for watch, importance in members:
+                watch.issue(importance.cpu(), self.steps)
+
+    def _read(self) -> None:
+        for watches, importances, arrived in self._arriving:
+            if arrived is not None:
+                arrived.synchronize()
+            for watch, importance in zip(watches, importances, strict=True):
+                watch.issue(importance, self.steps - STEPS_TO_ARRIVE)
+        self._arriving.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_arriving": []}  # an event belongs to its process
+
+
+def _sent_for(
+    device: torch.device, watches: list[Watch], importances: Sequence[Tensor]
+) -> tuple[list[Watch], list[Tensor], torch.cuda.Event]:
+    """Copies of the layers' importance on their way to the CPU, and the event that says that they are there."""
+    with torch.cuda.device(device):
+        together = torch.cat(list(importances))
+        copy, arrived = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
+        copy.copy_(together, non_blocking=True)
+        arrived.record()
+    return watches, list(copy.split([one.numel() for one in importances])), arrived

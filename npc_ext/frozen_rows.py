@@ -1,0 +1,402 @@
+"""Backward passes that leave out the weight gradients of neurons which are certain not to move.
+
+A neuron's incoming weights are a row of its layer's weight (of a transposed convolution, a column). Where a certificate
+(certificate.py) says that some rows cannot change in the coming step, the others' part of dL/dy is gathered, their
+weight gradient is computed from it, and put into a gradient of zeros:
+
+    dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
+
+dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
+nothing is computed, and x is not kept for the backward pass.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrize import is_parametrized
+
+if TYPE_CHECKING:
+    from .certificate import Certificate, Watch
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FEWEST_ROWS = 16
+_BUCKETS = 8
+_TIMINGS = 3
+
+
+class Rows:
+    """The rows of a layer's weight whose gradients are computed.
+
+    Attributes:
+        on_cpu: (r,) int64, ascending.
+        on_device: the same, where the layer is.
+        pays: whether gathering these rows is faster than computing all, by the kind of input.
+    """
+
+    def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
+        self.on_cpu, self.neurons = on_cpu, neurons
+        self.on_device = on_cpu
+        if device.type == "cuda":
+            self.on_device = on_cpu.pin_memory().to(device, non_blocking=True)
+        elif device.type != "cpu":
+            self.on_device = on_cpu.to(device)
+        self.pays: dict[Any, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self.on_cpu)
+
+    def left_out(self) -> Tensor:
+        """(N,) bool on the CPU: the rows whose gradients are not computed."""
+        return torch.ones(self.neurons, dtype=torch.bool).index_fill_(0, self.on_cpu, False)
+
+    def share_left_out(self) -> float:
+        """The share of rows whose gradients are not computed, 0 where it was found not to pay."""
+        if self.pays and not any(self.pays.values()):
+            return 0.0
+        return 1 - len(self) / self.neurons
+
+
+def rows_to_compute(certain: Tensor, all_or_nothing: bool) -> Tensor | None:
+    """Which rows' gradients to compute when those of `certain` need not be; None for all.
+
+    Their number is rounded up to a multiple of an eighth of the layer, and of 16 at least: so there are few shapes, and
+    such as the libraries are fast for. Some certain rows fill it up.
+
+    Args:
+        certain: (N,) bool, on the CPU.
+        all_or_nothing: whether a part of the rows cannot be computed alone.
+    """
+    moving = certain.logical_not().nonzero().flatten()
+    if len(moving) == 0:
+        return moving
+    neurons = len(certain)
+    step = max(_FEWEST_ROWS, -(-neurons // _BUCKETS))
+    count = -(-len(moving) // step) * step
+    if all_or_nothing or count >= neurons:
+        return None
+    filling = certain.nonzero().flatten()[: count - len(moving)]
+    return torch.cat([moving, filling]).sort().values
+
+
+# --------------------------------------------------------------------------------------------------------- operations
+
+
+class _Operation(Protocol):
+    """What a weighted module computes, and the two halves of its backward pass."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor: ...
+
+    def weight_gradient(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of weight and bias, of `rows` only or of all."""
+        ...
+
+    @property
+    def neuron_dim(self) -> int:
+        """The dimension of the weight that counts neurons."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Linear:
+    neuron_dim = 0
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+        return gradient.reshape(-1, weight.shape[0]).mm(weight).view(shape)
+
+    def weight_gradient(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        gradient = gradient.reshape(-1, weight.shape[0])
+        if rows is not None:
+            gradient = gradient.index_select(1, rows)
+        return gradient.t().mm(x.reshape(-1, weight.shape[1])), gradient.sum(0) if biased else None
+
+
+@dataclass(frozen=True)
+class _Convolution:
+    """Any convolution of torch.nn, its input padded already where the padding is not of zeros."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def neuron_dim(self) -> int:
+        return 1 if self.transposed else 0
+
+    def _geometry(self) -> tuple[Any, ...]:
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.convolution(x, weight, bias, *self._geometry())
+
+    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
+        # The input's values do not matter to its gradient, but its memory format does to the choice of a kernel.
+        if channels_last:
+            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+            stand_in = gradient.new_empty(shape).to(memory_format=formats[len(shape)])
+        else:
+            stand_in = gradient.new_empty(1).expand(shape)
+        backward = torch.ops.aten.convolution_backward
+        return backward(gradient, stand_in, weight, None, *self._geometry(), (True, False, False))[0]
+
+    def weight_gradient(
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if rows is not None:
+            gradient = gradient.index_select(1, rows)
+            weight = weight.narrow(self.neuron_dim, 0, len(rows))  # its shape counts, not its values
+        backward = torch.ops.aten.convolution_backward
+        sizes = [gradient.shape[1]] if biased else None
+        _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self._geometry(), (False, True, biased))
+        return of_weight, of_bias
+
+
+def _operation_of(module: Any) -> _Operation | str:
+    """What a module computes, or why its weight gradients cannot be left out."""
+    if type(module) is nn.Linear:
+        return _Linear()
+    if type(module) not in (*_CONVOLUTIONS, *_TRANSPOSED):
+        return f"it is a {type(module).__name__}, which may compute something of its own"
+    padding = module.padding
+    if module.padding_mode != "zeros" or padding == "valid":
+        padding = (0,) * len(module.kernel_size)
+    elif padding == "same":
+        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(one % 2 for one in whole):
+            return "its padding is uneven (padding='same' with an even kernel)"
+        padding = tuple(one // 2 for one in whole)
+    transposed = type(module) in _TRANSPOSED
+    return _Convolution(module.stride, padding, module.dilation, transposed, module.output_padding, module.groups)
+
+
+class _PartialGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        operation: _Operation,
+        certificate: Certificate,
+        watch: Watch,
+    ) -> Tensor:
+        to_input, rows = ctx.needs_input_grad[0], certificate.rows
+        ctx.save_for_backward(x if len(rows) else None, weight if to_input else None)
+        ctx.operation, ctx.certificate, ctx.watch = operation, certificate, watch
+        ctx.weight, ctx.bias = weight.detach(), None if bias is None else bias.detach()
+        ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
+        return operation.forward(x, weight, bias)
+
+    # Not once_differentiable: these are operations of torch, which records them where create_graph asks for it. What
+    # was left out is a constant then.
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        operation, rows = ctx.operation, ctx.certificate.rows
+        of_input = None
+        if ctx.needs_input_grad[0]:
+            of_input = operation.input_gradient(gradient, weight, ctx.shape, ctx.channels_last)
+        of_weight = torch.zeros_like(ctx.weight)
+        biased = ctx.needs_input_grad[2]
+        of_bias = torch.zeros_like(ctx.bias) if biased else None
+        if len(rows):
+            part, bias_part = operation.weight_gradient(gradient, x, ctx.weight, rows.on_device, biased)
+            of_weight.index_copy_(operation.neuron_dim, rows.on_device, part)
+            if of_bias is not None:
+                of_bias.index_copy_(0, rows.on_device, bias_part)
+        ctx.watch.use(ctx.certificate)
+        return of_input, of_weight, of_bias, None, None, None
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if x.ndim == 4:
+        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    if x.ndim == 5:
+        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
+    return False
+
+
+# ------------------------------------------------------------------------------------------------------- does it pay?
+
+_measured: dict[Any, bool] = {}
+
+
+def pays(operation: _Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
+    """Whether gathering rows is faster than computing the whole weight gradient, by measuring it once in a process.
+
+    Where the user asked for deterministic algorithms, a rule decides instead of a clock: up to half the rows.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return 2 * len(rows) <= rows.neurons
+    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
+    key = (operation, x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, x.device, len(rows), threads)
+    if key not in _measured:
+        _measured[key] = _is_faster(operation, x.detach(), weight.detach(), rows)
+    return _measured[key]
+
+
+@torch.no_grad()
+def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
+    gradient = operation.forward(x, weight, None)  # has the shape, and takes nothing from the random generator
+
+    def in_part() -> None:
+        part, _ = operation.weight_gradient(gradient, x, weight, rows.on_device, False)
+        torch.zeros_like(weight).index_copy_(operation.neuron_dim, rows.on_device, part)
+
+    def in_full() -> None:
+        operation.weight_gradient(gradient, x, weight, None, False)
+
+    seconds: dict[Any, list[float]] = {in_part: [], in_full: []}
+    for turn in range(_TIMINGS + 1):
+        for function, taken in seconds.items():
+            started = time.perf_counter()
+            function()
+            if x.is_cuda:
+                torch.cuda.synchronize(x.device)
+            if turn:  # the first one warms up
+                taken.append(time.perf_counter() - started)
+    return statistics.median(seconds[in_part]) < statistics.median(seconds[in_full])
+
+
+# -------------------------------------------------------------------------------------------------------- the forward
+
+
+class PartialForward:
+    """Stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
+
+    It calls the class's own `forward` unless a certificate is in force for the coming step, and gradients are to flow.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        operation = _operation_of(module)
+        if isinstance(operation, str):
+            raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
+        self._module: Any = module
+        self._usual = type(module).forward
+        self._operation = operation
+        self.all_or_nothing = isinstance(operation, _Convolution) and operation.groups > 1
+        self._watch: weakref.ReferenceType[Watch] | None = None
+        self._optimizers = 0
+
+    @classmethod
+    def of(cls, module: nn.Module) -> PartialForward:
+        """The one in a module, put there if it is not yet; `remove` takes it out when all who asked for it have.
+
+        Raises:
+            ValueError: `why_not` has an objection to the module.
+        """
+        own = module.__dict__.get("forward")
+        if not isinstance(own, cls):
+            own = cls(module)
+            module.forward = own
+        own._optimizers += 1
+        return own
+
+    def remove(self) -> None:
+        """Takes it out of the module again, if it is still there and nobody else asked for it."""
+        self._watch = None
+        self._optimizers -= 1
+        if self._optimizers == 0 and self._module.__dict__.get("forward") is self:
+            del self._module.forward
+
+    def follow(self, watch: Watch) -> None:
+        """From now on obeys the certificates of `watch`, as long as that is alive: the last optimizer that issued."""
+        self._watch = weakref.ref(watch)
+
+    def release(self, watch: Watch) -> None:
+        """Obeys nobody's certificates if it was `watch` whose it obeyed."""
+        if self.obeys(watch):
+            self._watch = None
+
+    def obeys(self, watch: Watch) -> bool:
+        """Whether it is `watch` whose certificates count."""
+        return self._watch is not None and self._watch() is watch
+
+    def __call__(self, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        # The first comes first: torch.compile must not depend on what changes from step to step.
+        if torch.compiler.is_compiling() or self._watch is None or arguments or options:
+            return self._usual(self._module, input, *arguments, **options)
+        return self._partial(input, self._watch())
+
+    def _partial(self, x: Tensor, watch: Watch | None) -> Tensor:
+        module = self._module
+        weight, bias = module.weight, module.bias
+        certificate = None if watch is None or not module.training else watch.in_force()
+        if (
+            watch is None
+            or certificate is None
+            or weight is not watch.weight
+            or not (torch.is_grad_enabled() and weight.requires_grad)
+            or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
+            return self._usual(module, x)
+        original = x
+        if torch.is_autocast_enabled(x.device.type):
+            x, weight, bias = _as_autocast_would(x, weight, bias)
+        if isinstance(self._operation, _Convolution):
+            if x.ndim == weight.ndim - 1:  # a single sample
+                return self._partial(original.unsqueeze(0), watch).squeeze(0)
+            if module.padding_mode != "zeros":
+                x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+        rows = certificate.rows
+        if len(rows):
+            kind = (x.shape, x.stride(), x.dtype)
+            decided = rows.pays.get(kind)
+            if decided is None:
+                decided = rows.pays[kind] = pays(self._operation, x, weight, rows)
+            if not decided:
+                return self._usual(module, original)
+        return _PartialGradient.apply(x, weight, bias, self._operation, certificate, watch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_watch": None}
+
+
+def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
+    """Casts floating-point tensors to autocast's dtype, apart from float64."""
+    return [
+        tensor
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64
+        else tensor.to(torch.get_autocast_dtype(tensor.device.type))
+        for tensor in tensors
+    ]
+
+
+def why_not(module: nn.Module, trained: set[int]) -> str:
+    """Why a module's weight gradients are always computed in full; empty if they need not be.
+
+    Args:
+        module: a weighted module.
+        trained: the ids of the parameters that the optimizer trains.
+    """
+    operation = _operation_of(module)
+    if isinstance(operation, str):
+        return operation
+    if is_parametrized(module):
+        return "its weight is computed from other parameters (a parametrization)"
+    own = module.__dict__.get("forward")
+    if own is not None and type(own) is not PartialForward:
+        return "its forward has been replaced by somebody else"
+    if any(p.requires_grad and id(p) not in trained for p in module.parameters(recurse=False)):
+        return "a part of its parameters is trained by another optimizer"
+    return ""
