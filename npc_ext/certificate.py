@@ -75,6 +75,13 @@ class Certificate:
     until: int
 
 
+class Clock:
+    """How many steps an optimizer has taken."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+
 class Watch:
     """One layer, as certificates see it: what is in force for it, and whether somebody else has interfered.
 
@@ -88,7 +95,7 @@ class Watch:
         self._used: set[Certificate] = set()
         self._forget()
 
-    def bind(self, clock: Certificates, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
+    def bind(self, clock: Clock, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
         """Says where importance and constants are found; whatever was certified before is void."""
         self._clock, self._states, self._group = clock, states, group
         self._forget()
@@ -203,7 +210,7 @@ class Certificates:
 
     def __init__(self, watches: Mapping[str, Watch]) -> None:
         self.watches = dict(watches)
-        self.steps = 0
+        self.clock = Clock()  # apart, so that watches die with their optimizer, not when cycles are collected
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[tuple[list[Watch], list[Tensor], torch.cuda.Event | None]] = []
@@ -215,12 +222,12 @@ class Certificates:
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""
-        self.steps += 1
+        self.clock.steps += 1
         if self._is_captured():
             return
         for watch in self.watches.values():
             watch.record()
-        since_issue = self.steps % STEPS_BETWEEN_ISSUES
+        since_issue = self.clock.steps % STEPS_BETWEEN_ISSUES
         if since_issue == 0:
             self._look()
         if self._arriving and since_issue == STEPS_TO_ARRIVE:
@@ -255,14 +262,14 @@ class Certificates:
                 self._arriving.append(_sent_for(device, watches, importances))
                 continue
             for watch, importance in members:
-                watch.issue(importance.cpu(), self.steps)
+                watch.issue(importance.cpu(), self.clock.steps)
 
     def _read(self) -> None:
         for watches, importances, arrived in self._arriving:
             if arrived is not None:
                 arrived.synchronize()
             for watch, importance in zip(watches, importances, strict=True):
-                watch.issue(importance, self.steps - STEPS_TO_ARRIVE)
+                watch.issue(importance, self.clock.steps - STEPS_TO_ARRIVE)
         self._arriving.clear()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class NPC(Descent):
 
     def _bind_certificates(self) -> None:
         for watch in self._certificates.watches.values():
-            watch.bind(self._certificates, self.state, self._group_of[id(watch.key)])
+            watch.bind(self._certificates.clock, self.state, self._group_of[id(watch.key)])
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
