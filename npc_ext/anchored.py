@@ -72,7 +72,7 @@ class Anchored(Descent):
                 )
             else:
                 state["stiffness"], state["anchor"] = importance, here
-        self._planned_for = None
+        self._forget_plans()
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]

@@ -22,12 +22,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .frozen_rows import PartialForward, Rows, rows_to_compute
+
+if TYPE_CHECKING:
+    from .neurons import NeuronLayer
 
 _U = 2.0**-24
 _SMALLEST_NORMAL = 2.0**-126
@@ -76,10 +79,18 @@ class Certificate:
 
 
 class Clock:
-    """How many steps an optimizer has taken."""
+    """How many steps an optimizer has taken, and in which it measures layers that are certified wholly."""
 
-    def __init__(self) -> None:
-        self.steps = 0
+    def __init__(self, measure_every: int) -> None:
+        self.steps, self.measure_every = 0, measure_every
+
+    def steps_to_measurement(self) -> int:
+        """0 if the coming step measures all layers, else how many steps come before that one."""
+        return -(self.steps + 1) % self.measure_every
+
+    def validity(self) -> int:
+        """For how many steps certificates are issued: a measurement is always in sight."""
+        return VALIDITY + self.measure_every - 1
 
 
 class Watch:
@@ -87,10 +98,17 @@ class Watch:
 
     A certificate is worth something only as long as nobody but the optimizer changes importance, constants and weights
     (whoever changes the weights trains them by rules of their own, and needs all gradients).
+
+    A layer that is certified wholly may be asleep until it is measured again (lazy.py). Its importance owes the decay
+    of those steps, which certificates reckon with.
+
+    Attributes:
+        delay: how many steps the layer slept since it was last measured.
     """
 
-    def __init__(self, forward: PartialForward, weight: Tensor, key: Tensor, own: Mapping[str, Any]) -> None:
-        self.forward, self.weight, self.key = forward, weight, key
+    def __init__(self, forward: PartialForward, layer: NeuronLayer, key: Tensor, own: Mapping[str, Any]) -> None:
+        self.forward, self.layer, self.key = forward, layer, key
+        self.weight = layer.parameters[0].parameter
         self._own = own
         self._used: set[Certificate] = set()
         self._forget()
@@ -103,6 +121,8 @@ class Watch:
     def _forget(self) -> None:
         self.certificate: Certificate | None = None
         self.interfered = False  # since the last issue
+        self.delay = 0
+        self.layer.asleep = False
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
         self._used.clear()
@@ -123,6 +143,11 @@ class Watch:
 
     def record(self) -> None:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
+        if self.layer.asleep:
+            self.delay += 1
+        elif self.layer.sink.grad is not None:
+            self.delay = 0
+        self.layer.asleep = False
         importance = self._importance = self.importance()
         self._seen = () if importance is None else self._versions(importance)
         self._used.clear()
@@ -138,6 +163,19 @@ class Watch:
         if certificate is None or self._clock.steps >= certificate.until or not self.is_untouched():
             return None
         return certificate
+
+    def sleeps(self, certificate: Certificate) -> bool:
+        """Whether the layer is neither trained nor measured in the coming step; remembers it for the taps."""
+        wait = self._clock.steps_to_measurement()
+        asleep = wait > 0 and len(certificate.rows) == 0 and certificate.until > self._clock.steps + wait
+        self.layer.asleep = asleep
+        if asleep:
+            self.use(certificate)
+        return asleep
+
+    def delayed(self) -> int:
+        """By how many steps the importance measured for the coming step is late; 0 where none was measured."""
+        return 0 if self.layer.sink.grad is None else self.delay
 
     def use(self, certificate: Certificate) -> None:
         """Notes that gradients were left out on the strength of a certificate."""
@@ -166,14 +204,15 @@ class Watch:
         importance = self.importance()
         if importance is None:
             return False
-        certain = importance >= least_importance(*self.constants(), steps=1)
+        certain = importance >= least_importance(*self.constants(), steps=1 + self.delay)
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
     def issue(self, importance: Tensor, issued_at: int) -> None:
         """Certifies from C at step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
         if self.interfered:
             return
-        certain = importance >= least_importance(*self.constants(), steps=VALIDITY)
+        validity = self._clock.validity()
+        certain = importance >= least_importance(*self.constants(), steps=validity + self.delay)
         rows = rows_to_compute(certain, self.forward.all_or_nothing)
         if rows is None:
             self.certificate = None
@@ -184,7 +223,7 @@ class Watch:
             kept = before.rows
         else:
             kept = Rows(rows, len(certain), self.weight.device)
-        self.certificate = Certificate(kept, issued_at + VALIDITY)
+        self.certificate = Certificate(kept, issued_at + validity)
         self.forward.follow(self)
 
     def void(self) -> None:
@@ -208,9 +247,11 @@ class Watch:
 class Certificates:
     """Issues certificates for the layers of one optimizer as its steps go by."""
 
-    def __init__(self, watches: Mapping[str, Watch]) -> None:
+    def __init__(self, watches: Mapping[str, Watch], measure_every: int) -> None:
         self.watches = dict(watches)
-        self.clock = Clock()  # apart, so that watches die with their optimizer, not when cycles are collected
+        self.clock = Clock(
+            measure_every
+        )  # apart, so that watches die with their optimizer, not when cycles are collected
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[tuple[list[Watch], list[Tensor], torch.cuda.Event | None]] = []

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from . import _launch, _native, ops, reference
 
 BACKENDS = ("auto", "native", "reference")
+# Steps may take turns: heads of several tasks, layers that are measured now and then.
+_MOST_EARLIER_PLANS = 3
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
 
 
@@ -71,8 +73,7 @@ class Descent(torch.optim.Optimizer):
         check_choice("backend", backend, BACKENDS)
         self._model = model
         self._backend = backend
-        self._plans: list[Any] = []
-        self._planned_for: list[Any] | None = None
+        self._forget_plans()
         if backend == "native":
             require_native(model)
         super().__init__(model.parameters() if params is None else params, defaults)
@@ -126,8 +127,22 @@ class Descent(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         signature = self._signature()
-        if signature != self._planned_for:
-            self._plans, self._planned_for = self._make_plans(), signature
+        if signature == self._planned_for:
+            return
+        if self._planned_for is not None and signature[0] != self._planned_for[0]:
+            self._earlier_plans.clear()  # somebody touched the state, which plans hold
+        earlier = [(own, plans) for own, plans in self._earlier_plans if own != signature]
+        found = next((plans for own, plans in self._earlier_plans if own == signature), None)
+        if self._planned_for is not None:
+            earlier.insert(0, (self._planned_for, self._plans))
+        self._plans = self._make_plans() if found is None else found
+        self._planned_for, self._earlier_plans = signature, earlier[:_MOST_EARLIER_PLANS]
+
+    def _forget_plans(self) -> None:
+        """To be called wherever plans hold what is no longer so."""
+        self._plans: list[Any] = []
+        self._planned_for: list[Any] | None = None
+        self._earlier_plans: list[tuple[list[Any], list[Any]]] = []
 
     def _launch_all(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -270,7 +285,7 @@ class Descent(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
-        self._plans, self._planned_for = [], None
+        self._forget_plans()
 
 
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:

@@ -216,6 +216,8 @@ class _PartialGradient(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = operation.input_gradient(gradient, weight, ctx.shape, ctx.channels_last)
+        if not ctx.needs_input_grad[1]:
+            return of_input, None, None, None, None, None
         of_weight = torch.zeros_like(ctx.weight)
         biased = ctx.needs_input_grad[2]
         of_bias = torch.zeros_like(ctx.bias) if biased else None
@@ -342,10 +344,12 @@ class PartialForward:
         module = self._module
         weight, bias = module.weight, module.bias
         certificate = None if watch is None or not module.training else watch.in_force()
+        if watch is None or certificate is None:
+            if watch is not None and module.training:
+                watch.layer.asleep = False
+            return self._usual(module, x)
         if (
-            watch is None
-            or certificate is None
-            or weight is not watch.weight
+            weight is not watch.weight
             or not (torch.is_grad_enabled() and weight.requires_grad)
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
@@ -359,7 +363,9 @@ class PartialForward:
             if module.padding_mode != "zeros":
                 x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         rows = certificate.rows
-        if len(rows):
+        if watch.sleeps(certificate):
+            weight, bias = weight.detach(), None if bias is None else bias.detach()
+        elif len(rows):
             kind = (x.shape, x.stride(), x.dtype)
             decided = rows.pays.get(kind)
             if decided is None:
@@ -397,6 +403,6 @@ def why_not(module: nn.Module, trained: set[int]) -> str:
     own = module.__dict__.get("forward")
     if own is not None and type(own) is not PartialForward:
         return "its forward has been replaced by somebody else"
-    if any(p.requires_grad and id(p) not in trained for p in module.parameters(recurse=False)):
-        return "a part of its parameters is trained by another optimizer"
+    if any(id(p) not in trained for p in module.parameters(recurse=False)):
+        return "a part of its parameters is not trained by this optimizer"
     return ""

@@ -116,6 +116,7 @@ class NeuronLayer:
         points: where their activation is measured.
         note: what a reader of the table should know.
         sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
+        asleep: whether the layer is neither trained nor measured in the coming step (lazy.py).
     """
 
     name: str
@@ -127,6 +128,7 @@ class NeuronLayer:
     sink: Tensor
     measure: Callable[..., Tensor] = ops.importance_of_checked
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
+    asleep: bool = field(default=False, repr=False)
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
     def trains(self) -> bool:

@@ -15,6 +15,7 @@ from .certificate import Certificates, Watch, frozen_for
 from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
+from .lazy import let_sleep
 from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
@@ -37,7 +38,8 @@ class LayerPlasticity:
     """How plastic one layer is at this moment.
 
     Attributes:
-        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
+        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1. With `measure_every` as of the
+            layer's last measurement.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
         frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
         skipped: in how many steps the measured importance was not finite and was left out.
@@ -95,6 +97,10 @@ class NPC(Descent):
         skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
             changes. Gradients are meant for the step that follows their forward pass.
+        measure_every: k > 1 measures layers whose neurons are all certain not to move in every k-th step only, with
+            eq. 4 taken k steps at once. In between back-propagation ends at the first layer that can still move, and
+            parameters of those layers get no gradients. An approximation: the measurements in between count as if they
+            had been the same.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
@@ -130,13 +136,21 @@ class NPC(Descent):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
         skip_frozen: bool = True,
+        measure_every: int = 1,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
         self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
         self._others = others
         _check_flag("skip_frozen", skip_frozen)
-        self._skip_frozen = skip_frozen
+        if not isinstance(measure_every, int) or isinstance(measure_every, bool) or measure_every < 1:
+            raise ValueError(f"measure_every is {measure_every!r}; expected a whole number of steps, at least 1")
+        if measure_every > 1 and not skip_frozen:
+            raise ValueError(
+                f"measure_every is {measure_every}, but skip_frozen is False; layers that are measured now and then "
+                "are those whose gradients are skipped: leave skip_frozen on, or measure_every at 1"
+            )
+        self._skip_frozen, self._measure_every = skip_frozen, measure_every
         self._warned: set[tuple[str, str]] = set()
         self._ready = False
         defaults = {
@@ -214,8 +228,11 @@ class NPC(Descent):
                 continue
             forward = PartialForward.of(self._model.get_submodule(layer.name))
             self.neurons.hold(forward)
-            watches[layer.name] = Watch(forward, layer.parameters[0].parameter, key, own)
-        self._certificates = Certificates(watches)
+            watches[layer.name] = Watch(forward, layer, key, own)
+        if self._measure_every > 1:
+            for handle in let_sleep(self._model, [watch.layer for watch in watches.values()]):
+                self.neurons.hold(handle)
+        self._certificates = Certificates(watches, self._measure_every)
         self._bind_certificates()
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
@@ -229,8 +246,7 @@ class NPC(Descent):
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
-        self._plans: list[_Plan] = []
-        self._planned_for: list[Any] | None = None
+        self._forget_plans()
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
@@ -299,13 +315,16 @@ class NPC(Descent):
         layers = sorted({layer for layer, _, _ in places if layer >= 0})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
         constants = [self._constants(layer) for layer in layers]
+        delays = self._delays()
         options: tuple[Any, ...] = (
             [position[layer] for layer, _, _ in places],
             [dim for _, dim, _ in places],
             [count for _, _, count in places],
             self._rates(device, groups),
             *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
-            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
+            *([own[name] for own in constants] for name in ("alpha", "beta")),
+            [own["delta"] ** (1 + delays.get(layer, 0)) for layer, own in zip(layers, constants, strict=True)],
+            [own["sigma"] for own in constants],
             [own["normalize"] == "active" for own in constants],
         )
         layer_states = [self._layer_state(layer) for layer in layers]
@@ -322,6 +341,17 @@ class NPC(Descent):
             skipped=self._skipped.on(device),
         )
 
+    def _signature(self) -> list[Any]:
+        return [*super()._signature(), self._delays()]
+
+    def _delays(self) -> dict[int, int]:
+        """By how many steps the measured importance of a layer is late, for those for which it is."""
+        if self._measure_every == 1:
+            return {}
+        watches = self._certificates.watches
+        layers = enumerate(layer.name for layer in self._consolidated)
+        return {index: late for index, name in layers if name in watches and (late := watches[name].delayed())}
+
     def _layer_state(self, index: int) -> dict[str, Any]:
         """Where a layer's importance is kept; it is zero at first."""
         state, key = self.state[self._keys[index]], self._keys[index]
@@ -331,7 +361,8 @@ class NPC(Descent):
 
     def _check_measured(self) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
-        indices = [index for plan in self._plans for index in plan.layers]
+        planned = [index for plan in self._plans for index in plan.layers]
+        indices = [index for index in planned if not self._consolidated[index].asleep]
         unmeasured = [index for index in indices if self._consolidated[index].sink.grad is None]
         if not unmeasured:
             return
@@ -441,7 +472,9 @@ class NPC(Descent):
                 constants["sigma"],
             )
             frozen = (rate == 0).double().mean().item()
+            watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
+            certain = (certain - (0 if watch is None else watch.delay)).clamp(min=0)
             left_out = self._gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result

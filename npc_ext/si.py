@@ -119,4 +119,4 @@ class SI(Anchored):
             state["stiffness"] = state["stiffness"] + own if "stiffness" in state else own
             state["anchor"] = here.clone()
             state["path"].zero_()
-        self._planned_for = None
+        self._forget_plans()

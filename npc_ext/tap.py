@@ -110,7 +110,7 @@ class TapHook:
         """Whether `value` is to be tapped, at this moment."""
         if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
             return False
-        return self.weighted.training and self.layer.trains()
+        return self.weighted.training and not self.layer.asleep and self.layer.trains()
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""
