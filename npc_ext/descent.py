@@ -63,6 +63,10 @@ class Descent(torch.optim.Optimizer):
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
 
+    _plans: list[Any]
+    _planned_for: list[Any] | None  # the signature of `_plans`
+    _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
+
     def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
         if not isinstance(model, nn.Module):
             name = type(self).__name__
@@ -129,20 +133,18 @@ class Descent(torch.optim.Optimizer):
         signature = self._signature()
         if signature == self._planned_for:
             return
-        if self._planned_for is not None and signature[0] != self._planned_for[0]:
-            self._earlier_plans.clear()  # somebody touched the state, which plans hold
-        earlier = [(own, plans) for own, plans in self._earlier_plans if own != signature]
-        found = next((plans for own, plans in self._earlier_plans if own == signature), None)
+        recent = self._earlier_plans
         if self._planned_for is not None:
-            earlier.insert(0, (self._planned_for, self._plans))
-        self._plans = self._make_plans() if found is None else found
-        self._planned_for, self._earlier_plans = signature, earlier[:_MOST_EARLIER_PLANS]
+            # Plans hold the states: one that came or went means that others may be new objects, too.
+            recent = [(self._planned_for, self._plans), *recent] if signature[0] == self._planned_for[0] else []
+        known = next((plans for own, plans in recent if own == signature), None)
+        self._plans = self._make_plans() if known is None else known
+        self._planned_for = signature
+        self._earlier_plans = [own for own in recent if own[0] != signature][:_MOST_EARLIER_PLANS]
 
     def _forget_plans(self) -> None:
         """To be called wherever plans hold what is no longer so."""
-        self._plans: list[Any] = []
-        self._planned_for: list[Any] | None = None
-        self._earlier_plans: list[tuple[list[Any], list[Any]]] = []
+        self._plans, self._planned_for, self._earlier_plans = [], None, []
 
     def _launch_all(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
