@@ -20,7 +20,7 @@ for that, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -254,7 +254,7 @@ class Certificates:
         )  # apart, so that watches die with their optimizer, not when cycles are collected
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
-        self._arriving: list[tuple[list[Watch], list[Tensor], torch.cuda.Event | None]] = []
+        self._arriving: list[_Arriving] = []
 
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
@@ -271,8 +271,13 @@ class Certificates:
         since_issue = self.clock.steps % STEPS_BETWEEN_ISSUES
         if since_issue == 0:
             self._look()
-        if self._arriving and since_issue == STEPS_TO_ARRIVE:
+        if since_issue == STEPS_TO_ARRIVE:
             self._read()
+
+    def issue(self) -> None:
+        """Issues certificates at once, between two steps; waits for GPUs."""
+        self._look()
+        self._read()
 
     def gradients_dropped(self) -> None:
         """Called when gradients are cleared."""
@@ -300,30 +305,36 @@ class Certificates:
         for device, members in on_device.items():
             watches, importances = [watch for watch, _ in members], [one for _, one in members]
             if device.type == "cuda":
-                self._arriving.append(_sent_for(device, watches, importances))
+                self._arriving.append(_sent_for(device, watches, importances, self.clock.steps))
                 continue
             for watch, importance in members:
                 watch.issue(importance.cpu(), self.clock.steps)
 
     def _read(self) -> None:
-        for watches, importances, arrived in self._arriving:
-            if arrived is not None:
-                arrived.synchronize()
-            for watch, importance in zip(watches, importances, strict=True):
-                watch.issue(importance, self.clock.steps - STEPS_TO_ARRIVE)
+        for arriving in self._arriving:
+            arriving.event.synchronize()
+            for watch, importance in zip(arriving.watches, arriving.importances, strict=True):
+                watch.issue(importance, arriving.sent_at)
         self._arriving.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_arriving": []}  # an event belongs to its process
 
 
-def _sent_for(
-    device: torch.device, watches: list[Watch], importances: Sequence[Tensor]
-) -> tuple[list[Watch], list[Tensor], torch.cuda.Event]:
-    """Copies of the layers' importance on their way to the CPU, and the event that says that they are there."""
+@dataclass(frozen=True)
+class _Arriving:
+    """Copies of layers' importance on their way to the CPU, there when the event says so."""
+
+    watches: list[Watch]
+    importances: list[Tensor]
+    event: torch.cuda.Event
+    sent_at: int
+
+
+def _sent_for(device: torch.device, watches: list[Watch], importances: list[Tensor], step: int) -> _Arriving:
     with torch.cuda.device(device):
-        together = torch.cat(list(importances))
-        copy, arrived = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
+        together = torch.cat(importances)
+        copy, event = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
         copy.copy_(together, non_blocking=True)
-        arrived.record()
-    return watches, list(copy.split([one.numel() for one in importances])), arrived
+        event.record()
+    return _Arriving(watches, list(copy.split([one.numel() for one in importances])), event, step)

@@ -7,7 +7,8 @@ weight gradient is computed from it, and put into a gradient of zeros:
     dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
 
 dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
-nothing is computed, and x is not kept for the backward pass.
+nothing is computed, and x is not kept for the backward pass. Whether that is faster than computing everything
+(gathering takes time, and so does Python) is measured once for each kind of layer and input.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import statistics
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 if TYPE_CHECKING:
-    from .certificate import Certificate, Watch
+    from .certificate import Watch
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,7 +42,7 @@ class Rows:
     Attributes:
         on_cpu: (r,) int64, ascending.
         on_device: the same, where the layer is.
-        pays: whether gathering these rows is faster than computing all, by the kind of input.
+        pays: whether computing these rows only is faster than computing all, by the kind of input.
     """
 
     def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
@@ -197,12 +200,11 @@ class _PartialGradient(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         operation: _Operation,
-        certificate: Certificate,
-        watch: Watch,
+        rows: Rows,
+        note_use: Callable[[], None],
     ) -> Tensor:
-        to_input, rows = ctx.needs_input_grad[0], certificate.rows
-        ctx.save_for_backward(x if len(rows) else None, weight if to_input else None)
-        ctx.operation, ctx.certificate, ctx.watch = operation, certificate, watch
+        ctx.save_for_backward(x if len(rows) else None, weight if ctx.needs_input_grad[0] else None)
+        ctx.operation, ctx.rows, ctx.note_use = operation, rows, note_use
         ctx.weight, ctx.bias = weight.detach(), None if bias is None else bias.detach()
         ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
         return operation.forward(x, weight, bias)
@@ -212,12 +214,10 @@ class _PartialGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        operation, rows = ctx.operation, ctx.certificate.rows
+        operation, rows = ctx.operation, ctx.rows
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = operation.input_gradient(gradient, weight, ctx.shape, ctx.channels_last)
-        if not ctx.needs_input_grad[1]:
-            return of_input, None, None, None, None, None
         of_weight = torch.zeros_like(ctx.weight)
         biased = ctx.needs_input_grad[2]
         of_bias = torch.zeros_like(ctx.bias) if biased else None
@@ -226,7 +226,7 @@ class _PartialGradient(torch.autograd.Function):
             of_weight.index_copy_(operation.neuron_dim, rows.on_device, part)
             if of_bias is not None:
                 of_bias.index_copy_(0, rows.on_device, bias_part)
-        ctx.watch.use(ctx.certificate)
+        ctx.note_use()
         return of_input, of_weight, of_bias, None, None, None
 
 
@@ -243,36 +243,44 @@ def _is_channels_last(x: Tensor) -> bool:
 _measured: dict[Any, bool] = {}
 
 
-def pays(operation: _Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
-    """Whether gathering rows is faster than computing the whole weight gradient, by measuring it once in a process.
+def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
+    """Whether a layer is faster that computes the gradients of `rows` only, by measuring it once in a process.
 
     Where the user asked for deterministic algorithms, a rule decides instead of a clock: up to half the rows.
     """
     if torch.are_deterministic_algorithms_enabled():
         return 2 * len(rows) <= rows.neurons
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
-    key = (operation, x.shape, x.stride(), weight.shape, weight.stride(), x.dtype, x.device, len(rows), threads)
+    layer = (operation, weight.shape, weight.stride(), bias is None, len(rows))
+    key = (*layer, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, threads)
     if key not in _measured:
-        _measured[key] = _is_faster(operation, x.detach(), weight.detach(), rows)
+        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # a checkpoint's hooks must not see this
+            _measured[key] = _is_faster(operation, x, weight, bias, rows)
     return _measured[key]
 
 
-@torch.no_grad()
-def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
-    gradient = operation.forward(x, weight, None)  # has the shape, and takes nothing from the random generator
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
-    def in_part() -> None:
-        part, _ = operation.weight_gradient(gradient, x, weight, rows.on_device, False)
-        torch.zeros_like(weight).index_copy_(operation.neuron_dim, rows.on_device, part)
 
-    def in_full() -> None:
-        operation.weight_gradient(gradient, x, weight, None, False)
+def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
+    """Times forward and backward passes, whose gradients go nowhere."""
+    inputs = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, weight, bias)]
+    wanted = [one for one in inputs if one is not None and one.requires_grad]
+
+    def in_part() -> Tensor:
+        return _PartialGradient.apply(*inputs, operation, rows, lambda: None)
+
+    def in_full() -> Tensor:
+        return operation.forward(*inputs)  # type: ignore[arg-type]
 
     seconds: dict[Any, list[float]] = {in_part: [], in_full: []}
     for turn in range(_TIMINGS + 1):
         for function, taken in seconds.items():
             started = time.perf_counter()
-            function()
+            output = function()
+            # The output has its gradient's shape, and takes nothing from the random generator.
+            torch.autograd.grad(output, wanted, output.detach())
             if x.is_cuda:
                 torch.cuda.synchronize(x.device)
             if turn:  # the first one warms up
@@ -364,15 +372,14 @@ class PartialForward:
                 x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         rows = certificate.rows
         if watch.sleeps(certificate):
-            weight, bias = weight.detach(), None if bias is None else bias.detach()
-        elif len(rows):
-            kind = (x.shape, x.stride(), x.dtype)
-            decided = rows.pays.get(kind)
-            if decided is None:
-                decided = rows.pays[kind] = pays(self._operation, x, weight, rows)
-            if not decided:
-                return self._usual(module, original)
-        return _PartialGradient.apply(x, weight, bias, self._operation, certificate, watch)
+            return self._operation.forward(x, weight.detach(), None if bias is None else bias.detach())
+        kind = (x.shape, x.stride(), x.dtype, x.requires_grad)
+        decided = rows.pays.get(kind)
+        if decided is None:
+            decided = rows.pays[kind] = pays(self._operation, x, weight, bias, rows)
+        if not decided:
+            return self._usual(module, original)
+        return _PartialGradient.apply(x, weight, bias, self._operation, rows, partial(watch.use, certificate))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watch": None}

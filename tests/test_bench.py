@@ -48,12 +48,19 @@ def test_a_single_seed_is_refused() -> None:
 
 
 def test_the_micro_benchmarks_write_tables_and_numbers(tmp_path: Path) -> None:
-    output = run("bench.micro", "--quick", "--only", "update", "host", "--out", str(tmp_path))
+    output = run("bench.micro", "--quick", "--only", "update", "frozen", "host", "--out", str(tmp_path))
     assert "| 1,000 parameters " in output
     rows = json.loads((tmp_path / "update.json").read_text())["rows"]
     assert all(
         low <= median <= high for row in rows for low, median, high in row["peer / npc_ext (quartiles)"].values()
     )
+    frozen = json.loads((tmp_path / "frozen.json").read_text())["rows"]
+    assert {row["share"] for row in frozen} == {0.0, 1.0} and (tmp_path / "frozen.svg").exists()
+    for row in frozen:
+        kept = row["saved for backward, bytes"]
+        assert 0 <= row["gradients skipped"] <= row["share"]
+        assert kept["npc_ext"] <= kept["skip_frozen=False"]
+        assert kept["measure_every=8"] < kept["skip_frozen=False"] or row["share"] == 0
 
 
 def test_tasks_hold_their_own_classes_and_lose_no_sample() -> None:

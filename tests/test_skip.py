@@ -95,7 +95,7 @@ def small_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, 
 
 
 def certified(model: nn.Module | None = None, **options: Any) -> tuple[nn.Module, NPC]:
-    """A small model whose first two layers are certified wholly; needs `often`."""
+    """A small model whose first two layers are certified wholly; needs `often` and `always`."""
     model = small() if model is None else model
     optimizer = NPC(model, delta=0.999, **options)
     set_importance(optimizer, **{"0": 3.0, "2": 3.0})
@@ -317,7 +317,7 @@ def test_every_kind_of_layer(
         assert bool(((got_rows - want_rows)[~left_out].abs() <= bound).all())
 
 
-def test_a_wholly_certified_layer_does_not_keep_its_input(often: None) -> None:
+def test_a_wholly_certified_layer_does_not_keep_its_input(often: None, always: None) -> None:
     model, optimizer = certified()
     assert optimizer
     kept: list[int] = []
@@ -354,17 +354,21 @@ def test_gathering_is_left_out_where_it_does_not_pay(monkeypatch: pytest.MonkeyP
 def test_what_pays_is_measured_once_and_under_determinism_decided_by_a_rule() -> None:
     layer, x = nn.Linear(64, 128), torch.randn(16, 64)
     operation = frozen_rows._operation_of(layer)
-    assert not isinstance(operation, str)
+    assert not isinstance(operation, str) and layer.weight.grad is None
     few, many = (Rows(torch.arange(count), 128, torch.device("cpu")) for count in (16, 112))
     before = torch.get_rng_state()
-    measured = frozen_rows.pays(operation, x, layer.weight, few)
+    measured = frozen_rows.pays(operation, x, layer.weight, layer.bias, few)
+    assert layer.weight.grad is None
     assert isinstance(measured, bool) and torch.equal(before, torch.get_rng_state())
     count = len(frozen_rows._measured)
-    assert frozen_rows.pays(operation, x, layer.weight, few) is measured and len(frozen_rows._measured) == count
+    assert (
+        frozen_rows.pays(operation, x, layer.weight, layer.bias, few) is measured
+        and len(frozen_rows._measured) == count
+    )
     torch.use_deterministic_algorithms(True)
     try:
-        assert frozen_rows.pays(operation, x, layer.weight, few)
-        assert not frozen_rows.pays(operation, x, layer.weight, many)
+        assert frozen_rows.pays(operation, x, layer.weight, layer.bias, few)
+        assert not frozen_rows.pays(operation, x, layer.weight, layer.bias, many)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -400,8 +404,15 @@ def test_micro_batches_clipping_and_scaling(often: None, always: None) -> None:
     assert same(model, twin)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # while the model is searched
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing(often: None, always: None, reentrant: bool) -> None:
+@pytest.mark.parametrize("timed", [False, True])
+def test_checkpointing(often: None, reentrant: bool, timed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is measured inside of a checkpoint whether skipping pays."""
+    measure = frozen_rows.pays
+    monkeypatch.setattr(frozen_rows, "pays", lambda *arguments: not timed or measure(*arguments) or True)
+    frozen_rows._measured.clear()
+
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -468,7 +479,7 @@ def test_a_gradient_may_be_differentiated_again(always: None) -> None:
     assert gradients[0][1].any()
 
 
-def test_in_eval_mode_and_for_frozen_parameters_everything_is_as_usual(often: None) -> None:
+def test_in_eval_mode_and_for_frozen_parameters_everything_is_as_usual(often: None, always: None) -> None:
     model, optimizer = certified()
     model.eval()
     model(torch.randn(6, 12)).sum().backward()
@@ -483,7 +494,7 @@ def test_in_eval_mode_and_for_frozen_parameters_everything_is_as_usual(often: No
 
 
 @pytest.mark.parametrize("backend", ["aot_eager"])
-def test_a_compiled_model_computes_all_gradients(often: None, backend: str) -> None:
+def test_a_compiled_model_computes_all_gradients(often: None, always: None, backend: str) -> None:
     model, optimizer = certified()
     twin = copy.deepcopy(model)
     compiled, x = torch.compile(model, backend=backend, fullgraph=True), torch.randn(6, 12)
@@ -504,7 +515,7 @@ def copies(model: nn.Module, optimizer: NPC) -> Iterator[tuple[nn.Module, NPC]]:
     yield pickle.loads(pickle.dumps((model, optimizer)))
 
 
-def test_copies_start_without_certificates_and_go_on_alike(often: None) -> None:
+def test_copies_start_without_certificates_and_go_on_alike(often: None, always: None) -> None:
     model, optimizer = certified()
     twins = list(copies(model, optimizer))
     alone = copy.deepcopy(model)
@@ -522,7 +533,7 @@ def test_copies_start_without_certificates_and_go_on_alike(often: None) -> None:
     torch.load(saved, weights_only=False)
 
 
-def test_loading_a_state_ends_certificates(often: None) -> None:
+def test_loading_a_state_ends_certificates(often: None, always: None) -> None:
     model, optimizer = certified()
     optimizer.load_state_dict(optimizer.state_dict())
     assert skipped(optimizer)["0"] == 0.0
@@ -540,7 +551,9 @@ def test_loading_a_state_ends_certificates(often: None) -> None:
     ],
     ids=["beta", "delta", "importance", "state"],
 )
-def test_what_somebody_else_changes_ends_certificates(often: None, change: Callable[[NPC, nn.Module], None]) -> None:
+def test_what_somebody_else_changes_ends_certificates(
+    often: None, always: None, change: Callable[[NPC, nn.Module], None]
+) -> None:
     model, optimizer = certified()
     change(optimizer, model)
     assert skipped(optimizer)["0"] == 0.0
@@ -552,7 +565,7 @@ def test_what_somebody_else_changes_ends_certificates(often: None, change: Calla
     assert skipped(optimizer)["0"] == 0.0
 
 
-def test_a_change_between_backward_and_step_is_refused_if_it_matters(often: None) -> None:
+def test_a_change_between_backward_and_step_is_refused_if_it_matters(often: None, always: None) -> None:
     model, optimizer = certified()
     before = copy.deepcopy(model)
     model(torch.randn(6, 12)).sum().backward()
@@ -573,7 +586,7 @@ def test_a_change_between_backward_and_step_is_refused_if_it_matters(often: None
     assert not same(before, model)
 
 
-def test_another_optimizer_on_the_same_weights_gets_its_gradients(often: None) -> None:
+def test_another_optimizer_on_the_same_weights_gets_its_gradients(often: None, always: None) -> None:
     model, optimizer = certified()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     small_steps(model, other, 1)
@@ -587,7 +600,7 @@ def test_another_optimizer_on_the_same_weights_gets_its_gradients(often: None) -
         assert step < 1 or skipped(optimizer)["0"] == 0.0
 
 
-def test_a_second_optimizer_on_the_same_model(often: None) -> None:
+def test_a_second_optimizer_on_the_same_model(often: None, always: None) -> None:
     model, optimizer = certified()
     second = NPC(model, delta=0.999)
     small_steps(model, second, 6)
@@ -599,7 +612,7 @@ def test_a_second_optimizer_on_the_same_model(often: None) -> None:
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
-def test_an_optimizer_that_is_gone_leaves_nothing_out(often: None) -> None:
+def test_an_optimizer_that_is_gone_leaves_nothing_out(often: None, always: None) -> None:
     model, optimizer = certified()
     del optimizer
     model(torch.randn(6, 12)).sum().backward()
@@ -658,7 +671,7 @@ def with_norms() -> nn.Sequential:
     )
 
 
-def test_sleeping_layers_are_measured_every_kth_step_with_the_decay_of_k(often: None) -> None:
+def test_sleeping_layers_are_measured_every_kth_step_with_the_decay_of_k(often: None, always: None) -> None:
     """Where measurements are the same in every step, and C is looked at after every k-th, nothing else differs."""
     model, lazy, twin, plain = pair(small(), lr=0.0, delta=0.99, measure_every=4)
     for one in (lazy, plain):
@@ -678,7 +691,7 @@ def test_sleeping_layers_are_measured_every_kth_step_with_the_decay_of_k(often: 
         assert torch.equal(lazy.plasticity()[name].frozen_for, frozen_for(got, 0.5, 0.99))
 
 
-def test_between_measurements_a_consolidated_prefix_has_no_backward_pass(often: None) -> None:
+def test_between_measurements_a_consolidated_prefix_has_no_backward_pass(often: None, always: None) -> None:
     model = with_norms()
     optimizer = NPC(model, lr=0.05, delta=0.999, measure_every=8)
     set_importance(optimizer, **{"0.0": 3.0, "1.0": 3.0})
@@ -715,7 +728,7 @@ def test_what_can_still_move_moves_as_ever(often: None, always: None) -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
-def test_a_run_of_lazy_steps_never_moves_a_certified_neuron(often: None) -> None:
+def test_a_run_of_lazy_steps_never_moves_a_certified_neuron(often: None, always: None) -> None:
     model = small()
     optimizer = NPC(model, lr=0.05, delta=0.98, momentum=0.9, measure_every=5)
     set_importance(optimizer, **{"0": torch.linspace(1, 4, 32), "2": 4.0})
@@ -732,7 +745,7 @@ def test_a_run_of_lazy_steps_never_moves_a_certified_neuron(often: None) -> None
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_model_that_is_asleep_altogether_can_still_be_stepped(often: None, scaled: bool) -> None:
+def test_a_model_that_is_asleep_altogether_can_still_be_stepped(often: None, always: None, scaled: bool) -> None:
     model = small()
     optimizer = NPC(model, delta=0.9999, measure_every=4)
     set_importance(optimizer, **{"0": 3.0, "2": 3.0, "4": 3.0})
@@ -757,7 +770,7 @@ def test_lazy_steps_are_planned_once_each(often: None, monkeypatch: pytest.Monke
     small_steps(model, optimizer, 12)
 
 
-def test_a_state_that_was_cleared_is_not_stepped_by_earlier_plans(often: None) -> None:
+def test_a_state_that_was_cleared_is_not_stepped_by_earlier_plans(often: None, always: None) -> None:
     model = small()
     optimizer = NPC(model, delta=0.999, momentum=0.9, measure_every=4)
     set_importance(optimizer, **{"0": 3.0, "2": 3.0})
@@ -767,7 +780,7 @@ def test_a_state_that_was_cleared_is_not_stepped_by_earlier_plans(often: None) -
     assert all(layer.importance.any() for layer in optimizer.plasticity().values())
 
 
-def test_lazy_models_can_be_copied_and_cleaned(often: None) -> None:
+def test_lazy_models_can_be_copied_and_cleaned(often: None, always: None) -> None:
     model = with_norms()
     optimizer = NPC(model, delta=0.999, measure_every=4)
     set_importance(optimizer, **{"0.0": 3.0, "1.0": 3.0})

@@ -25,6 +25,7 @@ from npc_ext import NPC, ops, reference
 from .. import environment
 from ..continual.networks import cnn
 from ..continual.report import markdown
+from . import frozen as frozen_part
 from .methods import OLD_TASKS, Case, paper_cnn
 from .timing import Comparison, compare, sets_of
 
@@ -166,6 +167,22 @@ def methods(quick: bool) -> Iterator[Row]:
             yield row
 
 
+def frozen(quick: bool) -> Iterator[Row]:
+    """The whole training step by the share of neurons that are certain not to move, against SGD."""
+    for network in frozen_part.SMALL_NETWORKS if quick else frozen_part.NETWORKS:
+        for share in frozen_part.SHARES[:: 5 if quick else 1]:
+            case = frozen_part.Case(network, share)
+            timed = {peer: _ignoring_the_set(cycle) for peer, cycle in case.cycles.items()}
+            result = compare(timed, turns=network.turns, seconds_per_turn=0.02)
+            per_step = {peer: seconds / frozen_part.CYCLE for peer, seconds in result.seconds.items()}
+            goal = frozen_part.GOALS.get(share) if network.has_goals else None
+            label = f"{network.name}, {share:.0%}"
+            row = _row(label, Comparison(per_step, result.ratio), goal, None, frozen_part.SGD)
+            row |= {"network": network.name, "share": share, "gradients skipped": case.skipped}
+            row["saved for backward, bytes"] = {peer: _saved(model, case.inputs) for peer, model in case.models.items()}
+            yield row
+
+
 def host(quick: bool) -> Iterator[Row]:
     """Time per call where there is next to nothing to compute."""
     n, g = torch.randn(2, 8), torch.randn(2, 8)
@@ -242,6 +259,10 @@ def _table(rows: list[Row]) -> str:
     header = ["case", "npc_ext", "GB/s", *(f"{peer}, times as long" for peer in peers), "goal"]
     with_state = any("state, bytes" in row for row in rows)
     header = [*header[:-1], "state, bytes an element", "goal"] if with_state else header
+    with_saved = any("share" in row for row in rows)
+    header = (
+        [*header[:-1], f"kept for backward, of SGD's ({', '.join(frozen_part.KEPT)})", "goal"] if with_saved else header
+    )
     lines = []
     for row in rows:
         ratios = [row["peer / npc_ext (quartiles)"].get(peer) for peer in peers]
@@ -249,6 +270,9 @@ def _table(rows: list[Row]) -> str:
         moved = f"{row['GB/s']:.0f}" if "GB/s" in row else ""
         if with_state:
             cells.append(f"{row['state, bytes']['npc_ext'] / row['parameters']:.2f}")
+        if with_saved:
+            kept = row["saved for backward, bytes"]
+            cells.append(", ".join(f"{kept[peer] / kept[frozen_part.SGD]:.2f}" for peer in frozen_part.KEPT))
         lines.append([row["case"], _duration(row["seconds"]["npc_ext"]), moved, *cells, _verdict(row)])
     return markdown(header, lines)
 
@@ -269,7 +293,14 @@ def _verdict(row: Row) -> str:
     return f"{word} (at least {row['goal']:.2f} of {row['against']})"
 
 
-PARTS = {"importance": importance, "update": update, "step": step, "methods": methods, "host": host}
+PARTS = {
+    "importance": importance,
+    "update": update,
+    "step": step,
+    "methods": methods,
+    "frozen": frozen,
+    "host": host,
+}
 
 
 def main() -> None:
@@ -295,6 +326,8 @@ def main() -> None:
         }
         (arguments.out / f"{part}.json").write_text(json.dumps(result, indent=1) + "\n")
         (arguments.out / f"{part}.md").write_text(f"{table}\n\n`{command}`\n")
+        if part == "frozen":
+            frozen_part.draw(rows, arguments.out)
 
 
 if __name__ == "__main__":
