@@ -256,6 +256,12 @@ class Certificates:
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[_Arriving] = []
 
+    def bind(self, states: MutableMapping[Any, Any], group_of: Mapping[int, Mapping[str, Any]]) -> None:
+        """Says where importance is kept, and the group of each parameter by its id; ends all certificates."""
+        self._arriving.clear()
+        for watch in self.watches.values():
+            watch.bind(self.clock, states, group_of[id(watch.key)])
+
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
         for name, watch in self.watches.items():

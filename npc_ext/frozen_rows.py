@@ -47,11 +47,8 @@ class Rows:
 
     def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
         self.on_cpu, self.neurons = on_cpu, neurons
-        self.on_device = on_cpu
-        if device.type == "cuda":
-            self.on_device = on_cpu.pin_memory().to(device, non_blocking=True)
-        elif device.type != "cpu":
-            self.on_device = on_cpu.to(device)
+        pinned = device.type == "cuda" and len(on_cpu) > 0  # so that the CPU does not wait
+        self.on_device = on_cpu.pin_memory().to(device, non_blocking=True) if pinned else on_cpu.to(device)
         self.pays: dict[Any, bool] = {}
 
     def __len__(self) -> int:

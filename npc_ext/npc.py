@@ -233,16 +233,12 @@ class NPC(Descent):
             for handle in let_sleep(self._model, [watch.layer for watch in watches.values()]):
                 self.neurons.hold(handle)
         self._certificates = Certificates(watches, self._measure_every)
-        self._bind_certificates()
+        self._certificates.bind(self.state, self._group_of)
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
         if is_shared(layer.parameters[0].parameter, self._model):
             return "its weight is shared"
         return why_not(self._model.get_submodule(layer.name), trained)
-
-    def _bind_certificates(self) -> None:
-        for watch in self._certificates.watches.values():
-            watch.bind(self._certificates.clock, self.state, self._group_of[id(watch.key)])
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
@@ -513,7 +509,7 @@ class NPC(Descent):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._index_parameters()
-        self._bind_certificates()
+        self._certificates.bind(self.state, self._group_of)
 
     def __repr__(self) -> str:
         layers = len(self._consolidated)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import npc_ext
 from npc_ext import NPC, certificate, frozen_rows, ops, reference
 from npc_ext.certificate import Certificate, frozen_for, least_importance
 from npc_ext.frozen_rows import PartialForward, Rows, rows_to_compute
@@ -83,7 +84,7 @@ def skipped(optimizer: NPC) -> dict[str, float]:
 
 
 def small() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+    return nn.Sequential(nn.Linear(12, 32), npc_ext.nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
 
 
 def small_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, start: int = 0) -> None:
@@ -598,6 +599,62 @@ def test_another_optimizer_on_the_same_weights_gets_its_gradients(often: None, a
         small_steps(model, other, 1, step)
         small_steps(model, optimizer, 1, step)
         assert step < 1 or skipped(optimizer)["0"] == 0.0
+
+
+class Event:
+    waited = False
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+
+@pytest.mark.parametrize("interferes", [False, True])
+def test_importance_that_arrives_later_counts_from_when_it_was_sent(
+    monkeypatch: pytest.MonkeyPatch, interferes: bool
+) -> None:
+    """As from a GPU, whose part the CPU plays here."""
+    model = small()
+    optimizer = NPC(model, delta=0.999)
+    set_importance(optimizer, **{"0": 3.0})
+    certificates = optimizer._certificates
+    watch, event = certificates.watches["0"], Event()
+    small_steps(model, optimizer, certificate.STEPS_BETWEEN_ISSUES - 1)
+
+    def send() -> None:
+        importance = watch.importance()
+        assert importance is not None
+        sent = certificate._Arriving([watch], [importance.clone()], event, certificates.clock.steps)  # type: ignore[arg-type]
+        certificates._arriving.append(sent)
+
+    monkeypatch.setattr(certificates, "_look", send)
+    small_steps(model, optimizer, certificate.STEPS_TO_ARRIVE)
+    assert not event.waited and skipped(optimizer)["0"] == 0.0
+    if interferes:
+        set_importance(optimizer, **{"0": 2.9})
+    small_steps(model, optimizer, 1)
+    assert event.waited and (watch.certificate is None) is interferes
+    if watch.certificate is not None:
+        assert watch.certificate.until == certificate.STEPS_BETWEEN_ISSUES + certificate.VALIDITY
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_weights_of_certified_neurons_stay_and_others_follow_the_plain_run(always: None) -> None:
+    options = {"lr": 0.02, "delta": 0.9999, "momentum": 0.9}
+    model, optimizer, twin, plain = pair(small().cuda(), **options)
+    for one in (optimizer, plain):
+        set_importance(one, **{"0": torch.linspace(0, 2, 32), "2": 3.0})
+    before = [p.detach().clone() for p in model.parameters()]
+    for seed in range(100):
+        x = torch.randn(6, 12, generator=torch.Generator().manual_seed(seed)).cuda()
+        for network, own in ((model, optimizer), (twin, plain)):
+            own.zero_grad()
+            network(x).square().mean().backward()
+            own.step()
+    assert skipped(optimizer) == {"0": 0.5, "2": 1.0, "4": 0.0}
+    for got, want, start in zip(model.parameters(), twin.parameters(), before, strict=True):
+        assert (got - want).norm() <= TRAJECTORY * want.norm()
+        untouched = (want == start).flatten(1).all(1) if want.ndim > 1 else want == start
+        assert torch.equal(got[untouched], start[untouched])
 
 
 def test_a_second_optimizer_on_the_same_model(often: None, always: None) -> None:
