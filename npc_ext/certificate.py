@@ -123,6 +123,7 @@ class Watch:
         self.interfered = False  # since the last issue
         self.delay = 0
         self.layer.asleep = False
+        self._left_out = 0.0  # the share of rows, in the last step
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
         self._used.clear()
@@ -143,11 +144,11 @@ class Watch:
 
     def record(self) -> None:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
+        self._left_out = min((used.rows.share_left_out() for used in self._used), default=0.0)
         if self.layer.asleep:
-            self.delay += 1
+            self.delay, self._left_out, self.layer.asleep = self.delay + 1, 1.0, False
         elif self.layer.sink.grad is not None:
             self.delay = 0
-        self.layer.asleep = False
         importance = self._importance = self.importance()
         self._seen = () if importance is None else self._versions(importance)
         self._used.clear()
@@ -235,13 +236,14 @@ class Watch:
         self._used.clear()
 
     def gradients_skipped(self) -> float:
-        """The share of rows whose gradients the next forward and backward pass leave out, as far as it is known."""
-        certificate = self.in_force()
-        return 0.0 if certificate is None or not self.forward.obeys(self) else certificate.rows.share_left_out()
+        """The share of rows whose gradients the last step did without; 0 where that is over."""
+        return 0.0 if self.in_force() is None else self._left_out
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
-        return {**self.__dict__, "certificate": None, "_used": set(), "_importance": None, "_seen": ()}
+        places = ("_clock", "_states", "_group")
+        kept = {name: value for name, value in self.__dict__.items() if name not in places}
+        return {**kept, "certificate": None, "_used": set(), "_importance": None, "_seen": ()}
 
 
 class Certificates:

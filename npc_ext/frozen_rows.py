@@ -59,9 +59,7 @@ class Rows:
         return torch.ones(self.neurons, dtype=torch.bool).index_fill_(0, self.on_cpu, False)
 
     def share_left_out(self) -> float:
-        """The share of rows whose gradients are not computed, 0 where it was found not to pay."""
-        if self.pays and not any(self.pays.values()):
-            return 0.0
+        """The share of rows whose gradients are not computed."""
         return 1 - len(self) / self.neurons
 
 

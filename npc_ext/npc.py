@@ -45,8 +45,8 @@ class LayerPlasticity:
         skipped: in how many steps the measured importance was not finite and was left out.
         frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
             constants in force; 0 where that is not certain, at most a million.
-        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients are left out of backward passes at
-            the moment.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were left out of the last step's
+            backward passes; 0 if the next one computes them again.
     """
 
     importance: Tensor

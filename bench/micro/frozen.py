@@ -107,6 +107,7 @@ class Case:
             self.cycles[name]()
             if isinstance(optimizer, NPC):
                 optimizer._certificates.issue()
+                self.cycles[name]()
         layers = optimizers[OURS].plasticity().values()  # type: ignore[attr-defined]
         self.skipped = sum(float(layer.gradients_skipped) * len(layer.importance) for layer in layers)
         self.skipped /= sum(len(layer.importance) for layer in layers)
