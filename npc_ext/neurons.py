@@ -131,6 +131,10 @@ class NeuronLayer:
     asleep: bool = field(default=False, repr=False)
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
+    def add_note(self, text: str) -> None:
+        """Adds to what a reader of the table should know."""
+        self.note = f"{self.note}; {text}" if self.note else text
+
     def trains(self) -> bool:
         """Whether any of the neurons' parameters requires a gradient."""
         for own in self.parameters:  # no generator: this is called in every forward pass

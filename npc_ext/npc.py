@@ -223,11 +223,12 @@ class NPC(Descent):
             if not own.get("skip_frozen", self._skip_frozen):
                 continue
             if reason := self._why_all_gradients(layer, trained):
-                computed = f"its weight gradients are always computed for all neurons: {reason}"
-                layer.note = f"{layer.note}; {computed}" if layer.note else computed
+                layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
                 continue
             forward = PartialForward.of(self._model.get_submodule(layer.name))
             self.neurons.hold(forward)
+            if forward.all_or_nothing:
+                layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
             watches[layer.name] = Watch(forward, layer, key, own)
         if self._measure_every > 1:
             for handle in let_sleep(self._model, [watch.layer for watch in watches.values()]):

@@ -361,11 +361,11 @@ def test_gathering_is_left_out_where_it_does_not_pay(monkeypatch: pytest.MonkeyP
     assert skipped(optimizer)["0"] == 0.0
 
 
-def test_what_pays_is_measured_once_and_under_determinism_decided_by_a_rule() -> None:
+def test_what_pays_is_measured_once_and_under_determinism_only_whole_layers_are_left_out() -> None:
     layer, x = nn.Linear(64, 128), torch.randn(16, 64)
     operation = frozen_rows._operation_of(layer)
     assert not isinstance(operation, str) and layer.weight.grad is None
-    few, many = (Rows(torch.arange(count), 128, torch.device("cpu")) for count in (16, 112))
+    few, nobody = (Rows(torch.arange(count), 128, torch.device("cpu")) for count in (16, 0))
     before = torch.get_rng_state()
     measured = frozen_rows.pays(operation, x, layer.weight, layer.bias, few)
     assert layer.weight.grad is None
@@ -377,8 +377,8 @@ def test_what_pays_is_measured_once_and_under_determinism_decided_by_a_rule() ->
     )
     torch.use_deterministic_algorithms(True)
     try:
-        assert frozen_rows.pays(operation, x, layer.weight, layer.bias, few)
-        assert not frozen_rows.pays(operation, x, layer.weight, layer.bias, many)
+        assert not frozen_rows.pays(operation, x, layer.weight, layer.bias, few)
+        assert isinstance(frozen_rows.pays(operation, x, layer.weight, layer.bias, nobody), bool)
     finally:
         torch.use_deterministic_algorithms(False)
 
@@ -728,6 +728,7 @@ def test_layers_whose_gradients_are_always_computed_say_so() -> None:
         "its padding is uneven",
     ):
         assert reason in text
+    assert "or none: it is a grouped convolution" in str(NPC(nn.Conv1d(4, 4, 1, groups=2)).neurons)
 
 
 def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
