@@ -150,8 +150,8 @@ class _Convolution:
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
         # The input's values do not matter to its gradient, but its memory format does to the choice of a kernel.
         if channels_last:
-            formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-            stand_in = gradient.new_empty(shape).to(memory_format=formats[len(shape)])
+            memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+            stand_in = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
         else:
             stand_in = gradient.new_empty(1).expand(shape)
         backward = torch.ops.aten.convolution_backward
@@ -248,11 +248,16 @@ def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, 
         return False
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
     layer = (operation, weight.shape, weight.stride(), bias is None, len(rows))
-    key = (*layer, x.shape, x.stride(), x.dtype, x.device, x.requires_grad, threads)
+    key = (*layer, *_kind_of(x), x.device, threads)
     if key not in _measured:
         with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # a checkpoint's hooks must not see this
             _measured[key] = _is_faster(operation, x, weight, bias, rows)
     return _measured[key]
+
+
+def _kind_of(x: Tensor) -> tuple[Any, ...]:
+    """What a verdict depends on. Sizes count up to a factor of 2, so that inputs of many lengths are not all timed."""
+    return x.numel().bit_length(), x.is_contiguous(), x.dtype, x.requires_grad
 
 
 def _itself(tensor: Tensor) -> Tensor:
@@ -299,7 +304,6 @@ class PartialForward:
             raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
         self._module: Any = module
         self._usual = type(module).forward
-        self._operation = operation
         self.all_or_nothing = isinstance(operation, _Convolution) and operation.groups > 1
         self._watch: weakref.ReferenceType[Watch] | None = None
         self._optimizers = 0
@@ -358,24 +362,26 @@ class PartialForward:
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             return self._usual(module, x)
-        original = x
+        operation, original = _operation_of(module), x  # strides and paddings may have changed
+        if isinstance(operation, str):
+            return self._usual(module, x)
         if torch.is_autocast_enabled(x.device.type):
             x, weight, bias = _as_autocast_would(x, weight, bias)
-        if isinstance(self._operation, _Convolution):
+        if isinstance(operation, _Convolution):
             if x.ndim == weight.ndim - 1:  # a single sample
                 return self._partial(original.unsqueeze(0), watch).squeeze(0)
             if module.padding_mode != "zeros":
                 x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         rows = certificate.rows
         if watch.sleeps(certificate):
-            return self._operation.forward(x, weight.detach(), None if bias is None else bias.detach())
-        kind = (x.shape, x.stride(), x.dtype, x.requires_grad)
+            return operation.forward(x, weight.detach(), None if bias is None else bias.detach())
+        kind = _kind_of(x)
         decided = rows.pays.get(kind)
         if decided is None:
-            decided = rows.pays[kind] = pays(self._operation, x, weight, bias, rows)
+            decided = rows.pays[kind] = pays(operation, x, weight, bias, rows)
         if not decided:
             return self._usual(module, original)
-        return _PartialGradient.apply(x, weight, bias, self._operation, rows, partial(watch.use, certificate))
+        return _PartialGradient.apply(x, weight, bias, operation, rows, partial(watch.use, certificate))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_watch": None}

@@ -421,7 +421,7 @@ def test_checkpointing(often: None, reentrant: bool, timed: bool, monkeypatch: p
     """Also where it is measured inside of a checkpoint whether skipping pays."""
     measure = frozen_rows.pays
     monkeypatch.setattr(frozen_rows, "pays", lambda *arguments: not timed or measure(*arguments) or True)
-    frozen_rows._measured.clear()
+    monkeypatch.setattr(frozen_rows, "_measured", {})
 
     class Checkpointed(nn.Module):
         def __init__(self) -> None:
@@ -469,6 +469,27 @@ def test_modules_that_are_called_twice_add_up(always: None) -> None:
         one(x).sum().backward()
     got, want = (one.layer.weight.grad for one in (model, twin))
     assert not got[16:].any() and torch.allclose(got[:16], want[:16], rtol=1e-5, atol=1e-6)
+
+
+def test_a_stride_that_is_changed_later_counts(always: None) -> None:
+    model, optimizer, twin, _ = pair(nn.Sequential(nn.Conv2d(3, 40, 3), nn.ReLU()))
+    certify(optimizer, "0", torch.arange(40) >= 16)
+    x = torch.randn(2, 3, 8, 8)
+    for stride in ((2, 2), (1, 2)):
+        model[0].stride = twin[0].stride = stride  # type: ignore[index]
+        assert torch.equal(model(x), twin(x))
+
+
+def test_inputs_of_many_lengths_are_not_all_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+    monkeypatch.setattr(frozen_rows, "_is_faster", lambda *arguments: timed.append(1) or True)  # type: ignore[func-returns-value]
+    monkeypatch.setattr(frozen_rows, "_measured", {})
+    model = nn.Sequential(nn.Linear(8, 48), nn.Tanh())
+    optimizer = NPC(model)
+    certify(optimizer, "0", torch.arange(48) >= 16)
+    for length in range(1, 65):
+        model(torch.randn(2, length, 8)).sum().backward()
+    assert len(timed) == 7  # 2 * 8 * length from 16 to 1024
 
 
 def test_a_gradient_may_be_differentiated_again(always: None) -> None:
