@@ -176,13 +176,15 @@ class Watch:
 
     def delayed(self) -> int:
         """By how many steps the importance measured for the coming step is late; 0 where none was measured."""
-        return 0 if self.layer.sink.grad is None else self.delay
+        if self.layer.sink.grad is None or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            return 0  # a CUDA graph would be late by that much in every replay
+        return self.delay
 
     def use(self, certificate: Certificate) -> None:
         """Notes that gradients were left out on the strength of a certificate."""
         self._used.add(certificate)
 
-    def before_step(self, name: str) -> None:
+    def before_step(self) -> None:
         """Voids the certificate if somebody interfered.
 
         Raises:
@@ -192,11 +194,11 @@ class Watch:
         for certificate in self._used:
             if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
                 raise RuntimeError(
-                    f"layer {name!r}: gradients were left out of neurons that could not move in the coming step, but "
-                    "can in this one: beta, delta, importance or the optimizer's state was changed between the forward "
-                    "pass and step(), or more steps were taken in between than foreseen. Now call the optimizer's "
-                    "zero_grad() and start again with a forward pass; make such changes between step() and the next "
-                    "forward pass, or build the optimizer with skip_frozen=False"
+                    f"layer {self.layer.name!r}: gradients were left out of neurons that could not move in the coming "
+                    "step, but can in this one: beta, delta, importance or the optimizer's state was changed between "
+                    "the forward pass and step(), or more steps were taken in between than foreseen. Now call the "
+                    "optimizer's zero_grad() and start again with a forward pass; make such changes between step() "
+                    "and the next forward pass, or build the optimizer with skip_frozen=False"
                 )
         if not untouched and self._seen:
             self.interfered, self.certificate = True, None
@@ -208,12 +210,12 @@ class Watch:
         certain = importance >= least_importance(*self.constants(), steps=1 + self.delay)
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
-    def issue(self, importance: Tensor, issued_at: int) -> None:
-        """Certifies from C at step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
+    def issue(self, importance: Tensor, issued_at: int, delay: int) -> None:
+        """Certifies from C and the delay of step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
         if self.interfered:
             return
         validity = self._clock.validity()
-        certain = importance >= least_importance(*self.constants(), steps=validity + self.delay)
+        certain = importance >= least_importance(*self.constants(), steps=validity + delay)
         rows = rows_to_compute(certain, self.forward.all_or_nothing)
         if rows is None:
             self.certificate = None
@@ -251,9 +253,8 @@ class Certificates:
 
     def __init__(self, watches: Mapping[str, Watch], measure_every: int) -> None:
         self.watches = dict(watches)
-        self.clock = Clock(
-            measure_every
-        )  # apart, so that watches die with their optimizer, not when cycles are collected
+        # An object of its own: without cycles, watches die with their optimizer.
+        self.clock = Clock(measure_every)
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[_Arriving] = []
@@ -266,16 +267,16 @@ class Certificates:
 
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
-        for name, watch in self.watches.items():
-            watch.before_step(name)
+        for watch in self.watches.values():
+            watch.before_step()
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""
         self.clock.steps += 1
-        if self._is_captured():
-            return
         for watch in self.watches.values():
             watch.record()
+        if self._is_captured():
+            return
         since_issue = self.clock.steps % STEPS_BETWEEN_ISSUES
         if since_issue == 0:
             self._look()
@@ -311,18 +312,16 @@ class Certificates:
             if importance is not None and undisturbed:
                 on_device.setdefault(importance.device, []).append((watch, importance))
         for device, members in on_device.items():
-            watches, importances = [watch for watch, _ in members], [one for _, one in members]
+            looks = [_Look(watch, importance, self.clock.steps, watch.delay) for watch, importance in members]
             if device.type == "cuda":
-                self._arriving.append(_sent_for(device, watches, importances, self.clock.steps))
+                self._arriving.append(_Arriving(device, looks))
                 continue
-            for watch, importance in members:
-                watch.issue(importance.cpu(), self.clock.steps)
+            for look in looks:
+                look.issue(look.importance.cpu())
 
     def _read(self) -> None:
         for arriving in self._arriving:
-            arriving.event.synchronize()
-            for watch, importance in zip(arriving.watches, arriving.importances, strict=True):
-                watch.issue(importance, arriving.sent_at)
+            arriving.issue()
         self._arriving.clear()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -330,19 +329,33 @@ class Certificates:
 
 
 @dataclass(frozen=True)
+class _Look:
+    """A layer's importance after a step, and its delay then."""
+
+    watch: Watch
+    importance: Tensor
+    step: int
+    delay: int
+
+    def issue(self, on_cpu: Tensor) -> None:
+        """Issues a certificate, given the importance on the CPU."""
+        self.watch.issue(on_cpu, self.step, self.delay)
+
+
 class _Arriving:
-    """Copies of layers' importance on their way to the CPU, there when the event says so."""
+    """Importance of a GPU's layers, on its way to the CPU."""
 
-    watches: list[Watch]
-    importances: list[Tensor]
-    event: torch.cuda.Event
-    sent_at: int
+    def __init__(self, device: torch.device, looks: list[_Look]) -> None:
+        self._looks = looks
+        with torch.cuda.device(device):
+            together = torch.cat([look.importance for look in looks])
+            self._copy, self._arrived = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
+            self._copy.copy_(together, non_blocking=True)
+            self._arrived.record()
 
-
-def _sent_for(device: torch.device, watches: list[Watch], importances: list[Tensor], step: int) -> _Arriving:
-    with torch.cuda.device(device):
-        together = torch.cat(importances)
-        copy, event = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
-        copy.copy_(together, non_blocking=True)
-        event.record()
-    return _Arriving(watches, list(copy.split([one.numel() for one in importances])), event, step)
+    def issue(self) -> None:
+        """Issues the layers' certificates; waits for the copy, should it not be there yet."""
+        self._arrived.synchronize()
+        sizes = [look.importance.numel() for look in self._looks]
+        for look, importance in zip(self._looks, self._copy.split(sizes), strict=True):
+            look.issue(importance)

@@ -7,8 +7,8 @@ weight gradient is computed from it, and put into a gradient of zeros:
     dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
 
 dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
-nothing is computed, and x is not kept for the backward pass. Whether that is faster than computing everything
-(gathering takes time, and so does Python) is measured once for each kind of layer and input.
+nothing is computed, and x is not kept for it (the tap of the layer before may keep it). Whether that is faster than
+computing everything (gathering takes time, and so does Python) is measured once for each kind of layer and input.
 """
 
 from __future__ import annotations

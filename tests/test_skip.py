@@ -642,38 +642,40 @@ def test_another_optimizer_on_the_same_weights_gets_its_gradients(often: None, a
         assert step < 1 or skipped(optimizer)["0"] == 0.0
 
 
-class Event:
-    waited = False
+class Copy:
+    """Importance on its way from a GPU, whose part the CPU plays."""
 
-    def synchronize(self) -> None:
-        self.waited = True
+    def __init__(self, look: Any) -> None:
+        self.look, self.importance = look, look.importance.clone()
+
+    def issue(self) -> None:
+        self.look.issue(self.importance)
 
 
 @pytest.mark.parametrize("interferes", [False, True])
 def test_importance_that_arrives_later_counts_from_when_it_was_sent(
     monkeypatch: pytest.MonkeyPatch, interferes: bool
 ) -> None:
-    """As from a GPU, whose part the CPU plays here."""
     model = small()
     optimizer = NPC(model, delta=0.999)
     set_importance(optimizer, **{"0": 3.0})
     certificates = optimizer._certificates
-    watch, event = certificates.watches["0"], Event()
+    watch = certificates.watches["0"]
     small_steps(model, optimizer, certificate.STEPS_BETWEEN_ISSUES - 1)
 
     def send() -> None:
         importance = watch.importance()
         assert importance is not None
-        sent = certificate._Arriving([watch], [importance.clone()], event, certificates.clock.steps)  # type: ignore[arg-type]
-        certificates._arriving.append(sent)
+        copies = [Copy(certificate._Look(watch, importance, certificates.clock.steps, watch.delay))]
+        monkeypatch.setattr(certificates, "_arriving", copies)
 
     monkeypatch.setattr(certificates, "_look", send)
     small_steps(model, optimizer, certificate.STEPS_TO_ARRIVE)
-    assert not event.waited and skipped(optimizer)["0"] == 0.0
+    assert watch.certificate is None
     if interferes:
         set_importance(optimizer, **{"0": 2.9})
     small_steps(model, optimizer, 1)
-    assert event.waited and (watch.certificate is None) is interferes
+    assert not certificates._arriving and (watch.certificate is None) is interferes
     if watch.certificate is not None:
         assert watch.certificate.until == certificate.STEPS_BETWEEN_ISSUES + certificate.VALIDITY
 
@@ -788,6 +790,16 @@ def test_sleeping_layers_are_measured_every_kth_step_with_the_decay_of_k(often: 
         got, want = (own.plasticity()[name].importance for own in (lazy, plain))
         assert torch.allclose(got, want, rtol=1e-5, atol=0)
         assert torch.equal(lazy.plasticity()[name].frozen_for, frozen_for(got, 0.5, 0.99))
+
+
+def test_certificates_reckon_with_the_decay_that_a_sleeping_layer_owes() -> None:
+    optimizer = NPC(small(), delta=0.99, measure_every=4)
+    watch = optimizer._certificates.watches["0"]
+    enough = torch.full((32,), least_importance(0.5, 0.99, certificate.VALIDITY + 3) * 1.001)
+    watch.issue(enough, 0, 0)
+    assert watch.certificate is not None and len(watch.certificate.rows) == 0
+    watch.issue(enough, 0, 1)
+    assert watch.certificate is None
 
 
 def test_between_measurements_a_consolidated_prefix_has_no_backward_pass(often: None, always: None) -> None:
