@@ -222,6 +222,26 @@ def test_500_steps_are_bit_identical_where_layers_are_certified_wholly(always: N
     assert torch.equal(before, model.get_submodule("conv1").weight)
 
 
+def test_under_deterministic_algorithms_no_bit_changes_not_even_of_a_resumed_run() -> None:
+    options = {"lr": 0.02, "delta": 0.9995, "momentum": 0.9}
+    model, optimizer, twin, plain = pair(paper_cnn((24, 40), 64), **options)
+    for one in (optimizer, plain):
+        set_importance(one, conv1=2.0, conv2=torch.linspace(0, 2, 40), hidden=torch.linspace(0, 2, 64))
+    torch.use_deterministic_algorithms(True)
+    try:
+        steps(model, optimizer, range(50))
+        resumed = copy.deepcopy(model)
+        again = NPC(resumed, **options)  # type: ignore[arg-type]
+        again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for network, own in ((model, optimizer), (resumed, again)):
+            steps(network, own, range(50, 120))
+        steps(twin, plain, range(120))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert same(model, twin) and same(model, resumed)
+    assert skipped(optimizer)["conv2"] == skipped(optimizer)["hidden"] == 0.0
+
+
 def test_where_a_part_of_the_rows_is_certified_the_rest_moves_alike_up_to_rounding(always: None) -> None:
     """Other shapes take other orders of summation: the same bound as for any other order over 100 steps."""
     options = {"lr": 0.02, "delta": 0.9995, "momentum": 0.9}
@@ -490,6 +510,18 @@ def test_inputs_of_many_lengths_are_not_all_timed(monkeypatch: pytest.MonkeyPatc
     for length in range(1, 65):
         model(torch.randn(2, length, 8)).sum().backward()
     assert len(timed) == 7  # 2 * 8 * length from 16 to 1024
+
+
+def test_a_bias_that_is_not_trained_gets_no_gradient(always: None) -> None:
+    for layer, shape in ((nn.Linear(6, 40), (5, 6)), (nn.Conv1d(3, 40, 3), (2, 3, 9))):
+        layer.bias.requires_grad_(False)
+        model, optimizer, twin, _ = pair(nn.Sequential(layer, nn.Tanh()))
+        issued, x = certify(optimizer, "0", torch.arange(40) >= 16), torch.randn(shape)
+        for one in (model, twin):
+            one(x).sum().backward()
+        assert issued in optimizer._certificates.watches["0"]._used
+        got, want = (one[0].weight.grad for one in (model, twin))  # type: ignore[index]
+        assert layer.bias.grad is None and torch.allclose(got[:16], want[:16], rtol=1e-5, atol=1e-6)
 
 
 def test_a_gradient_may_be_differentiated_again(always: None) -> None:
