@@ -253,7 +253,6 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         "-15.0 ± 5.0",
         "10.0 ± 0.0",
         "2",
-        "200.0",
     ]
     assert "| npc    | npc.beta=0.25 | 60.0" in text
     assert "* idigits, small: sgd seed 0 stopped after task 1 of 2" in text

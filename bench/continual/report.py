@@ -149,13 +149,12 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
     """A Markdown table: accuracy per task after the last, and every metric; over seeds."""
     tasks = next(iter(groups.values()))[0].tasks
     single = {record.seed: record for method in groups if method.startswith("single") for record in groups[method]}
-    header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds", "ms per step"]
+    header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds"]
     rows = []
     for method, repeated in groups.items():
         tables = [record.accuracy for record in repeated]
         in_a_row = method.split()[0] not in BOUNDS and len(tasks) > 1
         compared = [(r.accuracy, single[r.seed].accuracy) for r in repeated if r.seed in single]
-        milliseconds = [1000 * sum(record.seconds) / sum(record.steps) for record in repeated]
         row = [
             method,
             *(percent([float(table[-1][k] or 0) for table in tables]) for k in range(len(tasks))),
@@ -164,7 +163,6 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
             percent(list(map(backward_transfer, tables))) if in_a_row else _WITHOUT,
             percent([forward_transfer(*pair) for pair in compared]) if in_a_row and compared else _WITHOUT,
             _seeds(repeated),
-            f"{np.mean(milliseconds):.1f}",
         ]
         rows.append(row)
     if published:
