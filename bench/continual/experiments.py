@@ -84,7 +84,7 @@ _SMALL = Protocol(
 )
 # With the length of iFashion-MNIST even a fresh network per task stays at 99.0 % here.
 _MNIST = replace(_SMALL, epochs=8, batch_size=16)
-_CIFAR = replace(_SMALL, epochs=10, tasks=5)
+_CIFAR = replace(_SMALL, epochs=8, tasks=5)
 _WITH_FLIPS = Augmentation(padding=4, flip=True)
 EXPERIMENTS = {
     "idigits": Experiment(
