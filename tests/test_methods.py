@@ -387,6 +387,15 @@ def test_bad_arguments_are_sentences(method: Any) -> None:
         optimizer.step()
     with pytest.raises(ValueError, match="the state dict has parameter groups of"):
         optimizer.load_state_dict(method(nn.Linear(3, 3), **OPTIONS[method]).state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no .*{name}.*; it was saved by another optimizer than {method.__name__}"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.2).state_dict())
+    with pytest.raises(ValueError, match=r"the state dict has 0.weight, .*; expected state and param_groups"):
+        optimizer.load_state_dict(model.state_dict())
+    assert optimizer.state_dict() == before
+    for wrong in (None, "0.1", torch.ones(2)):
+        with pytest.raises(TypeError, match=r"lr is .*; expected a finite number of at least 0"):
+            method(model, lr=wrong)
 
 
 def test_bad_consolidations_change_nothing() -> None:
