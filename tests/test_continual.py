@@ -180,6 +180,14 @@ def test_metrics_of_a_known_table() -> None:
         metrics.backward_transfer([[0.5, 0.5], [None, 0.5]])
 
 
+@pytest.mark.parametrize("method", ["mas", "ssl"])
+def test_a_run_whose_importance_overflows_counts_as_diverged(method: str, tmp_path: Path) -> None:
+    changes = ["tasks=4", f"{method}.strength=1e9"]
+    assert main(["run", *TINY, *changes, "--methods", method, "--seeds", "1", "--store", str(tmp_path)]) == 0
+    assert only_record(tmp_path).diverged_in is not None
+    assert len(only_record(tmp_path).accuracy) == 4
+
+
 class Untouchable:
     def __getattr__(self, name: str) -> Any:
         raise AssertionError("the search looked at test samples")

@@ -405,6 +405,13 @@ def test_bad_consolidations_change_nothing() -> None:
         si.consolidate()
     with pytest.raises(ValueError, match="damping is 0; expected a finite number above 0"):
         SI(model, damping=0)
+    learn(model, si)
+    si.state[model[7].bias]["path"][0] = torch.inf
+    before = copy.deepcopy(si.state_dict())
+    with pytest.raises(consolidation.NonFiniteImportanceError, match=r"the importance of '7.bias' is not finite"):
+        si.consolidate()
+    assert str(si.state_dict()) == str(before)
+    model.zero_grad()
     ewc = EWC(model, lr=0.1)
     with pytest.raises(ValueError, match="batches has no samples"):
         ewc.consolidate([], progress=False)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import npc_ext
+from npc_ext.consolidation import NonFiniteImportanceError
 
 from .. import environment
 from . import experiments
@@ -161,7 +162,10 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                 if not _is_finite(model):
                     record.diverged_in = number
                 elif method.consolidate is not None and number + 1 < len(tasks):
-                    method.consolidate(optimizer, _batches(task, run), _select(task))
+                    try:
+                        method.consolidate(optimizer, _batches(task, run), _select(task))
+                    except NonFiniteImportanceError:  # the weights were about to be
+                        record.diverged_in = number
                 consolidation_seconds = time.perf_counter() - started
             record.steps.append(steps)
             record.seconds.append(round(seconds, 3))

@@ -35,8 +35,8 @@ class Record:
         consolidation_seconds: what the method did after each task so far.
         environments: the machines it ran on, one after the other.
         extra: what an experiment measures besides.
-        diverged_in: the number of the task in which weights ceased to be finite, if they did. No task was learned from
-            then on; the accuracies are what such a network comes to.
+        diverged_in: the number of the task in which weights, or their importance at its end, ceased to be finite, if
+            they did. No task was learned from then on; the accuracies are what such a network comes to.
     """
 
     experiment: str
