@@ -91,8 +91,8 @@ def _searches(folder: Path) -> Iterator[str]:
                 method,
                 len(scores),
                 len(scores) - len(finite),
-                f"{100 * min(finite):.1f}",
-                f"{100 * max(finite):.1f}",
+                f"{100 * min(finite):.1f}" if finite else _WITHOUT,
+                f"{100 * max(finite):.1f}" if finite else _WITHOUT,
             ]
             rows.append([*map(str, row), best])
         protocol = next(iter(recorded["methods"].values()))["protocol"]

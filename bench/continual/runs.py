@@ -86,7 +86,8 @@ def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> 
     Raises:
         BusyError: another process is working on it, and `wait` is off.
         DatasetError: a data set is missing.
-        ValueError: the method does not exist or cannot do the experiment.
+        StoreError: what the store holds of the run is damaged.
+        ValueError: the method does not exist or cannot do the experiment, or the run was begun with other data.
     """
     lock = store.lock(run.record())
     try:
@@ -112,7 +113,13 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     cut = experiments.augmentation(experiment, run.protocol)
 
     model, optimizer = _fresh(run, tasks, 0)
-    record, state = store.load(run.record(tasks))
+    fresh = run.record(tasks)
+    record, state = store.load(fresh)
+    if record.tasks != fresh.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
+        raise ValueError(
+            f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
+            f"{'; '.join(fresh.tasks)}; name the same data by --data, or another --store"
+        )
     watch = Watch(tasks[0], run.machine) if run.experiment == "activation" else None
     if state is not None:
         model.load_state_dict(state["model"])
