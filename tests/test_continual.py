@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import npc_ext
 from bench.continual import datasets, experiments, metrics, report, runs
 from bench.continual.__main__ import main
 from bench.continual.experiments import EXPERIMENTS
@@ -28,8 +27,6 @@ from bench.continual.training import Augmentation, Samples, loss_of
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
-# Methods of this package that it may not have yet.
-EXISTING = [name for name in METHODS if name in ("sgd", "joint", "single") or hasattr(npc_ext, name.upper())]
 
 
 def command(*arguments: str) -> list[str]:
@@ -46,9 +43,9 @@ def numbers(record: Record) -> tuple[Any, ...]:
 
 
 def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path) -> None:
-    assert main(["run", *TINY, "--methods", ",".join(EXISTING), "--seeds", "1", "--store", str(tmp_path)]) == 0
+    assert main(["run", *TINY, "--methods", ",".join(METHODS), "--seeds", "1", "--store", str(tmp_path)]) == 0
     records = list(Store(tmp_path).records())
-    assert {record.method for record in records} == set(EXISTING)
+    assert {record.method for record in records} == set(METHODS)
     for record in records:
         assert record.finished
         assert record.steps == [4] * 5
@@ -60,7 +57,7 @@ def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path)
     assert all(path.stat().st_size < 5000 for path in tmp_path.rglob("*.json"))
 
 
-@pytest.mark.parametrize("method", EXISTING)
+@pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_failed_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +244,14 @@ def test_damaged_files_of_a_store_are_named(tmp_path: Path, capsys: pytest.Captu
     assert "seed0.json is no record of a run" in capsys.readouterr().err
 
 
+def test_an_empty_name_of_the_data_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(experiments, "_loaded", {})
+    monkeypatch.setattr(datasets, "load", lambda name, folder: asked.append(folder))
+    experiments._load("mnist", "")
+    assert asked == [None]
+
+
 def test_a_run_is_not_continued_with_other_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -297,6 +302,7 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         stored("npc", 1, [[1.0, 0.5], [0.9, 0.9]]),
         stored("single", 0, [[0.9, None], [0.9, 0.8]]),
         stored("single", 1, [[0.9, None], [0.9, 0.8]]),
+        stored("cpc", 1, [[1.0, 0.5], [0.9, 0.8]]),
         stored("npc", 0, [[1.0, 0.5], [0.6, 0.6]], beta=0.25),
         stored("sgd", 0, [[1.0, 0.5]]),
     ):
@@ -317,7 +323,8 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
     ]
     assert "| npc    | npc.beta=0.25 | 60.0" in text
     assert "* idigits, small: sgd seed 0 stopped after task 1 of 2" in text
-    assert "* idigits, small: not run with cpc, ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: not run with ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: cpc not finished with seed 0" in text
     assert "* icifar100, paper: not run" in text
     drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
