@@ -54,7 +54,9 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimi
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
-def _plastic(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
+def _plastic(
+    optimizer: Callable[..., torch.optim.Optimizer],
+) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
     def build(model: nn.Module, settings: Settings, steps: int) -> torch.optim.Optimizer:
         output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
         layers: dict[str, dict[str, Any]] = {"output": output}
@@ -63,20 +65,15 @@ def _plastic(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Opti
             layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
-        return _optimizer(name)(model, **options, delta=delta, layers=layers)
+        return optimizer(model, **options, delta=delta, layers=layers)
 
     return build
 
 
-def _anchored(name: str) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
-    return lambda model, settings, steps: _optimizer(name)(model, **settings)
-
-
-def _optimizer(name: str) -> Any:
-    try:
-        return getattr(npc_ext, name)
-    except AttributeError:
-        raise ValueError(f"this npc_ext has no optimizer {name}; leave --methods {name.lower()} out") from None
+def _anchored(
+    optimizer: Callable[..., torch.optim.Optimizer],
+) -> Callable[[nn.Module, Settings, int], torch.optim.Optimizer]:
+    return lambda model, settings, steps: optimizer(model, **settings)
 
 
 def _from_samples(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
@@ -121,14 +118,14 @@ _SGD_SEARCH = (
     Coordinate("weight_decay", factors=(0.5, 2, 3)),
 )
 METHODS = {
-    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic("NPC"), search=_PLASTIC_SEARCH),
-    "cpc": Method(_PLASTIC, _plastic("CPC"), search=_PLASTIC_SEARCH),
-    "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored("EWC"), _from_samples, _strength()),
-    "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored("MAS"), _from_samples, _strength()),
-    "si": Method({"lr": 0.1, "strength": 0.08}, _anchored("SI"), _from_path, _strength()),
+    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC), search=_PLASTIC_SEARCH),
+    "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
+    "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),
+    "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored(npc_ext.MAS), _from_samples, _strength()),
+    "si": Method({"lr": 0.1, "strength": 0.08}, _anchored(npc_ext.SI), _from_path, _strength()),
     "ssl": Method(
         {"lr": 0.1, "strength": 3.0, "sparsity": 2e-6},
-        _anchored("SSL"),
+        _anchored(npc_ext.SSL),
         _from_samples,
         _strength(Coordinate("sparsity", factors=(0.1, 10))),
     ),
