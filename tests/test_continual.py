@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
 from bench.continual.plan import PLANS
 from bench.continual.pool import parallel
-from bench.continual.store import Record, Store
+from bench.continual.store import Record, Store, StoreError
 from bench.continual.tasks import Task, joint, split
 from bench.continual.training import Augmentation, Samples, loss_of
 
@@ -189,6 +190,14 @@ def test_metrics_of_a_known_table() -> None:
         metrics.backward_transfer([[0.5, 0.5], [None, 0.5]])
 
 
+@pytest.mark.parametrize("method", ["mas", "ssl"])
+def test_a_run_whose_importance_overflows_counts_as_diverged(method: str, tmp_path: Path) -> None:
+    changes = ["tasks=4", f"{method}.strength=1e9"]
+    assert main(["run", *TINY, *changes, "--methods", method, "--seeds", "1", "--store", str(tmp_path)]) == 0
+    assert only_record(tmp_path).diverged_in is not None
+    assert len(only_record(tmp_path).accuracy) == 4
+
+
 class Untouchable:
     def __getattr__(self, name: str) -> Any:
         raise AssertionError("the search looked at test samples")
@@ -217,6 +226,74 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
 
 
+def test_a_search_in_which_all_diverged_recommends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "2"]
+    assert main(["search", *TINY, "sgd.lr=1e30", "--methods", "sgd", *options]) == 0
+    assert "2 configurations tried, and all diverged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "idigits-small.json").read_text())["methods"]["sgd"]["best"] == {}
+    monkeypatch.setattr(report, "SEARCH", tmp_path)
+    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert "| sgd | 2              | 2        | -     | -    | " in text
+
+
+def test_damaged_files_of_a_store_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = stored("sgd", 0, [[1.0, 0.5]])
+    store = Store(tmp_path)
+    store.save(record, {})
+    (checkpoint,) = tmp_path.rglob("*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(StoreError, match=r"seed0.pt is damaged: .*; delete it to start the run anew"):
+        store.load(record)
+    (path,) = tmp_path.rglob("*.json")
+    for text in (path.read_text()[:50], "[]", json.dumps({"foo": 1})):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=r"seed0.json is no record of a run: "):
+            store.load(record)
+    with pytest.raises(SystemExit):
+        main(["report", "--store", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "seed0.json is no record of a run" in capsys.readouterr().err
+
+
+def test_an_empty_name_of_the_data_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(experiments, "_loaded", {})
+    monkeypatch.setattr(datasets, "load", lambda name, folder: asked.append(folder))
+    experiments._load("mnist", "")
+    assert asked == [None]
+
+
+def test_a_run_is_not_continued_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", *TINY, "tasks=3", "--methods", "sgd", "--seeds", "1", "--store", str(tmp_path)]
+    tasks_of = experiments.tasks_of
+
+    def renamed(*positional: Any) -> list[Task]:
+        return [replace(task, name=f"other {task.name}") for task in tasks_of(*positional)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiments, "tasks_of", renamed)
+        patched.setattr(runs, "_accuracies", fail_in_the_second(runs._accuracies))
+        assert main(arguments) == 1
+    assert len(only_record(tmp_path).accuracy) == 1
+    assert main(arguments) == 1
+    assert "was begun with the tasks other 0, 1; other 2, 3; other 4, 5, but" in capsys.readouterr().err
+
+
+def fail_in_the_second(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[str] = []
+
+    def call(*positional: Any, **named: Any) -> Any:
+        calls.append("")
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return function(*positional, **named)
+
+    return call
+
+
 def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes: Any) -> Record:
     protocol = replace(EXPERIMENTS["idigits"].small, datasets=("digits",))
     settings = {
@@ -237,6 +314,7 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         stored("npc", 1, [[1.0, 0.5], [0.9, 0.9]]),
         stored("single", 0, [[0.9, None], [0.9, 0.8]]),
         stored("single", 1, [[0.9, None], [0.9, 0.8]]),
+        stored("cpc", 1, [[1.0, 0.5], [0.9, 0.8]]),
         stored("npc", 0, [[1.0, 0.5], [0.6, 0.6]], beta=0.25),
         stored("sgd", 0, [[1.0, 0.5]]),
     ):
@@ -256,7 +334,8 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
     ]
     assert "| npc    | npc.beta=0.25 | 60.0" in text
     assert "* idigits, small: sgd seed 0 stopped after task 1 of 2" in text
-    assert "* idigits, small: not run with cpc, ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: not run with ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: cpc not finished with seed 0" in text
     assert "* icifar100, paper: not run" in text
     drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
@@ -274,6 +353,11 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         (["--set", "npc.lr"], "expected name=value"),
         (["--seeds", "0"], "--seeds is 0; expected at least 1"),
         (["--jobs", "0"], "--jobs is 0; expected at least 1"),
+        (["--set", "batch_size=0"], "batch_size is 0; expected at least 1"),
+        (["--set", "tasks=-1"], "tasks is -1; expected at least 1, or 0 for all"),
+        (["--set", "channels=[16,0]"], "channels is [16, 0]; expected widths of at least 1"),
+        (["--set", "npc.lr=null"], "expected a number"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph is for CUDA devices, but the device is cpu"),
     ],
 )
 def test_bad_arguments_are_answered_in_one_sentence(

@@ -21,7 +21,7 @@ from .methods import METHODS
 from .plan import PLANS
 from .pool import Outcome, parallel
 from .runs import Run, execute
-from .store import STORE, Record, Store
+from .store import STORE, Record, Store, StoreError
 from .training import Machine
 
 
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "report":
         from . import report
 
-        print(report.write(Store(options.store), options.out))
+        try:
+            print(report.write(Store(options.store), options.out))
+        except StoreError as error:
+            parser.error(str(error))
         return 0
     if options.command == "reproduce":
         return _reproduce(options, parser)
@@ -106,11 +109,17 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; expected at least 1")
+    if options.command == "search" and options.budget < 1:
+        raise ValueError(f"--budget is {options.budget}; expected at least 1")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device}, but PyTorch sees no CUDA device")
+    if not device.startswith("cuda"):
+        for name in ("tf32", "cuda_graph"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for CUDA devices, but the device is {device}")
     machine = Machine(device, options.bf16, options.tf32, options.channels_last, options.cuda_graph)
     experiment = EXPERIMENTS[options.experiment]
     protocol: Protocol = getattr(experiment, options.size)
@@ -165,7 +174,7 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
     known = METHODS[method].paper
     if name not in known:
         raise ValueError(f"--set has {key!r}; {method} has {', '.join(known)}")
-    if isinstance(known[name], str) != isinstance(value, str):
+    if isinstance(known[name], str) != isinstance(value, str) or not isinstance(value, (str, int, float)):
         raise ValueError(
             f"--set has {assignment!r}; expected {'a word' if isinstance(known[name], str) else 'a number'}"
         )

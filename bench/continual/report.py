@@ -91,8 +91,8 @@ def _searches(folder: Path) -> Iterator[str]:
                 method,
                 len(scores),
                 len(scores) - len(finite),
-                f"{100 * min(finite):.1f}",
-                f"{100 * max(finite):.1f}",
+                f"{100 * min(finite):.1f}" if finite else _WITHOUT,
+                f"{100 * max(finite):.1f}" if finite else _WITHOUT,
             ]
             rows.append([*map(str, row), best])
         protocol = next(iter(recorded["methods"].values()))["protocol"]
@@ -248,7 +248,11 @@ def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
         yield f"{name}, {size}: not run"
         return
     expected = ("npc", "sgd") if name == "activation" else METHODS
-    there = {label.method.split()[0] for label in _grouped(finished) if not label.changes}
+    seeds = {label.method: {one.seed for one in own} for label, own in _grouped(finished).items() if not label.changes}
+    for method, own in seeds.items():
+        if absent_seeds := sorted(set().union(*seeds.values()) - own):
+            yield f"{name}, {size}: {method} not finished with seed {', '.join(map(str, absent_seeds))}"
+    there = {method.split()[0] for method in seeds}
     if absent := [method for method in expected if method not in there]:
         yield f"{name}, {size}: not run with {', '.join(absent)}"
     used = {dataset for record in finished for dataset in record.settings["protocol"]["datasets"]}

@@ -69,6 +69,11 @@ def search(
             before = best
             for coordinate in method.search:
                 best = _along(coordinate, best, score, lambda: len(tried) < budget)
+    if score(best) == DIVERGED:  # runs are then left to the method's own defaults
+        _record(first, len(runs), list(tried.values()), {}, results)
+        return (
+            f"{len(tried)} configurations tried, and all diverged; start from a lower lr: --set {first.method}.lr=..."
+        )
     _record(first, len(runs), list(tried.values()), best, results)
     return f"{len(tried)} configurations tried, best {score(best):.2%} with {best}"
 
