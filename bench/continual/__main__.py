@@ -223,9 +223,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--cuda-graph", action="store_true", help="replay the step as a CUDA graph (CUDA)")
     all_of_it.add_argument("--dry", action="store_true", help="only print the commands")
     run.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
-    look.add_argument("--seeds", type=int, default=1, help="repetitions that a score is the mean of (default 1)")
+    look.add_argument("--seeds", type=int, default=3, help="repetitions of the best two (default 3); others get one")
     look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
-    look.add_argument("--budget", type=int, default=10, help="configurations tried for every method (default 10)")
+    look.add_argument(
+        "--budget", type=int, default=10, help="configurations that do not diverge, for every method (default 10)"
+    )
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
     tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")
     for command in (run, look, all_of_it, tell):
