@@ -212,18 +212,21 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     monkeypatch.setitem(experiments._loaded, ("digits", None), poisoned)
     monkeypatch.delenv("NPC_DATA", raising=False)
     options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
-    assert main(["search", *TINY, "--methods", "sgd,npc", *options]) == 0
+    assert main(["search", *TINY, "--methods", "sgd,npc", "--seeds", "2", *options]) == 0
     searched = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]
     for method in ("sgd", "npc"):
         tried = searched[method]["tried"]
         assert len(tried) == 4
         assert len({json.dumps(one["settings"]) for one in tried}) == 4
-        best = max(tried, key=lambda one: one["validation accuracy"])
-        assert best["validation accuracy"] == next(
-            one["validation accuracy"] for one in tried if one["settings"] == searched[method]["best"]
-        )
-    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 8
+        finalists = [one for one in tried if one["seeds"] == 2]
+        assert len(finalists) == 2
+        best = max(finalists, key=lambda one: one["validation accuracy"])
+        assert best["settings"] == searched[method]["best"]
+    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 2)
     assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
+    monkeypatch.setattr(report, "SEARCH", tmp_path)
+    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert f"| {100 * best['validation accuracy']:.1f} (2) " in text
 
 
 def test_a_search_in_which_all_diverged_recommends_nothing(
@@ -231,11 +234,11 @@ def test_a_search_in_which_all_diverged_recommends_nothing(
 ) -> None:
     options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "2"]
     assert main(["search", *TINY, "sgd.lr=1e30", "--methods", "sgd", *options]) == 0
-    assert "2 configurations tried, and all diverged" in capsys.readouterr().out
+    assert "4 configurations tried, and all diverged" in capsys.readouterr().out
     assert json.loads((tmp_path / "idigits-small.json").read_text())["methods"]["sgd"]["best"] == {}
     monkeypatch.setattr(report, "SEARCH", tmp_path)
     text = report.write(Store(tmp_path / "store"), tmp_path / "out")
-    assert "| sgd | 2              | 2        | -     | -    | " in text
+    assert "| sgd | 4              | 4        | -     | -  " in text
 
 
 def test_damaged_files_of_a_store_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

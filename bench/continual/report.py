@@ -87,21 +87,21 @@ def _searches(folder: Path) -> Iterator[str]:
             scores = [tried["validation accuracy"] for tried in entry["tried"]]
             finite = [score for score in scores if score is not None]
             best = ", ".join(f"{name} {value}" for name, value in entry["best"].items() if value is not None)
-            row = [
-                method,
-                len(scores),
-                len(scores) - len(finite),
-                f"{100 * min(finite):.1f}" if finite else _WITHOUT,
-                f"{100 * max(finite):.1f}" if finite else _WITHOUT,
-            ]
+            row = [method, len(scores), len(scores) - len(finite), _WITHOUT, _WITHOUT]
+            if finite:
+                chosen = next(tried for tried in entry["tried"] if tried["settings"] == entry["best"])
+                row[3:] = (
+                    f"{100 * min(finite):.1f} to {100 * max(finite):.1f}",
+                    f"{100 * chosen['validation accuracy']:.1f} ({chosen['seeds']})",
+                )
             rows.append([*map(str, row), best])
         protocol = next(iter(recorded["methods"].values()))["protocol"]
         yield f"## Search on {recorded['experiment']}, {recorded['size']}"
         yield (
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
-            f"tasks; every configuration is in {path.name}."
+            f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
         )
-        yield markdown(["", "configurations", "diverged", "worst", "best", "best hyperparameters"], rows)
+        yield markdown(["", "configurations", "diverged", "tried", "chosen (seeds)", "hyperparameters"], rows)
 
 
 def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
