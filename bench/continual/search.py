@@ -109,8 +109,8 @@ def _along(
     choices: Sequence[Any] = coordinate.values or coordinate.factors
     for choice in choices:
         candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
-        # Where a method diverges, nothing says yet whether the direction is good: the walk goes on.
-        while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(best) == DIVERGED)):
+        # Where a method diverges, or stays at chance, nothing says yet whether the direction is good: the walk goes on.
+        while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(candidate) == score(best))):
             best = candidate
             if not coordinate.walk:
                 break
