@@ -223,10 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--cuda-graph", action="store_true", help="replay the step as a CUDA graph (CUDA)")
     all_of_it.add_argument("--dry", action="store_true", help="only print the commands")
     run.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
-    look.add_argument("--seeds", type=int, default=3, help="repetitions of the best two (default 3); others get one")
+    look.add_argument("--seeds", type=int, default=3, help="repetitions of the best three (default 3); others get one")
     look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
     look.add_argument(
-        "--budget", type=int, default=10, help="configurations that do not diverge, for every method (default 10)"
+        "--budget", type=int, default=12, help="configurations that do not diverge, for every method (default 12)"
     )
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
     tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")

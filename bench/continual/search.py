@@ -1,8 +1,8 @@
 """Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method.
 
 Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
-samples are never looked at. The search itself looks at one seed; the best two are then run from the others, too, and
-the better mean wins. All that was tried is recorded.
+samples are never looked at. The search itself looks at one seed; the best three are then run from the others, too, and
+the best mean wins. All that was tried is recorded.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .runs import Run, execute
 from .store import Store, hash_of, write
 
 DIVERGED = -1.0
-_FINALISTS = 2
+_FINALISTS = 3
 
 
 @dataclass
