@@ -29,6 +29,11 @@ _LABELS = ("sampled", "data", "exact")
 # What the gradients of one chunk may occupy by default, in bytes.
 _CHUNK_BYTES = 512 * 2**20
 
+
+class NonFiniteImportanceError(ValueError):
+    """What was measured is not finite, as where training diverges."""
+
+
 # What is differentiated for a sample: of its outputs (1, ...), and whatever else belongs to it, each (1, ...).
 _Term = Callable[..., Tensor]
 
@@ -51,7 +56,7 @@ def fisher(
     It is the weight of EWC's quadratic anchor: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural
     networks", PNAS 2017, eq. 3. The model is measured as it is used: in evaluation mode (no dropout, batch norm by its
     running statistics). Modes and buffers are then put back module by module, also after an error; no parameter's
-    gradient and no random number generator of torch is touched.
+    gradient is touched, and torch's default random number generators are put back, too.
 
     Args:
         model: the network; its dimension 0 counts samples. It is called with batches of one.
@@ -86,10 +91,12 @@ def fisher(
 
     Raises:
         TypeError: the model is no module; a batch, the outputs or `parameters` are of another kind than expected.
-        ValueError: there are no samples or no trained parameters; an option or a shape does not fit; an importance is
-            not finite.
+        ValueError: there are no samples or no trained parameters, or the outputs depend on none of them; an option or a
+            shape does not fit.
+        NonFiniteImportanceError: an importance is not finite; a ValueError, too.
 
     Warns:
+        UserWarning: all importance is zero.
         UserWarning: torch.func cannot run this model (control flow that depends on data, buffers changed in place,
             some recurrent layers), so that samples are taken one by one, which is slower; the numbers are the same.
 
@@ -243,8 +250,10 @@ def _mean_over_samples(
     most = chunk_size or _default_chunk_size(trained)
     importance = _Importance(model, trained, outputs, magnitude)
     counted, first = 0, None
+    # Data loaders draw from the default generator, which training is to find as it was.
+    random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # Gradients are asked for explicitly; no graph is to grow through parameters that are not measured.
-    with _as_used(model), torch.no_grad():
+    with _as_used(model), random, torch.no_grad():
         for batch in _with_progress(batches, description, progress):
             inputs, targets = _inputs_and_targets(batch)
             count = inputs[0].shape[0] if samples is None else min(inputs[0].shape[0], samples - counted)
@@ -255,6 +264,7 @@ def _mean_over_samples(
             inputs = tuple(tensor[:count].to(device, non_blocking=True) for tensor in inputs)
             if first is None:
                 first = importance.outputs_of(*(tensor[:1] for tensor in inputs))
+                importance.check_dependence([tensor[:1] for tensor in inputs])
             functions, others = terms(first, count, targets)
             others = tuple(tensor.to(device, non_blocking=True) for tensor in others)
             if counted == 0:
@@ -293,6 +303,21 @@ class _Importance:
         """What counts of the model's outputs for one sample, (1, ...), in float32 or float64."""
         return self._picked(self._model(*inputs))
 
+    def check_dependence(self, inputs: list[Tensor]) -> None:
+        """Raises ValueError if the outputs depend on none of the parameters, so that all importance would be zero."""
+        # Tensors made in inference mode cannot take part; copies made outside of it can.
+        with torch.inference_mode(False), torch.enable_grad():
+            outputs = self.outputs_of(*(tensor.clone() for tensor in inputs)).sum()
+            if outputs.requires_grad:
+                gradients = torch.autograd.grad(outputs, list(self._trained.values()), allow_unused=True)
+                if any(gradient is not None for gradient in gradients):
+                    return
+        raise ValueError(
+            f"the outputs of {type(self._model).__name__} depend on none of the {len(self._trained)} parameters to "
+            "measure: a forward pass under no_grad or with detach, outputs=... that picks what is constant, or "
+            "parameters of a part that is not used"
+        )
+
     def add(self, term: _Term, inputs: list[Tensor], others: list[Tensor]) -> None:
         """Adds a chunk's samples; each of the tensors is (chunk, ...)."""
         if self._at_once:
@@ -315,16 +340,22 @@ class _Importance:
         """The sums divided by the number of samples.
 
         Raises:
-            ValueError: one of them is not finite.
+            NonFiniteImportanceError: one of them is not finite.
         """
         for name, total in self._sums.items():
             total /= samples
             if not bool(total.isfinite().all()):
                 wrong = int((~total.isfinite()).sum())
-                raise ValueError(
+                raise NonFiniteImportanceError(
                     f"the importance of parameter {name!r} is not finite in {wrong} of {total.numel()} elements: "
                     "the model's outputs or their gradients are nan or infinite, or overflow when squared"
                 )
+        if not any(bool(total.any()) for total in self._sums.values()):
+            warnings.warn(
+                "the importance of every parameter is zero, so that nothing will be kept: the outputs do not move with "
+                "the parameters in any of the samples (outputs that are zero, or probabilities that are exactly 1)",
+                stacklevel=4,
+            )
         return {parameter: self._sums[name] for name, parameter in self._trained.items()}
 
     def _picked(self, outputs: Any) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsFloat
 
 import torch
 from torch import Tensor, nn
@@ -243,6 +243,11 @@ class Descent(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise ValueError(
+                f"the state dict has {', '.join(map(str, [*state_dict][:4])) or 'nothing'}; expected state and "
+                "param_groups, as the state_dict() of an optimizer has them (of the model: model.load_state_dict)"
+            )
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         counts, saved_counts = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
         if counts != saved_counts:
@@ -263,6 +268,12 @@ class Descent(torch.optim.Optimizer):
                         "architecture"
                     )
         self._check_saved(saved)
+        for group in saved_groups:
+            if missing := [name for name in ("lr", *self._OPTIONS) if name not in group]:
+                raise ValueError(
+                    f"the state dict's parameter groups have no {', '.join(missing)}; it was saved by another "
+                    f"optimizer than {type(self).__name__}"
+                )
         super().load_state_dict(state_dict)
         self._take_over(saved)
 
@@ -305,18 +316,24 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 
 
 def check_number(name: str, value: Any, where: str = "", *, positive: bool = False) -> None:
-    """Raises ValueError unless an option is finite and at least 0, or above 0."""
-    number = float(value)
+    """Raises unless an option is a number, or a tensor of one, that is finite and at least 0, or above 0."""
+    expected = f"a finite number {'above 0' if positive else 'of at least 0'}"
+    number = _number(name, value, expected, where)
     if not (number > 0 if positive else number >= 0) or not number < math.inf:
-        least = "above 0" if positive else "of at least 0"
-        raise ValueError(f"{where}{name} is {value}; expected a finite number {least}")
+        raise ValueError(f"{where}{name} is {value}; expected {expected}")
+
+
+def _number(name: str, value: Any, expected: str, where: str) -> float:
+    if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, SupportsFloat)):
+        raise TypeError(f"{where}{name} is {value!r}; expected {expected}")
+    return float(value)
 
 
 def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> None:
     """Raises ValueError if the constants of eqs. 3, 4 and 7 are out of range."""
     for name in ("alpha", "beta"):
         check_number(name, options[name], where, positive=True)
-    if not 0 <= float(options["delta"]) < 1:
+    if not 0 <= _number("delta", options["delta"], "a number in [0, 1)", where) < 1:
         raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
     check_choice(f"{where}sigma", options["sigma"], ops.SIGMAS)
     check_choice(f"{where}normalize", options["normalize"], ("all", "active"))

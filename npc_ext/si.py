@@ -10,6 +10,7 @@ from torch import nn
 
 from . import reference
 from .anchored import Anchored
+from .consolidation import NonFiniteImportanceError
 from .descent import check_number
 
 
@@ -94,7 +95,9 @@ class SI(Anchored):
 
         Raises:
             RuntimeError: no step was taken since the last time, so there is no path to consolidate.
-            ValueError: a path integral is not finite. Nothing is changed then.
+            NonFiniteImportanceError: an importance is not finite; a ValueError, too.
+
+        Nothing is changed by an error.
         """
         walked = [
             (parameter, group, self.state[parameter])
@@ -107,16 +110,18 @@ class SI(Anchored):
                 "no step has moved a weight since the last consolidate(), so there is nothing to consolidate; call it "
                 "once, after the task's training"
             )
-        for parameter, _, state in walked:
-            if not bool(state["path"].isfinite().all()):
-                raise ValueError(
-                    f"the path integral of {self._name_of(parameter)} is not finite: gradients were infinite or NaN "
+        stiffness = []
+        for parameter, group, state in walked:
+            moved = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
+            own = reference.path_stiffness(state["path"], moved, group["damping"])
+            if not bool(own.isfinite().all()):
+                raise NonFiniteImportanceError(
+                    f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
                     "during the task; clip them, or lower the learning rate"
                 )
-        for parameter, group, state in walked:
-            here = parameter.detach().to(state["anchor"].dtype)
-            own = reference.path_stiffness(state["path"], here - state["anchor"], group["damping"])
-            state["stiffness"] = state["stiffness"] + own if "stiffness" in state else own
-            state["anchor"] = here.clone()
+            stiffness.append(state["stiffness"] + own if "stiffness" in state else own)
+        for (parameter, _, state), total in zip(walked, stiffness, strict=True):
+            state["stiffness"] = total
+            state["anchor"] = parameter.detach().to(state["anchor"].dtype, copy=True)
             state["path"].zero_()
         self._forget_plans()

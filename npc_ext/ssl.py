@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -32,7 +33,7 @@ class SSL(MAS):
     accumulation), the penalty counts once for each part.
 
     Args:
-        model: the network. Hooks are placed in it; they act in training mode only.
+        model: the network. Hooks are placed in it, instead of an earlier SSL's; they act in training mode only.
         lr: learning rate.
         strength: the factor of MAS's penalty.
         sparsity: the factor of the penalty on activations.
@@ -46,6 +47,9 @@ class SSL(MAS):
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Warns:
+        UserWarning: neurons have no bias, so that nothing tells how important they are.
 
     Example:
         >>> optimizer = SSL(model, lr=0.1, strength=1, sparsity=1e-5)
@@ -80,10 +84,31 @@ class SSL(MAS):
         self.sparsity, self._scale, self._scaler = sparsity, scale, scaler
         self._sign = -1.0 if maximize else 1.0
         self.inhibited = _inhibited_layers(model, None if layers is None else list(layers))
+        if sparsity and not self.inhibited:
+            raise ValueError(
+                "no neurons would inhibit each other: the model has no fully connected layer with something behind it, "
+                "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
+            )
+        self._warn_of_missing_biases()
         self._discounts = {layer.name: torch.ones(layer.neurons, device=layer.sink.device) for layer in self.inhibited}
         self._place_hooks()
 
+    def _warn_of_missing_biases(self) -> None:
+        without = [
+            one.name for one in self.inhibited if self._model.get_submodule(one.name)._parameters["bias"] is None
+        ]
+        if without:
+            warnings.warn(
+                f"the neurons of {', '.join(map(repr, without))} have no bias, whose importance is theirs, so that "
+                "those which earlier tasks need are not discounted; give them a bias, or name other layers",
+                stacklevel=3,
+            )
+
     def _place_hooks(self) -> None:
+        for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
+                    del hooks[key]
         for layer in self.inhibited:
             weighted = self._model.get_submodule(layer.name)
             for point in layer.points:
@@ -113,6 +138,16 @@ class SSL(MAS):
             state = {} if bias is None else self.state.get(bias, {})
             if "stiffness" in state:
                 self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
+            else:
+                self._discounts[layer.name].fill_(1)
+
+    def _step(self) -> None:
+        if self.sparsity and self._scaler is None and getattr(self, "found_inf", None) is not None:
+            raise RuntimeError(
+                "a GradScaler takes this step, but SSL was not told of it, so that its penalty was not scaled as the "
+                "loss was; write SSL(model, ..., scaler=scaler)"
+            )
+        super()._step()
 
     def _inhibition(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
         """The gradient of the penalty, of the activation's shape and dtype."""

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from bench.continual import metrics, report
+from bench.continual.networks import cnn
 from bench.continual.tasks import digits, split
+from bench.micro.methods import Case
 from bench.micro.timing import compare, sets_of
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -61,6 +64,18 @@ def test_the_micro_benchmarks_write_tables_and_numbers(tmp_path: Path) -> None:
         assert 0 <= row["gradients skipped"] <= row["share"]
         assert kept["npc_ext"] <= kept["skip_frozen=False"]
         assert kept["measure_every=8"] < kept["skip_frozen=False"] or row["share"] == 0
+
+
+@pytest.mark.parametrize("name", ["EWC", "MAS", "SI", "SSL"])
+def test_peers_of_the_methods_take_the_same_step_away_from_the_anchors(name: str) -> None:
+    case = Case(name, lambda: cnn(1, 8, (4, 8), 16, 10), 5)
+    before = parameters_to_vector(case.models[0].parameters()).detach()
+    for step in case.peers.values():
+        step()
+    ours, sgd, *foreach = [parameters_to_vector(model.parameters()) - before for model in case.models]
+    for moved in foreach[: len(case.peers) - 2]:
+        torch.testing.assert_close(moved, ours, rtol=1e-3, atol=1e-6)
+    assert (ours - sgd).norm() > 0.1 * sgd.norm(), "the anchors' pull is to be seen"
 
 
 def test_tasks_hold_their_own_classes_and_lose_no_sample() -> None:

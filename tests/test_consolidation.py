@@ -263,7 +263,7 @@ def test_parameters_that_the_outputs_do_not_depend_on_get_zeros() -> None:
     model.register_module("unused", nn.Module())
     model.unused.register_parameter("weight", nn.Parameter(torch.ones(2, 2)))
     model.forward = lambda x: model[2](torch.tanh(model[0](x)))
-    for importance in (fisher(model, [x]), output_sensitivity(model, [x], outputs=lambda y: torch.zeros_like(y))):
+    for importance in (fisher(model, [x]), output_sensitivity(model, [x], outputs=lambda y: y[:, :1])):
         assert importance[model.unused.weight].dtype == torch.float32
         assert torch.equal(importance[model.unused.weight], torch.zeros(2, 2))
 
@@ -340,6 +340,32 @@ def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:
     assert all(bool((parameter.grad == 1).all()) and parameter.requires_grad for parameter in model.parameters())
     plain = nn.Sequential(model.hidden, model.norm, model.out)
     assert_same(sensitivity, one_by_one(plain, x, squared_norm, torch.abs))
+
+
+def test_training_goes_on_with_the_same_random_numbers_whatever_the_batches_draw() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=3, shuffle=True)
+    model = mlp()
+    random = torch.get_rng_state()
+    fisher(model, loader)
+    assert torch.equal(random, torch.get_rng_state())
+    with pytest.raises(ValueError, match="outputs are gone"):
+        output_sensitivity(model, loader, outputs=_raise)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def _raise(outputs: Tensor) -> Tensor:
+    raise ValueError("outputs are gone")
+
+
+def test_importance_that_is_zero_everywhere_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="the importance of every parameter is zero"):
+        output_sensitivity(mlp(), [data()[0]], outputs=lambda y: 0 * y)
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    model = mlp()
+    with torch.inference_mode():
+        assert any(importance.any() for importance in fisher(model, [data()[0]]).values())
 
 
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
@@ -482,7 +508,8 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case(X, ValueError, r"parameters\[0\], of shape \(2,\), is no parameter of the model", parameters=[torch.ones(2)]),
         case(X, TypeError, "parameters is a tensor", parameters=torch.ones(2)),
         case(X, ValueError, "no parameter requires a gradient", parameters=[]),
-        case(X / 0, ValueError, "parameter '0.weight' is not finite in 35 of 35 elements"),
+        case(X, ValueError, "Sequential depend on none of the 4 parameters", outputs=lambda y: y.detach()),
+        case(X / 0, consolidation.NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_are_refused_in_a_sentence(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
 from bench.continual.plan import PLANS
 from bench.continual.pool import parallel
-from bench.continual.store import Record, Store
+from bench.continual.store import Record, Store, StoreError
 from bench.continual.tasks import Task, joint, split
 from bench.continual.training import Augmentation, Samples, loss_of
 
@@ -189,6 +190,14 @@ def test_metrics_of_a_known_table() -> None:
         metrics.backward_transfer([[0.5, 0.5], [None, 0.5]])
 
 
+@pytest.mark.parametrize("method", ["mas", "ssl"])
+def test_a_run_whose_importance_overflows_counts_as_diverged(method: str, tmp_path: Path) -> None:
+    changes = ["tasks=4", f"{method}.strength=1e9"]
+    assert main(["run", *TINY, *changes, "--methods", method, "--seeds", "1", "--store", str(tmp_path)]) == 0
+    assert only_record(tmp_path).diverged_in is not None
+    assert len(only_record(tmp_path).accuracy) == 4
+
+
 class Untouchable:
     def __getattr__(self, name: str) -> Any:
         raise AssertionError("the search looked at test samples")
@@ -203,18 +212,89 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     monkeypatch.setitem(experiments._loaded, ("digits", None), poisoned)
     monkeypatch.delenv("NPC_DATA", raising=False)
     options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
-    assert main(["search", *TINY, "--methods", "sgd,npc", *options]) == 0
+    assert main(["search", *TINY, "--methods", "sgd,npc", "--seeds", "2", *options]) == 0
     searched = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]
     for method in ("sgd", "npc"):
         tried = searched[method]["tried"]
         assert len(tried) == 4
         assert len({json.dumps(one["settings"]) for one in tried}) == 4
-        best = max(tried, key=lambda one: one["validation accuracy"])
-        assert best["validation accuracy"] == next(
-            one["validation accuracy"] for one in tried if one["settings"] == searched[method]["best"]
-        )
-    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 8
+        finalists = [one for one in tried if one["seeds"] == 2]
+        assert len(finalists) == 3
+        best = max(finalists, key=lambda one: one["validation accuracy"])
+        assert best["settings"] == searched[method]["best"]
+    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 3)
     assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
+    monkeypatch.setattr(report, "SEARCH", tmp_path)
+    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert f"| {100 * best['validation accuracy']:.1f} (2) " in text
+
+
+def test_a_search_in_which_all_diverged_recommends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "2"]
+    assert main(["search", *TINY, "sgd.lr=1e30", "--methods", "sgd", *options]) == 0
+    assert "4 configurations tried, and all diverged" in capsys.readouterr().out
+    assert json.loads((tmp_path / "idigits-small.json").read_text())["methods"]["sgd"]["best"] == {}
+    monkeypatch.setattr(report, "SEARCH", tmp_path)
+    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert "| sgd | 4              | 4        | -     | -  " in text
+
+
+def test_damaged_files_of_a_store_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = stored("sgd", 0, [[1.0, 0.5]])
+    store = Store(tmp_path)
+    store.save(record, {})
+    (checkpoint,) = tmp_path.rglob("*.pt")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:100])
+    with pytest.raises(StoreError, match=r"seed0.pt is damaged: .*; delete it to start the run anew"):
+        store.load(record)
+    (path,) = tmp_path.rglob("*.json")
+    for text in (path.read_text()[:50], "[]", json.dumps({"foo": 1})):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=r"seed0.json is no record of a run: "):
+            store.load(record)
+    with pytest.raises(SystemExit):
+        main(["report", "--store", str(tmp_path), "--out", str(tmp_path / "out")])
+    assert "seed0.json is no record of a run" in capsys.readouterr().err
+
+
+def test_an_empty_name_of_the_data_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(experiments, "_loaded", {})
+    monkeypatch.setattr(datasets, "load", lambda name, folder: asked.append(folder))
+    experiments._load("mnist", "")
+    assert asked == [None]
+
+
+def test_a_run_is_not_continued_with_other_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["run", *TINY, "tasks=3", "--methods", "sgd", "--seeds", "1", "--store", str(tmp_path)]
+    tasks_of = experiments.tasks_of
+
+    def renamed(*positional: Any) -> list[Task]:
+        return [replace(task, name=f"other {task.name}") for task in tasks_of(*positional)]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(experiments, "tasks_of", renamed)
+        patched.setattr(runs, "_accuracies", fail_in_the_second(runs._accuracies))
+        assert main(arguments) == 1
+    assert len(only_record(tmp_path).accuracy) == 1
+    assert main(arguments) == 1
+    assert "was begun with the tasks other 0, 1; other 2, 3; other 4, 5, but" in capsys.readouterr().err
+
+
+def fail_in_the_second(function: Callable[..., Any]) -> Callable[..., Any]:
+    calls: list[str] = []
+
+    def call(*positional: Any, **named: Any) -> Any:
+        calls.append("")
+        if len(calls) == 2:
+            raise RuntimeError("killed")
+        return function(*positional, **named)
+
+    return call
 
 
 def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes: Any) -> Record:
@@ -237,6 +317,7 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         stored("npc", 1, [[1.0, 0.5], [0.9, 0.9]]),
         stored("single", 0, [[0.9, None], [0.9, 0.8]]),
         stored("single", 1, [[0.9, None], [0.9, 0.8]]),
+        stored("cpc", 1, [[1.0, 0.5], [0.9, 0.8]]),
         stored("npc", 0, [[1.0, 0.5], [0.6, 0.6]], beta=0.25),
         stored("sgd", 0, [[1.0, 0.5]]),
     ):
@@ -253,11 +334,11 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         "-15.0 ± 5.0",
         "10.0 ± 0.0",
         "2",
-        "200.0",
     ]
     assert "| npc    | npc.beta=0.25 | 60.0" in text
     assert "* idigits, small: sgd seed 0 stopped after task 1 of 2" in text
-    assert "* idigits, small: not run with cpc, ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: not run with ewc, mas, si, ssl, sgd, joint" in text
+    assert "* idigits, small: cpc not finished with seed 0" in text
     assert "* icifar100, paper: not run" in text
     drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
@@ -275,6 +356,11 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
         (["--set", "npc.lr"], "expected name=value"),
         (["--seeds", "0"], "--seeds is 0; expected at least 1"),
         (["--jobs", "0"], "--jobs is 0; expected at least 1"),
+        (["--set", "batch_size=0"], "batch_size is 0; expected at least 1"),
+        (["--set", "tasks=-1"], "tasks is -1; expected at least 1, or 0 for all"),
+        (["--set", "channels=[16,0]"], "channels is [16, 0]; expected widths of at least 1"),
+        (["--set", "npc.lr=null"], "expected a number"),
+        (["--device", "cpu", "--cuda-graph"], "--cuda-graph is for CUDA devices, but the device is cpu"),
     ],
 )
 def test_bad_arguments_are_answered_in_one_sentence(
@@ -301,5 +387,5 @@ def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys:
                 budgets[options.experiment, method] = options.budget
             run.add((options.experiment, method))
     rivals = ("cpc", "ewc", "mas", "si", "ssl", "sgd")
-    assert {budgets[experiment, method] for experiment in ("imnist", "icifar100") for method in rivals} == {10}
+    assert {budgets[experiment, method] for experiment in ("imnist", "icifar100") for method in rivals} == {12}
     assert {method for experiment, method in run if experiment == "icifar100"} == set(METHODS)

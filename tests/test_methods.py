@@ -204,6 +204,47 @@ def test_ssl_inhibits_the_layers_that_are_named_also_after_convolutions() -> Non
         SSL(network(), layers=["head"])
 
 
+def test_ssl_says_where_its_penalty_would_not_act() -> None:
+    flat = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+    for model, layers in ((flat, None), (network(), [])):
+        with pytest.raises(ValueError, match="no neurons would inhibit each other"):
+            SSL(model, layers=layers)
+    assert SSL(flat, sparsity=0).inhibited == []
+    with pytest.warns(UserWarning, match="the neurons of '0' have no bias"):
+        SSL(nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 4)))
+    model, scaler = network(), torch.amp.GradScaler("cpu")
+    optimizer, before = SSL(model, lr=0.1), weights(model)
+    images, labels = batch(0)
+    scaler.scale(F.cross_entropy(model(images), labels)).backward()
+    with pytest.raises(RuntimeError, match=r"write SSL\(model, ..., scaler=scaler\)"):
+        scaler.step(optimizer)
+    assert torch.equal(weights(model), before)
+
+
+def test_ssl_counts_once_however_often_it_is_made_for_a_model() -> None:
+    gradients = []
+    for times in (1, 2):
+        model = network()
+        model[6].p = 0.0
+        for _ in range(times):
+            model = copy.deepcopy(model)  # with the hooks of an SSL of its own
+            SSL(model, sparsity=1.0)
+        learn(model, SSL(model, lr=0.0, sparsity=1.0), steps=1)
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_ssl_discounts_by_the_state_that_it_loads() -> None:
+    model = network()
+    optimizer = SSL(model, lr=0.1)
+    learn(model, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    consolidate(optimizer)
+    assert (optimizer._discounts["4"] < 1).any()
+    optimizer.load_state_dict(before)
+    assert (optimizer._discounts["4"] == 1).all()
+
+
 def test_ssl_scales_its_penalty_with_the_loss() -> None:
     gradients = []
     for scale in (1.0, 1024.0):
@@ -330,9 +371,10 @@ def test_groups_and_schedulers(method: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
-    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD)
-    before, state = weights(model).clone(), copy.deepcopy(optimizer.state_dict())
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    told = {"scaler": scaler} if method is SSL else {}
+    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD, **told)
+    before, state = weights(model).clone(), copy.deepcopy(optimizer.state_dict())
     for factor in (torch.inf, 1.0):
         optimizer.zero_grad()
         images, labels = batch(3)
@@ -386,7 +428,16 @@ def test_bad_arguments_are_sentences(method: Any) -> None:
     with pytest.raises(ValueError, match=r"the gradient of '0.weight' is sparse; expected a dense one"):
         optimizer.step()
     with pytest.raises(ValueError, match="the state dict has parameter groups of"):
-        optimizer.load_state_dict(method(nn.Linear(3, 3), **OPTIONS[method]).state_dict())
+        optimizer.load_state_dict(method(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), **OPTIONS[method]).state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no .*{name}.*; it was saved by another optimizer than {method.__name__}"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.2).state_dict())
+    with pytest.raises(ValueError, match=r"the state dict has 0.weight, .*; expected state and param_groups"):
+        optimizer.load_state_dict(model.state_dict())
+    assert optimizer.state_dict() == before
+    for wrong in (None, "0.1", torch.ones(2)):
+        with pytest.raises(TypeError, match=r"lr is .*; expected a finite number of at least 0"):
+            method(model, lr=wrong)
 
 
 def test_bad_consolidations_change_nothing() -> None:
@@ -396,6 +447,13 @@ def test_bad_consolidations_change_nothing() -> None:
         si.consolidate()
     with pytest.raises(ValueError, match="damping is 0; expected a finite number above 0"):
         SI(model, damping=0)
+    learn(model, si)
+    si.state[model[7].bias]["path"][0] = torch.inf
+    before = copy.deepcopy(si.state_dict())
+    with pytest.raises(consolidation.NonFiniteImportanceError, match=r"the importance of '7.bias' is not finite"):
+        si.consolidate()
+    assert str(si.state_dict()) == str(before)
+    model.zero_grad()
     ewc = EWC(model, lr=0.1)
     with pytest.raises(ValueError, match="batches has no samples"):
         ewc.consolidate([], progress=False)

@@ -21,7 +21,7 @@ from .methods import METHODS
 from .plan import PLANS
 from .pool import Outcome, parallel
 from .runs import Run, execute
-from .store import STORE, Record, Store
+from .store import STORE, Record, Store, StoreError
 from .training import Machine
 
 
@@ -32,7 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "report":
         from . import report
 
-        print(report.write(Store(options.store), options.out))
+        try:
+            print(report.write(Store(options.store), options.out))
+        except StoreError as error:
+            parser.error(str(error))
         return 0
     if options.command == "reproduce":
         return _reproduce(options, parser)
@@ -106,11 +109,17 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; expected at least 1")
+    if options.command == "search" and options.budget < 1:
+        raise ValueError(f"--budget is {options.budget}; expected at least 1")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     elif device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device is {device}, but PyTorch sees no CUDA device")
+    if not device.startswith("cuda"):
+        for name in ("tf32", "cuda_graph"):
+            if getattr(options, name):
+                raise ValueError(f"--{name.replace('_', '-')} is for CUDA devices, but the device is {device}")
     machine = Machine(device, options.bf16, options.tf32, options.channels_last, options.cuda_graph)
     experiment = EXPERIMENTS[options.experiment]
     protocol: Protocol = getattr(experiment, options.size)
@@ -165,7 +174,7 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
     known = METHODS[method].paper
     if name not in known:
         raise ValueError(f"--set has {key!r}; {method} has {', '.join(known)}")
-    if isinstance(known[name], str) != isinstance(value, str):
+    if isinstance(known[name], str) != isinstance(value, str) or not isinstance(value, (str, int, float)):
         raise ValueError(
             f"--set has {assignment!r}; expected {'a word' if isinstance(known[name], str) else 'a number'}"
         )
@@ -214,9 +223,11 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--cuda-graph", action="store_true", help="replay the step as a CUDA graph (CUDA)")
     all_of_it.add_argument("--dry", action="store_true", help="only print the commands")
     run.add_argument("--seeds", type=int, default=3, help="repetitions (default 3)")
-    look.add_argument("--seeds", type=int, default=1, help="repetitions that a score is the mean of (default 1)")
+    look.add_argument("--seeds", type=int, default=3, help="repetitions of the best three (default 3); others get one")
     look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
-    look.add_argument("--budget", type=int, default=10, help="configurations tried for every method (default 10)")
+    look.add_argument(
+        "--budget", type=int, default=12, help="configurations that do not diverge, for every method (default 12)"
+    )
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
     tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")
     for command in (run, look, all_of_it, tell):

@@ -53,6 +53,17 @@ class Protocol:
     datasets: tuple[str, ...] = ()
     validation: bool = False
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, in a sentence, for what no run could have."""
+        for name in ("hidden", "epochs", "batch_size", "shrink"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("epoch_samples", "tasks", "train_samples", "test_samples"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1, or 0 for all")
+        if not all(isinstance(width, int) and width > 0 for width in self.channels):
+            raise ValueError(f"channels is {list(self.channels)}; expected widths of at least 1")
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -84,7 +95,7 @@ _SMALL = Protocol(
 )
 # With the length of iFashion-MNIST even a fresh network per task stays at 99.0 % here.
 _MNIST = replace(_SMALL, epochs=8, batch_size=16)
-_CIFAR = replace(_SMALL, epochs=10, tasks=5)
+_CIFAR = replace(_SMALL, epochs=8, tasks=5)
 _WITH_FLIPS = Augmentation(padding=4, flip=True)
 EXPERIMENTS = {
     "idigits": Experiment(
@@ -202,7 +213,7 @@ _loaded: dict[tuple[str, str | None], datasets.Dataset] = {}
 def _load(name: str, folder: str | None) -> datasets.Dataset:
     """A data set, read once in a process."""
     if (name, folder) not in _loaded:
-        _loaded[name, folder] = datasets.load(name, None if folder is None else Path(folder))
+        _loaded[name, folder] = datasets.load(name, Path(folder) if folder else None)
     return _loaded[name, folder]
 
 

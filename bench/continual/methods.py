@@ -84,8 +84,12 @@ def _from_path(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
 
 
 def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
-    """Powers of ten, then the learning rate, then one significant digit."""
+    """Powers of ten, then one significant digit.
+
+    The learning rate comes first: with a high one strong anchors diverge, and only weak ones would be looked at.
+    """
     return (
+        Coordinate("lr", factors=(0.1, 10), walk=True),
         Coordinate("strength", factors=(0.1, 10), walk=True),
         *more,
         Coordinate("lr", factors=(0.3, 3)),
@@ -112,8 +116,9 @@ _PLASTIC_SEARCH = (
 )
 _SGD = {"lr": 0.1, "weight_decay": 1e-4}
 _SGD_SEARCH = (
-    Coordinate("lr", factors=(0.3, 3), walk=True),
+    Coordinate("lr", factors=(0.1, 10), walk=True),
     Coordinate("weight_decay", factors=(0.1, 10), walk=True),
+    Coordinate("lr", factors=(0.3, 3)),
     Coordinate("weight_decay", factors=(0.5, 2, 3)),
 )
 METHODS = {
@@ -129,8 +134,9 @@ METHODS = {
         _strength(Coordinate("sparsity", factors=(0.1, 10))),
     ),
     "sgd": Method(_SGD, _sgd, search=_SGD_SEARCH),
-    "joint": Method(_SGD, _sgd, search=_SGD_SEARCH),
-    "single": Method(_SGD, _sgd, search=_SGD_SEARCH),
+    # Bounds, not rivals: they are not tuned.
+    "joint": Method({**_SGD, "lr": 0.03}, _sgd),
+    "single": Method({**_SGD, "lr": 0.03}, _sgd),
 }
 BOUNDS = ("joint", "single")
 # Experiments that are not searched themselves take what was tuned on another.

@@ -13,13 +13,8 @@ _RIVALS = "sgd,ewc,mas,si,cpc,ssl"
 _ALL = ",".join(METHODS)
 
 
-def _searched(experiment: str, methods: str, *, tasks: int = 0) -> list[list[str]]:
-    """A search of the same budget for every method; a smaller one for the bounds, which have no memory to tune."""
-    first = ["--tasks", str(tasks)] if tasks else []
-    return [
-        ["search", "--experiment", experiment, "--methods", some, "--budget", str(budget), *first]
-        for some, budget in ((methods, 10), (_BOUNDS, 4))
-    ]
+def _search(experiment: str, methods: str, *, tasks: int = 0) -> list[str]:
+    return ["search", "--experiment", experiment, "--methods", methods, *(["--tasks", str(tasks)] if tasks else [])]
 
 
 def _run(experiment: str, methods: str, *settings: str) -> list[str]:
@@ -40,11 +35,11 @@ _OPEN = (
 )
 PLANS: dict[str, list[list[str]]] = {
     "small": [
-        *_searched("imnist", f"npc,{_RIVALS}"),
+        _search("imnist", f"npc,{_RIVALS}"),
         _run("imnist", _ALL),
-        *_searched("icifar100", f"npc,{_RIVALS}", tasks=3),
+        _search("icifar100", f"npc,{_RIVALS}", tasks=3),
         _run("icifar100", _ALL),
-        *_searched("ifashion", f"npc,{_RIVALS}"),
+        _search("ifashion", f"npc,{_RIVALS}"),
         _run("ifashion", _ALL),
         _run("activation", "npc,sgd"),
         *(_run("ifashion", "npc", setting) for setting in _OPEN),
@@ -52,10 +47,10 @@ PLANS: dict[str, list[list[str]]] = {
     "paper": [
         _run("icifar100", "npc"),
         *(_run("icifar100", "npc", f"batch_size={size}") for size in (64, 128, 512)),
-        *_searched("icifar100", _RIVALS, tasks=3),
+        _search("icifar100", _RIVALS, tasks=3),
         _run("icifar100", f"{_RIVALS},{_BOUNDS}"),
         _run("imnist", "npc"),
-        *_searched("imnist", _RIVALS),
+        _search("imnist", _RIVALS),
         _run("imnist", f"{_RIVALS},{_BOUNDS}"),
         _run("activation", "npc,sgd"),
         _run("hetero", _ALL),

@@ -87,21 +87,21 @@ def _searches(folder: Path) -> Iterator[str]:
             scores = [tried["validation accuracy"] for tried in entry["tried"]]
             finite = [score for score in scores if score is not None]
             best = ", ".join(f"{name} {value}" for name, value in entry["best"].items() if value is not None)
-            row = [
-                method,
-                len(scores),
-                len(scores) - len(finite),
-                f"{100 * min(finite):.1f}",
-                f"{100 * max(finite):.1f}",
-            ]
+            row = [method, len(scores), len(scores) - len(finite), _WITHOUT, _WITHOUT]
+            if finite:
+                chosen = next(tried for tried in entry["tried"] if tried["settings"] == entry["best"])
+                row[3:] = (
+                    f"{100 * min(finite):.1f} to {100 * max(finite):.1f}",
+                    f"{100 * chosen['validation accuracy']:.1f} ({chosen['seeds']})",
+                )
             rows.append([*map(str, row), best])
         protocol = next(iter(recorded["methods"].values()))["protocol"]
         yield f"## Search on {recorded['experiment']}, {recorded['size']}"
         yield (
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
-            f"tasks; every configuration is in {path.name}."
+            f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
         )
-        yield markdown(["", "configurations", "diverged", "worst", "best", "best hyperparameters"], rows)
+        yield markdown(["", "configurations", "diverged", "tried", "chosen (seeds)", "hyperparameters"], rows)
 
 
 def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
@@ -149,13 +149,12 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
     """A Markdown table: accuracy per task after the last, and every metric; over seeds."""
     tasks = next(iter(groups.values()))[0].tasks
     single = {record.seed: record for method in groups if method.startswith("single") for record in groups[method]}
-    header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds", "ms per step"]
+    header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds"]
     rows = []
     for method, repeated in groups.items():
         tables = [record.accuracy for record in repeated]
         in_a_row = method.split()[0] not in BOUNDS and len(tasks) > 1
         compared = [(r.accuracy, single[r.seed].accuracy) for r in repeated if r.seed in single]
-        milliseconds = [1000 * sum(record.seconds) / sum(record.steps) for record in repeated]
         row = [
             method,
             *(percent([float(table[-1][k] or 0) for table in tables]) for k in range(len(tasks))),
@@ -164,7 +163,6 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
             percent(list(map(backward_transfer, tables))) if in_a_row else _WITHOUT,
             percent([forward_transfer(*pair) for pair in compared]) if in_a_row and compared else _WITHOUT,
             _seeds(repeated),
-            f"{np.mean(milliseconds):.1f}",
         ]
         rows.append(row)
     if published:
@@ -250,7 +248,11 @@ def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
         yield f"{name}, {size}: not run"
         return
     expected = ("npc", "sgd") if name == "activation" else METHODS
-    there = {label.method.split()[0] for label in _grouped(finished) if not label.changes}
+    seeds = {label.method: {one.seed for one in own} for label, own in _grouped(finished).items() if not label.changes}
+    for method, own in seeds.items():
+        if absent_seeds := sorted(set().union(*seeds.values()) - own):
+            yield f"{name}, {size}: {method} not finished with seed {', '.join(map(str, absent_seeds))}"
+    there = {method.split()[0] for method in seeds}
     if absent := [method for method in expected if method not in there]:
         yield f"{name}, {size}: not run with {', '.join(absent)}"
     used = {dataset for record in finished for dataset in record.settings["protocol"]["datasets"]}

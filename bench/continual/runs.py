@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import npc_ext
+from npc_ext.consolidation import NonFiniteImportanceError
 
 from .. import environment
 from . import experiments
@@ -85,7 +86,8 @@ def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> 
     Raises:
         BusyError: another process is working on it, and `wait` is off.
         DatasetError: a data set is missing.
-        ValueError: the method does not exist or cannot do the experiment.
+        StoreError: what the store holds of the run is damaged.
+        ValueError: the method does not exist or cannot do the experiment, or the run was begun with other data.
     """
     lock = store.lock(run.record())
     try:
@@ -111,7 +113,13 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     cut = experiments.augmentation(experiment, run.protocol)
 
     model, optimizer = _fresh(run, tasks, 0)
-    record, state = store.load(run.record(tasks))
+    fresh = run.record(tasks)
+    record, state = store.load(fresh)
+    if record.tasks != fresh.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
+        raise ValueError(
+            f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
+            f"{'; '.join(fresh.tasks)}; name the same data by --data, or another --store"
+        )
     watch = Watch(tasks[0], run.machine) if run.experiment == "activation" else None
     if state is not None:
         model.load_state_dict(state["model"])
@@ -161,7 +169,10 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                 if not is_finite(model):
                     record.diverged_in = number
                 elif method.consolidate is not None and number + 1 < len(tasks):
-                    method.consolidate(optimizer, _batches(task, run), _select(task))
+                    try:
+                        method.consolidate(optimizer, _batches(task, run), _select(task))
+                    except NonFiniteImportanceError:  # the weights were about to be
+                        record.diverged_in = number
                 consolidation_seconds = time.perf_counter() - started
             record.steps.append(steps)
             record.seconds.append(round(seconds, 3))

@@ -1,14 +1,15 @@
 """Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method.
 
 Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
-samples are never looked at. All that was tried is recorded.
+samples are never looked at. The search itself looks at one seed; the best three are then run from the others, too, and
+the best mean wins. All that was tried is recorded.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,25 @@ from .runs import Run, execute
 from .store import Store, hash_of, write
 
 DIVERGED = -1.0
+_FINALISTS = 3
+
+
+@dataclass
+class _Tried:
+    settings: dict[str, Any]
+    scores: list[float]  # seed by seed, as far as it was run
+
+    @property
+    def score(self) -> float:
+        return DIVERGED if DIVERGED in self.scores else sum(self.scores) / len(self.scores)
 
 
 def search(
     runs: Sequence[Run], store: Store, budget: int, results: Path, *, wait: bool = True, position: int = 0
 ) -> str:
     """Tries up to `budget` configurations of a method and records them; returns a sentence about the best.
+
+    Configurations that diverge are not counted, so that a method whose first ones do is not searched less.
 
     Args:
         runs: of one method, with different seeds, from whose hyperparameters the search starts.
@@ -42,8 +56,15 @@ def search(
     first = runs[0]
     if not first.protocol.validation:
         raise ValueError("a search needs runs on validation samples")
-    method = METHODS[first.method]
-    tried: dict[str, tuple[dict[str, Any], float]] = {}
+    coordinates = METHODS[first.method].search
+    tried: dict[str, _Tried] = {}
+
+    def may_go_on() -> bool:
+        return sum(one.score != DIVERGED for one in tried.values()) < budget and len(tried) < 2 * budget
+
+    def evaluate(run: Run, settings: dict[str, Any]) -> float:
+        record = execute(replace(run, hyperparameters=settings), store, position=2 * position + 1)
+        return DIVERGED if record.diverged_in is not None else metrics.average_accuracy(record.accuracy)
 
     with tqdm(
         total=budget, desc=f"{first.experiment} {first.method} search", position=2 * position, leave=False
@@ -52,25 +73,29 @@ def search(
         def score(settings: dict[str, Any]) -> float:
             key = hash_of(settings)
             if key not in tried:
-                repeated = [
-                    execute(replace(run, hyperparameters=settings), store, position=2 * position + 1) for run in runs
-                ]
-                scores = [metrics.average_accuracy(record.accuracy) for record in repeated]
-                if any(record.diverged_in is not None for record in repeated):
-                    scores = [DIVERGED]
-                tried[key] = settings, sum(scores) / len(scores)
-                bar.update()
-            return tried[key][1]
+                tried[key] = _Tried(settings, [evaluate(first, settings)])
+                bar.update(tried[key].score != DIVERGED)
+            return tried[key].score
 
         best = dict(first.hyperparameters)
         score(best)
         before = None
-        while best != before and len(tried) < budget:
+        while best != before and may_go_on():
             before = best
-            for coordinate in method.search:
-                best = _along(coordinate, best, score, lambda: len(tried) < budget)
-    _record(first, len(runs), list(tried.values()), best, results)
-    return f"{len(tried)} configurations tried, best {score(best):.2%} with {best}"
+            for coordinate in coordinates:
+                best = _along(coordinate, best, score, may_go_on)
+        finalists = sorted(tried.values(), key=lambda one: one.score, reverse=True)[:_FINALISTS]
+        for one in finalists:
+            if one.score != DIVERGED:
+                one.scores += [evaluate(run, one.settings) for run in runs[1:]]
+    chosen = max(finalists, key=lambda one: one.score)
+    if chosen.score == DIVERGED:  # runs are then left to the method's own defaults
+        _record(first, list(tried.values()), {}, results)
+        return (
+            f"{len(tried)} configurations tried, and all diverged; start from a lower lr: --set {first.method}.lr=..."
+        )
+    _record(first, list(tried.values()), chosen.settings, results)
+    return f"{len(tried)} configurations tried, best {chosen.score:.2%} with {chosen.settings}"
 
 
 def _along(
@@ -84,8 +109,8 @@ def _along(
     choices: Sequence[Any] = coordinate.values or coordinate.factors
     for choice in choices:
         candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
-        # Where a method diverges, nothing says yet whether the direction is good: the walk goes on.
-        while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(best) == DIVERGED)):
+        # Where a method diverges, or stays at chance, nothing says yet whether the direction is good: the walk goes on.
+        while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(candidate) == score(best))):
             best = candidate
             if not coordinate.walk:
                 break
@@ -100,9 +125,7 @@ def _rounded(value: float) -> float:
     return float(f"{value:.0e}")
 
 
-def _record(
-    run: Run, seeds: int, tried: list[tuple[dict[str, Any], float]], best: dict[str, Any], results: Path
-) -> None:
+def _record(run: Run, tried: list[_Tried], best: dict[str, Any], results: Path) -> None:
     """Writes what was tried beside what is recorded of other methods."""
     path = results / f"{run.experiment}-{run.size}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,11 +133,14 @@ def _record(
         recorded = json.loads(path.read_text()) if path.exists() else {}
         entry = {
             "best": best,
-            "seeds": seeds,
             "protocol": asdict(run.protocol),
             "tried": [
-                {"settings": settings, "validation accuracy": None if value == DIVERGED else round(value, 5)}
-                for settings, value in tried
+                {
+                    "settings": one.settings,
+                    "validation accuracy": None if one.score == DIVERGED else round(one.score, 5),
+                    "seeds": len(one.scores),
+                }
+                for one in tried
             ],
         }
         by_method = {**recorded.get("methods", {}), run.method: entry}

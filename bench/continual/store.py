@@ -35,8 +35,8 @@ class Record:
         consolidation_seconds: what the method did after each task so far.
         environments: the machines it ran on, one after the other.
         extra: what an experiment measures besides.
-        diverged_in: the number of the task in which weights ceased to be finite, if they did. No task was learned from
-            then on; the accuracies are what such a network comes to.
+        diverged_in: the number of the task in which weights, or their importance at its end, ceased to be finite, if
+            they did. No task was learned from then on; the accuracies are what such a network comes to.
     """
 
     experiment: str
@@ -77,6 +77,17 @@ def write(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+class StoreError(ValueError):
+    """A file of a store is not what a run wrote."""
+
+
+def _read(path: Path) -> Record:
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{path} is no record of a run: {error}; delete it to have the run done anew") from error
+
+
 class Store:
     """A folder of records."""
 
@@ -105,20 +116,27 @@ class Store:
         write(self.folder / record.path.with_suffix(".json"), text)
 
     def load(self, record: Record) -> tuple[Record, dict[str, Any] | None]:
-        """The run as it was saved: finished, or with the state to go on from, or else as given."""
+        """The run as it was saved: finished, or with the state to go on from, or else as given.
+
+        Raises:
+            StoreError: what was saved is damaged; the message names the file.
+        """
         path = self.folder / record.path.with_suffix(".json")
-        if path.exists() and (stored := Record(**json.loads(path.read_text()))).finished:
+        if path.exists() and (stored := _read(path)).finished:
             return stored, None
         checkpoint = self._checkpoint(record, ".pt")
         if not checkpoint.exists():
             return record, None
-        state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        return Record(**json.loads(state.pop("record"))), state
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+            return Record(**json.loads(state.pop("record"))), state
+        except Exception as error:  # a damaged file can raise nearly anything
+            raise StoreError(f"{checkpoint} is damaged: {error}; delete it to start the run anew") from error
 
     def records(self) -> Iterator[Record]:
-        """All runs, finished or not, in order of their names."""
+        """All runs, finished or not, in order of their names. Raises StoreError where a file is damaged."""
         for path in sorted(self.folder.glob("*/*/*/seed*.json")):
-            yield Record(**json.loads(path.read_text()))
+            yield _read(path)
 
     def _checkpoint(self, record: Record, suffix: str) -> Path:
         return self.folder / "checkpoints" / record.path.with_suffix(suffix)

@@ -27,7 +27,7 @@ from ..continual.networks import cnn
 from ..continual.report import markdown
 from . import frozen as frozen_part
 from .methods import OLD_TASKS, Case, paper_cnn
-from .timing import Comparison, compare, sets_of
+from .timing import Comparison, compare, empty_caches, sets_of
 
 # (samples, neurons, positions...): fully connected layers, small maps, the paper's maps, large maps.
 IMPORTANCE_SHAPES = [
@@ -149,16 +149,21 @@ def methods(quick: bool) -> Iterator[Row]:
         for old_tasks in OLD_TASKS[: 1 if quick or name in ("NPC", "CPC") else None]:
             case = Case(name, (lambda: cnn(1, 8, (16, 32), 64, 10)) if quick else paper_cnn, old_tasks)
             steps = list(case.peers.items())
-            for _, one in steps:
+
+            def prepare(case: Case = case) -> None:
                 if case.prepare:
                     case.prepare()
+                empty_caches()
+
+            for _, one in steps:
+                prepare()
                 one()
             for index, (peer, _) in enumerate(steps):
                 if peer.startswith("foreach"):
                     got, want = (next(case.models[at].parameters()) for at in (index, 0))
                     _check(peer, got, want.double())
             timed = {peer: _ignoring_the_set(one) for peer, one in steps}
-            result = compare(timed, prepare=case.prepare, turns=21, seconds_per_turn=0.02)
+            result = compare(timed, prepare=prepare, turns=21, seconds_per_turn=0.02)
             label = name if name in ("NPC", "CPC") else f"{name}, {old_tasks} old task{'s' * (old_tasks > 1)}"
             goal = 0.5 if name in ("EWC", "MAS", "SI") else None
             row = _row(label, result, goal, None, "SGD fused")

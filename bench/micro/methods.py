@@ -174,6 +174,13 @@ class Case:
         method = {"EWC": EWC, "MAS": MAS, "SI": SI, "SSL": SSL}[name]
         ours: Anchored = method(models[0], lr=LR, strength=1.0)
         after_tasks(ours, old_tasks)
+        # Away from the anchors, where the pull is zero and a first step would say nothing about it.
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for copies in zip(*parameters, strict=True):
+                move = 0.1 * torch.randn(copies[0].shape, generator=generator)
+                for parameter in copies:
+                    parameter += move
 
         def beside(kind: str) -> list[Tensor]:
             return [ours.state[parameter][kind].clone() for parameter in parameters[0]]
