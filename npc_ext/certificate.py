@@ -103,11 +103,20 @@ class Watch:
     of those steps, which certificates reckon with.
 
     Attributes:
+        all_or_nothing: whether only the whole layer's gradients are left out.
         delay: how many steps the layer slept since it was last measured.
     """
 
-    def __init__(self, forward: PartialForward, layer: NeuronLayer, key: Tensor, own: Mapping[str, Any]) -> None:
-        self.forward, self.layer, self.key = forward, layer, key
+    def __init__(
+        self,
+        forward: PartialForward,
+        layer: NeuronLayer,
+        key: Tensor,
+        own: Mapping[str, Any],
+        *,
+        all_or_nothing: bool,
+    ) -> None:
+        self.forward, self.layer, self.key, self.all_or_nothing = forward, layer, key, all_or_nothing
         self.weight = layer.parameters[0].parameter
         self._own = own
         self._used: set[Certificate] = set()
@@ -123,7 +132,7 @@ class Watch:
         self.interfered = False  # since the last issue
         self.delay = 0
         self.layer.asleep = False
-        self._left_out = 0.0  # the share of rows, in the last step
+        self.layer.gradients_skipped = 0.0
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
         self._used.clear()
@@ -144,9 +153,9 @@ class Watch:
 
     def record(self) -> None:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
-        self._left_out = min((used.rows.share_left_out() for used in self._used), default=0.0)
+        self.layer.gradients_skipped = min((used.rows.share_left_out() for used in self._used), default=0.0)
         if self.layer.asleep:
-            self.delay, self._left_out, self.layer.asleep = self.delay + 1, 1.0, False
+            self.delay, self.layer.gradients_skipped, self.layer.asleep = self.delay + 1, 1.0, False
         elif self.layer.sink.grad is not None:
             self.delay = 0
         importance = self._importance = self.importance()
@@ -216,7 +225,7 @@ class Watch:
             return
         validity = self._clock.validity()
         certain = importance >= least_importance(*self.constants(), steps=validity + delay)
-        rows = rows_to_compute(certain, self.forward.all_or_nothing)
+        rows = rows_to_compute(certain, self.all_or_nothing)
         if rows is None:
             self.certificate = None
             self.forward.release(self)
@@ -239,7 +248,7 @@ class Watch:
 
     def gradients_skipped(self) -> float:
         """The share of rows whose gradients the last step did without; 0 where that is over."""
-        return 0.0 if self.in_force() is None else self._left_out
+        return 0.0 if self.in_force() is None else self.layer.gradients_skipped
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.

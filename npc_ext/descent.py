@@ -309,7 +309,7 @@ def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
     return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ValueError if an option is none of its choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")

@@ -116,6 +116,7 @@ class NeuronLayer:
         points: where their activation is measured.
         note: what a reader of the table should know.
         sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
         asleep: whether the layer is neither trained nor measured in the coming step (lazy.py).
     """
 
@@ -128,6 +129,7 @@ class NeuronLayer:
     sink: Tensor
     measure: Callable[..., Tensor] = ops.importance_of_checked
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
+    gradients_skipped: float = field(default=0.0, repr=False)
     asleep: bool = field(default=False, repr=False)
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
@@ -202,14 +204,15 @@ class Neurons:
         self._handles.clear()
 
     def __str__(self) -> str:
-        rows = [("layer", "neurons", "fan-in", "measured at", "parameters of its neurons")]
+        rows = [("layer", "neurons", "fan-in", "skipped", "measured at", "parameters of its neurons")]
         for layer in self.layers:
             measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):
                 measured += " (copied)"
             names = ", ".join(_relative(p.name, layer.name) for p in layer.parameters)
-            rows.append((layer.name or "(the model)", f"{layer.neurons:,}", f"{layer.fan_in:,}", measured, names))
-        widths = [max(len(row[column]) for row in rows) for column in range(5)]
+            counts = f"{layer.neurons:,}", f"{layer.fan_in:,}", f"{layer.gradients_skipped:.0%}"
+            rows.append((layer.name or "(the model)", *counts, measured, names))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * width for width in widths))
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]

@@ -31,6 +31,7 @@ _LAYER_OPTIONS = (
     "measure_at",
     "batch_dim",
 )
+_SKIPPING = (True, False, "layers")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ class NPC(Descent):
         others: "train" parameters outside neurons at plain lr, or "freeze" them.
         skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
-            changes. Gradients are meant for the step that follows their forward pass.
+            changes. Gradients are meant for the step that follows their forward pass. "layers" does so only where all
+            neurons of a layer are certain, which changes no bit; True also for parts of a layer, where a clock says
+            that this is faster, and where the last bits may then differ from run to run.
         measure_every: k > 1 measures layers whose neurons are all certain not to move in every k-th step only, with
             eq. 4 taken k steps at once. In between back-propagation ends at the first layer that can still move, and
             parameters of those layers get no gradients. An approximation: the measurements in between count as if they
@@ -135,14 +138,14 @@ class NPC(Descent):
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
-        skip_frozen: bool = True,
+        skip_frozen: bool | Literal["layers"] = True,
         measure_every: int = 1,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
         self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
         self._others = others
-        _check_flag("skip_frozen", skip_frozen)
+        check_choice("skip_frozen", skip_frozen, _SKIPPING)
         if not isinstance(measure_every, int) or isinstance(measure_every, bool) or measure_every < 1:
             raise ValueError(f"measure_every is {measure_every!r}; expected a whole number of steps, at least 1")
         if measure_every > 1 and not skip_frozen:
@@ -220,7 +223,8 @@ class NPC(Descent):
         """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
         watches = {}
         for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
-            if not own.get("skip_frozen", self._skip_frozen):
+            skip_frozen = own.get("skip_frozen", self._skip_frozen)
+            if not skip_frozen:
                 continue
             if reason := self._why_all_gradients(layer, trained):
                 layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
@@ -229,7 +233,8 @@ class NPC(Descent):
             self.neurons.hold(forward)
             if forward.all_or_nothing:
                 layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
-            watches[layer.name] = Watch(forward, layer, key, own)
+            whole = skip_frozen == "layers" or forward.all_or_nothing
+            watches[layer.name] = Watch(forward, layer, key, own, all_or_nothing=whole)
         if self._measure_every > 1:
             for handle in let_sleep(self._model, [watch.layer for watch in watches.values()]):
                 self.neurons.hold(handle)
@@ -266,7 +271,7 @@ class NPC(Descent):
         }
 
     def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
-        _check_flag(f"{where}skip_frozen", own.get("skip_frozen", True))
+        check_choice(f"{where}skip_frozen", own.get("skip_frozen", True), _SKIPPING)
         self._check_options({**self.defaults, **own}, where)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
@@ -520,11 +525,6 @@ class NPC(Descent):
             f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
         )
-
-
-def _check_flag(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {value!r}; expected True or False")
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def certify(optimizer: NPC, layer: str, certain: Tensor) -> Certificate:
     """Gives a layer a certificate that says so."""
     watch = optimizer._certificates.watches[layer]
     watch.record()
-    rows = rows_to_compute(certain, watch.forward.all_or_nothing)
+    rows = rows_to_compute(certain, watch.all_or_nothing)
     assert rows is not None
     issued = watch.certificate = Certificate(Rows(rows, len(certain), torch.device("cpu")), 10**9)
     watch.forward.follow(watch)
@@ -318,7 +318,7 @@ def test_every_kind_of_layer(
     grouped = getattr(layer, "groups", 1) > 1
     certain = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.arange(moving) * 2, False)
     if grouped and moving:
-        assert rows_to_compute(certain, optimizer._certificates.watches["0"].forward.all_or_nothing) is None
+        assert rows_to_compute(certain, optimizer._certificates.watches["0"].all_or_nothing) is None
         return
     issued = certify(optimizer, "0", certain)
     x = torch.randn(shape)
@@ -758,10 +758,21 @@ def test_it_can_be_switched_off_altogether_and_for_single_layers() -> None:
     assert not any("forward" in m.__dict__ for m in NPC(small(), skip_frozen=False)._model.modules())
     optimizer = NPC(small(), layers={"2": {"skip_frozen": False}})
     assert list(optimizer._certificates.watches) == ["0", "4"]
-    with pytest.raises(ValueError, match="skip_frozen is 1; expected True or False"):
-        NPC(small(), skip_frozen=1)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"layers\['2'\]: skip_frozen is 'no'; expected True or False"):
+    with pytest.raises(ValueError, match="skip_frozen is 'yes'; expected one of True, False, 'layers'"):
+        NPC(small(), skip_frozen="yes")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"layers\['2'\]: skip_frozen is 'no'; expected one of True, False, 'layers'"):
         NPC(small(), layers={"2": {"skip_frozen": "no"}})
+
+
+@pytest.mark.parametrize(("skip_frozen", "of_a_part"), [(True, 0.5), ("layers", 0.0)])
+def test_parts_of_layers_can_be_left_alone(often: None, always: None, skip_frozen: Any, of_a_part: float) -> None:
+    model = small()
+    optimizer = NPC(model, delta=0.999, skip_frozen=skip_frozen)
+    set_importance(optimizer, **{"0": torch.tensor([3.0] * 20 + [0.0] * 12), "2": 3.0})
+    small_steps(model, optimizer, 4)
+    assert skipped(optimizer) == {"0": of_a_part, "2": 1.0, "4": 0.0}
+    rows = str(optimizer.neurons).splitlines()[2:5]
+    assert [row.split()[3] for row in rows] == [f"{of_a_part:.0%}", "100%", "0%"]
 
 
 class OwnLinear(nn.Linear):

@@ -57,7 +57,7 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
-def _plastic(kind: Callable[..., Optimizer]) -> Builder:
+def _plastic(kind: Callable[..., Optimizer], **more: Any) -> Builder:
     def build(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
         output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
         layers: dict[str, dict[str, Any]] = {"output": output}
@@ -66,7 +66,7 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
             layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
-        return kind(model, **options, delta=delta, layers=layers)
+        return kind(model, **options, delta=delta, layers=layers, **more)
 
     return build
 
@@ -122,7 +122,8 @@ _SGD_SEARCH = (
     Coordinate("weight_decay", factors=(0.5, 2, 3)),
 )
 METHODS = {
-    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC), search=_PLASTIC_SEARCH),
+    # Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
+    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC, skip_frozen="layers"), search=_PLASTIC_SEARCH),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),
     "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored(npc_ext.MAS), _from_samples, _strength()),
