@@ -123,7 +123,9 @@ _SGD_SEARCH = (
 )
 METHODS = {
     # Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
-    "npc": Method({**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC, skip_frozen="layers"), search=_PLASTIC_SEARCH),
+    "npc": Method(
+        {**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC, skip_frozen="layers"), search=_PLASTIC_SEARCH
+    ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),
     "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored(npc_ext.MAS), _from_samples, _strength()),

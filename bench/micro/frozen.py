@@ -61,7 +61,7 @@ def mlp(inputs: int, width: int, classes: int = 10) -> nn.Module:
 
 
 NETWORKS = [
-    Network("paper's CNN, batch 64", paper_cnn, (64, 3, 32, 32), 5, has_goals=True),
+    Network("paper's CNN, batch 64", paper_cnn, (64, 3, 32, 32), 4, has_goals=True),
     Network("ResNet-18, batch 16", resnet18, (16, 3, 32, 32), 5),
     Network("MLP 784-1024-1024-10, batch 256", partial(mlp, 784, 1024), (256, 784), 15),
     Network("transformer of width 128, batch 32 x 32", partial(Transformer, 128), (32, 32, 128), 15),
