@@ -171,7 +171,7 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
         return _with_field(protocol, key, value)
     if method not in METHODS:
         raise ValueError(f"--set has {key!r}; {method!r} is no method, expected one of {', '.join(METHODS)}")
-    known = METHODS[method].paper
+    known = {**METHODS[method].paper, **METHODS[method].more}
     if name not in known:
         raise ValueError(f"--set has {key!r}; {method} has {', '.join(known)}")
     if isinstance(known[name], str) != isinstance(value, str) or not isinstance(value, (str, int, float)):

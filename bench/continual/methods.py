@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,14 @@ class Method:
         optimizer: builds it from the model, the hyperparameters and the steps of one task.
         consolidate: what it does after a task with the task's samples; None: nothing.
         search: what the search varies, in turn.
+        more: hyperparameters that a run has only if they are set, with what they are otherwise.
     """
 
     paper: Settings
     optimizer: Builder
     consolidate: Callable[[Any, Batches, Outputs], None] | None = None
     search: tuple[Coordinate, ...] = ()
+    more: Settings = field(default_factory=dict)
 
 
 def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
@@ -66,6 +68,7 @@ def _plastic(kind: Callable[..., Optimizer], **more: Any) -> Builder:
             layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
+        options |= {option: settings[option] for option in ("measure_every",) if option in settings}
         return kind(model, **options, delta=delta, layers=layers, **more)
 
     return build
@@ -124,7 +127,10 @@ _SGD_SEARCH = (
 METHODS = {
     # Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
     "npc": Method(
-        {**_PLASTIC, "measure": "after pooling"}, _plastic(npc_ext.NPC, skip_frozen="layers"), search=_PLASTIC_SEARCH
+        {**_PLASTIC, "measure": "after pooling"},
+        _plastic(npc_ext.NPC, skip_frozen="layers"),
+        search=_PLASTIC_SEARCH,
+        more={"measure_every": 1},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),
@@ -170,12 +176,6 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
 
 
 def with_choice(settings: Settings, name: str, value: Any) -> dict[str, Any]:
-    """Settings with one hyperparameter changed; delta and the share that survives a task replace each other.
-
-    Raises:
-        KeyError: there is no such hyperparameter.
-    """
-    if name not in settings:
-        raise KeyError(name)
+    """Settings with one hyperparameter changed; delta and the share that survives a task replace each other."""
     other = {"delta": "survive", "survive": "delta"}.get(name)
     return {**settings, name: value, **({other: None} if other else {})}

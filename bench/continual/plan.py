@@ -30,6 +30,7 @@ _OPEN = (
     "npc.output=active",
     "npc.survive=0.2",
     "npc.survive=0.8",
+    "npc.measure_every=8",
     "batch_size=16",
     "batch_size=128",
 )
