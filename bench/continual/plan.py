@@ -32,6 +32,7 @@ _OPEN = (
     "npc.survive=0.8",
     "batch_size=16",
     "batch_size=128",
+    "channels=(64, 128, 128)",
 )
 PLANS: dict[str, list[list[str]]] = {
     "small": [
