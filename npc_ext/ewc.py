@@ -25,8 +25,8 @@ class EWC(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty. Where lr * strength * F is above 1, a step overshoots the anchor, and
-            training diverges.
+        strength: the factor of the penalty. Where lr * strength * F, F summed over all old tasks, is above 1 for any
+            weight, training diverges.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".

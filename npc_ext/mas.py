@@ -17,15 +17,16 @@ class MAS(Anchored):
     To the loss belongs strength * sum over old tasks k of W_k (theta - theta_k)^2, where W_k is the mean over task k's
     samples of |d ||f(x)||^2 / d theta|. No labels are needed. All old tasks together take two numbers a weight,
     exactly. Source: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware Synapses: Learning what (not) to
-    forget", ECCV 2018, arXiv 1711.09601, eqs. 2 to 4.
+    forget", ECCV 2018, arXiv 1711.09601, eqs. 2 to 4; there the weights after the latest task are the only anchor,
+    here every task keeps its own.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task.
 
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty, lambda of eq. 4. Where lr * strength * W is above 1, a step overshoots the
-            anchor, and training diverges.
+        strength: the factor of the penalty, lambda of eq. 4. Where lr * strength * W, W summed over all old tasks, is
+            above 1 for any weight, training diverges.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".

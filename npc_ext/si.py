@@ -32,8 +32,8 @@ class SI(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty. Where lr * strength * W is above 1, a step overshoots the anchor, and
-            training diverges.
+        strength: the factor of the penalty. Where lr * strength * W, W summed over all old tasks, is above 1 for
+            any weight, training diverges.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         damping: keeps weights that hardly moved from an importance without bounds; above 0.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.

@@ -226,7 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument("--seeds", type=int, default=3, help="repetitions of the best three (default 3); others get one")
     look.add_argument("--tasks", type=int, default=0, help="search on the first tasks only (default: all)")
     look.add_argument(
-        "--budget", type=int, default=12, help="configurations that do not diverge, for every method (default 12)"
+        "--budget", type=int, default=12, help="configurations that do not diverge, in a walk (default 12)"
     )
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
     tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")

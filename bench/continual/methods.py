@@ -44,14 +44,14 @@ class Method:
         paper: its hyperparameters, with the paper's values.
         optimizer: builds it from the model, the hyperparameters and the steps of one task.
         consolidate: what it does after a task with the task's samples; None: nothing.
-        search: what the search varies, in turn.
+        search: the walks of a search, each from the paper's hyperparameters: what it varies, in turn.
         more: hyperparameters that a run has only if they are set, with what they are otherwise.
     """
 
     paper: Settings
     optimizer: Builder
     consolidate: Callable[[Any, Batches, Outputs], None] | None = None
-    search: tuple[Coordinate, ...] = ()
+    search: tuple[tuple[Coordinate, ...], ...] = ()
     more: Settings = field(default_factory=dict)
 
 
@@ -86,18 +86,14 @@ def _from_path(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
     optimizer.consolidate()
 
 
-def _strength(*more: Coordinate) -> tuple[Coordinate, ...]:
-    """Powers of ten, then one significant digit.
+def _strength(*more: Coordinate) -> tuple[tuple[Coordinate, ...], ...]:
+    """Powers of ten, then one significant digit; twice, because lr * strength is bounded: strong anchors diverge.
 
-    The learning rate comes first: with a high one strong anchors diverge, and only weak ones would be looked at.
+    One walk makes the anchors' room by a lower learning rate, the other one by weaker anchors.
     """
-    return (
-        Coordinate("lr", factors=(0.1, 10), walk=True),
-        Coordinate("strength", factors=(0.1, 10), walk=True),
-        *more,
-        Coordinate("lr", factors=(0.3, 3)),
-        Coordinate("strength", factors=(0.5, 2, 3)),
-    )
+    lr, strength = (Coordinate(name, factors=(0.1, 10), walk=True) for name in ("lr", "strength"))
+    then = (*more, Coordinate("lr", factors=(0.3, 3)), Coordinate("strength", factors=(0.5, 2, 3)))
+    return (lr, strength, *then), (strength, *then)
 
 
 # `survive` is the share of old importance that is left after another task, delta ** steps; `output` how the output
@@ -112,17 +108,21 @@ _PLASTIC = {
     "sigma": "sigmoid",
 }
 _PLASTIC_SEARCH = (
-    Coordinate("output", values=("active", "free")),
-    Coordinate("survive", values=(0.2, 0.8)),
-    Coordinate("lr", factors=(0.3,)),
-    Coordinate("beta", factors=(0.5, 0.8, 1.2, 2)),
+    (
+        Coordinate("output", values=("active", "free")),
+        Coordinate("survive", values=(0.2, 0.8)),
+        Coordinate("lr", factors=(0.3,)),
+        Coordinate("beta", factors=(0.5, 0.8, 1.2, 2)),
+    ),
 )
 _SGD = {"lr": 0.1, "weight_decay": 1e-4}
 _SGD_SEARCH = (
-    Coordinate("lr", factors=(0.1, 10), walk=True),
-    Coordinate("weight_decay", factors=(0.1, 10), walk=True),
-    Coordinate("lr", factors=(0.3, 3)),
-    Coordinate("weight_decay", factors=(0.5, 2, 3)),
+    (
+        Coordinate("lr", factors=(0.1, 10), walk=True),
+        Coordinate("weight_decay", factors=(0.1, 10), walk=True),
+        Coordinate("lr", factors=(0.3, 3)),
+        Coordinate("weight_decay", factors=(0.5, 2, 3)),
+    ),
 )
 METHODS = {
     # Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.

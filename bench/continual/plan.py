@@ -33,6 +33,7 @@ _OPEN = (
     "npc.measure_every=8",
     "batch_size=16",
     "batch_size=128",
+    "channels=(64, 128, 128)",
 )
 PLANS: dict[str, list[list[str]]] = {
     "small": [

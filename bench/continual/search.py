@@ -1,4 +1,6 @@
-"""Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method.
+"""Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method's walks.
+
+A method whose hyperparameters bound each other has two walks (methods.py); none of NPC's rivals gets less than NPC.
 
 Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
 samples are never looked at. The search itself looks at one seed; the best three are then run from the others, too, and
@@ -38,7 +40,7 @@ class _Tried:
 def search(
     runs: Sequence[Run], store: Store, budget: int, results: Path, *, wait: bool = True, position: int = 0
 ) -> str:
-    """Tries up to `budget` configurations of a method and records them; returns a sentence about the best.
+    """Tries up to `budget` configurations in each walk and records them; returns a sentence about the best.
 
     Configurations that diverge are not counted, so that a method whose first ones do is not searched less.
 
@@ -56,18 +58,19 @@ def search(
     first = runs[0]
     if not first.protocol.validation:
         raise ValueError("a search needs runs on validation samples")
-    coordinates = METHODS[first.method].search
+    walks = METHODS[first.method].search
     tried: dict[str, _Tried] = {}
+    of_walk: set[str] = set()
 
     def may_go_on() -> bool:
-        return sum(one.score != DIVERGED for one in tried.values()) < budget and len(tried) < 2 * budget
+        return sum(tried[key].score != DIVERGED for key in of_walk) < budget and len(of_walk) < 2 * budget
 
     def evaluate(run: Run, settings: dict[str, Any]) -> float:
         record = execute(replace(run, hyperparameters=settings), store, position=2 * position + 1)
         return DIVERGED if record.diverged_in is not None else metrics.average_accuracy(record.accuracy)
 
     with tqdm(
-        total=budget, desc=f"{first.experiment} {first.method} search", position=2 * position, leave=False
+        total=budget * len(walks), desc=f"{first.experiment} {first.method} search", position=2 * position, leave=False
     ) as bar:
 
         def score(settings: dict[str, Any]) -> float:
@@ -75,15 +78,18 @@ def search(
             if key not in tried:
                 tried[key] = _Tried(settings, [evaluate(first, settings)])
                 bar.update(tried[key].score != DIVERGED)
+            of_walk.add(key)
             return tried[key].score
 
-        best = dict(first.hyperparameters)
-        score(best)
-        before = None
-        while best != before and may_go_on():
-            before = best
-            for coordinate in coordinates:
-                best = _along(coordinate, best, score, may_go_on)
+        for coordinates in walks:
+            of_walk.clear()
+            best = dict(first.hyperparameters)
+            score(best)
+            before = None
+            while best != before and may_go_on():
+                before = best
+                for coordinate in coordinates:
+                    best = _along(coordinate, best, score, may_go_on)
         finalists = sorted(tried.values(), key=lambda one: one.score, reverse=True)[:_FINALISTS]
         for one in finalists:
             if one.score != DIVERGED:
