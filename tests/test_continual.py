@@ -229,6 +229,14 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     assert f"| {100 * best['validation accuracy']:.1f} (2) " in text
 
 
+def test_anchored_methods_are_searched_towards_lower_rates_and_towards_weaker_anchors(tmp_path: Path) -> None:
+    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "2"]
+    assert main(["search", *TINY, "ewc.strength=1", "ewc.lr=0.01", "--methods", "ewc", "--seeds", "1", *options]) == 0
+    tried = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]["ewc"]["tried"]
+    settings = [(one["settings"]["lr"], one["settings"]["strength"]) for one in tried]
+    assert settings == [(0.01, 1), (0.001, 1), (0.01, 0.1)]
+
+
 def test_a_search_in_which_all_diverged_recommends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

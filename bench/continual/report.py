@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +60,7 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
             f"{', '.join(map(str, protocol['channels']))}, hidden {protocol['hidden']}, images shrunk by "
             f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
         )
+        yield _command("run", name, size, standard)
         if name == "activation":
             yield _changes(standard)
             figure = figures.activation(standard)
@@ -101,7 +102,15 @@ def _searches(folder: Path) -> Iterator[str]:
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
             f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
         )
+        limit = ["--tasks", str(protocol["tasks"])] if protocol["tasks"] else []
+        yield _command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
         yield markdown(["", "configurations", "diverged", "tried", "chosen (seeds)", "hyperparameters"], rows)
+
+
+def _command(verb: str, experiment: str, size: str, methods: Iterable[str], *more: str) -> str:
+    """What repeats it."""
+    options = ["--experiment", experiment, "--size", size, "--methods", ",".join(methods), *more]
+    return f"`{' '.join(['python -m bench.continual', verb, *options])}`"
 
 
 def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
