@@ -119,6 +119,7 @@ class Watch:
         self.forward, self.layer, self.key, self.all_or_nothing = forward, layer, key, all_or_nothing
         self.weight = layer.parameters[0].parameter
         self._own = own
+        self._rests_by: Certificate | None = None
         self._used: set[Certificate] = set()
         self._forget()
 
@@ -131,7 +132,7 @@ class Watch:
         self.certificate: Certificate | None = None
         self.interfered = False  # since the last issue
         self.delay = 0
-        self.layer.asleep = False
+        self.wakes_up()
         self.layer.gradients_skipped = 0.0
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
@@ -155,12 +156,13 @@ class Watch:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
         self.layer.gradients_skipped = min((used.rows.share_left_out() for used in self._used), default=0.0)
         if self.layer.asleep:
-            self.delay, self.layer.gradients_skipped, self.layer.asleep = self.delay + 1, 1.0, False
+            self.delay, self.layer.gradients_skipped = self.delay + 1, 1.0
         elif self.layer.sink.grad is not None:
             self.delay = 0
         importance = self._importance = self.importance()
         self._seen = () if importance is None else self._versions(importance)
         self._used.clear()
+        self.wakes_up()
 
     def is_untouched(self) -> bool:
         """Whether importance, constants and weights are as the last step left them."""
@@ -183,6 +185,15 @@ class Watch:
             self.use(certificate)
         return asleep
 
+    def rests(self, certificate: Certificate) -> None:
+        """Notes that the layer's parameters are constants until the coming step; remembers it for the taps."""
+        self._rests_by, self.layer.resting = certificate, True
+
+    def wakes_up(self) -> None:
+        """The layer's parameters are no constants any more, and it is measured."""
+        self._rests_by = None
+        self.layer.wake_up()
+
     def delayed(self) -> int:
         """By how many steps the importance measured for the coming step is late; 0 where none was measured."""
         if self.layer.sink.grad is None or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -200,6 +211,8 @@ class Watch:
             RuntimeError: gradients were left out of neurons that may move in this step.
         """
         untouched = self.is_untouched()
+        if self._rests_by is not None and self.layer.sink.grad is not None:  # there was a backward pass
+            self.use(self._rests_by)
         for certificate in self._used:
             if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
                 raise RuntimeError(
@@ -254,7 +267,7 @@ class Watch:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
         places = ("_clock", "_states", "_group")
         kept = {name: value for name, value in self.__dict__.items() if name not in places}
-        return {**kept, "certificate": None, "_used": set(), "_importance": None, "_seen": ()}
+        return {**kept, "certificate": None, "_rests_by": None, "_used": set(), "_importance": None, "_seen": ()}
 
 
 class Certificates:

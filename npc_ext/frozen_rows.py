@@ -7,7 +7,8 @@ weight gradient is computed from it, and put into a gradient of zeros:
     dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
 
 dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
-nothing is computed, and x is not kept for it (the tap of the layer before may keep it). Whether that is faster than
+nothing is computed, and x is not kept for it (the tap of the layer before may keep it); if x requires no gradient,
+back-propagation even ends at the layer's tap (resting.py). Whether that is faster than
 computing everything (gathering takes time, and so does Python) is measured once for each kind of layer and input.
 """
 
@@ -332,7 +333,7 @@ class PartialForward:
 
     def follow(self, watch: Watch) -> None:
         """From now on obeys the certificates of `watch`, as long as that is alive: the last optimizer that issued."""
-        self._watch = weakref.ref(watch)
+        self._watch, self._layer = weakref.ref(watch), watch.layer
 
     def release(self, watch: Watch) -> None:
         """Obeys nobody's certificates if it was `watch` whose it obeyed."""
@@ -351,11 +352,15 @@ class PartialForward:
 
     def _partial(self, x: Tensor, watch: Watch | None) -> Tensor:
         module = self._module
+        if watch is None:  # its optimizer is gone
+            self._watch = None
+            self._layer.wake_up()
+            return self._usual(module, x)
         weight, bias = module.weight, module.bias
-        certificate = None if watch is None or not module.training else watch.in_force()
-        if watch is None or certificate is None:
-            if watch is not None and module.training:
-                watch.layer.asleep = False
+        certificate = watch.in_force() if module.training else None
+        if certificate is None:
+            if module.training:
+                watch.wakes_up()
             return self._usual(module, x)
         if (
             weight is not watch.weight
@@ -374,7 +379,11 @@ class PartialForward:
             if module.padding_mode != "zeros":
                 x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
         rows = certificate.rows
-        if watch.sleeps(certificate):
+        alone = self._optimizers == 1  # another one may want to measure what requires a gradient
+        rests = len(rows) == 0 and not x.requires_grad and alone
+        if rests:
+            watch.rests(certificate)
+        if watch.sleeps(certificate) or rests:
             return operation.forward(x, weight.detach(), None if bias is None else bias.detach())
         kind = _kind_of(x)
         decided = rows.pays.get(kind)

@@ -5,9 +5,9 @@ change. So it is measured in every k-th step only, with eq. 4 taken k steps at o
 
     C <- delta ** k * C + (1 - delta ** k) c,
 
-as if the k - 1 measurements in between had given the same. In between it is asleep: its weights count as constants, its
-taps are off, and so back-propagation ends at the first layer that can still move. What lies before costs its forward
-pass alone and keeps no activations.
+as if the k - 1 measurements in between had given the same. In between it is asleep: its weights count as constants
+(resting.py), its taps are off, and so back-propagation ends at the first layer that can still move. What lies before
+costs its forward pass alone and keeps no activations.
 """
 
 from __future__ import annotations
@@ -20,39 +20,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .neurons import NeuronLayer
-
-
-class SleepingForward:
-    """Stands in for the forward of a normalization whose scales belong to a layer: constants while that is asleep.
-
-    Picklable with the model.
-    """
-
-    def __init__(self, module: nn.Module, layer: NeuronLayer) -> None:
-        self._module: Any = module
-        self._usual = type(module).forward
-        self._layer = layer
-
-    def attach(self) -> None:
-        """Puts it into the module."""
-        self._module.forward = self
-
-    def remove(self) -> None:
-        """Takes it out of the module again, if it is still there."""
-        if self._module.__dict__.get("forward") is self:
-            del self._module.forward
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not self._layer.asleep:
-            return self._usual(self._module, *arguments, **options)
-        parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]
-        for one in parameters:
-            one.requires_grad_(False)
-        try:
-            return self._usual(self._module, *arguments, **options)
-        finally:
-            for one in parameters:
-                one.requires_grad_(True)
 
 
 class Anchor:
@@ -90,15 +57,6 @@ class _Anchored(torch.autograd.Function):
         return None, torch.zeros_like(ctx.parameter)
 
 
-def let_sleep(model: nn.Module, layers: Sequence[NeuronLayer]) -> list[Any]:
-    """Prepares a model for layers that are asleep at times; returns handles that undo it by `remove()`."""
-    handles: list[Any] = [model.register_forward_hook(Anchor(layers))]
-    for layer in layers:
-        owners = {own.name.rpartition(".")[0] for own in layer.parameters} - {layer.name}
-        for module in map(model.get_submodule, sorted(owners)):
-            # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
-            if "forward" not in module.__dict__:
-                forward = SleepingForward(module, layer)
-                forward.attach()
-                handles.append(forward)
-    return handles
+def let_sleep(model: nn.Module, layers: Sequence[NeuronLayer]) -> Any:
+    """Prepares a model for layers that are asleep at times; returns a handle that undoes it by `remove()`."""
+    return model.register_forward_hook(Anchor(layers))

@@ -117,7 +117,8 @@ class NeuronLayer:
         note: what a reader of the table should know.
         sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
-        asleep: whether the layer is neither trained nor measured in the coming step (lazy.py).
+        resting: whether the layer is measured, but its parameters are constants, in the coming step (resting.py).
+        asleep: whether it is not even measured (lazy.py).
     """
 
     name: str
@@ -130,6 +131,7 @@ class NeuronLayer:
     measure: Callable[..., Tensor] = ops.importance_of_checked
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
+    resting: bool = field(default=False, repr=False)
     asleep: bool = field(default=False, repr=False)
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
@@ -143,6 +145,17 @@ class NeuronLayer:
             if own.parameter.requires_grad:
                 return True
         return False
+
+    def wake_up(self) -> None:
+        """Back to usual."""
+        self.resting = self.asleep = False
+
+    def trained(self) -> list[nn.Parameter]:
+        """Those of the neurons' parameters that require a gradient."""
+        return [own.parameter for own in self.parameters if own.parameter.requires_grad]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "resting": False, "asleep": False}  # a copy starts without certificates
 
 
 @dataclass(frozen=True)

@@ -56,8 +56,12 @@ class ReLU(nn.ReLU):
         hooks = [hook for hook in self._taps.values() if hook.measures(input)]
         if not hooks:
             return F.relu(input)
-        output = _relu(input, hooks[0].layer, hooks[0].point)
-        for hook in hooks[1:]:  # of other optimizers
+        if hooks[0].layer.resting:  # gradients may end here
+            output = F.relu(input)
+        else:
+            output = _relu(input, hooks[0].layer, hooks[0].point)
+            hooks = hooks[1:]  # of other optimizers
+        for hook in hooks:
             output = tap(output, hook.layer, hook.point)
         return output
 

@@ -17,6 +17,7 @@ from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .resting import let_rest
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
@@ -235,9 +236,11 @@ class NPC(Descent):
                 layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
             whole = skip_frozen == "layers" or forward.all_or_nothing
             watches[layer.name] = Watch(forward, layer, key, own, all_or_nothing=whole)
+        layers = [watch.layer for watch in watches.values()]
+        for handle in let_rest(self._model, layers, trained):
+            self.neurons.hold(handle)
         if self._measure_every > 1:
-            for handle in let_sleep(self._model, [watch.layer for watch in watches.values()]):
-                self.neurons.hold(handle)
+            self.neurons.hold(let_sleep(self._model, layers))
         self._certificates = Certificates(watches, self._measure_every)
         self._certificates.bind(self.state, self._group_of)
 

@@ -33,17 +33,25 @@ class ImportanceWarning(UserWarning):
 class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, activation: Tensor, sink: Tensor, layer: NeuronLayer, channel_dim: int, batch_dim: int, copy: bool
+        ctx: Any,
+        activation: Tensor,
+        sink: Tensor,
+        layer: NeuronLayer,
+        channel_dim: int,
+        batch_dim: int,
+        copy: bool,
+        *constants: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(activation)
-        ctx.layer, ctx.dims = layer, (channel_dim, batch_dim)
+        ctx.layer, ctx.dims, ctx.constants = layer, (channel_dim, batch_dim), constants
         return activation.clone() if copy else activation.view_as(activation)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         activation = like(gradient, *ctx.saved_tensors)
         importance = ctx.layer.measure(activation, gradient, *ctx.dims)
-        return gradient, for_sink(importance, ctx.layer, activation, gradient, *ctx.dims), None, None, None, None
+        of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
+        return gradient, of_sink, None, None, None, None, *map(torch.zeros_like, ctx.constants)
 
 
 def like(gradient: Tensor, activation: Tensor) -> Tensor:
@@ -69,13 +77,16 @@ def _is_captured(tensor: Tensor) -> bool:
 def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     """Returns `activation`, or a copy of it where `point.copy`, with the measuring of `layer` in its backward pass.
 
+    The parameters of a layer that rests get gradients of zeros here (resting.py).
+
     Raises:
         ValueError: the tensor does not hold the layer's neurons where the point says.
         RuntimeError: it is on another device than the layer's importance.
     """
     if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(0), layer, point).squeeze(0)
-    return _Tap.apply(activation, layer.sink, layer, *checked_dims(activation, layer, point), point.copy)
+    constants = layer.trained() if layer.resting else ()
+    return _Tap.apply(activation, layer.sink, layer, *checked_dims(activation, layer, point), point.copy, *constants)
 
 
 def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
@@ -108,7 +119,9 @@ class TapHook:
 
     def measures(self, value: Any) -> bool:
         """Whether `value` is to be tapped, at this moment."""
-        if not isinstance(value, Tensor) or not value.requires_grad or not torch.is_grad_enabled():
+        if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+            return False
+        if not value.requires_grad and not self.layer.resting:
             return False
         return self.weighted.training and not self.layer.asleep and self.layer.trains()
 

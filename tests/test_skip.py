@@ -366,6 +366,98 @@ def test_a_wholly_certified_layer_does_not_keep_its_input(often: None, always: N
     assert x.data_ptr() in kept
 
 
+def blocks(relu: type[nn.Module]) -> nn.Sequential:
+    first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(2))
+    return nn.Sequential(first, nn.Conv2d(8, 8, 3), relu(), nn.Flatten(), nn.Linear(32, 10))
+
+
+# What is measured, and where pooling comes behind it, the indices of that.
+@pytest.mark.parametrize(("relu", "to_keep"), [(nn.ReLU, 1), (npc_ext.nn.ReLU, 2)])
+def test_back_propagation_ends_at_the_tap_of_a_first_layer_that_rests(
+    often: None, always: None, relu: type[nn.Module], to_keep: int
+) -> None:
+    """Nothing before the tap is kept; importance, gradients, weights and running statistics are as without."""
+    model, skipping, twin, plain = pair(blocks(relu), lr=0.05, delta=0.9999, momentum=0.9)
+    for one in (skipping, plain):
+        set_importance(one, **{"0.0": 3.0})
+    first, rested = model[0], 0
+    for seed in range(12):
+        (x, y), kept = batch(seed), set[int]()
+
+        def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
+            kept.add(tensor.untyped_storage().data_ptr())
+            return tensor
+
+        for one, own in ((model, skipping), (twin, plain)):
+            own.zero_grad()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                features = one[0](x)  # type: ignore[index]
+                if one is model and seed >= 6:
+                    rested += len(kept) == to_keep and features.requires_grad
+                    assert all(p.requires_grad for p in model.parameters())
+            F.cross_entropy(one[1:](features), y).backward()  # type: ignore[index]
+        assert torch.equal(skipping.neurons["0.0"].sink.grad, plain.neurons["0.0"].sink.grad)  # type: ignore[arg-type]
+        if seed >= 6:
+            assert all(p.grad is not None and not p.grad.any() for p in first.parameters())  # type: ignore[operator]
+        skipping.step()
+        plain.step()
+    assert rested == 6 and skipped(skipping)["0.0"] == 1.0
+    assert same(model, twin)
+    assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
+
+
+def test_a_first_layer_does_not_rest_where_its_input_needs_a_gradient(often: None, always: None) -> None:
+    model, skipping, twin, plain = pair(blocks(nn.ReLU), lr=0.05, delta=0.9999)
+    for one in (skipping, plain):
+        set_importance(one, **{"0.0": 3.0})
+    gradients = []
+    for one, own in ((model, skipping), (twin, plain)):
+        steps(one, own, range(6))
+        x = batch()[0].requires_grad_()
+        one(x).square().sum().backward()
+        gradients.append(x.grad)
+    assert skipped(skipping)["0.0"] == 1.0
+    assert torch.equal(*gradients)  # type: ignore[arg-type]
+
+
+def test_a_resting_layer_wakes_up_with_what_it_rested_for(often: None, always: None) -> None:
+    """Somebody's change, a copy, the end of the optimizer: scales of its normalization learn again."""
+    model = blocks(nn.ReLU)
+    optimizer = NPC(model, lr=0.05, delta=0.9999)
+    set_importance(optimizer, **{"0.0": 3.0})
+    x, y = batch()
+
+    def scale_learns(one: nn.Module) -> bool:
+        one.zero_grad()
+        F.cross_entropy(one(x), y).backward()
+        return bool(one[0][1].weight.grad.any())  # type: ignore[index]
+
+    steps(model, optimizer, range(6))
+    assert not scale_learns(model) and scale_learns(copy.deepcopy(model))
+    set_importance(optimizer, **{"0.0": 0.0})
+    optimizer.zero_grad()
+    assert scale_learns(model)
+    set_importance(optimizer, **{"0.0": 3.0})
+    steps(model, optimizer, range(6))
+    assert not scale_learns(model)
+    del optimizer
+    assert scale_learns(model)
+
+
+def test_a_change_after_a_resting_layers_backward_pass_is_refused(often: None, always: None) -> None:
+    model = blocks(nn.ReLU)
+    optimizer = NPC(model, lr=0.05, delta=0.9999)
+    set_importance(optimizer, **{"0.0": 3.0})
+    steps(model, optimizer, range(6))
+    x, y = batch()
+    loss = F.cross_entropy(model(x), y)
+    optimizer.zero_grad()  # after the forward pass, as some write it
+    loss.backward()
+    set_importance(optimizer, **{"0.0": 0.0})
+    with pytest.raises(RuntimeError, match=r"layer '0\.0': gradients were left out of neurons that could not move"):
+        optimizer.step()
+
+
 def test_gathering_is_left_out_where_it_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(frozen_rows, "pays", lambda *arguments: bool(asked.append(1)))  # type: ignore[func-returns-value]

@@ -1,0 +1,71 @@
+"""Layers whose parameters are constants in a forward pass, because they are certain not to move in the coming step.
+
+The first weighted layer of a network has no gradient to hand on: where its neurons are all certified (certificate.py),
+nothing upstream of its tap needs one. Such a layer rests: its parameters, and the scales of a normalization behind it,
+count as constants, so that no activation before the tap is kept and back-propagation ends there. The tap measures as
+ever and gives the parameters the gradients of zeros that they would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .neurons import NeuronLayer
+
+
+class ConstantScales:
+    """Stands in for the forward of a normalization whose scales belong to a layer: constants at times.
+
+    Picklable with the model.
+    """
+
+    def __init__(self, module: nn.Module, layer: NeuronLayer) -> None:
+        self._module: Any = module
+        self._usual = type(module).forward
+        self._layer = layer
+
+    def attach(self) -> None:
+        """Puts it into the module."""
+        self._module.forward = self
+
+    def remove(self) -> None:
+        """Takes it out of the module again, if it is still there."""
+        if self._module.__dict__.get("forward") is self:
+            del self._module.forward
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if torch.compiler.is_compiling() or not (self._layer.resting or self._layer.asleep):
+            return self._usual(self._module, *arguments, **options)
+        parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]
+        for one in parameters:
+            one.requires_grad_(False)
+        try:
+            return self._usual(self._module, *arguments, **options)
+        finally:
+            for one in parameters:
+                one.requires_grad_(True)
+
+
+def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:
+    """Prepares the normalizations of layers that rest at times; returns handles that undo it by `remove()`.
+
+    Args:
+        model: the network.
+        layers: those that may rest.
+        trained: the ids of the parameters that the optimizer trains.
+    """
+    handles: list[Any] = []
+    for layer in layers:
+        owners = {own.name.rpartition(".")[0] for own in layer.parameters} - {layer.name}
+        for module in map(model.get_submodule, sorted(owners)):
+            ours = all(id(parameter) in trained for parameter in module.parameters(recurse=False))
+            # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
+            if ours and "forward" not in module.__dict__:
+                forward = ConstantScales(module, layer)
+                forward.attach()
+                handles.append(forward)
+    return handles
