@@ -26,6 +26,7 @@ from .. import environment
 from ..continual.networks import cnn
 from ..continual.report import markdown
 from . import frozen as frozen_part
+from .memory import peak_memory
 from .methods import OLD_TASKS, Case, paper_cnn
 from .timing import Comparison, compare, empty_caches, sets_of
 
@@ -35,6 +36,8 @@ IMPORTANCE_SHAPES = [
     *[(64, 512, 2, 2), (64, 256, 4, 4), (64, 512, 7, 7), (64, 512, 8, 8)],
     *[(16, 128, 16, 16), (64, 128, 16, 16), (16, 128, 32, 32), (64, 128, 32, 32), (8, 64, 224, 224)],
 ]
+# What the part "frozen" says of memory, and the key of its rows.
+_MEMORY = {"kept for backward": "saved for backward, bytes", "peak of a step": "peak memory, bytes"}
 SMALL_POSITIONS = 64  # up to here the goal is a factor of 1.5
 UPDATE_SIZES = [10**3, 10**4, 10**5, 10**6, 10**7, 64 * 10**6]
 
@@ -178,13 +181,13 @@ def frozen(quick: bool) -> Iterator[Row]:
         for share in frozen_part.SHARES[:: 5 if quick else 1]:
             case = frozen_part.Case(network, share)
             timed = {peer: _ignoring_the_set(cycle) for peer, cycle in case.cycles.items()}
-            result = compare(timed, turns=network.turns, seconds_per_turn=0.02)
-            per_step = {peer: seconds / frozen_part.CYCLE for peer, seconds in result.seconds.items()}
+            result = compare(timed, turns=network.turns, seconds_per_turn=0.1, units=frozen_part.STEPS)
             goal = frozen_part.GOALS.get(share) if network.has_goals else None
             label = f"{network.name}, {share:.0%}"
-            row = _row(label, Comparison(per_step, result.ratio), goal, None, frozen_part.SGD)
+            row = _row(label, result, goal, None, frozen_part.SGD)
             row |= {"network": network.name, "share": share, "gradients skipped": case.skipped}
             row["saved for backward, bytes"] = {peer: _saved(model, case.inputs) for peer, model in case.models.items()}
+            row["peak memory, bytes"] = {peer: peak_memory(cycle) for peer, cycle in case.cycles.items()}
             yield row
 
 
@@ -266,7 +269,9 @@ def _table(rows: list[Row]) -> str:
     header = [*header[:-1], "state, bytes an element", "goal"] if with_state else header
     with_saved = any("share" in row for row in rows)
     header = (
-        [*header[:-1], f"kept for backward, of SGD's ({', '.join(frozen_part.KEPT)})", "goal"] if with_saved else header
+        [*header[:-1], *(f"{what}, of SGD's ({', '.join(frozen_part.KEPT)})" for what in _MEMORY), "goal"]
+        if with_saved
+        else header
     )
     lines = []
     for row in rows:
@@ -276,8 +281,9 @@ def _table(rows: list[Row]) -> str:
         if with_state:
             cells.append(f"{row['state, bytes']['npc_ext'] / row['parameters']:.2f}")
         if with_saved:
-            kept = row["saved for backward, bytes"]
-            cells.append(", ".join(f"{kept[peer] / kept[frozen_part.SGD]:.2f}" for peer in frozen_part.KEPT))
+            for key in _MEMORY.values():
+                of = row[key]
+                cells.append(", ".join(f"{of[peer] / of[frozen_part.SGD]:.2f}" for peer in frozen_part.KEPT))
         lines.append([row["case"], _duration(row["seconds"]["npc_ext"]), moved, *cells, _verdict(row)])
     return markdown(header, lines)
 

@@ -22,8 +22,10 @@ from ..gpu.networks import resnet18
 from .methods import LR, paper_cnn
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
-CYCLE = 8  # steps that are timed together, because lazy measuring measures in one of them
-OURS, SGD, UNSKIPPED, LAZY = "npc_ext", "SGD fused", "skip_frozen=False", f"measure_every={CYCLE}"
+MEASURE_EVERY = 8
+OURS, SGD, UNSKIPPED, LAZY = "npc_ext", "SGD fused", "skip_frozen=False", f"measure_every={MEASURE_EVERY}"
+# Steps that are timed together: lazy measuring measures in one of so many.
+STEPS = {OURS: 2, SGD: 2, UNSKIPPED: 2, LAZY: MEASURE_EVERY}
 KEPT = (OURS, LAZY)  # the peers that keep less for their backward pass
 # By share: how many times longer SGD should at least take.
 GOALS = {0.0: 1 / 1.03, 0.75: 1 / 0.85, 1.0: 1 / 0.75}
@@ -61,10 +63,10 @@ def mlp(inputs: int, width: int, classes: int = 10) -> nn.Module:
 
 
 NETWORKS = [
-    Network("paper's CNN, batch 64", paper_cnn, (64, 3, 32, 32), 4, has_goals=True),
-    Network("ResNet-18, batch 16", resnet18, (16, 3, 32, 32), 5),
-    Network("MLP 784-1024-1024-10, batch 256", partial(mlp, 784, 1024), (256, 784), 15),
-    Network("transformer of width 128, batch 32 x 32", partial(Transformer, 128), (32, 32, 128), 15),
+    Network("paper's CNN, batch 64", paper_cnn, (64, 3, 32, 32), 9, has_goals=True),
+    Network("ResNet-18, batch 16", resnet18, (16, 3, 32, 32), 9),
+    Network("MLP 784-1024-1024-10, batch 256", partial(mlp, 784, 1024), (256, 784), 21),
+    Network("transformer of width 128, batch 32 x 32", partial(Transformer, 128), (32, 32, 128), 21),
 ]
 SMALL_NETWORKS = [
     Network("digits CNN, batch 4", partial(cnn, 1, 8, (16, 32), 64, 10), (4, 1, 8, 8), 3),
@@ -76,7 +78,7 @@ class Case:
     """One network with a share of neurons that are certain not to move, the same in all layers and for all peers.
 
     Attributes:
-        cycles: what each peer does to take `CYCLE` training steps; ours comes first.
+        cycles: what each peer does to take its `STEPS`; ours comes first.
         models: what they train.
         inputs: what they train it on.
         skipped: the share of all neurons whose gradients ours leaves out.
@@ -93,21 +95,21 @@ class Case:
             OURS: _with_frozen(NPC(self.models[OURS], **options), share),
             SGD: torch.optim.SGD(self.models[SGD].parameters(), lr=LR, fused=True),
             UNSKIPPED: _with_frozen(NPC(self.models[UNSKIPPED], skip_frozen=False, **options), share),
-            LAZY: _with_frozen(NPC(self.models[LAZY], measure_every=CYCLE, **options), share),
+            LAZY: _with_frozen(NPC(self.models[LAZY], measure_every=MEASURE_EVERY, **options), share),
         }
 
-        def cycle(name: str) -> None:
-            for _ in range(CYCLE):
+        def take(name: str, steps: int) -> None:
+            for _ in range(steps):
                 optimizers[name].zero_grad()
                 F.cross_entropy(self.models[name](self.inputs), labels).backward()
                 optimizers[name].step()
 
-        self.cycles = {name: partial(cycle, name) for name in optimizers}
+        self.cycles = {name: partial(take, name, STEPS[name]) for name in optimizers}
         for name, optimizer in optimizers.items():
-            self.cycles[name]()
+            take(name, 1)
             if isinstance(optimizer, NPC):
                 optimizer._certificates.issue()
-                self.cycles[name]()
+                take(name, 1)
         layers = optimizers[OURS].plasticity().values()  # type: ignore[attr-defined]
         self.skipped = sum(float(layer.gradients_skipped) * len(layer.importance) for layer in layers)
         self.skipped /= sum(len(layer.importance) for layer in layers)

@@ -48,10 +48,12 @@ def compare(
     turns: int = 21,
     seconds_per_turn: float = 0.01,
     prepare: Callable[[], None] | None = None,
+    units: Mapping[str, int] | None = None,
 ) -> Comparison:
     """Times functions of the number of an input set; the first is ours. Every turn runs each of them once.
 
     A turn calls a function as often as fits `seconds_per_turn`; with `prepare`, once after each untimed `prepare()`.
+    Where a call does several units of work, `units` of each function, seconds and ratios are those of one.
     """
     calls = {}
     for name, function in peers.items():
@@ -64,7 +66,8 @@ def compare(
     order = list(peers)
     for turn in range(turns):
         for name in order if turn % 2 else reversed(order):
-            samples[name].append(_time(peers[name], turn, calls[name], sets, prepare))
+            seconds = _time(peers[name], turn, calls[name], sets, prepare)
+            samples[name].append(seconds / (units[name] if units else 1))
     ours, *others = order
     quartiles = {
         name: tuple(float(q) for q in np.quantile(np.array(samples[name]) / samples[ours], (0.25, 0.5, 0.75)))

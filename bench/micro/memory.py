@@ -1,0 +1,24 @@
+"""Memory that PyTorch allocates on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch.profiler import ProfilerActivity, profile
+
+
+def peak_memory(function: Callable[[], object]) -> int:
+    """The most bytes of tensors that `function` has in use at a time, beyond those that were before it.
+
+    Scratch that libraries allocate by themselves is not counted.
+    """
+    function()  # what is only allocated once is there then
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    results = profiler.profiler.kineto_results
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    used = peak = 0
+    for _, change in changes:
+        used += change
+        peak = max(peak, used)
+    return peak
