@@ -1,4 +1,4 @@
-"""The experiments as a program: `python -m bench.continual run|search|report|reproduce --help`."""
+"""The experiments as a program: `python -m bench.continual run|search|race|report|reproduce --help`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from .experiments import EXPERIMENTS, SIZES, Protocol
 from .methods import METHODS
 from .plan import PLANS
 from .pool import Outcome, parallel
+from .race import race
 from .runs import Run, execute
 from .store import STORE, Record, Store, StoreError
 from .training import Machine
@@ -41,8 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _reproduce(options, parser)
     try:
         runs = _runs(options)
+        entries = _entries(options, runs) if options.command == "race" else {}
     except ValueError as error:
         parser.error(str(error))
+    if options.command == "race":
+        command = shlex.join(["python", "-m", "bench.continual", *(sys.argv[1:] if arguments is None else arguments)])
+        print(race(entries, options.out, command))
+        return 0
     return _search(options, runs) if options.command == "search" else _run(options, runs)
 
 
@@ -137,7 +143,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         if name not in METHODS:
             raise ValueError(f"--methods has {name!r}; expected some of {', '.join(METHODS)}")
     hyperparameters = {
-        name: methods.defaults(name, options.experiment, options.size, tuned=options.command == "run") for name in names
+        name: methods.defaults(name, options.experiment, options.size, tuned=options.command != "search") for name in names
     }
     for assignment in options.set:
         protocol = _assign(assignment, protocol, hyperparameters)
@@ -155,6 +161,21 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         for name in names
         for seed in range(options.seeds)
     ]
+
+
+def _entries(options: argparse.Namespace, runs: list[Run]) -> dict[str, Run]:
+    """Who takes part in a race: each method, and beside it the same with each of --also."""
+    entries = {}
+    for run in runs:
+        entries[run.method] = run
+        for assignment in options.also:
+            changed = {run.method: dict(run.hyperparameters)}
+            if assignment.startswith(f"{run.method}."):
+                _assign(assignment, run.protocol, changed)
+                entries[assignment.removeprefix(f"{run.method}.")] = replace(run, hyperparameters=changed[run.method])
+    if len(entries) != len(runs) + len(options.also):
+        raise ValueError(f"--also has {' '.join(options.also)}; expected settings of --methods {options.methods}")
+    return entries
 
 
 def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict[str, Any]]) -> Protocol:
@@ -201,7 +222,8 @@ def _parser() -> argparse.ArgumentParser:
     look = commands.add_parser("search", help="tune hyperparameters on held-out training samples")
     all_of_it = commands.add_parser("reproduce", help="search and run all that the published results consist of")
     tell = commands.add_parser("report", help="tables and figures of what is stored")
-    for command in (run, look):
+    rivals = commands.add_parser("race", help="time whole runs side by side, turn by turn; the last is the measure")
+    for command in (run, look, rivals):
         command.add_argument("--experiment", required=True, choices=EXPERIMENTS, help="what to learn")
         command.add_argument("--methods", default="npc,sgd", help=f"comma-separated, of {', '.join(METHODS)}")
         command.add_argument(
@@ -212,7 +234,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME=VALUE",
             help="other settings: npc.delta=0.999 of a method, batch_size=64 of the protocol",
         )
-    for command in (run, look, all_of_it):
+    for command in (run, look, rivals, all_of_it):
         command.add_argument("--size", default="small", choices=SIZES, help="small: one core; paper: a GPU")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
         command.add_argument("--jobs", type=int, default=1, help="how many runs are computed beside each other")
@@ -229,7 +251,10 @@ def _parser() -> argparse.ArgumentParser:
         "--budget", type=int, default=12, help="configurations that do not diverge, in a walk (default 12)"
     )
     look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
-    tell.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of tables and figures")
+    rivals.add_argument("--also", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="the same with one change")
+    rivals.set_defaults(seeds=1)
+    for command in (rivals, tell):
+        command.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of what it makes")
     for command in (run, look, all_of_it, tell):
         command.add_argument("--store", type=Path, default=STORE, help="folder of the runs' results")
     return parser

@@ -59,7 +59,11 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
-def _plastic(kind: Callable[..., Optimizer], **more: Any) -> Builder:
+# Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
+_SKIPPING: Mapping[str, Any] = {"layers": "layers", "rows": True, "nothing": False}
+
+
+def _plastic(kind: Callable[..., Optimizer]) -> Builder:
     def build(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
         output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
         layers: dict[str, dict[str, Any]] = {"output": output}
@@ -69,7 +73,9 @@ def _plastic(kind: Callable[..., Optimizer], **more: Any) -> Builder:
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
         options |= {option: settings[option] for option in ("measure_every",) if option in settings}
-        return kind(model, **options, delta=delta, layers=layers, **more)
+        if kind is npc_ext.NPC:
+            options["skip_frozen"] = _SKIPPING[settings.get("skip_frozen", "layers")]
+        return kind(model, **options, delta=delta, layers=layers)
 
     return build
 
@@ -125,12 +131,11 @@ _SGD_SEARCH = (
     ),
 )
 METHODS = {
-    # Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
     "npc": Method(
         {**_PLASTIC, "measure": "after pooling"},
-        _plastic(npc_ext.NPC, skip_frozen="layers"),
+        _plastic(npc_ext.NPC),
         search=_PLASTIC_SEARCH,
-        more={"measure_every": 1},
+        more={"measure_every": 1, "skip_frozen": "layers"},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),

@@ -112,7 +112,7 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     learned_tasks = [joint(tasks)] * len(tasks) if run.method == "joint" else tasks
     cut = experiments.augmentation(experiment, run.protocol)
 
-    model, optimizer = _fresh(run, tasks, 0)
+    model, optimizer = fresh(run, tasks, 0)
     fresh = run.record(tasks)
     record, state = store.load(fresh)
     if record.tasks != fresh.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
@@ -143,8 +143,8 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     ) as bar:
         for number in range(len(record.accuracy), len(tasks)):
             if run.method == "single" and number:
-                model, optimizer = _fresh(run, tasks, number)
-            _seed(run.seed, number)
+                model, optimizer = fresh(run, tasks, number)
+            seed_task(run.seed, number)
             task = learned_tasks[number]
 
             def on_epoch(loss: float, number: int = number) -> None:
@@ -161,7 +161,7 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                     epoch_samples=experiments.epoch_samples(run.protocol, experiment, tasks[number], run.folder),
                     batch_size=run.protocol.batch_size,
                     augmentation=cut,
-                    generator=_generator(run.seed, number),
+                    generator=generator_of(run.seed, number),
                     machine=run.machine,
                     on_epoch=on_epoch,
                 )
@@ -193,9 +193,9 @@ def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, reco
     return [*before, accuracy_of(model, tasks[number], run.machine), *[None] * (len(tasks) - number - 1)]
 
 
-def _fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network and the optimizer before a task, from the seed."""
-    torch.manual_seed(_mixed(run.seed, number, 0))
+    torch.manualseed_task(_mixed(run.seed, number, 0))
     model: nn.Module = experiments.network(EXPERIMENTS[run.experiment], run.protocol, tasks)
     # The types of .to() do not know that a memory format may come alone.
     model = model.to(run.machine.device).to(memory_format=run.machine.memory_format())  # type: ignore[call-overload]
@@ -224,14 +224,14 @@ def _mixed(seed: int, number: int, purpose: int) -> int:
     return (seed * 1_000_003 + number) * 3 + purpose
 
 
-def _seed(seed: int, number: int) -> None:
+def seed_task(seed: int, number: int) -> None:
     """Decides dropout in a task."""
-    torch.manual_seed(_mixed(seed, number, 1))
+    torch.manualseed_task(_mixed(seed, number, 1))
 
 
-def _generator(seed: int, number: int) -> torch.Generator:
+def generator_of(seed: int, number: int) -> torch.Generator:
     """Decides order, crops and flips in a task."""
-    return torch.Generator().manual_seed(_mixed(seed, number, 2))
+    return torch.Generator().manualseed_task(_mixed(seed, number, 2))
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,148 @@
+"""How long whole runs take, side by side: methods learn the same tasks and take turns epoch by epoch in one process."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+import npc_ext
+
+from .. import environment
+from . import experiments, runs
+from .experiments import EXPERIMENTS
+from .metrics import average_accuracy
+from .report import markdown
+from .runs import Run
+from .tasks import Task
+from .training import accuracy_of, train
+
+
+class _Contestant:
+    """One method on its way through the tasks, with random numbers of its own."""
+
+    def __init__(self, run: Run, tasks: list[Task]) -> None:
+        self._run, self._tasks = run, tasks
+        self.model, self.optimizer = runs.fresh(run, tasks, 0)
+        self.seconds: list[list[float]] = []  # task by task, epoch by epoch
+        self.skipped: list[float] = []
+        self.accuracy: list[list[float]] = []
+
+    def begin(self, number: int) -> None:
+        """Is told that a task comes."""
+        self._number, self._generator = number, runs.generator_of(self._run.seed, number)
+        runs.seed_task(self._run.seed, number)
+        self._random = torch.get_rng_state()
+        self.seconds.append([])
+
+    def epoch(self) -> None:
+        """Learns for an epoch."""
+        run, experiment = self._run, EXPERIMENTS[self._run.experiment]
+        torch.set_rng_state(self._random)
+        task = self._tasks[self._number]
+        _, seconds = train(
+            self.model,
+            self.optimizer,
+            task,
+            epochs=1,
+            epoch_samples=experiments.epoch_samples(run.protocol, experiment, task, run.folder),
+            batch_size=run.protocol.batch_size,
+            augmentation=experiments.augmentation(experiment, run.protocol),
+            generator=self._generator,
+            machine=run.machine,
+        )
+        self._random = torch.get_rng_state()
+        self.seconds[-1].append(seconds)
+
+    def end(self) -> None:
+        """Is tested after a task."""
+        self.accuracy.append([accuracy_of(self.model, task, self._run.machine) for task in self._tasks])
+        if isinstance(self.optimizer, npc_ext.NPC):
+            layers = self.optimizer.plasticity().values()
+            rows = sum(layer.gradients_skipped * len(layer.importance) for layer in layers)
+            self.skipped.append(rows / sum(len(layer.importance) for layer in layers))
+
+
+def race(entries: Mapping[str, Run], out: Path, command: str) -> str:
+    """Has runs of one experiment and protocol learn side by side, and writes how long each took.
+
+    Args:
+        entries: what to run, by the name it goes by; the last is what the others are compared with.
+        out: folder of race-<experiment>-<widths>.json and .md.
+        command: what made the result.
+
+    Returns:
+        The table.
+
+    Raises:
+        DatasetError: a data set is missing.
+    """
+    first = next(iter(entries.values()))
+    tasks = experiments.tasks_of(EXPERIMENTS[first.experiment], first.protocol, first.folder)
+    tasks = [task.to(torch.device(first.machine.device)) for task in tasks]
+    racers = {name: _Contestant(run, tasks) for name, run in entries.items()}
+    with tqdm(total=len(tasks) * first.protocol.epochs, unit="epoch", leave=False) as bar:
+        for number in range(len(tasks)):
+            for racer in racers.values():
+                racer.begin(number)
+            for epoch in range(first.protocol.epochs):
+                order = list(racers.values())
+                for racer in order if epoch % 2 else reversed(order):
+                    racer.epoch()
+                bar.update()
+            for racer in racers.values():
+                racer.end()
+    result = {
+        "command": command,
+        "environment": environment.describe(),
+        "experiment": first.experiment,
+        "protocol": asdict(first.protocol),
+        "entries": {name: _result(racer, entries[name]) for name, racer in racers.items()},
+    }
+    text = _table(result)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = f"race-{first.experiment}-{'-'.join(map(str, first.protocol.channels))}"
+    (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (out / f"{stem}.md").write_text(f"`{command}`\n\n{text}\n")
+    return text
+
+
+def _result(racer: _Contestant, run: Run) -> dict[str, Any]:
+    return {
+        "method": run.method,
+        "hyperparameters": run.hyperparameters,
+        "seconds of epochs, by task": racer.seconds,
+        "share of gradients skipped after each task": racer.skipped,
+        "accuracy after each task": racer.accuracy,
+    }
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    """Total times, and those of each task, in units of the last entry's; the quartiles are over epochs."""
+    entries: dict[str, Any] = result["entries"]
+    base = np.array(list(entries.values())[-1]["seconds of epochs, by task"])
+    lines = []
+    for name, entry in entries.items():
+        seconds = np.array(entry["seconds of epochs, by task"])
+        low, high = np.quantile(seconds / base, (0.25, 0.75))
+        by_task = ", ".join(f"{ratio:.2f}" for ratio in seconds.sum(1) / base.sum(1))
+        skipped = ", ".join(f"{share:.0%}" for share in entry["share of gradients skipped after each task"])
+        lines.append(
+            [
+                name,
+                f"{seconds.sum():.1f} s",
+                f"{seconds.sum() / base.sum():.2f} ({low:.2f} to {high:.2f})",
+                by_task,
+                skipped,
+                f"{average_accuracy(entry['accuracy after each task']):.1%}",
+            ]
+        )
+    last = list(entries)[-1]
+    header: Sequence[str] = ("", "total", f"of {last}'s (quartiles of epochs)", "by task", "skipped", "accuracy")
+    return markdown(header, lines)
