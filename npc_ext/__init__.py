@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .mas import MAS as MAS
     from .neurons import find_neurons as find_neurons
     from .npc import NPC as NPC
-    from .npc import LayerPlasticity as LayerPlasticity
+    from .plastic import LayerPlasticity as LayerPlasticity
     from .plot import plot_plasticity as plot_plasticity
     from .si import SI as SI
     from .ssl import SSL as SSL
@@ -30,7 +30,7 @@ _HOME = {
     "EWC": "ewc",
     "MAS": "mas",
     "NPC": "npc",
-    "LayerPlasticity": "npc",
+    "LayerPlasticity": "plastic",
     "find_neurons": "neurons",
     "ImportanceWarning": "tap",
     "SI": "si",

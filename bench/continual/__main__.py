@@ -143,7 +143,8 @@ def _runs(options: argparse.Namespace) -> list[Run]:
         if name not in METHODS:
             raise ValueError(f"--methods has {name!r}; expected some of {', '.join(METHODS)}")
     hyperparameters = {
-        name: methods.defaults(name, options.experiment, options.size, tuned=options.command != "search") for name in names
+        name: methods.defaults(name, options.experiment, options.size, tuned=options.command != "search")
+        for name in names
     }
     for assignment in options.set:
         protocol = _assign(assignment, protocol, hyperparameters)
@@ -254,7 +255,9 @@ def _parser() -> argparse.ArgumentParser:
     rivals.add_argument("--also", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="the same with one change")
     rivals.set_defaults(seeds=1)
     for command in (rivals, tell):
-        command.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of what it makes")
+        command.add_argument(
+            "--out", type=Path, default=Path("bench/results/continual"), help="folder of what it makes"
+        )
     for command in (run, look, all_of_it, tell):
         command.add_argument("--store", type=Path, default=STORE, help="folder of the runs' results")
     return parser

@@ -113,12 +113,12 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     cut = experiments.augmentation(experiment, run.protocol)
 
     model, optimizer = fresh(run, tasks, 0)
-    fresh = run.record(tasks)
-    record, state = store.load(fresh)
-    if record.tasks != fresh.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
+    unlearned = run.record(tasks)
+    record, state = store.load(unlearned)
+    if record.tasks != unlearned.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
         raise ValueError(
             f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
-            f"{'; '.join(fresh.tasks)}; name the same data by --data, or another --store"
+            f"{'; '.join(unlearned.tasks)}; name the same data by --data, or another --store"
         )
     watch = Watch(tasks[0], run.machine) if run.experiment == "activation" else None
     if state is not None:
@@ -195,7 +195,7 @@ def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, reco
 
 def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """The network and the optimizer before a task, from the seed."""
-    torch.manualseed_task(_mixed(run.seed, number, 0))
+    torch.manual_seed(_mixed(run.seed, number, 0))
     model: nn.Module = experiments.network(EXPERIMENTS[run.experiment], run.protocol, tasks)
     # The types of .to() do not know that a memory format may come alone.
     model = model.to(run.machine.device).to(memory_format=run.machine.memory_format())  # type: ignore[call-overload]
@@ -226,12 +226,12 @@ def _mixed(seed: int, number: int, purpose: int) -> int:
 
 def seed_task(seed: int, number: int) -> None:
     """Decides dropout in a task."""
-    torch.manualseed_task(_mixed(seed, number, 1))
+    torch.manual_seed(_mixed(seed, number, 1))
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:
     """Decides order, crops and flips in a task."""
-    return torch.Generator().manualseed_task(_mixed(seed, number, 2))
+    return torch.Generator().manual_seed(_mixed(seed, number, 2))
 
 
 def _device_name(device: torch.device) -> str:

@@ -1,0 +1,444 @@
+"""What optimizers have in common whose learning rates fall with the importance of neurons.
+
+They find the neurons of a model, place taps that measure them, keep the moving average C of their importance (eq. 4),
+and leave out gradients that are certain not to be needed. How a weight moves under its neuron's rate is a subclass's.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops, reference
+from .certificate import Certificates, Watch, frozen_for
+from .descent import Descent, Plan, check_choice, check_plasticity_options
+from .frozen_rows import PartialForward, why_not
+from .layer_options import LayerOptions
+from .lazy import let_sleep
+from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .resting import let_rest
+from .skipped import SkippedSteps
+from .tap import ImportanceWarning
+
+_LAYER_OPTIONS = (
+    "alpha",
+    "beta",
+    "delta",
+    "sigma",
+    "normalize",
+    "consolidate",
+    "skip_frozen",
+    "measure_at",
+    "batch_dim",
+)
+_SKIPPING = (True, False, "layers")
+
+
+@dataclass(frozen=True)
+class LayerPlasticity:
+    """How plastic one layer is at this moment.
+
+    Attributes:
+        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1. With `measure_every` as of the
+            layer's last measurement.
+        learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
+        frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
+        skipped: in how many steps the measured importance was not finite and was left out.
+        frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
+            constants in force; 0 where that is not certain, at most a million.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were left out of the last step's
+            backward passes; 0 if the next one computes them again.
+    """
+
+    importance: Tensor
+    learning_rate: Tensor
+    frozen: float
+    skipped: int
+    frozen_for: Tensor
+    gradients_skipped: float
+
+
+class Plastic(Descent):
+    """An optimizer of a model, with a learning rate for every neuron.
+
+    A subclass makes and launches plans; its groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
+    normalize.
+    """
+
+    neurons: Neurons
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        backend: str,
+        *,
+        layers: Mapping[str, Mapping[str, Any]] | None,
+        others: str,
+        skip_frozen: bool | str,
+        measure_every: int,
+    ) -> None:
+        check_choice("others", others, ("train", "freeze"))
+        self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
+        self._others = others
+        check_choice("skip_frozen", skip_frozen, _SKIPPING)
+        if not isinstance(measure_every, int) or isinstance(measure_every, bool) or measure_every < 1:
+            raise ValueError(f"measure_every is {measure_every!r}; expected a whole number of steps, at least 1")
+        if measure_every > 1 and not skip_frozen:
+            raise ValueError(
+                f"measure_every is {measure_every}, but skip_frozen is False; layers that are measured now and then "
+                "are those whose gradients are skipped: leave skip_frozen on, or measure_every at 1"
+            )
+        self._skip_frozen, self._measure_every = skip_frozen, measure_every
+        self._warned: set[tuple[str, str]] = set()
+        self._ready = False
+        super().__init__(model, params, defaults, backend)
+        self._ready = True
+        self._find_neurons()
+
+    # -------------------------------------------------------------------------------------------- groups and layers
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own, for example those of a head that the model has just been given.
+
+        The model is searched again, so that neurons of new layers are measured; what is known of the others is kept.
+        """
+        super().add_param_group(param_group)
+        if not self._ready:
+            return
+        try:
+            self._find_neurons()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _find_neurons(self) -> None:
+        """Searches the model, moves the taps and gives every new layer its importance of zero."""
+        trained = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        found = find_neurons(self._model, **self._discovery_options())
+        old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
+        for layer in found:
+            known = old.get(id(layer.parameters[0].parameter))
+            if known is not None:
+                layer.sink = known.sink
+        options = [self._layer_options.of(layer.name) for layer in found]
+        self._layer_options.check((layer.name for layer in found), self._check_own_options)
+        if self._ready_neurons:
+            self.neurons.detach()
+        self.neurons = found
+        self._consolidated = [
+            layer
+            for layer, own in zip(found, options, strict=True)
+            if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
+        ]
+        self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
+        self._skipped = SkippedSteps(len(self._consolidated))
+        self._index_parameters()
+        for index in range(len(self._consolidated)):
+            self._layer_state(index)
+        if self._backend == "reference":
+            measure, relu_backward = reference.importance, reference.relu_backward_importance
+        else:
+            measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
+        self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
+        self._watch_layers(trained)
+
+    def _watch_layers(self, trained: set[int]) -> None:
+        """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
+        watches = {}
+        for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
+            skip_frozen = own.get("skip_frozen", self._skip_frozen)
+            if not skip_frozen:
+                continue
+            if reason := self._why_all_gradients(layer, trained):
+                layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
+                continue
+            forward = PartialForward.of(self._model.get_submodule(layer.name))
+            self.neurons.hold(forward)
+            if forward.all_or_nothing:
+                layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
+            whole = skip_frozen == "layers" or forward.all_or_nothing
+            watches[layer.name] = Watch(forward, layer, key, own, all_or_nothing=whole)
+        layers = [watch.layer for watch in watches.values()]
+        for handle in let_rest(self._model, layers, trained):
+            self.neurons.hold(handle)
+        if self._measure_every > 1:
+            self.neurons.hold(let_sleep(self._model, layers))
+        self._certificates = Certificates(watches, self._measure_every)
+        self._certificates.bind(self.state, self._group_of)
+
+    def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
+        if is_shared(layer.parameters[0].parameter, self._model):
+            return "its weight is shared"
+        return why_not(self._model.get_submodule(layer.name), trained)
+
+    def _index_parameters(self) -> None:
+        """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        self._forget_plans()
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
+        self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
+        self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
+        for index, layer in enumerate(self._consolidated):
+            own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
+            self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
+            self._keys.append(own[0].parameter)
+
+    @property
+    def _ready_neurons(self) -> bool:
+        return "neurons" in self.__dict__
+
+    def _discovery_options(self) -> dict[str, dict[str, Any]]:
+        names = [name for name, _ in self._model.named_modules()]
+        return {
+            option: {
+                name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None
+            }
+            for option in ("measure_at", "batch_dim")
+        }
+
+    def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
+        check_choice(f"{where}skip_frozen", own.get("skip_frozen", True), _SKIPPING)
+        self._check_options({**self.defaults, **own}, where)
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        super()._check_options(options, where)
+        check_plasticity_options(options, where)
+
+    # ------------------------------------------------------------------------------------------------------ the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step: moves every neuron's importance on, and every weight at its neuron's rate.
+
+        Args:
+            closure: evaluates the model again and returns the loss, as for any torch optimizer.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: gradients are there, but no importance was measured at all; or gradients were left out of
+                neurons that, after a change of constants or state since the forward pass, may move in this step.
+            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+
+        An exception leaves weights and importance as they were.
+        """
+        return super().step(closure)
+
+    def _step(self) -> None:
+        self._prepare()
+        self._check_measured()
+        self._certificates.before_step()
+        self._launch_all()
+        self._certificates.after_step()
+        self._drop_measured()
+        if counts := self._skipped.news():
+            self._report_skipped(counts)
+
+    def _trains(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._place or self._others == "train"
+
+    def _neuron_options(self, parameters: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
+        """What the operations must know of neurons: the layers that take part, and two parts of their options.
+
+        The first part says of each parameter which of those layers it belongs to (-1: to none), which of its dimensions
+        counts neurons, and in how many groups; the second one has the constants of eqs. 4, 7 and 3 of each layer.
+        """
+        places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
+        layers = sorted({layer for layer, _, _ in places if layer >= 0})
+        position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
+        constants = [self._constants(layer) for layer in layers]
+        delays = self._delays()
+        of_parameters = (
+            [position[layer] for layer, _, _ in places],
+            [dim for _, dim, _ in places],
+            [count for _, _, count in places],
+        )
+        of_layers = (
+            *([own[name] for own in constants] for name in ("alpha", "beta")),
+            [own["delta"] ** (1 + delays.get(layer, 0)) for layer, own in zip(layers, constants, strict=True)],
+            [own["sigma"] for own in constants],
+            [own["normalize"] == "active" for own in constants],
+        )
+        return layers, of_parameters, of_layers
+
+    def _plastic_plan(
+        self,
+        device: torch.device,
+        members: list[tuple[Any, dict[str, Any]]],
+        layers: list[int],
+        options: tuple[Any, ...],
+        tables: Callable[..., Any],
+    ) -> PlasticPlan:
+        """A plan with its tables, which are made of parameters, numbers of neurons and options."""
+        parameters = [parameter for parameter, _ in members]
+        layer_states = [self._layer_state(layer) for layer in layers]
+        importances = [state["importance"] for state in layer_states]
+        neurons = [average.numel() for average in importances]
+        native = self._takes([*parameters, *importances])
+        return PlasticPlan(
+            **self._common(device, members),
+            options=options,
+            tables=tables(parameters, neurons, *options) if native else None,
+            layers=layers,
+            layer_states=layer_states,
+            skipped=self._skipped.on(device),
+        )
+
+    def _signature(self) -> list[Any]:
+        return [*super()._signature(), self._delays()]
+
+    def _delays(self) -> dict[int, int]:
+        """By how many steps the measured importance of a layer is late, for those for which it is."""
+        if self._measure_every == 1:
+            return {}
+        watches = self._certificates.watches
+        layers = enumerate(layer.name for layer in self._consolidated)
+        return {index: late for index, name in layers if name in watches and (late := watches[name].delayed())}
+
+    def _layer_state(self, index: int) -> dict[str, Any]:
+        """Where a layer's importance is kept; it is zero at first."""
+        state, key = self.state[self._keys[index]], self._keys[index]
+        if "importance" not in state:
+            state["importance"] = torch.zeros(self._consolidated[index].neurons, device=key.device)
+        return state
+
+    def _check_measured(self) -> None:
+        """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
+        planned = [index for plan in self._plans for index in plan.layers]
+        indices = [index for index in planned if not self._consolidated[index].asleep]
+        unmeasured = [index for index in indices if self._consolidated[index].sink.grad is None]
+        if not unmeasured:
+            return
+        if len(unmeasured) == len(indices):
+            layer = self._consolidated[indices[0]]
+            training = "" if self._model.training else " The model is in eval mode now: call model.train()."
+            raise RuntimeError(
+                f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
+                f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
+                "a forward pass in training mode, by hooks in the model that NPC was given: build NPC on the model "
+                "that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and step()."
+            )
+        for index in unmeasured:
+            self._warn_once(
+                self._consolidated[index].name,
+                "unmeasured",
+                "received gradients, but its importance was not measured; it trains at the rates of its importance so "
+                "far (its tap did not run: print(optimizer.neurons) shows where it is, layers={...: {'measure_at': "
+                "...}} moves it)",
+            )
+
+    def _constants(self, index: int) -> Mapping[str, Any]:
+        """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
+        group, own = self._group_of[id(self._keys[index])], self._own_options[index]
+        return {**group, **own} if own else group
+
+    def _drop_measured(self) -> None:
+        for layer in self.neurons:
+            layer.sink.grad = None
+
+    def _report_skipped(self, counts: Sequence[int]) -> None:
+        for layer, count in zip(self._consolidated, counts, strict=True):
+            if count:
+                self._warn_once(
+                    layer.name,
+                    "skipped",
+                    "was measured with an importance that is not finite (inf or nan in activations or gradients); "
+                    "such steps leave its importance as it was and are counted in plasticity()[...].skipped",
+                )
+
+    def _warn_once(self, layer: str, kind: str, text: str) -> None:
+        if (layer, kind) not in self._warned:
+            self._warned.add((layer, kind))
+            warnings.warn(f"layer {layer!r} {text}", ImportanceWarning, stacklevel=4)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters, and the importance measured since the last step."""
+        super().zero_grad(set_to_none)
+        if self._ready_neurons:
+            self._drop_measured()
+            self._certificates.gradients_dropped()
+
+    # ------------------------------------------------------------------------------------------------------ looking in
+
+    @torch.no_grad()
+    def plasticity(self) -> dict[str, LayerPlasticity]:
+        """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
+        result = {}
+        counts = self._skipped.now()
+        for index, layer in enumerate(self._consolidated):
+            key, constants = self._keys[index], self._constants(index)
+            average = self._layer_state(index)["importance"].clone()
+            rate = reference.learning_rate(
+                average,
+                float(self._group_of[id(key)]["lr"]),
+                constants["alpha"],
+                constants["beta"],
+                constants["sigma"],
+            )
+            frozen = (rate == 0).double().mean().item()
+            watch = self._certificates.watches.get(layer.name)
+            certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
+            certain = (certain - (0 if watch is None else watch.delay)).clamp(min=0)
+            left_out = self._gradients_skipped(layer.name)
+            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
+        return result
+
+    def _gradients_skipped(self, layer: str) -> float:
+        watch = self._certificates.watches.get(layer)
+        return 0.0 if watch is None else watch.gradients_skipped()
+
+    def constants(self, layer: str) -> dict[str, Any]:
+        """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
+        names = [consolidated.name for consolidated in self._consolidated]
+        if layer not in names:
+            raise KeyError(f"no consolidated layer {layer!r}; the layers are {', '.join(names)}")
+        constants = self._constants(names.index(layer))
+        return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
+
+    # --------------------------------------------------------------------------------------------- saving and loading
+
+    def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        for layer, key in zip(self._consolidated, self._keys, strict=True):
+            importance = saved[id(key)].get("importance")
+            got = "none" if importance is None else f"{tuple(importance.shape)}"
+            if got != f"({layer.neurons},)":
+                raise ValueError(
+                    f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
+                    f"({layer.neurons},); it was saved for another architecture or by another optimizer"
+                )
+
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        for key in self._keys:  # stays float32, and its own
+            average = saved[id(key)]["importance"]
+            self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
+        self._drop_measured()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
+        self._index_parameters()
+        self._certificates.bind(self.state, self._group_of)
+
+    def __repr__(self) -> str:
+        layers = len(self._consolidated)
+        neurons = sum(layer.neurons for layer in self._consolidated)
+        rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
+        return (
+            f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n"
+            f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
+        )
+
+
+@dataclass(frozen=True)
+class PlasticPlan(Plan):
+    """What one device's part of a step works on."""
+
+    layers: list[int]  # indices of consolidated layers
+    layer_states: list[dict[str, Any]]  # the states that hold their importance
+    skipped: Tensor  # counters of all layers, on the device
