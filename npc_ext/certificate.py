@@ -5,8 +5,8 @@ Normalized importance is never negative, so eq. 4 never takes more than a factor
     delta ** m * C_i >= beta,
 
 eq. 7 gives eta_i = 0 in each of the next m steps. A certificate names the neurons of a layer for which that holds, and
-the last step for which it does. It is issued every few steps, for twice as long, from the importance at that moment;
-on a GPU the importance is copied without waiting for it, while the certificate before is still in force.
+the last step for which it does. It is issued every 8 to 32 steps, for twice as long, from the importance at that
+moment; on a GPU the importance is copied without waiting for it, while the certificate before is still in force.
 
 **Rounding.** Let u = 2 ** -24, half the distance from 1 to the next float32. A step computes
 C' = fl(fl(fl(delta) * C) + r) with r >= 0. fl(delta) and the product lose at most a factor of 1 - u each. The sum loses
@@ -37,11 +37,10 @@ _SMALLEST_NORMAL = 2.0**-126
 # Beyond this many steps plasticity() does not count.
 LONGEST = 10**6
 
-STEPS_BETWEEN_ISSUES = 32
-VALIDITY = 2 * STEPS_BETWEEN_ISSUES
-# Importance copied from a GPU is looked at so many steps later, at a fixed step, so that runs are reproducible. A CPU
-# that is further ahead than that waits, while the GPU still has those steps to do.
-STEPS_TO_ARRIVE = 8
+# Issuing takes time, and a certificate that lasts misses neurons which are certain for a shorter time only: those whose
+# importance is within DECAY of beta. So it lasts as long as importance may take for that decay, within these limits.
+FEWEST_STEPS_BETWEEN_ISSUES, MOST_STEPS_BETWEEN_ISSUES = 8, 32
+DECAY = 0.95
 
 
 def frozen_for(importance: Tensor, beta: float, delta: float) -> Tensor:
@@ -78,11 +77,32 @@ class Certificate:
     until: int
 
 
+def steps_between_issues(delta: float) -> int:
+    """How often certificates are issued where importance decays by delta a step."""
+    steps = int(math.log(DECAY) / math.log(delta) / 2) if delta > 0 else 0
+    return min(max(steps, FEWEST_STEPS_BETWEEN_ISSUES), MOST_STEPS_BETWEEN_ISSUES)
+
+
 class Clock:
-    """How many steps an optimizer has taken, and in which it measures layers that are certified wholly."""
+    """How many steps an optimizer has taken, and in which it issues certificates and measures layers that sleep.
+
+    Attributes:
+        between: the steps from one issue to the next. Certificates are valid twice as long.
+    """
 
     def __init__(self, measure_every: int) -> None:
-        self.steps, self.measure_every = 0, measure_every
+        self.steps, self.measure_every, self.between = 0, measure_every, MOST_STEPS_BETWEEN_ISSUES
+
+    def issues(self) -> bool:
+        """Whether certificates are issued after the step that was just taken."""
+        return self.steps % self.between == 0
+
+    def reads(self) -> bool:
+        """Whether importance copied from a GPU is looked at: at a fixed step, so that runs are reproducible.
+
+        A CPU that is further ahead of its GPU than the steps since the issue waits, while that still has those to do.
+        """
+        return self.steps % self.between == self.between // 4
 
     def steps_to_measurement(self) -> int:
         """0 if the coming step measures all layers, else how many steps come before that one."""
@@ -90,7 +110,7 @@ class Clock:
 
     def validity(self) -> int:
         """For how many steps certificates are issued: a measurement is always in sight."""
-        return VALIDITY + self.measure_every - 1
+        return 2 * self.between + self.measure_every - 1
 
 
 class Watch:
@@ -286,6 +306,11 @@ class Certificates:
         self._arriving.clear()
         for watch in self.watches.values():
             watch.bind(self.clock, states, group_of[id(watch.key)])
+        self._set_pace()
+
+    def _set_pace(self) -> None:
+        deltas = [watch.constants()[1] for watch in self.watches.values()]
+        self.clock.between = min(map(steps_between_issues, deltas), default=MOST_STEPS_BETWEEN_ISSUES)
 
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
@@ -299,10 +324,9 @@ class Certificates:
             watch.record()
         if self._is_captured():
             return
-        since_issue = self.clock.steps % STEPS_BETWEEN_ISSUES
-        if since_issue == 0:
+        if self.clock.issues():
             self._look()
-        if since_issue == STEPS_TO_ARRIVE:
+        if self.clock.reads():
             self._read()
 
     def issue(self) -> None:
@@ -327,6 +351,7 @@ class Certificates:
     def _look(self) -> None:
         """Reads importance on the CPU, and sends for it on GPUs."""
         self._arriving.clear()
+        self._set_pace()
         on_device: dict[torch.device, list[tuple[Watch, Tensor]]] = {}
         for watch in self.watches.values():
             importance, undisturbed = watch.importance(), not watch.interfered

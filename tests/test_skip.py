@@ -35,8 +35,8 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def often(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certificates are issued every second step, for four steps."""
-    monkeypatch.setattr(certificate, "STEPS_BETWEEN_ISSUES", 2)
-    monkeypatch.setattr(certificate, "VALIDITY", 4)
+    monkeypatch.setattr(certificate, "FEWEST_STEPS_BETWEEN_ISSUES", 2)
+    monkeypatch.setattr(certificate, "MOST_STEPS_BETWEEN_ISSUES", 2)
 
 
 def certify(optimizer: NPC, layer: str, certain: Tensor) -> Certificate:
@@ -785,7 +785,8 @@ def test_importance_that_arrives_later_counts_from_when_it_was_sent(
     set_importance(optimizer, **{"0": 3.0})
     certificates = optimizer._certificates
     watch = certificates.watches["0"]
-    small_steps(model, optimizer, certificate.STEPS_BETWEEN_ISSUES - 1)
+    between = certificates.clock.between
+    small_steps(model, optimizer, between - 1)
 
     def send() -> None:
         importance = watch.importance()
@@ -794,14 +795,14 @@ def test_importance_that_arrives_later_counts_from_when_it_was_sent(
         monkeypatch.setattr(certificates, "_arriving", copies)
 
     monkeypatch.setattr(certificates, "_look", send)
-    small_steps(model, optimizer, certificate.STEPS_TO_ARRIVE)
+    small_steps(model, optimizer, between // 4)
     assert watch.certificate is None
     if interferes:
         set_importance(optimizer, **{"0": 2.9})
     small_steps(model, optimizer, 1)
     assert not certificates._arriving and (watch.certificate is None) is interferes
     if watch.certificate is not None:
-        assert watch.certificate.until == certificate.STEPS_BETWEEN_ISSUES + certificate.VALIDITY
+        assert watch.certificate.until == between + certificates.clock.validity()
 
 
 @pytest.mark.gpu
@@ -976,7 +977,7 @@ def test_sleeping_layers_are_measured_every_kth_step_with_the_decay_of_k(often: 
 def test_certificates_reckon_with_the_decay_that_a_sleeping_layer_owes() -> None:
     optimizer = NPC(small(), delta=0.99, measure_every=4)
     watch = optimizer._certificates.watches["0"]
-    enough = torch.full((32,), least_importance(0.5, 0.99, certificate.VALIDITY + 3) * 1.001)
+    enough = torch.full((32,), least_importance(0.5, 0.99, optimizer._certificates.clock.validity()) * 1.001)
     watch.issue(enough, 0, 0)
     assert watch.certificate is not None and len(watch.certificate.rows) == 0
     watch.issue(enough, 0, 1)
