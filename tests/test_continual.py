@@ -318,6 +318,32 @@ def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes
     )
 
 
+def test_a_race_times_the_same_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each contestant comes to the weights of a run of its own, random numbers included."""
+    rivals = ["--methods", "npc,ewc,sgd", "--also", "npc.skip_frozen=nothing"]
+    assert main(["race", *TINY, *rivals, "--out", str(tmp_path)]) == 0
+    assert main(["run", *TINY, "--methods", "npc,ewc,sgd", "--seeds", "1", "--store", str(tmp_path / "runs")]) == 0
+    entries = json.loads((tmp_path / "race-idigits-16-32.json").read_text())["entries"]
+    assert list(entries) == ["npc", "skip_frozen=nothing", "ewc", "sgd"]
+    accuracy = {record.method: record.accuracy for record in Store(tmp_path / "runs").records()}
+    for name, entry in entries.items():
+        assert entry["accuracy after each task"] == accuracy["npc" if name == "skip_frozen=nothing" else name]
+        assert all(seconds > 0 for task in entry["seconds of epochs, by task"] for seconds in task)
+    assert [round(seconds, 2) for seconds in entries["sgd"]["seconds of consolidation"]] == [0] * 5
+    assert min(entries["ewc"]["seconds of consolidation"][:4]) > 0.001
+    assert "skip_frozen=nothing" in capsys.readouterr().out
+
+
+def test_a_race_refuses_what_cannot_take_part(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--methods", "npc,joint"], "'joint', which does not learn tasks in a row"),
+        (["--methods", "npc,sgd", "--also", "ewc.lr=0.1"], "--also has ewc.lr=0.1; expected settings of"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["race", "--experiment", "idigits", *arguments])
+        assert message in capsys.readouterr().err
+
+
 def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     for record in (

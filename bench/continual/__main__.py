@@ -168,6 +168,10 @@ def _entries(options: argparse.Namespace, runs: list[Run]) -> dict[str, Run]:
     """Who takes part in a race: each method, and beside it the same with each of --also."""
     entries = {}
     for run in runs:
+        if run.method in methods.BOUNDS:
+            raise ValueError(
+                f"--methods has {run.method!r}, which does not learn tasks in a row: it is no rival in time"
+            )
         entries[run.method] = run
         for assignment in options.also:
             changed = {run.method: dict(run.hyperparameters)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import npc_ext
 from .. import environment
 from . import experiments, runs
 from .experiments import EXPERIMENTS
+from .methods import METHODS
 from .metrics import average_accuracy
 from .report import markdown
 from .runs import Run
@@ -31,6 +33,7 @@ class _Contestant:
         self._run, self._tasks = run, tasks
         self.model, self.optimizer = runs.fresh(run, tasks, 0)
         self.seconds: list[list[float]] = []  # task by task, epoch by epoch
+        self.consolidation_seconds: list[float] = []
         self.skipped: list[float] = []
         self.accuracy: list[list[float]] = []
 
@@ -61,7 +64,15 @@ class _Contestant:
         self.seconds[-1].append(seconds)
 
     def end(self) -> None:
-        """Is tested after a task."""
+        """Consolidates, and is tested, after a task."""
+        task, consolidate, started = (
+            self._tasks[self._number],
+            METHODS[self._run.method].consolidate,
+            time.perf_counter(),
+        )
+        if consolidate is not None and self._number + 1 < len(self._tasks):
+            consolidate(self.optimizer, runs.batches_of(task, self._run), runs.outputs_of(task))
+        self.consolidation_seconds.append(time.perf_counter() - started)
         self.accuracy.append([accuracy_of(self.model, task, self._run.machine) for task in self._tasks])
         if isinstance(self.optimizer, npc_ext.NPC):
             layers = self.optimizer.plasticity().values()
@@ -118,6 +129,7 @@ def _result(racer: _Contestant, run: Run) -> dict[str, Any]:
         "method": run.method,
         "hyperparameters": run.hyperparameters,
         "seconds of epochs, by task": racer.seconds,
+        "seconds of consolidation": racer.consolidation_seconds,
         "share of gradients skipped after each task": racer.skipped,
         "accuracy after each task": racer.accuracy,
     }
@@ -125,24 +137,27 @@ def _result(racer: _Contestant, run: Run) -> dict[str, Any]:
 
 def _table(result: Mapping[str, Any]) -> str:
     """Total times, and those of each task, in units of the last entry's; the quartiles are over epochs."""
+
+    def by_task(entry: Mapping[str, Any]) -> Any:
+        return np.array(entry["seconds of epochs, by task"]).sum(1) + entry["seconds of consolidation"]
+
     entries: dict[str, Any] = result["entries"]
-    base = np.array(list(entries.values())[-1]["seconds of epochs, by task"])
+    last, measure = list(entries.items())[-1]
+    epochs, total = np.array(measure["seconds of epochs, by task"]), by_task(measure)
     lines = []
     for name, entry in entries.items():
-        seconds = np.array(entry["seconds of epochs, by task"])
-        low, high = np.quantile(seconds / base, (0.25, 0.75))
-        by_task = ", ".join(f"{ratio:.2f}" for ratio in seconds.sum(1) / base.sum(1))
+        seconds = by_task(entry)
+        low, high = np.quantile(np.array(entry["seconds of epochs, by task"]) / epochs, (0.25, 0.75))
         skipped = ", ".join(f"{share:.0%}" for share in entry["share of gradients skipped after each task"])
         lines.append(
             [
                 name,
                 f"{seconds.sum():.1f} s",
-                f"{seconds.sum() / base.sum():.2f} ({low:.2f} to {high:.2f})",
-                by_task,
+                f"{seconds.sum() / total.sum():.2f} ({low:.2f} to {high:.2f})",
+                ", ".join(f"{ratio:.2f}" for ratio in seconds / total),
                 skipped,
                 f"{average_accuracy(entry['accuracy after each task']):.1%}",
             ]
         )
-    last = list(entries)[-1]
     header: Sequence[str] = ("", "total", f"of {last}'s (quartiles of epochs)", "by task", "skipped", "accuracy")
     return markdown(header, lines)

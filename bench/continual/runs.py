@@ -170,7 +170,7 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                     record.diverged_in = number
                 elif method.consolidate is not None and number + 1 < len(tasks):
                     try:
-                        method.consolidate(optimizer, _batches(task, run), _select(task))
+                        method.consolidate(optimizer, batches_of(task, run), outputs_of(task))
                     except NonFiniteImportanceError:  # the weights were about to be
                         record.diverged_in = number
                 consolidation_seconds = time.perf_counter() - started
@@ -208,13 +208,13 @@ def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.op
     return model, METHODS[run.method].optimizer(model, run.hyperparameters, steps)
 
 
-def _batches(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
     """All training samples as they are, with labels relative to the task's first."""
     for images, labels in zip(task.train_images.split(size), task.train_labels.split(size), strict=True):
         yield standard(images, task, run.machine), labels - task.classes[0]
 
 
-def _select(task: Task) -> Callable[[Tensor], Tensor]:
+def outputs_of(task: Task) -> Callable[[Tensor], Tensor]:
     """The network's outputs for a task's own classes."""
     return lambda outputs: outputs[:, task.outputs]
 
