@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
+from .distributed import unwrapped
 
 BACKENDS = ("auto", "native", "reference")
 # Steps may take turns: heads of several tasks, layers that are measured now and then.
@@ -75,11 +76,11 @@ class Descent(torch.optim.Optimizer):
                 f"write {name}(model, lr=...), not {name}(model.parameters(), lr=...)"
             )
         check_choice("backend", backend, BACKENDS)
-        self._model = model
+        self._model = unwrapped(model)
         self._backend = backend
         self._forget_plans()
         if backend == "native":
-            require_native(model)
+            require_native(self._model)
         super().__init__(model.parameters() if params is None else params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -59,6 +59,9 @@ class NPC(Plastic):
             eq. 4 taken k steps at once. In between back-propagation ends at the first layer that can still move, and
             parameters of those layers get no gradients. An approximation: the measurements in between count as if they
             had been the same.
+        process_group: the processes of torch.distributed that train one model together, whose importance is added up
+            over them once a step; "auto": those of the `DistributedDataParallel` that the model is in. None: each
+            process trains a model of its own.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
@@ -93,6 +96,7 @@ class NPC(Plastic):
         others: Literal["train", "freeze"] = "train",
         skip_frozen: bool | Literal["layers"] = True,
         measure_every: int = 1,
+        process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         defaults = {
@@ -116,6 +120,7 @@ class NPC(Plastic):
             others=others,
             skip_frozen=skip_frozen,
             measure_every=measure_every,
+            process_group=process_group,
         )
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:

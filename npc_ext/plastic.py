@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, Plan, check_choice, check_plasticity_options
+from .distributed import SharedSinks
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
@@ -83,6 +84,7 @@ class Plastic(Descent):
         others: str,
         skip_frozen: bool | str,
         measure_every: int,
+        process_group: Any,
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
         self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
@@ -98,6 +100,7 @@ class Plastic(Descent):
         self._skip_frozen, self._measure_every = skip_frozen, measure_every
         self._warned: set[tuple[str, str]] = set()
         self._ready = False
+        self._shared_sinks = SharedSinks(model, process_group)
         super().__init__(model, params, defaults, backend)
         self._ready = True
         self._find_neurons()
@@ -231,9 +234,16 @@ class Plastic(Descent):
         return super().step(closure)
 
     def _step(self) -> None:
-        self._prepare()
-        self._check_measured()
-        self._certificates.before_step()
+        unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
+        shared = self._shared_sinks.shared
+        if shared:  # layers sleep in all processes alike
+            self._shared_sinks.start([layer for layer in self._consolidated if not layer.asleep])
+        try:
+            self._prepare()
+            self._check_measured(unmeasured, shared)
+            self._certificates.before_step()
+        finally:
+            self._shared_sinks.finish()
         self._launch_all()
         self._certificates.after_step()
         self._drop_measured()
@@ -308,11 +318,11 @@ class Plastic(Descent):
             state["importance"] = torch.zeros(self._consolidated[index].neurons, device=key.device)
         return state
 
-    def _check_measured(self) -> None:
+    def _check_measured(self, unmeasured_layers: set[int], shared: bool) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
         planned = [index for plan in self._plans for index in plan.layers]
         indices = [index for index in planned if not self._consolidated[index].asleep]
-        unmeasured = [index for index in indices if self._consolidated[index].sink.grad is None]
+        unmeasured = [index for index in indices if index in unmeasured_layers]
         if not unmeasured:
             return
         if len(unmeasured) == len(indices):
@@ -325,6 +335,8 @@ class Plastic(Descent):
                 "that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and step()."
             )
         for index in unmeasured:
+            if shared and self._consolidated[index].checked:  # by other processes perhaps
+                continue
             self._warn_once(
                 self._consolidated[index].name,
                 "unmeasured",
