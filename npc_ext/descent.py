@@ -92,6 +92,11 @@ class Descent(torch.optim.Optimizer):
                     f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
                     f"{type(self).__name__} trains real parameters only"
                 )
+            if hasattr(parameter, "placements"):  # a DTensor
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is sharded over processes (FSDP or tensor "
+                    f"parallelism), which {type(self).__name__} does not support; use DistributedDataParallel"
+                )
         super().add_param_group(param_group)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
@@ -161,6 +162,17 @@ def heads_of_some_processes_only() -> Any:
             optimizer.step()
             same &= alike(optimizer)
     return {"alike": same, "numbers": numbers(optimizer)}
+
+
+@scenario
+def sharded() -> Any:
+    model = network()
+    fully_shard(model)
+    try:
+        NPC(model)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 @scenario

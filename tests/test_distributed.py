@@ -114,6 +114,10 @@ def test_each_process_may_train_for_itself(ranks: list[dict[str, Any]]) -> None:
     assert not any(rank["each_for_itself"] for rank in ranks)
 
 
+def test_sharded_parameters_are_refused(ranks: list[dict[str, Any]]) -> None:
+    assert all("is sharded over processes" in rank["sharded"] for rank in ranks)
+
+
 def test_a_group_is_a_group() -> None:
     with pytest.raises(TypeError, match=r"process_group is 'all'; expected a torch\.distributed process group"):
         NPC(network(), process_group="all")
