@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .si import SI as SI
     from .ssl import SSL as SSL
     from .tap import ImportanceWarning as ImportanceWarning
+    from .wrapper import PlasticityWrapper as PlasticityWrapper
 
 __version__ = "0.1.0"
 
@@ -35,6 +36,7 @@ _HOME = {
     "ImportanceWarning": "tap",
     "SI": "si",
     "SSL": "ssl",
+    "PlasticityWrapper": "wrapper",
     "plot_plasticity": "plot",
 }
 __all__ = [
@@ -47,6 +49,7 @@ __all__ = [
     "ConnectionPlasticity",
     "ImportanceWarning",
     "LayerPlasticity",
+    "PlasticityWrapper",
     "consolidation",
     "find_neurons",
     "nn",

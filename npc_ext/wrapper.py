@@ -1,0 +1,332 @@
+"""Learning rates for every neuron around any optimizer, by scaling what it does to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from . import _launch, reference
+from .neurons import Neurons
+from .npc import NPC
+from .plastic import LayerPlasticity, PlasticPlan
+
+BUCKET_BYTES = 64 * 2**20
+
+
+class PlasticityWrapper(torch.optim.Optimizer):
+    """Any optimizer, with a learning rate for every neuron that falls with the neuron's importance.
+
+    Each step lets the optimizer move the weights, and then takes back a part of the movement, neuron by neuron:
+
+        w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
+
+    with C_i as `NPC` measures it (eqs. 2 to 4). s_i is eq. 7 in units of the learning rate, because those of other
+    optimizers have other scales; alpha = 0.5 is the paper's, 0.05, in units of its largest rate, 0.1. Neurons with
+    s_i = 0 stay bit-identical. The optimizer's own state (momentum and the like) goes on for all of them.
+
+    It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
+    bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
+    bucket, with only its parameters in the groups. Counters that it keeps in its groups or as numbers in itself count
+    one step.
+
+    Args:
+        optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
+        model: the network.
+        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`, alpha in units of the
+            optimizer's learning rate.
+        bucket_bytes: the most bytes of weights that are copied at a time, except for larger single parameters.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Example:
+        >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    """
+
+    _step_supports_amp_scaling = True  # so that a step that is skipped can drop what was measured
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        delta: float = 1 - 2e-4,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
+        *,
+        normalize: Literal["all", "active"] = "all",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        process_group: Any = "auto",
+        backend: Literal["auto", "native", "reference"] = "auto",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
+                "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
+            )
+        if isinstance(optimizer, (torch.optim.LBFGS, NPC, PlasticityWrapper)):
+            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it " + _WHY_NOT[_kind(optimizer)])
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
+        self.optimizer, self._bucket_bytes = optimizer, bucket_bytes
+        self._tracker = _Tracker(
+            model,
+            lr=1.0,
+            alpha=alpha,
+            beta=beta,
+            delta=delta,
+            sigma=sigma,
+            params=[parameter for group in optimizer.param_groups for parameter in group["params"]],
+            normalize=normalize,
+            layers=layers,
+            skip_frozen=False,
+            process_group=process_group,
+            backend=backend,
+        )
+        super().__setstate__({})  # the hooks of torch.optim.Optimizer; groups and state are the optimizer's own
+
+    # ------------------------------------------------------------------------------------------- the optimizer's own
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the wrapped optimizer."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """That of the wrapped optimizer; importance is in `plasticity()`."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @property
+    def neurons(self) -> Neurons:
+        """Which neurons there are, and where they are measured; printing it shows a table."""
+        return self._tracker.neurons
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own to the wrapped optimizer; the model is searched again."""
+        self.optimizer.add_param_group(param_group)
+        added = self.optimizer.param_groups[-1]["params"]
+        try:
+            self._tracker.add_param_group({"params": list(added)})
+        except Exception:
+            self.optimizer.param_groups.pop()
+            raise
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters, and the importance measured since the last step."""
+        self.optimizer.zero_grad(set_to_none)
+        self._tracker.forget_measured()
+
+    # ------------------------------------------------------------------------------------------------------ the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the wrapped optimizer, of which every neuron takes its share.
+
+        Args:
+            closure: evaluates the model again and returns the loss; it is called once.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: gradients are there, but no importance was measured at all.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._is_skipped():
+            self._tracker.forget_measured()
+            return loss
+        self._tracker.step()
+        with torch.no_grad():
+            self._take_steps()
+        return loss
+
+    @torch.no_grad()
+    def _is_skipped(self) -> bool:
+        """Whether a GradScaler found gradients that are not finite; if not, divides its scale out of them."""
+        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and bool(found_inf):
+            return True
+        if scale is not None:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        parameter.grad.div_(scale.to(parameter.grad.device))
+        return False
+
+    def _take_steps(self) -> None:
+        """Has the optimizer move the parameters, those that are protected bucket by bucket."""
+        trained = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        shares = {id(parameter): share for parameter in trained if (share := self._tracker.share(parameter))}
+        with self._counting_one_step() as before_each:
+            unprotected = [parameter for parameter in trained if id(parameter) not in shares]
+            if unprotected or not shares:
+                before_each()
+                self._step_only(unprotected)
+            for bucket in _buckets([one for one in trained if id(one) in shares], self._bucket_bytes):
+                before = [parameter.detach().clone() for parameter in bucket]
+                before_each()
+                self._step_only(bucket)
+                for parameter, was in zip(bucket, before, strict=True):
+                    shares[id(parameter)].take_back_(parameter, was)
+
+    def _step_only(self, parameters: list[Tensor]) -> None:
+        chosen = {id(parameter) for parameter in parameters}
+        everything = [group["params"] for group in self.param_groups]
+        try:
+            for group, all_of_it in zip(self.param_groups, everything, strict=True):
+                group["params"] = [parameter for parameter in all_of_it if id(parameter) in chosen]
+            self.optimizer.step()
+        finally:
+            for group, all_of_it in zip(self.param_groups, everything, strict=True):
+                group["params"] = all_of_it
+
+    @contextmanager
+    def _counting_one_step(self) -> Iterator[Callable[[], None]]:
+        """Yields a function that resets what the optimizer counts outside of parameters' states, before each bucket."""
+        kept = [_numbers(group) for group in self.param_groups]
+        own = _numbers(vars(self.optimizer))
+
+        def reset() -> None:
+            for group, numbers in zip(self.param_groups, kept, strict=True):
+                _restore(group, numbers)
+            _restore(vars(self.optimizer), own)
+
+        yield reset
+
+    # ------------------------------------------------------------------------------------------------------ looking in
+
+    def plasticity(self) -> dict[str, LayerPlasticity]:
+        """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's own rate, from 0 to 1."""
+        return self._tracker.plasticity()
+
+    def __repr__(self) -> str:
+        neurons = sum(layer.neurons for layer in self.neurons)
+        return (
+            f"{type(self).__name__}({self.optimizer!r}\nconsolidated: {neurons} neurons in {len(self.neurons)} layers)"
+        )
+
+    # --------------------------------------------------------------------------------------------- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and under "plasticity" the importance of all neurons."""
+        return {**self.optimizer.state_dict(), "plasticity": self._tracker.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        if "plasticity" not in state_dict:
+            raise ValueError(
+                "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
+                "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
+            )
+        importance = self._tracker.state_dict()
+        self._tracker.load_state_dict(state_dict["plasticity"])
+        try:
+            self.optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != "plasticity"})
+        except Exception:
+            self._tracker.load_state_dict(importance)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+_WHY_NOT = {
+    torch.optim.LBFGS: "evaluates a closure several times a step, between which its movement cannot be scaled",
+    NPC: "gives each neuron a learning rate of its own already",
+    PlasticityWrapper: "is wrapped already",
+}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> type:
+    return next(kind for kind in _WHY_NOT if isinstance(optimizer, kind))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What share of its movement each neuron of a parameter keeps."""
+
+    of_neurons: Tensor
+    neuron_dim: int
+    groups: int
+
+    def take_back_(self, parameter: Tensor, before: Tensor) -> None:
+        """Moves a parameter back towards what it was before; where the share is 0, to it."""
+        share = reference.per_element(self.of_neurons, parameter, self.neuron_dim, self.groups)
+        dtype = reference.compute_dtype(parameter.dtype)
+        if dtype == parameter.dtype:
+            parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
+        else:
+            parameter.copy_(torch.lerp(before.to(dtype), parameter.to(dtype), share.to(dtype).expand_as(parameter)))
+        parameter.copy_(torch.where(share == 0, before, parameter))
+
+
+class _Tracker(NPC):
+    """NPC that measures and averages, and moves nothing."""
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
+        layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
+        nothing: tuple[list[Any], ...] = ([],) * 8
+        return self._plastic_plan(device, [], layers, (*nothing, *of_layers), _launch.Tables)
+
+    def forget_measured(self) -> None:
+        """Drops what was measured since the last step."""
+        self._drop_measured()
+
+    def share(self, parameter: Tensor) -> _Share | None:
+        """The share s_i of each neuron that a parameter belongs to; None where all of them are 1, or in no neuron."""
+        if id(parameter) not in self._place:
+            return None
+        index, dim, groups = self._place[id(parameter)]
+        constants, average = self._constants(index), self._layer_state(index)["importance"]
+        rates = reference.learning_rate(average, 1.0, constants["alpha"], constants["beta"], constants["sigma"])
+        if not rates.is_cuda and bool((rates == 1).all()):  # a GPU is not waited for
+            return None
+        return _Share(rates, dim, groups)
+
+
+def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
+    """Parts of the parameters that have at most so many bytes, or one parameter."""
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        own = parameter.numel() * parameter.element_size()
+        if bucket and size + own > most_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += own
+    if bucket:
+        yield bucket
+
+
+def _numbers(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that may count steps: Python's, and tensors of one element."""
+    kept: dict[str, Any] = {}
+    for name, value in place.items():
+        if isinstance(value, (int, float)):
+            kept[name] = value
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            kept[name] = (value, value.detach().clone())
+    return kept
+
+
+def _restore(place: dict[str, Any], kept: Mapping[str, Any]) -> None:
+    for name, value in kept.items():
+        if isinstance(value, tuple):
+            value[0].copy_(value[1])
+            value = value[0]
+        place[name] = value
