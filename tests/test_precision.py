@@ -1,0 +1,108 @@
+"""Mixed precision: steps that a scaler skips never happened, and autocast measures what float32 measures."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
+
+OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+OPTIMIZERS: dict[str, Any] = {
+    "NPC": lambda model: NPC(model, delta=0.5, **OPTIONS),
+    "CPC": lambda model: CPC(model, delta=0.5, **OPTIONS),
+    "EWC": lambda model: consolidated(EWC(model, strength=0.1, **OPTIONS)),
+    "MAS": lambda model: consolidated(MAS(model, strength=0.1, **OPTIONS)),
+    "SI": lambda model: SI(model, strength=0.1, **OPTIONS),
+    "SSL": lambda model: consolidated(SSL(model, strength=0.1, sparsity=0.0, **OPTIONS)),
+}
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(54, 12), nn.ReLU(), nn.Linear(12, 3),
+    )  # fmt: skip
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)
+
+
+def consolidated(optimizer: Any) -> Any:
+    optimizer.consolidate([batch(99)], progress=False)
+    return optimizer
+
+
+def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Weights and all that the optimizer keeps, counters of skipped importance included."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        own = {"": parameter, **optimizer.state.get(parameter, {})}
+        result.update(
+            {f"{name} {key}": value.detach().clone() for key, value in own.items() if isinstance(value, Tensor)}
+        )
+    for name, layer in optimizer.plasticity().items() if hasattr(optimizer, "plasticity") else ():
+        result[f"{name} skipped"] = torch.tensor(layer.skipped)
+    return result
+
+
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.parametrize("bad", [(0,), (3,), (2, 3, 4)], ids=["first", "middle", "several"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_that_a_scaler_skips_never_happened(name: str, bad: tuple[int, ...], unscaled: bool) -> None:
+    """A run with bad batches ends where a run without them ends, to the last bit."""
+    ends = []
+    for seeds in (range(7), [seed for seed in range(7) if seed not in bad]):
+        model = network()
+        torch.manual_seed(0)
+        optimizer = OPTIMIZERS[name](model)
+        scaler = torch.amp.GradScaler("cpu")
+        for seed in seeds:
+            x, y = batch(seed)
+            model.zero_grad()  # the model's, which knows nothing of importance
+            before = everything(model, optimizer)
+            scaler.scale(F.cross_entropy(model(x), y) * (math.inf if seed in bad else 1.0)).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            after = everything(model, optimizer)  # momentum buffers of zeros may have come
+            assert all(torch.equal(value, after[name]) for name, value in before.items()) is (seed in bad)
+        ends.append(everything(model, optimizer))
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_measures_what_float32_measures(dtype: torch.dtype) -> None:
+    """Importance is float32, and off by a few units of the shorter mantissa of activations and gradients."""
+    importance = []
+    for enabled in (False, True):
+        model = network()
+        optimizer = NPC(model, lr=0.0, delta=0.5)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=enabled)
+        for seed in range(5):
+            x, y = batch(seed)
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=enabled):
+                loss = F.cross_entropy(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+        importance.append({name: layer.importance for name, layer in optimizer.plasticity().items()})
+    for name, want in importance[0].items():
+        got = importance[1][name]
+        assert got.dtype == torch.float32
+        assert (got - want).norm() <= 8 * torch.finfo(dtype).eps * want.norm()
+        assert not torch.equal(got, want)
