@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from .si import SI as SI
     from .ssl import SSL as SSL
     from .tap import ImportanceWarning as ImportanceWarning
+    from .watch import CapacityWarning as CapacityWarning
+    from .watch import check_capacity as check_capacity
+    from .watch import log_plasticity as log_plasticity
     from .wrapper import PlasticityWrapper as PlasticityWrapper
 
 __version__ = "0.1.0"
@@ -36,6 +39,9 @@ _HOME = {
     "ImportanceWarning": "tap",
     "SI": "si",
     "SSL": "ssl",
+    "CapacityWarning": "watch",
+    "check_capacity": "watch",
+    "log_plasticity": "watch",
     "PlasticityWrapper": "wrapper",
     "plot_plasticity": "plot",
 }
@@ -46,12 +52,15 @@ __all__ = [
     "NPC",
     "SI",
     "SSL",
+    "CapacityWarning",
     "ConnectionPlasticity",
     "ImportanceWarning",
     "LayerPlasticity",
     "PlasticityWrapper",
+    "check_capacity",
     "consolidation",
     "find_neurons",
+    "log_plasticity",
     "nn",
     "ops",
     "plot_plasticity",

@@ -1,0 +1,78 @@
+"""What is logged of plasticity, and when capacity is warned of."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from npc_ext import NPC, CapacityWarning, PlasticityWrapper, check_capacity, log_plasticity
+
+
+def trained(importance: float = 0.3) -> tuple[nn.Module, NPC]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4))
+    optimizer = NPC(model)
+    optimizer.state[model[0].weight]["importance"].fill_(importance)
+    return model, optimizer
+
+
+def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    _, optimizer = trained(0.45)
+    optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"][:5] = 2.0
+    with tensorboard.SummaryWriter(tmp_path) as writer:
+        log_plasticity(writer, optimizer, 7)
+    events: Any = EventAccumulator(str(tmp_path)).Reload()
+    scalars = {tag: events.Scalars(tag)[0] for tag in events.Tags()["scalars"]}
+    assert set(scalars) == {
+        f"plasticity/{layer}/{kind}" for layer in "02" for kind in ("frozen", "skipped", "importance", "learning_rate")
+    }
+    layer = optimizer.plasticity()["0"]
+    assert scalars["plasticity/0/frozen"].step == 7
+    for kind, want in (
+        ("frozen", 0.25),
+        ("skipped", 0.0),
+        ("importance", layer.importance.mean().item()),
+        ("learning_rate", layer.learning_rate.mean().item()),
+    ):
+        assert scalars[f"plasticity/0/{kind}"].value == pytest.approx(want)
+    histogram = events.Histograms("plasticity/0/importance of neurons")[0].histogram_value
+    assert histogram.num == 20 and histogram.max == 2.0
+    assert len(events.Tags()["histograms"]) == 4
+
+
+@pytest.mark.parametrize("frozen", [19, 20])
+def test_a_full_layer_is_warned_of(frozen: int) -> None:
+    _, optimizer = trained()
+    optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"][:frozen] = 1.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert check_capacity(optimizer) == (["0"] if frozen == 20 else [])
+    assert [one.category for one in caught] == ([CapacityWarning] if frozen == 20 else [])
+    assert all("layer '0': more than 95% of its neurons are frozen" in str(one.message) for one in caught)
+
+
+def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None:
+    model, _ = trained()
+    wrapped = PlasticityWrapper(torch.optim.AdamW(model.parameters()), model)
+    wrapped._tracker.state[model[2].weight]["importance"].copy_(torch.tensor([2.0, 2.0, 0.0, 2.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_capacity(wrapped, learning={"2": [2]}) == []
+    with pytest.warns(CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned"):
+        assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
+
+
+def test_layers_and_neurons_that_are_not_there() -> None:
+    _, optimizer = trained()
+    with pytest.raises(KeyError, match="no consolidated layer 'head'; the layers are 0, 2"):
+        check_capacity(optimizer, learning={"head": [0]})
+    with pytest.raises(IndexError, match=r"layer '2' has 4 neurons.*got \[4\]"):
+        check_capacity(optimizer, learning={"2": [3, 4]})
