@@ -263,10 +263,11 @@ def find_neurons(
         _check_name("batch_dim", name, [*weighted])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
+    measure_at = {**_outputs_of_adapters(weighted, modules), **(measure_at or {})}
     graphs = _Graphs(model)
     layers, claimed = [], dict[int, str]()
     for names in _by_weight(weighted).values():
-        found = _layer(names, modules, graphs, measure_at or {}, batch_dim or {}, claimed)
+        found = _layer(names, modules, graphs, measure_at, batch_dim or {}, claimed)
         if isinstance(found, str):
             unusable[names[0]] = found
             continue
@@ -399,6 +400,19 @@ def _layer(
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
     )
+
+
+def _outputs_of_adapters(weighted: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layer -> module for the second factors of low-rank adapters (LoRA, as PEFT has it), y = W x + B A x.
+
+    The rows of B are the output neurons, whose activation is y, not B's own output, which is zero at first.
+    """
+    found = {}
+    for name in weighted:
+        owner, _, rest = name.rpartition(".lora_B.")
+        if owner and "." not in rest and all(hasattr(modules[owner], part) for part in ("base_layer", "lora_A")):
+            found[name] = owner
+    return found
 
 
 def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:

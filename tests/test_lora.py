@@ -1,0 +1,103 @@
+"""Low-rank adapters of PEFT: the rows of B are the output neurons of the layer that they adapt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import NPC, reference
+
+peft = pytest.importorskip("peft", reason="peft is not installed")
+A, B = "base_model.model.0.lora_A.default", "base_model.model.0.lora_B.default"
+
+
+def adapted(**options: Any) -> Any:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 3))
+    return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], **options))
+
+
+def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 8, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def step(model: nn.Module, optimizer: NPC, seed: int = 0) -> None:
+    x, y = batch(seed)
+    optimizer.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+
+
+def test_b_is_measured_where_base_and_adapter_are_added() -> None:
+    model = adapted()
+    optimizer = NPC(model, delta=0.5)
+    x, y = batch()
+    outputs: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    handle = model.base_model.model[0].register_forward_hook(keep)
+    F.cross_entropy(model(x), y).backward()
+    handle.remove()
+    assert not model.base_model.model[0].lora_B["default"].weight.any()  # B's own output is zero, its neurons' is not
+    gradient = outputs[0].grad
+    assert gradient is not None
+    want = reference.importance(outputs[0].detach(), gradient)
+    got = optimizer.neurons[B].sink.grad
+    assert got is not None and torch.allclose(got, want, rtol=1e-6, atol=0)  # six samples, added up in another order
+    assert want.all() and "output of base_model.model.0 " in str(optimizer.neurons)
+
+
+def test_frozen_rows_of_b_stay_and_the_base_does_anyway() -> None:
+    model = adapted()
+    optimizer = NPC(model, lr=0.5, delta=0.9999, weight_decay=0.1)
+    layer = model.base_model.model[0]
+    for seed in range(3):
+        step(model, optimizer, seed)
+    optimizer.state[layer.lora_B["default"].weight]["importance"][:5] = 3.0
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for seed in range(3, 80):
+        step(model, optimizer, seed)
+    after = layer.lora_B["default"].weight
+    moved = (after != before[f"{B}.weight"]).any(1)
+    assert not moved[:5].any() and moved[5:].any()
+    assert torch.equal(layer.base_layer.weight, before["base_model.model.0.base_layer.weight"])
+    assert (layer.lora_A["default"].weight != before[f"{A}.weight"]).any()
+    assert optimizer.plasticity()[A].importance.any()  # the units of the bottleneck are neurons, too
+
+
+def test_a_may_train_at_the_plain_rate() -> None:
+    optimizer = NPC(adapted(), layers={"*lora_A*": {"consolidate": False}})
+    assert A not in optimizer.plasticity() and B in optimizer.plasticity()
+
+
+def test_only_the_adapter_in_use_is_measured_and_moves() -> None:
+    model = adapted()
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("second")
+    optimizer = NPC(model, lr=0.5)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for seed in range(3):
+        step(model, optimizer, seed)
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {f"base_model.model.0.lora_{part}.second.weight" for part in "AB"}
+    assert optimizer.plasticity()[B.replace("default", "second")].importance.any()
+    assert not optimizer.plasticity()[B].importance.any()
+
+
+def test_convolutions_have_adapters_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
+    both: Any = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["0"]))
+    optimizer = NPC(both)
+    F.cross_entropy(both(torch.randn(4, 1, 8, 8)), torch.randint(3, (4,))).backward()
+    optimizer.step()
+    assert optimizer.plasticity()[B].importance.shape == (6,)
+    assert optimizer.plasticity()[B].importance.any()
