@@ -1,0 +1,295 @@
+"""PyTorch's own tests of optimizers, by their names in its test/test_optim.py, applied to ours.
+
+Options and bad input come from PyTorch's collection, `torch.testing._internal.common_optimizers`. What is left out, and
+why:
+
+    test_can_load_older_state_dict                  there is no older version of ours
+    test_complex, test_complex_2d                   complex parameters are refused: test_complex_is_refused
+    test_foreach_*, test_fused_*, test_peak_memory_foreach, test_mixed_device_dtype
+                                                    ours have no foreach and fused forms to choose from; kernels are
+                                                    tested against the reference in test_update.py
+    test_rosenbrock, test_sparse_*                  sparse gradients are refused: test_sparse_gradients_are_refused
+    test_differentiable                             the step is not differentiable
+    test_tensor_lr_num_dim                          with the errors
+    test_closures_lbfgs, test_lbfgs_*, test_cpu_load_state_dict, test_load_nontensor_step, test_save_load_equality_*
+                                                    of other optimizers' state; ours is saved in test_state_is_saved
+    test_state_dict_with_cuda_params, test_multigpu, test_capturable_*
+                                                    need GPUs
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
+
+pytest.importorskip("expecttest", reason="PyTorch's collection needs expecttest, which is not installed")
+from torch.testing._internal.common_optimizers import (
+    get_error_inputs_for_all_optims,
+    optim_inputs_func_sgd,
+)
+
+# PyTorch's collection forbids to set flags of backends; other tests do.
+setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+
+OPTIMIZERS = [NPC, CPC, EWC, MAS, SI, SSL]
+every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)
+# Dampening is not an option of ours.
+INPUTS = [one for one in optim_inputs_func_sgd("cpu") if "dampening" not in one.kwargs]
+every_input = pytest.mark.parametrize("options", [one.kwargs for one in INPUTS], ids=[one.desc for one in INPUTS])
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+
+
+def make(kind: Any, model: nn.Module, **options: Any) -> Any:
+    """An optimizer, a tensor among whose options is its own."""
+    options = {name: value.clone() if isinstance(value, Tensor) else value for name, value in options.items()}
+    return kind(model, **{"lr": 0.01, **options}, **({"sparsity": 0.0} if kind is SSL else {}))
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(8, 4, generator=generator), torch.randint(3, (8,), generator=generator)
+    return F.cross_entropy(model(x), y)
+
+
+def step(model: nn.Module, optimizer: Any, seed: int = 0) -> None:
+    optimizer.zero_grad()
+    loss_of(model, seed).backward()
+    optimizer.step()
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(a: Any, b: Any) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
+
+
+ERRORS = get_error_inputs_for_all_optims("cpu", torch.float32)
+
+
+@every_optimizer
+@pytest.mark.parametrize("error", ERRORS, ids=[one.optimizer_error_input.desc for one in ERRORS])
+def test_errors(kind: Any, error: Any) -> None:
+    given = error.optimizer_error_input
+    model = network()
+    # PyTorch's inputs are about parameters that it makes; ours belong to a model, so they stand for the model's.
+    own = dict(zip("ab", model[0].parameters(), strict=True))
+    seen: dict[int, nn.Parameter] = {}
+
+    def owned(value: Any) -> Any:
+        if isinstance(value, nn.Parameter):
+            return seen.setdefault(id(value), own["ab"[len(seen)]] if id(value) not in seen else value)
+        if isinstance(value, (list, tuple)):
+            return type(value)(owned(one) for one in value)
+        return {key: owned(one) for key, one in value.items()} if isinstance(value, dict) else value
+
+    if error.error_type is UserWarning:
+        with pytest.warns(UserWarning, match=error.error_regex):
+            make(kind, model, params=owned(given.params), **given.kwargs)
+        return
+    with pytest.raises((TypeError, ValueError)) as caught:
+        make(kind, model, params=owned(given.params), **given.kwargs)
+    if given.kwargs:  # of ours, in words of our own
+        assert "lr is tensor" in str(caught.value) and "expected a finite number" in str(caught.value)
+    else:
+        assert caught.match(error.error_regex)
+
+
+@every_optimizer
+@every_input
+def test_goes_right_direction(kind: Any, options: dict[str, Any]) -> None:
+    model = network()
+    optimizer = make(kind, model, **options)
+    before = float(loss_of(model).detach())
+    for _ in range(20):
+        step(model, optimizer)
+    after = float(loss_of(model).detach())
+    assert after > before if options.get("maximize") else after < before
+
+
+@every_optimizer
+def test_tensor_lr(kind: Any) -> None:
+    ends = []
+    for lr in (0.05, torch.tensor(0.05, dtype=torch.float64)):
+        model = network()
+        optimizer = make(kind, model, lr=lr)
+        for seed in range(5):
+            step(model, optimizer, seed)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
+@every_optimizer
+def test_param_groups_lr(kind: Any) -> None:
+    model = network()
+    groups = [{"params": list(model[0].parameters()), "lr": 0.0}, {"params": list(model[2].parameters())}]
+    optimizer = make(kind, model, params=groups)
+    before = weights(model)
+    step(model, optimizer)
+    assert same(before[:2], weights(model)[:2]) and not same(before[2:], weights(model)[2:])
+
+
+@every_optimizer
+def test_param_groups_weight_decay(kind: Any) -> None:
+    ends = []
+    for decay in (0.0, 0.5):
+        model = network()
+        groups = [{"params": list(model[0].parameters()), "weight_decay": decay}, {"params": [*model[2].parameters()]}]
+        step(model, make(kind, model, params=groups))
+        ends.append(weights(model))
+    assert not same(ends[0][:2], ends[1][:2]) and same(ends[0][2:], ends[1][2:])
+
+
+@every_optimizer
+@every_input
+def test_step_is_noop_when_params_have_no_grad(kind: Any, options: dict[str, Any]) -> None:
+    model = network()
+    optimizer = make(kind, model, **options)
+    before = weights(model)
+    optimizer.step()
+    assert same(before, weights(model))
+
+
+@every_optimizer
+def test_step_is_noop_for_zero_grads(kind: Any) -> None:
+    model = network()
+    optimizer = make(kind, model, momentum=0.9)
+    before = weights(model)
+    (loss_of(model) * 0.0).backward()
+    optimizer.step()
+    assert same(before, weights(model))
+
+
+@every_optimizer
+@every_input
+def test_optimizer_can_be_printed(kind: Any, options: dict[str, Any]) -> None:
+    text = repr(make(kind, network(), **options))
+    assert kind.__name__ in text and "weight_decay" in text
+
+
+@every_optimizer
+@every_input
+def test_state_dict_deterministic(kind: Any, options: dict[str, Any]) -> None:
+    """What was loaded goes on to the same numbers."""
+    model = network()
+    optimizer = make(kind, model, **options)
+    for seed in range(5):
+        step(model, optimizer, seed)
+    twin = copy.deepcopy(model)
+    other = make(kind, twin, **options)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # tensors are shared otherwise, as in PyTorch
+    for seed in range(5, 10):
+        step(model, optimizer, seed)
+        step(twin, other, seed)
+    assert same(model.parameters(), twin.parameters())
+
+
+@every_optimizer
+def test_state_is_saved(kind: Any) -> None:
+    """test_save_load_equality_with_weights_only."""
+    model = network()
+    optimizer = make(kind, model, momentum=0.9)
+    step(model, optimizer)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    assert saved["param_groups"] == optimizer.state_dict()["param_groups"]
+    for index, state in optimizer.state_dict()["state"].items():
+        assert saved["state"][index].keys() == state.keys()
+        for name, value in state.items():
+            assert torch.equal(saved["state"][index][name], value) if isinstance(value, Tensor) else True
+
+
+@every_optimizer
+@pytest.mark.parametrize("named", [(True, False), (False, True), (True, True)])
+def test_can_load_from_to_named_state_dict(kind: Any, named: tuple[bool, bool]) -> None:
+    model = network()
+    models, optimizers = [model, copy.deepcopy(model)], []
+    for one, with_names in zip(models, named, strict=True):
+        params = one.named_parameters() if with_names else one.parameters()
+        optimizers.append(make(kind, one, params=params, momentum=0.9))
+    step(models[0], optimizers[0])
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    for one, optimizer in zip(models, optimizers, strict=True):
+        step(one, optimizer, 1)
+    assert same(models[0].parameters(), models[1].parameters())
+
+
+@every_optimizer
+def test_deepcopy_copies_all_public_attrs(kind: Any) -> None:
+    model = network()
+    optimizer = make(kind, model)
+    step(model, optimizer)
+
+    def public(one: Any) -> set[str]:
+        return {name for name, _ in inspect.getmembers(one) if not name.startswith("_")}
+
+    assert public(copy.deepcopy(optimizer)) == public(optimizer)
+
+
+@every_optimizer
+def test_step_hooks(kind: Any) -> None:
+    """test_step_post_hook, test_step_pre_hook, test_step_all_hooks."""
+    model = network()
+    optimizer = make(kind, model)
+    called: list[str] = []
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: called.append("before")),
+        optimizer.register_step_post_hook(lambda *_: called.append("after")),
+    ]
+    step(model, optimizer)
+    assert called == ["before", "after"]
+    for handle in handles:
+        handle.remove()
+    step(model, optimizer)
+    assert called == ["before", "after"]
+
+
+@every_optimizer
+def test_state_dict_hooks(kind: Any) -> None:
+    """test_state_dict_pre_hook, _post_hook, test_load_state_dict_pre_hook_and_prepend, _post_hook."""
+    model = network()
+    optimizer = make(kind, model)
+    called: list[str] = []
+    optimizer.register_state_dict_pre_hook(lambda _: called.append("state_dict pre"))
+    optimizer.register_state_dict_post_hook(lambda *_: called.append("state_dict post"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: called.append("load pre"))
+    optimizer.register_load_state_dict_post_hook(lambda _: called.append("load post"))
+    saved = optimizer.state_dict()
+    assert called == ["state_dict pre", "state_dict post"]
+    called.clear()
+    optimizer.load_state_dict(saved)
+    assert called == ["load pre", "load post"]
+
+
+@every_optimizer
+def test_complex_is_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match="complex"):
+        make(kind, nn.Linear(3, 2, dtype=torch.complex64))
+
+
+@every_optimizer
+def test_sparse_gradients_are_refused(kind: Any) -> None:
+    model = nn.Sequential(nn.Embedding(5, 4, sparse=True), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    optimizer = make(kind, model)
+    before = weights(model)
+    model(torch.tensor([0, 3])).sum().backward()
+    with pytest.raises(ValueError, match="is sparse; expected a dense one"):
+        optimizer.step()
+    assert same(before, weights(model))
