@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from npc_ext import NPC
+from npc_ext import NPC, PlasticityWrapper
 
 STEPS = 50
 BATCH = 12
@@ -63,13 +63,13 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def numbers(optimizer: NPC) -> dict[str, Tensor]:
+def numbers(optimizer: NPC | PlasticityWrapper) -> dict[str, Tensor]:
     """Weights and importance."""
     weights = {f"weight {index}": p.detach().clone() for index, p in enumerate(optimizer.param_groups[0]["params"])}
     return weights | {name: layer.importance for name, layer in optimizer.plasticity().items()}
 
 
-def alike(optimizer: NPC) -> bool:
+def alike(optimizer: NPC | PlasticityWrapper) -> bool:
     """Whether all processes have the same weights and importance, to the last bit."""
     own = torch.cat([tensor.flatten() for tensor in numbers(optimizer).values()]).view(torch.int32).long()
     checksum = (own * torch.arange(1, len(own) + 1)).sum()
@@ -78,7 +78,7 @@ def alike(optimizer: NPC) -> bool:
     return all(bool(one == checksum) for one in everybodys)
 
 
-def train(model: nn.Module, optimizer: NPC, *, steps: int = STEPS, part: Any = own_part) -> bool:
+def train(model: nn.Module, optimizer: NPC | PlasticityWrapper, *, steps: int = STEPS, part: Any = own_part) -> bool:
     """Trains on this process's parts; returns whether all processes were alike after every step."""
     same = True
     for step in range(steps):
@@ -162,6 +162,13 @@ def heads_of_some_processes_only() -> Any:
             optimizer.step()
             same &= alike(optimizer)
     return {"alike": same, "numbers": numbers(optimizer)}
+
+
+@scenario
+def wrapped_adamw() -> Any:
+    model = DistributedDataParallel(network())
+    optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
 @scenario

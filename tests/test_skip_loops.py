@@ -120,7 +120,11 @@ def test_no_loop_notices_that_gradients_are_left_out(skip_frozen: Any, monkeypat
         torch.manual_seed(loop)
         model = Network(draw.choice([nn.ReLU, npc_ext.nn.ReLU]), draw.choice(list(NORMS)), draw.choice([0.0, 0.3]))
         twin = copy.deepcopy(model)
-        options: dict[str, Any] = {"lr": 0.05, "delta": draw.choice([0.9, 0.99, 0.9999]), "momentum": draw.choice([0.0, 0.9])}
+        options: dict[str, Any] = {
+            "lr": 0.05,
+            "delta": draw.choice([0.9, 0.99, 0.9999]),
+            "momentum": draw.choice([0.0, 0.9]),
+        }
         # What a forward pass with ways to choose from does cannot be found by tracing it.
         options |= {"weight_decay": 0.01, "layers": {"first": {"measure_at": draw.choice(["pool", "relu"])}}}
         skipping, plain = NPC(model, skip_frozen=skip_frozen, **options), NPC(twin, skip_frozen=False, **options)
