@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import npc_ext
-from npc_ext import NPC, _native, npc, ops, reference
+from npc_ext import NPC, NPCAdamW, _native, npc, ops, reference
 
 from .test_update import network
 
@@ -71,11 +71,19 @@ def test_two_streams_at_once_do_not_disturb_each_other() -> None:
         assert all(map(torch.equal, got, want))
 
 
-def test_training_on_a_gpu_follows_the_reference() -> None:
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "NPC": lambda model, lr=0.05, **options: NPC(model, lr=lr, momentum=0.9, **options),
+    "NPCAdamW": lambda model, lr=0.001, **options: NPCAdamW(model, lr=lr, **options),
+}
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+@every_optimizer
+def test_training_on_a_gpu_follows_the_reference(name: str) -> None:
     ours, exact = model(), model()
     x, y = batch()
-    steps = [trainer(ours, NPC(ours, lr=0.05, momentum=0.9), x, y)]
-    steps.append(trainer(exact, NPC(exact, lr=0.05, momentum=0.9, backend="reference"), x, y))
+    steps = [trainer(ours, OPTIMIZERS[name](ours), x, y)]
+    steps.append(trainer(exact, OPTIMIZERS[name](exact, backend="reference"), x, y))
     for _ in range(20):
         for step in steps:
             step()
@@ -83,10 +91,11 @@ def test_training_on_a_gpu_follows_the_reference() -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_bit() -> None:
+@every_optimizer
+def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_bit(name: str) -> None:
     ours = model()
     lr = torch.tensor(0.05, device="cuda")
-    optimizer = NPC(ours, lr=lr, momentum=0.9)
+    optimizer = OPTIMIZERS[name](ours, lr=lr)
     x, y = batch()
     train = trainer(ours, optimizer, x, y)
     stream = torch.cuda.Stream()
@@ -126,7 +135,7 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
     assert not torch.equal(lr_counts[0], saved[0])
 
 
-def _state(optimizer: NPC) -> list[Tensor]:
+def _state(optimizer: Any) -> list[Tensor]:
     return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
 
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 OPTIMIZERS: dict[str, Any] = {
     "NPC": lambda model: NPC(model, delta=0.5, **OPTIONS),
+    "NPCAdamW": lambda model: NPCAdamW(model, lr=0.01, delta=0.5),
     "CPC": lambda model: CPC(model, delta=0.5, **OPTIONS),
     "EWC": lambda model: consolidated(EWC(model, strength=0.1, **OPTIONS)),
     "MAS": lambda model: consolidated(MAS(model, strength=0.1, **OPTIONS)),

@@ -23,13 +23,14 @@ ADDRESS = "-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-re
 THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
 KERNEL_TESTS = [
     *("tests/test_importance.py", "tests/test_update.py"),
+    *("tests/test_adam_update.py", "tests/test_rounding.py"),
     *("tests/test_anchored_update.py", "tests/test_connection_update.py"),
 ]
 # A launch takes a quarter of a second under the thread sanitizer: tests with few launches that, all together, go
 # through every kernel, layout, dtype and option.
 FEW_LAUNCHES = (
     "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
-    "or ((anchored_update_agrees or connection_update_agrees) and bfloat16)"
+    "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round"
 )
 
 
