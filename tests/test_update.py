@@ -339,7 +339,8 @@ def test_every_written_tensor_gets_a_new_version() -> None:
 
 def test_update_passes_opcheck() -> None:
     arguments = network(momentum=0.9)
-    opcheck(torch.ops.npc_ext.update_.default, tuple(arguments[name] for name in ARGUMENTS))
+    given = tuple(arguments[name] for name in ARGUMENTS)
+    opcheck(torch.ops.npc_ext.update_.default, given, {"steps": [], "seeds": []})
 
 
 def activations(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:

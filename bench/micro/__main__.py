@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from npc_ext import NPC, ops, reference
+from npc_ext import NPC, NPCAdamW, PlasticityWrapper, ops, reference
 
 from .. import environment
 from ..continual.networks import cnn
@@ -76,42 +76,73 @@ def importance(quick: bool) -> Iterator[Row]:
 def update(quick: bool) -> Iterator[Row]:
     """optimizer.step() with nothing frozen, which is the most work NPC can have, against SGD."""
     for momentum in (0.0, 0.9):
-        for size in UPDATE_SIZES[: 3 if quick else None]:
-            width = max(int((size / 4) ** 0.5), 1)
-            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
-            models = [model, *(copy.deepcopy(model) for _ in range(3))]
-            for one in models:
-                for parameter in one.parameters():
-                    parameter.grad = torch.randn_like(parameter)
-            # beta so large that every neuron learns at full rate, as in SGD
-            ours = NPC(models[0], lr=1e-3, beta=1e9, momentum=momentum)
-            eager = NPC(models[3], lr=1e-3, beta=1e9, momentum=momentum, backend="reference")
-            sgd: dict[str, Any] = {"lr": 1e-3, "momentum": momentum}
-            optimizers: dict[str, torch.optim.Optimizer] = {
-                "npc_ext": ours,
-                "SGD fused": torch.optim.SGD(models[1].parameters(), **sgd, fused=True),
-                "SGD foreach": torch.optim.SGD(models[2].parameters(), **sgd, foreach=True),
-                "eager NPC": eager,
-            }
-            measured = torch.rand(width)
+        options: dict[str, Any] = {"lr": 1e-3, "momentum": momentum}
+        makers: dict[str, _Maker] = {
+            "npc_ext": partial(NPC, beta=_PLASTIC, **options),
+            "SGD fused": _of_parameters(torch.optim.SGD, fused=True, **options),
+            "SGD foreach": _of_parameters(torch.optim.SGD, foreach=True, **options),
+            "eager NPC": partial(NPC, beta=_PLASTIC, backend="reference", **options),
+        }
+        label = f", momentum {momentum}" if momentum else ""
+        yield from _updates(quick, label, makers, "SGD fused", 3 + 2 * bool(momentum))
 
-            def prepare(optimizers: tuple[NPC, ...] = (ours, eager), measured: Tensor = measured) -> None:
-                for optimizer in optimizers:
-                    for layer in optimizer.neurons:
-                        layer.sink.grad = measured
 
-            prepare()
-            for one, optimizer in zip(models, optimizers.values(), strict=True):
-                with torch.no_grad():
-                    for parameter in one.parameters():
-                        parameter.grad = model.state_dict()["0.weight"].new_ones(parameter.shape)
-                optimizer.step()
-            for name, one in zip(optimizers, models, strict=True):
-                _check(name, next(one.parameters()), next(models[1].parameters()).double())
-            steps = {name: _ignoring_the_set(optimizer.step) for name, optimizer in optimizers.items()}
-            result = compare(steps, prepare=prepare, turns=11 if size > 10**7 else 31, seconds_per_turn=0.02)
-            label = f"{size:,} parameters" + (f", momentum {momentum}" if momentum else "")
-            yield _row(label, result, 1.0 if size >= 10**4 else None, (3 + 2 * bool(momentum)) * 4 * size, "SGD fused")
+def adam(quick: bool) -> Iterator[Row]:
+    """The same for NPCAdamW against AdamW, and against AdamW in a PlasticityWrapper."""
+    makers: dict[str, _Maker] = {
+        "npc_ext": partial(NPCAdamW, lr=1e-3, beta=_PLASTIC),
+        "AdamW fused": _of_parameters(torch.optim.AdamW, lr=1e-3, fused=True),
+        "AdamW foreach": _of_parameters(torch.optim.AdamW, lr=1e-3, foreach=True),
+        "wrapped AdamW": _wrapped_adamw,
+    }
+    yield from _updates(quick, "", makers, "AdamW fused", 7)
+
+
+_PLASTIC = 1e9  # a beta so large that every neuron learns at full rate
+_Maker = Callable[[nn.Module], Any]
+
+
+def _of_parameters(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> _Maker:
+    return lambda model: kind(model.parameters(), **options)
+
+
+def _wrapped_adamw(model: nn.Module) -> PlasticityWrapper:
+    """With neurons that are all protected, if by little, because others are not copied."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    wrapper = PlasticityWrapper(optimizer, model, alpha=0.9999, beta=2.0)
+    for state in wrapper._tracker.state.values():
+        if "importance" in state:
+            state["importance"].fill_(1.0)
+    return wrapper
+
+
+def _updates(quick: bool, label: str, makers: dict[str, _Maker], against: str, moves: int) -> Iterator[Row]:
+    """Steps of optimizers that come to about the same weights; `moves` counts numbers moved for each weight."""
+    for size in UPDATE_SIZES[: 3 if quick else None]:
+        width = max(int((size / 4) ** 0.5), 1)
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+        models = dict(zip(makers, [model, *(copy.deepcopy(model) for _ in makers)], strict=False))
+        optimizers = {name: make(models[name]) for name, make in makers.items()}
+        measured = torch.rand(width)
+        measuring = [one for one in optimizers.values() if hasattr(one, "neurons")]
+
+        def prepare(optimizers: list[Any] = measuring, measured: Tensor = measured) -> None:
+            for optimizer in optimizers:
+                for layer in optimizer.neurons:
+                    layer.sink.grad = measured
+
+        prepare()
+        for name, optimizer in optimizers.items():
+            for parameter in models[name].parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+        want = next(models[against].parameters()).double()
+        for name, one in models.items():
+            _check(name, next(one.parameters()), want)
+        steps = {name: _ignoring_the_set(optimizer.step) for name, optimizer in optimizers.items()}
+        result = compare(steps, prepare=prepare, turns=11 if size > 10**7 else 31, seconds_per_turn=0.02)
+        goal = 1.0 if size >= 10**4 else None
+        yield _row(f"{size:,} parameters{label}", result, goal, moves * 4 * size, against)
 
 
 def step(quick: bool) -> Iterator[Row]:
@@ -307,6 +338,7 @@ def _verdict(row: Row) -> str:
 PARTS = {
     "importance": importance,
     "update": update,
+    "adam": adam,
     "step": step,
     "methods": methods,
     "frozen": frozen,
