@@ -25,6 +25,7 @@ from npc_ext import NPC, NPCAdamW, PlasticityWrapper, ops, reference
 from .. import environment
 from ..continual.networks import cnn
 from ..continual.report import markdown
+from . import calls as calls_part
 from . import frozen as frozen_part
 from .memory import peak_memory
 from .methods import OLD_TASKS, Case, paper_cnn
@@ -293,7 +294,9 @@ def _row(case: str, result: Comparison, goal: float | None, moved: int | None, a
 
 
 def _table(rows: list[Row]) -> str:
-    """One line per case: our time, how many times longer each peer takes, and whether the goal is reached."""
+    """One line per case: what was counted, or our time, how many times longer each peer takes, and whether the goal is reached."""
+    if "launches" in rows[0]:
+        return calls_part.table(rows)
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peer / npc_ext (quartiles)"]))
     header = ["case", "npc_ext", "GB/s", *(f"{peer}, times as long" for peer in peers), "goal"]
     with_state = any("state, bytes" in row for row in rows)
@@ -339,6 +342,7 @@ PARTS = {
     "importance": importance,
     "update": update,
     "adam": adam,
+    "calls": calls_part.calls,
     "step": step,
     "methods": methods,
     "frozen": frozen,

@@ -1,0 +1,94 @@
+"""How often a training step calls a kernel and other processes, counted rather than timed.
+
+Other processes are PyTorch's fake ones: its process group for tests, in which every call returns at once. So any number
+of them fits one machine, and what is counted is what this process would ask of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from npc_ext import NPC, NPCAdamW, PlasticityWrapper, _launch
+
+from ..continual.report import markdown
+from .methods import paper_cnn
+
+PROCESSES = (1, 8, 1024)
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "NPC": NPC,
+    "NPCAdamW": NPCAdamW,
+    "PlasticityWrapper(AdamW)": lambda model, **options: PlasticityWrapper(
+        torch.optim.AdamW(model.parameters(), lr=1e-3), model, **options
+    ),
+}
+
+
+@contextmanager
+def counted() -> Iterator[tuple[Counter[str], list[int]]]:
+    """Counts calls of kernels, by their names, and collects the sizes in bytes of what is all-reduced."""
+    launches, sizes = Counter[str](), list[int]()
+    launch, all_reduce = _launch._launch, distributed.all_reduce
+
+    def counting_launch(kernel: str, *arguments: Any) -> None:
+        launches[kernel] += 1
+        launch(kernel, *arguments)
+
+    def counting_all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(tensor.nbytes)
+        return all_reduce(tensor, *arguments, **options)
+
+    with (
+        mock.patch.object(_launch, "_launch", counting_launch),
+        mock.patch.object(distributed, "all_reduce", counting_all_reduce),
+    ):
+        yield launches, sizes
+
+
+def calls(quick: bool) -> Iterator[dict[str, Any]]:
+    """What the third training step of the paper's CNN calls, by processes, beside the all-reduce of gradients."""
+    for processes in PROCESSES:
+        for name, make in OPTIMIZERS.items():
+            distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+            try:
+                model = paper_cnn()
+                optimizer = make(model, process_group=distributed.group.WORLD)
+                for _ in range(2):
+                    _train(model, optimizer)
+                with counted() as (launches, sizes):
+                    _train(model, optimizer)
+            finally:
+                distributed.destroy_process_group()
+            yield {
+                "case": f"{name}, {processes:,} process{'es' if processes > 1 else ''}",
+                "neurons": sum(layer.neurons for layer in optimizer.neurons),
+                "launches": dict(launches),
+                "collective calls": len(sizes),
+                "bytes in them": sum(sizes),
+            }
+        if quick:
+            return
+
+
+def _train(model: nn.Module, optimizer: Any) -> None:
+    optimizer.zero_grad()
+    F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
+    optimizer.step()
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """One line per case."""
+    header = ["case", "neurons", "launches", "collective calls", "bytes in them"]
+    lines = []
+    for row in rows:
+        launches = ", ".join(f"{count} {kernel}" for kernel, count in row["launches"].items())
+        lines.append([row["case"], f"{row['neurons']:,}", launches, *(f"{row[name]:,}" for name in header[3:])])
+    return markdown(header, lines)
