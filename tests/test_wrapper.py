@@ -132,6 +132,21 @@ def test_every_neuron_takes_its_share_of_the_movement(name: str, bucket_bytes: i
         assert frozen > 0
 
 
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
+def test_muon_takes_its_steps_and_frozen_neurons_stay() -> None:
+    """Its steps make whole matrices orthogonal: what is taken back of a row changes no other."""
+    model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.ReLU(), nn.Linear(10, 3, bias=False))
+    plain = copy.deepcopy(model)
+    wrapped = PlasticityWrapper(torch.optim.Muon(model.parameters(), lr=1e-2), model, delta=0.9999)
+    wrapped._tracker.state[model[0].weight]["importance"][:4] = 3.0
+    x, before = torch.randn(8, 12), model[0].weight.detach().clone()
+    for one, optimizer in ((model, wrapped), (plain, torch.optim.Muon(plain.parameters(), lr=1e-2))):
+        one(x).square().mean().backward()
+        optimizer.step()
+    assert torch.equal(model[0].weight[:4], before[:4])
+    assert torch.equal(model[0].weight[4:], plain[0].weight[4:]) and not torch.equal(model[0].weight[4:], before[4:])
+
+
 def test_the_share_is_eq_7_in_units_of_the_rate() -> None:
     model = network()
     ours = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=3.0), model)

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import argparse
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from npc_ext import NPC, ops, reference
+from npc_ext import NPC, NPCAdamW, ops, reference
 
 from .device import check
+
+
+def _train_twins(kind: Any, options: dict[str, Any], model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """A few steps by the kernels and by the reference come to about the same weights."""
+    twins = [copy.deepcopy(model) for _ in range(2)]
+    optimizers = [kind(twins[0], **options), kind(twins[1], **options, backend="reference")]
+    for _ in range(3):
+        for network, optimizer in zip(twins, optimizers, strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(x), y).backward()
+            optimizer.step()
+    check(kind.__name__, next(twins[0].parameters()), next(twins[1].parameters()).double(), 1e-2)
 
 
 def main() -> None:
@@ -37,15 +50,12 @@ def main() -> None:
         reference.layer_step_(n.double(), g.double(), exact, [gradient.double()], [], exact_average, skipped, [0], [1])
         check("layer_step_", weight, exact[0], 1e-2)
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).to(device)
-    twin = copy.deepcopy(model)
-    optimizers = [NPC(model, momentum=0.9), NPC(twin, momentum=0.9, backend="reference")]
     x, y = torch.randn(8, 3, 8, 8, device=device), torch.randint(10, (8,), device=device)
-    for _ in range(3):
-        for network, optimizer in zip((model, twin), optimizers, strict=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
-            optimizer.step()
-    check("NPC", next(model.parameters()), next(twin.parameters()), 1e-2)
+    _train_twins(NPC, {"momentum": 0.9}, model, x, y)
+    _train_twins(NPCAdamW, {"lr": 1e-4}, model, x, y)
+    halves = (copy.deepcopy(model).to(torch.bfloat16), x.to(torch.bfloat16), y)
+    _train_twins(NPC, {"lr": 1e-3, "stochastic_rounding": True}, *halves)
+    _train_twins(NPCAdamW, {"lr": 1e-4, "stochastic_rounding": True}, *halves)
     print("every kernel agrees with the reference")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import NPC, _native, ops, reference
+from npc_ext import NPC, NPCAdamW, _native, ops, reference
 
 from ..continual.networks import cnn
 from ..micro.timing import Comparison
@@ -125,21 +125,30 @@ def update(device: Device, quick: bool) -> Iterator[Row]:
         [10**3] if device.dry else [10**4, 10**6, 10**8] if quick else [10**4, 10**5, 10**6, 10**7, 10**8, 5 * 10**8]
     )
     for size in sizes:
-        for momentum in (0.0,) if quick or size > 10**8 else (0.0, 0.9):
+        for kind in ("SGD", "AdamW") if quick or size > 10**8 else _KINDS:
             for frozen in (0.0, 0.9):
-                yield _update_row(device, size, momentum, frozen)
+                yield _update_row(device, size, kind, frozen)
 
 
-def _update_row(device: Device, size: int, momentum: float, frozen: float) -> Row:
+# What is moved: ours, torch's, their options, and how many numbers they move for each weight.
+_KINDS: dict[str, tuple[Any, Any, dict[str, Any], int]] = {
+    "SGD": (NPC, torch.optim.SGD, {"lr": 1e-3}, 3),
+    "SGD, momentum": (NPC, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, 5),
+    "AdamW": (NPCAdamW, torch.optim.AdamW, {"lr": 1e-3}, 7),
+}
+
+
+def _update_row(device: Device, size: int, kind: str, frozen: float) -> Row:
     width = max(int((size / 8) ** 0.5), 1)
-    options: dict[str, Any] = {"lr": 1e-3, "momentum": momentum}
+    ours, theirs, options, numbers = _KINDS[kind]
+    fused, foreach = f"{theirs.__name__} fused", f"{theirs.__name__} foreach"
     makers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-        "npc_ext": lambda model: NPC(model, **options),
-        "SGD fused": lambda model: torch.optim.SGD(model.parameters(), **options, fused=True),
-        "SGD foreach": lambda model: torch.optim.SGD(model.parameters(), **options, foreach=True),
+        "npc_ext": lambda model: ours(model, **options),
+        fused: lambda model: theirs(model.parameters(), **options, fused=True),
+        foreach: lambda model: theirs(model.parameters(), **options, foreach=True),
     }
     if size <= 10**7:
-        makers["eager NPC"] = lambda model: NPC(model, **options, backend="reference")
+        makers["eager NPC"] = lambda model: ours(model, **options, backend="reference")
     peers: dict[str, Callable[[int], object]] = {}
     held: dict[str, torch.optim.Optimizer] = {}
     for name, make in makers.items():
@@ -147,7 +156,7 @@ def _update_row(device: Device, size: int, momentum: float, frozen: float) -> Ro
         optimizer = held[name] = make(model)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-4)
-        if not isinstance(optimizer, NPC):
+        if not isinstance(optimizer, (NPC, NPCAdamW)):
             peers[name] = lambda _, optimizer=optimizer: optimizer.step()  # type: ignore[misc]
             continue
         for layer in optimizer.neurons:
@@ -155,7 +164,7 @@ def _update_row(device: Device, size: int, momentum: float, frozen: float) -> Ro
             average[: int(frozen * width)] = 1e9
         measured = torch.rand(width, device=device.name)
 
-        def step(_: int, optimizer: NPC = optimizer, measured: Tensor = measured) -> None:
+        def step(_: int, optimizer: Any = optimizer, measured: Tensor = measured) -> None:
             for layer in optimizer.neurons:
                 layer.sink.grad = measured
             optimizer.step()
@@ -165,10 +174,10 @@ def _update_row(device: Device, size: int, momentum: float, frozen: float) -> Ro
         model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(device.name)
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, 1e-4)
-        peers["SGD compiled"] = _compiled_step(torch.optim.SGD(model.parameters(), **options))
-    label = f"{size:,} parameters{', momentum' if momentum else ''}{', 90 % frozen' if frozen else ''}"
-    row = _ratio_row(device, label, device.compare(peers), "SGD fused", 1.0 if not frozen else None)
-    row["bytes"] = (3 + 2 * bool(momentum)) * 4 * 8 * width * width
+        peers[f"{theirs.__name__} compiled"] = _compiled_step(theirs(model.parameters(), **options))
+    label = f"{size:,} parameters, {kind}{', 90 % frozen' if frozen else ''}"
+    row = _ratio_row(device, label, device.compare(peers), fused, 1.0 if not frozen else None)
+    row["bytes"] = numbers * 4 * 8 * width * width
     row["host seconds"] = {name: device.host_seconds(lambda f=f: f(0)) for name, f in peers.items()}  # type: ignore[misc]
     return row
 

@@ -294,7 +294,7 @@ def _row(case: str, result: Comparison, goal: float | None, moved: int | None, a
 
 
 def _table(rows: list[Row]) -> str:
-    """One line per case: what was counted, or our time, how many times longer peers take, and whether the goal is met."""
+    """One line per case: what was counted, or our time, how many times longer peers take, and if the goal is met."""
     if "launches" in rows[0]:
         return calls_part.table(rows)
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peer / npc_ext (quartiles)"]))
