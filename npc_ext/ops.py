@@ -25,12 +25,12 @@ _NETWORK = "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_b
 _OPTIONS = (
     "Tensor(d!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
-    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None"
 )
 _SCHEMAS = (
     "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
     "relu_backward_importance(Tensor output, Tensor gradient, int channel_dim=1, int batch_dim=0) -> (Tensor, Tensor)",
-    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}",
+    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}, int[]? first_neuron=None) -> ()",
     "anchored_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor[] stiffness, "
     "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
@@ -39,7 +39,7 @@ _SCHEMAS = (
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
     "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     "network_step_(Tensor[] activations, Tensor[] activation_gradients, int[] channel_dim, int[] batch_dim, "
-    f"{_NETWORK}{_OPTIONS}",
+    f"{_NETWORK}{_OPTIONS}) -> ()",
     "layer_step_(Tensor activation, Tensor activation_gradient, Tensor(a!)[] parameters, Tensor[] gradients, "
     "Tensor(b!)[] momentum_buffers, Tensor(c!) importance, Tensor(d!) skipped, int[] neuron_dim, int[] groups, "
     "int channel_dim=1, int batch_dim=0, float lr=0.1, float momentum=0.0, bool nesterov=False, "
@@ -133,6 +133,7 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
 ) -> None:
     """Eqs. 3, 4 and 7 and the weight update for all layers of a network in one call, in place.
 
@@ -157,11 +158,14 @@ def update_(
         active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; if it is not zero nothing is changed at all.
+        first_neuron: for each parameter the neuron that its first row belongs to, where parameters are parts (shards) of
+            larger ones: rows first_neuron, first_neuron + 1, ... of the layer. Default: 0, and all rows. Needs groups 1.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
-    _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
+    network = (parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
+    _check_network(*network, first_neuron)
     _check_lengths(len(importances), measured=measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
     for index, sums in enumerate(measured):
         if sums.numel() == 0:
@@ -189,6 +193,7 @@ def update_(
         active_only,
         grad_scale,
         found_inf,
+        first_neuron,
     )
 
 
@@ -570,8 +575,11 @@ def _check_network(
     neuron_dim: Sequence[int],
     groups: Sequence[int],
     momentum: Sequence[float],
+    first_neuron: Sequence[int] | None = None,
 ) -> None:
     _check_lengths(len(parameters), gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
+    if first_neuron is not None:
+        _check_lengths(len(parameters), first_neuron=first_neuron)
     _check_skipped(skipped, len(importances))
     _check_parameters(parameters, gradients, momentum_buffers, momentum, importances=importances, skipped=[skipped])
     for index, average in enumerate(importances):
@@ -587,7 +595,14 @@ def _check_network(
         if not 0 <= dim < parameter.ndim:
             raise ValueError(f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions")
         rows, neurons = parameter.shape[dim] * groups[index], importances[layer[index]].numel()
-        if rows != neurons:
+        if first_neuron is not None:
+            first = first_neuron[index]
+            if not 0 <= first <= neurons - rows or (groups[index] > 1 and rows != neurons):
+                raise ValueError(
+                    f"parameters[{index}] has {rows} rows from neuron {first} on, but importance has {neurons} values; "
+                    f"they must be among them, and all of them where there are groups (layer {layer[index]})"
+                )
+        elif rows != neurons:
             raise ValueError(
                 f"parameters[{index}] has {rows} rows, but importance has {neurons} values; they must agree "
                 f"(layer {layer[index]})"
@@ -676,7 +691,8 @@ def _is_plain_call(*tensors: Tensor) -> bool:
     return True
 
 
-# The options of update_ and network_step_ from `layer` to `active_only`; grad_scale and found_inf follow.
+# The options of update_ and network_step_ from `layer` to `active_only`; grad_scale, found_inf (and update_'s
+# first_neuron) follow, as far as they are given.
 _CONSTANTS = 13
 
 
@@ -718,8 +734,9 @@ def _update(
     *options: Any,
 ) -> None:
     if native_takes([*parameters, *importances]):
-        constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        tables = _launch.Tables(parameters, [average.numel() for average in importances], *constants)
+        constants, (*flags, first_neuron) = options[:_CONSTANTS], (*options[_CONSTANTS:], None, None, None)[:3]
+        neurons = [average.numel() for average in importances]
+        tables = _launch.Tables(parameters, neurons, *constants, first_neuron=first_neuron)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
         network = (parameters, ordered, momentum_buffers, importances, _given(measured), skipped)
         _launch.update_(tables, *network, None, *flags)

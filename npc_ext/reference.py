@@ -169,6 +169,7 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
 ) -> None:
     """Eqs. 3, 4, 7 and Algorithm 1 for a whole network, in place; see `npc_ext.ops.update_` for the arguments."""
     if found_inf is not None and bool(found_inf):
@@ -188,6 +189,8 @@ def update_(
         if layer[index] >= 0:
             at = layer[index]
             free = plasticity(importances[at], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
+            if first_neuron is not None:  # a shard's rows
+                free = free.narrow(0, first_neuron[index], parameter.shape[neuron_dim[index]] * groups[index])
             free = per_element(free, parameter, neuron_dim[index], groups[index])
             rate, frozen = free.clamp(max=lr[index]), free == 0
         if grad_scale is not None:

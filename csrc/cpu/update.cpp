@@ -83,7 +83,8 @@ void launch_update(const UpdateParams& params, int threads) {
 
   for_each_share(params, shares_of(params, threads),
                  [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
-                   const float* rates = parameter.layer < 0 ? nullptr : plasticity[parameter.layer];
+                   const float* rates =
+                       parameter.layer < 0 ? nullptr : plasticity[parameter.layer] + parameter.first_neuron;
                    kernels().descend[static_cast<int>(parameter.dtype)](
                        parameter, rates, gradient_factor(parameter, params), begin, end);
                  });

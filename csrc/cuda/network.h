@@ -85,7 +85,8 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
     if (from.size == 0) continue;
-    add({cuda::elements(from), from.outer, from.middle, from.run, from.layer < 0 ? -1 : place[from.layer]});
+    add({cuda::elements(from), from.outer, from.middle, from.run, from.layer < 0 ? -1 : place[from.layer],
+         static_cast<int>(from.first_neuron)});
   }
   // C moves also where nothing depends on it: an item without elements sees to that.
   for (int layer = 0; layer < network.layer_count; ++layer) {
