@@ -193,6 +193,7 @@ class Tables:
         delta: Sequence[float] = (),
         sigma: Sequence[str] = (),
         active_only: Sequence[bool] = (),
+        *,
         first_neuron: Sequence[int] | None = None,
     ) -> None:
         numbers, options = array("q"), array("d")

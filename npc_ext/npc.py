@@ -170,5 +170,6 @@ class NPC(Plastic):
         sums = [nothing if one is None else one for one in measured]
         flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
-        update(plan.parameters, gradients, buffers, importances, sums, skipped, *plan.options, *flags)
+        own = (plan.parameters, gradients, buffers, importances, sums, skipped, *plan.options)
+        update(*own, *flags, plan.first_neuron)
         plan.skipped[plan.layers] = skipped

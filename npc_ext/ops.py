@@ -158,8 +158,8 @@ def update_(
         active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; if it is not zero nothing is changed at all.
-        first_neuron: for each parameter the neuron that its first row belongs to, where parameters are parts (shards) of
-            larger ones: rows first_neuron, first_neuron + 1, ... of the layer. Default: 0, and all rows. Needs groups 1.
+        first_neuron: for each parameter the neuron that its first row belongs to, where parameters are shards, blocks
+            of rows of larger ones. By default they are whole, as are those with groups.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
@@ -734,12 +734,12 @@ def _update(
     *options: Any,
 ) -> None:
     if native_takes([*parameters, *importances]):
-        constants, (*flags, first_neuron) = options[:_CONSTANTS], (*options[_CONSTANTS:], None, None, None)[:3]
+        constants, (scale, found_inf, first_neuron) = options[:_CONSTANTS], (*options[_CONSTANTS:], *[None] * 3)[:3]
         neurons = [average.numel() for average in importances]
         tables = _launch.Tables(parameters, neurons, *constants, first_neuron=first_neuron)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
         network = (parameters, ordered, momentum_buffers, importances, _given(measured), skipped)
-        _launch.update_(tables, *network, None, *flags)
+        _launch.update_(tables, *network, None, scale, found_inf)
     else:
         reference.update_(parameters, gradients, momentum_buffers, importances, measured, skipped, *options)
 

@@ -23,6 +23,8 @@ from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
 from .resting import let_rest
+from .shards import first_row, is_sharded, processes_of
+from .shards import why_not as why_not_sharded
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
@@ -38,6 +40,10 @@ _LAYER_OPTIONS = (
     "batch_dim",
 )
 _SKIPPING = (True, False, "layers")
+_LEFT_OUT = (
+    "; torch.distributed.checkpoint.state_dict leaves out parameters that require no gradient: build the optimizer "
+    "with params=[those that do]"
+)
 
 
 @dataclass(frozen=True)
@@ -121,10 +127,26 @@ class Plastic(Descent):
             self.param_groups.pop()
             raise
 
+    def _check_sharded(self, parameter: Any) -> None:
+        name = self._name_of(parameter)
+        if reason := why_not_sharded(parameter, self._model):
+            raise ValueError(
+                f"{name} is sharded in a way that {type(self).__name__} does not support: {reason}; use fully_shard "
+                "alone"
+            )
+        self._shared_sinks.check_covers(processes_of(parameter), name)
+
     def _find_neurons(self) -> None:
         """Searches the model, moves the taps and gives every new layer its importance of zero."""
         trained = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         found = find_neurons(self._model, **self._discovery_options())
+        for own in (own for layer in found for own in layer.parameters):
+            if own.groups > 1 and is_sharded(own.parameter):
+                raise ValueError(
+                    f"parameter {own.name!r} of a transposed convolution with {own.groups} groups is sharded, so that "
+                    "processes hold parts of groups; expected groups=1, or leave it out: "
+                    "fully_shard(..., ignored_params={...}), and average its gradients by hand"
+                )
         old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
         for layer in found:
             known = old.get(id(layer.parameters[0].parameter))
@@ -177,6 +199,8 @@ class Plastic(Descent):
         self._certificates.bind(self.state, self._group_of)
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
+        if any(is_sharded(own.parameter) for own in layer.parameters):
+            return "its parameters are sharded"
         if is_shared(layer.parameters[0].parameter, self._model):
             return "its weight is shared"
         return why_not(self._model.get_submodule(layer.name), trained)
@@ -286,19 +310,27 @@ class Plastic(Descent):
         tables: Callable[..., Any],
     ) -> PlasticPlan:
         """A plan with its tables, which are made of parameters, numbers of neurons and options."""
-        parameters = [parameter for parameter, _ in members]
+        common = self._common(device, members)
+        parameters = common["parameters"]
+        first_neuron = list(map(self._first_neuron, common["owners"])) if common["sharded"] else None
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         neurons = [average.numel() for average in importances]
         native = self._takes([*parameters, *importances])
         return PlasticPlan(
-            **self._common(device, members),
+            **common,
             options=options,
-            tables=tables(parameters, neurons, *options) if native else None,
+            tables=tables(parameters, neurons, *options, first_neuron=first_neuron) if native else None,
+            first_neuron=first_neuron,
             layers=layers,
             layer_states=layer_states,
             skipped=self._skipped.on(device),
         )
+
+    def _first_neuron(self, parameter: Tensor) -> int:
+        """Which neuron of its layer the first row of a parameter belongs to, as far as this process holds it."""
+        _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
+        return first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
 
     def _signature(self) -> list[Any]:
         return [*super()._signature(), self._delays()]
@@ -423,6 +455,7 @@ class Plastic(Descent):
                 raise ValueError(
                     f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
                     f"({layer.neurons},); it was saved for another architecture or by another optimizer"
+                    + ("" if key.requires_grad else _LEFT_OUT)
                 )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
@@ -454,3 +487,4 @@ class PlasticPlan(Plan):
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     skipped: Tensor  # counters of all layers, on the device
+    first_neuron: list[int] | None  # of each parameter, where shards begin within their layer; None without shards

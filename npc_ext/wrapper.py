@@ -14,6 +14,7 @@ from . import _launch, reference
 from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, PlasticPlan
+from .shards import local
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -164,7 +165,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        parameter.grad.div_(scale.to(parameter.grad.device))
+                        local(parameter.grad).div_(scale.to(parameter.grad.device))
         return False
 
     def _take_steps(self) -> None:
@@ -177,11 +178,11 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 before_each()
                 self._step_only(unprotected)
             for bucket in _buckets([one for one in trained if id(one) in shares], self._bucket_bytes):
-                before = [parameter.detach().clone() for parameter in bucket]
+                before = [local(parameter).detach().clone() for parameter in bucket]
                 before_each()
                 self._step_only(bucket)
                 for parameter, was in zip(bucket, before, strict=True):
-                    shares[id(parameter)].take_back_(parameter, was)
+                    shares[id(parameter)].take_back_(local(parameter), was)
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -262,10 +263,13 @@ class _Share:
     of_neurons: Tensor
     neuron_dim: int
     groups: int
+    first_neuron: int
 
     def take_back_(self, parameter: Tensor, before: Tensor) -> None:
-        """Moves a parameter back towards what it was before; where the share is 0, to it."""
-        share = reference.per_element(self.of_neurons, parameter, self.neuron_dim, self.groups)
+        """Moves a parameter, or this process's shard of it, back towards what it was; where the share is 0, to it."""
+        rows = parameter.shape[self.neuron_dim] * self.groups
+        own = self.of_neurons.narrow(0, self.first_neuron, rows)
+        share = reference.per_element(own, parameter, self.neuron_dim, self.groups)
         dtype = reference.compute_dtype(parameter.dtype)
         if dtype == parameter.dtype:
             parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
@@ -295,7 +299,7 @@ class _Tracker(NPC):
         rates = reference.learning_rate(average, 1.0, constants["alpha"], constants["beta"], constants["sigma"])
         if not rates.is_cuda and bool((rates == 1).all()):  # a GPU is not waited for
             return None
-        return _Share(rates, dim, groups)
+        return _Share(rates, dim, groups, self._first_neuron(parameter))
 
 
 def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
@@ -303,7 +307,7 @@ def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        own = parameter.numel() * parameter.element_size()
+        own = local(parameter).numel() * parameter.element_size()
         if bucket and size + own > most_bytes:
             yield bucket
             bucket, size = [], 0
