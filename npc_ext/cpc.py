@@ -171,10 +171,10 @@ class CPC(Descent):
     def _trains(self, parameter: Tensor) -> bool:
         return id(parameter) in self._layer_of or self._others == "train"
 
-    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        super()._create_state(parameter, group)
-        if id(parameter) in self._layer_of and "importance" not in self.state[parameter]:
-            self.state[parameter]["importance"] = torch.zeros_like(parameter, dtype=torch.float32)
+    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        if id(parameter) in self._layer_of:
+            self.state[parameter].setdefault("importance", torch.zeros_like(parameter, dtype=torch.float32))
+        super()._prepare_state(parameter, group)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]

@@ -286,18 +286,6 @@ class Descent(torch.optim.Optimizer):
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
-    def state_dict(self) -> dict[str, Any]:
-        """As that of any torch optimizer, with everything in it that steps keep, from the beginning on.
-
-        So it can serve as what a checkpoint is loaded into (`torch.distributed.checkpoint`). Of sharded parameters it
-        has this process's shards, as DTensors.
-        """
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and self._trains(parameter):
-                    self._create_state(parameter, group)
-        return super().state_dict()
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
         if not {"state", "param_groups"} <= state_dict.keys():

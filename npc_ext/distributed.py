@@ -48,7 +48,8 @@ def _group_of(model: nn.Module) -> Any:
         model = inner
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.process_group
-    sharded: Any = next(filter(is_sharded, model.parameters()), None)
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    sharded: Any = next(filter(is_sharded, parameters), None)
     return None if sharded is None else _group_of_mesh(sharded.device_mesh)
 
 

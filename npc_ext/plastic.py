@@ -277,6 +277,10 @@ class Plastic(Descent):
     def _trains(self, parameter: Tensor) -> bool:
         return id(parameter) in self._place or self._others == "train"
 
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        super()._create_state(parameter, group)
+        self.state[parameter]  # an empty one counts for torch.distributed.checkpoint, where none is an error
+
     def _neuron_options(self, parameters: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
         """What the operations must know of neurons: the layers that take part, and two parts of their options.
 
@@ -446,6 +450,19 @@ class Plastic(Descent):
         return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
 
     # --------------------------------------------------------------------------------------------- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """As that of any torch optimizer, with everything in it that steps keep, from the beginning on.
+
+        So it can serve as what a checkpoint is loaded into (torch.distributed.checkpoint asks for what an optimizer has
+        before its first step, and has none made where there is something, as importance is). Of sharded parameters it
+        has this process's shards, as DTensors.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and self._trains(parameter):
+                    self._create_state(parameter, group)
+        return super().state_dict()
 
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         for layer, key in zip(self._consolidated, self._keys, strict=True):

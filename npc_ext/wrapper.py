@@ -149,11 +149,18 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 loss = closure()
         if self._is_skipped():
             self._tracker.forget_measured()
-            return loss
-        self._tracker.step()
-        with torch.no_grad():
-            self._take_steps()
+        elif self._only_makes_state():
+            self.optimizer.step()
+        else:
+            self._tracker.step()
+            with torch.no_grad():
+                self._take_steps()
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether nothing was measured and nothing can move: torch.distributed.checkpoint has states made so."""
+        unmeasured = all(layer.sink.grad is None for layer in self.neurons)
+        return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
     @torch.no_grad()
     def _is_skipped(self) -> bool:
@@ -223,22 +230,41 @@ class PlasticityWrapper(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under "plasticity" the importance of all neurons."""
-        return {**self.optimizer.state_dict(), "plasticity": self._tracker.state_dict()}
+        """The wrapped optimizer's, and under "plasticity" the importance of all neurons with its constants.
+
+        Importance is also in the states of the layers' weights, for torch.distributed.checkpoint, which knows of these
+        only.
+        """
+        own, tracked = self.optimizer.state_dict(), self._tracker.state_dict()
+        states = dict(own["state"])
+        for index, state in tracked["state"].items():
+            if "importance" in state:
+                states[index] = {**states.get(index, {}), "importance": state["importance"]}
+        return {**own, "state": states, "plasticity": tracked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
-        if "plasticity" not in state_dict:
-            raise ValueError(
-                "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
-                "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
-            )
-        importance = self._tracker.state_dict()
-        self._tracker.load_state_dict(state_dict["plasticity"])
+        before = self._tracker.state_dict()
+        states = state_dict.get("state", {})
+        tracked = state_dict.get("plasticity")
+        if tracked is None:  # torch.distributed.checkpoint has left it out; the constants are those of this wrapper
+            # Keys may be names; the tracker counts parameters through the groups.
+            keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])
+            own_states = ((at, states.get(key, {})) for at, key in enumerate(keys))
+            importances = {at: {"importance": own["importance"]} for at, own in own_states if "importance" in own}
+            if not importances:
+                raise ValueError(
+                    "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
+                    "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
+                )
+            tracked = {**before, "state": importances}
+        own = {name: part for name, part in state_dict.items() if name != "plasticity"}
+        own["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
+        self._tracker.load_state_dict(tracked)
         try:
-            self.optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != "plasticity"})
+            self.optimizer.load_state_dict(own)
         except Exception:
-            self._tracker.load_state_dict(importance)
+            self._tracker.load_state_dict(before)
             raise
 
     def __getstate__(self) -> dict[str, Any]:
