@@ -38,14 +38,16 @@ struct LayerParams {
 // One parameter. Its memory is `outer` x `middle` x `run` elements per group of neurons, and the elements of one run
 // belong to one neuron: run r is part of neuron (r / (outer * middle)) * middle + r % middle. Linear and convolution
 // weights have outer = 1, middle = neurons; a transposed convolution's (in, out / groups, k...) has
-// outer = in / groups, middle = out / groups.
+// outer = in / groups, middle = out / groups. Where a process holds only some rows of a parameter, the neurons are those
+// from `first_neuron` on; there is one group then.
 struct ParameterParams {
   void* value;           // [size], read and written
   const void* gradient;  // [size], in the memory order of value
   void* momentum;        // [size], in the memory order of value, or null
   DType dtype;
   int64_t size, outer, middle, run;
-  int64_t layer;  // whose neurons scale the rate, or -1: the plain rate lr
+  int64_t layer;         // whose neurons scale the rate, or -1: the plain rate lr
+  int64_t first_neuron;  // of the layer, to which the first row belongs
   double lr, momentum_factor, weight_decay;
   const float* lr_address;  // takes the place of lr, so that a CUDA graph's replays see it change; or null
   bool nesterov, maximize;

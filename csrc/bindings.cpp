@@ -166,7 +166,7 @@ struct Network {
     check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
                     (lr.empty() || lr.size() == values.size()),
                 "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
-    const Table<int64_t> numbers(parameter_numbers, values.size(), 8, "parameter_numbers");
+    const Table<int64_t> numbers(parameter_numbers, values.size(), 9, "parameter_numbers");
     const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
     for (size_t i = 0; i < values.size(); ++i) {
       const int64_t* n = numbers.row(i);
@@ -179,9 +179,10 @@ struct Network {
       p.lr_address = lr.empty() ? nullptr : pointer<const float>(lr[i]);
       p.dtype = dtype_of(n[0]);
       p.size = n[1], p.outer = n[2], p.middle = n[3], p.run = n[4], p.layer = n[5];
-      p.nesterov = n[6] != 0, p.maximize = n[7] != 0;
+      p.nesterov = n[6] != 0, p.maximize = n[7] != 0, p.first_neuron = n[8];
       p.lr = o[0], p.momentum_factor = o[1], p.weight_decay = o[2];
       check_sizes(p.layer < static_cast<int64_t>(layers.size()), "layer out of range");
+      check_sizes(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
     }
     const Table<int64_t> sizes(layer_numbers, layers.size(), 3, "layer_numbers");
     const Table<double> constants(layer_options, layers.size(), 3, "layer_options");

@@ -171,9 +171,9 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 class Tables:
     """What the kernels must know of a network's parameters and layers, apart from where they are; checked once.
 
-    Rows of `parameter_numbers`: dtype, size, outer, middle, run, layer, nesterov, maximize; of `parameter_options`: lr,
-    momentum, weight decay; of `layer_numbers`: neurons, error function, active only; of `layer_options`: alpha, beta,
-    delta. They stay valid while the parameters keep their shape, dtype and memory order.
+    Rows of `parameter_numbers`: dtype, size, outer, middle, run, layer, nesterov, maximize, first neuron; of
+    `parameter_options`: lr, momentum, weight decay; of `layer_numbers`: neurons, error function, active only; of
+    `layer_options`: alpha, beta, delta. They stay valid while the parameters keep their shape, dtype and memory order.
     """
 
     def __init__(
@@ -193,12 +193,14 @@ class Tables:
         delta: Sequence[float] = (),
         sigma: Sequence[str] = (),
         active_only: Sequence[bool] = (),
+        *,
+        first_neuron: Sequence[int] | None = None,
     ) -> None:
         numbers, options = array("q"), array("d")
         for index, parameter in enumerate(parameters):
             place = geometry(parameter.shape, parameter.stride(), neuron_dim[index], groups[index])
             numbers.extend((DTYPES[parameter.dtype], parameter.numel(), *place, layer[index]))
-            numbers.extend((nesterov[index], maximize[index]))
+            numbers.extend((nesterov[index], maximize[index], first_neuron[index] if first_neuron else 0))
             rate = lr[index]
             options.extend((0.0 if isinstance(rate, Tensor) else rate, momentum[index], weight_decay[index]))
         layer_numbers, layer_options = array("q"), array("d")
@@ -232,10 +234,12 @@ class AdamTables(Tables):
         weight_decay: Sequence[float],
         maximize: Sequence[bool],
         *of_layers: Any,
+        first_neuron: Sequence[int] | None = None,
     ) -> None:
         momentum = ([0.0] * len(parameters), [False] * len(parameters))
         places = (layer, neuron_dim, groups)
-        super().__init__(parameters, neurons, *places, lr, *momentum, weight_decay, maximize, *of_layers)
+        options = (lr, *momentum, weight_decay, maximize, *of_layers)
+        super().__init__(parameters, neurons, *places, *options, first_neuron=first_neuron)
         self.adam_options = array("d")
         for row in zip(first_decay, second_decay, epsilon, strict=True):
             self.adam_options.extend(row)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
 from .distributed import unwrapped
+from .shards import check_not_replaced, is_sharded, like, local
 
 BACKENDS = ("auto", "native", "reference")
 # Steps may take turns: heads of several tasks, layers that are measured now and then.
@@ -28,7 +29,9 @@ class Plan:
     """What one device's part of a step works on, apart from the values."""
 
     device: torch.device
-    parameters: list[Tensor]
+    parameters: list[Tensor]  # of sharded ones, this process's shards
+    owners: list[Tensor]  # the parameters themselves, which have the gradients
+    sharded: bool  # whether any of them is a DTensor
     aligned: bool  # all gradients lie in memory like their parameters
     states: list[dict[str, Any]]  # of the parameters
     has_momentum: list[bool]
@@ -37,17 +40,21 @@ class Plan:
 
     def gradients(self) -> list[Any]:
         """The gradients, in memory like their parameters."""
-        gradients: list[Any] = [parameter.grad for parameter in self.parameters]
+        gradients: list[Any] = [owner.grad for owner in self.owners]
+        if self.sharded:
+            gradients = list(map(local, gradients))
         return gradients if self.aligned else list(map(_launch.in_memory_order_of, self.parameters, gradients))
 
     def momentum_buffers(self) -> list[Tensor]:
         """The momentum buffers, and in place of missing ones anything."""
         own = zip(self.parameters, self.states, self.has_momentum, strict=True)
-        return [state["momentum_buffer"] if has else parameter for parameter, state, has in own]
+        buffers = [state["momentum_buffer"] if has else parameter for parameter, state, has in own]
+        return list(map(local, buffers)) if self.sharded else buffers
 
     def beside(self, name: str) -> list[Tensor | None]:
         """One tensor of each parameter's state, or None where it has none of that name."""
-        return [state.get(name) for state in self.states]
+        tensors = [state.get(name) for state in self.states]
+        return list(map(local, tensors)) if self.sharded else tensors
 
 
 class Descent(torch.optim.Optimizer):
@@ -78,6 +85,8 @@ class Descent(torch.optim.Optimizer):
         check_choice("backend", backend, BACKENDS)
         self._model = unwrapped(model)
         self._backend = backend
+        self._sharded = False
+        self._known: list[tuple[str, Tensor]] = []  # the model's parameters in the groups, by name
         self._forget_plans()
         if backend == "native":
             require_native(self._model)
@@ -92,12 +101,20 @@ class Descent(torch.optim.Optimizer):
                     f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
                     f"{type(self).__name__} trains real parameters only"
                 )
-            if hasattr(parameter, "placements"):  # a DTensor
-                raise ValueError(
-                    f"a parameter of shape {tuple(parameter.shape)} is sharded over processes (FSDP or tensor "
-                    f"parallelism), which {type(self).__name__} does not support; use DistributedDataParallel"
-                )
+            if is_sharded(parameter):
+                self._check_sharded(parameter)
         super().add_param_group(param_group)
+        added = {id(parameter) for parameter in self.param_groups[-1]["params"]}
+        self._sharded = self._sharded or any(map(is_sharded, self.param_groups[-1]["params"]))
+        self._known += [(name, own) for name, own in self._model.named_parameters() if id(own) in added]
+
+    def _check_sharded(self, parameter: Any) -> None:
+        """Raises ValueError if a parameter is sharded over processes in a way that steps cannot deal with."""
+        raise ValueError(
+            f"{self._name_of(parameter)} is sharded over processes (FSDP or tensor parallelism), which "
+            f"{type(self).__name__} does not support; use DistributedDataParallel, or one of the optimizers that "
+            "support fully_shard: NPC or PlasticityWrapper"
+        )
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         """Raises ValueError if the options of a group, or of a layer (`where`), are out of range."""
@@ -128,6 +145,8 @@ class Descent(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self._planned_for is None:  # the first step, among others
+            check_not_replaced(self._model, self._known)
         self._step()
         return loss
 
@@ -156,6 +175,8 @@ class Descent(torch.optim.Optimizer):
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for plan in self._plans:
             self._launch(plan, grad_scale, found_inf)
+            if plan.sharded:  # the launch raised the versions of the shards
+                torch.autograd.graph.increment_version(plan.owners)
 
     def _launch(self, plan: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         raise NotImplementedError
@@ -166,6 +187,7 @@ class Descent(torch.optim.Optimizer):
         Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
         """
         signature: list[Any] = [len(self.state)]  # 0 if somebody has cleared it
+        sharded = self._sharded
         for group in self.param_groups:
             lr = group["lr"]
             # A tensor may be changed in place, so its value counts; but one that the kernels read on the device.
@@ -177,6 +199,8 @@ class Descent(torch.optim.Optimizer):
                     continue
                 if gradient.is_sparse:  # it has no strides
                     self._refuse_gradient(parameter, gradient)
+                if sharded:
+                    parameter, gradient = local(parameter), local(gradient)
                 # Another device, dtype or memory format of the parameter is another address.
                 signature += (gradient.dtype, gradient.stride(), parameter.stride(), parameter.data_ptr())
         return signature
@@ -215,13 +239,21 @@ class Descent(torch.optim.Optimizer):
         """Makes sure that a parameter's state is there and lies in memory as the parameter does."""
         if parameter.grad.dtype != parameter.dtype or parameter.grad.device != parameter.device:
             self._refuse_gradient(parameter, parameter.grad)
-        state = self.state[parameter]
-        if self._has_momentum(group):
-            state.setdefault("momentum_buffer", torch.zeros_like(parameter))
+        self._create_state(parameter, group)
         # What was loaded, or whose model changed its memory format, may lie in memory otherwise.
+        self._lay_out_state(parameter)
+
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        """Creates what steps keep of a parameter, as far as it is not there yet."""
+        if self._has_momentum(group) and "momentum_buffer" not in self.state[parameter]:
+            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    def _lay_out_state(self, parameter: Any) -> None:
+        """Has the state lie in memory, and be sharded, as its parameter is."""
+        state = self.state[parameter]
         for name in ("momentum_buffer", *self._BESIDE):
             if name in state:
-                state[name] = _launch.in_memory_order_of(parameter, state[name])
+                state[name] = like(parameter, state[name])
 
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
         """Whether the parameters of a group have SGD's momentum."""
@@ -232,12 +264,19 @@ class Descent(torch.optim.Optimizer):
 
     def _common(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
         """The fields of a plan that do not depend on the method."""
-        parameters = [parameter for parameter, _ in members]
+        owners = [parameter for parameter, _ in members]
+        parameters = list(map(local, owners))
+        strides = [
+            (local(owner.grad).stride(), parameter.stride())
+            for owner, parameter in zip(owners, parameters, strict=True)
+        ]
         return {
             "device": device,
             "parameters": parameters,
-            "aligned": all(parameter.grad.stride() == parameter.stride() for parameter in parameters),
-            "states": [self.state[parameter] for parameter in parameters],
+            "owners": owners,
+            "sharded": any(map(is_sharded, owners)),
+            "aligned": all(of_gradient == own for of_gradient, own in strides),
+            "states": [self.state[owner] for owner in owners],
             "has_momentum": [self._has_momentum(group) for _, group in members],
         }
 
@@ -277,6 +316,13 @@ class Descent(torch.optim.Optimizer):
                         f"{tuple(tensor.shape)}, expected {tuple(parameter.shape)}; it was saved for another "
                         "architecture"
                     )
+                if is_sharded(tensor) and not is_sharded(parameter):
+                    raise ValueError(
+                        f"the state dict's {name.replace('_', ' ')} for {self._name_of(parameter)} is sharded over "
+                        "processes, but the parameter is not; gather it before it is saved: "
+                        "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True)) of "
+                        "torch.distributed.checkpoint.state_dict"
+                    )
         self._check_saved(saved)
         for group in saved_groups:
             if missing := [name for name in ("lr", *self._OPTIONS) if name not in group]:
@@ -286,6 +332,9 @@ class Descent(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         self._take_over(saved)
+        for parameter in filter(is_sharded, parameters):
+            if parameter in self.state:
+                self._lay_out_state(parameter)
 
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Raises ValueError if the saved states (by the id of their parameter) do not fit this optimizer."""

@@ -1,8 +1,9 @@
 """Importance that several processes measure together, on torch.distributed.
 
-In data-parallel training each process sees its own part of a batch. The importance a_i (eq. 2) of the whole batch is
-the sum of what the processes measured, so the sinks of all layers are added up over the processes once a step, before
-eq. 3, in one flat all-reduce. All of them get the same bits from it, so they go on alike.
+In data-parallel training (`DistributedDataParallel`, `fully_shard`) each process sees its own part of a batch. The
+importance a_i (eq. 2) of the whole batch is the sum of what the processes measured, so the sinks of all layers are
+added up over the processes once a step, before eq. 3, in one flat all-reduce. All of them get the same bits from it, so
+they go on alike, also where each holds a shard of the weights only.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+
+from .shards import is_sharded
 
 if TYPE_CHECKING:
     from .neurons import NeuronLayer
@@ -40,17 +43,31 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def _group_of(model: nn.Module) -> Any:
-    """The process group of the DistributedDataParallel around a model, or None."""
+    """The process group of the DistributedDataParallel around a model or of `fully_shard`'s mesh, or None."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
-    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return model.process_group
+    parameters = model.parameters() if isinstance(model, nn.Module) else ()
+    sharded: Any = next(filter(is_sharded, parameters), None)
+    return None if sharded is None else _group_of_mesh(sharded.device_mesh)
+
+
+def _group_of_mesh(mesh: Any) -> Any:
+    """One group of all processes of a mesh: all its dimensions take part of a batch."""
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    ranks = sorted(mesh.mesh.flatten().tolist())
+    if len(ranks) == distributed.get_world_size():
+        return distributed.group.WORLD
+    return distributed.new_group(ranks, use_local_synchronization=True)
 
 
 class SharedSinks:
     """Adds up the sinks of a model's layers over the processes of a group.
 
     Args:
-        model: as the user has it, so that its DistributedDataParallel tells the group.
+        model: as the user has it, so that its DistributedDataParallel or its sharded parameters tell the group.
         group: a process group, None (each process for itself) or "auto" (the model's).
     """
 
@@ -59,7 +76,7 @@ class SharedSinks:
         if not self._auto and group is not None and not isinstance(group, distributed.ProcessGroup):
             raise TypeError(
                 f"process_group is {group!r}; expected a torch.distributed process group, None (each process for "
-                "itself) or 'auto' (that of the model's DistributedDataParallel)"
+                "itself) or 'auto' (that of the model's DistributedDataParallel or fully_shard)"
             )
         self._group = _group_of(model) if self._auto else group
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
@@ -82,9 +99,19 @@ class SharedSinks:
         raise RuntimeError(
             f"torch.distributed runs with {processes} processes, but the optimizer was not told whether they train one "
             "model together, whose importance is then measured together: build it on the wrapped model "
-            "(DistributedDataParallel first), or pass process_group=torch.distributed.group.WORLD, or "
+            "(DistributedDataParallel or fully_shard first), or pass process_group=torch.distributed.group.WORLD, or "
             "process_group=None if each process trains a model of its own"
         )
+
+    def check_covers(self, processes: Sequence[int], name: str) -> None:
+        """Raises ValueError unless all processes over which a parameter is sharded measure together."""
+        own = [] if self._group is None else distributed.get_process_group_ranks(self._group)
+        if not set(processes) <= set(own) and len(processes) > 1:
+            raise ValueError(
+                f"{name} is sharded over processes {_short(processes)}, but importance is added up over {_short(own)} "
+                "(process_group); it has to be over all that hold a part: shard all parameters over the same "
+                "processes, and leave process_group at 'auto'"
+            )
 
     def start(self, layers: Sequence[NeuronLayer]) -> None:
         """Begins to add up, without waiting; from now on the sinks hold the sums, which come with `finish`.
@@ -121,3 +148,7 @@ class SharedSinks:
 
     def __getstate__(self) -> dict[str, Any]:  # a group belongs to its process
         return {"_auto": self._auto or self._group is not None, "_group": None, "_buffers": {}, "_works": []}
+
+
+def _short(ranks: Sequence[int]) -> str:
+    return f"{', '.join(map(str, ranks[:8])) or 'none'}{', ...' if len(ranks) > 8 else ''}"

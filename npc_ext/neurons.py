@@ -453,6 +453,17 @@ def _is_measuring_relu(module: nn.Module) -> bool:
     return type(module) is ReLU
 
 
+def _is_managed(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to a module itself, and has derived a class of its own from the module's."""
+    return hasattr(module, "unshard") and hasattr(module, "set_requires_gradient_sync")
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class of a module as the user made it."""
+    kinds = type(module).__mro__
+    return kinds[getattr(module, "_orig_cls_mro_index", 2)] if _is_managed(module) else kinds[0]
+
+
 def _check_name(option: str, name: str, known: list[str]) -> None:
     if name in known:
         return
@@ -503,6 +514,8 @@ class _Tracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         before = len(self.graph.nodes)
+        if _is_managed(m) and not self.is_leaf_module(m, ""):
+            forward = m.forward  # without fully_shard's hooks, which would gather the parameters
         try:
             return super().call_module(m, forward, args, kwargs)
         # The user's forward runs on stand-ins for tensors; whatever it raises means the same: not this way.
@@ -519,7 +532,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (torch.jit.ScriptModule, *_WEIGHTED)) or _is_measuring_relu(m):
             return True
-        return m.__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
+        return _own_class(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
 
 class _Graphs:

@@ -176,4 +176,4 @@ class NPC(Plastic):
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
         with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
             network = (plan.parameters, gradients, buffers, importances, sums, skipped)
-            update(*network, *plan.options, *flags, steps, plan.seeds)
+            update(*network, *plan.options, *flags, plan.first_neuron, steps, plan.seeds)

@@ -112,12 +112,12 @@ class NPCAdamW(Plastic):
     def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         return True
 
-    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         state, dtype = self.state[parameter], reference.compute_dtype(parameter.dtype)
         for name in self._BESIDE:
             if name not in state:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
-        super()._prepare_state(parameter, group)
+        super()._create_state(parameter, group)
 
     def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
         return lr * super()._learning_rate(average, 1.0, constants)
@@ -146,4 +146,4 @@ class NPCAdamW(Plastic):
             return
         update: Callable[..., None] = reference.adam_update_ if self._backend == "reference" else ops.adam_update_
         with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
-            update(*network, sums, skipped, *plan.options, *flags, plan.seeds)
+            update(*network, sums, skipped, *plan.options, *flags, plan.first_neuron, plan.seeds)

@@ -25,19 +25,19 @@ _NETWORK = "Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_b
 _OPTIONS = (
     "Tensor(d!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
-    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None"
 )
 _ROUNDING = "Tensor(e!)[] steps, int[] seeds"
 _SCHEMAS = (
     "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
     "relu_backward_importance(Tensor output, Tensor gradient, int channel_dim=1, int batch_dim=0) -> (Tensor, Tensor)",
-    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS.removesuffix(') -> ()')}, *, {_ROUNDING}) -> ()",
+    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}, int[]? first_neuron=None, *, {_ROUNDING}) -> ()",
     "adam_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, "
     "Tensor(c!)[] second_moments, Tensor(d!)[] steps, Tensor(e!)[] importances, Tensor[] measured, "
     "Tensor(f!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] first_decay, "
     "float[] second_decay, float[] epsilon, float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, "
     "float[] delta, str[] sigma, bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None, "
-    "int[] seeds=[]) -> ()",
+    "int[]? first_neuron=None, int[] seeds=[]) -> ()",
     "anchored_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor[] stiffness, "
     "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
@@ -46,7 +46,7 @@ _SCHEMAS = (
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
     "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     "network_step_(Tensor[] activations, Tensor[] activation_gradients, int[] channel_dim, int[] batch_dim, "
-    f"{_NETWORK}{_OPTIONS}",
+    f"{_NETWORK}{_OPTIONS}) -> ()",
     "layer_step_(Tensor activation, Tensor activation_gradient, Tensor(a!)[] parameters, Tensor[] gradients, "
     "Tensor(b!)[] momentum_buffers, Tensor(c!) importance, Tensor(d!) skipped, int[] neuron_dim, int[] groups, "
     "int channel_dim=1, int batch_dim=0, float lr=0.1, float momentum=0.0, bool nesterov=False, "
@@ -140,6 +140,7 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
     steps: Sequence[Tensor] = (),
     seeds: Sequence[int] = (),
 ) -> None:
@@ -166,6 +167,8 @@ def update_(
         active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; if it is not zero nothing is changed at all.
+        first_neuron: for each parameter the neuron that its first row belongs to, where parameters are shards, blocks
+            of rows of larger ones. By default they are whole, as are those with groups.
         steps: empty, or for each parameter one float32, how many steps it has taken, raised by one; an empty tensor
             where nobody counts.
         seeds: empty, or for each parameter -1, or for a bfloat16 one whose steps are counted a seed: its values are
@@ -175,7 +178,8 @@ def update_(
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
-    _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
+    network = (parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
+    _check_network(*network, first_neuron)
     _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
     _check_rounding(parameters, steps, seeds)
     torch.ops.npc_ext.update_.default(
@@ -200,6 +204,7 @@ def update_(
         active_only,
         grad_scale,
         found_inf,
+        first_neuron,
         steps=steps,
         seeds=seeds,
     )
@@ -231,6 +236,7 @@ def adam_update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
     seeds: Sequence[int] = (),
 ) -> None:
     """`update_` with the step of `torch.optim.AdamW`, of which each neuron takes a share, in one call, in place.
@@ -248,13 +254,15 @@ def adam_update_(
         lr, weight_decay, maximize: for each parameter, as in `torch.optim.AdamW`.
         first_decay, second_decay, epsilon: for each parameter AdamW's betas and eps.
         alpha, beta, delta, sigma, active_only: for each layer the constants of eqs. 4 and 7, alpha in units of lr.
-        grad_scale, found_inf, seeds: as in `update_`.
+        grad_scale, found_inf, first_neuron, seeds: as in `update_`.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
     count = len(parameters)
-    _check_network(parameters, gradients, [], importances, skipped, layer, neuron_dim, groups, [0.0] * count)
+    no_momentum: list[Tensor] = []
+    network = (parameters, gradients, no_momentum, importances, skipped, layer, neuron_dim, groups, [0.0] * count)
+    _check_network(*network, first_neuron)
     _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
     _check_lengths(count, first_moments=first_moments, second_moments=second_moments, steps=steps)
     _check_lengths(count, lr=lr, first_decay=first_decay, second_decay=second_decay, epsilon=epsilon)
@@ -289,6 +297,7 @@ def adam_update_(
         active_only,
         grad_scale,
         found_inf,
+        first_neuron,
         seeds,
     )
 
@@ -671,8 +680,11 @@ def _check_network(
     neuron_dim: Sequence[int],
     groups: Sequence[int],
     momentum: Sequence[float],
+    first_neuron: Sequence[int] | None = None,
 ) -> None:
     _check_lengths(len(parameters), gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
+    if first_neuron is not None:
+        _check_lengths(len(parameters), first_neuron=first_neuron)
     _check_skipped(skipped, len(importances))
     _check_parameters(parameters, gradients, momentum_buffers, momentum, importances=importances, skipped=[skipped])
     for index, average in enumerate(importances):
@@ -688,7 +700,14 @@ def _check_network(
         if not 0 <= dim < parameter.ndim:
             raise ValueError(f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions")
         rows, neurons = parameter.shape[dim] * groups[index], importances[layer[index]].numel()
-        if rows != neurons:
+        if first_neuron is not None:
+            first = first_neuron[index]
+            if not 0 <= first <= neurons - rows or (groups[index] > 1 and rows != neurons):
+                raise ValueError(
+                    f"parameters[{index}] has {rows} rows from neuron {first} on, but importance has {neurons} values; "
+                    f"they must be among them, and all of them where there are groups (layer {layer[index]})"
+                )
+        elif rows != neurons:
             raise ValueError(
                 f"parameters[{index}] has {rows} rows, but importance has {neurons} values; they must agree "
                 f"(layer {layer[index]})"
@@ -802,7 +821,8 @@ def _is_plain_call(*tensors: Tensor) -> bool:
     return True
 
 
-# The options of update_ and network_step_ from `layer` to `active_only`; grad_scale and found_inf follow.
+# The options of update_ and network_step_ from `layer` to `active_only`; grad_scale, found_inf (and update_'s
+# first_neuron) follow, as far as they are given.
 _CONSTANTS = 13
 _ADAM_CONSTANTS = 14
 
@@ -846,13 +866,13 @@ def _update(
     steps: list[Tensor],
     seeds: list[int],
 ) -> None:
-    constants, flags = options[:_CONSTANTS], [*options[_CONSTANTS:], None, None][:2]
+    constants, (*flags, first_neuron) = options[:_CONSTANTS], [*options[_CONSTANTS:], *[None] * 3][:3]
     update: Callable[..., None] = reference.update_
-    given: list[Any] = [measured, skipped, *constants, *flags, steps, seeds]
+    given: list[Any] = [measured, skipped, *constants, *flags, first_neuron, steps, seeds]
     if native_takes([*parameters, *importances]):
-        update = partial(
-            _launch.update_, _launch.Tables(parameters, [average.numel() for average in importances], *constants)
-        )
+        neurons = [average.numel() for average in importances]
+        tables = _launch.Tables(parameters, neurons, *constants, first_neuron=first_neuron)
+        update = partial(_launch.update_, tables)
         gradients = list(map(_launch.in_memory_order_of, parameters, gradients))
         given = [_given(measured), skipped, None, *flags, _given(steps), seeds]
     update(parameters, gradients, momentum_buffers, importances, *given)
@@ -871,10 +891,12 @@ def _adam_update(
 ) -> None:
     beside = (first_moments, second_moments, steps, importances)
     if native_takes([*parameters, *importances]):
-        constants, flags = options[:_ADAM_CONSTANTS], options[_ADAM_CONSTANTS:]
-        tables = _launch.AdamTables(parameters, [average.numel() for average in importances], *constants)
+        constants, rest = options[:_ADAM_CONSTANTS], [*options[_ADAM_CONSTANTS:], *[None] * 3][:3]
+        (*flags, first_neuron), seeds = rest, options[_ADAM_CONSTANTS + 3 :]
+        neurons = [average.numel() for average in importances]
+        tables = _launch.AdamTables(parameters, neurons, *constants, first_neuron=first_neuron)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        _launch.adam_update_(tables, parameters, ordered, *beside, _given(measured), skipped, None, *flags)
+        _launch.adam_update_(tables, parameters, ordered, *beside, _given(measured), skipped, None, *flags, *seeds)
     else:
         reference.adam_update_(parameters, gradients, *beside, measured, skipped, *options)
 

@@ -24,6 +24,8 @@ from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
 from .resting import let_rest
+from .shards import first_row, is_sharded, processes_of
+from .shards import why_not as why_not_sharded
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
@@ -40,6 +42,10 @@ _LAYER_OPTIONS = (
 )
 _SKIPPING = (True, False, "layers")
 PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta
+_LEFT_OUT = (
+    "; torch.distributed.checkpoint.state_dict leaves out parameters that require no gradient: build the optimizer "
+    "with params=[those that do]"
+)
 
 
 @dataclass(frozen=True)
@@ -136,10 +142,26 @@ class Plastic(Descent):
                 "torch.bfloat16 only: convert the model before (model.to(torch.bfloat16)), or leave it off"
             )
 
+    def _check_sharded(self, parameter: Any) -> None:
+        name = self._name_of(parameter)
+        if reason := why_not_sharded(parameter, self._model):
+            raise ValueError(
+                f"{name} is sharded in a way that {type(self).__name__} does not support: {reason}; use fully_shard "
+                "alone"
+            )
+        self._shared_sinks.check_covers(processes_of(parameter), name)
+
     def _find_neurons(self) -> None:
         """Searches the model, moves the taps and gives every new layer its importance of zero."""
         trained = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         found = find_neurons(self._model, **self._discovery_options())
+        for own in (own for layer in found for own in layer.parameters):
+            if own.groups > 1 and is_sharded(own.parameter):
+                raise ValueError(
+                    f"parameter {own.name!r} of a transposed convolution with {own.groups} groups is sharded, so that "
+                    "processes hold parts of groups; expected groups=1, or leave it out: "
+                    "fully_shard(..., ignored_params={...}), and average its gradients by hand"
+                )
         old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
         for layer in found:
             known = old.get(id(layer.parameters[0].parameter))
@@ -192,6 +214,8 @@ class Plastic(Descent):
         self._certificates.bind(self.state, self._group_of)
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
+        if any(is_sharded(own.parameter) for own in layer.parameters):
+            return "its parameters are sharded"
         if is_shared(layer.parameters[0].parameter, self._model):
             return "its weight is shared"
         return why_not(self._model.get_submodule(layer.name), trained)
@@ -268,6 +292,12 @@ class Plastic(Descent):
     def _trains(self, parameter: Tensor) -> bool:
         return id(parameter) in self._place or self._others == "train"
 
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        super()._create_state(parameter, group)
+        state = self.state[parameter]  # an empty one counts for torch.distributed.checkpoint, where none is an error
+        if self._counts_steps(parameter, group) and "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+
     def _neuron_options(self, parameters: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
         """What the operations must know of neurons: the layers that take part, and two parts of their options.
 
@@ -299,12 +329,6 @@ class Plastic(Descent):
         """Whether the kernels must know how many steps a parameter has taken."""
         return self._rounds_at_random(parameter, group)
 
-    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        super()._prepare_state(parameter, group)
-        if self._counts_steps(parameter, group):
-            state = self.state[parameter]
-            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
-
     def _seeds(self, members: list[tuple[Any, dict[str, Any]]]) -> list[int]:
         """For each parameter -1, or what its random rounding begins from: its place in the optimizer."""
         if not any(self._rounds_at_random(*member) for member in members):
@@ -324,20 +348,28 @@ class Plastic(Descent):
         tables: Callable[..., Any],
     ) -> PlasticPlan:
         """A plan with its tables, which are made of parameters, numbers of neurons and options."""
-        parameters = [parameter for parameter, _ in members]
+        common = self._common(device, members)
+        parameters = common["parameters"]
+        first_neuron = list(map(self._first_neuron, common["owners"])) if common["sharded"] else None
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         neurons = [average.numel() for average in importances]
         native = self._takes([*parameters, *importances])
         return PlasticPlan(
-            **self._common(device, members),
+            **common,
             options=options,
-            tables=tables(parameters, neurons, *options) if native else None,
+            tables=tables(parameters, neurons, *options, first_neuron=first_neuron) if native else None,
+            first_neuron=first_neuron,
             layers=layers,
             layer_states=layer_states,
             skipped=self._skipped.on(device),
             seeds=self._seeds(members),
         )
+
+    def _first_neuron(self, parameter: Tensor) -> int:
+        """Which neuron of its layer the first row of a parameter belongs to, as far as this process holds it."""
+        _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
+        return first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
 
     def _signature(self) -> list[Any]:
         return [*super()._signature(), self._delays()]
@@ -452,6 +484,19 @@ class Plastic(Descent):
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
+    def state_dict(self) -> dict[str, Any]:
+        """As that of any torch optimizer, with everything in it that steps keep, from the beginning on.
+
+        So it can serve as what a checkpoint is loaded into (torch.distributed.checkpoint asks for what an optimizer has
+        before its first step, and has none made where there is something, as importance is). Of sharded parameters it
+        has this process's shards, as DTensors.
+        """
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad and self._trains(parameter):
+                    self._create_state(parameter, group)
+        return super().state_dict()
+
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
@@ -460,6 +505,7 @@ class Plastic(Descent):
                 raise ValueError(
                     f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
                     f"({layer.neurons},); it was saved for another architecture or by another optimizer"
+                    + ("" if key.requires_grad else _LEFT_OUT)
                 )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
@@ -497,6 +543,7 @@ class PlasticPlan(Plan):
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     skipped: Tensor  # counters of all layers, on the device
+    first_neuron: list[int] | None  # of each parameter, where shards begin within their layer; None without shards
     seeds: list[int]  # of the parameters' random rounding, or empty
 
     @contextmanager

@@ -246,6 +246,7 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
     steps: Sequence[Tensor] = (),
     seeds: Sequence[int] = (),
 ) -> None:
@@ -256,7 +257,8 @@ def update_(
     constants = (alpha, beta, sigma)
     for index, parameter in enumerate(parameters):
         where = (layer[index], neuron_dim[index], groups[index])
-        rate, frozen = _rate(parameter, importances, *where, *constants, lr[index])
+        first = None if first_neuron is None else first_neuron[index]
+        rate, frozen = _rate(parameter, importances, *where, *constants, lr[index], first)
         descend_(
             parameter,
             _unscaled(gradients[index], grad_scale),
@@ -302,11 +304,17 @@ def _rate(
     beta: Sequence[float],
     sigma: Sequence[str],
     most: float,
+    first_neuron: int | None,
 ) -> tuple[Tensor | float, Tensor | bool]:
-    """Eq. 7 for the elements of a parameter, and which of them are frozen; `most` is the largest rate."""
+    """Eq. 7 for the elements of a parameter, and which of them are frozen; `most` is the largest rate.
+
+    A shard's rows begin with the neuron `first_neuron`; None for whole parameters.
+    """
     if layer < 0:
         return most, False
     free = plasticity(importances[layer], alpha[layer], beta[layer], sigma[layer]).to(compute_dtype(parameter.dtype))
+    if first_neuron is not None:
+        free = free.narrow(0, first_neuron, parameter.shape[neuron_dim] * groups)
     free = per_element(free, parameter, neuron_dim, groups)
     return free.clamp(max=most), free == 0
 
@@ -344,6 +352,7 @@ def adam_update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    first_neuron: Sequence[int] | None = None,
     seeds: Sequence[int] = (),
 ) -> None:
     """Eqs. 3, 4, 7 and Adam's step for a whole network, in place; see `npc_ext.ops.adam_update_` for the arguments."""
@@ -352,7 +361,8 @@ def adam_update_(
     _average_layers(importances, measured, skipped, delta, active_only)
     for index, parameter in enumerate(parameters):
         where = (layer[index], neuron_dim[index], groups[index])
-        share, frozen = _rate(parameter, importances, *where, alpha, beta, sigma, 1.0)
+        first = None if first_neuron is None else first_neuron[index]
+        share, frozen = _rate(parameter, importances, *where, alpha, beta, sigma, 1.0, first)
         adam_(
             parameter,
             _unscaled(gradients[index], grad_scale),

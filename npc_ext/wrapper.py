@@ -14,6 +14,7 @@ from . import _launch, reference
 from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, PlasticPlan
+from .shards import local
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -148,11 +149,18 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 loss = closure()
         if self._is_skipped():
             self._tracker.forget_measured()
-            return loss
-        self._tracker.step()
-        with torch.no_grad():
-            self._take_steps()
+        elif self._only_makes_state():
+            self.optimizer.step()
+        else:
+            self._tracker.step()
+            with torch.no_grad():
+                self._take_steps()
         return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether nothing was measured and nothing can move: torch.distributed.checkpoint has states made so."""
+        unmeasured = all(layer.sink.grad is None for layer in self.neurons)
+        return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
     @torch.no_grad()
     def _is_skipped(self) -> bool:
@@ -164,7 +172,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
             for group in self.param_groups:
                 for parameter in group["params"]:
                     if parameter.grad is not None:
-                        parameter.grad.div_(scale.to(parameter.grad.device))
+                        local(parameter.grad).div_(scale.to(parameter.grad.device))
         return False
 
     def _take_steps(self) -> None:
@@ -177,11 +185,11 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 before_each()
                 self._step_only(unprotected)
             for bucket in _buckets([one for one in trained if id(one) in shares], self._bucket_bytes):
-                before = [parameter.detach().clone() for parameter in bucket]
+                before = [local(parameter).detach().clone() for parameter in bucket]
                 before_each()
                 self._step_only(bucket)
                 for parameter, was in zip(bucket, before, strict=True):
-                    shares[id(parameter)].take_back_(parameter, was)
+                    shares[id(parameter)].take_back_(local(parameter), was)
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -222,22 +230,41 @@ class PlasticityWrapper(torch.optim.Optimizer):
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under "plasticity" the importance of all neurons."""
-        return {**self.optimizer.state_dict(), "plasticity": self._tracker.state_dict()}
+        """The wrapped optimizer's, and under "plasticity" the importance of all neurons with its constants.
+
+        Importance is also in the states of the layers' weights, for torch.distributed.checkpoint, which knows of these
+        only.
+        """
+        own, tracked = self.optimizer.state_dict(), self._tracker.state_dict()
+        states = dict(own["state"])
+        for index, state in tracked["state"].items():
+            if "importance" in state:
+                states[index] = {**states.get(index, {}), "importance": state["importance"]}
+        return {**own, "state": states, "plasticity": tracked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
-        if "plasticity" not in state_dict:
-            raise ValueError(
-                "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
-                "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
-            )
-        importance = self._tracker.state_dict()
-        self._tracker.load_state_dict(state_dict["plasticity"])
+        before = self._tracker.state_dict()
+        states = state_dict.get("state", {})
+        tracked = state_dict.get("plasticity")
+        if tracked is None:  # torch.distributed.checkpoint has left it out; the constants are those of this wrapper
+            # Keys may be names; the tracker counts parameters through the groups.
+            keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])
+            own_states = ((at, states.get(key, {})) for at, key in enumerate(keys))
+            importances = {at: {"importance": own["importance"]} for at, own in own_states if "importance" in own}
+            if not importances:
+                raise ValueError(
+                    "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
+                    "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
+                )
+            tracked = {**before, "state": importances}
+        own = {name: part for name, part in state_dict.items() if name != "plasticity"}
+        own["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
+        self._tracker.load_state_dict(tracked)
         try:
-            self.optimizer.load_state_dict({name: part for name, part in state_dict.items() if name != "plasticity"})
+            self.optimizer.load_state_dict(own)
         except Exception:
-            self._tracker.load_state_dict(importance)
+            self._tracker.load_state_dict(before)
             raise
 
     def __getstate__(self) -> dict[str, Any]:
@@ -262,10 +289,13 @@ class _Share:
     of_neurons: Tensor
     neuron_dim: int
     groups: int
+    first_neuron: int
 
     def take_back_(self, parameter: Tensor, before: Tensor) -> None:
-        """Moves a parameter back towards what it was before; where the share is 0, to it."""
-        share = reference.per_element(self.of_neurons, parameter, self.neuron_dim, self.groups)
+        """Moves a parameter, or this process's shard of it, back towards what it was; where the share is 0, to it."""
+        rows = parameter.shape[self.neuron_dim] * self.groups
+        own = self.of_neurons.narrow(0, self.first_neuron, rows)
+        share = reference.per_element(own, parameter, self.neuron_dim, self.groups)
         dtype = reference.compute_dtype(parameter.dtype)
         if dtype == parameter.dtype:
             parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
@@ -295,7 +325,7 @@ class _Tracker(NPC):
         rates = reference.learning_rate(average, 1.0, constants["alpha"], constants["beta"], constants["sigma"])
         if not rates.is_cuda and bool((rates == 1).all()):  # a GPU is not waited for
             return None
-        return _Share(rates, dim, groups)
+        return _Share(rates, dim, groups, self._first_neuron(parameter))
 
 
 def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
@@ -303,7 +333,7 @@ def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]
     bucket: list[Tensor] = []
     size = 0
     for parameter in parameters:
-        own = parameter.numel() * parameter.element_size()
+        own = local(parameter).numel() * parameter.element_size()
         if bucket and size + own > most_bytes:
             yield bucket
             bucket, size = [], 0

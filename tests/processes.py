@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +14,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed import checkpoint
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from npc_ext import NPC, PlasticityWrapper
+from npc_ext import CPC, EWC, NPC, PlasticityWrapper
+from npc_ext.shards import local
 
 STEPS = 50
+FEW = 20  # enough where another scenario takes all steps of the same kind
 BATCH = 12
 OPTIONS: dict[str, Any] = {"lr": 0.05, "delta": 0.98, "momentum": 0.9, "weight_decay": 0.01}
 SCENARIOS: dict[str, Callable[[], Any]] = {}
@@ -31,15 +47,27 @@ def scenario(function: Callable[[], Any]) -> Callable[[], Any]:
 
 def run(rank: int, processes: int, folder: str) -> None:
     """One process of a group: runs all scenarios and writes their results to a file."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=processes)
+    begin(rank, processes, folder)
     results = {}
     for name, function in SCENARIOS.items():
         torch.manual_seed(0)
         results[name] = function()
         distributed.barrier()
+    end(rank, folder, results)
+
+
+def begin(rank: int, processes: int, folder: str, store: str = "store") -> None:
+    """Joins the group, which meets in a file that is new to it; what is written goes to the folder."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.chdir(folder)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/{store}", rank=rank, world_size=processes)
+
+
+def end(rank: int, folder: str, results: Any) -> None:
+    """Leaves the group, together, and writes results to a file."""
     torch.save(results, Path(folder) / f"{rank}.pt")
+    distributed.barrier()
     distributed.destroy_process_group()
 
 
@@ -64,30 +92,37 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def numbers(optimizer: NPC | PlasticityWrapper) -> dict[str, Tensor]:
-    """Weights and importance."""
-    weights = {f"weight {index}": p.detach().clone() for index, p in enumerate(optimizer.param_groups[0]["params"])}
+    """Weights, put together where they are sharded, and importance."""
+    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in optimizer.param_groups[0]["params"]]
+    weights = {f"weight {index}": parameter.detach().clone() for index, parameter in enumerate(parameters)}
     return weights | {name: layer.importance for name, layer in optimizer.plasticity().items()}
 
 
-def alike(optimizer: NPC | PlasticityWrapper) -> bool:
-    """Whether all processes have the same weights and importance, to the last bit."""
-    own = torch.cat([tensor.flatten() for tensor in numbers(optimizer).values()]).view(torch.int32).long()
+def alike(optimizer: NPC | PlasticityWrapper, shards: bool = False) -> bool:
+    """Whether all processes have the same weights (`shards`: sharded ones, too) and importance, to the last bit."""
+    if shards or not isinstance(optimizer.param_groups[0]["params"][0], DTensor):
+        compared = numbers(optimizer)
+    else:
+        compared = {name: layer.importance for name, layer in optimizer.plasticity().items()}
+    own = torch.cat([tensor.flatten() for tensor in compared.values()]).view(torch.int32).long()
     checksum = (own * torch.arange(1, len(own) + 1)).sum()
     everybodys = [torch.zeros_like(checksum) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everybodys, checksum)
     return all(bool(one == checksum) for one in everybodys)
 
 
-def train(model: nn.Module, optimizer: NPC | PlasticityWrapper, *, steps: int = STEPS, part: Any = own_part) -> bool:
+def train(
+    model: nn.Module, optimizer: NPC | PlasticityWrapper, *, first: int = 0, steps: int = STEPS, part: Any = own_part
+) -> bool:
     """Trains on this process's parts; returns whether all processes were alike after every step."""
     same = True
-    for step in range(steps):
+    for step in range(first, steps):
         x, y = map(part, batch(step))
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        F.cross_entropy(model(x).float(), y).backward()
         optimizer.step()
         same &= part is not own_part or alike(optimizer)
-    return same
+    return same and (part is not own_part or alike(optimizer, shards=True))
 
 
 @scenario
@@ -172,17 +207,6 @@ def wrapped_adamw() -> Any:
 
 
 @scenario
-def sharded() -> Any:
-    model = network()
-    fully_shard(model)
-    try:
-        NPC(model)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
-@scenario
 def collectives() -> Any:
     """How often all_reduce is called in a step, and with how many numbers."""
     model = DistributedDataParallel(network())
@@ -239,3 +263,300 @@ def group_that_was_named() -> Any:
         optimizer.step()
         same &= alike(optimizer)
     return {"alike": same, "numbers": numbers(optimizer)}
+
+
+# ---------------------------------------------------------------------------------------------------- fully_shard, FSDP2
+
+
+def in_shards(model: nn.Module, **options: Any) -> nn.Module:
+    """Each weighted layer by itself, and then the rest, as users do it."""
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model
+
+
+@scenario
+def sharded() -> Any:
+    model = in_shards(network())
+    optimizer = NPC(model, **OPTIONS)
+    same = train(model, optimizer)
+    rows = [local(parameter).shape[0] for parameter in model.parameters()]
+    buffers = [optimizer.state[parameter]["momentum_buffer"].placements for parameter in model.parameters()]
+    table = str(optimizer.neurons)
+    return {"alike": same, "numbers": numbers(optimizer), "rows": rows, "buffers": str(buffers), "table": table}
+
+
+@scenario
+def sharded_and_accumulated() -> Any:
+    """All in one group of parameters; two micro-batches a step, the first one without synchronization."""
+    model: Any = network()
+    fully_shard(model, reshard_after_forward=True)
+    optimizer = NPC(model, **OPTIONS)
+    same = True
+    for step in range(STEPS):
+        x, y = map(own_part, batch(step))
+        optimizer.zero_grad()
+        for micro, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+            model.set_requires_gradient_sync(micro == 1)
+            (F.cross_entropy(model(a), b) / 2).backward()
+        optimizer.step()
+        same &= alike(optimizer)
+    return {"alike": same and alike(optimizer, shards=True), "numbers": numbers(optimizer)}
+
+
+def bottleneck() -> nn.Module:
+    """5, 2 and 3 neurons, of whose shards some are empty."""
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3))
+
+
+@scenario
+def sharded_with_empty_shards() -> Any:
+    model = in_shards(bottleneck())
+    optimizer = NPC(model, **OPTIONS)
+    same = train(model, optimizer, steps=FEW)
+    return {"alike": same, "numbers": numbers(optimizer), "rows": local(model[3].weight).shape[0]}
+
+
+@scenario
+def sharded_and_replicated() -> Any:
+    """A mesh with two dimensions: shards in the second, copies of them in the first."""
+    processes, results = distributed.get_world_size(), []
+    for shape, options in (((processes, 1), {"backend": "reference"}), ((1, processes), {"measure_every": 4})):
+        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
+        model = in_shards(network(), mesh=mesh)
+        optimizer = NPC(model, **OPTIONS, **options)
+        results.append({"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)})
+    return results
+
+
+@scenario
+def sharded_transposed() -> Any:
+    """A transposed convolution counts its neurons in dimension 1, so every process has a part of all of them."""
+    model = in_shards(transposed())
+    optimizer = NPC(model, **OPTIONS)
+    return {"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)}
+
+
+def transposed(groups: int = 1) -> nn.Module:
+    """A transposed convolution of 4 neurons."""
+    torch.manual_seed(4)
+    upsampling = nn.ConvTranspose2d(4, 4, 3, stride=2, groups=groups)
+    return nn.Sequential(nn.Conv2d(1, 4, 5), nn.Tanh(), upsampling, nn.Tanh(), nn.Flatten(), nn.Linear(324, 3))
+
+
+@scenario
+def sharded_wrapped_adamw() -> Any:
+    model = in_shards(network())
+    optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+
+
+@scenario
+def sharded_and_recomputed() -> Any:
+    """Activations of the first five modules are computed again in the backward pass."""
+    layers = list(network())
+    model = nn.Sequential(checkpoint_wrapper(nn.Sequential(*layers[:5])), *layers[5:])
+    optimizer = NPC(in_shards(model), **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
+        same = train(model, optimizer, steps=FEW)
+    own = numbers(optimizer)
+    first = next(name for name in own if name.endswith("_checkpoint_wrapped_module.0"))
+    names = {first: "0", "1": "5", "3": "7"}
+    return {"alike": same, "numbers": {names.get(name, name): tensor for name, tensor in own.items()}}
+
+
+@scenario
+def sharded_in_bfloat16() -> Any:
+    model = in_shards(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    optimizer = NPC(model, **OPTIONS)
+    before = numbers(optimizer)
+    same, after = train(model, optimizer, steps=5), numbers(optimizer)
+    moved = all(not torch.equal(before[name], after[name]) for name in before)
+    return {"alike": same, "moved": moved, "dtypes": {tensor.dtype for tensor in after.values()}}
+
+
+@scenario
+def sharded_with_a_scaler() -> Any:
+    """Five steps, and one in which the last process alone has infinite gradients."""
+    model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = NPC(model, **OPTIONS)
+    before: dict[str, Tensor] = {}
+    last = distributed.get_rank() == distributed.get_world_size() - 1
+    for step in range(6):
+        before = numbers(optimizer)
+        x, y = map(own_part, batch(step))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    after = numbers(optimizer)
+    unchanged = all(torch.equal(before[name], after[name]) for name in before)
+    return {"unchanged": unchanged, "numbers": after, "scale": scaler.get_scale()}
+
+
+@scenario
+def refusals() -> Any:
+    """What is said of models that are sharded in ways that are not supported."""
+    processes = distributed.get_world_size()
+    mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "tensor"))
+    plan = {"5": ColwiseParallel(), "7": RowwiseParallel()}
+
+    def tensor_parallel() -> Any:
+        return NPC(parallelize_module(network(), mesh["tensor"], plan))
+
+    def both() -> Any:
+        return NPC(in_shards(parallelize_module(network(), mesh["tensor"], plan), mesh=mesh["data"]))
+
+    def columns() -> Any:
+        layer = nn.Sequential(nn.Linear(processes * 2, processes * 2))
+        fully_shard(layer, shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
+        return NPC(layer)
+
+    def each_for_itself() -> Any:
+        return NPC(in_shards(network()), process_group=None)
+
+    def grouped() -> Any:
+        return NPC(in_shards(transposed(groups=2)))
+
+    def optimizer_first() -> Any:
+        model = network()
+        optimizer = NPC(model, **OPTIONS)
+        train(in_shards(model), optimizer, steps=1)
+
+    def wrapper_first() -> Any:
+        model = network()
+        optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters()), model)
+        train(in_shards(model), optimizer, steps=1)
+
+    def connections() -> Any:
+        return CPC(in_shards(network()))
+
+    def anchors() -> Any:
+        return EWC(in_shards(network()))
+
+    messages = {}
+    for attempt in (
+        *(tensor_parallel, both, columns, each_for_itself, grouped, optimizer_first, wrapper_first, connections),
+        anchors,
+    ):
+        try:
+            attempt()
+        except (ValueError, RuntimeError) as error:
+            messages[attempt.__name__] = str(error)
+    return messages
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+HALF, WHOLE = 10, 20
+KINDS = ("npc", "without_momentum", "wrapped_adamw")
+
+
+def of_kind(kind: str, model: nn.Module) -> Any:
+    """An optimizer to be saved."""
+    if kind == "wrapped_adamw":
+        return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    return NPC(model, **{**OPTIONS, "momentum": 0.9 if kind == "npc" else 0.0})
+
+
+def save(model: nn.Module, optimizer: Any, folder: str, **options: Any) -> None:
+    """A checkpoint as torch.distributed has it."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    checkpoint.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder, **options)
+
+
+def load(model: nn.Module, optimizer: Any, folder: str) -> None:
+    """Takes it over, whatever the number of processes that saved it."""
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
+
+
+@scenario
+def checkpoints() -> Any:
+    """Two of the processes train and save; all of them resume. The two also go on, uninterrupted."""
+    two = DeviceMesh("cpu", [0, 1])
+    results: dict[str, Any] = {}
+    for kind in KINDS:
+        results[kind] = {}
+        rank = distributed.get_rank()
+        if rank < 2:
+            model = in_shards(network(), mesh=two)
+            optimizer = of_kind(kind, model)
+
+            def part(tensor: Tensor, rank: int = rank) -> Tensor:
+                return tensor.chunk(2)[rank]
+
+            train(model, optimizer, steps=HALF, part=part)
+            save(model, optimizer, kind, process_group=two.get_group())
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            results[kind]["full"] = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+            train(model, optimizer, first=HALF, steps=WHOLE, part=part)
+            results[kind]["uninterrupted"] = numbers(optimizer)
+        distributed.barrier()
+        model = in_shards(network())
+        optimizer = of_kind(kind, model)
+        load(model, optimizer, kind)
+        results[kind]["alike"] = train(model, optimizer, first=HALF, steps=WHOLE)
+        results[kind]["resumed"] = numbers(optimizer)
+    return results
+
+
+@scenario
+def plain_states() -> Any:
+    """The state dict of one process's optimizer in one that is sharded, and the other way."""
+    plain = network()
+    alone, optimizer = NPC(plain, process_group=None, **OPTIONS), NPC(in_shards(network()), **OPTIONS)
+    train(plain, alone, steps=2, part=lambda whole: whole)
+    optimizer.load_state_dict(alone.state_dict())
+    pairs = zip(optimizer.state.values(), alone.state.values(), strict=True)
+    divided = all(torch.equal(a["momentum_buffer"].full_tensor(), b["momentum_buffer"]) for a, b in pairs)
+    try:
+        alone.load_state_dict(optimizer.state_dict())
+    except ValueError as error:
+        return {"divided": divided, "error": str(error)}
+    return {"divided": divided, "error": ""}
+
+
+class DyingPlanner(checkpoint.DefaultSavePlanner):
+    """Kills the second process of a group by SIGKILL when it has written one tensor and is asked for the next."""
+
+    asked = 0
+
+    def resolve_data(self, write_item: Any) -> Any:
+        self.asked += 1
+        if distributed.get_rank() == 1 and self.asked > 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().resolve_data(write_item)
+
+
+def die_while_saving(rank: int, processes: int, folder: str) -> None:
+    """Saves a checkpoint, and is killed while saving the next."""
+    begin(rank, processes, folder)
+    model = in_shards(network())
+    optimizer = of_kind("npc", model)
+    train(model, optimizer, steps=HALF)
+    save(model, optimizer, f"step-{HALF}")
+    train(model, optimizer, first=HALF, steps=HALF + 4)
+    save(model, optimizer, f"step-{HALF + 4}", planner=DyingPlanner())
+    sys.exit("the save came to an end")
+
+
+def resume(rank: int, processes: int, folder: str) -> None:
+    """Goes on from the last whole checkpoint, and from the beginning without any."""
+    latest = max(int(path.parent.name.removeprefix("step-")) for path in Path(folder).glob("step-*/.metadata"))
+    begin(rank, processes, folder, "store of the second run")
+    results: dict[str, Any] = {"latest": latest}
+    for name, first in (("resumed", latest), ("uninterrupted", 0)):
+        model = in_shards(network())
+        optimizer = of_kind("npc", model)
+        if first:
+            load(model, optimizer, f"step-{first}")
+        train(model, optimizer, first=first, steps=WHOLE)
+        results[name] = numbers(optimizer)
+    end(rank, folder, results)

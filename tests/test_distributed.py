@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,23 @@ from npc_ext import NPC, PlasticityWrapper
 from npc_ext.distributed import unwrapped
 
 from . import processes
-from .processes import OPTIONS, STEPS, Heads, batch, freeze, network, numbers
+from .processes import (
+    FEW,
+    HALF,
+    KINDS,
+    OPTIONS,
+    STEPS,
+    WHOLE,
+    Heads,
+    batch,
+    bottleneck,
+    freeze,
+    load,
+    network,
+    numbers,
+    of_kind,
+    transposed,
+)
 from .tolerances import TRAJECTORY
 
 SECONDS = 120
@@ -26,10 +43,18 @@ SECONDS = 120
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda count: f"{count} processes")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of 2 or of 3 processes came to, by scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    results = run_in_processes(processes.run, request.param, folder)
+    for result in results:
+        result["folder"] = folder
+    return results
+
+
+def run_in_processes(function: Callable[[int, int, str], None], count: int, folder: Path) -> list[Any]:
+    """What a function writes in each of so many processes that run it."""
     if not torch.distributed.is_gloo_available():
         pytest.skip("torch.distributed has no gloo here")
-    folder = tmp_path_factory.mktemp("ranks")
-    running = multiprocessing.spawn(processes.run, (request.param, str(folder)), request.param, join=False)
+    running = multiprocessing.spawn(function, (count, str(folder)), count, join=False)
     for _ in range(SECONDS):
         if running.join(1):
             break
@@ -37,18 +62,22 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         for process in running.processes:
             process.kill()
         pytest.fail(f"the processes hang: no end after {SECONDS} s")
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
 def alone(
-    train: Callable[[nn.Module, NPC, int], Tensor], model: nn.Module, prepare: Callable[[NPC], None] | None = None,
+    train: Callable[[nn.Module, NPC, int], Tensor],
+    model: nn.Module,
+    prepare: Callable[[NPC], None] | None = None,
+    *,
+    steps: int = STEPS,
     **options: Any,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Tensor]:
     """The numbers of one process that trains on the whole batch."""
     optimizer = NPC(model, **options)
     if prepare:
         prepare(optimizer)
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         train(model, optimizer, step).backward()
         optimizer.step()
@@ -67,7 +96,13 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error <= TRAJECTORY * size, f"{name} is off by {error:.2g} of {size:.2g}"
 
 
-@pytest.mark.parametrize("scenario", ["data_parallel", "accumulated", "group_that_was_named"])
+@pytest.mark.parametrize(
+    "scenario",
+    [
+        *("data_parallel", "accumulated", "group_that_was_named"),
+        *("sharded", "sharded_and_accumulated"),
+    ],
+)
 def test_processes_stay_alike_and_come_to_what_one_process_comes_to(ranks: list[dict[str, Any]], scenario: str) -> None:
     want = alone(plain_loss, network(), **OPTIONS)
     for rank in ranks:
@@ -114,7 +149,8 @@ def test_each_process_may_train_for_itself(ranks: list[dict[str, Any]]) -> None:
     assert not any(rank["each_for_itself"] for rank in ranks)
 
 
-def test_a_wrapped_optimizer_measures_together_too(ranks: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("scenario", ["wrapped_adamw", "sharded_wrapped_adamw"])
+def test_a_wrapped_optimizer_measures_together_too(ranks: list[dict[str, Any]], scenario: str) -> None:
     model = network()
     optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
     for step in range(STEPS):
@@ -122,15 +158,137 @@ def test_a_wrapped_optimizer_measures_together_too(ranks: list[dict[str, Any]]) 
         plain_loss(model, optimizer, step).backward()
         optimizer.step()
     for rank in ranks:
-        assert rank["wrapped_adamw"]["alike"]
-        got, want = rank["wrapped_adamw"]["numbers"], numbers(optimizer)
-        for one in (got, want):  # the bias before the norm: its gradient is rounding alone, which Adam blows up
-            del one["weight 1"]
-        assert_close(got, want)
+        assert rank[scenario]["alike"]
+        assert_close(*map(without_rounding, (rank[scenario]["numbers"], numbers(optimizer))))
 
 
-def test_sharded_parameters_are_refused(ranks: list[dict[str, Any]]) -> None:
-    assert all("is sharded over processes" in rank["sharded"] for rank in ranks)
+def without_rounding(numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the bias before the norm: its gradient is rounding alone, which Adam blows up."""
+    return {name: tensor for name, tensor in numbers.items() if name != "weight 1"}
+
+
+# ---------------------------------------------------------------------------------------------------- fully_shard, FSDP2
+
+
+def test_each_process_keeps_its_shards_only(ranks: list[dict[str, Any]]) -> None:
+    for index, rank in enumerate(ranks):
+        rows = [[chunk.shape[0] for chunk in torch.empty(of).chunk(len(ranks))] for of in (5, 5, 5, 5, 9, 9, 3, 3)]
+        assert rank["sharded"]["rows"] == [own[index] for own in rows]
+        assert rank["sharded"]["buffers"].count("Shard(dim=0)") == len(rows)
+
+
+def test_the_table_says_that_shards_skip_nothing(ranks: list[dict[str, Any]]) -> None:
+    note = "note: 5: its weight gradients are always computed for all neurons: its parameters are sharded"
+    assert note in ranks[0]["sharded"]["table"]
+
+
+def test_empty_shards(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, bottleneck(), steps=FEW, **OPTIONS)
+    assert [rank["sharded_with_empty_shards"]["rows"] for rank in ranks] == [1, 1, 0][: len(ranks)]
+    for rank in ranks:
+        assert rank["sharded_with_empty_shards"]["alike"]
+        assert_close(rank["sharded_with_empty_shards"]["numbers"], want)
+
+
+def test_replicated_shards(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, network(), steps=FEW, **OPTIONS)
+    for result in (result for rank in ranks for result in rank["sharded_and_replicated"]):
+        assert result["alike"]
+        assert_close(result["numbers"], want)
+
+
+def test_shards_of_a_transposed_convolution(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, transposed(), steps=FEW, **OPTIONS)
+    for rank in ranks:
+        assert rank["sharded_transposed"]["alike"]
+        assert_close(rank["sharded_transposed"]["numbers"], want)
+
+
+def test_shards_and_recomputed_activations(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, network(), steps=FEW, **OPTIONS)
+    for rank in ranks:
+        assert rank["sharded_and_recomputed"]["alike"]
+        assert_close(rank["sharded_and_recomputed"]["numbers"], want)
+
+
+def test_shards_in_mixed_precision(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["sharded_in_bfloat16"]
+        assert result["alike"] and result["moved"] and result["dtypes"] == {torch.float32}
+
+
+def test_an_overflow_in_one_process_skips_the_step_of_all_shards(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, network(), steps=5, **OPTIONS)
+    for rank in ranks:
+        result = rank["sharded_with_a_scaler"]
+        assert result["unchanged"] and result["scale"] == 512
+        assert_close(result["numbers"], want)
+
+
+@pytest.mark.parametrize(
+    ("attempt", "message"),
+    [
+        ("tensor_parallel", "'5.weight' is sharded in a way that NPC does not support: .* tensor parallelism"),
+        ("both", r"_StridedShard.* expected Shard\(dim=0\) in one dimension of the mesh"),
+        ("columns", r"Shard\(dim=1\).* expected Shard\(dim=0\)"),
+        ("each_for_itself", "sharded over processes 0, 1.* but importance is added up over none"),
+        ("grouped", "'2.weight' of a transposed convolution with 2 groups is sharded"),
+        ("optimizer_first", "build the optimizer after fully_shard"),
+        ("wrapper_first", "build the optimizer after fully_shard"),
+        ("connections", "which CPC does not support; use DistributedDataParallel"),
+        ("anchors", "which EWC does not support; use DistributedDataParallel"),
+    ],
+)
+def test_what_cannot_be_done_with_shards_is_refused(ranks: list[dict[str, Any]], attempt: str, message: str) -> None:
+    assert all(re.search(message, rank["refusals"][attempt]) for rank in ranks)
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_of_two_processes_resume_in_any_number(ranks: list[dict[str, Any]], kind: str) -> None:
+    want = ranks[0]["checkpoints"][kind]["uninterrupted"]
+    for rank in ranks:
+        got = rank["checkpoints"][kind]
+        assert got["alike"]
+        if len(ranks) == 2:
+            assert all(torch.equal(got["resumed"][name], want[name]) for name in want)
+        assert_close(*map(without_rounding, (got["resumed"], want)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["checkpoint", "full state"])
+def test_checkpoints_of_shards_resume_in_one_process_without_any(
+    ranks: list[dict[str, Any]], kind: str, way: str
+) -> None:
+    model = network()
+    optimizer = of_kind(kind, model)
+    load(model, optimizer, str(ranks[0]["folder"] / kind))
+    if way == "full state":
+        optimizer = of_kind(kind, model)
+        optimizer.load_state_dict(ranks[0]["checkpoints"][kind]["full"])
+    for step in range(HALF, WHOLE):
+        optimizer.zero_grad()
+        plain_loss(model, optimizer, step).backward()
+        optimizer.step()
+    assert_close(*map(without_rounding, (numbers(optimizer), ranks[0]["checkpoints"][kind]["uninterrupted"])))
+
+
+def test_a_state_without_processes_is_divided_among_them_and_not_the_other_way(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        result = rank["plain_states"]
+        assert result["divided"] and "is sharded over processes, but the parameter is not; gather it" in result["error"]
+
+
+def test_a_process_that_is_killed_while_saving_costs_that_checkpoint_only(tmp_path: Path) -> None:
+    with pytest.raises(multiprocessing.ProcessExitedException, match="signal SIGKILL"):
+        run_in_processes(processes.die_while_saving, 2, tmp_path)
+    half_saved = tmp_path / f"step-{HALF + 4}"
+    assert any(half_saved.iterdir()) and not (half_saved / ".metadata").exists()
+    for rank in run_in_processes(processes.resume, 2, tmp_path):
+        assert rank["latest"] == HALF
+        assert all(torch.equal(rank["resumed"][name], rank["uninterrupted"][name]) for name in rank["resumed"])
 
 
 def test_a_group_is_a_group() -> None:

@@ -57,7 +57,7 @@ def test_kernels_round_as_the_reference_does(
 def one_update(value: Tensor, gradient: Tensor, steps: Tensor, seed: int) -> None:
     nothing = torch.zeros(0, dtype=torch.int64, device=value.device)
     outside = ([-1], [0], [1], [1.0], [0.0], [False], [0.0], [False])
-    flags = (None, None, [steps], [seed])
+    flags = (None, None, None, [steps], [seed])
     ops.update_([value], [gradient], [], [], [], nothing, *outside, *[[]] * 5, *flags)
 
 

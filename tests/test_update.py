@@ -191,6 +191,53 @@ def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> N
     assert_stepped(weight, exact, gradient.double().abs() + velocity.abs(), 0.05)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_shards_come_to_the_same_bits_as_the_whole(dtype: torch.dtype, device: str) -> None:
+    options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+    whole = network(dtype, **options, device=device)
+    in_parts = copied(whole)
+    ops.update_(**whole)
+    for rank in range(12):
+        shard = shard_of(in_parts, rank, 12)
+        ops.update_(**shard)
+        for got, want in zip(shard["importances"], whole["importances"], strict=True):
+            assert torch.equal(got, want)
+    for name in ("parameters", "momentum_buffers"):
+        for got, want in zip(in_parts[name], whole[name], strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("rank", [0, 2, 11])
+def test_shards_agree_with_the_reference(rank: int, device: str) -> None:
+    check(shard_of(network(weight_decay=0.01, sigma="erf", device=device), rank, 12))
+
+
+def shard_of(arguments: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
+    """What one of several processes holds: views of blocks of rows, some of them empty, and all of the importance."""
+    arguments = {**arguments, "first_neuron": [0] * len(PARAMETERS)}
+    for name in ("importances", "skipped"):
+        arguments[name] = copied({name: arguments[name]})[name]
+    for name in ("parameters", "gradients", "momentum_buffers"):
+        arguments[name] = list(arguments[name])
+    for index, (shape, _, dim, groups) in enumerate(PARAMETERS):
+        rows = -(-shape[0] // processes)
+        first = min(rank * rows, shape[0])
+        if groups > 1:  # cannot be divided: one process has it all
+            first, rows = (0, shape[0]) if rank == 0 else (shape[0], 0)
+            arguments["layer"] = [-1 if at == index and rank else layer for at, layer in enumerate(arguments["layer"])]
+        for name in ("parameters", "gradients", "momentum_buffers"):
+            arguments[name][index] = arguments[name][index][first : first + rows]
+        arguments["first_neuron"][index] = first if dim == 0 and groups == 1 else 0
+    return arguments
+
+
+def test_shards_outside_of_their_layer_are_refused(device: str) -> None:
+    arguments = shard_of(network(device=device), 1, 12)
+    arguments["first_neuron"][2] = 60
+    with pytest.raises(ValueError, match="6 rows from neuron 60 on, but importance has 64 values"):
+        ops.update_(**arguments)
+
+
 @pytest.mark.parametrize(("layers", "each"), [(130, 2), (1, 400), (90, 1), (3, 0)])
 def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
     count = layers * each + 3  # the last three belong to no layer
@@ -339,8 +386,9 @@ def test_every_written_tensor_gets_a_new_version() -> None:
 
 def test_update_passes_opcheck() -> None:
     arguments = network(momentum=0.9)
-    given = tuple(arguments[name] for name in ARGUMENTS)
-    opcheck(torch.ops.npc_ext.update_.default, given, {"steps": [], "seeds": []})
+    given, rounding = tuple(arguments[name] for name in ARGUMENTS), {"steps": [], "seeds": []}
+    opcheck(torch.ops.npc_ext.update_.default, given, rounding)
+    opcheck(torch.ops.npc_ext.update_.default, (*given, [0] * len(PARAMETERS)), rounding)
 
 
 def activations(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:

@@ -79,8 +79,9 @@ class Plasticity {
       next += layer.neurons;
     }
   }
+  // Of a parameter's neurons, null for plain rates.
   const float* of(const ParameterParams& parameter) const {
-    return parameter.layer < 0 ? nullptr : of_layer_[parameter.layer];
+    return parameter.layer < 0 ? nullptr : of_layer_[parameter.layer] + parameter.first_neuron;
   }
 
  private:

@@ -60,6 +60,7 @@ bool fits(const Part& part) {
 inline void fill(Parameter& parameter, const ParameterParams& from) {
   static_cast<Elements&>(parameter) = elements(from);
   parameter.outer = from.outer, parameter.middle = from.middle, parameter.run = from.run;
+  parameter.first_neuron = static_cast<int>(from.first_neuron);
 }
 
 // `blocks`: how many the device runs at a time.

@@ -30,7 +30,7 @@ struct Layer {
 
 struct Parameter : Elements {
   int64_t outer, middle, run;
-  int layer;
+  int layer, first_neuron;
 };
 
 // The whole network, by value in the kernel's arguments. P: Parameter, or what another step needs beside it.
@@ -80,8 +80,8 @@ __device__ __forceinline__ float averaged(const Layer& layer, const Total& total
 }
 
 __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run) {
-  if (p.outer == 1) return run;
-  return run / (p.outer * p.middle) * p.middle + run % p.middle;
+  if (p.outer == 1) return p.first_neuron + run;
+  return p.first_neuron + run / (p.outer * p.middle) * p.middle + run % p.middle;
 }
 
 // Moves the numbers of one pack, all of one neuron.
