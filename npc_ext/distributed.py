@@ -26,7 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The user's own model inside of what torch.compile and DistributedDataParallel return.
 
     Raises:
-        TypeError: it is in an `nn.DataParallel`, whose copies cannot be measured.
+        TypeError: it is in an `nn.DataParallel`, whose copies cannot be measured, or a part of it is in a
+            `FullyShardedDataParallel`, whose parameters are not whole rows.
     """
     while True:
         if isinstance(model, nn.DataParallel):
@@ -38,12 +39,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
-            return model
+            break
         model = inner
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise TypeError(
+            "the model is in FullyShardedDataParallel (FSDP1), which cuts parameters anywhere, not between neurons; "
+            "use torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
+    return model
 
 
 def _group_of(model: nn.Module) -> Any:
-    """The process group of the DistributedDataParallel around a model or of `fully_shard`'s mesh, or None."""
+    """The process group of the DistributedDataParallel around a model, or of `fully_shard`'s mesh, or None."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
     if isinstance(model, nn.parallel.DistributedDataParallel):

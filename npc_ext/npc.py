@@ -33,7 +33,7 @@ class NPC(Plastic):
     another of that many steps. Choose delta so that this is about a half or more.
 
     Args:
-        model: the network. Build the optimizer after moving it to its device.
+        model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
         lr: eta_max, the largest learning rate, of neurons without importance and of other parameters. A float32 tensor
             in GPU memory is read there at each step, so that replays of a CUDA graph see it change.
         alpha: scale of eq. 7; greater is more plastic.
@@ -63,8 +63,8 @@ class NPC(Plastic):
             parameters of those layers get no gradients. An approximation: the measurements in between count as if they
             had been the same.
         process_group: the processes of torch.distributed that train one model together, whose importance is added up
-            over them once a step; "auto": those of the `DistributedDataParallel` that the model is in. None: each
-            process trains a model of its own.
+            over them once a step; "auto": those of the `DistributedDataParallel` that the model is in, or of the mesh
+            over which `fully_shard` has sharded it. None: each process trains a model of its own.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:

@@ -39,7 +39,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
         optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
         model: the network.
         alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`, alpha in units of the
-            optimizer's learning rate.
+            optimizer's learning rate. Models may be sharded by `fully_shard`, too, before both are built.
         bucket_bytes: the most bytes of weights that are copied at a time, except for larger single parameters.
 
     Raises:

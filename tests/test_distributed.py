@@ -301,6 +301,14 @@ def test_data_parallel_of_one_process_is_refused() -> None:
         NPC(nn.DataParallel(network()))
 
 
+def test_the_first_fsdp_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Sequential):  # the real one wants a GPU
+        pass
+
+    with pytest.raises(TypeError, match="fully_shard"):
+        NPC(nn.Sequential(FullyShardedDataParallel(network())))
+
+
 def test_what_compile_returns_is_unwrapped() -> None:
     model = network()
     compiled: Any = torch.compile(model)
