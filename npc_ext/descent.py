@@ -113,7 +113,7 @@ class Descent(torch.optim.Optimizer):
         raise ValueError(
             f"{self._name_of(parameter)} is sharded over processes (FSDP or tensor parallelism), which "
             f"{type(self).__name__} does not support; use DistributedDataParallel, or one of the optimizers that "
-            "support fully_shard: NPC or PlasticityWrapper"
+            "support fully_shard: NPC, NPCAdamW or PlasticityWrapper"
         )
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:

@@ -29,7 +29,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from npc_ext import CPC, EWC, NPC, PlasticityWrapper
+from npc_ext import CPC, EWC, NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.shards import local
 
 STEPS = 50
@@ -91,14 +91,14 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
-def numbers(optimizer: NPC | PlasticityWrapper) -> dict[str, Tensor]:
+def numbers(optimizer: NPC | NPCAdamW | PlasticityWrapper) -> dict[str, Tensor]:
     """Weights, put together where they are sharded, and importance."""
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in optimizer.param_groups[0]["params"]]
     weights = {f"weight {index}": parameter.detach().clone() for index, parameter in enumerate(parameters)}
     return weights | {name: layer.importance for name, layer in optimizer.plasticity().items()}
 
 
-def alike(optimizer: NPC | PlasticityWrapper, shards: bool = False) -> bool:
+def alike(optimizer: NPC | NPCAdamW | PlasticityWrapper, shards: bool = False) -> bool:
     """Whether all processes have the same weights (`shards`: sharded ones, too) and importance, to the last bit."""
     if shards or not isinstance(optimizer.param_groups[0]["params"][0], DTensor):
         compared = numbers(optimizer)
@@ -112,7 +112,12 @@ def alike(optimizer: NPC | PlasticityWrapper, shards: bool = False) -> bool:
 
 
 def train(
-    model: nn.Module, optimizer: NPC | PlasticityWrapper, *, first: int = 0, steps: int = STEPS, part: Any = own_part
+    model: nn.Module,
+    optimizer: NPC | NPCAdamW | PlasticityWrapper,
+    *,
+    first: int = 0,
+    steps: int = STEPS,
+    part: Any = own_part,
 ) -> bool:
     """Trains on this process's parts; returns whether all processes were alike after every step."""
     same = True
@@ -202,7 +207,14 @@ def heads_of_some_processes_only() -> Any:
 @scenario
 def wrapped_adamw() -> Any:
     model = DistributedDataParallel(network())
-    optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    optimizer = of_kind("wrapped_adamw", model)
+    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+
+
+@scenario
+def npc_adamw() -> Any:
+    model = DistributedDataParallel(network())
+    optimizer = of_kind("npc_adamw", model)
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
@@ -350,7 +362,14 @@ def transposed(groups: int = 1) -> nn.Module:
 @scenario
 def sharded_wrapped_adamw() -> Any:
     model = in_shards(network())
-    optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    optimizer = of_kind("wrapped_adamw", model)
+    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+
+
+@scenario
+def sharded_npc_adamw() -> Any:
+    model = in_shards(network())
+    optimizer = of_kind("npc_adamw", model)
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
@@ -454,13 +473,15 @@ def refusals() -> Any:
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 HALF, WHOLE = 10, 20
-KINDS = ("npc", "without_momentum", "wrapped_adamw")
+KINDS = ("npc", "without_momentum", "npc_adamw", "wrapped_adamw")
 
 
 def of_kind(kind: str, model: nn.Module) -> Any:
     """An optimizer to be saved."""
     if kind == "wrapped_adamw":
         return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+    if kind == "npc_adamw":
+        return NPCAdamW(model, lr=1e-3, delta=0.9)
     return NPC(model, **{**OPTIONS, "momentum": 0.9 if kind == "npc" else 0.0})
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
 
-from npc_ext import NPC, PlasticityWrapper
+from npc_ext import NPC
 from npc_ext.distributed import unwrapped
 
 from . import processes
@@ -149,10 +149,11 @@ def test_each_process_may_train_for_itself(ranks: list[dict[str, Any]]) -> None:
     assert not any(rank["each_for_itself"] for rank in ranks)
 
 
-@pytest.mark.parametrize("scenario", ["wrapped_adamw", "sharded_wrapped_adamw"])
-def test_a_wrapped_optimizer_measures_together_too(ranks: list[dict[str, Any]], scenario: str) -> None:
-    model = network()
-    optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
+@pytest.mark.parametrize("kind", ["npc_adamw", "wrapped_adamw"])
+@pytest.mark.parametrize("sharded", ["", "sharded_"])
+def test_other_optimizers_measure_together_too(ranks: list[dict[str, Any]], kind: str, sharded: str) -> None:
+    scenario, model = sharded + kind, network()
+    optimizer = of_kind(kind, model)
     for step in range(STEPS):
         optimizer.zero_grad()
         plain_loss(model, optimizer, step).backward()
