@@ -60,6 +60,19 @@ struct ParameterParams {
 
   // For launch_connection_update: C of every element [size], in the memory order of value.
   float* importance;
+
+  // For launch_adam_update: the moving averages of the gradient and of its square, and their constants. Both [size], in
+  // the memory order of value, float64 if the value is, else float32.
+  void* first_moment;
+  void* second_moment;
+  double first_decay, second_decay, epsilon;
+
+  // How many steps the parameter has taken [1], raised by one; Adam needs it, stochastic rounding too, else null.
+  float* steps;
+  // Values are rounded to bfloat16 at random, up or down, the nearer the likelier, with bits drawn from `seed`, the
+  // number of steps and the element's index. For launch_update and launch_adam_update.
+  bool stochastic_rounding;
+  uint32_t seed;
 };
 
 // Eqs. 3, 4, 7 and the weight update of every layer of a network.
@@ -92,6 +105,10 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
 // The weight update alone, with anchors and path integrals. The parameters belong to no layer.
 void launch_anchored_update(const UpdateParams& params, int threads);
 
+// launch_update with Adam's step, decoupled weight decay included: w <- w - s_i lr (m' / (sqrt(v') + epsilon) + decay w),
+// with s_i = min(1, eq. 7). Moments of frozen neurons stay as they are, too.
+void launch_adam_update(const UpdateParams& params, int threads);
+
 // CPC: c = |value * gradient| of every element in place of eq. 2, then eqs. 3, 4, 7 and the weight update, an importance
 // and a rate to each element. `neurons`, `importance` and `measured` of the layers are ignored.
 void launch_connection_update(const UpdateParams& params, int threads);
@@ -120,6 +137,7 @@ int64_t launch_update(const UpdateParams& params, const Stream& stream, const Wo
 int64_t launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream,
                             const Workspace& workspace);
 int64_t launch_anchored_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
+int64_t launch_adam_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
 int64_t launch_connection_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
 
 }  // namespace cuda

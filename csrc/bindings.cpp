@@ -83,6 +83,7 @@ struct Threads {
 
   void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
   void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
+  void adam_update(const UpdateParams& params) const { npc::cpu::launch_adam_update(params, count); }
   void anchored_update(const UpdateParams& params) const { npc::cpu::launch_anchored_update(params, count); }
   void connection_update(const UpdateParams& params) const { npc::cpu::launch_connection_update(params, count); }
   void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
@@ -101,6 +102,9 @@ struct OnStream {
     return npc::cuda::launch_importance(params, stream, workspace);
   }
   int64_t update(const UpdateParams& params) const { return npc::cuda::launch_update(params, stream, workspace); }
+  int64_t adam_update(const UpdateParams& params) const {
+    return npc::cuda::launch_adam_update(params, stream, workspace);
+  }
   int64_t anchored_update(const UpdateParams& params) const {
     return npc::cuda::launch_anchored_update(params, stream, workspace);
   }
@@ -192,6 +196,19 @@ struct Network {
                           pointer<const float>(found_inf)};
   }
 
+  // `steps` and `seeds` may be empty; a seed below 0 rounds to the nearest.
+  void count_steps(const Addresses& steps, const Int64s& seeds) {
+    check_sizes((steps.empty() || steps.size() == parameters.size()) &&
+                    (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
+                "every parameter needs a steps entry if any has one, and a seed entry if any is rounded at random");
+    for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
+    for (size_t i = 0; i < seeds.size(); ++i) {
+      check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded at random counts its steps");
+      parameters[i].stochastic_rounding = seeds[i] >= 0;
+      parameters[i].seed = static_cast<uint32_t>(seeds[i]);
+    }
+  }
+
   void importance_of_layers(const Addresses& importances, const Addresses& measured) {
     check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
                 "every layer needs an importance, a measured and a skipped entry");
@@ -207,12 +224,44 @@ typename Target::Result update(const Target& target, const Addresses& values, co
                                const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
                                const py::buffer& parameter_options, const Addresses& importances,
                                const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
-                               const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+                               const py::buffer& layer_options, Address grad_scale, Address found_inf,
+                               const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
+  network.count_steps(steps, seeds);
   const py::gil_scoped_release released;
   return target.update(network.params);
+}
+
+// moments: the first and the second of each parameter. adam_options: rows of first decay, second decay, epsilon.
+template <class Target>
+typename Target::Result adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                                    const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                                    const py::buffer& parameter_options, const Addresses& first_moments,
+                                    const Addresses& second_moments, const py::buffer& adam_options,
+                                    const Addresses& importances, const Addresses& measured, const Addresses& skipped,
+                                    const py::buffer& layer_numbers, const py::buffer& layer_options,
+                                    Address grad_scale, Address found_inf, const Addresses& steps,
+                                    const Int64s& seeds) {
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+                  layer_options, grad_scale, found_inf);
+  network.importance_of_layers(importances, measured);
+  network.count_steps(steps, seeds);
+  const size_t count = values.size();
+  check_sizes(first_moments.size() == count && second_moments.size() == count && steps.size() == count,
+              "every parameter needs two moments and a steps entry");
+  const Table<double> options(adam_options, count, 3, "adam_options");
+  for (size_t i = 0; i < count; ++i) {
+    ParameterParams& p = network.parameters[i];
+    check_sizes(p.momentum == nullptr && p.steps != nullptr, "Adam has moments in place of momentum, and counts steps");
+    p.first_moment = pointer<void>(first_moments[i]);
+    p.second_moment = pointer<void>(second_moments[i]);
+    const double* o = options.row(i);
+    p.first_decay = o[0], p.second_decay = o[1], p.epsilon = o[2];
+  }
+  const py::gil_scoped_release released;
+  return target.adam_update(network.params);
 }
 
 // stiffness, anchors and paths: an address or 0 for each parameter.
@@ -296,6 +345,7 @@ template <class Target>
 void define_kernels(py::module_& m) {
   m.def("importance", &importance<Target>);
   m.def("update", &update<Target>);
+  m.def("adam_update", &adam_update<Target>);
   m.def("anchored_update", &anchored_update<Target>);
   m.def("connection_update", &connection_update<Target>);
   m.def("network_step", &network_step<Target>);

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <math.h>
+#include <stdint.h>
 
 #if defined(__CUDACC__)
 #define NPC_RULE static __host__ __device__ __forceinline__
@@ -36,6 +37,35 @@ NPC_RULE float plasticity_sigmoid(float average, float alpha, float beta) {
 NPC_RULE float plasticity_erf(float average, float alpha, float beta) {
   const float surplus = logf(beta / average);
   return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+}
+
+// 1 - decay^steps, by which a moving average that began at 0 is too small after so many steps; decay as its logarithm,
+// so that nothing cancels.
+template <class R>
+NPC_RULE R bias_correction(R log_decay, R steps) {
+  return -expm1(log_decay * steps);
+}
+
+// The direction of Adam's step from the moments, which are too small by their bias corrections: m' / (sqrt(v') + epsilon).
+template <class R, class Scalar>
+NPC_RULE R adam_direction(R first_moment, R root_of_second, Scalar per_first_bias, Scalar per_root_of_second_bias,
+                          Scalar epsilon) {
+  return first_moment * per_first_bias / (root_of_second * per_root_of_second_bias + epsilon);
+}
+
+// 32 bits that look random, from a key and an index (C. Wellons' lowbias32). U: uint32_t, or a vector of them.
+template <class U>
+NPC_RULE U random_bits(uint32_t key, U index) {
+  U x = index ^ key;
+  x = (x ^ (x >> 16)) * 0x7feb352du;
+  x = (x ^ (x >> 15)) * 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+// The key of the elements of one parameter in one step; `block` is an element's index divided by 2^32.
+NPC_RULE uint32_t rounding_key(uint32_t seed, float steps, uint32_t block) {
+  const uint32_t of_step = random_bits<uint32_t>(0x9e3779b9u, static_cast<uint32_t>(steps));
+  return random_bits<uint32_t>(of_step, random_bits<uint32_t>(0x85ebca6bu, seed) + block);
 }
 
 // The gradient of an anchor's penalty, strength * stiffness * (value - anchor)^2: what EWC, MAS, SI and SSL add to the

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .mas import MAS as MAS
     from .neurons import find_neurons as find_neurons
     from .npc import NPC as NPC
+    from .npc_adamw import NPCAdamW as NPCAdamW
     from .plastic import LayerPlasticity as LayerPlasticity
     from .plot import plot_plasticity as plot_plasticity
     from .si import SI as SI
@@ -34,6 +35,7 @@ _HOME = {
     "EWC": "ewc",
     "MAS": "mas",
     "NPC": "npc",
+    "NPCAdamW": "npc_adamw",
     "LayerPlasticity": "plastic",
     "find_neurons": "neurons",
     "ImportanceWarning": "tap",
@@ -56,6 +58,7 @@ __all__ = [
     "ConnectionPlasticity",
     "ImportanceWarning",
     "LayerPlasticity",
+    "NPCAdamW",
     "PlasticityWrapper",
     "check_capacity",
     "consolidation",

@@ -67,7 +67,7 @@ def sources() -> list[Source]:
     cuda = (
         [
             Source(f"cuda/{name}.cu", tuple(_FAST))
-            for name in ("step", "importance", "update", "connections", "anchored")
+            for name in ("step", "importance", "update", "adam", "connections", "anchored")
         ]
         if nvcc()
         else []

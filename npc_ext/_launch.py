@@ -215,6 +215,32 @@ class Tables:
         self.any_momentum = any(self.has_momentum)
 
 
+class AdamTables(Tables):
+    """The same for Adam's step. Rows of `adam_options`: the two betas and eps of a parameter."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        neurons: Sequence[int],
+        layer: Sequence[int],
+        neuron_dim: Sequence[int],
+        groups: Sequence[int],
+        lr: Sequence[float | Tensor],
+        first_decay: Sequence[float],
+        second_decay: Sequence[float],
+        epsilon: Sequence[float],
+        weight_decay: Sequence[float],
+        maximize: Sequence[bool],
+        *of_layers: Any,
+    ) -> None:
+        momentum = ([0.0] * len(parameters), [False] * len(parameters))
+        places = (layer, neuron_dim, groups)
+        super().__init__(parameters, neurons, *places, lr, *momentum, weight_decay, maximize, *of_layers)
+        self.adam_options = array("d")
+        for row in zip(first_decay, second_decay, epsilon, strict=True):
+            self.adam_options.extend(row)
+
+
 def _addresses(
     tables: Tables,
     parameters: Sequence[Tensor],
@@ -280,12 +306,14 @@ def update_(
     skipped_at: Sequence[int] | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    steps: Sequence[Tensor | None] = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.ops.update_`.
 
     Gradients lie in memory like their parameters (`in_memory_order_of`). A layer whose `measured` is None keeps its
     average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
-    side.
+    side. `steps` may be None where a parameter's are not counted.
     """
     flags = _flags(skipped.device, grad_scale, found_inf)
     _launch(
@@ -298,8 +326,50 @@ def update_(
         tables.layer_numbers,
         tables.layer_options,
         *map(_address, flags),
+        list(map(_address, steps)),
+        seeds,
     )
-    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)
+    counted = (count for count in steps if count is not None)
+    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped, *counted)
+
+
+def adam_update_(
+    tables: AdamTables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor | None],
+    skipped: Tensor,
+    skipped_at: Sequence[int] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+) -> None:
+    """Launches eqs. 3, 4, 7 and Adam's step; see `npc_ext.ops.adam_update_`, and `update_` for what is as there.
+
+    Moments lie in memory like their parameters.
+    """
+    flags = _flags(skipped.device, grad_scale, found_inf)
+    _launch(
+        "adam_update",
+        skipped.device,
+        *_addresses(tables, parameters, gradients, ()),
+        [moment.data_ptr() for moment in first_moments],
+        [moment.data_ptr() for moment in second_moments],
+        tables.adam_options,
+        [average.data_ptr() for average in importances],
+        list(map(_address, measured)),
+        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
+        tables.layer_numbers,
+        tables.layer_options,
+        *map(_address, flags),
+        list(map(_address, steps)),
+        seeds,
+    )
+    _raise_versions(tables, parameters, (), *first_moments, *second_moments, *steps, *importances, skipped)
 
 
 def anchored_update_(

@@ -216,12 +216,16 @@ class Descent(torch.optim.Optimizer):
         if parameter.grad.dtype != parameter.dtype or parameter.grad.device != parameter.device:
             self._refuse_gradient(parameter, parameter.grad)
         state = self.state[parameter]
-        if group["momentum"] != 0:
+        if self._has_momentum(group):
             state.setdefault("momentum_buffer", torch.zeros_like(parameter))
         # What was loaded, or whose model changed its memory format, may lie in memory otherwise.
         for name in ("momentum_buffer", *self._BESIDE):
             if name in state:
                 state[name] = _launch.in_memory_order_of(parameter, state[name])
+
+    def _has_momentum(self, group: Mapping[str, Any]) -> bool:
+        """Whether the parameters of a group have SGD's momentum."""
+        return bool(group["momentum"] != 0)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Any:
         raise NotImplementedError
@@ -234,7 +238,7 @@ class Descent(torch.optim.Optimizer):
             "parameters": parameters,
             "aligned": all(parameter.grad.stride() == parameter.stride() for parameter in parameters),
             "states": [self.state[parameter] for parameter in parameters],
-            "has_momentum": [group["momentum"] != 0 for _, group in members],
+            "has_momentum": [self._has_momentum(group) for _, group in members],
         }
 
     def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import _launch, ops, reference
 from .descent import SGD_OPTIONS
-from .plastic import Plastic, PlasticPlan
+from .plastic import PLASTIC_OPTIONS, Plastic, PlasticPlan
 
 
 class NPC(Plastic):
@@ -42,6 +42,9 @@ class NPC(Plastic):
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
             bit-identical under all of them.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
+        stochastic_rounding: rounds bfloat16 weights at random, up or down, the nearer the likelier, so that steps too
+            small for bfloat16 count on average. The random bits depend on step, parameter and element only: runs
+            repeat, and processes that train one model stay alike.
         params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
             Default: all of the model's.
         normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones
@@ -75,7 +78,7 @@ class NPC(Plastic):
         ...     optimizer.step()
     """
 
-    _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, "sigma", "normalize")
+    _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, *PLASTIC_OPTIONS)
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class NPC(Plastic):
         *,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
@@ -110,6 +114,7 @@ class NPC(Plastic):
             "sigma": sigma,
             "maximize": maximize,
             "normalize": normalize,
+            "stochastic_rounding": stochastic_rounding,
         }
         super().__init__(
             model,
@@ -150,11 +155,12 @@ class NPC(Plastic):
                 plan.layers,
                 grad_scale,
                 found_inf,
+                plan.beside("step") if plan.seeds else (),
+                plan.seeds,
             )
             return
         self._update_by_pytorch(plan, gradients, buffers, importances, measured, grad_scale, found_inf)
 
-    @torch.no_grad()
     def _update_by_pytorch(
         self,
         plan: PlasticPlan,
@@ -165,10 +171,9 @@ class NPC(Plastic):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        skipped = plan.skipped[plan.layers]
         nothing = torch.empty(0, device=plan.device)
-        sums = [nothing if one is None else one for one in measured]
-        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
+        steps = [nothing if count is None else count for count in plan.beside("step")] if plan.seeds else []
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
-        update(plan.parameters, gradients, buffers, importances, sums, skipped, *plan.options, *flags)
-        plan.skipped[plan.layers] = skipped
+        with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
+            network = (plan.parameters, gradients, buffers, importances, sums, skipped)
+            update(*network, *plan.options, *flags, steps, plan.seeds)

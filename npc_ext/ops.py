@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -27,10 +27,17 @@ _OPTIONS = (
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
     "bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
+_ROUNDING = "Tensor(e!)[] steps, int[] seeds"
 _SCHEMAS = (
     "importance(Tensor activation, Tensor gradient, int channel_dim=1, int batch_dim=0) -> Tensor",
     "relu_backward_importance(Tensor output, Tensor gradient, int channel_dim=1, int batch_dim=0) -> (Tensor, Tensor)",
-    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS}",
+    f"update_({_NETWORK}Tensor[] measured, {_OPTIONS.removesuffix(') -> ()')}, *, {_ROUNDING}) -> ()",
+    "adam_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, "
+    "Tensor(c!)[] second_moments, Tensor(d!)[] steps, Tensor(e!)[] importances, Tensor[] measured, "
+    "Tensor(f!) skipped, int[] layer, int[] neuron_dim, int[] groups, float[] lr, float[] first_decay, "
+    "float[] second_decay, float[] epsilon, float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, "
+    "float[] delta, str[] sigma, bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None, "
+    "int[] seeds=[]) -> ()",
     "anchored_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor[] stiffness, "
     "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
@@ -133,6 +140,8 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Eqs. 3, 4 and 7 and the weight update for all layers of a network in one call, in place.
 
@@ -157,16 +166,18 @@ def update_(
         active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; if it is not zero nothing is changed at all.
+        steps: empty, or for each parameter one float32, how many steps it has taken, raised by one; an empty tensor
+            where nobody counts.
+        seeds: empty, or for each parameter -1, or for a bfloat16 one whose steps are counted a seed: its values are
+            then rounded at random, up or down, the nearer the likelier. The random bits depend on the seed, the steps
+            and the element only.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
     _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
-    _check_lengths(len(importances), measured=measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
-    for index, sums in enumerate(measured):
-        if sums.numel() == 0:
-            continue
-        _check_per_neuron(f"measured[{index}]", sums, importances[index])
+    _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
+    _check_rounding(parameters, steps, seeds)
     torch.ops.npc_ext.update_.default(
         parameters,
         gradients,
@@ -189,6 +200,96 @@ def update_(
         active_only,
         grad_scale,
         found_inf,
+        steps=steps,
+        seeds=seeds,
+    )
+
+
+@torch.no_grad()
+def adam_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    first_decay: Sequence[float],
+    second_decay: Sequence[float],
+    epsilon: Sequence[float],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+) -> None:
+    """`update_` with the step of `torch.optim.AdamW`, of which each neuron takes a share, in one call, in place.
+
+        w <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight_decay w),      s_i = min(1, eq. 7)
+
+    with the moving averages m of the gradient and v of its square, m' and v' freed of their bias.
+
+    Args:
+        parameters, gradients: as in `update_`. Rows of frozen neurons (C_i >= beta) stay bit-identical, and so do
+            their moments.
+        first_moments, second_moments: m and v, like the parameters, but float32 for halves; changed in place.
+        steps: for each parameter one float32, how many steps it has taken, raised by one.
+        importances, measured, skipped, layer, neuron_dim, groups: as in `update_`.
+        lr, weight_decay, maximize: for each parameter, as in `torch.optim.AdamW`.
+        first_decay, second_decay, epsilon: for each parameter AdamW's betas and eps.
+        alpha, beta, delta, sigma, active_only: for each layer the constants of eqs. 4 and 7, alpha in units of lr.
+        grad_scale, found_inf, seeds: as in `update_`.
+
+    Raises:
+        ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
+    """
+    count = len(parameters)
+    _check_network(parameters, gradients, [], importances, skipped, layer, neuron_dim, groups, [0.0] * count)
+    _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
+    _check_lengths(count, first_moments=first_moments, second_moments=second_moments, steps=steps)
+    _check_lengths(count, lr=lr, first_decay=first_decay, second_decay=second_decay, epsilon=epsilon)
+    for index, parameter in enumerate(parameters):
+        for name, moments in (("first_moments", first_moments), ("second_moments", second_moments)):
+            _check_beside(f"{name}[{index}]", moments[index], parameter, reference.compute_dtype(parameter.dtype))
+        if steps[index].numel() != 1:
+            raise ValueError(f"steps[{index}] has {steps[index].numel()} elements; Adam counts every parameter's steps")
+    _check_rounding(parameters, steps, seeds)
+    torch.ops.npc_ext.adam_update_.default(
+        parameters,
+        gradients,
+        first_moments,
+        second_moments,
+        steps,
+        importances,
+        measured,
+        skipped,
+        layer,
+        neuron_dim,
+        groups,
+        lr,
+        first_decay,
+        second_decay,
+        epsilon,
+        weight_decay,
+        maximize,
+        alpha,
+        beta,
+        delta,
+        _check_sigma(sigma),
+        active_only,
+        grad_scale,
+        found_inf,
+        seeds,
     )
 
 
@@ -594,6 +695,31 @@ def _check_network(
             )
 
 
+def _check_layers(importances: Sequence[Tensor], measured: Sequence[Tensor], **constants: Sequence[object]) -> None:
+    _check_lengths(len(importances), measured=measured, **constants)
+    for index, sums in enumerate(measured):
+        if sums.numel():
+            _check_per_neuron(f"measured[{index}]", sums, importances[index])
+
+
+def _check_rounding(parameters: Sequence[Tensor], steps: Sequence[Tensor], seeds: Sequence[int]) -> None:
+    if steps or seeds:
+        _check_lengths(len(parameters), steps=steps)
+    if seeds:
+        _check_lengths(len(parameters), seeds=seeds)
+    for index, (parameter, count) in enumerate(zip(parameters, steps, strict=False)):
+        if count.numel() and (count.dtype != torch.float32 or count.numel() != 1 or count.device != parameter.device):
+            raise ValueError(
+                f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)} on {count.device}; expected one "
+                f"float32 on {parameter.device}, or nothing"
+            )
+        if seeds and seeds[index] >= 0 and (parameter.dtype != torch.bfloat16 or not count.numel()):
+            raise ValueError(
+                f"seeds[{index}] is {seeds[index]}, but parameters[{index}] is {parameter.dtype} with "
+                f"{count.numel()} steps; only bfloat16 whose steps are counted is rounded at random (else: -1)"
+            )
+
+
 def _check_skipped(skipped: Tensor, layers: int) -> None:
     if skipped.dtype != torch.int64 or skipped.numel() != layers:
         raise ValueError(
@@ -678,6 +804,7 @@ def _is_plain_call(*tensors: Tensor) -> bool:
 
 # The options of update_ and network_step_ from `layer` to `active_only`; grad_scale and found_inf follow.
 _CONSTANTS = 13
+_ADAM_CONSTANTS = 14
 
 
 def native_takes(tensors: Iterable[Tensor]) -> bool:
@@ -716,15 +843,40 @@ def _update(
     measured: list[Tensor],
     skipped: Tensor,
     *options: Any,
+    steps: list[Tensor],
+    seeds: list[int],
 ) -> None:
+    constants, flags = options[:_CONSTANTS], [*options[_CONSTANTS:], None, None][:2]
+    update: Callable[..., None] = reference.update_
+    given: list[Any] = [measured, skipped, *constants, *flags, steps, seeds]
     if native_takes([*parameters, *importances]):
-        constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        tables = _launch.Tables(parameters, [average.numel() for average in importances], *constants)
+        update = partial(
+            _launch.update_, _launch.Tables(parameters, [average.numel() for average in importances], *constants)
+        )
+        gradients = list(map(_launch.in_memory_order_of, parameters, gradients))
+        given = [_given(measured), skipped, None, *flags, _given(steps), seeds]
+    update(parameters, gradients, momentum_buffers, importances, *given)
+
+
+def _adam_update(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    steps: list[Tensor],
+    importances: list[Tensor],
+    measured: list[Tensor],
+    skipped: Tensor,
+    *options: Any,
+) -> None:
+    beside = (first_moments, second_moments, steps, importances)
+    if native_takes([*parameters, *importances]):
+        constants, flags = options[:_ADAM_CONSTANTS], options[_ADAM_CONSTANTS:]
+        tables = _launch.AdamTables(parameters, [average.numel() for average in importances], *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        network = (parameters, ordered, momentum_buffers, importances, _given(measured), skipped)
-        _launch.update_(tables, *network, None, *flags)
+        _launch.adam_update_(tables, parameters, ordered, *beside, _given(measured), skipped, None, *flags)
     else:
-        reference.update_(parameters, gradients, momentum_buffers, importances, measured, skipped, *options)
+        reference.adam_update_(parameters, gradients, *beside, measured, skipped, *options)
 
 
 def _given(tensors: Sequence[Tensor]) -> list[Tensor | None]:
@@ -869,6 +1021,7 @@ _KERNELS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "importance": (_importance, _fake_importance),
     "relu_backward_importance": (_relu_backward_importance, _fake_relu_backward_importance),
     "update_": (_update, _fake_nothing),
+    "adam_update_": (_adam_update, _fake_nothing),
     "anchored_update_": (_anchored_update, _fake_nothing),
     "connection_update_": (_connection_update, _fake_nothing),
     "network_step_": (_network_step, _fake_nothing),

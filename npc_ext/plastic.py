@@ -7,7 +7,8 @@ and leave out gradients that are certain not to be needed. How a weight moves un
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ _LAYER_OPTIONS = (
     "batch_dim",
 )
 _SKIPPING = (True, False, "layers")
+PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,11 @@ class Plastic(Descent):
         The model is searched again, so that neurons of new layers are measured; what is known of the others is kept.
         """
         super().add_param_group(param_group)
+        try:
+            self._check_rounding(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
         if not self._ready:
             return
         try:
@@ -120,6 +127,14 @@ class Plastic(Descent):
         except Exception:
             self.param_groups.pop()
             raise
+
+    def _check_rounding(self, group: Mapping[str, Any]) -> None:
+        dtypes = {parameter.dtype for parameter in group["params"]}
+        if group["stochastic_rounding"] and torch.bfloat16 not in dtypes:
+            raise ValueError(
+                f"stochastic_rounding is on, but the parameters are {', '.join(sorted(map(str, dtypes)))}; it rounds "
+                "torch.bfloat16 only: convert the model before (model.to(torch.bfloat16)), or leave it off"
+            )
 
     def _find_neurons(self) -> None:
         """Searches the model, moves the taps and gives every new layer its importance of zero."""
@@ -277,6 +292,29 @@ class Plastic(Descent):
         )
         return layers, of_parameters, of_layers
 
+    def _rounds_at_random(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        return bool(group["stochastic_rounding"]) and parameter.dtype == torch.bfloat16
+
+    def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        """Whether the kernels must know how many steps a parameter has taken."""
+        return self._rounds_at_random(parameter, group)
+
+    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        super()._prepare_state(parameter, group)
+        if self._counts_steps(parameter, group):
+            state = self.state[parameter]
+            state.setdefault("step", torch.zeros((), dtype=torch.float32, device=parameter.device))
+
+    def _seeds(self, members: list[tuple[Any, dict[str, Any]]]) -> list[int]:
+        """For each parameter -1, or what its random rounding begins from: its place in the optimizer."""
+        if not any(self._rounds_at_random(*member) for member in members):
+            return []
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        place = {id(parameter): index for index, parameter in enumerate(parameters)}
+        return [
+            place[id(parameter)] if self._rounds_at_random(parameter, group) else -1 for parameter, group in members
+        ]
+
     def _plastic_plan(
         self,
         device: torch.device,
@@ -298,6 +336,7 @@ class Plastic(Descent):
             layers=layers,
             layer_states=layer_states,
             skipped=self._skipped.on(device),
+            seeds=self._seeds(members),
         )
 
     def _signature(self) -> list[Any]:
@@ -386,13 +425,7 @@ class Plastic(Descent):
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
             average = self._layer_state(index)["importance"].clone()
-            rate = reference.learning_rate(
-                average,
-                float(self._group_of[id(key)]["lr"]),
-                constants["alpha"],
-                constants["beta"],
-                constants["sigma"],
-            )
+            rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
             frozen = (rate == 0).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
@@ -400,6 +433,10 @@ class Plastic(Descent):
             left_out = self._gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
+
+    def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
+        """Eq. 7: the rate of each neuron of a layer."""
+        return reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
 
     def _gradients_skipped(self, layer: str) -> float:
         watch = self._certificates.watches.get(layer)
@@ -427,6 +464,12 @@ class Plastic(Descent):
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
+        for parameter in (
+            parameter for group in self.param_groups for parameter in group["params"]
+        ):  # torch leaves it where it was saved
+            if "step" in self.state.get(parameter, {}):
+                step = self.state[parameter]["step"]
+                self.state[parameter]["step"] = torch.as_tensor(step).to(parameter.device, torch.float32, copy=True)
         for key in self._keys:  # stays float32, and its own
             average = saved[id(key)]["importance"]
             self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
@@ -454,3 +497,15 @@ class PlasticPlan(Plan):
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     skipped: Tensor  # counters of all layers, on the device
+    seeds: list[int]  # of the parameters' random rounding, or empty
+
+    @contextmanager
+    def without_kernels(
+        self, measured: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
+    ) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor | None]]]:
+        """What the operations of `npc_ext.ops` take: measured sums, counters of this plan's layers, and the flags."""
+        nothing, skipped = torch.empty(0, device=self.device), self.skipped[self.layers]
+        sums = [nothing if one is None else one for one in measured]
+        with torch.no_grad():
+            yield sums, skipped, [None if flag is None else flag.to(self.device) for flag in (grad_scale, found_inf)]
+            self.skipped[self.layers] = skipped

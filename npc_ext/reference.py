@@ -86,10 +86,12 @@ def descend_(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
+    rounding_key: int | None = None,
 ) -> None:
     """Algorithm 1's weight update with the options of `torch.optim.SGD`; frozen elements stay as they are.
 
-    `rate` and `frozen` broadcast against `parameter`. A frozen element's momentum buffer stays as it is, too.
+    `rate` and `frozen` broadcast against `parameter`. A frozen element's momentum buffer stays as it is, too. With a
+    `rounding_key` the result is rounded at random.
     """
     dtype = compute_dtype(parameter.dtype)
     value = parameter.to(dtype)
@@ -100,7 +102,82 @@ def descend_(
         velocity = momentum * momentum_buffer.to(dtype) + step
         momentum_buffer.copy_(torch.where(frozen, momentum_buffer, velocity.to(parameter.dtype)))
         step = step + momentum * velocity if nesterov else velocity
-    parameter.copy_(torch.where(frozen, parameter, (value - rate * step).to(parameter.dtype)))
+    parameter.copy_(torch.where(frozen, parameter, rounded(value - rate * step, parameter, rounding_key)))
+
+
+def bias_correction(decay: float, steps: int) -> float:
+    """1 - decay^steps, by which a moving average that began at 0 is too small; written so that nothing cancels."""
+    return -math.expm1(steps * math.log(decay)) if decay > 0 else 1.0
+
+
+def adam_(
+    parameter: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    steps: int,
+    share: Tensor | float,
+    frozen: Tensor | bool,
+    lr: float,
+    first_decay: float,
+    second_decay: float,
+    epsilon: float,
+    weight_decay: float,
+    maximize: bool,
+    rounding_key: int | None = None,
+) -> None:
+    """The step of `torch.optim.AdamW`, of which each element takes its share; frozen elements and moments stay.
+
+    Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv
+    1711.05101. `steps` counts this one. `share` and `frozen` broadcast against `parameter`.
+    """
+    dtype = compute_dtype(parameter.dtype)
+    value, d = parameter.to(dtype), (-gradient if maximize else gradient).to(dtype)
+    frozen = torch.as_tensor(frozen, device=parameter.device)
+    first = torch.lerp(first_moment, d, 1 - first_decay)
+    second = second_decay * second_moment + (1 - second_decay) * d * d
+    first_bias, second_bias = bias_correction(first_decay, steps), bias_correction(second_decay, steps)
+    direction = first / first_bias / (second.sqrt() / math.sqrt(second_bias) + epsilon)
+    result = value - share * lr * (direction + weight_decay * value)
+    first_moment.copy_(torch.where(frozen, first_moment, first))
+    second_moment.copy_(torch.where(frozen, second_moment, second))
+    parameter.copy_(torch.where(frozen, parameter, rounded(result, parameter, rounding_key)))
+
+
+_BITS = 0xFFFFFFFF  # of 32
+
+
+def random_bits(key: int, index: Tensor) -> Tensor:
+    """32 bits that look random for each index (int64, below 2^32): C. Wellons' lowbias32."""
+    x = index ^ key
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _BITS
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _BITS
+    return x ^ (x >> 16)
+
+
+def rounding_key(seed: int, steps: int) -> int:
+    """The key of a parameter's random bits in the step after `steps` others."""
+
+    def bits(key: int, index: int) -> int:
+        return int(random_bits(key, torch.tensor(index)))
+
+    return bits(bits(0x9E3779B9, steps), bits(0x85EBCA6B, seed))
+
+
+def rounded(value: Tensor, parameter: Tensor, key: int | None = None) -> Tensor:
+    """A value in its parameter's dtype: the nearest one, or with a key, for bfloat16, at random the one above or below.
+
+    The nearer the likelier, so that the mean over many steps is the value itself. The random bits depend on the key and
+    the element's place in memory only.
+    """
+    if key is None:
+        return value.to(parameter.dtype)
+    bits = value.contiguous().view(torch.int32).to(torch.int64) & _BITS
+    places = torch.arange(parameter.numel(), device=parameter.device).as_strided(parameter.shape, parameter.stride())
+    up = (bits + (random_bits(key, places) & 0xFFFF)) >> 16
+    special = (bits & 0x7F800000) == 0x7F800000  # infinities and NaN
+    up = torch.where(up >= 0x8000, up - 0x10000, up).to(torch.int16).view(torch.bfloat16)
+    return torch.where(special, value.to(torch.bfloat16), up)
 
 
 def anchor_penalty(value: Tensor, anchor: Tensor, stiffness: Tensor, strength: float) -> Tensor:
@@ -169,10 +246,41 @@ def update_(
     active_only: Sequence[bool],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    steps: Sequence[Tensor] = (),
+    seeds: Sequence[int] = (),
 ) -> None:
     """Eqs. 3, 4, 7 and Algorithm 1 for a whole network, in place; see `npc_ext.ops.update_` for the arguments."""
     if found_inf is not None and bool(found_inf):
         return
+    _average_layers(importances, measured, skipped, delta, active_only)
+    constants = (alpha, beta, sigma)
+    for index, parameter in enumerate(parameters):
+        where = (layer[index], neuron_dim[index], groups[index])
+        rate, frozen = _rate(parameter, importances, *where, *constants, lr[index])
+        descend_(
+            parameter,
+            _unscaled(gradients[index], grad_scale),
+            momentum_buffers[index] if momentum[index] != 0 else None,
+            rate,
+            frozen,
+            momentum[index],
+            nesterov[index],
+            weight_decay[index],
+            maximize[index],
+            _rounding_key(index, steps, seeds),
+        )
+    for count in steps:
+        count += 1
+
+
+def _average_layers(
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    skipped: Tensor,
+    delta: Sequence[float],
+    active_only: Sequence[bool],
+) -> None:
+    """Eqs. 3 and 4 of all layers. Sums that are not finite are counted and left out."""
     for index, (average, sums) in enumerate(zip(importances, measured, strict=True)):
         if sums.numel() == 0:
             continue
@@ -182,28 +290,87 @@ def update_(
         elif total > 0:
             normalized = normalize(sums.to(average.dtype), active_only[index])
             average.copy_(moving_average(average, normalized, delta[index]))
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        rate: Tensor | float = lr[index]
-        frozen: Tensor | bool = False
-        if layer[index] >= 0:
-            at = layer[index]
-            free = plasticity(importances[at], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
-            free = per_element(free, parameter, neuron_dim[index], groups[index])
-            rate, frozen = free.clamp(max=lr[index]), free == 0
-        if grad_scale is not None:
-            gradient = gradient.to(compute_dtype(gradient.dtype)) / grad_scale
-        buffer = momentum_buffers[index] if momentum[index] != 0 else None
-        descend_(
+
+
+def _rate(
+    parameter: Tensor,
+    importances: Sequence[Tensor],
+    layer: int,
+    neuron_dim: int,
+    groups: int,
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    sigma: Sequence[str],
+    most: float,
+) -> tuple[Tensor | float, Tensor | bool]:
+    """Eq. 7 for the elements of a parameter, and which of them are frozen; `most` is the largest rate."""
+    if layer < 0:
+        return most, False
+    free = plasticity(importances[layer], alpha[layer], beta[layer], sigma[layer]).to(compute_dtype(parameter.dtype))
+    free = per_element(free, parameter, neuron_dim, groups)
+    return free.clamp(max=most), free == 0
+
+
+def _unscaled(gradient: Tensor, grad_scale: Tensor | None) -> Tensor:
+    return gradient if grad_scale is None else gradient.to(compute_dtype(gradient.dtype)) / grad_scale
+
+
+def _rounding_key(index: int, steps: Sequence[Tensor], seeds: Sequence[int]) -> int | None:
+    return rounding_key(seeds[index], int(steps[index])) if seeds and seeds[index] >= 0 else None
+
+
+def adam_update_(
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    first_moments: Sequence[Tensor],
+    second_moments: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor],
+    skipped: Tensor,
+    layer: Sequence[int],
+    neuron_dim: Sequence[int],
+    groups: Sequence[int],
+    lr: Sequence[float],
+    first_decay: Sequence[float],
+    second_decay: Sequence[float],
+    epsilon: Sequence[float],
+    weight_decay: Sequence[float],
+    maximize: Sequence[bool],
+    alpha: Sequence[float],
+    beta: Sequence[float],
+    delta: Sequence[float],
+    sigma: Sequence[str],
+    active_only: Sequence[bool],
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    seeds: Sequence[int] = (),
+) -> None:
+    """Eqs. 3, 4, 7 and Adam's step for a whole network, in place; see `npc_ext.ops.adam_update_` for the arguments."""
+    if found_inf is not None and bool(found_inf):
+        return
+    _average_layers(importances, measured, skipped, delta, active_only)
+    for index, parameter in enumerate(parameters):
+        where = (layer[index], neuron_dim[index], groups[index])
+        share, frozen = _rate(parameter, importances, *where, alpha, beta, sigma, 1.0)
+        adam_(
             parameter,
-            gradient,
-            buffer,
-            rate,
+            _unscaled(gradients[index], grad_scale),
+            first_moments[index],
+            second_moments[index],
+            int(steps[index]) + 1,
+            share,
             frozen,
-            momentum[index],
-            nesterov[index],
+            lr[index],
+            first_decay[index],
+            second_decay[index],
+            epsilon[index],
             weight_decay[index],
             maximize[index],
+            _rounding_key(index, steps, seeds),
         )
+    for count in steps:
+        count += 1
 
 
 def anchored_update_(
@@ -284,11 +451,9 @@ def connection_update_(
             at = layer[index]
             free = plasticity(importances[index], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
             rate, frozen = free.clamp(max=lr[index]), free == 0
-        if grad_scale is not None:
-            gradient = gradient.to(compute_dtype(gradient.dtype)) / grad_scale
         buffer = momentum_buffers[index] if momentum[index] != 0 else None
         options = (momentum[index], nesterov[index], weight_decay[index], maximize[index])
-        descend_(parameter, gradient, buffer, rate, frozen, *options)
+        descend_(parameter, _unscaled(gradient, grad_scale), buffer, rate, frozen, *options)
 
 
 def network_step_(

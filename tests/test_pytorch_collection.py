@@ -23,6 +23,7 @@ import copy
 import inspect
 import io
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,13 +33,11 @@ from torch.nn import functional as F
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
 
 pytest.importorskip("expecttest", reason="PyTorch's collection needs expecttest, which is not installed")
-from torch.testing._internal.common_optimizers import (
-    get_error_inputs_for_all_optims,
-    optim_inputs_func_sgd,
-)
-
-# PyTorch's collection forbids to set flags of backends; other tests do.
-setattr(torch.backends, "__allow_nonbracketed_mutation_flag", True)
+with mock.patch("torch.backends.disable_global_flags"):  # as it is imported it would forbid other tests to set flags
+    from torch.testing._internal.common_optimizers import (
+        get_error_inputs_for_all_optims,
+        optim_inputs_func_sgd,
+    )
 
 OPTIMIZERS = [NPC, CPC, EWC, MAS, SI, SSL]
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)

@@ -44,6 +44,20 @@ def assert_stepped(got: Tensor, want: Tensor, step: Tensor, alpha: float) -> Non
     assert bool((error <= bound).all()), f"error {error.max():.3g}, bound there {bound.flatten()[error.argmax()]:.3g}"
 
 
+def assert_adam_stepped(got: Tensor, want: Tensor, step: Tensor, alpha: float) -> None:
+    """A weight after Adam's step, from the same C; `step` is the largest step its terms in absolute value could make.
+
+    In float32: the gradient and its scale (2 roundings), the first moment (4), its bias correction (4), the root of the
+    second moment (3) and its correction (3), epsilon, the division, decay, share, lr and their products (7): 24 u of the
+    step. The weight is rounded once more to its own precision. For `alpha` see `assert_stepped`; shares are 1 at most.
+    """
+    u = U[torch.float64 if got.dtype == torch.float64 else torch.float32]
+    share_error = alpha * (4 * U[torch.float32]) ** 0.5 + 32 * U[torch.float32] * (alpha > 0)
+    bound = (24 * u + share_error) * step + 2 * U[got.dtype] * want.abs() + torch.finfo(got.dtype).smallest_normal
+    error = (got.double() - want).abs()
+    assert bool((error <= bound).all()), f"error {error.max():.3g}, bound there {bound.flatten()[error.argmax()]:.3g}"
+
+
 # 100 steps of a network in float32 against float64: rounding feeds back through forward and backward passes, but the
 # network is not chaotic over so few steps at these rates. The figure is the project's promise, not a derived bound.
 TRAJECTORY = 1e-4

@@ -29,7 +29,11 @@ struct Kernels {
   void (*descend[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
                            int64_t begin, int64_t end);
 
-  // The same with an anchor and a path integral, at the plain rate.
+  // The same with Adam's step; rates are shares of lr, 1 at most.
+  void (*descend_adam[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
+                                int64_t begin, int64_t end);
+
+  // The same as descend with an anchor and a path integral, at the plain rate.
   void (*descend_anchored[kDTypes])(const ParameterParams& parameter, double gradient_factor, int64_t begin,
                                     int64_t end);
 

@@ -7,8 +7,12 @@
 //   scattered  anything else, element by element.
 // descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched.
 //              descend_anchored reads stiffness and anchor besides, and reads and writes the path integral.
+//              descend_adam reads and writes two moments in place of the momentum.
 //              descend_connections reads and writes an importance to each element besides.
 #pragma once
+
+#include <cmath>
+#include <type_traits>
 
 #include "../rules.h"
 #include "kernels.h"
@@ -377,10 +381,41 @@ static inline void descend_run(const Step<T>& step, T* value, const T* gradient,
   if constexpr (O::has_momentum) store_partial(momentum + i, velocity, rest);
 }
 
+// How values are stored, from the first `i` of a tile on: rounded to the nearest, or at random.
+struct ToNearest {
+  template <class T> void operator()(T* to, Vector<Real<T>> value, int64_t) const { store(to, value); }
+};
+struct AtRandom {
+  uint32_t key;
+  uint32_t first;  // the index of the tile's first element
+
+  AtRandom(const ParameterParams& p, int64_t first_)
+      : key(rounding_key(p.seed, *p.steps, static_cast<uint32_t>(first_ >> 32))), first(static_cast<uint32_t>(first_)) {}
+
+  void operator()(bfloat_bits* to, Vector<float> value, int64_t i) const {
+    Dwords index;
+    for (int lane = 0; lane < kHalfLanes; ++lane) index[lane] = static_cast<uint32_t>(lane);
+    index += first + static_cast<uint32_t>(i);
+    write(to, narrow_bfloat_at_random(value, random_bits<Dwords>(key, index)));
+  }
+};
+
+// The first `count` lanes.
+template <class Put, class T>
+static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_t i, int64_t count) {
+  if (count >= kLanes<Real<T>>) {
+    put(to, value, i);
+    return;
+  }
+  T buffer[kLanes<Real<T>>];
+  put(buffer, value, i);
+  for (int64_t k = 0; k < count; ++k) to[k] = buffer[k];
+}
+
 // `count` elements with a rate each; a negative rate marks an element that stays as it is.
-template <class O, class T>
+template <class O, class T, class Put>
 static void descend_elements(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count,
-                             const Real<T>* rates) {
+                             const Real<T>* rates, const Put& put) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   for (int64_t i = 0; i < count; i += L) {
@@ -395,9 +430,7 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
       old_velocity = velocity = whole ? load(momentum + i) : load_partial(momentum + i, rest);
     }
     Vector<R> result = moved<O, T>(step, old, d, rate, velocity);
-    result = blend<R>(~stays, result, old);
-    if (whole) store(value + i, result);
-    else store_partial(value + i, result, rest);
+    put_some(put, value + i, blend<R>(~stays, result, old), i, rest);
     if constexpr (O::has_momentum) {
       velocity = blend<R>(~stays, velocity, old_velocity);
       if (whole) store(momentum + i, velocity);
@@ -406,22 +439,14 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
   }
 }
 
-template <class O, class T>
-static void descend_with(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
-                         int64_t end) {
-  using R = Real<T>;
-  T* value = static_cast<T*>(p.value);
-  const T* gradient = static_cast<const T*>(p.gradient);
-  T* momentum = static_cast<T*>(p.momentum);
-  const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
-                     static_cast<R>(p.momentum_factor)};
-  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
-  const auto run_elements = [&](int64_t at, int64_t count, R rate) {
-    descend_run<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr,
-                                           count, end - at, rate);
-  };
+// Calls on_run(at, count, rate) for those runs of elements [begin, end) that move, or, where runs are shorter than
+// `short_run`, on_tile(at, count, rates) for tiles of at most kTile elements with a rate each, negative for elements that
+// stay, and for a vector's worth beyond the last. A rate is the neuron's plasticity, `top` at most.
+template <class R, class OnRun, class OnTile>
+static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R top, int64_t short_run,
+                                 int64_t begin, int64_t end, const OnRun& on_run, const OnTile& on_tile) {
   if (plasticity == nullptr) {
-    run_elements(begin, end - begin, lr);
+    on_run(begin, end - begin, top);
     return;
   }
   const int64_t runs_per_group = p.outer * p.middle;
@@ -437,11 +462,11 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
     }
   };
   int64_t left_in_run = p.run - begin % p.run;
-  if (p.run >= kShortRun) {
+  if (p.run >= short_run) {
     for (int64_t at = begin; at < end; next_run(), left_in_run = p.run) {
       const int64_t count = left_in_run < end - at ? left_in_run : end - at;
       const R free_rate = plasticity[group_base + row];
-      if (free_rate != 0) run_elements(at, count, free_rate < lr ? free_rate : lr);
+      if (free_rate != 0) on_run(at, count, free_rate < top ? free_rate : top);
       at += count;
     }
     return;
@@ -451,7 +476,7 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
     R rates[kTile + kLanes<R>];
     for (int64_t i = 0; i < count;) {
       const R free_rate = plasticity[group_base + row];
-      const R rate = free_rate == 0 ? R(-1) : free_rate < lr ? free_rate : lr;
+      const R rate = free_rate == 0 ? R(-1) : free_rate < top ? free_rate : top;
       const int64_t length = left_in_run < count - i ? left_in_run : count - i;
       for (int64_t k = 0; k < length; ++k) rates[i + k] = rate;
       i += length;
@@ -462,18 +487,73 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
       }
     }
     for (int k = 0; k < kLanes<R>; ++k) rates[count + k] = R(-1);
-    descend_elements<O, T>(step, value + at, gradient + at,
-                                                O::has_momentum ? momentum + at : nullptr, count, rates);
+    on_tile(at, count, rates);
   }
+}
+
+template <class R> static inline R largest_rate(const ParameterParams& p) {
+  return static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
+}
+
+template <class O, class T>
+static void descend_with(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                         int64_t end) {
+  using R = Real<T>;
+  T* value = static_cast<T*>(p.value);
+  const T* gradient = static_cast<const T*>(p.gradient);
+  T* momentum = static_cast<T*>(p.momentum);
+  const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
+                     static_cast<R>(p.momentum_factor)};
+  const auto momentum_at = [&](int64_t at) { return O::has_momentum ? momentum + at : nullptr; };
+  const auto on_run = [&](int64_t at, int64_t count, R rate) {
+    descend_run<O, T>(step, value + at, gradient + at, momentum_at(at), count, end - at, rate);
+  };
+  const auto on_tile = [&](int64_t at, int64_t count, const R* rates) {
+    descend_elements<O, T>(step, value + at, gradient + at, momentum_at(at), count, rates, ToNearest{});
+  };
+  for_each_rate(p, plasticity, largest_rate<R>(p), kShortRun, begin, end, on_run, on_tile);
+}
+
+// The same with values rounded at random, tile by tile.
+template <class O>
+static void descend_at_random(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                              int64_t end) {
+  auto* value = static_cast<bfloat_bits*>(p.value);
+  const auto* gradient = static_cast<const bfloat_bits*>(p.gradient);
+  auto* momentum = static_cast<bfloat_bits*>(p.momentum);
+  const Step<bfloat_bits> step{static_cast<float>(gradient_factor), static_cast<float>(p.weight_decay),
+                               static_cast<float>(p.momentum_factor)};
+  const auto on_tile = [&](int64_t at, int64_t count, const float* rates) {
+    descend_elements<O, bfloat_bits>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count,
+                                     rates, AtRandom(p, at));
+  };
+  const auto on_run = [&](int64_t at, int64_t count, float rate) {
+    float rates[kTile + kLanes<float>];
+    for (float& one : rates) one = rate;
+    for (int64_t i = 0; i < count; i += kTile) on_tile(at + i, count - i < kTile ? count - i : kTile, rates);
+  };
+  for_each_rate(p, plasticity, largest_rate<float>(p), kTile, begin, end, on_run, on_tile);
+}
+
+template <class O, class T>
+static void descend_rounded(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                            int64_t end) {
+  if constexpr (std::is_same_v<T, bfloat_bits>) {
+    if (p.stochastic_rounding) {
+      descend_at_random<O>(p, plasticity, gradient_factor, begin, end);
+      return;
+    }
+  }
+  descend_with<O, T>(p, plasticity, gradient_factor, begin, end);
 }
 
 template <class T, Momentum momentum>
 static void descend_with_momentum(const ParameterParams& p, const float* plasticity, double gradient_factor,
                                   int64_t begin, int64_t end) {
   if (p.weight_decay == 0 && gradient_factor == 1) {
-    descend_with<Options<momentum, false>, T>(p, plasticity, gradient_factor, begin, end);
+    descend_rounded<Options<momentum, false>, T>(p, plasticity, gradient_factor, begin, end);
   } else {
-    descend_with<Options<momentum, true>, T>(p, plasticity, gradient_factor, begin, end);
+    descend_rounded<Options<momentum, true>, T>(p, plasticity, gradient_factor, begin, end);
   }
 }
 
@@ -487,6 +567,93 @@ static void descend(const ParameterParams& p, const float* plasticity, double gr
   } else {
     descend_with_momentum<T, Momentum::classic>(p, plasticity, gradient_factor, begin, end);
   }
+}
+
+// ------------------------------------------------------------------------------------------------------------- Adam
+
+template <class T> struct AdamStep {
+  using R = Real<T>;
+  R lr, gradient_factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
+  R per_first_bias, per_root_of_second_bias, epsilon;
+
+  AdamStep(const ParameterParams& p, double factor)
+      : lr(largest_rate<R>(p)), gradient_factor(static_cast<R>(factor)), weight_decay(static_cast<R>(p.weight_decay)),
+        one_minus_first_decay(static_cast<R>(1 - p.first_decay)), second_decay(static_cast<R>(p.second_decay)),
+        one_minus_second_decay(static_cast<R>(1 - p.second_decay)),
+        per_first_bias(static_cast<R>(1 / bias(p.first_decay, p))),
+        per_root_of_second_bias(static_cast<R>(1 / std::sqrt(bias(p.second_decay, p)))),
+        epsilon(static_cast<R>(p.epsilon)) {}
+
+  static double bias(double decay, const ParameterParams& p) {
+    return bias_correction<double>(std::log(decay), double{*p.steps} + 1);
+  }
+};
+
+template <class T>
+static inline Vector<Real<T>> adam_moved(const AdamStep<T>& step, Vector<Real<T>> value, Vector<Real<T>> gradient,
+                                         Vector<Real<T>> share, Vector<Real<T>>& first, Vector<Real<T>>& second) {
+  using R = Real<T>;
+  const Vector<R> d = gradient * step.gradient_factor;
+  first += step.one_minus_first_decay * (d - first);
+  second = step.second_decay * second + step.one_minus_second_decay * d * d;
+  const Vector<R> direction = adam_direction<Vector<R>, R>(first, square_root<R>(second), step.per_first_bias,
+                                                           step.per_root_of_second_bias, step.epsilon);
+  return value - share * step.lr * (direction + step.weight_decay * value);
+}
+
+// `count` elements; share_of(i) is the share of lr of those from i on, negative where an element stays as it is.
+template <class T, class ShareOf, class Put>
+static inline void adam_elements(const AdamStep<T>& step, T* value, const T* gradient, Real<T>* first, Real<T>* second,
+                                 int64_t count, const ShareOf& share_of, const Put& put) {
+  using R = Real<T>;
+  constexpr int L = kLanes<R>;
+  const auto move = [&](int64_t i, auto read, int64_t rest) {
+    const Vector<R> share = share_of(i), old = read(value + i), old_first = read(first + i),
+                    old_second = read(second + i);
+    const Mask<R> moves = share >= R(0);
+    Vector<R> new_first = old_first, new_second = old_second;
+    const Vector<R> result = adam_moved<T>(step, old, read(gradient + i), share, new_first, new_second);
+    put_some(put, value + i, blend<R>(moves, result, old), i, rest);
+    put_some(ToNearest{}, first + i, blend<R>(moves, new_first, old_first), i, rest);
+    put_some(ToNearest{}, second + i, blend<R>(moves, new_second, old_second), i, rest);
+  };
+  int64_t i = 0;
+  for (; i + L <= count; i += L) move(i, [](const auto* from) { return load(from); }, L);
+  if (i < count) move(i, [&](const auto* from) { return load_partial(from, count - i); }, count - i);
+}
+
+template <class T, class PutFrom>
+static inline void descend_adam_with(const ParameterParams& p, const float* plasticity, double gradient_factor,
+                                     int64_t begin, int64_t end, const PutFrom& put_from) {
+  using R = Real<T>;
+  T* value = static_cast<T*>(p.value);
+  const T* gradient = static_cast<const T*>(p.gradient);
+  R* first = static_cast<R*>(p.first_moment);
+  R* second = static_cast<R*>(p.second_moment);
+  const AdamStep<T> step(p, gradient_factor);
+  const auto move = [&](int64_t at, int64_t count, const auto& share_of) {
+    adam_elements<T>(step, value + at, gradient + at, first + at, second + at, count, share_of, put_from(at));
+  };
+  const auto on_run = [&](int64_t at, int64_t count, R share) {
+    const Vector<R> shares = broadcast<R>(share);
+    move(at, count, [&](int64_t) { return shares; });
+  };
+  const auto on_tile = [&](int64_t at, int64_t count, const R* shares) {
+    move(at, count, [&](int64_t i) { return load(shares + i); });
+  };
+  for_each_rate(p, plasticity, R(1), kTile, begin, end, on_run, on_tile);
+}
+
+template <class T>
+static void descend_adam(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                         int64_t end) {
+  if constexpr (std::is_same_v<T, bfloat_bits>) {
+    if (p.stochastic_rounding) {
+      descend_adam_with<T>(p, plasticity, gradient_factor, begin, end, [&](int64_t at) { return AtRandom(p, at); });
+      return;
+    }
+  }
+  descend_adam_with<T>(p, plasticity, gradient_factor, begin, end, [](int64_t) { return ToNearest{}; });
 }
 
 // -------------------------------------------------------------------------------- weights with an anchor: EWC, MAS, SI
@@ -503,7 +670,7 @@ static void descend_anchored_with(const ParameterParams& p, double gradient_fact
   R* path = static_cast<R*>(p.path);
   const R factor = static_cast<R>(gradient_factor), weight_decay = static_cast<R>(p.weight_decay);
   const R momentum_factor = static_cast<R>(p.momentum_factor);
-  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
+  const R lr = largest_rate<R>(p);
   const Vector<R> twice_strength = broadcast<R>(static_cast<R>(2 * p.strength));
   const bool nesterov = p.nesterov;
   const auto move = [&](int64_t at, auto read, auto write) {
@@ -606,7 +773,7 @@ static void descend_connections_with(const ParameterParams& p, const LayerParams
   T* momentum = static_cast<T*>(p.momentum);
   const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
                      static_cast<R>(p.momentum_factor)};
-  const R lr = static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
+  const R lr = largest_rate<R>(p);
   const auto alpha = static_cast<float>(layer.alpha), beta = static_cast<float>(layer.beta);
   const auto delta = static_cast<float>(layer.delta), one_minus_delta = static_cast<float>(1 - layer.delta);
   const bool moves_average = total > 0 && total <= __FLT_MAX__;
@@ -625,7 +792,8 @@ static void descend_connections_with(const ParameterParams& p, const LayerParams
       rates[i] = rate == 0 ? R(-1) : rate < lr ? rate : lr;
     }
     for (int k = 0; k < L; ++k) rates[count + k] = R(-1);
-    descend_elements<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count, rates);
+    descend_elements<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count, rates,
+                           ToNearest{});
   }
 }
 
@@ -645,6 +813,7 @@ static constexpr Kernels table(const char* isa) {
       average,
       plasticity,
       {descend<float>, descend<double>, descend<half_bits>, descend<bfloat_bits>},
+      {descend_adam<float>, descend_adam<double>, descend_adam<half_bits>, descend_adam<bfloat_bits>},
       {descend_anchored<float>, descend_anchored<double>, descend_anchored<half_bits>, descend_anchored<bfloat_bits>},
       {measure_connections<float>, measure_connections<double>, measure_connections<half_bits>,
        measure_connections<bfloat_bits>},

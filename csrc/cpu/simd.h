@@ -2,6 +2,7 @@
 // Included once per instruction set, in that set's own namespace NPC_ISA, so that no copy is shared between them.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <utility>
 
@@ -99,6 +100,15 @@ static inline Words narrow_bfloat(Vector<float> value) {
   return __builtin_convertvector(select(is_nan, Dwords{} + 0x7fc0u, rounded), Words);
 }
 
+// Up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of ones, are not moved.
+static inline Words narrow_bfloat_at_random(Vector<float> value, Dwords random) {
+  const Dwords bits = (Dwords)value;
+  const Dwords special = (Dwords)((bits & 0x7f800000u) == 0x7f800000u);
+  const Words rounded = __builtin_convertvector((bits + (random & 0xffffu)) >> 16, Words);
+  const Words whole = __builtin_convertvector(special, Words);
+  return (whole & narrow_bfloat(value)) | (~whole & rounded);
+}
+
 static inline Vector<float> load(const float* source) { return read<Vector<float>>(source); }
 static inline Vector<double> load(const double* source) { return read<Vector<double>>(source); }
 static inline Vector<float> load(const half_bits* source) { return widen_half(read<Words>(source)); }
@@ -164,6 +174,13 @@ template <class R, int rows> static inline Vector<R> reduce_rows(const Vector<R>
     for (int i = 0; i < rows / 2; ++i) half[i] = add_pairs<R>(lanes[2 * i], lanes[2 * i + 1]);
     return reduce_rows<R, rows / 2>(half);
   }
+}
+
+template <class R> static inline Vector<R> square_root(Vector<R> value) {
+  R lanes[kLanes<R>];
+  write(lanes, value);
+  for (int i = 0; i < kLanes<R>; ++i) lanes[i] = std::sqrt(lanes[i]);
+  return read<Vector<R>>(lanes);
 }
 
 template <class R> static inline R sum_lanes(Vector<R> value) {

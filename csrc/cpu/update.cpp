@@ -62,31 +62,56 @@ void for_each_share(const UpdateParams& params, int shares, const Work& work) {
   });
 }
 
-}  // namespace
-
-void launch_update(const UpdateParams& params, int threads) {
-  if (overflowed(params)) return;
-
-  int64_t neurons = 0;
-  for (int64_t l = 0; l < params.layer_count; ++l) neurons += params.layers[l].neurons;
-  std::vector<float> scratch(neurons);
-  std::vector<const float*> plasticity(params.layer_count);
-  float* next = scratch.data();
-  for (int64_t l = 0; l < params.layer_count; ++l) {
-    const LayerParams& layer = params.layers[l];
-    if (layer.measured != nullptr) average_layer(layer);
-    kernels().plasticity(layer.importance, next, layer.neurons, static_cast<float>(layer.alpha),
-                         static_cast<float>(layer.beta), layer.error_function);
-    plasticity[l] = next;
-    next += layer.neurons;
+// Eqs. 3, 4 and 7 of all layers: moves their averages and holds the plasticity of their neurons.
+class Plasticity {
+ public:
+  explicit Plasticity(const UpdateParams& params) : of_layer_(params.layer_count) {
+    int64_t neurons = 0;
+    for (int64_t l = 0; l < params.layer_count; ++l) neurons += params.layers[l].neurons;
+    values_.resize(neurons);
+    float* next = values_.data();
+    for (int64_t l = 0; l < params.layer_count; ++l) {
+      const LayerParams& layer = params.layers[l];
+      if (layer.measured != nullptr) average_layer(layer);
+      kernels().plasticity(layer.importance, next, layer.neurons, static_cast<float>(layer.alpha),
+                           static_cast<float>(layer.beta), layer.error_function);
+      of_layer_[l] = next;
+      next += layer.neurons;
+    }
+  }
+  const float* of(const ParameterParams& parameter) const {
+    return parameter.layer < 0 ? nullptr : of_layer_[parameter.layer];
   }
 
+ private:
+  std::vector<float> values_;
+  std::vector<const float*> of_layer_;
+};
+
+void count_steps(const UpdateParams& params) {
+  for (int64_t i = 0; i < params.parameter_count; ++i) {
+    if (params.parameters[i].steps != nullptr) ++*params.parameters[i].steps;
+  }
+}
+
+template <class Descend>  // by dtype
+void move_neurons(const UpdateParams& params, int threads, const Descend& descend) {
+  if (overflowed(params)) return;
+  const Plasticity plasticity(params);
   for_each_share(params, shares_of(params, threads),
                  [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
-                   const float* rates = parameter.layer < 0 ? nullptr : plasticity[parameter.layer];
-                   kernels().descend[static_cast<int>(parameter.dtype)](
-                       parameter, rates, gradient_factor(parameter, params), begin, end);
+                   descend[static_cast<int>(parameter.dtype)](parameter, plasticity.of(parameter),
+                                                              gradient_factor(parameter, params), begin, end);
                  });
+  count_steps(params);
+}
+
+}  // namespace
+
+void launch_update(const UpdateParams& params, int threads) { move_neurons(params, threads, kernels().descend); }
+
+void launch_adam_update(const UpdateParams& params, int threads) {
+  move_neurons(params, threads, kernels().descend_adam);
 }
 
 void launch_anchored_update(const UpdateParams& params, int threads) {

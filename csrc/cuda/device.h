@@ -16,6 +16,14 @@ __device__ __forceinline__ void from_float(float value, float& out) { out = valu
 __device__ __forceinline__ void from_float(float value, __half& out) { out = __float2half_rn(value); }
 __device__ __forceinline__ void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
 
+// The number rounded up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of
+// ones, are not moved.
+__device__ __forceinline__ void from_float_at_random(float value, uint32_t random, __nv_bfloat16& out) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return from_float(value, out);
+  out = __ushort_as_bfloat16(static_cast<unsigned short>((bits + (random & 0xffffu)) >> 16));
+}
+
 // As many numbers as one 16-byte access moves.
 template <class T>
 struct alignas(16) Pack {

@@ -18,19 +18,22 @@ struct Elements {
   const void* gradient;
   void* momentum;
   const float* lr_address;
+  float* steps;  // or null
   int64_t size, first_item;
   int item_size;  // elements
   float lr, momentum_factor, weight_decay, sign;
+  uint32_t seed;
   DType dtype;
-  bool nesterov, packed;  // packed: 16-byte accesses are allowed
+  bool nesterov, stochastic_rounding, packed;  // packed: 16-byte accesses are allowed
 };
 
 inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline Elements elements(const ParameterParams& from) {
-  return {from.value, from.gradient, from.momentum, from.lr_address, from.size, 0, 0, static_cast<float>(from.lr),
-          static_cast<float>(from.momentum_factor), static_cast<float>(from.weight_decay),
-          from.maximize ? -1.0f : 1.0f, from.dtype, from.nesterov,
+  return {from.value, from.gradient, from.momentum, from.lr_address, from.steps, from.size, 0, 0,
+          static_cast<float>(from.lr), static_cast<float>(from.momentum_factor),
+          static_cast<float>(from.weight_decay), from.maximize ? -1.0f : 1.0f, from.seed, from.dtype, from.nesterov,
+          from.stochastic_rounding,
           on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)};
 }
 
@@ -70,12 +73,34 @@ __device__ __forceinline__ bool overflowed(const N& network) {
 struct Step {
   float lr, factor, weight_decay, momentum;
   bool nesterov;
+
+  __device__ __forceinline__ float largest_rate() const { return lr; }
 };
 
 __device__ __forceinline__ Step step_of(const Elements& p, const float* grad_scale) {
   const float scale = grad_scale == nullptr ? 1.0f : *grad_scale;
   return {p.lr_address == nullptr ? p.lr : *p.lr_address, p.sign / scale, p.weight_decay, p.momentum_factor,
           p.nesterov};
+}
+
+// How the values of an item are rounded to their type.
+struct Rounding {
+  bool at_random;
+  uint32_t key;
+};
+
+__device__ __forceinline__ Rounding rounding_of(const Elements& p, int64_t begin) {
+  if (!p.stochastic_rounding) return {false, 0};
+  return {true, rounding_key(p.seed, *p.steps, static_cast<uint32_t>(begin >> 32))};
+}
+
+template <class T>
+__device__ __forceinline__ void round_value(float value, const Rounding&, int64_t, T& out) {
+  from_float(value, out);
+}
+__device__ __forceinline__ void round_value(float value, const Rounding& rounding, int64_t index, __nv_bfloat16& out) {
+  if (!rounding.at_random) return from_float(value, out);
+  from_float_at_random(value, random_bits<uint32_t>(rounding.key, static_cast<uint32_t>(index)), out);
 }
 
 // The value after a step along d, the gradient with everything that was added to it.

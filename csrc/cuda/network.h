@@ -56,6 +56,12 @@ bool fits(const Part& part) {
   return part.layers.size() <= N::kLayers && part.parameters.size() + part.layers.size() <= N::kParameters;
 }
 
+// What another step needs beside a Parameter is filled in by an overload.
+inline void fill(Parameter& parameter, const ParameterParams& from) {
+  static_cast<Elements&>(parameter) = elements(from);
+  parameter.outer = from.outer, parameter.middle = from.middle, parameter.run = from.run;
+}
+
 // `blocks`: how many the device runs at a time.
 template <class N>
 N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
@@ -74,7 +80,8 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
   const int64_t item = item_size(size, blocks, kRuns);
-  const auto add = [&](Parameter parameter) {
+  using P = typename N::OneParameter;
+  const auto add = [&](P parameter) {
     parameter.item_size = static_cast<int>(std::min(item, kRuns * std::min<int64_t>(parameter.run, kItem)));
     parameter.first_item = network.items;
     const int64_t items = (parameter.size + parameter.item_size - 1) / parameter.item_size;
@@ -85,19 +92,42 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
     if (from.size == 0) continue;
-    add({cuda::elements(from), from.outer, from.middle, from.run, from.layer < 0 ? -1 : place[from.layer]});
+    P parameter{};
+    fill(parameter, from);
+    parameter.layer = from.layer < 0 ? -1 : place[from.layer];
+    add(parameter);
   }
   // C moves also where nothing depends on it: an item without elements sees to that.
   for (int layer = 0; layer < network.layer_count; ++layer) {
     if (network.layers[layer].items > 0 || network.layers[layer].measured == nullptr) continue;
     network.layers[layer].items = 1;
-    Parameter nothing{};
+    P nothing{};
     nothing.outer = nothing.middle = nothing.run = nothing.item_size = 1;
     nothing.layer = layer;
     nothing.first_item = network.items++;
     network.parameters[network.parameter_count++] = nothing;
   }
   return network;
+}
+
+// Launches all parts of a network, one after the other, by launch_one(network): as a Small where that holds it, else as a
+// Large. Returns as the functions of api.h do.
+template <class Small, class Large, class LaunchOne>
+int64_t launch_parts(const UpdateParams& params, const Workspace& workspace, const LaunchOne& launch_one) {
+  static_assert(sizeof(Large) <= kMostArguments);
+  Scratch scratch(workspace);
+  unsigned* arrived = scratch.counters(Large::kLayers + Large::kParameters);  // launches follow each other
+  if (scratch.missing()) return scratch.needed();
+  const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();
+  const auto launch_as = [&](auto network) {
+    network.arrived = arrived;
+    if (network.items > 0) launch_one(network);
+  };
+  for (const Part& part : divide_network<Large>(params)) {
+    fits<Small>(part) ? launch_as(describe<Small>(params, part, blocks))
+                      : launch_as(describe<Large>(params, part, blocks));
+  }
+  return 0;
 }
 
 }  // namespace npc::cuda

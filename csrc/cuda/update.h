@@ -5,6 +5,8 @@
 // so that all agree), computes the new average C and from it the plasticity of the neurons that its elements belong to,
 // and moves the elements. C itself is written by the layer's last block to have read it.
 //
+// The last block of a parameter counts its steps, where they are counted.
+//
 // Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
 // for the elements of frozen neurons. A layer's importance comes out of the cache for all blocks but the first.
 #pragma once
@@ -31,17 +33,18 @@ struct Parameter : Elements {
   int layer;
 };
 
-// The whole network, by value in the kernel's arguments.
-template <int kParameters_, int kLayers_>
+// The whole network, by value in the kernel's arguments. P: Parameter, or what another step needs beside it.
+template <int kParameters_, int kLayers_, class P = Parameter>
 struct Network {
   static constexpr int kParameters = kParameters_, kLayers = kLayers_;
+  using OneParameter = P;
   const float* grad_scale;
   const float* found_inf;
-  unsigned* arrived;  // [layer_count], zero
+  unsigned* arrived;  // [layer_count], and [parameter_count] more where steps are counted, zero
   int64_t items;
   int parameter_count, layer_count;
   Layer layers[kLayers];
-  Parameter parameters[kParameters];
+  P parameters[kParameters];
 };
 
 struct UpdateShared {
@@ -83,7 +86,8 @@ __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run
 
 // Moves the numbers of one pack, all of one neuron.
 template <class P, class T>
-__device__ __forceinline__ void move(const Parameter& p, const Step& step, int64_t at, float rate) {
+__device__ __forceinline__ void move(const Parameter& p, const Step& step, const Rounding& rounding, int64_t at,
+                                     float rate) {
   T* value = static_cast<T*>(p.value) + at;
   P values = load<P>(value);
   const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
@@ -92,8 +96,8 @@ __device__ __forceinline__ void move(const Parameter& p, const Step& step, int64
   if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
   for (int k = 0; k < P::size; ++k) {
     float velocity = to_float(velocities.at[k]);
-    from_float(moved(step, to_float(values.at[k]), to_float(gradients.at[k]), rate, has_momentum, velocity),
-               values.at[k]);
+    const float result = moved(step, to_float(values.at[k]), to_float(gradients.at[k]), rate, has_momentum, velocity);
+    round_value(result, rounding, at + k, values.at[k]);
     from_float(velocity, velocities.at[k]);
   }
   store(value, values);
@@ -101,9 +105,11 @@ __device__ __forceinline__ void move(const Parameter& p, const Step& step, int64
 }
 
 // Elements [begin, end) of a parameter; `shared.plasticity` begins with the run that element `begin` belongs to.
-template <class T>
-__device__ void move_elements(const Parameter& p, const Step& step, int64_t begin, int64_t end,
-                              const UpdateShared& shared) {
+// P and S: Parameter and Step, or those of another step, for which there is a move() of their own.
+template <class T, class P, class S>
+__device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t end, const UpdateShared& shared) {
+  const Rounding rounding = rounding_of(p, begin);
+  const float largest = step.largest_rate();
   const int64_t offset = p.layer < 0 ? 0 : begin % p.run;
   // An item is shorter than a run of so many elements, and so lies in two of them at most.
   const auto run_of = [&](int64_t local) -> int {
@@ -116,30 +122,30 @@ __device__ void move_elements(const Parameter& p, const Step& step, int64_t begi
   for (int64_t pack = thread(); pack < packs; pack += kThreads) {
     const int64_t at = begin + pack * size, local = offset + pack * size;
     if (p.layer < 0) {
-      move<Pack<T>, T>(p, step, at, step.lr);
+      move<Pack<T>, T>(p, step, rounding, at, largest);
       continue;
     }
     const int run = run_of(local);
     if (run_of(local + size - 1) == run) {
       const float plasticity = shared.plasticity[run];
-      if (plasticity != 0.0f) move<Pack<T>, T>(p, step, at, fminf(plasticity, step.lr));
+      if (plasticity != 0.0f) move<Pack<T>, T>(p, step, rounding, at, fminf(plasticity, largest));
       continue;
     }
     for (int k = 0; k < size; ++k) {
       const float plasticity = shared.plasticity[run_of(local + k)];
-      if (plasticity != 0.0f) move<Single<T>, T>(p, step, at + k, fminf(plasticity, step.lr));
+      if (plasticity != 0.0f) move<Single<T>, T>(p, step, rounding, at + k, fminf(plasticity, largest));
     }
   }
   for (int64_t at = begin + packs * size + thread(); at < end; at += kThreads) {
-    const float plasticity = p.layer < 0 ? step.lr : shared.plasticity[run_of(offset + at - begin)];
-    if (p.layer < 0 || plasticity != 0.0f) move<Single<T>, T>(p, step, at, fminf(plasticity, step.lr));
+    const float plasticity = p.layer < 0 ? largest : shared.plasticity[run_of(offset + at - begin)];
+    if (p.layer < 0 || plasticity != 0.0f) move<Single<T>, T>(p, step, rounding, at, fminf(plasticity, largest));
   }
 }
 
 // One item. All threads of the block call it, and may call it again at once.
 template <class N>
 __device__ __forceinline__ void update_item(const N& network, int64_t item, UpdateShared& shared) {
-  const Parameter& p = parameter_of(network, item);
+  const auto& p = parameter_of(network, item);
   const auto [begin, end] = elements_of(p, item);
   if (p.layer >= 0) {
     const Layer& layer = network.layers[p.layer];
@@ -161,13 +167,19 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
       if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
     }
   }
-  const Step step = step_of(p, network.grad_scale);
+  const auto step = step_of(p, network.grad_scale);
   switch (p.dtype) {
     case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
     case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;
     default: move_elements<__nv_bfloat16>(p, step, begin, end, shared); break;
   }
-  __syncthreads();  // shared.plasticity may be written again
+  if (p.steps == nullptr) {
+    __syncthreads();  // shared.plasticity may be written again
+  } else {
+    unsigned* counter = network.arrived + network.layer_count + (&p - network.parameters);
+    const auto items = static_cast<unsigned>((p.size + p.item_size - 1) / p.item_size);
+    if (arrives_last(counter, items, shared.last) && thread() == 0) ++*p.steps;
+  }
 }
 
 }  // namespace npc::cuda

@@ -21,7 +21,7 @@ CSRC = _build.source_dir()
 SOURCES = [
     *("bindings.cpp", "cpu/kernels_baseline.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
     *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
-    "cuda/connections.cu",
+    *("cuda/adam.cu", "cuda/connections.cu"),
 ]
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 

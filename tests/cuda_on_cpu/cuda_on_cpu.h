@@ -147,6 +147,9 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
   return {static_cast<uint16_t>(bits >> 16)};
 }
 
+inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
+
 // ------------------------------------------------------------------------------------------------------------- runtime
 
 using cudaStream_t = void*;
