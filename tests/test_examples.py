@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from npc_ext import NPC, ImportanceWarning, PlasticityWrapper
+from npc_ext import NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper
 
 
 def same(a: nn.Module, b: nn.Module) -> bool:
@@ -154,6 +154,7 @@ def grown_by_classes(optimizer_of: Any, probes: list[Any]) -> Any:
 
 AVALANCHE_OPTIMIZERS = {
     "NPC": lambda model: NPC(model, lr=0.1, delta=0.9, momentum=0.9),
+    "NPCAdamW": lambda model: NPCAdamW(model, lr=0.01, delta=0.9),
     "wrapper": lambda model: PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, delta=0.9),
     "two groups": lambda model: NPC(
         model, lr=0.1, params=[{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 0.05}]
