@@ -73,6 +73,7 @@ class Setting:
 SETTINGS = (
     Setting("AdamW", 1e-4),
     Setting("AdamW", 3e-4),
+    Setting("AdamW", 6e-4),
     Setting("AdamW", 1e-3),
     Setting("NPCAdamW", 1e-3, beta=0.5),
     Setting("NPCAdamW", 1e-3, beta=1),
@@ -297,6 +298,7 @@ def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
         place = {"xytext": (-6, -10), "ha": "right"} if setting.beta is None else {"xytext": (6, 5)}
         axes.annotate(f"lr {setting.lr:g}", (code[-1], prose[-1]), textcoords="offset points", fontsize=8, **place)
     axes.axhline(_mean_before(runs), color="#999999", linestyle="--", linewidth=1, label="before fine-tuning")
+    axes.margins(x=0.12)
     axes.set_xlabel("perplexity per byte on code, while it is learned")
     axes.set_ylabel("perplexity per byte on prose, learned before")
     axes.spines[["top", "right"]].set_visible(False)
