@@ -1,0 +1,379 @@
+"""A language model that learns English, and then Python, with AdamW and with NPCAdamW. Needs `transformers`.
+
+    python -m bench.examples.language_model
+
+A small Llama reads bytes: first the prose of Python's own documentation, then the standard library's source, without
+its docstrings and comments. What is left of the prose in the end? A smaller learning rate forgets less, too, so a pair
+of numbers says little; what is compared is the trade-off over the settings in `SETTINGS`: how well the first domain is
+still predicted, by how well the second one has become. Writes a table, a figure and all numbers to
+bench/results/language_model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import math
+import multiprocessing
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from npc_ext import NPCAdamW
+
+from .. import environment
+from ..continual import figures
+from ..continual.report import markdown, mean_and_error
+
+LENGTH = 64
+BATCH = 16
+WARM_UP = 20
+PRETRAINING_RATE = 3e-3
+MEASURE_ONLY = 1e9  # a beta above every importance: neurons are measured and keep their whole rate
+POINTS = 5  # of a curve, after its beginning
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How the second domain is learned, and, with `protect_always`, also the first one.
+
+    Attributes:
+        method: "AdamW" or "NPCAdamW".
+        lr: the learning rate in the second domain.
+        beta: the importance from which on a neuron is frozen; NPCAdamW's only.
+        protect_always: whether neurons are protected from the first step on, instead of measured first.
+    """
+
+    method: str
+    lr: float
+    beta: float | None = None
+    protect_always: bool = False
+
+    @property
+    def name(self) -> str:
+        """In one line of a table."""
+        beta = "" if self.beta is None else f", β = {self.beta:g}"
+        return f"{self.method}, lr {self.lr:g}{beta}" + (", protected from the first step" * self.protect_always)
+
+
+SETTINGS = (
+    Setting("AdamW", 1e-4),
+    Setting("AdamW", 3e-4),
+    Setting("AdamW", 6e-4),
+    Setting("AdamW", 1e-3),
+    Setting("NPCAdamW", 1e-3, beta=0.5),
+    Setting("NPCAdamW", 1e-3, beta=1),
+    Setting("NPCAdamW", 3e-3, beta=1),
+    Setting("NPCAdamW", 1e-3, beta=2),
+    Setting("NPCAdamW", 3e-3, beta=2),
+    Setting("NPCAdamW", 1e-3, beta=1, protect_always=True),
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained and tested: steps in each domain, and windows of validation text."""
+
+    first_steps: int = 500
+    second_steps: int = 250
+    windows: int = 128
+
+    @property
+    def delta(self) -> float:
+        """Lets half of the importance of the first domain survive the second one."""
+        return float(0.5 ** (1 / self.second_steps))
+
+
+@dataclass
+class Run:
+    """Perplexities per byte on validation text, of prose and of code: before fine-tuning, and on the way."""
+
+    setting: Setting
+    seed: int
+    curve: list[tuple[float, float]]
+
+
+# ---------------------------------------------------------------------------------------------------------------- text
+
+
+@cache
+def corpora() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Prose and code as bytes, each for training and, every eighth text, for validation."""
+    prose = [topics[name] for name in sorted(topics)]
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return _split(prose), _split([bare_code(path.read_bytes()) for path in files[:120]])
+
+
+def bare_code(source: bytes) -> str:
+    """Python without docstrings and comments, so that it has little prose."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def _split(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    return tuple(  # type: ignore[return-value]
+        torch.frombuffer(bytearray("\n\n".join(part).encode()), dtype=torch.uint8)
+        for part in ([text for index, text in enumerate(texts) if index % 8], texts[::8])
+    )
+
+
+def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """(count, LENGTH + 1) int64: pieces of a text, from anywhere in it."""
+    begin = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
+    return text[begin + torch.arange(LENGTH + 1)].long()
+
+
+# --------------------------------------------------------------------------------------------------------------- model
+
+
+def small_llama(seed: int) -> LlamaForCausalLM:
+    """Two layers of width 64. ReLU, as in the paper's networks: neurons are measured behind it."""
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=256,
+            hidden_act="relu",
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=LENGTH,
+            use_cache=False,
+        )
+    )
+
+
+def loss_of(model: nn.Module, pieces: Tensor) -> Tensor:
+    """The mean over all predicted bytes."""
+    logits = model(input_ids=pieces[:, :-1]).logits
+    return F.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, pieces: Tensor) -> float:
+    """Per byte: e to the mean loss."""
+    model.eval()
+    loss = sum(float(loss_of(model, part)) * len(part) for part in pieces.split(64)) / len(pieces)
+    model.train()
+    return math.exp(loss)
+
+
+def optimizer_for(setting: Setting, model: nn.Module, size: Size, *, second: bool) -> torch.optim.Optimizer:
+    """The optimizer of the first or of the second domain, with nothing learned yet.
+
+    In the second domain NPCAdamW leaves alone what belongs to no neuron: the embedding and the scales of norms.
+    """
+    lr = setting.lr if second else PRETRAINING_RATE
+    if setting.beta is None:
+        return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
+    beta = setting.beta if second or setting.protect_always else MEASURE_ONLY
+    return NPCAdamW(model, lr=lr, beta=beta, delta=size.delta, others="freeze" if second else "train")
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    text: Tensor,
+    steps: int,
+    seed: int,
+    warm_up: int = 0,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> None:
+    """Trains for some steps, the same pieces of text for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in range(1, steps + 1):
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * min(1, step / warm_up) if warm_up else rate
+        optimizer.zero_grad()
+        loss_of(model, windows(text, BATCH, generator)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        after_step(step)
+
+
+def learn_both(settings: Sequence[Setting], seed: int, size: Size) -> list[Run]:
+    """Learns the first domain once, and from there the second one with each of the settings.
+
+    Settings that learn the first domain alike have to be together; the optimizer's state goes on in the second one.
+    """
+    (prose, prose_left_out), (code, code_left_out) = corpora()
+    generator = torch.Generator().manual_seed(1234)  # the same validation for all
+    left_out = [windows(text, size.windows, generator) for text in (prose_left_out, code_left_out)]
+
+    first_model = small_llama(seed)
+    first = optimizer_for(settings[0], first_model, size, second=False)
+    train(first_model, first, prose, size.first_steps, seed, WARM_UP)
+    before = _both(first_model, left_out)
+    runs = []
+    for setting in settings:
+        model = small_llama(seed)
+        model.load_state_dict(first_model.state_dict())
+        optimizer = optimizer_for(setting, model, size, second=True)
+        go_on(optimizer, first)
+        run = Run(setting, seed, [before])
+
+        def after_step(step: int, run: Run = run, model: nn.Module = model) -> None:
+            if step * POINTS % size.second_steps < POINTS:
+                run.curve.append(_both(model, left_out))
+
+        train(model, optimizer, code, size.second_steps, 1000 + seed, after_step=after_step)
+        runs.append(run)
+    return runs
+
+
+def go_on(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer) -> None:
+    """Takes over moments and importance, with the constants of the second domain."""
+    constants = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(first.state_dict())
+    for group, own in zip(optimizer.param_groups, constants, strict=True):
+        group.update(own)
+
+
+def _both(model: nn.Module, left_out: Sequence[Tensor]) -> tuple[float, float]:
+    prose, code = (perplexity(model, pieces) for pieces in left_out)
+    return prose, code
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def together(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Settings that learn the first domain alike."""
+    kinds: dict[Any, list[Setting]] = {}
+    for setting in settings:
+        kinds.setdefault((setting.method, setting.protect_always and setting), []).append(setting)
+    return list(kinds.values())
+
+
+def table_of(runs: Mapping[Setting, Sequence[Run]]) -> str:
+    """A Markdown table: perplexities on prose and code before fine-tuning and after it, over seeds."""
+    rows = []
+    for setting, repeated in runs.items():
+        cells = [
+            mean_and_error([run.curve[when][domain] for run in repeated])
+            for domain, when in ((0, 0), (0, -1), (1, 0), (1, -1))
+        ]
+        rows.append([setting.name, *(f"{mean:.2f} ± {error:.2f}" for mean, error in cells)])
+    return markdown(["", "prose before", "prose after", "code before", "code after"], rows)
+
+
+def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
+    """Perplexity on prose over that on code, on the way through the second domain; to the lower left is better."""
+    figure = Figure(figsize=(6.8, 4.4), layout="constrained")
+    axes: Any = figure.subplots()
+    shown: dict[str, int] = {}
+    for setting, repeated in runs.items():
+        if setting.protect_always:
+            continue
+        kind = setting.method if setting.beta is None else f"{setting.method}, β = {setting.beta:g}"
+        color = {"AdamW": "#c44e52", "NPCAdamW, β = 0.5": "#64b5cd", "NPCAdamW, β = 1": "#4c72b0"}.get(kind, "#55a868")
+        curves = torch.tensor([run.curve for run in repeated])  # seeds, points, domains
+        prose, code = curves.mean(0)[1:].T
+        shown[kind] = shown.get(kind, 0) + 1
+        axes.plot(code, prose, color=color, linewidth=1, alpha=0.6, label=kind if shown[kind] == 1 else None)
+        axes.plot(code[:-1], prose[:-1], ".", color=color, markersize=4, alpha=0.6)
+        error = curves[:, -1].std(0) / len(repeated) ** 0.5
+        axes.errorbar(code[-1], prose[-1], error[0], error[1], fmt="o", color=color, markersize=5)
+        place = {"xytext": (-6, -10), "ha": "right"} if setting.beta is None else {"xytext": (6, 5)}
+        axes.annotate(f"lr {setting.lr:g}", (code[-1], prose[-1]), textcoords="offset points", fontsize=8, **place)
+    axes.axhline(_mean_before(runs), color="#999999", linestyle="--", linewidth=1, label="before fine-tuning")
+    axes.margins(x=0.12)
+    axes.set_xlabel("perplexity per byte on code, while it is learned")
+    axes.set_ylabel("perplexity per byte on prose, learned before")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=9)
+    return figure
+
+
+def _mean_before(runs: Mapping[Setting, Sequence[Run]]) -> float:
+    before = [run.curve[0][0] for setting, repeated in runs.items() if not setting.protect_always for run in repeated]
+    return sum(before) / len(before)
+
+
+def run_all(settings: Sequence[Setting], seeds: int, size: Size, jobs: int) -> dict[Setting, list[Run]]:
+    """All settings with all seeds, in several processes of one thread each, or (jobs=1) in this one."""
+    work = [(kind, seed, size) for seed in range(seeds) for kind in together(settings)]
+    runs: dict[Setting, list[Run]] = {setting: [] for setting in settings}
+
+    def keep(done: list[Run]) -> None:
+        for run in done:
+            runs[run.setting].append(run)
+            print(f"{run.setting.name}, seed {run.seed}: prose {run.curve[-1][0]:.2f}, code {run.curve[-1][1]:.2f}")
+
+    if jobs == 1:
+        for one in work:
+            keep(learn_both(*one))
+        return runs
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for future in [pool.submit(learn_both, *one) for one in work]:
+            keep(future.result())
+    return runs
+
+
+def main() -> None:
+    """Runs the comparison."""
+    parser = argparse.ArgumentParser(prog="python -m bench.examples.language_model", description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3, help="repetitions (at least 2, default 3)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="processes of one thread each (default 2); 1: this one alone"
+    )
+    parser.add_argument("--first-steps", type=int, default=Size.first_steps, help="steps on prose (%(default)s)")
+    parser.add_argument("--second-steps", type=int, default=Size.second_steps, help="steps on code (%(default)s)")
+    parser.add_argument("--windows", type=int, default=Size.windows, help="pieces of validation text (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/language_model"), help="folder for the results")
+    arguments = parser.parse_args()
+    if arguments.seeds < 2:
+        parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
+    if arguments.second_steps < POINTS:
+        parser.error(f"--second-steps is {arguments.second_steps}; a curve needs at least {POINTS}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    size = Size(arguments.first_steps, arguments.second_steps, arguments.windows)
+    started = time.perf_counter()
+    runs = run_all(SETTINGS, arguments.seeds, size, arguments.jobs)
+    seconds = time.perf_counter() - started
+
+    table = table_of(runs)
+    print(f"\nPerplexity per byte, {arguments.seeds} seeds, ± standard error:\n\n{table}")
+    figures.save(trade_off(runs), arguments.out / "trade-off")
+    command = " ".join(["python -m bench.examples.language_model", *sys.argv[1:]])
+    (arguments.out / "results.md").write_text(f"{table}\n\n`{command}`, {seconds:.0f} s\n")
+    numbers = {
+        "command": command,
+        "seconds": seconds,
+        "environment": {**environment.describe(), **({"threads": 1} if arguments.jobs > 1 else {})},
+        "jobs": arguments.jobs,
+        "bytes": [[len(part) for part in parts] for parts in corpora()],
+        "size": {**asdict(size), "delta": size.delta},
+        "runs": [asdict(run) for repeated in runs.values() for run in repeated],
+    }
+    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
+    print(f"\n{seconds:.0f} s. Figure and numbers: {arguments.out}/")
+
+
+if __name__ == "__main__":
+    main()

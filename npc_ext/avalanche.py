@@ -1,0 +1,185 @@
+"""NPC in Avalanche's strategies, which change models and optimizers between experiences.
+
+>>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])
+
+Before each experience a strategy lets the model grow (heads of new tasks, outputs of new classes), puts the new
+parameters into the optimizer's groups by itself, and throws away the optimizer's state, of grown parameters always and
+of all of them the first time. An optimizer that measures neurons would lose their importance, and would not measure the
+new ones. Needs `avalanche-lib`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from avalanche.training.plugins import SupervisedPlugin
+from torch import Tensor, nn
+
+from .distributed import unwrapped
+from .plastic import Plastic
+from .tap import ImportanceWarning
+from .wrapper import PlasticityWrapper
+
+
+class PlasticityPlugin(SupervisedPlugin):
+    """Keeps importance and momentum from experience to experience, and has new neurons measured.
+
+    While a strategy adapts its optimizer it gets a stand-in, whose groups say afterwards which parameters came, went
+    and grew. Of a parameter that grew (`IncrementalClassifier`), the old neurons keep their importance and momentum,
+    and the new ones begin at zero, free to learn. The optimizer stays the same object.
+
+    For strategies with an `NPC`, or another optimizer of this package that measures neurons, or a `PlasticityWrapper`
+    around any other one; built on the model that the strategy trains. As in Avalanche all parameters of the model are
+    trained. Where the model grows in the middle of an experience, because unseen classes were evaluated, the optimizer
+    is adapted before the next step.
+
+    Raises, when training begins:
+        TypeError: the strategy's optimizer does not measure neurons.
+        ValueError: it was built on another model than the strategy's.
+        RuntimeError: the strategy replaced the optimizer.
+
+    Example:
+        >>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])
+        >>> for experience in benchmark.train_stream:
+        ...     strategy.train(experience)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._optimizer: Plastic | PlasticityWrapper | None = None
+        self._stand_in: _StandIn | None = None
+        self._known: dict[str, nn.Parameter] = {}  # the model's parameters when the optimizer was last adapted
+
+    def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Called by the strategy before model and optimizer are adapted."""
+        self._hand_over_stand_in(strategy)
+
+    def before_training_exp(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Called by the strategy after model and optimizer were adapted."""
+        self._adapt(strategy)
+
+    def before_training_iteration(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
+        """Called by the strategy before each step."""
+        if strategy.optimizer is not self._optimizer:
+            raise RuntimeError(_REPLACED.format(type(strategy.optimizer).__name__))
+        if list(map(id, strategy.model.parameters())) != list(map(id, self._known.values())):
+            self._hand_over_stand_in(strategy)
+            strategy.make_optimizer()
+            self._adapt(strategy)
+
+    def _hand_over_stand_in(self, strategy: Any) -> None:
+        optimizer = strategy.optimizer
+        if optimizer is self._stand_in and optimizer is not None:  # an exception came in between
+            optimizer = self._optimizer
+        if not isinstance(optimizer, (Plastic, PlasticityWrapper)):
+            raise TypeError(
+                f"the strategy's optimizer is {type(optimizer).__name__}, which measures no neurons; expected "
+                "NPC(model, ...), or PlasticityWrapper(optimizer, model) around another one"
+            )
+        if _plastic(optimizer)._model is not unwrapped(strategy.model):
+            raise ValueError(
+                f"the strategy's {type(optimizer).__name__} was built on another model than the strategy trains; build "
+                "both with the same one"
+            )
+        if optimizer is not self._optimizer:  # the first experience, or an optimizer that was replaced between two
+            self._known = dict(strategy.model.named_parameters())
+        self._optimizer, self._stand_in = optimizer, _StandIn(optimizer)
+        strategy.optimizer = self._stand_in
+
+    def _adapt(self, strategy: Any) -> None:
+        """Puts the optimizer back, with the groups that the strategy gave its stand-in."""
+        optimizer, stand_in = self._optimizer, self._stand_in
+        if optimizer is None or stand_in is None or strategy.optimizer is not stand_in:
+            raise RuntimeError(_REPLACED.format(type(strategy.optimizer).__name__))
+        strategy.optimizer, self._stand_in = optimizer, None
+        known, self._known = self._known, dict(strategy.model.named_parameters())
+        plastic = _plastic(optimizer)
+        importance = self._move_state(known, optimizer, plastic)
+        for group, adapted in zip(optimizer.param_groups, stand_in.param_groups, strict=False):
+            group["params"] = adapted["params"]
+        added = stand_in.param_groups[len(optimizer.param_groups) :]
+        if plastic is not optimizer:  # the tracker of a wrapper, all of whose groups have the same options
+            plastic.param_groups[0]["params"] = [one for group in optimizer.param_groups for one in group["params"]]
+            del plastic.param_groups[1:]
+        plastic._find_neurons()
+        for group in added:
+            optimizer.add_param_group(group)
+        for parameter, old_neurons in importance.items():
+            if "importance" in plastic.state[parameter]:
+                plastic.state[parameter]["importance"][: len(old_neurons)] = old_neurons
+
+    def _move_state(
+        self, known: Mapping[str, nn.Parameter], optimizer: Plastic | PlasticityWrapper, plastic: Plastic
+    ) -> dict[nn.Parameter, Tensor]:
+        """Moves the state of parameters that were replaced; returns the importance of their old neurons."""
+        importance, anew = {}, []
+        for name, old in known.items():
+            new = self._known.get(name)
+            if new is None or new is old:
+                continue
+            state = optimizer.state.pop(old, {})
+            measured = (state if plastic is optimizer else plastic.state.pop(old, {})).pop("importance", None)
+            if not _begins_with(new, old):
+                anew.append(name)
+                continue
+            if measured is not None:
+                importance[new] = measured
+            if state:
+                optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
+        if anew:
+            warnings.warn(
+                f"{', '.join(map(repr, anew))}: replaced by parameters that do not begin with their values, "
+                "so their importance and momentum begin at zero",
+                ImportanceWarning,
+                stacklevel=3,
+            )
+        return importance
+
+
+class _StandIn(torch.optim.Optimizer):
+    """Has an optimizer's groups, to be changed in its place, and takes no step."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
+
+    def step(self, closure: Any = None) -> Any:
+        """Raises RuntimeError."""
+        raise RuntimeError(
+            "the strategy takes a step although its optimizer was not adapted to the experience; PlasticityPlugin's "
+            "before_training_exp has to be called before training begins (does the strategy override "
+            "_before_training_exp?)"
+        )
+
+
+_REPLACED = (
+    "the strategy's optimizer was replaced by another {} after the experience began, so importance would be lost; let "
+    "make_optimizer change the groups of strategy.optimizer, or do without PlasticityPlugin"
+)
+
+
+def _plastic(optimizer: Plastic | PlasticityWrapper) -> Plastic:
+    """The one that measures."""
+    return optimizer._tracker if isinstance(optimizer, PlasticityWrapper) else optimizer
+
+
+def _block(old: Tensor) -> tuple[slice, ...]:
+    return tuple(slice(size) for size in old.shape)
+
+
+def _begins_with(new: Tensor, old: Tensor) -> bool:
+    """Whether a parameter has an older one's values where both have elements, and is at least as large."""
+    if new.dim() != old.dim() or any(a < b for a, b in zip(new.shape, old.shape, strict=True)):
+        return False
+    return torch.equal(new[_block(old)], old.to(new.device))
+
+
+def _grown(value: Any, old: Tensor, new: Tensor) -> Any:
+    """What is kept of each element of a parameter, with zeros for those it did not have; other values unchanged."""
+    if not isinstance(value, Tensor) or value.shape != old.shape:
+        return value
+    grown = torch.zeros_like(new, dtype=value.dtype, requires_grad=False)
+    grown[_block(old)] = value.to(new.device)
+    return grown
