@@ -366,9 +366,22 @@ def test_a_wholly_certified_layer_does_not_keep_its_input(often: None, always: N
     assert x.data_ptr() in kept
 
 
-def blocks(relu: type[nn.Module]) -> nn.Sequential:
+class Watched(nn.Sequential):
+    """Calls `between` after each of its parts, with what that returned: hooks would keep layers from resting."""
+
+    between: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = part(x)
+            if self.between is not None:
+                self.between(x)
+        return x
+
+
+def blocks(relu: type[nn.Module]) -> Watched:
     first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(2))
-    return nn.Sequential(first, nn.Conv2d(8, 8, 3), relu(), nn.Flatten(), nn.Linear(32, 10))
+    return Watched(first, nn.Conv2d(8, 8, 3), relu(), nn.Flatten(), nn.Linear(32, 10))
 
 
 # What is measured, and where pooling comes behind it, the indices of that.
@@ -382,20 +395,20 @@ def test_back_propagation_ends_at_the_tap_of_a_first_layer_that_rests(
         set_importance(one, **{"0.0": 3.0})
     first, rested = model[0], 0
     for seed in range(12):
-        (x, y), kept = batch(seed), set[int]()
+        (x, y), kept, seen = batch(seed), set[int](), list[tuple[int, bool]]()
 
         def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
             kept.add(tensor.untyped_storage().data_ptr())
             return tensor
 
         for one, own in ((model, skipping), (twin, plain)):
+            one.between = lambda tensor, kept=kept, seen=seen: seen.append((len(kept), tensor.requires_grad))
             own.zero_grad()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                features = one[0](x)  # type: ignore[index]
-                if one is model and seed >= 6:
-                    rested += len(kept) == to_keep and features.requires_grad
-                    assert all(p.requires_grad for p in model.parameters())
-            F.cross_entropy(one[1:](features), y).backward()  # type: ignore[index]
+                output = one(x)
+            F.cross_entropy(output, y).backward()
+        assert all(p.requires_grad for p in model.parameters())
+        rested += seed >= 6 and seen[0] == (to_keep, True)
         assert torch.equal(skipping.neurons["0.0"].sink.grad, plain.neurons["0.0"].sink.grad)  # type: ignore[arg-type]
         if seed >= 6:
             assert all(p.grad is not None and not p.grad.any() for p in first.parameters())  # type: ignore[operator]
@@ -946,8 +959,8 @@ def test_wholly_certified_layers_of_a_network_change_nothing_in_the_others(
 # -------------------------------------------------------------------------------------------------------------- lazy
 
 
-def with_norms() -> nn.Sequential:
-    return nn.Sequential(
+def with_norms() -> Watched:
+    return Watched(
         nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
         nn.Linear(8, 10),
@@ -997,13 +1010,14 @@ def test_between_measurements_a_consolidated_prefix_has_no_backward_pass(often: 
 
     for _ in range(40):
         kept.clear()
+        seen = list[tuple[int, bool]]()
+        model.between = lambda tensor, seen=seen: seen.append((len(kept), tensor.requires_grad))  # type: ignore[misc]
         optimizer.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = model[1](model[0](x))
-            prefix = len(kept)
-            loss = F.cross_entropy(model[2](features), y)
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
-        if not features.requires_grad:
+        prefix, requires_grad = seen[1]
+        if not requires_grad:
             slept += 1
             assert prefix == 0 and all(p.grad is None for p in model[0].parameters())
         assert all(p.requires_grad for p in model.parameters())
