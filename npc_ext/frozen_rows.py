@@ -153,6 +153,8 @@ class _Convolution:
         if channels_last:
             memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
             stand_in = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
+        elif gradient.is_cpu:  # where oneDNN would make a contiguous copy of what is not
+            stand_in = gradient.new_empty(shape)
         else:
             stand_in = gradient.new_empty(1).expand(shape)
         backward = torch.ops.aten.convolution_backward

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import npc_ext
@@ -415,6 +416,19 @@ def test_a_measurement_that_overflowed_is_made_up_for() -> None:
     assert [scaled_step(1.0) for _ in range(3)] == [4, 5, 6]
     loss_of(model).backward()
     assert watch.delayed() == 6
+
+
+# ----------------------------------------------------------------------------------------------------------- extra passes
+
+
+def test_the_input_gradient_of_a_convolution_copies_nothing() -> None:
+    layer, gradient = nn.Conv2d(4, 32, 3, padding=1), torch.randn(2, 32, 8, 8)
+    operation = frozen_rows._operation_of(layer)
+    assert not isinstance(operation, str)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
+        operation.input_gradient(gradient, layer.weight, torch.Size((2, 4, 8, 8)), False)
+    names = {event.key for event in profiler.key_averages()}
+    assert "aten::convolution_backward" in names and "aten::copy_" not in names
 
 
 # -------------------------------------------------------------------------------------------- what cannot be left out
