@@ -34,6 +34,7 @@ class Calls:
         self._layers = layers
         self._depth = 0  # a model may call itself
         self._is_looked_into: bool | None = None  # not known yet in this call
+        self._asked = False  # whether layers may have gone to rest or sleep
 
     def attach(self) -> list[Any]:
         """Puts it into the model; returns handles that undo it by `remove()`."""
@@ -57,6 +58,7 @@ class Calls:
         """Whether this is within a call of the model into which nobody looks."""
         if self._depth == 0:
             return False
+        self._asked = True
         if self._is_looked_into is None:
             self._is_looked_into = _is_looked_into(self._model)
         return not self._is_looked_into
@@ -68,6 +70,7 @@ class Calls:
 
     def end_after_backward(self) -> None:
         """Within a backward pass: has layers wake up when that is over."""
+        self._asked = True
         torch.autograd.Variable._execution_engine.queue_callback(self._backward_is_over)
 
     def _backward_is_over(self) -> None:
@@ -75,7 +78,9 @@ class Calls:
             self._wake_all_up()
 
     def _wake_all_up(self) -> None:
-        self._is_looked_into = None
+        if not self._asked:
+            return
+        self._asked, self._is_looked_into = False, None
         for layer in self._layers:
             layer.wake_up()
 

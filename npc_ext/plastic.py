@@ -73,6 +73,7 @@ class Plastic(Descent):
     """
 
     neurons: Neurons
+    _certificates: Certificates
 
     def __init__(
         self,
@@ -178,8 +179,11 @@ class Plastic(Descent):
             handles += calls.attach()  # behind the anchor, which asks who sleeps
         for handle in handles:
             self.neurons.hold(handle)
+        before = self._certificates.watches if "_certificates" in self.__dict__ else {}
         self._certificates = Certificates(watches, calls, self._measure_every)
         self._certificates.bind(self.state, self._group_of)
+        for name in before.keys() & watches.keys():
+            watches[name].go_on_from(before[name])
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
         if is_shared(layer.parameters[0].parameter, self._model):

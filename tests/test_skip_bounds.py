@@ -369,6 +369,30 @@ def test_a_change_after_a_layer_slept_is_fine_where_its_gradients_were_dropped()
     optimizer.step()
 
 
+@pytest.mark.parametrize("measure_every", [1, 4])
+@pytest.mark.parametrize("after", ["forward", "backward"])
+def test_a_group_that_is_added_under_a_layers_feet_changes_nothing(after: str, measure_every: int) -> None:
+    model, optimizer = frozen("0", "4", count=8, measure_every=measure_every)
+    loss = loss_of(model)
+    if after == "backward":
+        loss.backward()
+    model.append(nn.Linear(10, 10))
+    optimizer.add_param_group({"params": model[8].parameters()})
+    if after == "forward":
+        loss.backward()
+    optimizer.param_groups[0]["beta"] = 50.0
+    with pytest.raises(RuntimeError, match="left out of neurons that could not move"):
+        optimizer.step()
+
+
+def test_a_group_that_is_added_while_a_layer_sleeps_keeps_its_delay() -> None:
+    model, optimizer = frozen("0", "4", count=10, measure_every=4)
+    assert optimizer._certificates.watches["0"].delay == 2
+    model.append(nn.Linear(10, 10))
+    optimizer.add_param_group({"params": model[8].parameters()})
+    assert optimizer._certificates.watches["0"].delay == 2
+
+
 # ------------------------------------------------------------------------------------------------------- other optimizers
 
 
