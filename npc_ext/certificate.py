@@ -20,13 +20,15 @@ for that, too.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from .calls import Calls, in_backward
 from .frozen_rows import PartialForward, Rows, rows_to_compute
 
 if TYPE_CHECKING:
@@ -124,8 +126,12 @@ class Watch:
 
     Attributes:
         all_or_nothing: whether only the whole layer's gradients are left out.
+        weight, bias: those the certificates are about; a call with others knows nothing of them.
         delay: how many steps the layer slept since it was last measured.
     """
+
+    delay: int
+    _cleared: bool
 
     def __init__(
         self,
@@ -133,30 +139,45 @@ class Watch:
         layer: NeuronLayer,
         key: Tensor,
         own: Mapping[str, Any],
+        calls: Calls,
         *,
         all_or_nothing: bool,
     ) -> None:
         self.forward, self.layer, self.key, self.all_or_nothing = forward, layer, key, all_or_nothing
-        self.weight = layer.parameters[0].parameter
-        self._own = own
-        self._rests_by: Certificate | None = None
+        self.weight, self.bias = layer.parameters[0].parameter, forward.bias
+        self._own, self._calls = own, calls
+        # Since the last step: what gradients were left out by, in backward passes and by sleeping.
         self._used: set[Certificate] = set()
+        self._slept_by: set[Certificate] = set()
         self._forget()
 
     def bind(self, clock: Clock, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
         """Says where importance and constants are found; whatever was certified before is void."""
         self._clock, self._states, self._group = clock, states, group
+        self.forward.join(self)
         self._forget()
+
+    def go_on_from(self, before: Watch) -> None:
+        """Takes over what the coming step must know from a watch of the same neurons, whose certificates are void."""
+        self._used, self._slept_by, self._cleared = before._used, before._slept_by, before._cleared
+        self.delay, self.layer.slept = before.delay, before.layer.slept
+
+    def remove(self) -> None:
+        """Leaves the module alone from now on."""
+        self.forward.leave(self)
 
     def _forget(self) -> None:
         self.certificate: Certificate | None = None
         self.interfered = False  # since the last issue
         self.delay = 0
-        self.wakes_up()
         self.layer.gradients_skipped = 0.0
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
-        self._used.clear()
+        self._begin_step()
+
+    def _begin_step(self) -> None:
+        self._must_measure = self._allowed_constants = self._cleared = False
+        self.layer.slept = False
 
     def constants(self) -> tuple[float, float]:
         """Beta and delta in force. Alpha and sigma do not matter to whether eq. 7 is zero."""
@@ -169,20 +190,27 @@ class Watch:
         return None if state is None else state.get("importance")
 
     def _versions(self, importance: Tensor) -> tuple[Any, ...]:
-        group = self._group
-        return importance._version, self.weight._version, group["beta"], group["delta"]
+        group, parameters = self._group, self.layer.parameters
+        versions = [own.parameter._version for own in parameters]
+        return importance._version, versions, group["beta"], group["delta"]
 
-    def record(self) -> None:
-        """Called after a step of ours: whatever changes from now on, somebody else did."""
+    def record(self, overflowed: bool = False) -> None:
+        """Called after a step of ours: whatever changes from now on, somebody else did.
+
+        Args:
+            overflowed: the step changed nothing, because gradients were not finite under a GradScaler.
+        """
         self.layer.gradients_skipped = min((used.rows.share_left_out() for used in self._used), default=0.0)
-        if self.layer.asleep:
-            self.delay, self.layer.gradients_skipped = self.delay + 1, 1.0
-        elif self.layer.sink.grad is not None:
-            self.delay = 0
+        measured = self.layer.sink.grad is not None
+        if self.layer.slept and not measured:
+            self.layer.gradients_skipped = 1.0
+        if not overflowed:
+            self.delay = 0 if measured else self.delay + self.layer.slept
         importance = self._importance = self.importance()
         self._seen = () if importance is None else self._versions(importance)
         self._used.clear()
-        self.wakes_up()
+        self._slept_by.clear()
+        self._begin_step()
 
     def is_untouched(self) -> bool:
         """Whether importance, constants and weights are as the last step left them."""
@@ -196,23 +224,43 @@ class Watch:
             return None
         return certificate
 
-    def sleeps(self, certificate: Certificate) -> bool:
-        """Whether the layer is neither trained nor measured in the coming step; remembers it for the taps."""
+    def is_constant(self, certificate: Certificate, x: Tensor) -> bool:
+        """Whether the layer's parameters are constants in this call: it rests or sleeps; remembers that for its taps.
+
+        Args:
+            certificate: the one in force.
+            x: the layer's input.
+        """
+        self._drop_what_was_cleared()
+        again = in_backward()
+        if not again:
+            self._allowed_constants = self._calls.allow_constants() and not self.forward.is_shared()
+        if not (self._allowed_constants and len(certificate.rows) == 0):
+            self.stays_awake()
+            return False
         wait = self._clock.steps_to_measurement()
-        asleep = wait > 0 and len(certificate.rows) == 0 and certificate.until > self._clock.steps + wait
-        self.layer.asleep = asleep
-        if asleep:
-            self.use(certificate)
-        return asleep
+        if wait > 0 and certificate.until > self._clock.steps + wait and not self._must_measure:
+            self.layer.asleep = self.layer.slept = True
+            self._slept_by.add(certificate)
+        else:
+            self.stays_awake()
+        rests = not x.requires_grad
+        if rests:
+            self.layer.resting, self.layer.note_rest = True, self.note_use_of(certificate)
+        constant = rests or self.layer.asleep
+        if again and constant:
+            self._calls.end_after_backward()
+        return constant
 
-    def rests(self, certificate: Certificate) -> None:
-        """Notes that the layer's parameters are constants until the coming step; remembers it for the taps."""
-        self._rests_by, self.layer.resting = certificate, True
+    def stays_awake(self) -> None:
+        """Notes that the layer is measured in this call, and so in all calls until the next step."""
+        self._drop_what_was_cleared()
+        self._must_measure, self.layer.slept = True, False
 
-    def wakes_up(self) -> None:
-        """The layer's parameters are no constants any more, and it is measured."""
-        self._rests_by = None
-        self.layer.wake_up()
+    def _drop_what_was_cleared(self) -> None:
+        if self._cleared and not in_backward():  # a new call: the one before was dropped with its gradients
+            self._slept_by.clear()
+            self._cleared = False
 
     def delayed(self) -> int:
         """By how many steps the importance measured for the coming step is late; 0 where none was measured."""
@@ -220,9 +268,9 @@ class Watch:
             return 0  # a CUDA graph would be late by that much in every replay
         return self.delay
 
-    def use(self, certificate: Certificate) -> None:
-        """Notes that gradients were left out on the strength of a certificate."""
-        self._used.add(certificate)
+    def note_use_of(self, certificate: Certificate) -> Callable[[], None]:
+        """What a backward pass is to call that leaves gradients out on the strength of a certificate."""
+        return partial(self._used.add, certificate)  # holds no watch: without cycles, that dies with its optimizer
 
     def before_step(self) -> None:
         """Voids the certificate if somebody interfered.
@@ -231,9 +279,7 @@ class Watch:
             RuntimeError: gradients were left out of neurons that may move in this step.
         """
         untouched = self.is_untouched()
-        if self._rests_by is not None and self.layer.sink.grad is not None:  # there was a backward pass
-            self.use(self._rests_by)
-        for certificate in self._used:
+        for certificate in (*self._used, *self._slept_by):
             if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
                 raise RuntimeError(
                     f"layer {self.layer.name!r}: gradients were left out of neurons that could not move in the coming "
@@ -276,8 +322,12 @@ class Watch:
         self.certificate = None
 
     def gradients_dropped(self) -> None:
-        """Called when gradients are cleared: nothing that was left out matters any more."""
+        """Called when gradients are cleared: nothing that was left out matters any more.
+
+        A layer that is asleep in a call whose backward pass is still to come leaves its gradients out of that.
+        """
         self._used.clear()
+        self._cleared = True
 
     def gradients_skipped(self) -> float:
         """The share of rows whose gradients the last step did without; 0 where that is over."""
@@ -287,14 +337,15 @@ class Watch:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
         places = ("_clock", "_states", "_group")
         kept = {name: value for name, value in self.__dict__.items() if name not in places}
-        return {**kept, "certificate": None, "_rests_by": None, "_used": set(), "_importance": None, "_seen": ()}
+        empty = {"_used": set[Certificate](), "_slept_by": set[Certificate]()}
+        return {**kept, **empty, "certificate": None, "_importance": None, "_seen": ()}
 
 
 class Certificates:
     """Issues certificates for the layers of one optimizer as its steps go by."""
 
-    def __init__(self, watches: Mapping[str, Watch], measure_every: int) -> None:
-        self.watches = dict(watches)
+    def __init__(self, watches: Mapping[str, Watch], calls: Calls, measure_every: int) -> None:
+        self.watches, self._calls = dict(watches), calls
         # An object of its own: without cycles, watches die with their optimizer.
         self.clock = Clock(measure_every)
         self._captured = False
@@ -317,11 +368,16 @@ class Certificates:
         for watch in self.watches.values():
             watch.before_step()
 
-    def after_step(self) -> None:
-        """Counts the step, and issues certificates when it is time to."""
+    def after_step(self, overflowed: bool = False) -> None:
+        """Counts the step, and issues certificates when it is time to.
+
+        Args:
+            overflowed: the step changed nothing, because gradients were not finite under a GradScaler.
+        """
         self.clock.steps += 1
+        self._calls.end()
         for watch in self.watches.values():
-            watch.record()
+            watch.record(overflowed)
         if self._is_captured():
             return
         if self.clock.issues():

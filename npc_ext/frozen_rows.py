@@ -18,8 +18,8 @@ import math
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -153,6 +153,8 @@ class _Convolution:
         if channels_last:
             memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
             stand_in = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
+        elif gradient.is_cpu:  # where oneDNN would make a contiguous copy of what is not
+            stand_in = gradient.new_empty(shape)
         else:
             stand_in = gradient.new_empty(1).expand(shape)
         backward = torch.ops.aten.convolution_backward
@@ -239,19 +241,27 @@ def _is_channels_last(x: Tensor) -> bool:
 _measured: dict[Any, bool] = {}
 
 
-def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
+def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool | None:
     """Whether a layer is faster that computes the gradients of `rows` only, by measuring it once in a process.
+
+    None where it cannot be measured at this moment.
 
     Where the user asked for deterministic algorithms, only whole layers are left out: parts may change the order of
     summation, and so the last bits, by a clock's verdict and by when a run was resumed.
     """
     if len(rows) > 0 and torch.are_deterministic_algorithms_enabled():
         return False
+    if x.device.type not in ("cpu", "cuda"):  # a clock that does not wait for the device measures nothing
+        return False
     threads = torch.get_num_threads() if x.device.type == "cpu" else 0
     layer = (operation, weight.shape, weight.stride(), bias is None, len(rows))
     key = (*layer, *_kind_of(x), x.device, threads)
     if key not in _measured:
-        with torch.autograd.graph.saved_tensors_hooks(_itself, _itself):  # a checkpoint's hooks must not see this
+        with ExitStack() as stack:
+            try:  # a checkpoint's hooks must not see this
+                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
+            except RuntimeError:  # somebody has disabled such hooks
+                return None
             _measured[key] = _is_faster(operation, x, weight, bias, rows)
     return _measured[key]
 
@@ -308,11 +318,11 @@ class PartialForward:
         self._usual = type(module).forward
         self.all_or_nothing = isinstance(operation, _Convolution) and operation.groups > 1
         self._watch: weakref.ReferenceType[Watch] | None = None
-        self._optimizers = 0
+        self._users: set[weakref.ReferenceType[Watch]] = set()
 
     @classmethod
     def of(cls, module: nn.Module) -> PartialForward:
-        """The one in a module, put there if it is not yet; `remove` takes it out when all who asked for it have.
+        """The one in a module, put there if it is not yet; it stays until all who `join` it have left.
 
         Raises:
             ValueError: `why_not` has an objection to the module.
@@ -321,19 +331,32 @@ class PartialForward:
         if not isinstance(own, cls):
             own = cls(module)
             module.forward = own
-        own._optimizers += 1
         return own
 
-    def remove(self) -> None:
-        """Takes it out of the module again, if it is still there and nobody else asked for it."""
-        self._watch = None
-        self._optimizers -= 1
-        if self._optimizers == 0 and self._module.__dict__.get("forward") is self:
+    @property
+    def bias(self) -> nn.Parameter | None:
+        """The module's bias at this moment."""
+        bias: nn.Parameter | None = self._module.bias
+        return bias
+
+    def join(self, watch: Watch) -> None:
+        """Notes that an optimizer looks at the module; may be called again."""
+        self._users.add(weakref.ref(watch))
+
+    def leave(self, watch: Watch) -> None:
+        """Takes itself out of the module, if it is still there and no other optimizer looks at that."""
+        self.release(watch)
+        self._users.discard(weakref.ref(watch))
+        if not self._users and self._module.__dict__.get("forward") is self:
             del self._module.forward
+
+    def is_shared(self) -> bool:
+        """Whether several optimizers look at the module: another one may want to measure what requires a gradient."""
+        return len(self._users) > 1
 
     def follow(self, watch: Watch) -> None:
         """From now on obeys the certificates of `watch`, as long as that is alive: the last optimizer that issued."""
-        self._watch, self._layer = weakref.ref(watch), watch.layer
+        self._watch = weakref.ref(watch)
 
     def release(self, watch: Watch) -> None:
         """Obeys nobody's certificates if it was `watch` whose it obeyed."""
@@ -354,19 +377,20 @@ class PartialForward:
         module = self._module
         if watch is None:  # its optimizer is gone
             self._watch = None
-            self._layer.wake_up()
             return self._usual(module, x)
         weight, bias = module.weight, module.bias
-        certificate = watch.in_force() if module.training else None
-        if certificate is None:
-            if module.training:
-                watch.wakes_up()
-            return self._usual(module, x)
         if (
-            weight is not watch.weight
-            or not (torch.is_grad_enabled() and weight.requires_grad)
+            not (module.training and torch.is_grad_enabled() and weight.requires_grad)
+            or weight is not watch.weight  # as torch.func.functional_call has it
+            or bias is not watch.bias
+            or x.layout is not torch.strided
+            or x.is_nested
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
+            return self._usual(module, x)
+        certificate = watch.in_force()
+        if certificate is None:
+            watch.stays_awake()
             return self._usual(module, x)
         operation, original = _operation_of(module), x  # strides and paddings may have changed
         if isinstance(operation, str):
@@ -378,23 +402,20 @@ class PartialForward:
                 return self._partial(original.unsqueeze(0), watch).squeeze(0)
             if module.padding_mode != "zeros":
                 x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
-        rows = certificate.rows
-        alone = self._optimizers == 1  # another one may want to measure what requires a gradient
-        rests = len(rows) == 0 and not x.requires_grad and alone
-        if rests:
-            watch.rests(certificate)
-        if watch.sleeps(certificate) or rests:
+        if watch.is_constant(certificate, x):
             return operation.forward(x, weight.detach(), None if bias is None else bias.detach())
-        kind = _kind_of(x)
+        rows, kind = certificate.rows, _kind_of(x)
         decided = rows.pays.get(kind)
         if decided is None:
-            decided = rows.pays[kind] = pays(operation, x, weight, bias, rows)
+            decided = pays(operation, x, weight, bias, rows)
+            if decided is not None:
+                rows.pays[kind] = decided
         if not decided:
             return self._usual(module, original)
-        return _PartialGradient.apply(x, weight, bias, operation, rows, partial(watch.use, certificate))
+        return _PartialGradient.apply(x, weight, bias, operation, rows, watch.note_use_of(certificate))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None}
+        return {**self.__dict__, "_watch": None, "_users": set()}  # a copy's optimizer joins again
 
 
 def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:

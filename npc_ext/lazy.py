@@ -5,9 +5,9 @@ change. So it is measured in every k-th step only, with eq. 4 taken k steps at o
 
     C <- delta ** k * C + (1 - delta ** k) c,
 
-as if the k - 1 measurements in between had given the same. In between it is asleep: its weights count as constants
-(resting.py), its taps are off, and so back-propagation ends at the first layer that can still move. What lies before
-costs its forward pass alone and keeps no activations.
+as if the k - 1 measurements in between had given the same. In between it is asleep while the model is called
+(calls.py): its weights count as constants (resting.py), its taps are off, and so back-propagation ends at the first
+layer that can still move. What lies before costs its forward pass alone and keeps no activations.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import inspect
 import operator
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -117,8 +118,10 @@ class NeuronLayer:
         note: what a reader of the table should know.
         sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
-        resting: whether the layer is measured, but its parameters are constants, in the coming step (resting.py).
-        asleep: whether it is not even measured (lazy.py).
+        resting: whether the layer is measured, but its parameters are constants, in the call that is going on
+            (resting.py).
+        asleep: whether it is not even measured in that call (lazy.py).
+        slept: whether it was asleep in all calls since the last step.
     """
 
     name: str
@@ -133,6 +136,8 @@ class NeuronLayer:
     gradients_skipped: float = field(default=0.0, repr=False)
     resting: bool = field(default=False, repr=False)
     asleep: bool = field(default=False, repr=False)
+    slept: bool = field(default=False, repr=False)
+    note_rest: Callable[[], None] | None = field(default=None, repr=False)  # to be called by what leaves gradients out
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
 
     def add_note(self, text: str) -> None:
@@ -147,15 +152,16 @@ class NeuronLayer:
         return False
 
     def wake_up(self) -> None:
-        """Back to usual."""
-        self.resting = self.asleep = False
+        """Back to usual, in the next call."""
+        self.resting, self.asleep, self.note_rest = False, False, None
 
     def trained(self) -> list[nn.Parameter]:
         """Those of the neurons' parameters that require a gradient."""
         return [own.parameter for own in self.parameters if own.parameter.requires_grad]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "resting": False, "asleep": False}  # a copy starts without certificates
+        # A copy starts without certificates.
+        return {**self.__dict__, "resting": False, "asleep": False, "slept": False, "note_rest": None}
 
 
 @dataclass(frozen=True)
@@ -173,6 +179,7 @@ class Neurons:
     def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
         self.layers, self.others = tuple(layers), tuple(others)
         self._handles: list[Any] = []
+        self._finalizer: weakref.finalize[..., Any] | None = None
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -212,9 +219,16 @@ class Neurons:
 
     def detach(self) -> None:
         """Takes everything that was placed in the model out of it."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove_all(self._handles)
+
+    def detach_with(self, owner: object) -> None:
+        """Has everything taken out of the model when `owner` is no more; may be called again."""
+        if self._finalizer is None:
+            self._finalizer = weakref.finalize(owner, _remove_all, self._handles)
+            self._finalizer.atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_finalizer": None}
 
     def __str__(self) -> str:
         rows = [("layer", "neurons", "fan-in", "skipped", "measured at", "parameters of its neurons")]
@@ -236,6 +250,12 @@ class Neurons:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _remove_all(handles: list[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
 
 
 def find_neurons(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops, reference
+from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, Plan, check_choice, check_plasticity_options
 from .distributed import SharedSinks
@@ -80,6 +81,7 @@ class Plastic(Descent):
     """
 
     neurons: Neurons
+    _certificates: Certificates
 
     def __init__(
         self,
@@ -172,6 +174,7 @@ class Plastic(Descent):
         if self._ready_neurons:
             self.neurons.detach()
         self.neurons = found
+        found.detach_with(self)
         self._consolidated = [
             layer
             for layer, own in zip(found, options, strict=True)
@@ -191,7 +194,9 @@ class Plastic(Descent):
 
     def _watch_layers(self, trained: set[int]) -> None:
         """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
-        watches = {}
+        watches: dict[str, Watch] = {}
+        watched: list[NeuronLayer] = []
+        calls = Calls(self._model, watched)
         for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
             skip_frozen = own.get("skip_frozen", self._skip_frozen)
             if not skip_frozen:
@@ -200,18 +205,22 @@ class Plastic(Descent):
                 layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
                 continue
             forward = PartialForward.of(self._model.get_submodule(layer.name))
-            self.neurons.hold(forward)
             if forward.all_or_nothing:
                 layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
             whole = skip_frozen == "layers" or forward.all_or_nothing
-            watches[layer.name] = Watch(forward, layer, key, own, all_or_nothing=whole)
-        layers = [watch.layer for watch in watches.values()]
-        for handle in let_rest(self._model, layers, trained):
+            watches[layer.name] = Watch(forward, layer, key, own, calls, all_or_nothing=whole)
+            watched.append(layer)
+        handles = [*watches.values(), *let_rest(self._model, watched, trained)]
+        if watched:
+            handles += [let_sleep(self._model, watched)] if self._measure_every > 1 else []
+            handles += calls.attach()  # behind the anchor, which asks who sleeps
+        for handle in handles:
             self.neurons.hold(handle)
-        if self._measure_every > 1:
-            self.neurons.hold(let_sleep(self._model, layers))
-        self._certificates = Certificates(watches, self._measure_every)
+        before = self._certificates.watches if "_certificates" in self.__dict__ else {}
+        self._certificates = Certificates(watches, calls, self._measure_every)
         self._certificates.bind(self.state, self._group_of)
+        for name in before.keys() & watches.keys():
+            watches[name].go_on_from(before[name])
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
         if any(is_sharded(own.parameter) for own in layer.parameters):
@@ -276,7 +285,7 @@ class Plastic(Descent):
         unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
         shared = self._shared_sinks.shared
         if shared:  # layers sleep in all processes alike
-            self._shared_sinks.start([layer for layer in self._consolidated if not layer.asleep])
+            self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
         try:
             self._prepare()
             self._check_measured(unmeasured, shared)
@@ -284,10 +293,15 @@ class Plastic(Descent):
         finally:
             self._shared_sinks.finish()
         self._launch_all()
-        self._certificates.after_step()
+        self._certificates.after_step(self._overflowed())
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
+
+    def _overflowed(self) -> bool:
+        """Whether a GradScaler found gradients that are not finite; False on a GPU, for which no step waits."""
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and found_inf.is_cpu and bool(found_inf)
 
     def _trains(self, parameter: Tensor) -> bool:
         return id(parameter) in self._place or self._others == "train"
@@ -392,7 +406,7 @@ class Plastic(Descent):
     def _check_measured(self, unmeasured_layers: set[int], shared: bool) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
         planned = [index for plan in self._plans for index in plan.layers]
-        indices = [index for index in planned if not self._consolidated[index].asleep]
+        indices = [index for index in planned if not self._consolidated[index].slept]
         unmeasured = [index for index in indices if index in unmeasured_layers]
         if not unmeasured:
             return
@@ -523,6 +537,7 @@ class Plastic(Descent):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
+        self.neurons.detach_with(self)
         self._index_parameters()
         self._certificates.bind(self.state, self._group_of)
 

@@ -1,14 +1,16 @@
 """Layers whose parameters are constants in a forward pass, because they are certain not to move in the coming step.
 
 The first weighted layer of a network has no gradient to hand on: where its neurons are all certified (certificate.py),
-nothing upstream of its tap needs one. Such a layer rests: its parameters, and the scales of a normalization behind it,
-count as constants, so that no activation before the tap is kept and back-propagation ends there. The tap measures as
-ever and gives the parameters the gradients of zeros that they would have had.
+nothing upstream of its tap needs one. Such a layer rests while the model is called (calls.py): its parameters, and the
+scales of a normalization behind it, count as constants, so that no activation before the tap is kept and
+back-propagation ends there. The tap measures as ever and gives the parameters the gradients of zeros that they would
+have had.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,27 +22,35 @@ from .neurons import NeuronLayer
 class ConstantScales:
     """Stands in for the forward of a normalization whose scales belong to a layer: constants at times.
 
-    Picklable with the model.
+    Each optimizer of the model has a layer of its own for them. Picklable with the model.
     """
 
-    def __init__(self, module: nn.Module, layer: NeuronLayer) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
         self._usual = type(module).forward
-        self._layer = layer
+        self._layers: list[NeuronLayer] = []
 
-    def attach(self) -> None:
-        """Puts it into the module."""
+    def join(self, layer: NeuronLayer) -> None:
+        """Puts it into the module for one more layer."""
+        self._layers.append(layer)
         self._module.forward = self
 
-    def remove(self) -> None:
-        """Takes it out of the module again, if it is still there."""
-        if self._module.__dict__.get("forward") is self:
+    def leave(self, layer: NeuronLayer) -> None:
+        """Takes it out of the module with the last layer, if it is still there."""
+        self._layers.remove(layer)
+        if not self._layers and self._module.__dict__.get("forward") is self:
             del self._module.forward
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if torch.compiler.is_compiling() or not (self._layer.resting or self._layer.asleep):
+        if torch.compiler.is_compiling():
+            return self._usual(self._module, *arguments, **options)
+        constant = [layer for layer in self._layers if layer.resting or layer.asleep]
+        if not constant:
             return self._usual(self._module, *arguments, **options)
         parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]
+        ours = {id(own.parameter) for own in constant[0].parameters}
+        if not all(id(one) in ours for one in parameters):  # somebody calls the module with others
+            return self._usual(self._module, *arguments, **options)
         for one in parameters:
             one.requires_grad_(False)
         try:
@@ -48,6 +58,15 @@ class ConstantScales:
         finally:
             for one in parameters:
                 one.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class _Handle:
+    forward: ConstantScales
+    layer: NeuronLayer
+
+    def remove(self) -> None:
+        self.forward.leave(self.layer)
 
 
 def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:
@@ -63,9 +82,9 @@ def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collectio
         owners = {own.name.rpartition(".")[0] for own in layer.parameters} - {layer.name}
         for module in map(model.get_submodule, sorted(owners)):
             ours = all(id(parameter) in trained for parameter in module.parameters(recurse=False))
+            forward = module.__dict__.get("forward", ConstantScales(module))
             # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
-            if ours and "forward" not in module.__dict__:
-                forward = ConstantScales(module, layer)
-                forward.attach()
-                handles.append(forward)
+            if ours and isinstance(forward, ConstantScales):
+                forward.join(layer)
+                handles.append(_Handle(forward, layer))
     return handles

@@ -9,6 +9,7 @@ module, checkpointing and torch.compile follow it, and clearing it is clearing a
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,10 +41,11 @@ class _Tap(torch.autograd.Function):
         channel_dim: int,
         batch_dim: int,
         copy: bool,
+        note_rest: Callable[[], None] | None,
         *constants: Tensor,
     ) -> Tensor:
         ctx.save_for_backward(activation)
-        ctx.layer, ctx.dims, ctx.constants = layer, (channel_dim, batch_dim), constants
+        ctx.layer, ctx.dims, ctx.note_rest, ctx.constants = layer, (channel_dim, batch_dim), note_rest, constants
         return activation.clone() if copy else activation.view_as(activation)
 
     @staticmethod
@@ -51,7 +53,9 @@ class _Tap(torch.autograd.Function):
         activation = like(gradient, *ctx.saved_tensors)
         importance = ctx.layer.measure(activation, gradient, *ctx.dims)
         of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
-        return gradient, of_sink, None, None, None, None, *map(torch.zeros_like, ctx.constants)
+        if ctx.note_rest is not None:
+            ctx.note_rest()
+        return gradient, of_sink, None, None, None, None, None, *map(torch.zeros_like, ctx.constants)
 
 
 def like(gradient: Tensor, activation: Tensor) -> Tensor:
@@ -85,8 +89,10 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     """
     if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(0), layer, point).squeeze(0)
-    constants = layer.trained() if layer.resting else ()
-    return _Tap.apply(activation, layer.sink, layer, *checked_dims(activation, layer, point), point.copy, *constants)
+    dims = checked_dims(activation, layer, point)
+    if not layer.resting:
+        return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)
+    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *layer.trained())
 
 
 def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from bench.gpu.networks import resnet18
 from npc_ext import find_neurons
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ["build", "sanitizer", "importance", "relu", "update", "launches", "step", "memory"]
+PARTS = ["build", "sanitizer", "importance", "relu", "update", "launches", "step", "frozen", "memory"]
 
 
 def run(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from bench.continual.networks import cnn
 from npc_ext import NPC, ImportanceWarning, _native, reference
+from npc_ext.tap import TapHook
 
 from .models import ManyHeads, ResNet, paper_cnn
 from .tolerances import TRAJECTORY
@@ -319,7 +320,8 @@ def test_a_head_added_after_two_tasks_is_found_and_what_was_learned_is_kept() ->
     optimizer.step()
     assert not same(model.heads[2], before)
     assert optimizer.plasticity()["heads.2"].importance.any()
-    assert sum(len(m._forward_hooks) for m in model.modules()) == len(optimizer.neurons)
+    hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+    assert sum(isinstance(hook, TapHook) for hook in hooks) == len(optimizer.neurons)
 
 
 def test_gradient_accumulation_moves_the_average_once() -> None:

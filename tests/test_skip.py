@@ -6,6 +6,7 @@ import copy
 import io
 import math
 import pickle
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -133,6 +134,34 @@ def test_no_certified_neuron_ever_moves(
     sigma: str,
     native: bool,
 ) -> None:
+    update: Callable[..., None] = ops.update_ if native else reference.update_
+    run_from_the_bound(update, beta, delta, steps, ulps, larger, seed, quiet, worst, sigma)
+
+
+def test_no_certified_neuron_ever_moves_whichever_kernel_is_used(device: str) -> None:
+    """Fewer cases: where the CUDA kernels run on the CPU, each of their threads is one of the CPU's."""
+    for case in range(12):
+        draw = random.Random(case)
+        constants = draw.uniform(0.01, 2), 1 - 10 ** draw.uniform(-6, -0.3), draw.randrange(30)
+        ulps, larger = [draw.randrange(4) for _ in range(3)], draw.uniform(1, 3)
+        sigma, worst = draw.choice(["sigmoid", "erf"]), case % 2 == 0
+        run_from_the_bound(ops.update_, *constants, ulps, larger, case, draw.random(), worst, sigma, device, 40)
+
+
+def run_from_the_bound(
+    update: Callable[..., None],
+    beta: float,
+    delta: float,
+    steps: int,
+    ulps: list[int],
+    larger: float,
+    seed: int,
+    quiet: float,
+    worst: bool,
+    sigma: str,
+    device: str = "cpu",
+    most_steps: int = 120,
+) -> None:
     """From importance just above the bound (by so many ulps) and well above it, over any sequence of measurements.
 
     The worst is that only the last neuron, which is not certified, matters: the others lose what they can in each step.
@@ -150,16 +179,16 @@ def test_no_certified_neuron_ever_moves(
     certain[average >= least] = certain[average >= least].clamp(min=steps)
     assert certain[-1] == 0
     neurons, generator = len(average), torch.Generator().manual_seed(seed)
-    weight, skipped = torch.ones(neurons, 2), torch.zeros(1, dtype=torch.int64)
-    update: Callable[..., None] = ops.update_ if native else reference.update_
-    for step in range(min(int(certain.max()), 120)):
+    average, weight = average.to(device), torch.ones(neurons, 2, device=device)
+    skipped = torch.zeros(1, dtype=torch.int64, device=device)
+    for step in range(min(int(certain.max()), most_steps)):
         measured = torch.rand(neurons, generator=generator) * (torch.rand(neurons, generator=generator) > quiet)
         if worst:
             measured = torch.eye(neurons)[-1]
         lists: Any = [[0], [0], [1], [0.1], [0.9], [False], [0.01], [False], [0.05], [beta], [delta], [sigma], [False]]
         buffers = [torch.ones_like(weight)]
-        update([weight], [torch.ones_like(weight)], buffers, [average], [measured], skipped, *lists)
-        still = certain > step
+        update([weight], [torch.ones_like(weight)], buffers, [average], [measured.to(device)], skipped, *lists)
+        still = (certain > step).to(device)
         assert bool((weight[still] == 1).all()), (average, certain, step)
         rate = reference.learning_rate(average, 0.1, 0.05, beta, sigma)
         assert bool((rate[still] == 0).all())
@@ -258,6 +287,42 @@ def test_where_a_part_of_the_rows_is_certified_the_rest_moves_alike_up_to_roundi
         assert (got - want).norm() <= TRAJECTORY * want.norm()
         untouched = (want == start).flatten(1).all(1) if want.ndim > 1 else want == start
         assert torch.equal(got[untouched], start[untouched])
+
+
+def three_layers() -> nn.Module:
+    return nn.Sequential(nn.Linear(12, 96), nn.ReLU(), nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 3))
+
+
+def test_500_steps_with_a_part_of_the_rows_stay_with_those_that_skip_nothing(always: None) -> None:
+    model, optimizer, twin, plain = pair(three_layers(), lr=0.02, delta=0.9999, momentum=0.9)
+    for one in (optimizer, plain):
+        set_importance(one, **{"0": torch.linspace(0, 2, 96), "2": torch.linspace(0, 2, 128)})
+    before = [p.detach().clone() for p in model.parameters()]
+    for start in range(0, 500, 100):
+        small_steps(model, optimizer, 100, start)
+        small_steps(twin, plain, 100, start)
+        assert all(0.3 < skipped(optimizer)[name] < 1 for name in ("0", "2"))
+        for got, want, first in zip(model.parameters(), twin.parameters(), before, strict=True):
+            assert (got - want).norm() <= TRAJECTORY * want.norm()
+            untouched = (want == first).flatten(1).all(1) if want.ndim > 1 else want == first
+            assert torch.equal(got[untouched], first[untouched])
+
+
+def test_parts_of_layers_that_thaw_again_stay_with_those_that_skip_nothing(often: None, always: None) -> None:
+    model, optimizer, twin, plain = pair(three_layers(), lr=0.02, delta=0.98, beta=1.0, momentum=0.5)
+    for one in (optimizer, plain):
+        set_importance(one, **{"0": torch.linspace(1, 5, 96), "2": torch.linspace(1, 5, 128)})
+    before, history = model[0].weight.detach().clone(), []  # type: ignore[index]
+    for step in range(300):
+        small_steps(model, optimizer, 1, step)
+        small_steps(twin, plain, 1, step)
+        history.append(skipped(optimizer)["0"])
+        for got, want in zip(model.parameters(), twin.parameters(), strict=True):
+            assert (got - want).norm() <= TRAJECTORY * want.norm()
+    shares = [share for share in dict.fromkeys(history) if 0 < share < 1]
+    assert len(shares) > 2 and history[-1] < max(history)  # they thawed part by part
+    moved = (before != model[0].weight).any(1)  # type: ignore[index]
+    assert bool(moved[48:].any())  # frozen for fifty steps at least
 
 
 def test_neurons_that_thaw_again_learn_as_if_nothing_had_been_skipped(always: None) -> None:
@@ -366,9 +431,22 @@ def test_a_wholly_certified_layer_does_not_keep_its_input(often: None, always: N
     assert x.data_ptr() in kept
 
 
-def blocks(relu: type[nn.Module]) -> nn.Sequential:
+class Watched(nn.Sequential):
+    """Calls `between` after each of its parts, with what that returned: hooks would keep layers from resting."""
+
+    between: Callable[[Tensor], None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self:
+            x = part(x)
+            if self.between is not None:
+                self.between(x)
+        return x
+
+
+def blocks(relu: type[nn.Module]) -> Watched:
     first = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), relu(), nn.MaxPool2d(2))
-    return nn.Sequential(first, nn.Conv2d(8, 8, 3), relu(), nn.Flatten(), nn.Linear(32, 10))
+    return Watched(first, nn.Conv2d(8, 8, 3), relu(), nn.Flatten(), nn.Linear(32, 10))
 
 
 # What is measured, and where pooling comes behind it, the indices of that.
@@ -382,20 +460,20 @@ def test_back_propagation_ends_at_the_tap_of_a_first_layer_that_rests(
         set_importance(one, **{"0.0": 3.0})
     first, rested = model[0], 0
     for seed in range(12):
-        (x, y), kept = batch(seed), set[int]()
+        (x, y), kept, seen = batch(seed), set[int](), list[tuple[int, bool]]()
 
         def pack(tensor: Tensor, kept: set[int] = kept) -> Tensor:
             kept.add(tensor.untyped_storage().data_ptr())
             return tensor
 
         for one, own in ((model, skipping), (twin, plain)):
+            one.between = lambda tensor, kept=kept, seen=seen: seen.append((len(kept), tensor.requires_grad))
             own.zero_grad()
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-                features = one[0](x)  # type: ignore[index]
-                if one is model and seed >= 6:
-                    rested += len(kept) == to_keep and features.requires_grad
-                    assert all(p.requires_grad for p in model.parameters())
-            F.cross_entropy(one[1:](features), y).backward()  # type: ignore[index]
+                output = one(x)
+            F.cross_entropy(output, y).backward()
+        assert all(p.requires_grad for p in model.parameters())
+        rested += seed >= 6 and seen[0] == (to_keep, True)
         assert torch.equal(skipping.neurons["0.0"].sink.grad, plain.neurons["0.0"].sink.grad)  # type: ignore[arg-type]
         if seed >= 6:
             assert all(p.grad is not None and not p.grad.any() for p in first.parameters())  # type: ignore[operator]
@@ -946,8 +1024,8 @@ def test_wholly_certified_layers_of_a_network_change_nothing_in_the_others(
 # -------------------------------------------------------------------------------------------------------------- lazy
 
 
-def with_norms() -> nn.Sequential:
-    return nn.Sequential(
+def with_norms() -> Watched:
+    return Watched(
         nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2)),
         nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten()),
         nn.Linear(8, 10),
@@ -997,13 +1075,14 @@ def test_between_measurements_a_consolidated_prefix_has_no_backward_pass(often: 
 
     for _ in range(40):
         kept.clear()
+        seen = list[tuple[int, bool]]()
+        model.between = lambda tensor, seen=seen: seen.append((len(kept), tensor.requires_grad))  # type: ignore[misc]
         optimizer.zero_grad()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            features = model[1](model[0](x))
-            prefix = len(kept)
-            loss = F.cross_entropy(model[2](features), y)
+            loss = F.cross_entropy(model(x), y)
         loss.backward()
-        if not features.requires_grad:
+        prefix, requires_grad = seen[1]
+        if not requires_grad:
             slept += 1
             assert prefix == 0 and all(p.grad is None for p in model[0].parameters())
         assert all(p.requires_grad for p in model.parameters())

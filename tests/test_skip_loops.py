@@ -16,7 +16,7 @@ import npc_ext
 from npc_ext import NPC, certificate
 
 LOOPS, STEPS = 10, 30
-WAYS = ["plain", "plain", "plain", "two branches", "checkpointed", "checkpointed reentrantly", "input with gradient"]
+WAYS = ["plain"] * 3 + ["two branches", "checkpointed", "checkpointed reentrantly", "input with gradient", "by parts"]
 NORMS: dict[str, Any] = {
     "batch norm": lambda: nn.BatchNorm2d(8),
     "group norm": lambda: nn.GroupNorm(2, 8),
@@ -38,14 +38,20 @@ class Network(nn.Module):
         )
         self.second = nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Dropout(dropout), nn.Flatten())
         self.output = nn.Linear(8, 4)
+        self.rested = False
+
+    def convolve(self, x: Tensor) -> Tensor:
+        convolved: Tensor = self.first(x)
+        self.rested |= self.training and torch.is_grad_enabled() and not convolved.requires_grad
+        return convolved
 
     def block(self, x: Tensor) -> Tensor:
-        pooled: Tensor = self.pool(self.relu(self.norm(self.first(x))))
+        pooled: Tensor = self.pool(self.relu(self.norm(self.convolve(x))))
         return pooled
 
     def forward(self, x: Tensor, way: str) -> Tensor:
         if way == "two branches":
-            convolved = [self.first(x), self.first(x.flip(3))]  # both before either is measured
+            convolved = [self.convolve(x), self.convolve(x.flip(3))]  # both before either is measured
             features = sum(self.pool(self.relu(self.norm(one))) for one in convolved)
         elif way == "checkpointed":
             features = checkpoint(self.block, x, use_reentrant=False)
@@ -58,7 +64,8 @@ class Network(nn.Module):
 
 
 def loss_of(model: nn.Module, x: Tensor, way: str) -> Tensor:
-    return F.cross_entropy(model(x, way), torch.arange(len(x)) % 4)
+    output = model.forward(x, "plain") if way == "by parts" else model(x, way)
+    return F.cross_entropy(output, torch.arange(len(x)) % 4)
 
 
 def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> bool:
@@ -66,6 +73,7 @@ def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> bo
     x = torch.randn(5, 1, 6, 6, generator=torch.Generator().manual_seed(draw.randrange(99)))
     torch.manual_seed(number)  # for dropout
     way, manner, disturbance = draw.choice(WAYS), draw.randrange(5), draw.randrange(30)
+    hook, model.rested = None, False
     if disturbance == 0:
         model.eval()
         model(x, "plain").sum().backward()
@@ -88,6 +96,8 @@ def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> bo
             parameter.requires_grad_(not parameter.requires_grad)
     elif disturbance == 7:
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    elif disturbance == 8:
+        hook = model.relu.register_full_backward_hook(lambda *arguments: None)
     if manner == 0:
         loss = loss_of(model, x, way)
         optimizer.zero_grad()
@@ -102,10 +112,11 @@ def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> bo
     else:
         model.zero_grad(set_to_none=manner == 3)
         loss_of(model, x, way).backward()
-    rested = optimizer.neurons["first"].resting
     nn.utils.clip_grad_norm_(model.parameters(), 1e9)
     optimizer.step()
-    return rested
+    if hook is not None:
+        hook.remove()
+    return model.rested
 
 
 @pytest.mark.parametrize("skip_frozen", ["layers", True])

@@ -21,6 +21,7 @@ from npc_ext import NPC, NPCAdamW, _native, ops, reference
 
 from ..continual.networks import cnn
 from ..micro.timing import Comparison
+from . import frozen as frozen_part
 from .device import Device, check
 from .networks import resnet18
 
@@ -368,5 +369,6 @@ def _ratio_row(device: Device, case: str, result: Comparison, against: str, most
 
 
 PARTS: dict[str, Callable[[Device, bool], Iterator[Row]]] = {
-    part.__name__: part for part in (build, tests, sanitizer, importance, relu, update, launches, step, memory)
+    part.__name__: part
+    for part in (build, tests, sanitizer, importance, relu, update, launches, step, frozen_part.frozen, memory)
 }

@@ -214,9 +214,10 @@ def frozen(quick: bool) -> Iterator[Row]:
             case = frozen_part.Case(network, share)
             timed = {peer: _ignoring_the_set(cycle) for peer, cycle in case.cycles.items()}
             result = compare(timed, turns=network.turns, seconds_per_turn=0.1, units=frozen_part.STEPS)
-            goal = frozen_part.GOALS.get(share) if network.has_goals else None
+            goals = {peer: of.get(share) for peer, of in frozen_part.GOALS.items()} if network.has_goals else {}
             label = f"{network.name}, {share:.0%}"
-            row = _row(label, result, goal, None, frozen_part.SGD)
+            row = _row(label, result, goals.get(frozen_part.OURS), None, frozen_part.SGD)
+            row["lazy goal"] = goals.get(frozen_part.LAZY)
             row |= {"network": network.name, "share": share, "gradients skipped": case.skipped}
             row["saved for backward, bytes"] = {peer: _saved(model, case.inputs) for peer, model in case.models.items()}
             row["peak memory, bytes"] = {peer: peak_memory(cycle) for peer, cycle in case.cycles.items()}
@@ -335,7 +336,11 @@ def _verdict(row: Row) -> str:
         return ""
     _, median, high = row["ratio"]
     word = "reached" if median >= row["goal"] else "within the noise" if high >= row["goal"] else "missed"
-    return f"{word} (at least {row['goal']:.2f} of {row['against']})"
+    verdict = f"{word} (at least {row['goal']:.2f} of {row['against']})"
+    if row.get("lazy goal"):
+        ratio = row["seconds"][frozen_part.SGD] / row["seconds"][frozen_part.LAZY]
+        verdict += f"; lazy: {'reached' if ratio >= row['lazy goal'] else 'missed'} (at least {row['lazy goal']:.2f})"
+    return verdict
 
 
 PARTS = {

@@ -1,0 +1,112 @@
+"""When parameters may count as constants: within a call of the whole model, and nowhere else.
+
+Layers rest and sleep (resting.py, lazy.py): what they compute then requires no gradient. Whoever calls the model as a
+whole sees that in none of its outputs. Whoever calls it part by part takes a loss, or registers a hook, anywhere in
+between, and so do hooks of others on its modules. There every layer computes something that requires a gradient, as
+ever (its weight gradients are left out nevertheless, see frozen_rows.py).
+
+A checkpoint computes a part of a call again during back-propagation; layers then do as they did in that call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules import module as _global_hooks
+
+from .lazy import Anchor
+from .neurons import NeuronLayer
+from .tap import TapHook
+
+
+class Calls:
+    """Forward pre-hook and forward hook of the whole model; picklable with it.
+
+    Args:
+        layers: those that may rest or sleep; none of them does so any more when a call is over.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[NeuronLayer]) -> None:
+        self._model: Any = model
+        self._layers = layers
+        self._depth = 0  # a model may call itself
+        self._is_looked_into: bool | None = None  # not known yet in this call
+        self._asked = False  # whether layers may have gone to rest or sleep
+
+    def attach(self) -> list[Any]:
+        """Puts it into the model; returns handles that undo it by `remove()`."""
+        return [
+            self._model.register_forward_pre_hook(self),
+            self._model.register_forward_hook(self, always_call=True),  # also after an exception
+        ]
+
+    def __call__(self, model: nn.Module, inputs: Any, *output: Any) -> None:
+        """As a forward hook it is called with the output, as a forward pre-hook without."""
+        if torch.compiler.is_compiling():
+            return
+        if output:
+            self._depth = max(self._depth - 1, 0)
+        else:
+            self._depth += 1
+        if self._depth == (0 if output else 1):
+            self._wake_all_up()
+
+    def allow_constants(self) -> bool:
+        """Whether this is within a call of the model into which nobody looks."""
+        if self._depth == 0:
+            return False
+        self._asked = True
+        if self._is_looked_into is None:
+            self._is_looked_into = _is_looked_into(self._model)
+        return not self._is_looked_into
+
+    def end(self) -> None:
+        """Ends a call that was broken off so that no hook could tell, as by Ctrl-C."""
+        self._depth = 0
+        self._wake_all_up()
+
+    def end_after_backward(self) -> None:
+        """Within a backward pass: has layers wake up when that is over."""
+        self._asked = True
+        torch.autograd.Variable._execution_engine.queue_callback(self._backward_is_over)
+
+    def _backward_is_over(self) -> None:
+        if self._depth == 0:  # else it was a part of the call
+            self._wake_all_up()
+
+    def _wake_all_up(self) -> None:
+        if not self._asked:
+            return
+        self._asked, self._is_looked_into = False, None
+        for layer in self._layers:
+            layer.wake_up()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_depth": 0}
+
+
+def in_backward() -> bool:
+    """Whether autograd is running in this thread: a forward pass is then a checkpoint's."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_looked_into(model: nn.Module) -> bool:
+    """Whether anybody else has hooks on a module: they may want to be called back when gradients pass by."""
+    if _global_hooks._has_any_global_hook():
+        return True
+    modules: list[Any] = [model]
+    for module in modules:  # several times as fast as model.modules()
+        if module is None:
+            continue
+        own = module.__dict__
+        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            return True
+        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+            if hooks and not all(isinstance(hook, (TapHook, Anchor, Calls)) for hook in hooks.values()):
+                return True
+        if own["_modules"]:
+            modules.extend(own["_modules"].values())
+    return False
