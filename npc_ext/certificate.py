@@ -20,6 +20,7 @@ for that, too.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import partial
@@ -200,17 +201,27 @@ class Watch:
         Args:
             overflowed: the step changed nothing, because gradients were not finite under a GradScaler.
         """
-        self.layer.gradients_skipped = min((used.rows.share_left_out() for used in self._used), default=0.0)
+        left_out = [used.rows.share_left_out() for used in self._used]
+        self.layer.gradients_skipped = min(left_out, default=0.0)
         measured = self.layer.sink.grad is not None
         if self.layer.slept and not measured:
             self.layer.gradients_skipped = 1.0
         if not overflowed:
             self.delay = 0 if measured else self.delay + self.layer.slept
-        importance = self._importance = self.importance()
-        self._seen = () if importance is None else self._versions(importance)
         self._used.clear()
         self._slept_by.clear()
+        self.look()
+
+    def look(self) -> None:
+        """Remembers importance, constants and weights as they are: as the last step left them."""
+        importance = self._importance = self.importance()
+        self._seen = () if importance is None else self._versions(importance)
         self._begin_step()
+
+    def is_idle(self) -> bool:
+        """Whether nothing is certified or was left out, so that the coming step needs nothing of it."""
+        busy = self.certificate or self._used or self._slept_by or self.delay or self.layer.slept
+        return not (busy or self.layer.gradients_skipped)
 
     def is_untouched(self) -> bool:
         """Whether importance, constants and weights are as the last step left them."""
@@ -310,6 +321,8 @@ class Watch:
             self.forward.release(self)
             return
         before = self.certificate
+        if before is None:  # nobody has looked at an idle watch's layer
+            self.look()
         if before is not None and torch.equal(before.rows.on_cpu, rows):
             kept = before.rows
         else:
@@ -342,7 +355,11 @@ class Watch:
 
 
 class Certificates:
-    """Issues certificates for the layers of one optimizer as its steps go by."""
+    """Issues certificates for the layers of one optimizer as its steps go by.
+
+    Most steps of most layers have nothing certified. Such idle watches are not asked one by one; what others may have
+    changed is compared for all of them at once.
+    """
 
     def __init__(self, watches: Mapping[str, Watch], calls: Calls, measure_every: int) -> None:
         self.watches, self._calls = dict(watches), calls
@@ -351,13 +368,26 @@ class Certificates:
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[_Arriving] = []
+        self._idle: list[Watch] = []
+        self._busy: list[Watch] = []
+        self._keys = [watch.key for watch in watches.values()]
+        self._parameters = [own.parameter for watch in watches.values() for own in watch.layer.parameters]
+        self._left: tuple[list[Tensor | None], list[int]] | None = None  # importance and versions after our last step
 
     def bind(self, states: MutableMapping[Any, Any], group_of: Mapping[int, Mapping[str, Any]]) -> None:
         """Says where importance is kept, and the group of each parameter by its id; ends all certificates."""
         self._arriving.clear()
+        self._states = states
         for watch in self.watches.values():
             watch.bind(self.clock, states, group_of[id(watch.key)])
         self._set_pace()
+        self._left = None
+        self.sort()
+
+    def sort(self) -> None:
+        """Called whenever watches may have become idle, or busy."""
+        self._idle = [watch for watch in self.watches.values() if watch.is_idle()]
+        self._busy = [watch for watch in self.watches.values() if not watch.is_idle()]
 
     def _set_pace(self) -> None:
         deltas = [watch.constants()[1] for watch in self.watches.values()]
@@ -365,8 +395,39 @@ class Certificates:
 
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
-        for watch in self.watches.values():
+        for watch in self._idle:
+            if watch._used or watch._slept_by:  # in a backward pass whose certificates were voided before it
+                self.sort()
+                break
+        for watch in self._busy:
             watch.before_step()
+        if self._left is None:
+            return
+        importances, versions = self._left
+        now = self._importances()
+        if self._versions(now) != versions or not all(map(operator.is_, now, importances)):
+            self._find_interference(now)
+
+    def _importances(self) -> list[Tensor | None]:
+        get = self._states.get
+        return [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
+
+    def _versions(self, importances: list[Tensor | None]) -> list[int]:
+        versions = [parameter._version for parameter in self._parameters]
+        return versions + [-1 if importance is None else importance._version for importance in importances]
+
+    def _find_interference(self, importances: list[Tensor | None]) -> None:
+        """Marks the idle watches of layers that somebody else has changed."""
+        assert self._left is not None
+        before, was = self._left
+        at, own_at = 0, len(self._parameters)
+        now = self._versions(importances)
+        for index, watch in enumerate(self.watches.values()):
+            end = at + len(watch.layer.parameters)
+            same = importances[index] is before[index] and now[own_at + index] == was[own_at + index]
+            if not same or now[at:end] != was[at:end]:
+                watch.interfered = True
+            at = end
 
     def after_step(self, overflowed: bool = False) -> None:
         """Counts the step, and issues certificates when it is time to.
@@ -376,8 +437,10 @@ class Certificates:
         """
         self.clock.steps += 1
         self._calls.end()
-        for watch in self.watches.values():
+        for watch in self._busy:
             watch.record(overflowed)
+        importances = self._importances() if self._left is None else self._left[0]
+        self._left = importances, self._versions(importances)
         if self._is_captured():
             return
         if self.clock.issues():
@@ -392,7 +455,7 @@ class Certificates:
 
     def gradients_dropped(self) -> None:
         """Called when gradients are cleared."""
-        for watch in self.watches.values():
+        for watch in self._busy:
             watch.gradients_dropped()
 
     def _is_captured(self) -> bool:
@@ -400,7 +463,7 @@ class Certificates:
         if not self._captured and self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
             self._arriving.clear()
-            for watch in self.watches.values():
+            for watch in self._busy:
                 watch.void()
         return self._captured
 
@@ -421,14 +484,20 @@ class Certificates:
                 continue
             for look in looks:
                 look.issue(look.importance.cpu())
+        self.sort()
 
     def _read(self) -> None:
+        if not self._arriving:
+            return
         for arriving in self._arriving:
             arriving.issue()
         self._arriving.clear()
+        self.sort()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arriving": []}  # an event belongs to its process
+        # An event belongs to its process; the rest comes with the next bind().
+        kept = {name: value for name, value in self.__dict__.items() if name != "_states"}
+        return {**kept, "_arriving": [], "_idle": [], "_busy": [], "_left": None}
 
 
 @dataclass(frozen=True)

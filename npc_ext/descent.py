@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, ClassVar, SupportsFloat
 
 import torch
@@ -85,6 +86,7 @@ class Descent(torch.optim.Optimizer):
         check_choice("backend", backend, BACKENDS)
         self._model = unwrapped(model)
         self._backend = backend
+        self._options_of = itemgetter(*self._OPTIONS)
         self._sharded = False
         self._known: list[tuple[str, Tensor]] = []  # the model's parameters in the groups, by name
         self._forget_plans()
@@ -191,7 +193,7 @@ class Descent(torch.optim.Optimizer):
         for group in self.param_groups:
             lr = group["lr"]
             # A tensor may be changed in place, so its value counts; but one that the kernels read on the device.
-            signature.append([id(lr) if self._read_on_device(lr) else float(lr), *(group[n] for n in self._OPTIONS)])
+            signature.append((id(lr) if self._read_on_device(lr) else float(lr), self._options_of(group)))
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:

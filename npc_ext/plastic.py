@@ -221,6 +221,7 @@ class Plastic(Descent):
         self._certificates.bind(self.state, self._group_of)
         for name in before.keys() & watches.keys():
             watches[name].go_on_from(before[name])
+        self._certificates.sort()
 
     def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
         if any(is_sharded(own.parameter) for own in layer.parameters):
@@ -288,7 +289,8 @@ class Plastic(Descent):
             self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
         try:
             self._prepare()
-            self._check_measured(unmeasured, shared)
+            if unmeasured:
+                self._check_measured(unmeasured, shared)
             self._certificates.before_step()
         finally:
             self._shared_sinks.finish()
