@@ -238,7 +238,7 @@ def host(quick: bool) -> Iterator[Row]:
     yield from (row for row in update(True) if row["case"] == f"{10**3:,} parameters")
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     tapped = copy.deepcopy(model)
-    optimizer = NPC(tapped)  # holds the taps
+    _holding = NPC(tapped)  # taps go with their optimizer
     x = torch.randn(2, 8)
     passes = {
         "npc_ext": lambda _: tapped(x).sum().backward(),
