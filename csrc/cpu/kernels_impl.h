@@ -463,11 +463,21 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
   };
   int64_t left_in_run = p.run - begin % p.run;
   if (p.run >= short_run) {
-    for (int64_t at = begin; at < end; next_run(), left_in_run = p.run) {
-      const int64_t count = left_in_run < end - at ? left_in_run : end - at;
+    // Neighbours with one rate, as most have it while little is important, are one run.
+    const auto rate = [&]() -> R {
       const R free_rate = plasticity[group_base + row];
-      if (free_rate != 0) on_run(at, count, free_rate < top ? free_rate : top);
-      at += count;
+      return free_rate < top ? free_rate : top;
+    };
+    for (int64_t at = begin; at < end;) {
+      const R own = rate();
+      int64_t to = at;
+      do {
+        to = left_in_run < end - to ? to + left_in_run : end;
+        left_in_run = p.run;
+        if (to < end) next_run();
+      } while (to < end && rate() == own);
+      if (own != 0) on_run(at, to - at, own);
+      at = to;
     }
     return;
   }

@@ -45,6 +45,12 @@ int shares_of(const UpdateParams& params, int threads) {
   return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, threads));
 }
 
+// Where a share begins within a parameter: on a cache line, if the parameter does.
+int64_t boundary(int64_t element, int64_t size) {
+  constexpr int64_t line = 64;  // elements; at least 64 bytes of any type
+  return std::clamp((element + line - 1) / line * line, int64_t{0}, size);
+}
+
 // Calls work(share, parameter, begin, end) for the elements of every share, one thread to a share.
 template <class Work>
 void for_each_share(const UpdateParams& params, int shares, const Work& work) {
@@ -55,7 +61,7 @@ void for_each_share(const UpdateParams& params, int shares, const Work& work) {
     int64_t first = 0;  // of this parameter, counted over all of them
     for (int64_t i = 0; i < params.parameter_count && first < end; ++i) {
       const ParameterParams& parameter = params.parameters[i];
-      const int64_t from = std::max(begin - first, int64_t{0}), to = std::min(end - first, parameter.size);
+      const int64_t from = boundary(begin - first, parameter.size), to = boundary(end - first, parameter.size);
       if (from < to) work(share, parameter, from, to);
       first += parameter.size;
     }
