@@ -17,7 +17,7 @@ class CapacityWarning(UserWarning):
 
 
 class HasPlasticity(Protocol):
-    """`NPC`, `PlasticityWrapper`, or what wraps one and hands on its attributes."""
+    """`NPC`, `NPCAdamW`, `PlasticityWrapper`, or what wraps one and hands on its attributes."""
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """The plasticity of every consolidated layer, by its name."""
