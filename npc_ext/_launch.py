@@ -173,7 +173,7 @@ class Tables:
 
     Rows of `parameter_numbers`: dtype, size, outer, middle, run, layer, nesterov, maximize, first neuron; of
     `parameter_options`: lr, momentum, weight decay; of `layer_numbers`: neurons, error function, active only; of
-    `layer_options`: alpha, beta, delta. They stay valid while the parameters keep their shape, dtype and memory order.
+    `layer_options`: alpha, beta, delta. They stay valid while the parameters keep their memory, shape, dtype and order.
     """
 
     def __init__(
@@ -209,6 +209,7 @@ class Tables:
             layer_options.extend((alpha[index], beta[index], delta[index]))
         self.parameter_numbers, self.parameter_options = numbers, options
         self.layer_numbers, self.layer_options = layer_numbers, layer_options
+        self.parameter_addresses = [parameter.data_ptr() for parameter in parameters]
         # A rate in device memory is read there, so that a CUDA graph's replays see it change.
         rates = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lr]
         self.lr_addresses = rates if any(rates) else []
@@ -259,7 +260,7 @@ def _addresses(
                 _check_momentum_buffer(index, buffer, parameters[index])
                 momentum[index] = buffer.data_ptr()
     return (
-        [parameter.data_ptr() for parameter in parameters],
+        tables.parameter_addresses,
         [gradient.data_ptr() for gradient in gradients],
         momentum,
         tables.lr_addresses,

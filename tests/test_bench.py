@@ -51,7 +51,7 @@ def test_a_single_seed_is_refused() -> None:
 
 
 def test_the_micro_benchmarks_write_tables_and_numbers(tmp_path: Path) -> None:
-    parts = ("update", "adam", "calls", "frozen", "host")
+    parts = ("update", "adam", "calls", "frozen", "where", "host")
     output = run("bench.micro", "--quick", "--only", *parts, "--out", str(tmp_path))
     assert "| 1,000 parameters " in output
     rows = json.loads((tmp_path / "update.json").read_text())["rows"]
@@ -61,6 +61,10 @@ def test_the_micro_benchmarks_write_tables_and_numbers(tmp_path: Path) -> None:
     calls = {row["case"]: row for row in json.loads((tmp_path / "calls.json").read_text())["rows"]}
     assert calls["NPC, 1 process"]["launches"] == {"importance": 5, "update": 1}
     assert all(row["collective calls"] == 0 for row in calls.values())
+    *operations, _, total = json.loads((tmp_path / "where.json").read_text())["rows"]
+    assert all(
+        row["milliseconds"][name] <= of_all for row in operations for name, of_all in total["milliseconds"].items()
+    )
     frozen = json.loads((tmp_path / "frozen.json").read_text())["rows"]
     assert {row["share"] for row in frozen} == {0.0, 1.0} and (tmp_path / "frozen.svg").exists()
     for row in frozen:

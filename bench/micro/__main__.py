@@ -27,6 +27,7 @@ from ..continual.networks import cnn
 from ..continual.report import markdown
 from . import calls as calls_part
 from . import frozen as frozen_part
+from . import where as where_part
 from .memory import peak_memory
 from .methods import OLD_TASKS, Case, paper_cnn
 from .timing import Comparison, compare, empty_caches, sets_of
@@ -298,6 +299,8 @@ def _table(rows: list[Row]) -> str:
     """One line per case: what was counted, or our time, how many times longer peers take, and if the goal is met."""
     if "launches" in rows[0]:
         return calls_part.table(rows)
+    if "milliseconds" in rows[0]:
+        return where_part.table(rows)
     peers = list(dict.fromkeys(peer for row in rows for peer in row["peer / npc_ext (quartiles)"]))
     header = ["case", "npc_ext", "GB/s", *(f"{peer}, times as long" for peer in peers), "goal"]
     with_state = any("state, bytes" in row for row in rows)
@@ -351,6 +354,7 @@ PARTS = {
     "step": step,
     "methods": methods,
     "frozen": frozen,
+    "where": where_part.where,
     "host": host,
 }
 
