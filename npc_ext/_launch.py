@@ -19,8 +19,6 @@ from . import _native
 from .reference import compute_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-
-
 _CUDA_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _FIRST_WORKSPACE = 4 * 2**20  # bytes; more than most launches need
 
@@ -216,6 +214,10 @@ class Tables:
         self.lr_tensors = [rate for rate in lr if isinstance(rate, Tensor)]  # held while their addresses are
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
+
+    def take_rates(self, lr: Sequence[float | Tensor]) -> None:
+        """Takes over other learning rates. Those in device memory stay the same tensors."""
+        self.parameter_options[::3] = array("d", [0.0 if isinstance(rate, Tensor) else rate for rate in lr])
 
 
 class AdamTables(Tables):

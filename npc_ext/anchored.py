@@ -76,12 +76,12 @@ class Anchored(Descent):
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
-        count = len(parameters)
-        sgd = (self._rates(device, groups), *([group[name] for group in groups] for name in SGD_OPTIONS))
+        count, common = len(parameters), self._common(device, members)
+        sgd = (common["rates"], *([group[name] for group in groups] for name in SGD_OPTIONS))
         outside = ([-1] * count, [0] * count, [1] * count)  # of all layers
         tables = _launch.Tables(parameters, [], *outside, *sgd) if self._takes(parameters) else None
         options = ([float(group["strength"]) for group in groups], *sgd)
-        return Plan(**self._common(device, members), options=options, tables=tables)
+        return Plan(**common, options=options, tables=tables)
 
     def _launch(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         stiffness, paths = plan.beside("stiffness"), plan.beside("path")

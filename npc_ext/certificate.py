@@ -428,6 +428,7 @@ class Certificates:
             if not same or now[at:end] != was[at:end]:
                 watch.interfered = True
             at = end
+        self._left = None  # what the coming step leaves is looked at anew
 
     def after_step(self, overflowed: bool = False) -> None:
         """Counts the step, and issues certificates when it is time to.

@@ -178,13 +178,14 @@ class CPC(Descent):
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
+        common = self._common(device, members)
         layers = sorted({self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of})
         position = {layer: at for at, layer in enumerate(layers)}
         constants = [self._constants(layer) for layer in layers]
         of = [position[self._layer_of[id(p)]] if id(p) in self._layer_of else -1 for p in parameters]
         options: tuple[Any, ...] = (
             of,
-            self._rates(device, groups),
+            common["rates"],
             *([group[name] for group in groups] for name in SGD_OPTIONS),
             *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
             [own["normalize"] == "active" for own in constants],
@@ -194,7 +195,7 @@ class CPC(Descent):
             whole = ([0] * len(parameters), [1] * len(parameters))
             tables = _launch.Tables(parameters, [0] * len(layers), of, *whole, *options[1:])
         skipped = self._skipped.on(device)
-        return _Plan(**self._common(device, members), options=options, tables=tables, layers=layers, skipped=skipped)
+        return _Plan(**common, options=options, tables=tables, layers=layers, skipped=skipped)
 
     def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         network = (plan.parameters, plan.gradients(), plan.momentum_buffers())

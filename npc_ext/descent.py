@@ -36,6 +36,8 @@ class Plan:
     aligned: bool  # all gradients lie in memory like their parameters
     states: list[dict[str, Any]]  # of the parameters
     has_momentum: list[bool]
+    groups: list[dict[str, Any]]  # of each parameter
+    rates: list[float | Tensor]  # the learning rate of each parameter, one of the options
     options: tuple[Any, ...]  # of the operation in ops, after its tensors
     tables: _launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
 
@@ -45,6 +47,12 @@ class Plan:
         if self.sharded:
             gradients = list(map(local, gradients))
         return gradients if self.aligned else list(map(_launch.in_memory_order_of, self.parameters, gradients))
+
+    def take_rates(self, rates: list[float | Tensor]) -> None:
+        """Takes over other learning rates: all that a schedule changes from step to step."""
+        self.rates[:] = rates
+        if self.tables is not None:
+            self.tables.take_rates(rates)
 
     def momentum_buffers(self) -> list[Tensor]:
         """The momentum buffers, and in place of missing ones anything."""
@@ -74,6 +82,7 @@ class Descent(torch.optim.Optimizer):
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
+    _planned_rates: list[float | None] | None  # those of the groups that `_plans` have
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
 
     def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
@@ -158,8 +167,17 @@ class Descent(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         signature = self._signature()
-        if signature == self._planned_for:
+        # A tensor may be changed in place, so its value counts.
+        rates = [None if self._read_on_device(lr := group["lr"]) else float(lr) for group in self.param_groups]
+        if signature == self._planned_for and rates == self._planned_rates:
             return
+        if signature != self._planned_for:
+            self._choose_plans(signature)
+        for plan in self._plans:
+            plan.take_rates(self._rates(plan.device, plan.groups))
+        self._planned_rates = rates
+
+    def _choose_plans(self, signature: list[Any]) -> None:
         recent = self._earlier_plans
         if self._planned_for is not None:
             # Plans hold the states: one that came or went means that others may be new objects, too.
@@ -171,7 +189,7 @@ class Descent(torch.optim.Optimizer):
 
     def _forget_plans(self) -> None:
         """To be called wherever plans hold what is no longer so."""
-        self._plans, self._planned_for, self._earlier_plans = [], None, []
+        self._plans, self._planned_for, self._planned_rates, self._earlier_plans = [], None, None, []
 
     def _launch_all(self) -> None:
         found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
@@ -184,7 +202,7 @@ class Descent(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _signature(self) -> list[Any]:
-        """Everything that plans depend on: which parameters have gradients, their layout, and all options.
+        """Everything that plans depend on: which parameters have gradients, their layout, and all options but rates.
 
         Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
         """
@@ -192,8 +210,7 @@ class Descent(torch.optim.Optimizer):
         sharded = self._sharded
         for group in self.param_groups:
             lr = group["lr"]
-            # A tensor may be changed in place, so its value counts; but one that the kernels read on the device.
-            signature.append((id(lr) if self._read_on_device(lr) else float(lr), self._options_of(group)))
+            signature.append((id(lr) if self._read_on_device(lr) else None, self._options_of(group)))
             for parameter in group["params"]:
                 gradient = parameter.grad
                 if gradient is None:
@@ -280,6 +297,8 @@ class Descent(torch.optim.Optimizer):
             "aligned": all(of_gradient == own for of_gradient, own in strides),
             "states": [self.state[owner] for owner in owners],
             "has_momentum": [self._has_momentum(group) for _, group in members],
+            "groups": [group for _, group in members],
+            "rates": self._rates(device, [group for _, group in members]),
         }
 
     def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:

@@ -129,15 +129,15 @@ class NPC(Plastic):
         )
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        parameters, groups = [p for p, _ in members], [group for _, group in members]
-        layers, of_parameters, of_layers = self._neuron_options(parameters)
+        common, groups = self._common(device, members), [group for _, group in members]
+        layers, of_parameters, of_layers = self._neuron_options(common["owners"])
         options = (
             *of_parameters,
-            self._rates(device, groups),
+            common["rates"],
             *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
             *of_layers,
         )
-        return self._plastic_plan(device, members, layers, options, _launch.Tables)
+        return self._plastic_plan(common, layers, options, _launch.Tables)
 
     def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         gradients, buffers = plan.gradients(), plan.momentum_buffers()

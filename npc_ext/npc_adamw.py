@@ -102,7 +102,7 @@ class NPCAdamW(Plastic):
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, options[name], where)
         betas = options["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(0 <= one < 1 for one in betas):
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_decay, betas)):
             raise ValueError(f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999)")
         check_plasticity_options(options, where)
 
@@ -123,17 +123,17 @@ class NPCAdamW(Plastic):
         return lr * super()._learning_rate(average, 1.0, constants)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        parameters, groups = [p for p, _ in members], [group for _, group in members]
-        layers, of_parameters, of_layers = self._neuron_options(parameters)
+        common, groups = self._common(device, members), [group for _, group in members]
+        layers, of_parameters, of_layers = self._neuron_options(common["owners"])
         betas = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
         options = (
             *of_parameters,
-            self._rates(device, groups),
+            common["rates"],
             *betas,
             *([group[name] for group in groups] for name in ("eps", "weight_decay", "maximize")),
             *of_layers,
         )
-        return self._plastic_plan(device, members, layers, options, _launch.AdamTables)
+        return self._plastic_plan(common, layers, options, _launch.AdamTables)
 
     def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         beside = [plan.beside(name) for name in (*self._BESIDE, "step")]
@@ -147,3 +147,7 @@ class NPCAdamW(Plastic):
         update: Callable[..., None] = reference.adam_update_ if self._backend == "reference" else ops.adam_update_
         with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
             update(*network, sums, skipped, *plan.options, *flags, plan.first_neuron, plan.seeds)
+
+
+def _is_decay(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1

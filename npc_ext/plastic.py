@@ -138,10 +138,12 @@ class Plastic(Descent):
 
     def _check_rounding(self, group: Mapping[str, Any]) -> None:
         dtypes = {parameter.dtype for parameter in group["params"]}
-        if group["stochastic_rounding"] and torch.bfloat16 not in dtypes:
+        check_choice("stochastic_rounding", group["stochastic_rounding"], (True, False))
+        if group["stochastic_rounding"] and dtypes and torch.bfloat16 not in dtypes:
             raise ValueError(
                 f"stochastic_rounding is on, but the parameters are {', '.join(sorted(map(str, dtypes)))}; it rounds "
-                "torch.bfloat16 only: convert the model before (model.to(torch.bfloat16)), or leave it off"
+                "torch.bfloat16 only: convert the model before (model.to(torch.bfloat16)), or leave it off (for one "
+                "group: {'params': ..., 'stochastic_rounding': False})"
             )
 
     def _check_sharded(self, parameter: Any) -> None:
@@ -345,26 +347,25 @@ class Plastic(Descent):
         """Whether the kernels must know how many steps a parameter has taken."""
         return self._rounds_at_random(parameter, group)
 
-    def _seeds(self, members: list[tuple[Any, dict[str, Any]]]) -> list[int]:
-        """For each parameter -1, or what its random rounding begins from: its place in the optimizer."""
-        if not any(self._rounds_at_random(*member) for member in members):
+    def _seeds(self, parameters: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
+        """For each parameter -1, or what its random rounding begins from: its place in the optimizer and its shard."""
+        at_random = list(map(self._rounds_at_random, parameters, groups))
+        if not any(at_random):
             return []
-        parameters = (parameter for group in self.param_groups for parameter in group["params"])
-        place = {id(parameter): index for index, parameter in enumerate(parameters)}
-        return [
-            place[id(parameter)] if self._rounds_at_random(parameter, group) else -1 for parameter, group in members
-        ]
+        everything = [parameter for group in self.param_groups for parameter in group["params"]]
+        place = {id(parameter): index for index, parameter in enumerate(everything)}
+        firsts = (first_row(parameter) if is_sharded(parameter) else 0 for parameter in parameters)
+        rows = zip(parameters, firsts, at_random, strict=True)
+        return [place[id(one)] + len(everything) * first if own else -1 for one, first, own in rows]
 
     def _plastic_plan(
         self,
-        device: torch.device,
-        members: list[tuple[Any, dict[str, Any]]],
+        common: dict[str, Any],
         layers: list[int],
         options: tuple[Any, ...],
         tables: Callable[..., Any],
     ) -> PlasticPlan:
         """A plan with its tables, which are made of parameters, numbers of neurons and options."""
-        common = self._common(device, members)
         parameters = common["parameters"]
         first_neuron = list(map(self._first_neuron, common["owners"])) if common["sharded"] else None
         layer_states = [self._layer_state(layer) for layer in layers]
@@ -378,8 +379,8 @@ class Plastic(Descent):
             first_neuron=first_neuron,
             layers=layers,
             layer_states=layer_states,
-            skipped=self._skipped.on(device),
-            seeds=self._seeds(members),
+            skipped=self._skipped.on(common["device"]),
+            seeds=self._seeds(common["owners"], common["groups"]),
         )
 
     def _first_neuron(self, parameter: Tensor) -> int:
@@ -418,8 +419,9 @@ class Plastic(Descent):
             raise RuntimeError(
                 f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
                 f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
-                "a forward pass in training mode, by hooks in the model that NPC was given: build NPC on the model "
-                "that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and step()."
+                "a forward pass in training mode, by hooks in the model that the optimizer was given: build it on the "
+                "model that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and "
+                "step()."
             )
         for index in unmeasured:
             if shared and self._consolidated[index].checked:  # by other processes perhaps
@@ -526,9 +528,8 @@ class Plastic(Descent):
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
-        for parameter in (
-            parameter for group in self.param_groups for parameter in group["params"]
-        ):  # torch leaves it where it was saved
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for parameter in parameters:  # torch leaves their steps where they were saved
             if "step" in self.state.get(parameter, {}):
                 step = self.state[parameter]["step"]
                 self.state[parameter]["step"] = torch.as_tensor(step).to(parameter.device, torch.float32, copy=True)

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from .npc import NPC
+    from .plastic import Plastic
+    from .wrapper import PlasticityWrapper
 
 _IMPORTANCE, _RATE, _LIMIT = "#4c72b0", "#dd8452", "#555555"
 
 
-def plot_plasticity(optimizer: NPC) -> Figure:
+def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     """Draws importance (eq. 4) above learning rates (eq. 7), a column per layer, the most important neurons first.
 
     The dashed line is beta: a neuron above it is frozen. Returns a matplotlib figure to show or save.

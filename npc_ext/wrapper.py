@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from . import _launch, reference
 from .neurons import Neurons
 from .npc import NPC
-from .plastic import LayerPlasticity, PlasticPlan
+from .plastic import LayerPlasticity, Plastic, PlasticPlan
 from .shards import local
 
 BUCKET_BYTES = 64 * 2**20
@@ -71,7 +71,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
                 "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
             )
-        if isinstance(optimizer, (torch.optim.LBFGS, NPC, PlasticityWrapper)):
+        if isinstance(optimizer, tuple(_WHY_NOT)):
             raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it " + _WHY_NOT[_kind(optimizer)])
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
@@ -221,6 +221,10 @@ class PlasticityWrapper(torch.optim.Optimizer):
         """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's own rate, from 0 to 1."""
         return self._tracker.plasticity()
 
+    def constants(self, layer: str) -> dict[str, Any]:
+        """As `NPC.constants`."""
+        return self._tracker.constants(layer)
+
     def __repr__(self) -> str:
         neurons = sum(layer.neurons for layer in self.neurons)
         return (
@@ -273,7 +277,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
 
 _WHY_NOT = {
     torch.optim.LBFGS: "evaluates a closure several times a step, between which its movement cannot be scaled",
-    NPC: "gives each neuron a learning rate of its own already",
+    Plastic: "gives each neuron a learning rate of its own already",
     PlasticityWrapper: "is wrapped already",
 }
 
@@ -310,7 +314,7 @@ class _Tracker(NPC):
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
         layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
         nothing: tuple[list[Any], ...] = ([],) * 8
-        return self._plastic_plan(device, [], layers, (*nothing, *of_layers), _launch.Tables)
+        return self._plastic_plan(self._common(device, []), layers, (*nothing, *of_layers), _launch.Tables)
 
     def forget_measured(self) -> None:
         """Drops what was measured since the last step."""

@@ -160,6 +160,36 @@ def test_frozen_rows_and_their_moments_stay_bit_identical(dtype: torch.dtype, at
     assert seen > 20
 
 
+def test_parameters_without_elements_count_their_steps(device: str) -> None:
+    """As shards may be, also where a layer has no others: C moves all the same."""
+    arguments = network(device=device)
+    for name in ("parameters", "gradients", "first_moments", "second_moments"):
+        for at in (0, 1, 9):  # all of a layer, and one outside
+            arguments[name][at] = arguments[name][at][:0]
+    arguments["first_neuron"] = [10, 10, *[0] * 9]
+    before = copied(arguments)
+    for _ in range(2):
+        ops.adam_update_(**arguments)
+    assert [int(count) for count in arguments["steps"]] == [5] * len(PARAMETERS)
+    assert not torch.equal(arguments["importances"][0], before["importances"][0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shard_takes_the_step_of_its_rows(dtype: torch.dtype, device: str) -> None:
+    whole = network(dtype, device=device)
+    rows = {0: (2, 7), 3: (20, 64), 7: (0, 5), 8: (1, 1)}
+    shards = copied(whole)
+    shards["first_neuron"] = [rows[at][0] if at in rows else 0 for at in range(len(PARAMETERS))]
+    for name in ("parameters", "gradients", "first_moments", "second_moments"):
+        for at, (first, last) in rows.items():
+            shards[name][at] = shards[name][at][first:last].clone()
+    for arguments in (whole, shards):
+        ops.adam_update_(**arguments)
+    for name in ("parameters", "first_moments", "second_moments"):
+        for at, (first, last) in rows.items():
+            assert torch.equal(shards[name][at], whole[name][at][first:last])
+
+
 @pytest.mark.parametrize(("layers", "each"), [(70, 2), (1, 200), (1, 1)])
 def test_adam_update_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
     arguments = network(device=device)

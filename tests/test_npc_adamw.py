@@ -185,6 +185,33 @@ def test_new_heads_begin_with_a_step_count_of_their_own() -> None:
     assert optimizer.neurons["heads.1"].neurons == 3
 
 
+@pytest.mark.parametrize("kind", ["NPC", "NPCAdamW", "wrapped"])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_schedule_changes_rates_and_plans_nothing_again(kind: str, as_tensor: bool) -> None:
+    """The numbers are those of the plain PyTorch reference, whose steps plan nothing."""
+
+    def make(model: nn.Module, backend: Any) -> Any:
+        options: dict[str, Any] = {"delta": 0.9, "backend": backend}
+        lr: Any = torch.tensor(1e-2) if as_tensor else 1e-2
+        if kind == "wrapped":
+            return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=lr), model, **options)
+        return NPC(model, lr=lr, **options) if kind == "NPC" else NPCAdamW(model, lr=lr, **options)
+
+    models, planned = [], []
+    for backend in ("native", "reference"):
+        model = network()
+        optimizer = make(model, backend)
+        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        for seed in range(10):
+            train(model, optimizer, range(seed, seed + 1))
+            scheduler.step()
+            planned.append(getattr(optimizer, "_tracker", optimizer)._plans[0])
+        model[0].bias = None  # before the norm its gradient is rounding alone, which Adam blows up
+        models.append(model)
+    assert all(plan is planned[1] for plan in planned[2:10])  # the first step makes state
+    assert close(*models)
+
+
 @pytest.mark.skipif(_native.status().module is None, reason="the compiled kernels are missing")
 def test_a_step_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
@@ -205,6 +232,7 @@ def test_a_step_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"betas is \(0.9, 1.0\); expected two numbers in \[0, 1\)"),
+        ({"betas": ("a", "b")}, r"betas is \('a', 'b'\); expected two numbers in \[0, 1\)"),
         ({"betas": 0.9}, r"betas is 0.9; expected two numbers in \[0, 1\)"),
         ({"eps": -1.0}, "eps is -1.0; expected a finite number of at least 0"),
         ({"lr": -1.0}, "lr is -1.0"),

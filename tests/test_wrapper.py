@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import NPC, PlasticityWrapper, wrapper
+from npc_ext import NPC, NPCAdamW, PlasticityWrapper, wrapper
 from npc_ext.reference import learning_rate
 
 Factory = Callable[[Any], torch.optim.Optimizer]
@@ -300,6 +300,8 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         PlasticityWrapper(torch.optim.LBFGS(parameters), model)
     with pytest.raises(TypeError, match=r"NPC cannot be wrapped: it gives each neuron"):
         PlasticityWrapper(NPC(model), model)
+    with pytest.raises(TypeError, match=r"NPCAdamW cannot be wrapped: it gives each neuron"):
+        PlasticityWrapper(NPCAdamW(model), model)
     with pytest.raises(TypeError, match=r"is wrapped already"):
         PlasticityWrapper(PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model), model)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import json
 import sys
 import time
@@ -41,6 +42,7 @@ IMPORTANCE_SHAPES = [
 # What the part "frozen" says of memory, and the key of its rows.
 _MEMORY = {"kept for backward": "saved for backward, bytes", "peak of a step": "peak memory, bytes"}
 SMALL_POSITIONS = 64  # up to here the goal is a factor of 1.5
+SCHEDULED = 10**5  # parameters of the case in which the learning rate changes at each step
 UPDATE_SIZES = [10**3, 10**4, 10**5, 10**6, 10**7, 64 * 10**6]
 
 Row = dict[str, Any]
@@ -142,9 +144,26 @@ def _updates(quick: bool, label: str, makers: dict[str, _Maker], against: str, m
         for name, one in models.items():
             _check(name, next(one.parameters()), want)
         steps = {name: _ignoring_the_set(optimizer.step) for name, optimizer in optimizers.items()}
-        result = compare(steps, prepare=prepare, turns=11 if size > 10**7 else 31, seconds_per_turn=0.02)
+        turns = 11 if size > 10**7 else 31
+        result = compare(steps, prepare=prepare, turns=turns, seconds_per_turn=0.02)
         goal = 1.0 if size >= 10**4 else None
         yield _row(f"{size:,} parameters{label}", result, goal, moves * 4 * size, against)
+        if size == SCHEDULED:
+            rates = itertools.cycle((1e-3, 9e-4, 8e-4))
+
+            def on_schedule(
+                prepare: Callable[[], None] = prepare,
+                rates: Iterator[float] = rates,
+                optimizers: dict[str, Any] = optimizers,
+            ) -> None:
+                prepare()
+                lr = next(rates)
+                for optimizer in optimizers.values():
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+
+            result = compare(steps, prepare=on_schedule, turns=turns, seconds_per_turn=0.02)
+            yield _row(f"{size:,} parameters{label}, a schedule", result, goal, moves * 4 * size, against)
 
 
 def step(quick: bool) -> Iterator[Row]:

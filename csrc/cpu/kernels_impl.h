@@ -333,9 +333,9 @@ static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, 
   }
 }
 
-// The first lanes of `result`, the others from `old`.
-template <class R> static inline Vector<R> blend(Mask<R> first, Vector<R> result, Vector<R> old) {
-  return (Vector<R>)((Mask<R>)keep<R>(first, result) | (Mask<R>)keep<R>(~first, old));
+// The mask's lanes of `result`, the others from `old`.
+template <class R> static inline Vector<R> blend(Mask<R> mask, Vector<R> result, Vector<R> old) {
+  return (Vector<R>)((Mask<R>)keep<R>(mask, result) | (Mask<R>)keep<R>(~mask, old));
 }
 
 // `count` elements that share one rate, of `room` that this thread owns. Where there is room, the last vector goes

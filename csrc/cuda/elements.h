@@ -37,6 +37,12 @@ inline Elements elements(const ParameterParams& from) {
           on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)};
 }
 
+// How many items a parameter has; one without elements is there to count its steps.
+__host__ __device__ inline int64_t items_of(const Elements& p) {
+  const int64_t items = (p.size + p.item_size - 1) / p.item_size;
+  return items > 0 ? items : 1;
+}
+
 // Small networks are cut smaller, so that all of the device works on them: the elements of an item, a multiple of `unit`.
 inline int64_t item_size(int64_t all_elements, int64_t blocks, int64_t unit) {
   return std::clamp<int64_t>(all_elements / blocks / unit * unit, unit, kItem);

@@ -85,14 +85,14 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   const auto add = [&](P parameter) {
     parameter.item_size = static_cast<int>(std::min(item, kRuns * std::min<int64_t>(parameter.run, kItem)));
     parameter.first_item = network.items;
-    const int64_t items = (parameter.size + parameter.item_size - 1) / parameter.item_size;
+    const int64_t items = items_of(parameter);
     network.items += items;
     if (parameter.layer >= 0) network.layers[parameter.layer].items += static_cast<unsigned>(items);
     network.parameters[network.parameter_count++] = parameter;
   };
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
-    if (from.size == 0) continue;
+    if (from.size == 0 && from.steps == nullptr) continue;
     P parameter{};
     fill(parameter, from);
     parameter.layer = from.layer < 0 ? -1 : place[from.layer];

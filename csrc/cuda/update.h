@@ -167,18 +167,19 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
       if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
     }
   }
-  const auto step = step_of(p, network.grad_scale);
-  switch (p.dtype) {
-    case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
-    case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;
-    default: move_elements<__nv_bfloat16>(p, step, begin, end, shared); break;
+  if (begin < end) {
+    const auto step = step_of(p, network.grad_scale);
+    switch (p.dtype) {
+      case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
+      case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;
+      default: move_elements<__nv_bfloat16>(p, step, begin, end, shared); break;
+    }
   }
   if (p.steps == nullptr) {
     __syncthreads();  // shared.plasticity may be written again
   } else {
     unsigned* counter = network.arrived + network.layer_count + (&p - network.parameters);
-    const auto items = static_cast<unsigned>((p.size + p.item_size - 1) / p.item_size);
-    if (arrives_last(counter, items, shared.last) && thread() == 0) ++*p.steps;
+    if (arrives_last(counter, static_cast<unsigned>(items_of(p)), shared.last) && thread() == 0) ++*p.steps;
   }
 }
 
