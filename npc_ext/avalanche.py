@@ -77,7 +77,7 @@ class PlasticityPlugin(SupervisedPlugin):
         if not isinstance(optimizer, (Plastic, PlasticityWrapper)):
             raise TypeError(
                 f"the strategy's optimizer is {type(optimizer).__name__}, which measures no neurons; expected "
-                "NPC(model, ...), or PlasticityWrapper(optimizer, model) around another one"
+                "NPC(model, ...), NPCAdamW(model, ...), or PlasticityWrapper(optimizer, model) around another one"
             )
         if _plastic(optimizer)._model is not unwrapped(strategy.model):
             raise ValueError(

@@ -42,6 +42,7 @@ _LAYER_OPTIONS = (
     "batch_dim",
 )
 _SKIPPING = (True, False, "layers")
+_SUSPICIOUS = 10  # steps without any gradient
 PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta
 _LEFT_OUT = (
     "; torch.distributed.checkpoint.state_dict leaves out parameters that require no gradient: build the optimizer "
@@ -109,6 +110,7 @@ class Plastic(Descent):
             )
         self._skip_frozen, self._measure_every = skip_frozen, measure_every
         self._warned: set[tuple[str, str]] = set()
+        self._empty_steps = 0
         self._ready = False
         self._shared_sinks = SharedSinks(model, process_group)
         super().__init__(model, params, defaults, backend)
@@ -293,6 +295,8 @@ class Plastic(Descent):
             self._prepare()
             if unmeasured:
                 self._check_measured(unmeasured, shared)
+            if not self._plans:
+                self._count_empty_step()
             self._certificates.before_step()
         finally:
             self._shared_sinks.finish()
@@ -301,6 +305,17 @@ class Plastic(Descent):
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
+
+    def _count_empty_step(self) -> None:
+        """Warns where steps move nothing, because another model is trained than the optimizer's."""
+        self._empty_steps += 1
+        if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
+            warnings.warn(
+                f"no parameter had a gradient in {_SUSPICIOUS} steps, so nothing was learned: build the optimizer on "
+                "the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
+                ImportanceWarning,
+                stacklevel=5,
+            )
 
     def _overflowed(self) -> bool:
         """Whether a GradScaler found gradients that are not finite; False on a GPU, for which no step waits."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.continual.networks import cnn
-from npc_ext import NPC, ImportanceWarning, _native, reference
+from npc_ext import NPC, ImportanceWarning, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
 
 from .models import ManyHeads, ResNet, paper_cnn
@@ -688,6 +688,19 @@ def test_plasticity_can_be_drawn(tmp_path: Any) -> None:
     figure = plot_plasticity(optimizer)
     assert [axes.get_title().split("\n")[0] for axes in figure.axes[:4]] == ["conv1", "conv2", "hidden", "output"]
     figure.savefig(tmp_path / "plasticity.png")
+    wrapped = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    assert len(plot_plasticity(wrapped).axes) == len(figure.axes)
+
+
+def test_steps_that_train_another_model_are_warned_of() -> None:
+    model = paper_cnn()
+    optimizer = NPC(model)
+    trained = copy.deepcopy(model)
+    with pytest.warns(ImportanceWarning, match=r"no parameter had a gradient in 10 steps.*build the optimizer on"):
+        for x, y in batches(10):
+            optimizer.zero_grad()
+            F.cross_entropy(trained(x), y).backward()
+            optimizer.step()
 
 
 @pytest.mark.gpu

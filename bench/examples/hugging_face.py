@@ -1,10 +1,13 @@
 """NPC in the Hugging Face `Trainer`: a tiny Llama learns to repeat a text, with checkpoints. Needs `transformers`.
 
->>> trainer = Trainer(model, arguments, train_dataset=..., optimizers=(NPC(model, lr=0.05), None))
 >>> trainer = Trainer(model, arguments, train_dataset=..., optimizer_cls_and_kwargs=(NPC, {"model": model, "lr": 0.05}))
+>>> trainer = Trainer(model, arguments, train_dataset=..., optimizers=(NPC(model, lr=0.05), None))
 
-The second form goes with `model_init` and sweeps, because the Trainer builds the optimizer. `arguments.learning_rate`
-and weight decay are not passed on; schedules are, and `max_grad_norm`, accumulation and resuming work as ever.
+In the first form the Trainer builds the optimizer, when the model is on its device; for the second move it there
+before. Neither goes with `model_init`, which makes another model for every trial. `arguments.learning_rate` and weight
+decay are not passed on; schedules are (for NPC, whose `alpha` no schedule scales, take "constant"), and
+`max_grad_norm`, accumulation and resuming work as ever. With several processes add
+`process_group=torch.distributed.group.WORLD`.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class LogPlasticity(lightning.Callback):
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by Lightning."""
         for optimizer in trainer.optimizers:
-            if isinstance(optimizer, NPC):
+            if hasattr(optimizer, "plasticity"):
                 check_capacity(optimizer)
                 for name, layer in optimizer.plasticity().items():
                     pl_module.log(f"frozen/{name}", layer.frozen)
