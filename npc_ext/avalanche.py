@@ -15,7 +15,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from avalanche.training.plugins import SupervisedPlugin
+
+try:
+    from avalanche.training.plugins import SupervisedPlugin
+except ImportError as error:
+    raise ImportError(
+        f"npc_ext.avalanche needs avalanche-lib, which does not import ({error}): pip install 'npc_ext[avalanche]' (it "
+        "needs a torchvision that fits torch)"
+    ) from error
 from torch import Tensor, nn
 
 from .distributed import unwrapped

@@ -90,7 +90,8 @@ class Descent(torch.optim.Optimizer):
             name = type(self).__name__
             raise TypeError(
                 f"{name} takes the model itself, got {type(model).__name__}; "
-                f"write {name}(model, lr=...), not {name}(model.parameters(), lr=...)"
+                f"write {name}(model, lr=...), not {name}(model.parameters(), lr=...); groups of parameters go into "
+                "params=[{'params': ..., ...}, ...]"
             )
         check_choice("backend", backend, BACKENDS)
         self._model = unwrapped(model)

@@ -236,6 +236,8 @@ class Neurons:
             measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):
                 measured += " (copied)"
+            if not layer.trains():
+                measured = "nowhere: none of its parameters requires a gradient"
             names = ", ".join(_relative(p.name, layer.name) for p in layer.parameters)
             counts = f"{layer.neurons:,}", f"{layer.fan_in:,}", f"{layer.gradients_skipped:.0%}"
             rows.append((layer.name or "(the model)", *counts, measured, names))
@@ -246,7 +248,9 @@ class Neurons:
         if self.others:
             lines += ["", "in no neuron, trained at plain learning rate unless others='freeze':"]
             width = max(len(other.name) for other in self.others)
-            lines += [f"  {other.name.ljust(width)}  {other.reason}" for other in self.others]
+            for other in self.others:
+                frozen = "" if other.parameter.requires_grad else "; requires no gradient, and is not trained"
+                lines.append(f"  {other.name.ljust(width)}  {other.reason}{frozen}")
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -319,7 +323,9 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"parameter {full!r} is not initialized yet: pass one batch through the model first")
             if parameter.is_complex():
-                raise ValueError(f"parameter {full!r} is complex ({parameter.dtype}); NPC trains real parameters only")
+                raise ValueError(
+                    f"parameter {full!r} is complex ({parameter.dtype}); only real parameters can be trained"
+                )
         if not isinstance(module, _WEIGHTED):
             continue
         if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
@@ -393,6 +399,10 @@ def _layer(
             found: list[tuple[str, str, bool]] | str = [
                 (measure_at[name], "output", graphs.needs_copy(measure_at[name]))
             ]
+            # A normalization on the way is the neurons' own, wherever they are measured.
+            _, scales, _ = graphs.measuring_points(name)
+            if _torch_class(modules[measure_at[name]]) in _NORMALIZATION:
+                scales = [*scales, measure_at[name]]
         else:
             found, scales, note = graphs.measuring_points(name)
             notes += [note] if note else []

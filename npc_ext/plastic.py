@@ -531,6 +531,11 @@ class Plastic(Descent):
         return super().state_dict()
 
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        if self._keys and not any("importance" in saved[id(key)] for key in self._keys):
+            raise ValueError(
+                f"the state dict has no importance; it was saved by another optimizer than {type(self).__name__}. To "
+                "begin without importance, do not load it"
+            )
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
             got = "none" if importance is None else f"{tuple(importance.shape)}"

@@ -16,7 +16,8 @@ _IMPORTANCE, _RATE, _LIMIT = "#4c72b0", "#dd8452", "#555555"
 def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     """Draws importance (eq. 4) above learning rates (eq. 7), a column per layer, the most important neurons first.
 
-    The dashed line is beta: a neuron above it is frozen. Returns a matplotlib figure to show or save.
+    The dashed line is beta: a neuron above it is frozen. Layers whose parameters require no gradient are left out.
+    Returns a matplotlib figure to show or save.
 
     Raises:
         ImportError: matplotlib, which is optional, is not installed.
@@ -26,6 +27,8 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     except ImportError as error:
         raise ImportError("plot_plasticity draws with matplotlib: pip install 'npc_ext[plot]'") from error
     layers = optimizer.plasticity()
+    trained = {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()}
+    layers = trained or layers
     columns = len(layers)
     figure = Figure(figsize=(max(2.2 * columns, 4), 4.2), layout="constrained")
     axes: Any = figure.subplots(2, columns, squeeze=False)

@@ -90,6 +90,13 @@ class PlasticityWrapper(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
         )
+        if not self._tracker.plasticity():
+            self._tracker.neurons.detach()
+            raise ValueError(
+                f"none of the {type(optimizer).__name__}'s parameters belongs to a neuron of the model, so nothing "
+                "would be protected; build the optimizer on the parameters of the model that is passed here and "
+                "trained (not of a copy, and after fully_shard)"
+            )
         super().__setstate__({})  # the hooks of torch.optim.Optimizer; groups and state are the optimizer's own
 
     # ------------------------------------------------------------------------------------------- the optimizer's own

@@ -558,3 +558,32 @@ def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict,
 def test_looking_up_an_unknown_layer_names_the_known() -> None:
     with pytest.raises(KeyError, match="no layer 'conv9'; the layers are conv1, conv2, hidden, output"):
         find_neurons(paper_cnn())["conv9"]
+
+
+def test_a_normalization_that_is_named_or_passed_belongs_to_the_neurons() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    for at in ("1", "2"):
+        layer = find_neurons(model, measure_at={"0": at})["0"]
+        assert [own.name for own in layer.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+    class Hidden(nn.Module):
+        """Depends on data, so that nothing is traced."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(5, 4), nn.LayerNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.layer(x))
+            return y if bool(y.sum() > 0) else -y
+
+    assert len(find_neurons(Hidden(), measure_at={"layer": "norm"})["layer"].parameters) == 4
+
+
+def test_the_table_says_what_is_not_trained() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    table = str(find_neurons(model))
+    assert "0.weight  embedding; requires no gradient, and is not trained" in table
+    assert "nowhere: none of its parameters requires a gradient" in table

@@ -638,7 +638,9 @@ def test_state_dicts_of_other_architectures_are_refused_before_any_change() -> N
         optimizer.load_state_dict(wide.state_dict())
     with pytest.raises(ValueError, match=r"parameter groups of \[10\] parameters, this optimizer has \[8\]"):
         optimizer.load_state_dict(deep.state_dict())
-    with pytest.raises(ValueError, match="has shape none, expected"):
+    with pytest.raises(
+        ValueError, match="the state dict has no importance; it was saved by another optimizer than NPC"
+    ):
         optimizer.load_state_dict(torch.optim.SGD(paper_cnn().parameters(), lr=0.1).state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.3
 
@@ -695,12 +697,10 @@ def test_plasticity_can_be_drawn(tmp_path: Any) -> None:
 def test_steps_that_train_another_model_are_warned_of() -> None:
     model = paper_cnn()
     optimizer = NPC(model)
-    trained = copy.deepcopy(model)
+    for _ in range(9):
+        optimizer.step()
     with pytest.warns(ImportanceWarning, match=r"no parameter had a gradient in 10 steps.*build the optimizer on"):
-        for x, y in batches(10):
-            optimizer.zero_grad()
-            F.cross_entropy(trained(x), y).backward()
-            optimizer.step()
+        optimizer.step()
 
 
 @pytest.mark.gpu

@@ -162,6 +162,21 @@ def test_half_precision_has_moments_and_importance_in_float32(dtype: torch.dtype
         assert {value.dtype for value in optimizer.state[parameter].values()} == {torch.float32}
 
 
+def test_old_data_at_a_rate_of_zero_are_measured_and_move_nothing() -> None:
+    model = network()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = NPCAdamW(model, lr=0.0, delta=0.9)
+    train(model, optimizer, range(20))
+    assert all(map(torch.equal, before, model.parameters()))
+    assert all(layer.importance.mean() > 0.8 for layer in optimizer.plasticity().values())
+    for group in optimizer.param_groups:
+        group.update(lr=1e-3, delta=0.99)
+    train(model, optimizer, range(20, 23))
+    frozen = optimizer.plasticity()["5"].importance >= 0.5
+    moved = (model[5].weight != before[4]).any(1)
+    assert bool(frozen.any()) and not bool((moved & frozen).any()) and bool(moved.any())
+
+
 def test_new_heads_begin_with_a_step_count_of_their_own() -> None:
     class Heads(nn.Module):
         def __init__(self) -> None:

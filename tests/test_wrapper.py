@@ -306,6 +306,8 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         PlasticityWrapper(PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model), model)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
         PlasticityWrapper(model, torch.optim.SGD(parameters, lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="none of the SGD's parameters belongs to a neuron of the model"):
+        PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), network())
     with pytest.raises(ValueError, match="bucket_bytes is 0"):
         PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model, bucket_bytes=0)
     with pytest.raises(ValueError, match="beta is -1"):

@@ -82,7 +82,9 @@ def learn(
     """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them."""
     accuracy: list[list[float]] = []
     steps, seconds = 0, 0.0
-    with tqdm(total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True) as bar:
+    with tqdm(
+        total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True, disable=None
+    ) as bar:
         for number, task in enumerate(tasks, start=1):
 
             def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
