@@ -399,6 +399,20 @@ def sharded_in_bfloat16() -> Any:
 
 
 @scenario
+def sharded_and_rounded_at_random() -> Any:
+    """Whole weights in bfloat16; returns from which seeds each process rounds its shards."""
+    model = in_shards(network().to(torch.bfloat16))
+    optimizer = NPC(model, stochastic_rounding=True, **OPTIONS)
+    for step in range(3):
+        x, y = map(own_part, batch(step))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
+        optimizer.step()
+    counted = [float(optimizer.state[parameter]["step"]) for parameter in model.parameters()]
+    return {"alike": alike(optimizer), "seeds": optimizer._plans[0].seeds, "steps": counted}
+
+
+@scenario
 def sharded_with_a_scaler() -> Any:
     """Five steps, and one in which the last process alone has infinite gradients."""
     model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)

@@ -218,6 +218,13 @@ def test_shards_in_mixed_precision(ranks: list[dict[str, Any]]) -> None:
         assert result["alike"] and result["moved"] and result["dtypes"] == {torch.float32}
 
 
+def test_shards_are_rounded_by_bits_of_their_own(ranks: list[dict[str, Any]]) -> None:
+    results = [rank["sharded_and_rounded_at_random"] for rank in ranks]
+    assert all(result["alike"] and result["steps"] == [3.0] * 8 for result in results)
+    for seeds in zip(*(result["seeds"] for result in results), strict=True):
+        assert len(set(seeds)) == len(ranks) and min(seeds) >= 0
+
+
 def test_an_overflow_in_one_process_skips_the_step_of_all_shards(ranks: list[dict[str, Any]]) -> None:
     want = alone(plain_loss, network(), steps=5, **OPTIONS)
     for rank in ranks:

@@ -13,6 +13,9 @@ why:
     test_tensor_lr_num_dim                          with the errors
     test_closures_lbfgs, test_lbfgs_*, test_cpu_load_state_dict, test_load_nontensor_step, test_save_load_equality_*
                                                     of other optimizers' state; ours is saved in test_state_is_saved
+    PlasticityWrapper, as a whole                   its steps are another optimizer's: test_wrapper.py
+    test_param_group_with_lrscheduler_goes_right_direction
+                                                    schedules: test_npc.py, test_npc_adamw.py
     test_state_dict_with_cuda_params, test_multigpu, test_capturable_*
                                                     need GPUs
 """
