@@ -42,7 +42,7 @@ _LAYER_OPTIONS = (
     "batch_dim",
 )
 _SKIPPING = (True, False, "layers")
-_SUSPICIOUS = 10  # steps without any gradient
+_SUSPICIOUS = 10  # steps in a row without any gradient
 PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta
 _LEFT_OUT = (
     "; torch.distributed.checkpoint.state_dict leaves out parameters that require no gradient: build the optimizer "
@@ -295,8 +295,7 @@ class Plastic(Descent):
             self._prepare()
             if unmeasured:
                 self._check_measured(unmeasured, shared)
-            if not self._plans:
-                self._count_empty_step()
+            self._count_empty_steps()
             self._certificates.before_step()
         finally:
             self._shared_sinks.finish()
@@ -306,13 +305,13 @@ class Plastic(Descent):
         if counts := self._skipped.news():
             self._report_skipped(counts)
 
-    def _count_empty_step(self) -> None:
+    def _count_empty_steps(self) -> None:
         """Warns where steps move nothing, because another model is trained than the optimizer's."""
-        self._empty_steps += 1
+        self._empty_steps = 0 if self._plans else self._empty_steps + 1
         if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
             warnings.warn(
-                f"no parameter had a gradient in {_SUSPICIOUS} steps, so nothing was learned: build the optimizer on "
-                "the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
+                f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the optimizer "
+                "on the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
                 ImportanceWarning,
                 stacklevel=5,
             )

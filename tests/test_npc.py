@@ -699,7 +699,13 @@ def test_steps_that_train_another_model_are_warned_of() -> None:
     optimizer = NPC(model)
     for _ in range(9):
         optimizer.step()
-    with pytest.warns(ImportanceWarning, match=r"no parameter had a gradient in 10 steps.*build the optimizer on"):
+    train(model, optimizer, batches(1))  # one that learns: the count begins anew
+    optimizer.zero_grad()
+    for _ in range(9):
+        optimizer.step()
+    with pytest.warns(
+        ImportanceWarning, match=r"no parameter had a gradient in 10 steps in a row.*build the optimizer"
+    ):
         optimizer.step()
 
 
