@@ -280,6 +280,23 @@ def _counters(skipped: Tensor, at: Sequence[int]) -> list[int]:
     return [start + width * index for index in at]
 
 
+def _of_layers(
+    tables: Tables,
+    importances: Sequence[Tensor],
+    measured: Sequence[Tensor | None],
+    skipped: Tensor,
+    skipped_at: Sequence[int] | None,
+) -> tuple[list[int], list[int], list[int], array[int], array[float]]:
+    """The arguments about layers of updates that have a rate for every neuron."""
+    return (
+        [average.data_ptr() for average in importances],
+        list(map(_address, measured)),
+        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
+        tables.layer_numbers,
+        tables.layer_options,
+    )
+
+
 def _raise_versions(
     tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *others: Tensor
 ) -> None:
@@ -327,11 +344,7 @@ def update_(
         "update",
         skipped.device,
         *_addresses(tables, parameters, gradients, momentum_buffers),
-        [average.data_ptr() for average in importances],
-        list(map(_address, measured)),
-        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
-        tables.layer_numbers,
-        tables.layer_options,
+        *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
         list(map(_address, steps)),
         seeds,
@@ -367,11 +380,7 @@ def adam_update_(
         [moment.data_ptr() for moment in first_moments],
         [moment.data_ptr() for moment in second_moments],
         tables.adam_options,
-        [average.data_ptr() for average in importances],
-        list(map(_address, measured)),
-        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
-        tables.layer_numbers,
-        tables.layer_options,
+        *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
         list(map(_address, steps)),
         seeds,
