@@ -5,7 +5,8 @@
 //              reduced together, three operations a row, and maps smaller than a vector share one.
 //   columns    neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
 //   scattered  anything else, element by element.
-// descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched.
+// descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched, but
+//              where they are so short that rates are held by element, which writes them as they were.
 //              descend_anchored reads stiffness and anchor besides, and reads and writes the path integral.
 //              descend_adam reads and writes two moments in place of the momentum.
 //              descend_connections reads and writes an importance to each element besides.
