@@ -150,7 +150,8 @@ def update_(
 
     Args:
         parameters: P tensors, changed in place: w <- w - eta_i (dw + weight_decay w), with momentum as in
-            `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; long ones are neither read nor written.
+            `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; long ones are neither
+            read nor written.
         gradients: P tensors like the parameters.
         momentum_buffers: P tensors like the parameters, changed in place; those of parameters with momentum 0 are
             ignored (an empty tensor will do), and the whole list may be empty if all are.

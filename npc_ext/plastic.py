@@ -310,8 +310,8 @@ class Plastic(Descent):
         self._empty_steps = 0 if self._plans else self._empty_steps + 1
         if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
             warnings.warn(
-                f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the optimizer "
-                "on the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
+                f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the "
+                "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
                 ImportanceWarning,
                 stacklevel=5,
             )
