@@ -311,7 +311,8 @@ class Plastic(Descent):
         if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
             warnings.warn(
                 f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the "
-                "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and step()",
+                "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and "
+                "step()",
                 ImportanceWarning,
                 stacklevel=5,
             )
