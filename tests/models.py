@@ -56,7 +56,7 @@ def paper_cnn(
     channels: tuple[int, ...] = (8, 16), hidden: int = 32, classes: int = 10, dropout: float = 0.0
 ) -> nn.Sequential:
     """The paper's network for 8x8 images of one channel, narrow."""
-    from bench.continual.networks import cnn
+    from bench.networks import cnn
 
     return cnn(1, 8, channels, hidden, classes, dropout)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from bench.continual.networks import cnn
+from bench.networks import cnn
 from npc_ext import NPC, ImportanceWarning, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
 

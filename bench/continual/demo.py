@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 from npc_ext import NPC, plot_plasticity
 
 from .. import environment
+from ..networks import cnn
+from ..tables import markdown, mean_and_error, percent
 from . import figures
 from .metrics import average_accuracy, forgetting
-from .networks import cnn
-from .report import markdown, mean_and_error, percent
 from .tasks import Task, digits
 from .training import accuracy_of, train
 

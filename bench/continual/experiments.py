@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..networks import cnn
 from . import datasets
-from .networks import cnn
 from .tasks import Task
 from .training import Augmentation
 

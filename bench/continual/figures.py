@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -87,13 +85,6 @@ def activation(records: Mapping[str, Sequence[Record]]) -> Figure:
     grid[0, 0].set_ylabel("relative change over task 2")
     grid[0, 0].set_ylim(bottom=0)
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Writes <path>.svg and <path>.png, the same bytes for the same figure."""
-    with matplotlib.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
-        figure.savefig(path.with_name(path.name + ".png"), dpi=150)
 
 
 def _known(values: Any) -> list[float]:

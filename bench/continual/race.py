@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 import npc_ext
 
 from .. import environment
+from ..tables import markdown
 from . import experiments, runs
 from .experiments import EXPERIMENTS
 from .methods import METHODS
 from .metrics import average_accuracy
-from .report import markdown
 from .runs import Run
 from .tasks import Task
 from .training import accuracy_of, train

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..tables import markdown, mean_and_error, percent, save
 from . import figures
 from .experiments import EXPERIMENTS, SIZES, Experiment
 from .methods import BOUNDS, METHODS, SEARCH, defaults
@@ -115,7 +116,7 @@ def _command(verb: str, experiment: str, size: str, methods: Iterable[str], *mor
 
 def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
     for kind, figure in drawn.items():
-        figures.save(figure, out / f"{prefix}-{kind}")
+        save(figure, out / f"{prefix}-{kind}")
     return "\n".join(f"![{title}, {kind}]({prefix}-{kind}.svg)" for kind in drawn)
 
 
@@ -267,26 +268,3 @@ def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
     used = {dataset for record in finished for dataset in record.settings["protocol"]["datasets"]}
     if left_out := [dataset for dataset in EXPERIMENTS[name].datasets if dataset not in used]:
         yield f"{name}, {size}: not run on {', '.join(left_out)}, which was not there"
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is NaN of a single value."""
-    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
-    return float(np.mean(values)), float(error)
-
-
-def percent(values: Sequence[float]) -> str:
-    """Mean ± standard error, in percent; of a single value without the error."""
-    mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f}" + ("" if np.isnan(error) else f" ± {100 * error:.1f}")
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in plain text, too."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-    lines = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in [header, *rows]
-    ]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)

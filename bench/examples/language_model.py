@@ -36,8 +36,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from npc_ext import NPCAdamW
 
 from .. import environment
-from ..continual import figures
-from ..continual.report import markdown, mean_and_error
+from ..tables import markdown, mean_and_error, save
 
 LENGTH = 64
 BATCH = 16
@@ -359,7 +358,7 @@ def main() -> None:
 
     table = table_of(runs)
     print(f"\nPerplexity per byte, {arguments.seeds} seeds, ± standard error:\n\n{table}")
-    figures.save(trade_off(runs), arguments.out / "trade-off")
+    save(trade_off(runs), arguments.out / "trade-off")
     command = " ".join(["python -m bench.examples.language_model", *sys.argv[1:]])
     (arguments.out / "results.md").write_text(f"{table}\n\n`{command}`, {seconds:.0f} s\n")
     numbers = {

@@ -1,129 +1,148 @@
-"""Everything that is measured on a GPU, in one call: `python -m bench.gpu`.
+"""A quarter of an hour of a GPU, in three flights: `python -m bench.gpu --flight correctness --out DIR`.
 
-Builds, tests, looks for memory errors and measures, part by part; after each part its numbers are written to
-bench/results/<GPU>/<part>.json, and the tables of all parts to gpu.md beside them. A part that is there, for the same
-commit, is not measured again. `--dry` goes through all of it on the CPU, with tiny sizes.
+    correctness   builds or loads, runs the GPU tests, looks for memory errors, measures what matters most
+    kernels       every row of the kernels beside the ceiling of their reads and writes; another revision; counters
+    training      whole training steps, and iCIFAR100 at the paper's size for as long as time is left
+
+A flight takes 230 seconds at most: every part has a limit (flights.py) and is ended at it, with all of its processes.
+DIR gets rows.jsonl, to which every row is added as soon as it is measured, log.txt, and what the training flight needs
+to go on with its run another time. `python -m bench.tables DIR` makes the tables later. `--dry` flies on the CPU, with
+tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import re
+import os
+import shlex
+import shutil
+import signal
 import sys
+import tempfile
 import time
-import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from tqdm.auto import tqdm
+from ..rows import Writer
+from .commands import COMMANDS, Settings
+from .flights import FLIGHTS, SECONDS, Part
+from .processes import Command, Worker
 
-from .. import environment
-from ..continual.report import markdown
-from . import roofline
-from .device import Device
-from .parts import NOT_MEASURED, PARTS
+_DRY_SLOWER = 5  # a dry run may be on a slow and busy machine
+
+
+@dataclass
+class Flight:
+    """A flight on its way: its settings, its worker, and the time."""
+
+    settings: Settings
+    writer: Writer
+    slower: int
+    started: float = field(default_factory=time.perf_counter)
+    worker: Worker | None = None
+
+    def left(self) -> float:
+        """Seconds until the flight must be over."""
+        return SECONDS * self.slower - (time.perf_counter() - self.started)
+
+    def limit_of(self, part: Part, later: tuple[Part, ...]) -> float:
+        """Seconds that a part may take now."""
+        limit = float(part.limit * self.slower)
+        if part.takes_rest:
+            limit = max(limit, self.left() - self.slower * sum(other.limit for other in later))
+        return max(1.0, min(limit, self.left()))
+
+    def fly(self, part: Part, limit: float) -> Mapping[str, Any]:
+        """Runs one part: a command of its own, or what the worker measures."""
+        if part.name in COMMANDS:
+            command = COMMANDS[part.name](self.settings)
+            return {"state": command} if isinstance(command, str) else self._run(command, limit)
+        if self.worker is None or not self.worker.lives():
+            self.worker = Worker(self.settings)
+        return self.worker.measure(part.name, limit)
+
+    def _run(self, command: Command, limit: float) -> Mapping[str, Any]:
+        return command.run(self.settings, self.writer, limit)
+
+    def end(self) -> None:
+        """Ends the worker."""
+        if self.worker is not None:
+            self.worker.kill()
 
 
 def main() -> int:
-    """Runs the parts asked for; the exit status is 1 if one failed, and 2 if time was too short for one."""
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run")
-    parser.add_argument("--quick", action="store_true", help="fewer cases: about two minutes")
+    """Flies; the exit status is 1 if a part failed."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--flight", choices=list(FLIGHTS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--data", type=Path, help="folder of the data sets, for iCIFAR100")
+    parser.add_argument(
+        "--against", metavar="REV", help="another revision, or a folder with one, for the kernels flight"
+    )
+    parser.add_argument("--resume", type=Path, metavar="TAR", help="icifar100.tar of an earlier training flight")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the flight to run (default: all)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: to see that everything runs")
-    parser.add_argument("--again", action="store_true", help="also parts that are there already")
-    parser.add_argument("--budget", type=float, default=520, help="seconds after which no further part begins")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/<GPU>)")
     arguments = parser.parse_args()
-    if not arguments.dry and not torch.cuda.is_available():
-        parser.error("there is no GPU that torch can use; --dry goes through everything on the CPU")
-    if arguments.dry and arguments.out is None:
-        parser.error("--dry needs --out, so that nothing it writes is taken for a result")
-    torch.manual_seed(0)
-    device = Device(arguments.dry)
-    described = {**environment.describe(), **device.describe()}
-    slug = re.sub(r"\W+", "-", str(described["gpu"]).lower()).strip("-")
-    out: Path = arguments.out or Path("bench/results") / slug
-    out.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python -m bench.gpu", *sys.argv[1:]])
-    started = time.perf_counter()
-    status = 0
-    for name in tqdm(arguments.only, desc="parts", unit="part"):
-        target = out / f"{name}.json"
-        if not arguments.again and _is_done(target, described, arguments.quick):
-            print(f"{name}: is there, from before", flush=True)
-            continue
-        if time.perf_counter() - started > arguments.budget:
-            print(f"{name}: not begun, {arguments.budget:.0f} seconds are over; call again for the rest", flush=True)
-            status = max(status, 2)
-            continue
-        result = _run(name, device, arguments.quick)
-        result |= {"command": command, "quick": arguments.quick, "environment": described}
-        target.write_text(json.dumps(result, indent=1, default=str) + "\n")
-        (out / "gpu.md").write_text(_tables(out))
-        print(f"{name}: {result['state']}, {result['seconds']:.0f} s", flush=True)
-        if result["state"] == "failed":
-            print(result["error"], file=sys.stderr, flush=True)
-            status = 1
-    roofline.draw(out)
-    print(_tables(out))
-    return status
-
-
-def _run(name: str, device: Device, quick: bool) -> dict[str, Any]:
-    """One part's rows; what it had before it failed is kept."""
-    started = time.perf_counter()
-    rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"state": "complete", "rows": rows}
-    try:
-        for row in PARTS[name](device, quick):
-            rows.append(row)
-    except Exception:  # the other parts are still worth their time
-        result |= {"state": "failed", "error": traceback.format_exc()}
-    return {**result, "seconds": time.perf_counter() - started}
-
-
-def _is_done(target: Path, described: dict[str, Any], quick: bool) -> bool:
-    if not target.exists():
-        return False
-    before = json.loads(target.read_text())
-    same = before["environment"]["commit"] == described["commit"] and before["environment"]["gpu"] == described["gpu"]
-    return bool(before["state"] == "complete" and same and before["quick"] == quick)
-
-
-def _tables(out: Path) -> str:
-    """The tables of all parts that are there."""
-    texts = []
-    for name, part in PARTS.items():
-        if not (out / f"{name}.json").exists():
-            continue
-        result = json.loads((out / f"{name}.json").read_text())
-        texts.append(f"### {name}: {part.__doc__}\n")
-        columns = list(dict.fromkeys(key for row in result["rows"] for key in row if key not in ("tail", "seconds")))
-        if columns:
-            texts.append(markdown(columns, [[_cell(row.get(key, "")) for key in columns] for row in result["rows"]]))
-        if result["state"] == "failed":
-            texts.append(f"\n**failed**: {result['error'].strip().splitlines()[-1]}")
-        texts.append(
-            f"\n{result['environment']['gpu']}, commit {result['environment']['commit']}, `{result['command']}`\n"
+    parts = FLIGHTS[arguments.flight]
+    if unknown := set(arguments.only or ()) - {part.name for part in parts}:
+        parser.error(
+            f"the flight {arguments.flight} has no part {', '.join(sorted(unknown))}; it has "
+            f"{', '.join(part.name for part in parts)}"
         )
-    return "\n".join(texts)
+    if not arguments.dry and shutil.which("nvidia-smi") is None:
+        parser.error("there is no GPU here (no nvidia-smi); --dry flies on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
+    scratch = Path(tempfile.mkdtemp(prefix="npc_ext-flight-"))
+    try:
+        return _fly(arguments, tuple(p for p in parts if not arguments.only or p.name in arguments.only), scratch)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _cell(value: Any) -> str:
-    """A value as a table shows it; what could not be measured is said to be so."""
-    if value is None:
-        return NOT_MEASURED
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    if isinstance(value, list):
-        return f"{value[1]:.3g} ({value[0]:.3g} to {value[2]:.3g})" if len(value) == 3 else str(value)
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_cell(one)}" for key, one in value.items())
-    return str(value).replace("|", "/").replace("\n", " ")
+def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) -> int:
+    settings = Settings(
+        command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+        out=arguments.out.resolve(),
+        dry=arguments.dry,
+        scratch=scratch,
+        data=arguments.data and arguments.data.resolve(),
+        against=arguments.against,
+        resume=arguments.resume and arguments.resume.resolve(),
+        environment=_environment(arguments),
+    )
+    flight = Flight(settings, Writer(settings.out), _DRY_SLOWER if settings.dry else 1)
+    failed = False
+    try:
+        for index, part in enumerate(parts):
+            limit = flight.limit_of(part, parts[index + 1 :])
+            if flight.left() < 1:
+                flight.writer.part(part.name, "not begun", 0, limit=0)
+                continue
+            started = time.perf_counter()
+            ended = dict(flight.fly(part, limit))
+            seconds = time.perf_counter() - started
+            flight.writer.part(part.name, seconds=seconds, limit=round(limit, 1), **ended)
+            print(f"{part.name}: {ended['state']}, {seconds:.1f} s of {limit:.0f} {ended.get('error', '')}", flush=True)
+            failed |= ended["state"] in ("failed", "killed at its limit")
+            if part.name == "load" and ended["state"] != "complete":
+                break  # nothing can be tested or measured
+    finally:
+        flight.end()
+    print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {flight.writer.path}", flush=True)
+    return int(failed)
+
+
+def _environment(arguments: argparse.Namespace) -> dict[str, str]:
+    """Of all processes: one cache of kernels, built for the GPU of the flights alone."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    if not arguments.dry:
+        environment.setdefault("NPC_EXT_ARCHS", "90")
+        environment.setdefault("NPC_EXT_CACHE", str(Path(tempfile.gettempdir()) / "npc_ext-flight"))
+    return environment
 
 
 if __name__ == "__main__":

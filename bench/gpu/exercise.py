@@ -1,62 +1,146 @@
-"""Every kernel once, on small tensors, against the float64 reference: what compute-sanitizer looks at."""
+"""Every kernel on small tensors, against the reference: what compute-sanitizer looks at.
+
+`python -m bench.gpu.exercise DEVICE` keeps a row for each group of kernels in the folder that NPC_BENCH_OUT names.
+`--counters` launches the four main kernels on large tensors instead, for a profiler.
+"""
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from npc_ext import NPC, NPCAdamW, ops, reference
+from npc_ext import CPC, EWC, NPC, SI, NPCAdamW, ops, reference
 
-from .device import check
+from ..cases import OPTIMIZERS, Steps
+from ..rows import OURS, Row, Writer
+from ..timing import check
+from .collect import FOLDER
+
+SHAPES = [(64, 33), (4, 64), (8, 24, 7, 7), (8, 32, 16, 16), (1, 2, 9000), (300, 3)]
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+WIDE = 5000  # neurons, for which measured importance is summed in a launch of its own
 
 
-def _train_twins(kind: Any, options: dict[str, Any], model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """A few steps by the kernels and by the reference come to about the same weights."""
-    twins = [copy.deepcopy(model) for _ in range(2)]
-    optimizers = [kind(twins[0], **options), kind(twins[1], **options, backend="reference")]
-    for _ in range(3):
-        for network, optimizer in zip(twins, optimizers, strict=True):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(network(x), y).backward()
-            optimizer.step()
-    check(kind.__name__, next(twins[0].parameters()), next(twins[1].parameters()).double(), 1e-2)
+def _eq_2(device: str) -> None:
+    for dtype in DTYPES:
+        for shape in SHAPES:
+            for last in (False, True):
+                n, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+                if last:
+                    n, g = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (n, g))
+                want = reference.importance(n.double(), g.double())
+                check("importance", ops.importance(n, g), want, 1e-3)
+                check("relu_backward_importance", ops.relu_backward_importance(n, g)[1], want, 1e-3)
+
+
+def _layer_step(device: str) -> None:
+    for dtype in DTYPES:
+        for neurons in (33, WIDE):
+            weight, gradient = (torch.randn(neurons, 70, device=device).to(dtype) for _ in range(2))
+            n, g = torch.randn(16, neurons, device=device), torch.randn(16, neurons, device=device)
+            average, skipped = torch.rand(neurons, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            exact, exact_average, counted = [weight.double()], average.double(), skipped.clone()
+            ops.layer_step_(n, g, [weight], [gradient], [], average, skipped, [0], [1])
+            exact_gradient = [gradient.double()]
+            reference.layer_step_(n.double(), g.double(), exact, exact_gradient, [], exact_average, counted, [0], [1])
+            check("layer_step_", weight, exact[0], 1e-2)
+            check("layer_step_'s importance", average, exact_average, 1e-4)
+
+
+def _cnn() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
+
+
+def _many_layers() -> nn.Module:
+    """More parameters than the smaller kernels' arguments hold."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), *(nn.Linear(9, 9) for _ in range(30)), nn.Linear(9, 10))
+    for parameter in model.parameters():  # so that gradients reach the first layer
+        nn.init.orthogonal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
+    return model
+
+
+def _wide() -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(192, WIDE), nn.ReLU(), nn.Linear(WIDE, 10))
+
+
+def _twins(
+    kind: Any, make: Callable[[], nn.Module] = _cnn, half: bool = False, **options: Any
+) -> Callable[[str], None]:
+    """A few steps by the kernels and by the reference move the weights alike."""
+
+    def train(device: str) -> None:
+        dtype = torch.bfloat16 if half else torch.float32
+        model = make().to(device, dtype)
+        x, y = torch.randn(8, 3, 8, 8, device=device, dtype=dtype), torch.randint(10, (8,), device=device)
+        before, twins = copy.deepcopy(model), [model, copy.deepcopy(model)]
+        optimizers = [kind(twins[0], **options), kind(twins[1], **options, backend="reference")]
+        for step in range(3):
+            for network, optimizer in zip(twins, optimizers, strict=True):
+                if step == 1 and hasattr(optimizer, "consolidate"):
+                    optimizer.consolidate(*([[(x, y)]] if kind is EWC else []))
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(network(x), y).backward()
+                optimizer.step()
+        for got, want, start in zip(*(one.parameters() for one in (*twins, before)), strict=True):
+            check(kind.__name__, got.double() - start, want.double() - start, 0.2 if half else 1e-2)
+
+    return train
+
+
+EXERCISES: dict[str, Callable[[str], None]] = {
+    "importance, and ReLU's backward pass with it": _eq_2,
+    "layer_step_, narrow and wide": _layer_step,
+    "NPC": _twins(NPC, momentum=0.9),
+    "NPC, many layers": _twins(NPC, _many_layers),
+    "NPC, a wide layer": _twins(NPC, _wide),
+    "NPC, bfloat16 rounded stochastically": _twins(NPC, half=True, lr=1e-3, stochastic_rounding=True),
+    "NPCAdamW": _twins(NPCAdamW, lr=1e-4),
+    "NPCAdamW, many layers": _twins(NPCAdamW, _many_layers, lr=1e-4),
+    "NPCAdamW, bfloat16 rounded stochastically": _twins(NPCAdamW, half=True, lr=1e-4, stochastic_rounding=True),
+    "CPC": _twins(CPC, lr=1e-2),
+    "CPC, many layers": _twins(CPC, _many_layers, lr=1e-2),
+    "EWC": _twins(EWC, lr=1e-3, strength=0.1),
+    "SI": _twins(SI, lr=1e-3, strength=0.1),
+}
+
+
+def _counted(device: str) -> Iterator[Callable[[], object]]:
+    """The four main kernels, on more data than the caches hold."""
+    shape = (64, 128, 32, 32) if device == "cuda" else (4, 8, 4, 4)
+    n, g = (torch.randn(shape, device=device) for _ in range(2))
+    yield lambda: ops.importance(n, g)
+    yield lambda: ops.relu_backward_importance(n, g)
+    for kind in ("SGD", "SGD, momentum"):
+        steps = Steps(3 * 10**7 if device == "cuda" else 10**3, {OURS: OPTIMIZERS[kind][0]}, layers=8, device=device)
+        yield lambda steps=steps: steps.measured_peers()[OURS](0)  # type: ignore[misc]
 
 
 def main() -> None:
     """Runs on the device named."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.exercise", description=__doc__)
     parser.add_argument("device", choices=["cuda", "cpu"])
-    device = parser.parse_args().device
+    parser.add_argument("--counters", action="store_true", help="the four main kernels only, large")
+    arguments = parser.parse_args()
+    device: str = arguments.device
     torch.manual_seed(0)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for shape in ((64, 33), (4, 64), (8, 24, 7, 7), (8, 32, 16, 16), (1, 2, 9000), (300, 3)):
-            for last in (False, True):
-                n, g = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
-                if last:
-                    n, g = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (n, g))
-                want = reference.importance(n.double(), g.double())
-                check("importance", ops.importance(n, g), want)
-                check("relu_backward_importance", ops.relu_backward_importance(n, g)[1], want)
-        weight, gradient = (torch.randn(33, 70, device=device).to(dtype) for _ in range(2))
-        n, g = torch.randn(16, 33, device=device), torch.randn(16, 33, device=device)
-        exact = [weight.double()]
-        average, skipped = torch.rand(33, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        exact_average = average.double()
-        ops.layer_step_(n, g, [weight], [gradient], [], average, skipped, [0], [1])
-        reference.layer_step_(n.double(), g.double(), exact, [gradient.double()], [], exact_average, skipped, [0], [1])
-        check("layer_step_", weight, exact[0], 1e-2)
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).to(device)
-    x, y = torch.randn(8, 3, 8, 8, device=device), torch.randint(10, (8,), device=device)
-    _train_twins(NPC, {"momentum": 0.9}, model, x, y)
-    _train_twins(NPCAdamW, {"lr": 1e-4}, model, x, y)
-    halves = (copy.deepcopy(model).to(torch.bfloat16), x.to(torch.bfloat16), y)
-    _train_twins(NPC, {"lr": 1e-3, "stochastic_rounding": True}, *halves)
-    _train_twins(NPCAdamW, {"lr": 1e-4, "stochastic_rounding": True}, *halves)
-    print("every kernel agrees with the reference")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    if arguments.counters:
+        for function in _counted(device):
+            function()
+        return
+    for name, exercise in EXERCISES.items():
+        exercise(device)
+        print(f"{name}: agrees with the reference", flush=True)
+        if folder := os.environ.get(FOLDER):
+            Writer(Path(folder)).row(Row("sanitizer", name, facts={"agrees with the reference": True}))
 
 
 if __name__ == "__main__":

@@ -1,374 +1,369 @@
-"""What is measured on a GPU, part by part. Each part yields rows: dictionaries with a "case"."""
+"""What is measured within one process on a GPU, part by part. A part yields cases to time, or rows of counts."""
 
 from __future__ import annotations
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from npc_ext import NPC, NPCAdamW, _native, ops, reference
+from npc_ext import NPC, _native, ops, reference
 
-from ..continual.networks import cnn
-from ..micro.timing import Comparison
-from . import frozen as frozen_part
-from .device import Device, check
-from .networks import resnet18
+from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, training
+from ..certified import SGD, SMALL_NETWORKS, UNSKIPPED, Certified, Network
+from ..networks import cnn, mlp, paper_cnn, resnet18
+from ..rows import OURS, Row
+from ..timing import Case, check, ignoring_the_set, measure
+from .ceiling import MIXES, Ceiling
+from .device import Device, HostReturnTimer
 
-Row = dict[str, Any]
-ROOT = Path(__file__).resolve().parents[2]
-LARGE = 64 * 2**20  # bytes from which on the share of copy bandwidth counts
-NOT_MEASURED = "not measured"
+LARGE = 64 * 2**20  # bytes from which on the share of the ceiling counts
+SHAPES = [(256, 512), (4096, 4096), (256, 128, 16, 16), (256, 512, 7, 7), (256, 128, 32, 32), (64, 64, 224, 224)]
+DECISIVE_SHAPES = [(4096, 4096), (256, 512, 7, 7), (256, 128, 16, 16), (64, 64, 224, 224)]
+RELU_SHAPES = [(256, 512), (256, 128, 16, 16), (256, 128, 32, 32)]
+SIZES = [10**4, 10**5, 10**6, 10**7, 10**8, 5 * 10**8]
+SHARES = (0.0, 0.75, 1.0)
+TINY_SHAPES = [(16, 32), (4, 8, 4, 4)]
+
+Part = Callable[[Device], Iterator[Case | Row]]
 
 
-def build(device: Device, quick: bool) -> Iterator[Row]:
-    """The kernels are built for this GPU, just in time if need be."""
-    os.environ.setdefault("NPC_EXT_CACHE", str(Path(tempfile.gettempdir()) / "npc_ext-bench-cache"))
-    started = time.perf_counter()
+def load(device: Device) -> Iterator[Row]:
+    """The kernels are there for this GPU: taken along, or built just in time."""
     native = _native.status()
-    if not device.dry and _native.why_no_cuda():
-        raise RuntimeError(_native.why_no_cuda())
-    yield {
-        "case": "kernels",
+    if native.module is None:
+        raise RuntimeError(native.reason)
+    if not device.dry:
+        if reason := _native.why_no_cuda(0):
+            raise RuntimeError(reason)
+        ones = torch.ones(4, 8, device=device.name)
+        check("the first launch", ops.importance(ones, ones), torch.full((8,), 4.0, device=device.name))
+    facts = {
         "origin": native.origin.split(":")[0],
-        "seconds to load": time.perf_counter() - started,
-        "GPU architectures": getattr(native.module, "cuda_archs", "none"),
-        "reason": native.reason,
+        "architectures": getattr(native.module, "cuda_archs", "none"),
+        "seconds to load": device.seconds_to_load,
     }
+    yield Row("load", "kernels", facts=facts)
 
 
-def tests(device: Device, quick: bool) -> Iterator[Row]:
-    """The tests that need a GPU; in a dry run they are only collected."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-x" if quick else "-ra"]
-    result = _run([*command, *(["--collect-only"] if device.dry else [])], 240)
-    counts = dict(re.findall(r"(\d+) (passed|failed|skipped|error)", result.stdout))
-    yield {
-        "case": "pytest -m gpu" + (" --collect-only" if device.dry else ""),
-        "ok": result.returncode == 0,
-        "counts": {word: int(number) for number, word in counts.items()},
-        "tail": result.stdout[-1500:],
-    }
-    if result.returncode != 0:
-        raise RuntimeError(f"the tests failed:\n{result.stdout[-1500:]}{result.stderr[-500:]}")
+# --------------------------------------------------------------------------------------------------------- kernels
 
 
-def sanitizer(device: Device, quick: bool) -> Iterator[Row]:
-    """compute-sanitizer on every kernel; where there is none, the kernels run without it."""
-    program = [sys.executable, "-m", "bench.gpu.exercise", device.name]
-    tool = None if device.dry else shutil.which("compute-sanitizer")
-    for check_ in ["memcheck", "racecheck"] if tool else [None]:
-        command = [str(tool), "--tool", check_, "--error-exitcode", "9", *program] if check_ else program
-        result = _run(command, 120)
-        yield {
-            "case": check_ or "without compute-sanitizer",
-            "ok": result.returncode == 0,
-            "tail": result.stdout[-800:],
-        }
-        if result.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-1500:]}{result.stderr[-1500:]}")
-
-
-def importance(device: Device, quick: bool) -> Iterator[Row]:
-    """Eq. 2 against eager PyTorch and torch.compile, as a share of the machine's copy bandwidth."""
-
-    def eager(n: Tensor, g: Tensor) -> Tensor:
-        product = n * g
-        return (product.flatten(2).sum(2) if product.ndim > 2 else product).float().abs().sum(0)
-
-    torch._dynamo.config.cache_size_limit = 64
-    compiled = torch.compile(eager, dynamic=False)
-    shapes = [(256, 512), (4096, 4096), (256, 128, 16, 16), (256, 512, 7, 7), (256, 128, 32, 32), (64, 64, 224, 224)]
-    if device.dry:
-        shapes = [(16, 32), (4, 8, 4, 4)]
-    for shape in shapes[:: 2 if quick else 1]:
+def importance(device: Device) -> Iterator[Case]:
+    """Eq. 2 against eager PyTorch and the ceiling of reading its two inputs."""
+    for shape in TINY_SHAPES if device.dry else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             for last in (False, True) if len(shape) > 2 else (False,):
-                bytes_ = 2 * torch.Size(shape).numel() * dtype.itemsize
-                inputs = [_pair(device, shape, dtype, last) for _ in range(device.sets_of(bytes_))]
-                peers: dict[str, Callable[[Tensor, Tensor], Any]] = {"npc_ext": ops.importance, "eager": eager}
-                if not device.dry:
-                    peers["compile"] = compiled
-                want = reference.importance(inputs[0][0].double(), inputs[0][1].double())
-                for name, function in peers.items():
-                    check(name, function(*inputs[0]), want, 2e-2 if dtype == torch.bfloat16 else 1e-3)
-                result = device.compare({name: _on(function, inputs) for name, function in peers.items()}, len(inputs))
-                label = f"{' x '.join(map(str, shape))}, {str(dtype)[6:]}{', channels last' if last else ''}"
-                yield _bandwidth_row(device, label, result, bytes_, 0.9)
+                yield _importance(device, shape, dtype, last)
 
 
-def relu(device: Device, quick: bool) -> Iterator[Row]:
-    """ReLU's backward pass with importance against the same without."""
-    shapes = [(4, 8, 4, 4)] if device.dry else [(256, 512), (256, 128, 16, 16), (256, 128, 32, 32)]
-    for shape in shapes:
-        bytes_ = 3 * 4 * torch.Size(shape).numel()
-        inputs = [_pair(device, shape, torch.float32, False) for _ in range(device.sets_of(bytes_))]
-        peers: dict[str, Callable[[Tensor, Tensor], object]] = {
-            "npc_ext": ops.relu_backward_importance,
-            "without importance": lambda y, g: torch.ops.aten.threshold_backward(g, y, 0),
-        }
-        result = device.compare({name: _on(function, inputs) for name, function in peers.items()}, len(inputs))
-        yield _ratio_row(device, " x ".join(map(str, shape)), result, "without importance", 1.03)
+def _importance(device: Device, shape: Sequence[int], dtype: torch.dtype = torch.float32, last: bool = False) -> Case:
+    numbers = torch.Size(shape).numel()
+    bytes_ = 2 * numbers * dtype.itemsize
+    inputs = [_pair(device, shape, dtype, last) for _ in range(device.sets_of(bytes_))]
+    ceiling = Ceiling(device, 2, 0, numbers * dtype.itemsize // 4, len(inputs))
+    functions: dict[str, Callable[[Tensor, Tensor], Any]] = {OURS: ops.importance, "eager": eager_importance}
+    want = reference.importance(inputs[0][0].double(), inputs[0][1].double())
 
+    def agrees(name: str) -> None:
+        if name in functions:
+            check(name, functions[name](*inputs[0]), want, 2e-2 if dtype == torch.bfloat16 else 1e-3)
 
-def update(device: Device, quick: bool) -> Iterator[Row]:
-    """optimizer.step() against torch.optim.SGD, with nothing frozen and with nine neurons in ten."""
-    sizes = (
-        [10**3] if device.dry else [10**4, 10**6, 10**8] if quick else [10**4, 10**5, 10**6, 10**7, 10**8, 5 * 10**8]
+    return Case(
+        f"{_shown(shape)}, {str(dtype)[6:]}{', channels last' if last else ''}",
+        {**{name: on_sets(function, inputs) for name, function in functions.items()}, ceiling.name: ceiling},
+        sets=len(inputs),
+        check=agrees,
+        turns=11,
+        goals={ceiling.name: 0.9} if bytes_ >= LARGE else {},
+        bytes=bytes_,
     )
-    for size in sizes:
-        for kind in ("SGD", "AdamW") if quick or size > 10**8 else _KINDS:
+
+
+def relu(device: Device) -> Iterator[Case]:
+    """ReLU's backward pass with importance against the same without, and the ceiling of two reads and one write."""
+    for shape in TINY_SHAPES if device.dry else RELU_SHAPES:
+        numbers = torch.Size(shape).numel()
+        inputs = [_pair(device, shape, torch.float32, False) for _ in range(device.sets_of(12 * numbers))]
+        ceiling = Ceiling(device, 2, 1, numbers, len(inputs))
+        backward = torch.ops.aten.threshold_backward
+
+        def without(y: Tensor, g: Tensor, backward: Any = backward) -> Tensor:
+            return backward(g, y, 0)
+
+        def agrees(name: str, inputs: Any = inputs, without: Any = without) -> None:
+            if name == OURS:
+                check(name, ops.relu_backward_importance(*inputs[0])[0], without(*inputs[0]))
+
+        yield Case(
+            _shown(shape),
+            {
+                OURS: on_sets(ops.relu_backward_importance, inputs),
+                "without importance": on_sets(without, inputs),
+                ceiling.name: ceiling,
+            },
+            sets=len(inputs),
+            check=agrees,
+            turns=11,
+            goals={"without importance": 1 / 1.03} if 12 * numbers >= LARGE else {},
+            bytes=12 * numbers,
+        )
+
+
+def update(device: Device) -> Iterator[Case]:
+    """optimizer.step() against torch's and the ceiling of its mix, with nothing frozen and with nine of ten neurons."""
+    for size in [10**3] if device.dry else SIZES:
+        for kind in OPTIMIZERS:
             for frozen in (0.0, 0.9):
-                yield _update_row(device, size, kind, frozen)
+                if size <= 10**8 or (kind == "SGD" and not frozen):
+                    yield _update(device, size, kind, frozen)
 
 
-# What is moved: ours, torch's, their options, and how many numbers they move for each weight.
-_KINDS: dict[str, tuple[Any, Any, dict[str, Any], int]] = {
-    "SGD": (NPC, torch.optim.SGD, {"lr": 1e-3}, 3),
-    "SGD, momentum": (NPC, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, 5),
-    "AdamW": (NPCAdamW, torch.optim.AdamW, {"lr": 1e-3}, 7),
-}
+def _update(device: Device, size: int, kind: str, frozen: float = 0.0) -> Case:
+    ours, theirs, (reads, writes) = OPTIMIZERS[kind]
+    bytes_ = (reads + writes) * 4 * size
+    # Certificates are read from the device now and then, which the queued calls would have to wait for.
+    makers: dict[str, Any] = {OURS: partial(ours, skip_frozen=False), **theirs}
+    sets = min(device.sets_of(bytes_), 16)
+    steps = Steps(size, makers, layers=8, device=device.name, sets=sets)
+    ceiling = Ceiling(device, reads, writes, steps.parameters, sets)
+    fused = next(name for name in theirs if name.endswith("fused"))
+    if frozen:
+        steps.freeze(frozen)
 
+    def agrees(name: str) -> None:
+        if name == ceiling.name:
+            ceiling.check()
+        else:
+            check(name, steps.moved[name], steps.moved[fused])
 
-def _update_row(device: Device, size: int, kind: str, frozen: float) -> Row:
-    width = max(int((size / 8) ** 0.5), 1)
-    ours, theirs, options, numbers = _KINDS[kind]
-    fused, foreach = f"{theirs.__name__} fused", f"{theirs.__name__} foreach"
-    makers: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
-        "npc_ext": lambda model: ours(model, **options),
-        fused: lambda model: theirs(model.parameters(), **options, fused=True),
-        foreach: lambda model: theirs(model.parameters(), **options, foreach=True),
-    }
-    if size <= 10**7:
-        makers["eager NPC"] = lambda model: ours(model, **options, backend="reference")
-    peers: dict[str, Callable[[int], object]] = {}
-    held: dict[str, torch.optim.Optimizer] = {}
-    for name, make in makers.items():
-        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(device.name)
-        optimizer = held[name] = make(model)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-4)
-        if not isinstance(optimizer, (NPC, NPCAdamW)):
-            peers[name] = lambda _, optimizer=optimizer: optimizer.step()  # type: ignore[misc]
-            continue
-        for layer in optimizer.neurons:
-            average = optimizer.state[layer.parameters[0].parameter]["importance"]
-            average[: int(frozen * width)] = 1e9
-        measured = torch.rand(width, device=device.name)
-
-        def step(_: int, optimizer: Any = optimizer, measured: Tensor = measured) -> None:
-            for layer in optimizer.neurons:
-                layer.sink.grad = measured
-            optimizer.step()
-
-        peers[name] = step
-    if not device.dry and size <= 10**8:
-        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(8))).to(device.name)
-        for parameter in model.parameters():
-            parameter.grad = torch.full_like(parameter, 1e-4)
-        peers[f"{theirs.__name__} compiled"] = _compiled_step(theirs(model.parameters(), **options))
-    label = f"{size:,} parameters, {kind}{', 90 % frozen' if frozen else ''}"
-    row = _ratio_row(device, label, device.compare(peers), fused, 1.0 if not frozen else None)
-    row["bytes"] = numbers * 4 * 8 * width * width
-    row["host seconds"] = {name: device.host_seconds(lambda f=f: f(0)) for name, f in peers.items()}  # type: ignore[misc]
-    return row
-
-
-def _compiled_step(optimizer: torch.optim.Optimizer) -> Callable[[int], object]:
-    compiled = torch.compile(lambda: optimizer.step())
-    return lambda _: compiled()
-
-
-def launches(device: Device, quick: bool) -> Iterator[Row]:
-    """Kernels launched, and host time, of each operation; and whether a step ever waits for the GPU."""
-    n, g = (
-        _pair(device, (64, 128, 16, 16), torch.float32, False)
-        if not device.dry
-        else _pair(device, (2, 8), torch.float32, False)
+    peers: dict[str, Any] = {**steps.measured_peers(), ceiling.name: ceiling}
+    if frozen:  # a row that is not moved is not read: what is moved is a tenth
+        del peers[ceiling.name]
+    return Case(
+        f"{size:,} parameters, {kind}{', 90 % frozen, scattered' if frozen else ''}",
+        peers,
+        sets=sets,
+        check=agrees,
+        turns=9,
+        goals={} if frozen else {fused: 1.0, **({ceiling.name: 0.9} if bytes_ >= LARGE else {})},
+        bytes=None if frozen else bytes_,
     )
-    weight = torch.randn(n.shape[1], 64, device=device.name)
-    average, skipped = (
-        torch.zeros(n.shape[1], device=device.name),
-        torch.zeros(1, dtype=torch.int64, device=device.name),
+
+
+def host(device: Device) -> Iterator[Row]:
+    """Time until a step returns, whatever the GPU still does: ours beside torch's, for 16 and for 256 layers."""
+    timer = HostReturnTimer(device)
+    for layers in (2,) if device.dry else (8, 128):
+        for kind, (ours, theirs, _) in OPTIMIZERS.items():
+            steps = Steps(layers * 64 * 64, {OURS: ours, **theirs}, layers=layers, device=device.name)
+            case = Case(f"{kind}, {2 * layers} parameters of {layers} layers", steps.measured_peers(), turns=11)
+            yield measure("host", case, timer, 2 if device.dry else None)
+
+
+# -------------------------------------------------------------------------------------------------------- decisive
+
+
+def decisive(device: Device) -> Iterator[Case | Row]:
+    """What matters most, in twenty seconds: bandwidth, eq. 2, large updates, launches, a training step."""
+    few = partial(replace, turns=5)
+    yield from (few(case, part="copies") for case in _copies(device))
+    yield from (few(case, part="importance") for case in few_importance(device))
+    yield from (few(case, part="update") for case in few_updates(device))
+    yield from _launches(device)
+    with _tf32():
+        yield from (
+            few(case, part="step") for case in _training_steps(device, "paper's CNN, batch 256", paper_cnn, 256)
+        )
+
+
+def few_importance(device: Device) -> Iterator[Case]:
+    """Eq. 2 in four shapes."""
+    yield from (_importance(device, shape) for shape in (TINY_SHAPES if device.dry else DECISIVE_SHAPES))
+
+
+def few_updates(device: Device) -> Iterator[Case]:
+    """Updates of 10^8 parameters, with and without momentum."""
+    yield from (_update(device, 10**3 if device.dry else 10**8, kind) for kind in ("SGD", "SGD, momentum"))
+
+
+def _copies(device: Device) -> Iterator[Case]:
+    """The ceilings themselves, at 1 GB an array, beside torch's copy."""
+    numbers = 10**3 if device.dry else 2**28
+    source, target = (torch.randn(numbers, device=device.name) for _ in range(2))
+    copy = Ceiling(device, 1, 1, numbers, 2)
+    yield Case(
+        f"copy of {4 * numbers:,} bytes",
+        {copy.name: copy, "torch's copy": ignoring_the_set(partial(target.copy_, source))},
+        sets=2,
+        bytes=8 * numbers,
     )
-    gradient = weight * 2
-    cases: dict[str, Callable[[], object]] = {
+    del source, target, copy  # gigabytes
+    for reads, writes in MIXES:
+        ceiling = Ceiling(device, reads, writes, numbers // 4, 2)
+        ceiling.check()
+        bytes_ = 4 * (reads + writes) * (numbers // 4)
+        yield Case(f"{reads} read, {writes} written", {ceiling.name: ceiling}, sets=2, bytes=bytes_)
+
+
+def _launches(device: Device) -> Iterator[Row]:
+    """Kernels launched by each operation, and by a step of a plain and of a wide network."""
+    n, g = _pair(device, (2, 8) if device.dry else (64, 128, 16, 16), torch.float32, False)
+    neurons = n.shape[1]
+    weight = torch.randn(neurons, 64, device=device.name)
+    average = torch.zeros(neurons, device=device.name)
+    skipped = torch.zeros(1, dtype=torch.int64, device=device.name)
+    operations: dict[str, Callable[[], object]] = {
         "importance": lambda: ops.importance(n, g),
         "relu_backward_importance": lambda: ops.relu_backward_importance(n, g),
-        "layer_step_": lambda: ops.layer_step_(n, g, [weight], [gradient], [], average, skipped, [0], [1]),
+        "layer_step_": lambda: ops.layer_step_(n, g, [weight], [weight * 2], [], average, skipped, [0], [1]),
     }
-    for name, function in cases.items():
-        yield {
-            "case": name,
-            "launches": device.launches(function),
-            "host seconds": {"npc_ext": device.host_seconds(function)},
-        }
-    model = _paper(device)
-    optimizer = NPC(model, lr=1e-3)
-    train = _step(device, model, optimizer, 2 if device.dry else 32)
-    for _ in range(3):
-        train()
-    measured = [(layer, layer.sink.detach() + 1) for layer in optimizer.neurons]
-
-    def step() -> None:
-        for one, sums in measured:
-            one.sink.grad = sums
-        optimizer.step()
-
-    yield {
-        "case": "NPC.step(), paper's CNN",
-        "launches": device.launches(step),
-        "host seconds": {"npc_ext": device.host_seconds(step)},
+    for name, function in operations.items():
+        yield Row("launches", name, facts={"launches": device.launches(function)})
+    wide = 16 if device.dry else 128_000
+    networks = {
+        "NPC.step(), paper's CNN": (_paper(device), (3, 32, 32)),
+        f"NPC.step(), a layer of {wide:,} neurons": (nn.Sequential(nn.Linear(16, wide)).to(device.name), (16,)),
     }
-    yield {"case": "a whole step never waits for the GPU", "ok": device.without_synchronization(train)}
+    for name, (model, shape) in networks.items():
+        optimizer = NPC(model, lr=1e-3, skip_frozen=False)
+        x = torch.randn(2, *shape, device=device.name)
+        train = training(model, optimizer, x, torch.zeros(2, dtype=torch.int64, device=device.name))
+        for _ in range(3):
+            train()
+        measured = [(layer, layer.sink.detach() + 1) for layer in optimizer.neurons]
+
+        def step(measured: Any = measured, optimizer: NPC = optimizer) -> None:
+            for layer, sums in measured:
+                layer.sink.grad = sums
+            optimizer.step()
+
+        yield Row("launches", name, facts={"launches": device.launches(step)})
 
 
-def step(device: Device, quick: bool) -> Iterator[Row]:
-    """Whole training steps: SGD (fused) and NPC, eager, compiled and in a CUDA graph."""
-    networks: dict[str, tuple[Callable[[], nn.Module], int]] = {
-        "paper's CNN, batch 256": (lambda: _paper(device), 256),
-        "paper's CNN, batch 64": (lambda: _paper(device), 64),
-        "ResNet-18, batch 256": (lambda: resnet18(8 if device.dry else 64).to(device.name), 256),
-    }
-    for label, (make, batch) in list(networks.items())[: 1 if quick else None]:
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        batch = 2 if device.dry else batch
-        for autocast in (False, True):
-            peers: dict[str, Callable[[int], object]] = {}
-            peaks: dict[str, int | None] = {}
-            for graph in (False, True):
-                for name in ("NPC", "SGD fused"):
-                    model = make()
-                    optimizer = _optimizer(name, model)
-                    train = _step(device, model, optimizer, batch, autocast)
-                    train()
-                    key = name + (" in a graph" if graph else "")
-                    peaks[key] = device.peak_bytes(train)
-                    run = device.capture(train) if graph else train
-                    peers[key] = lambda _, run=run: run()  # type: ignore[misc]
-            if not device.dry and not quick:
-                for name in ("NPC", "SGD fused"):
-                    model = make()
-                    optimizer = _optimizer(name, model)
-                    train = _step(device, torch.compile(model), optimizer, batch, autocast)  # type: ignore[arg-type]
-                    peers[f"{name}, compiled"] = lambda _, train=train: train()  # type: ignore[misc]
-            result = device.compare(peers)
-            row = _ratio_row(device, f"{label}{', bf16' if autocast else ''}", result, "SGD fused", 1.03)
-            pairs = {
-                "in a graph": ("NPC in a graph", "SGD fused in a graph"),
-                "compiled": ("NPC, compiled", "SGD fused, compiled"),
-            }
-            for kind, (ours, theirs) in pairs.items():
-                if ours in result.seconds:
-                    row[f"NPC / SGD {kind}"] = result.seconds[ours] / result.seconds[theirs]
-            row["peak bytes"] = peaks
-            yield row
+# -------------------------------------------------------------------------------------------------- training steps
 
 
-def memory(device: Device, quick: bool) -> Iterator[Row]:
-    """Allocated memory does not grow over many steps."""
-    steps = 5 if device.dry else 1000
-    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10)).to(device.name)
-    optimizer = NPC(model)
-    x, y = torch.randn(8, 3, 8, 8, device=device.name), torch.randint(10, (8,), device=device.name)
-
-    def train() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-
-    for _ in range(5):
-        train()
-    before = None if device.dry else torch.cuda.memory_allocated()
-    for _ in range(steps):
-        train()
-    growth = None if before is None else torch.cuda.memory_allocated() - before
-    yield {
-        "case": f"bytes allocated more after {steps:,} steps",
-        "bytes": growth,
-        "ok": None if growth is None else growth == 0,
-    }
+def step(device: Device) -> Iterator[Case]:
+    """Whole training steps of NPC and of fused SGD, eager and in a CUDA graph, in TF32 and bfloat16."""
+    networks: list[tuple[str, Callable[[], nn.Module], int]] = [
+        ("paper's CNN, batch 256", paper_cnn, 256),
+        ("paper's CNN, batch 64", paper_cnn, 64),
+        ("ResNet-18, batch 256", resnet18, 256),
+    ]
+    with _tf32():
+        for label, make, batch in networks[: 1 if device.dry else None]:
+            for autocast in (False, True):
+                yield from _training_steps(device, label, make, batch, autocast)
 
 
-def _run(command: list[str], seconds: int) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=seconds)
+def _training_steps(
+    device: Device, label: str, make: Callable[[], nn.Module], batch: int, autocast: bool = False
+) -> Iterator[Case]:
+    x, y = _batch(device, batch)
+    if device.dry:
+        make = _tiny_cnn
+    label += ", bf16" if autocast else ""
+    steps = trainers(make, x, y, autocast)
+    for graph, goal in ((False, 1 / 1.03), (True, 1 / 1.01)):
+        peaks = {name: device.peak_bytes(train) for name, train in steps.items()}
+        run = {name: device.capture(train) if graph else train for name, train in steps.items()}
+        yield Case(
+            label + (", in a graph" if graph else ""),
+            {name: ignoring_the_set(train) for name, train in run.items()},
+            turns=9,
+            goals={SGD: goal},
+            facts={"peak bytes": peaks},
+        )
 
 
-def _pair(device: Device, shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
+def frozen(device: Device) -> Iterator[Case]:
+    """Whole training steps with rows skipped, by the share of neurons certified, scattered at random."""
+    networks = [
+        Network("paper's CNN, batch 256", paper_cnn, (256, 3, 32, 32), 9, has_goals=True),
+        Network("ResNet-18, batch 256", resnet18, (256, 3, 32, 32), 9),
+        Network("MLP 784-1024-1024-10, batch 1024", partial(mlp, 784, 1024), (1024, 784), 9),
+    ]
+    with _tf32():
+        for network in SMALL_NETWORKS[:1] if device.dry else networks:
+            for share in SHARES:
+                certified = Certified(network, share, device.name, (SGD, UNSKIPPED))
+                yield certified.timed(facts=certified.facts)
+
+
+def reduce_overhead(device: Device) -> Iterator[Case]:
+    """Training steps under torch.compile(mode="reduce-overhead"); in a dry run they are eager."""
+    yield from _compiled_steps(device, "reduce-overhead")
+
+
+def compiled(device: Device) -> Iterator[Case]:
+    """Peers that torch.compile makes: of training steps, and of eq. 2."""
+    yield from _compiled_steps(device, "default")
+    for shape in TINY_SHAPES[:1] if device.dry else [(256, 128, 32, 32)]:
+        inputs = [_pair(device, shape, torch.float32, False) for _ in range(2)]
+        compiled = eager_importance if device.dry else torch.compile(eager_importance, dynamic=False)
+        peers = {OURS: on_sets(ops.importance, inputs), "compiled": on_sets(compiled, inputs)}
+        yield Case(f"importance, {_shown(shape)}", peers, sets=2, bytes=8 * torch.Size(shape).numel())
+
+
+def _compiled_steps(device: Device, mode: str) -> Iterator[Case]:
+    x, y = _batch(device, 256)
+    with _tf32():
+        peers = {}
+        for name in (OURS, SGD):
+            model = _paper(device)
+            optimizer = (
+                NPC(model, lr=1e-3) if name == OURS else torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+            )
+            network: Any = model if device.dry else torch.compile(model, mode=mode, fullgraph=True)
+            peers[name] = ignoring_the_set(training(network, optimizer, x, y))
+        yield Case(f"paper's CNN, batch 256, {mode}", peers, turns=9, goals={SGD: 1 / 1.03})
+
+
+# ---------------------------------------------------------------------------------------------------------- shared
+
+
+@contextmanager
+def _tf32() -> Iterator[None]:
+    """Within it, float32 matrices are multiplied as those who train do it."""
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def _pair(device: Device, shape: Sequence[int], dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
     def one() -> Tensor:
-        made = torch.randn(shape, device=device.name).to(dtype)
+        made = torch.randn(tuple(shape), device=device.name).to(dtype)
         return made.contiguous(memory_format=torch.channels_last) if last else made
 
     return one(), one()
 
 
-def _on(function: Callable[[Tensor, Tensor], object], inputs: list[tuple[Tensor, Tensor]]) -> Callable[[int], object]:
-    return lambda index: function(*inputs[index])
+def _batch(device: Device, size: int) -> tuple[Tensor, Tensor]:
+    size = 2 if device.dry else size
+    return torch.randn(size, 3, 32, 32, device=device.name), torch.randint(10, (size,), device=device.name)
+
+
+def _tiny_cnn() -> nn.Module:
+    return cnn(3, 32, (8, 8, 8), 16, 10)
 
 
 def _paper(device: Device) -> nn.Module:
-    network = cnn(3, 32, (8, 8, 8), 16, 10) if device.dry else cnn(3, 32, (128, 512, 256), 512, 100)
-    return network.to(device.name)
+    return (_tiny_cnn() if device.dry else paper_cnn()).to(device.name)
 
 
-def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    return NPC(model, lr=1e-3) if name == "NPC" else torch.optim.SGD(model.parameters(), lr=1e-3, fused=True)
+def _shown(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
-def _step(
-    device: Device, model: nn.Module, optimizer: torch.optim.Optimizer, batch: int, autocast: bool = False
-) -> Callable[[], None]:
-    images = torch.randn(batch, 3, 32, 32, device=device.name)
-    labels = torch.randint(10, (batch,), device=device.name)
-
-    def train() -> None:
-        optimizer.zero_grad()
-        with torch.autocast(device.name, torch.bfloat16, enabled=autocast):
-            loss = F.cross_entropy(model(images), labels)
-        loss.backward()
-        optimizer.step()
-
-    return train
-
-
-def _bandwidth_row(device: Device, case: str, result: Comparison, bytes_: int, goal: float) -> Row:
-    speed, copy_ = bytes_ / result.seconds["npc_ext"], device.copy_bandwidth(max(bytes_ // 2, 2**12))
-    return {
-        "case": case,
-        "seconds": result.seconds,
-        "peer / npc_ext (quartiles)": result.ratio,
-        "bytes": bytes_,
-        "GB/s": speed / 1e9,
-        "copy, GB/s": copy_ / 1e9,
-        "share of copy bandwidth": speed / copy_,
-        "goal": goal if bytes_ >= LARGE else "",
-        "reached": "" if bytes_ < LARGE else None if device.dry else speed / copy_ >= goal,
-    }
-
-
-def _ratio_row(device: Device, case: str, result: Comparison, against: str, most: float | None) -> Row:
-    ours = next(iter(result.seconds))
-    low, median, high = (1 / ratio for ratio in reversed(result.ratio[against]))
-    return {
-        "case": case,
-        "seconds": result.seconds,
-        "peer / npc_ext (quartiles)": result.ratio,
-        f"{ours} / {against} (quartiles)": (low, median, high),
-        "goal": "" if most is None else most,
-        "reached": "" if most is None else None if device.dry else median <= most,
-    }
-
-
-PARTS: dict[str, Callable[[Device, bool], Iterator[Row]]] = {
+PARTS: dict[str, Part] = {
     part.__name__: part
-    for part in (build, tests, sanitizer, importance, relu, update, launches, step, frozen_part.frozen, memory)
+    for part in (load, importance, relu, update, host, decisive, step, frozen, reduce_overhead, compiled)
 }

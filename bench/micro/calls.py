@@ -19,8 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from npc_ext import NPC, NPCAdamW, PlasticityWrapper, _launch
 
-from ..continual.report import markdown
-from .methods import paper_cnn
+from ..networks import paper_cnn
+from ..rows import Row
 
 PROCESSES = (1, 8, 1024)
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
@@ -53,7 +53,7 @@ def counted() -> Iterator[tuple[Counter[str], list[int]]]:
         yield launches, sizes
 
 
-def calls(quick: bool) -> Iterator[dict[str, Any]]:
+def calls(quick: bool) -> Iterator[Row]:
     """What the third training step of the paper's CNN calls, by processes, beside the all-reduce of gradients."""
     for processes in PROCESSES:
         for name, make in OPTIMIZERS.items():
@@ -67,13 +67,13 @@ def calls(quick: bool) -> Iterator[dict[str, Any]]:
                     _train(model, optimizer)
             finally:
                 distributed.destroy_process_group()
-            yield {
-                "case": f"{name}, {processes:,} process{'es' if processes > 1 else ''}",
+            facts = {
                 "neurons": sum(layer.neurons for layer in optimizer.neurons),
                 "launches": dict(launches),
                 "collective calls": len(sizes),
                 "bytes in them": sum(sizes),
             }
+            yield Row("calls", f"{name}, {processes:,} process{'es' if processes > 1 else ''}", facts=facts)
         if quick:
             return
 
@@ -82,13 +82,3 @@ def _train(model: nn.Module, optimizer: Any) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(torch.randn(4, 3, 32, 32)), torch.tensor([0, 1, 2, 3])).backward()
     optimizer.step()
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per case."""
-    header = ["case", "neurons", "launches", "collective calls", "bytes in them"]
-    lines = []
-    for row in rows:
-        launches = ", ".join(f"{count} {kernel}" for kernel, count in row["launches"].items())
-        lines.append([row["case"], f"{row['neurons']:,}", launches, *(f"{row[name]:,}" for name in header[3:])])
-    return markdown(header, lines)

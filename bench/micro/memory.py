@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -22,3 +24,20 @@ def peak_memory(function: Callable[[], object]) -> int:
         used += change
         peak = max(peak, used)
     return peak
+
+
+def saved_for_backward(model: nn.Module, inputs: Tensor) -> int:
+    """Bytes of distinct memory that the forward pass keeps for the backward pass, parameters aside."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = model(inputs)
+    del output
+    return sum(kept.values())

@@ -11,15 +11,10 @@ from torch import Tensor, nn
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
 from npc_ext.anchored import Anchored
 
-from ..continual.networks import cnn
+from ..certified import LR
+from ..rows import OURS
 
-LR = 1e-3
 OLD_TASKS = (1, 5, 9)
-
-
-def paper_cnn() -> nn.Module:
-    """The paper's network, for 10 tasks of 10 classes."""
-    return cnn(3, 32, (128, 512, 256), 512, 100)
 
 
 def with_gradients(model: nn.Module) -> nn.Module:
@@ -121,7 +116,7 @@ class ForeachCPC:
             torch._foreach_addcmul_(layer, gradients, rates, value=-1)
 
 
-class Case:
+class Method:
     """A method with so many old tasks.
 
     Attributes:
@@ -149,7 +144,7 @@ class Case:
             measured()
             ours.step()
             self.prepare = measured
-            self.peers: dict[str, Callable[[], object]] = {"npc_ext": ours.step, "SGD fused": sgd.step}
+            self.peers: dict[str, Callable[[], object]] = {OURS: ours.step, "SGD fused": sgd.step}
         elif name == "CPC":
             ours = CPC(models[0], lr=LR)
             ours.step()
@@ -159,13 +154,17 @@ class Case:
             with torch.no_grad():
                 for model in models[1:]:
                     model.load_state_dict(models[0].state_dict())
-            self.peers = {"npc_ext": ours.step, "SGD fused": sgd.step, "foreach": plain.step}
+            self.peers = {OURS: ours.step, "SGD fused": sgd.step, "foreach": plain.step}
             self.state["foreach"] = state_bytes(ours)
         else:
             ours, plain_peers, state = self._anchored(name, models, parameters, old_tasks)
-            self.peers = {"npc_ext": ours.step, "SGD fused": sgd.step, **plain_peers}
+            self.peers = {OURS: ours.step, "SGD fused": sgd.step, **plain_peers}
             self.state |= state
-        self.state = {"npc_ext": state_bytes(ours), **self.state}
+        self.state = {OURS: state_bytes(ours), **self.state}
+
+    def by_peer(self) -> dict[str, nn.Module]:
+        """What each peer trains."""
+        return dict(zip(self.peers, self.models, strict=False))
 
     @staticmethod
     def _anchored(

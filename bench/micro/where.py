@@ -3,37 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from ..continual.report import markdown
-from . import frozen
+from ..certified import SGD, SMALL_NETWORKS, Certified, Network
+from ..networks import paper_cnn
+from ..rows import OURS, Row
 
+NETWORK = Network("paper's CNN, batch 64", paper_cnn, (64, 3, 32, 32), 9)
 SHARES = (0.0, 0.75, 1.0)
 MOST_OPERATIONS = 12
 CYCLES = 5
 
 
-def where(quick: bool) -> Iterator[dict[str, Any]]:
+def where(quick: bool) -> Iterator[Row]:
     """Milliseconds a step that operations take themselves, for SGD and for NPC by the share of certified neurons."""
-    network = frozen.SMALL_NETWORKS[0] if quick else frozen.NETWORKS[0]
+    network = SMALL_NETWORKS[0] if quick else NETWORK
     columns: dict[str, dict[str, float]] = {}
     for share in SHARES:
-        case = frozen.Case(network, share)
-        for peer, name in ((frozen.SGD, "SGD fused"), (frozen.OURS, f"npc_ext, {share:.0%} certified")):
+        certified = Certified(network, share, peers=(SGD,))
+        for peer, name in ((SGD, SGD), (OURS, f"{OURS}, {share:.0%} certified")):
             if name not in columns:
-                columns[name] = _profiled(case.cycles[peer], frozen.STEPS[peer])
+                columns[name] = _profiled(certified.cycles[peer], certified.steps[peer])
     totals = {name: sum(times.values()) for name, times in columns.items()}
     operations = sorted({one for times in columns.values() for one in times}, key=lambda one: -_most(columns, one))
-    for operation in operations[:MOST_OPERATIONS]:
-        yield {"case": operation, "milliseconds": {name: times.get(operation, 0.0) for name, times in columns.items()}}
     rest = {
         name: sum(time for one, time in times.items() if one in operations[MOST_OPERATIONS:])
         for name, times in columns.items()
     }
-    yield {"case": "all others", "milliseconds": rest}
-    yield {"case": f"all, {network.name}", "milliseconds": totals}
+    yield from (
+        _row(one, {name: times.get(one, 0.0) for name, times in columns.items()})
+        for one in operations[:MOST_OPERATIONS]
+    )
+    yield _row("all others", rest)
+    yield _row(f"all, {network.name}", totals)
+
+
+def _row(operation: str, milliseconds: dict[str, float]) -> Row:
+    return Row("where", operation, facts={f"{name}, ms a step": time for name, time in milliseconds.items()})
 
 
 def _profiled(cycle: Callable[[], object], steps: int) -> dict[str, float]:
@@ -46,10 +53,3 @@ def _profiled(cycle: Callable[[], object], steps: int) -> dict[str, float]:
 
 def _most(columns: dict[str, dict[str, float]], operation: str) -> float:
     return max(times.get(operation, 0.0) for times in columns.values())
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line per operation."""
-    names = list(rows[0]["milliseconds"])
-    lines = [[row["case"], *(f"{row['milliseconds'][name]:.1f}" for name in names)] for row in rows]
-    return markdown(["operation, ms a step", *names], lines)

@@ -1,0 +1,135 @@
+"""Two revisions side by side: each in a process of its own, on the same cases, timed in turns.
+
+The cases are those of this checkout for both; only `npc_ext` and its kernels differ. A process waits while the other is
+timed. Both belong to one group, so whoever ends the group ends both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .revision import ROOT, RevisionError, checkout
+from .rows import OURS, Row, Writer
+from .timing import summary
+
+BEFORE, AGAINST = "before", "revisions"
+
+
+class _Worker:
+    """A process that times the cases of one revision when it is told to."""
+
+    def __init__(self, folder: Path, module: str, parts: Sequence[str], quick: bool) -> None:
+        command = [sys.executable, "-m", "bench.worker", module, *parts, *(["--quick"] if quick else [])]
+        self._process = subprocess.Popen(
+            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+        )
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Sends a request and waits for its answer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RevisionError(f"a process ended with status {self._process.wait()}; its errors are above")
+        return dict(json.loads(answer))
+
+    def end(self) -> None:
+        """Ends the process."""
+        self._process.kill()
+        self._process.communicate()
+
+
+@contextmanager
+def _workers(revision: str, module: str, parts: Sequence[str], quick: bool) -> Iterator[dict[str, _Worker]]:
+    folders = {OURS: ROOT, BEFORE: checkout(revision)}
+    workers = {name: _Worker(folder, module, parts, quick) for name, folder in folders.items()}
+    try:
+        yield workers
+    finally:
+        for worker in workers.values():
+            worker.end()
+
+
+def against(revision: str, module: str, parts: Sequence[str], quick: bool, writer: Writer) -> list[str]:
+    """Times this checkout against another revision; returns the cases that got slower beyond their spread.
+
+    Args:
+        revision: what git calls it, or a folder in which it is checked out (and may be built already).
+        module: has the parts, by name, in `PARTS`, and makes its timer by `timer()` unless that is the host's.
+        parts: which of them to measure.
+        quick: whether they yield fewer cases.
+        writer: of the rows; their peer is "before".
+
+    Raises:
+        RevisionError: the revision is unknown, or one of the two cannot be measured at all.
+    """
+    slower: list[str] = []
+    with _workers(revision, module, parts, quick) as workers:
+        for name, worker in workers.items():
+            if reason := worker.ask(command="begin")["reason"]:
+                raise RevisionError(f"the kernels of {name} cannot be used: {reason}")
+        broken = ""
+        while True:
+            answers = {name: worker.ask(command="next", after=broken) for name, worker in workers.items()}
+            if any("end" in answer for answer in answers.values()):
+                return slower
+            part, broken = answers[OURS]["part"], ""
+            if errors := {name: answer["broken"] for name, answer in answers.items() if "broken" in answer}:
+                broken, case = part, "all further cases"
+            else:
+                case = answers[OURS]["case"]
+                errors = {name: answer["error"] for name, answer in answers.items() if "error" in answer}
+            if errors:
+                writer.row(
+                    Row(f"{part}-{AGAINST}", case, facts={f"error of {name}": error for name, error in errors.items()})
+                )
+                continue
+            row = _in_turns(workers, f"{part}-{AGAINST}", case, answers)
+            writer.row(row)
+            if row.ratio[BEFORE][2] < 1:
+                slower.append(f"{part}, {case}")
+
+
+def _in_turns(workers: dict[str, _Worker], part: str, case: str, answers: dict[str, dict[str, Any]]) -> Row:
+    calls = min(answer["calls"] for answer in answers.values())
+    samples: dict[str, list[float]] = {name: [] for name in workers}
+    order = list(workers)
+    for turn in range(answers[OURS]["turns"]):
+        for name in order if turn % 2 else reversed(order):
+            samples[name].append(workers[name].ask(command="time", first=turn * calls, calls=calls)["seconds"])
+    row = summary(part, case, samples)
+    row.bytes = answers[OURS]["bytes"]
+    row.goals = {BEFORE: 1.0}
+    return row
+
+
+def main() -> int:
+    """Measures all parts of a module, which has nothing but comparable ones."""
+    parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__)
+    parser.add_argument("revision", help="what git calls it, or a folder in which it is checked out")
+    parser.add_argument("module", help="has the parts, as bench.gpu.revisions does")
+    parser.add_argument("--quick", action="store_true", help="fewer cases")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    arguments = parser.parse_args()
+    parts = list(importlib.import_module(arguments.module).PARTS)
+    try:
+        slower = against(arguments.revision, arguments.module, parts, arguments.quick, Writer(arguments.out))
+    except RevisionError as error:
+        parser.error(str(error))
+    print("slower than before, beyond the spread: " + ("; ".join(slower) or "nothing"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

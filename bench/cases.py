@@ -1,0 +1,162 @@
+"""What is timed on CPUs and on GPUs alike: eq. 2 and the steps of optimizers, beside PyTorch's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import NPC, NPCAdamW
+
+from .rows import OURS
+from .timing import Call
+
+# A beta so large that every neuron learns at full rate: the most work that NPC can have.
+PLASTIC = 1e9
+Maker = Callable[[nn.Module], Any]
+
+
+def eager_importance(n: Tensor, g: Tensor) -> Tensor:
+    """Eq. 2 in plain PyTorch."""
+    product = n * g
+    return (product.flatten(2).sum(2) if product.ndim > 2 else product).float().abs().sum(0)
+
+
+def on_sets(function: Callable[[Tensor, Tensor], object], inputs: list[tuple[Tensor, Tensor]]) -> Call:
+    """A function of two tensors as one of the number of an input set."""
+    return lambda index: function(*inputs[index])
+
+
+def of_parameters(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Maker:
+    """How to make one of PyTorch's optimizers for a model."""
+    return lambda model: kind(model.parameters(), **options)
+
+
+_KINDS: list[tuple[str, Any, Any, dict[str, Any], tuple[int, int]]] = [
+    ("SGD", NPC, torch.optim.SGD, {"lr": 1e-3}, (2, 1)),
+    ("SGD, momentum", NPC, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, (3, 2)),
+    ("AdamW", NPCAdamW, torch.optim.AdamW, {"lr": 1e-3}, (4, 3)),
+]
+# By kind: how ours and PyTorch's are made, and how many numbers are read and written for each weight.
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Maker], tuple[int, int]]] = {
+    name: (
+        partial(ours, beta=PLASTIC, **options),
+        {
+            f"{theirs.__name__} fused": of_parameters(theirs, fused=True, **options),
+            f"{theirs.__name__} foreach": of_parameters(theirs, foreach=True, **options),
+        },
+        mix,
+    )
+    for name, ours, theirs, options, mix in _KINDS
+}
+
+
+class Steps:
+    """The same layers, once for each optimizer and set, with gradients that stay; steps can be taken at will.
+
+    Args:
+        size: about how many parameters all layers have together.
+        makers: how to make each optimizer; ours comes first.
+        layers: how many square layers there are.
+        device: where they are.
+        sets: how many copies of everything there are.
+
+    Attributes:
+        parameters: how many there are.
+        optimizers: by name, one for each set.
+        moved: by name, the movement of a weight in the first step.
+    """
+
+    def __init__(
+        self, size: int, makers: Mapping[str, Maker], layers: int = 4, device: str = "cpu", sets: int = 1
+    ) -> None:
+        width = max(int((size / layers) ** 0.5), 1)
+        self.parameters = layers * width * (width + 1)
+        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(device)
+        before = next(model.parameters()).detach().clone()
+        self._measured = torch.rand(width, device=device)
+        self._models: dict[str, list[nn.Module]] = {}
+        self.optimizers: dict[str, list[Any]] = {}
+        for name, make in makers.items():
+            models = self._models[name] = [copy.deepcopy(model) for _ in range(sets)]
+            self.optimizers[name] = [make(one) for one in models]
+            for one in models:
+                for parameter in one.parameters():
+                    parameter.grad = torch.ones_like(parameter)
+        self.moved = {}
+        for name, step in self.measured_peers().items():
+            step(0)
+            self.moved[name] = next(self._models[name][0].parameters()).detach() - before
+
+    def _measuring(self) -> Iterator[Any]:
+        for optimizers in self.optimizers.values():
+            yield from (one for one in optimizers if hasattr(one, "neurons"))
+
+    def _measure(self, optimizer: Any) -> None:
+        for layer in optimizer.neurons:
+            layer.sink.grad = self._measured
+
+    def prepare(self) -> None:
+        """Says what was measured, which a step takes."""
+        for optimizer in self._measuring():
+            self._measure(optimizer)
+
+    def peers(self) -> dict[str, Call]:
+        """The step of each set's optimizer; `prepare` comes before it."""
+        return {name: partial(self._step, name) for name in self.optimizers}
+
+    def measured_peers(self) -> dict[str, Call]:
+        """The same with what `prepare` does within it, for the one optimizer that steps."""
+
+        def step(name: str, index: int) -> None:
+            self._measure(self.optimizers[name][index])
+            self._step(name, index)
+
+        return {
+            name: partial(step if hasattr(optimizers[0], "neurons") else self._step, name)
+            for name, optimizers in self.optimizers.items()
+        }
+
+    def _step(self, name: str, index: int) -> None:
+        self.optimizers[name][index].step()
+
+    def freeze(self, share: float) -> None:
+        """Gives a random share of each layer's neurons so great an importance that they do not move."""
+        for optimizer in self._measuring():
+            generator = torch.Generator().manual_seed(1)
+            for group in optimizer.param_groups:
+                group.update(beta=0.5, delta=1 - 1e-6)  # so slow a decay that nothing else freezes meanwhile
+            for layer in optimizer.neurons:
+                importance = optimizer.state[layer.parameters[0].parameter]["importance"]
+                chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
+                importance.zero_()[chosen.to(importance.device)] = PLASTIC
+
+
+def training(
+    model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, autocast: bool = False
+) -> Callable[[], None]:
+    """One whole training step, on the same batch each time."""
+
+    def train() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+
+    return train
+
+
+def trainers(
+    make: Callable[[], nn.Module], x: Tensor, y: Tensor, autocast: bool = False
+) -> dict[str, Callable[[], None]]:
+    """The training steps of NPC and of fused SGD, on copies of one network."""
+    model = make().to(x.device)
+    twin = copy.deepcopy(model)
+    ours, theirs = NPC(model, lr=1e-3), torch.optim.SGD(twin.parameters(), lr=1e-3, fused=True)
+    return {OURS: training(model, ours, x, y, autocast), "SGD fused": training(twin, theirs, x, y, autocast)}

@@ -1,0 +1,85 @@
+"""The ceiling of a kernel: how fast the GPU moves bytes in the same mix of reads and writes (stream.cu)."""
+
+from __future__ import annotations
+
+import ctypes
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..timing import Case
+from .device import Device
+from .prepare import LIBRARY, build_stream
+
+MIXES = ((2, 0), (1, 1), (2, 1), (3, 2), (4, 3))  # (arrays read, of which so many are written)
+_PACKS_PER_THREAD = (1, 2, 4)
+
+
+@lru_cache(maxsize=1)
+def _library() -> Any:
+    if LIBRARY.exists():
+        try:
+            return ctypes.CDLL(str(LIBRARY))
+        except OSError as error:
+            print(f"{LIBRARY} does not load ({error}); it is built again", flush=True)
+    return ctypes.CDLL(str(build_stream(Path(tempfile.gettempdir()) / "npc_ext-flight" / LIBRARY.name)))
+
+
+class Ceiling:
+    """Reads as many arrays as a kernel does, and writes as many, over as many sets of buffers.
+
+    Args:
+        device: where.
+        reads, writes: one of `MIXES`.
+        numbers: float32 in each array.
+        sets: how many sets of arrays to go through in turn.
+    """
+
+    def __init__(self, device: Device, reads: int, writes: int, numbers: int, sets: int) -> None:
+        self.name = f"ceiling ({reads} read, {writes} written)"
+        self._device, self._reads, self._writes, self._packs = device, reads, writes, max(numbers // 4, 1)
+        size = 4 * self._packs
+        self._sets = [[torch.randn(size, device=device.name) for _ in range(reads)] for _ in range(sets)]
+        self._never = torch.zeros(1, device=device.name)
+        self._per_thread = 1
+        if not device.dry:
+            self._per_thread = min(_PACKS_PER_THREAD, key=self._seconds)
+
+    def __call__(self, index: int) -> None:
+        """Moves the bytes of one set."""
+        arrays = self._sets[index]
+        if self._device.dry:
+            mean = torch.stack(arrays).mean(0)
+            for array in arrays[: self._writes]:
+                array.copy_(mean)
+            return
+        pointers = (ctypes.c_void_p * len(arrays))(*(array.data_ptr() for array in arrays))
+        failed = _library().npc_bench_stream(
+            self._reads,
+            self._writes,
+            self._per_thread,
+            pointers,
+            ctypes.c_int64(self._packs),
+            ctypes.c_void_p(self._never.data_ptr()),
+            ctypes.c_void_p(torch.cuda.current_stream().cuda_stream),
+        )
+        if failed:
+            raise RuntimeError(f"stream.cu reports error {failed}")
+
+    def check(self) -> None:
+        """Raises AssertionError if the bytes are not moved."""
+        before = torch.stack(self._sets[0]).mean(0)
+        self(0)
+        for array in self._sets[0][: self._writes]:
+            torch.testing.assert_close(array, before)
+
+    def _seconds(self, per_thread: int) -> float:
+        self._per_thread = per_thread
+        case = Case("", {"": self}, sets=len(self._sets))
+        self._device.timer.seconds(case, "", 0, 3)
+        seconds = min(self._device.timer.seconds(case, "", 0, 10) for _ in range(3))
+        self._device.timer.finish()
+        return seconds

@@ -1,0 +1,76 @@
+"""Builds beforehand what a GPU machine would have to build: `PYTHON -m bench.gpu.prepare [--against REV]`.
+
+Run it with the Python version of that machine; pybind11 and ninja suffice, torch is not needed. NPC_EXT_ARCHS names the
+GPU's architecture (default: 90). It prints the files to take along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from npc_ext import _build
+
+from ..revision import ROOT, RevisionError, checkout
+
+LIBRARY = ROOT / "build" / "flight" / "libstream.so"
+_STREAM = Path(__file__).with_name("stream.cu")
+
+
+def main() -> int:
+    """Builds the module of this checkout, that of another revision if asked for, and the ceiling's kernels."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.prepare", description=__doc__)
+    parser.add_argument("--against", metavar="REV", help="another revision, to be measured beside this one")
+    arguments = parser.parse_args()
+    os.environ.setdefault("NPC_EXT_ARCHS", "90")
+    try:
+        folders = [ROOT, *([checkout(arguments.against)] if arguments.against else [])]
+        made = [build_stream(LIBRARY), *map(_build_module, folders)]
+    except (_build.BuildError, RevisionError) as error:
+        print(f"bench.gpu.prepare: {error}", file=sys.stderr)
+        return 1
+    for path in made:
+        print(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+    return 0
+
+
+def _build_module(folder: Path) -> Path:
+    """Compiles the module of a checkout into its package, in its own way."""
+    target = folder / "npc_ext" / _build.MODULE_FILE
+    script = (
+        "import sys; from pathlib import Path; from npc_ext import _build; "
+        "_build.build(Path(sys.argv[1]), Path(sys.argv[2]))"
+    )
+    command = [sys.executable, "-c", script, str(target), str(folder / "build" / "flight" / _build.MODULE_FILE)]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise _build.BuildError(f"building {folder} failed:\n{result.stderr}")
+    return target
+
+
+def build_stream(target: Path) -> Path:
+    """Compiles stream.cu for the architectures of the kernels, unless that is done, and returns the library.
+
+    Raises:
+        BuildError: there is no nvcc, or it fails.
+    """
+    if target.exists() and target.stat().st_mtime > _STREAM.stat().st_mtime:
+        return target
+    compiler = _build.nvcc()
+    if compiler is None:
+        raise _build.BuildError(f"{_STREAM.name} needs nvcc, and none was found")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    command = [str(compiler), "-O3", *_build.nvcc_flags(), "-shared", str(_STREAM), "-o", str(staged)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise _build.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+    os.replace(staged, target)
+    return target
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""Processes of a flight: each in a group of its own, which is ended as a whole when its time is over."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from ..rows import Writer
+
+ROOT = Path(__file__).resolve().parents[2]
+_SECONDS_BETWEEN_LOOKS = 0.5
+KILLED = "killed at its limit"
+
+
+@dataclass
+class Settings:
+    """What a flight was asked for, and what its processes need.
+
+    Attributes:
+        command: the flight's, as its rows tell it.
+        out: where results go.
+        dry: on the CPU, with tiny sizes.
+        scratch: a folder that goes when the flight is over.
+        data, against, resume: as `python -m bench.gpu --help` says.
+        environment: of all processes.
+    """
+
+    command: str
+    out: Path
+    dry: bool
+    scratch: Path
+    data: Path | None
+    against: str | None
+    resume: Path | None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def log(self) -> IO[bytes]:
+        """log.txt, to which all processes write."""
+        return (self.out / "log.txt").open("ab")
+
+
+def _start(command: list[str], settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
+    """Starts a process as the leader of a new group, not of a session: whoever ends ours finds it."""
+    with settings.log() as log:
+        log.write(f"\n$ {' '.join(command)}\n".encode())
+        log.flush()
+        return subprocess.Popen(
+            command, cwd=ROOT, env=settings.environment, stderr=log, preexec_fn=os.setpgrp, **{"stdout": log, **options}
+        )
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@dataclass
+class Command:
+    """A part that is a command of its own.
+
+    Attributes:
+        arguments: what to run.
+        look: is called now and then while it runs, and when it has ended: to keep what it has so far.
+        verdict: says from the exit status what came of it: {"state": ..., "error": ...}.
+        environment: variables beside the flight's.
+    """
+
+    arguments: list[str]
+    verdict: Callable[[int], Mapping[str, Any]]
+    look: Callable[[], None] = lambda: None
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self, settings: Settings, writer: Writer, limit: float) -> Mapping[str, Any]:
+        """Runs it for `limit` seconds at most."""
+        deadline = time.perf_counter() + limit
+        settings.environment |= self.environment
+        process = _start(self.arguments, settings)
+        try:
+            while time.perf_counter() < deadline:
+                try:
+                    process.wait(min(_SECONDS_BETWEEN_LOOKS, max(deadline - time.perf_counter(), 0.01)))
+                    return self.verdict(process.returncode)
+                except subprocess.TimeoutExpired:
+                    self.look()
+            return {"state": KILLED}
+        finally:
+            _kill(process)
+            self.look()
+
+
+class Worker:
+    """The process that measures within itself (worker.py)."""
+
+    def __init__(self, settings: Settings) -> None:
+        command = [sys.executable, "-m", "bench.gpu.worker", str(settings.out), "--command", settings.command]
+        command += ["--dry"] if settings.dry else []
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = _start(command, settings, **pipes)
+
+    def lives(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
+    def measure(self, part: str, limit: float) -> Mapping[str, Any]:
+        """Has it measure a part for `limit` seconds at most; it is ended if it takes longer."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        deadline = time.perf_counter() + limit
+        try:
+            self._process.stdin.write(json.dumps({"part": part, "limit": limit}).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            return {"state": "failed", "error": f"the worker ended with status {self._process.wait()}"}
+        ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.perf_counter(), 0))
+        if not ready:
+            self.kill()
+            return {"state": KILLED}
+        answer = self._process.stdout.readline()
+        if not answer:
+            return {"state": "failed", "error": f"the worker ended with status {self._process.wait()}; see log.txt"}
+        return {name: value for name, value in json.loads(answer).items() if value}
+
+    def kill(self) -> None:
+        """Ends it."""
+        _kill(self._process)

@@ -1,0 +1,42 @@
+"""Other revisions of this repository, each in a folder below build/against. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = ("npc_ext", "csrc")
+
+
+class RevisionError(ValueError):
+    """A revision is unknown, or its kernels cannot be used."""
+
+
+def checkout(revision: str) -> Path:
+    """A folder with the package of a revision and the benchmarks of this checkout; a folder is taken as it is.
+
+    Raises:
+        RevisionError: git does not know the revision.
+    """
+    folder = Path(revision)
+    if (folder / "npc_ext").is_dir():
+        return folder.resolve()
+    named = _git("rev-parse", "--short", f"{revision}^{{commit}}").decode().strip()
+    folder = ROOT / "build" / "against" / named
+    shutil.rmtree(folder / "bench", ignore_errors=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["tar", "-x", "-C", str(folder)], input=_git("archive", named, *_SOURCES), check=True)
+    shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    return folder
+
+
+def _git(*command: str) -> bytes:
+    try:
+        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, check=False)
+    except OSError as error:
+        raise RevisionError(f"git does not run ({error}); name a folder in which the revision is checked out") from None
+    if result.returncode != 0:
+        raise RevisionError(f"git {' '.join(command)} failed: {result.stderr.decode().strip()}")
+    return result.stdout

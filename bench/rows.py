@@ -1,0 +1,156 @@
+"""What benchmarks write: one line of JSON for each thing that was measured, in a file `rows.jsonl`.
+
+    {"kind": "run", "command": ..., "environment": {...}}             what the lines below it were measured by and on
+    {"kind": "row", "part": ..., "case": ..., ...}                    the fields of `Row`, as far as they are not empty
+    {"kind": "part", "part": ..., "state": ..., "seconds": ...}       how a part ended
+
+A line is written in one piece as soon as it is known, so a process that is killed loses only what it was measuring.
+Several processes may append lines. Of several rows of one case, the last counts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+NAME = "rows.jsonl"
+OURS = "npc_ext"  # the peer that others are compared with
+NOT_MEASURED = "not measured"
+
+
+@dataclass
+class Row:
+    """One case.
+
+    Attributes:
+        part: what the case belongs to.
+        case: its name; unique within its part.
+        seconds: the median of each peer's time; ours comes first.
+        quartiles: the lower and the upper quartile of the same.
+        ratio: quartiles (lower, median, upper) of each peer's time by ours, turn by turn; above 1, ours is faster.
+        goals: by peer, what the ratio should be at least.
+        bytes: that ours reads and writes.
+        facts: more, by name; None is "not measured".
+    """
+
+    part: str
+    case: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    quartiles: dict[str, tuple[float, float]] = field(default_factory=dict)
+    ratio: dict[str, tuple[float, float, float]] = field(default_factory=dict)
+    goals: dict[str, float] = field(default_factory=dict)
+    bytes: int | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Writer:
+    """Appends lines to <folder>/rows.jsonl."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / NAME
+
+    def run(self, command: str, environment: Mapping[str, Any]) -> None:
+        """Says what the rows that follow are measured by and on."""
+        self._append({"kind": "run", "command": command, "environment": dict(environment)})
+
+    def row(self, row: Row) -> None:
+        """Keeps what was measured."""
+        content = {name: value for name, value in asdict(row).items() if value not in (None, {})}
+        self._append({"kind": "row", **content})
+
+    def part(self, part: str, state: str, seconds: float, **more: Any) -> None:
+        """Says how a part ended: "complete", or why not."""
+        self._append({"kind": "part", "part": part, "state": state, "seconds": round(seconds, 3), **more})
+
+    def drop(self, parts: Collection[str]) -> None:
+        """Forgets the rows of parts that are to be measured again."""
+        if self.path.exists():
+            kept = [line for line in _lines(self.path) if line.get("part") not in parts]
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in _with_purpose(kept)))
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        text = json.dumps(line, default=str) + "\n"
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, text.encode())
+        finally:
+            os.close(descriptor)
+
+
+@dataclass
+class Results:
+    """What a file of rows holds.
+
+    Attributes:
+        rows: by part and case.
+        runs: what each of them was measured by and on: {"command": ..., "environment": {...}}.
+        parts: by part, how it ended.
+    """
+
+    rows: dict[tuple[str, str], Row] = field(default_factory=dict)
+    runs: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of_part(self, part: str) -> list[Row]:
+        """A part's rows, in the order in which they were measured."""
+        return [row for (name, _), row in self.rows.items() if name == part]
+
+    def names(self) -> list[str]:
+        """All parts, in the order in which they were begun."""
+        return list(dict.fromkeys([*(part for part, _ in self.rows), *self.parts]))
+
+
+class RowsError(ValueError):
+    """A file of rows is missing or damaged."""
+
+
+def read(path: Path) -> Results:
+    """Reads rows.jsonl, or the one in a folder.
+
+    Raises:
+        RowsError: there is no such file, or a line of it is not what `Writer` writes.
+    """
+    path = path / NAME if path.is_dir() else path
+    if not path.exists():
+        raise RowsError(f"{path} does not exist; expected a file of rows, or a folder with {NAME} in it")
+    results, run = Results(), dict[str, Any]()
+    for number, line in enumerate(_lines(path), start=1):
+        kind = line.pop("kind", None)
+        try:
+            if kind == "run":
+                run = line
+            elif kind == "part":
+                results.parts[line["part"]] = line
+            elif kind == "row":
+                row = Row(**line)
+                results.rows.pop((row.part, row.case), None)
+                results.rows[row.part, row.case], results.runs[row.part, row.case] = row, run
+            else:
+                raise TypeError(f"its kind is {kind!r}")
+        except (KeyError, TypeError) as error:
+            raise RowsError(f"{path}, line {number}: {error}; expected a line of kind run, row or part") from error
+    return results
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    lines = path.read_text().splitlines()
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError as error:
+            if number == len(lines):  # a process was killed while it wrote
+                return
+            raise RowsError(f"{path}, line {number} is not JSON: {error}") from error
+        yield line
+
+
+def _with_purpose(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Without the runs that no other line follows."""
+    for line, following in zip(lines, [*lines[1:], {"kind": "run"}], strict=True):
+        if not line["kind"] == following["kind"] == "run":
+            yield line

@@ -1,0 +1,168 @@
+"""Tables and figures: how numbers are shown, and `python -m bench.tables`, which makes them from stored rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .rows import NOT_MEASURED, Results, Row, RowsError, read
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns line up in plain text, too."""
+    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in [header, *rows]
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error, which is NaN of a single value."""
+    error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    return float(np.mean(values)), float(error)
+
+
+def percent(values: Sequence[float]) -> str:
+    """Mean ± standard error, in percent; of a single value without the error."""
+    mean, error = mean_and_error(values)
+    return f"{100 * mean:.1f}" + ("" if np.isnan(error) else f" ± {100 * error:.1f}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that suits them."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.2f} {unit}"
+    return f"{seconds * 1e6:.1f} µs"
+
+
+def save(figure: Any, stem: Path) -> None:
+    """Writes a figure as SVG and PNG; the same figure gives the same bytes."""
+    import matplotlib
+
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": stem.name}):
+        figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
+        figure.savefig(stem.with_name(stem.name + ".png"), dpi=150)
+
+
+def of_rows(rows: Iterable[Row]) -> str:
+    """A table of rows: our time, how many times as long each peer takes, further facts, and whether goals are reached.
+
+    Of tests, only those that failed are shown.
+    """
+    shown = [row for row in rows if row.facts.get("outcome") not in ("passed", "skipped")]
+    if not shown:
+        return ""
+    ours = next((name for row in shown for name in row.seconds), "")
+    peers = list(dict.fromkeys(peer for row in shown for peer in row.ratio))
+    facts = list(dict.fromkeys(fact for row in shown for fact in row.facts))
+    header = ["case"]
+    header += [ours] if ours else []
+    header += ["GB/s"] if any(row.bytes for row in shown) else []
+    header += [f"{peer}, times as long" for peer in peers] + facts
+    header += ["goal"] if any(row.goals for row in shown) else []
+    lines = []
+    for row in shown:
+        time = next(iter(row.seconds.values()), None)
+        cells = {"case": row.case, ours: "" if time is None else duration(time), "goal": _verdicts(row)}
+        cells["GB/s"] = f"{row.bytes / time / 1e9:.0f}" if row.bytes and time else ""
+        cells |= {f"{peer}, times as long": cell(ratio) for peer, ratio in row.ratio.items()}
+        cells |= {fact: cell(value) for fact, value in row.facts.items()}
+        lines.append([cells.get(column, "") for column in header])
+    return markdown(header, lines)
+
+
+def cell(value: Any) -> str:
+    """A value as a table shows it: quartiles as the median and, in brackets, the others; None as "not measured"."""
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, (list, tuple)):
+        if len(value) == 3 and all(isinstance(one, float) for one in value):
+            low, median, high = value
+            return f"{median:.2f} ({low:.2f} to {high:.2f})"
+        return ", ".join(map(cell, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{cell(one)} {name}" for name, one in value.items())
+    return str(value).replace("|", "/").replace("\n", " ")
+
+
+def _verdicts(row: Row) -> str:
+    """A goal is reached if the median is there. Quartiles on both sides of it are "within the noise"."""
+    verdicts = []
+    for peer, goal in row.goals.items():
+        if peer not in row.ratio:
+            verdicts.append(NOT_MEASURED)
+            continue
+        _, median, high = row.ratio[peer]
+        word = "reached" if median >= goal else "within the noise" if high >= goal else "missed"
+        verdicts.append(f"{word} (at least {goal:.2f} of {peer})")
+    return "; ".join(verdicts)
+
+
+def of_part(results: Results, part: str) -> str:
+    """A part's table, how it ended if it did not end well, and the commands that measured it."""
+    rows = results.of_part(part)
+    texts = [of_rows(rows)]
+    if ended := results.parts.get(part):
+        texts.append(", ".join([f"**{ended['state']}**", *(f"{ended[one]} {one}" for one in _TOLD if one in ended)]))
+    for run in {row.case: results.runs[part, row.case] for row in rows}.values():
+        text = _origin(run)
+        if text not in texts:
+            texts.append(text)
+    return "\n\n".join(filter(None, texts))
+
+
+# What a part says of how it ended, beside its state.
+_TOLD = ("passed", "failed", "skipped", "memory errors", "error")
+
+
+def _origin(run: dict[str, Any]) -> str:
+    environment = run.get("environment", {})
+    device = environment.get("gpu") or environment.get("processor", "unknown")
+    return f"`{run.get('command', 'unknown')}`, commit {environment.get('commit', 'unknown')}, {device}"
+
+
+def main() -> int:
+    """Writes <part>.md of every part beside the rows, and the figures that they give; prints the tables."""
+    parser = argparse.ArgumentParser(prog="python -m bench.tables", description=main.__doc__)
+    parser.add_argument("rows", type=Path, help="rows.jsonl, or the folder that it is in")
+    parser.add_argument("--out", type=Path, help="folder of what is written (default: where the rows are)")
+    arguments = parser.parse_args()
+    try:
+        results = read(arguments.rows)
+    except RowsError as error:
+        parser.error(str(error))
+    folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent
+    write(results, arguments.out or folder)
+    return 0
+
+
+def write(results: Results, out: Path, parts: Iterable[str] = ()) -> None:
+    """Writes and prints the tables of some parts, or of all, and draws their figures."""
+    from . import figures
+
+    out.mkdir(parents=True, exist_ok=True)
+    for part in parts or results.names():
+        text = of_part(results, part)
+        (out / f"{part}.md").write_text(text + "\n")
+        print(f"\n### {part}\n\n{text}")
+    figures.draw(results, out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
