@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import threading
 import zipfile
@@ -26,7 +27,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from bench.continual import datasets
-from bench.continual.datasets import DatasetError, load
+from bench.continual.datasets import DatasetError, MissingDatasetError, load
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (6, 28, 28), np.uint8)
@@ -202,7 +203,7 @@ def test_published_files_hold_what_their_authors_say(
 def test_the_folder_is_the_argument_then_npc_data_then_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable, folder in ((None, "cache/npc_ext"), ("", "cache/npc_ext"), ("environment", "environment")):
         if variable is not None:
             monkeypatch.setenv("NPC_DATA", str(variable and tmp_path / variable))
@@ -213,6 +214,15 @@ def test_the_folder_is_the_argument_then_npc_data_then_the_users_cache(
         assert f" in {tmp_path / folder / 'mnist'} or {tmp_path / folder / 'MNIST/raw'} (" in str(refusal.value)
     write_idx(tmp_path / "argument" / "mnist")
     assert len(load("mnist", tmp_path / "argument", download=False).train_images) == 6
+
+
+@pytest.mark.parametrize("cache", [None, "", "/somewhere"])
+def test_the_users_cache_is_the_one_that_pooch_names(monkeypatch: pytest.MonkeyPatch, cache: str | None) -> None:
+    if cache is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    assert datasets._cache().expanduser() == Path(pooch.os_cache("npc_ext"))
 
 
 def test_missing_files_are_named_with_the_ways_to_mend_it(tmp_path: Path) -> None:
@@ -521,6 +531,19 @@ def test_an_address_that_does_not_answer_is_named(tmp_path: Path, site: Site, mo
     site.files.clear()
     with pytest.raises(DatasetError, match=rf"{site.url}/{MNIST_FILES[0]}.gz cannot be fetched into .*404"):
         load("mnist", tmp_path / "data")
+
+
+def test_without_pooch_files_are_read_and_missing_ones_are_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    write_idx(tmp_path / "mnist")
+    assert len(load("mnist", tmp_path).train_images) == 6
+    (tmp_path / "mnist" / f"{MNIST_FILES[0]}.gz").unlink()
+    with pytest.raises(MissingDatasetError, match=r"the package pooch is not installed; run `pip install") as refusal:
+        load("mnist", tmp_path)
+    for text in (MNIST_FILES[0], str(tmp_path / "mnist"), "put the files there", "--data DIR", "NPC_DATA"):
+        assert text in str(refusal.value)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
