@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import hashlib
 import io
+import lzma
 import os
 import pickle
 import struct
+import sys
 import tarfile
 import threading
 import zipfile
@@ -25,8 +27,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from bench.continual import datasets
-from bench.continual.datasets import DatasetError, load
+from bench.continual import datasets, shards
+from bench.continual.datasets import DatasetError, MissingDatasetError, load
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (6, 28, 28), np.uint8)
@@ -202,7 +204,7 @@ def test_published_files_hold_what_their_authors_say(
 def test_the_folder_is_the_argument_then_npc_data_then_the_users_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pooch, "os_cache", lambda name: tmp_path / "cache" / name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for variable, folder in ((None, "cache/npc_ext"), ("", "cache/npc_ext"), ("environment", "environment")):
         if variable is not None:
             monkeypatch.setenv("NPC_DATA", str(variable and tmp_path / variable))
@@ -213,6 +215,15 @@ def test_the_folder_is_the_argument_then_npc_data_then_the_users_cache(
         assert f" in {tmp_path / folder / 'mnist'} or {tmp_path / folder / 'MNIST/raw'} (" in str(refusal.value)
     write_idx(tmp_path / "argument" / "mnist")
     assert len(load("mnist", tmp_path / "argument", download=False).train_images) == 6
+
+
+@pytest.mark.parametrize("cache", [None, "", "/somewhere"])
+def test_the_users_cache_is_the_one_that_pooch_names(monkeypatch: pytest.MonkeyPatch, cache: str | None) -> None:
+    if cache is None:
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    assert datasets._cache().expanduser() == Path(pooch.os_cache("npc_ext"))
 
 
 def test_missing_files_are_named_with_the_ways_to_mend_it(tmp_path: Path) -> None:
@@ -523,6 +534,19 @@ def test_an_address_that_does_not_answer_is_named(tmp_path: Path, site: Site, mo
         load("mnist", tmp_path / "data")
 
 
+def test_without_pooch_files_are_read_and_missing_ones_are_an_error_that_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    write_idx(tmp_path / "mnist")
+    assert len(load("mnist", tmp_path).train_images) == 6
+    (tmp_path / "mnist" / f"{MNIST_FILES[0]}.gz").unlink()
+    with pytest.raises(MissingDatasetError, match=r"the package pooch is not installed; run `pip install") as refusal:
+        load("mnist", tmp_path)
+    for text in (MNIST_FILES[0], str(tmp_path / "mnist"), "put the files there", "--data DIR", "NPC_DATA"):
+        assert text in str(refusal.value)
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"data": b"a file"})
     with pytest.raises(DatasetError, match=rf"cannot be fetched into {tmp_path / 'data' / 'mnist'}"):
@@ -536,3 +560,62 @@ def test_no_file_is_fetched_where_the_download_is_not_allowed(
     with pytest.raises(DatasetError, match="allow the download"):
         load("mnist", tmp_path / "data", download=False)
     assert site.requests == []
+
+
+# Shards
+
+
+def sharded(folder: Path, pixels: np.ndarray) -> tuple[Path, Path]:
+    """A folder of two halves of CIFAR-100's form, and one of their shards."""
+    write_cifar(folder / "data" / "cifar-100-python", cifar(data=pixels, fine_labels=list(range(len(pixels)))), 4)
+    shards.cut(folder / "data", folder / "shards")
+    return folder / "data", folder / "shards"
+
+
+def test_shards_join_to_the_same_files(tmp_path: Path) -> None:
+    data, pieces = sharded(tmp_path, RANDOM.integers(0, 256, (23, 3072), np.uint8))
+    assert everything_in(pieces) == {"index.xz", *(f"{number}.xz" for number in range(10))}
+    shards.join(pieces, tmp_path / "joined")
+    assert everything_in(tmp_path / "joined") == everything_in(data)
+    for file in everything_in(data):
+        assert (tmp_path / "joined" / file).read_bytes() == (data / file).read_bytes()
+
+
+def test_shards_of_smooth_images_are_small(tmp_path: Path) -> None:
+    smooth = np.indices((23, 3, 32, 32)).sum(0).astype(np.uint8).reshape(23, 3072)
+    _, pieces = sharded(tmp_path, smooth)
+    assert sum(path.stat().st_size for path in pieces.glob("?.xz")) < smooth.size / 20
+
+
+def test_missing_damaged_and_mixed_shards_are_named(tmp_path: Path) -> None:
+    _, pieces = sharded(tmp_path, RANDOM.integers(0, 256, (23, 3072), np.uint8))
+    good = (pieces / "3.xz").read_bytes()
+    for content, message in (
+        (good[:-20], "3.xz is damaged: "),
+        (lzma.compress(b"text"), "3.xz does not hold whole images; copy it again"),
+        ((pieces / "4.xz").read_bytes(), "do not make the train that was cut; copy them again"),
+    ):
+        (pieces / "3.xz").write_bytes(content)
+        with pytest.raises(DatasetError, match=message):
+            shards.join(pieces, tmp_path / "joined")
+    (pieces / "3.xz").unlink()
+    with pytest.raises(DatasetError, match=r"lacks 3.xz; copy all shards there"):
+        shards.join(pieces, tmp_path / "joined")
+    assert not (tmp_path / "joined").exists()
+
+
+def test_shards_are_cut_from_published_files_only(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "cifar-100-python", cifar(), protocol=2)  # Python 3 writes text for bytes there
+    with pytest.raises(DatasetError, match="train does not hold its pixels in one piece"):
+        shards.cut(tmp_path, tmp_path / "shards")
+
+
+def test_the_program_cuts_and_joins_and_answers_errors_in_a_sentence(tmp_path: Path) -> None:
+    write_cifar(tmp_path / "data" / "cifar-100-python", cifar(), protocol=4)
+    data, pieces, joined = (str(tmp_path / name) for name in ("data", "shards", "joined"))
+    assert shards.main(["cut", data, pieces]) is None
+    assert shards.main(["join", pieces, joined]) is None
+    assert everything_in(tmp_path / "joined") == everything_in(tmp_path / "data")
+    (tmp_path / "shards" / "7.xz").unlink()
+    assert shards.main(["join", pieces, joined]) == f"{pieces} lacks 7.xz; copy all shards there"
+    assert "shards cut DATA SHARDS" in str(shards.main(["burn", data, pieces]))

@@ -24,10 +24,9 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pooch
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -76,7 +75,7 @@ def load(name: str, folder: Path | None = None, download: bool = True) -> Datase
         raise DatasetError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
     if name == "digits":
         return _digits()
-    folder = Path(folder or os.environ.get("NPC_DATA") or pooch.os_cache("npc_ext")).expanduser()
+    folder = Path(folder or os.environ.get("NPC_DATA") or _cache()).expanduser()
     source, paths = _locate(_SOURCES[name], folder, download)
     half = len(paths) // 2
     return Dataset(source.name, source.classes, *_read_half(source, paths[:half]), *_read_half(source, paths[half:]))
@@ -200,11 +199,14 @@ def _norb_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Download:
-    """A file to fetch: its address, its checksum ("md5:..." or "sha256:...") and, if an archive, what to take of it."""
+    """A file to fetch: its address, its checksum ("md5:..." or "sha256:...") and, if an archive, what to take of it.
+
+    `unpack` is the class of pooch that opens the archive.
+    """
 
     url: str
     checksum: str
-    unpack: Callable[..., Any] | None = None
+    unpack: Literal["", "Unzip", "Untar"] = ""
     members: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
@@ -302,7 +304,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
                 _Download(
                     "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
                     "md5:58c8d27c78d21e728a6bc7b3cc06412e",
-                    pooch.Unzip,
+                    "Unzip",
                     tuple(f"gzip/{file}.gz" for file in _EMNIST),
                 ),
             ),
@@ -328,7 +330,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
                 _Download(
                     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
                     "md5:eb9058c3a382ffc7106e4002c42a8d85",
-                    pooch.Untar,
+                    "Untar",
                     ("cifar-100-python/train", "cifar-100-python/test"),
                 ),
             ),
@@ -356,6 +358,11 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
 
 NAMES = ("digits", *_SOURCES)
 """What `load` takes."""
+
+
+def _cache() -> Path:
+    """The folder of the data sets in the user's cache, the one that `pooch.os_cache` names on Linux."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "npc_ext"
 
 
 def _digits() -> Dataset:
@@ -405,6 +412,15 @@ def _fetch(download: _Download, folder: Path) -> None:
     if all((folder / name).exists() for name in download.names()):
         return
     try:
+        import pooch  # only here: machines that have the files do without it
+    except ImportError as error:
+        raise MissingDatasetError(
+            f"{', '.join(download.names())} cannot be fetched into {folder}, because the package pooch is not "
+            "installed; run `pip install pooch`, put the files there yourself, or name the folder of the data sets by "
+            "--data DIR or NPC_DATA"
+        ) from error
+    unpack = getattr(pooch, download.unpack) if download.unpack else None
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         # Beside its destination, so that each file moves there in one step; an archive leaves nothing else behind.
         with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as scratch:
@@ -413,7 +429,7 @@ def _fetch(download: _Download, folder: Path) -> None:
                 download.checksum,
                 fname=PurePosixPath(download.url).name,
                 path=scratch,
-                processor=download.unpack and download.unpack(list(download.members), extract_dir="."),
+                processor=unpack and unpack(list(download.members), extract_dir="."),
                 # pooch's own pieces of 1 KiB would take half a million writes for the largest archive.
                 downloader=pooch.HTTPDownloader(progressbar=True, chunk_size=2**16),
             )
