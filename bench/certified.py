@@ -49,7 +49,7 @@ SMALL_NETWORKS = [
 
 
 class Certified:
-    """One network with a random share of neurons that are certain not to move, the same in all layers and for all peers.
+    """One network with a random share of neurons that are certain not to move, the same in all layers and peers.
 
     Args:
         network: what is trained.

@@ -1,7 +1,7 @@
 """What got slower: `python -m bench.compare OLD NEW` compares two files of rows of the same device.
 
-A case is compared by our time in units of a peer's, which was timed in turns with ours: a machine that was busier on one
-day does no harm then. The peer is that of the case's first goal, else its first. Cases without peers are compared in
+A case is compared by our time in units of a peer's, which was timed in turns with ours: so a machine that was busier on
+one day does no harm. The peer is that of the case's first goal, else its first. Cases without peers are compared in
 seconds. A case got slower, or faster, if the quartiles of the two files do not overlap. The exit status is 1 if any got
 slower.
 """

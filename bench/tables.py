@@ -118,8 +118,10 @@ def of_part(results: Results, part: str) -> str:
     """A part's table, how it ended if it did not end well, and the commands that measured it."""
     rows = results.of_part(part)
     texts = [of_rows(rows)]
-    if ended := results.parts.get(part):
-        texts.append(", ".join([f"**{ended['state']}**", *(f"{ended[one]} {one}" for one in _TOLD if one in ended)]))
+    ended = results.parts.get(part, {})
+    told = [f"{ended[one]} {one}" for one in _TOLD if one in ended]
+    if told or ended.get("state", "complete") != "complete":
+        texts.append(", ".join([f"**{ended['state']}**", *told]))
     for run in {row.case: results.runs[part, row.case] for row in rows}.values():
         text = _origin(run)
         if text not in texts:

@@ -50,7 +50,9 @@ def tests(settings: Settings) -> Command:
             return {**told, "state": "failed", "error": "no test ran"}
         return told
 
-    return Command([sys.executable, "-m", "pytest", *options, *files], verdict, environment={FOLDER: str(settings.out)})
+    # Plugins that happen to be installed are not loaded.
+    environment = {FOLDER: str(settings.out), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return Command([sys.executable, "-m", "pytest", *options, *files], verdict, environment=environment)
 
 
 def sanitizer(settings: Settings) -> Command:
