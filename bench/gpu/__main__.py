@@ -61,7 +61,10 @@ class Flight:
             return {"state": command} if isinstance(command, str) else self._run(command, limit)
         if self.worker is None or not self.worker.lives():
             self.worker = Worker(self.settings)
-        return self.worker.measure(part.name, limit)
+        ended = self.worker.measure(part.name, limit)
+        if ended["state"] == "failed":
+            self.worker.kill()  # after an error of CUDA nothing works any more
+        return ended
 
     def _run(self, command: Command, limit: float) -> Mapping[str, Any]:
         return command.run(self.settings, self.writer, limit)

@@ -29,8 +29,8 @@ _METRICS = {
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "memory, % of peak",
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_ld.ratio": "sectors a load",
     "l1tex__average_t_sectors_per_request_pipe_lsu_mem_global_op_st.ratio": "sectors a store",
-    "smsp__inst_executed_op_global_ld.sum": "load instructions",
-    "smsp__inst_executed_op_global_st.sum": "store instructions",
+    "l1tex__t_requests_pipe_lsu_mem_global_op_ld.sum": "loads",
+    "l1tex__t_requests_pipe_lsu_mem_global_op_st.sum": "stores",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy, %",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -164,8 +165,9 @@ class Device:
         counts: dict[str, int] = {}
         for event in profiler.events():
             if event.device_type == torch.autograd.DeviceType.CUDA:
-                short = event.name.split("(")[0].split("<")[0].split(" ")[-1]
-                counts[short] = counts.get(short, 0) + 1
+                kernel = re.search(r"\w+_kernel", event.name)
+                name = kernel[0] if kernel else event.name
+                counts[name] = counts.get(name, 0) + 1
         return counts
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
