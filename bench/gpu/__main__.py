@@ -78,7 +78,10 @@ class Flight:
 def main() -> int:
     """Flies; the exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m bench.gpu",
+        description=__doc__,
+        epilog=_limits(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--flight", choices=list(FLIGHTS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -104,6 +107,15 @@ def main() -> int:
         return _fly(arguments, tuple(p for p in parts if not arguments.only or p.name in arguments.only), scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _limits() -> str:
+    """What --help says of the parts."""
+    lines = ["Parts, and the seconds that each may take at most:"]
+    for flight, parts in FLIGHTS.items():
+        listed = ", ".join(f"{part.name} {part.limit}{' or what is left' * part.takes_rest}" for part in parts)
+        lines.append(f"  {flight}: {listed}")
+    return "\n".join(lines)
 
 
 def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) -> int:
