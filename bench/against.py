@@ -12,9 +12,10 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .revision import ROOT, RevisionError, checkout
@@ -27,10 +28,17 @@ BEFORE, AGAINST = "before", "revisions"
 class _Worker:
     """A process that times the cases of one revision when it is told to."""
 
-    def __init__(self, folder: Path, module: str, parts: Sequence[str], quick: bool) -> None:
+    def __init__(
+        self, folder: Path, module: str, parts: Sequence[str], quick: bool, environment: Mapping[str, str]
+    ) -> None:
         command = [sys.executable, "-m", "bench.worker", module, *parts, *(["--quick"] if quick else [])]
         self._process = subprocess.Popen(
-            command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ.copy()
+            command,
+            cwd=folder,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **environment},
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
@@ -51,9 +59,11 @@ class _Worker:
 
 
 @contextmanager
-def _workers(revision: str, module: str, parts: Sequence[str], quick: bool) -> Iterator[dict[str, _Worker]]:
+def _workers(
+    revision: str, module: str, parts: Sequence[str], quick: bool, environment: Mapping[str, str]
+) -> Iterator[dict[str, _Worker]]:
     folders = {OURS: ROOT, BEFORE: checkout(revision)}
-    workers = {name: _Worker(folder, module, parts, quick) for name, folder in folders.items()}
+    workers = {name: _Worker(folder, module, parts, quick, environment) for name, folder in folders.items()}
     try:
         yield workers
     finally:
@@ -61,7 +71,14 @@ def _workers(revision: str, module: str, parts: Sequence[str], quick: bool) -> I
             worker.end()
 
 
-def against(revision: str, module: str, parts: Sequence[str], quick: bool, writer: Writer) -> list[str]:
+def against(
+    revision: str,
+    module: str,
+    parts: Sequence[str],
+    quick: bool,
+    writer: Writer,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> list[str]:
     """Times this checkout against another revision; returns the cases that got slower beyond their spread.
 
     Args:
@@ -70,12 +87,13 @@ def against(revision: str, module: str, parts: Sequence[str], quick: bool, write
         parts: which of them to measure.
         quick: whether they yield fewer cases.
         writer: of the rows; their peer is "before".
+        environment: variables for both processes.
 
     Raises:
         RevisionError: the revision is unknown, or one of the two cannot be measured at all.
     """
     slower: list[str] = []
-    with _workers(revision, module, parts, quick) as workers:
+    with _workers(revision, module, parts, quick, environment) as workers:
         for name, worker in workers.items():
             if reason := worker.ask(command="begin")["reason"]:
                 raise RevisionError(f"the kernels of {name} cannot be used: {reason}")

@@ -19,7 +19,7 @@ from .processes import Command, Settings
 # The GPU tests, those first that only a GPU can pass or fail. Other files need packages that a GPU machine may lack.
 TESTS = (
     *("test_gpu", "test_importance", "test_update", "test_adam_update", "test_rounding"),
-    *("test_anchored_update", "test_connection_update", "test_precision"),
+    *("test_anchored_update", "test_connection_update", "test_npc", "test_nn", "test_skip", "test_consolidation"),
 )
 _OURS = "3npc4cuda"  # in the mangled names of all our kernels
 _METRICS = {
