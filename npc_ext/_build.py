@@ -67,7 +67,10 @@ def sources() -> list[Source]:
     cuda = (
         [
             Source(f"cuda/{name}.cu", tuple(_FAST))
-            for name in ("step", "importance", "update", "adam", "connections", "anchored")
+            for name in (
+                *("step", "importance", "update", "adam", "connections", "anchored"),
+                *("wide", "workspace", "support"),
+            )
         ]
         if nvcc()
         else []

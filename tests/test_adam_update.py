@@ -102,6 +102,31 @@ def test_adam_update_agrees_with_the_reference(dtype: torch.dtype, options: dict
     check(network(dtype, **options, device=device))
 
 
+@test_update.around_4096
+@pytest.mark.parametrize("active_only", [False, True])
+def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: bool, device: str) -> None:
+    plain = test_update.wide_network(neurons, active_only=active_only, device=device)
+    count = len(plain["parameters"])
+    names = ("parameters", "gradients", "importances", "measured", "skipped", "layer", "neuron_dim", "groups")
+    of_layers = ("alpha", "beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")
+    check(
+        {
+            **{name: plain[name] for name in names},
+            "first_moments": [torch.randn_like(parameter) for parameter in plain["parameters"]],
+            "second_moments": [torch.rand_like(parameter) for parameter in plain["parameters"]],
+            "steps": [torch.tensor(3.0, device=device) for _ in range(count)],
+            "lr": [0.01] * count,
+            "first_decay": [0.9] * count,
+            "second_decay": [0.999] * count,
+            "epsilon": [1e-8] * count,
+            "weight_decay": [0.01] * count,
+            "maximize": [False] * count,
+            **{name: plain[name] for name in of_layers},
+            "seeds": [],
+        }
+    )
+
+
 @given(st.data())
 def test_adam_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
