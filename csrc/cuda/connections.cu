@@ -177,11 +177,9 @@ __global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __
   ConnectionShared& shared = shared_memory<ConnectionShared>();
   measure(network, shared);
   grid_barrier();
-  if (blockIdx.x == 0) {
-    for (int layer = 0; layer < network.layer_count; ++layer) {
-      const Total total = total_of(network, layer, shared);
-      if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
-    }
+  for (int layer = static_cast<int>(blockIdx.x); layer < network.layer_count; layer += static_cast<int>(gridDim.x)) {
+    const Total total = total_of(network, layer, shared);
+    if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
   }
   Total total = {0.0f, 0.0f};
   int layer = -1;
