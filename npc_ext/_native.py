@@ -14,7 +14,7 @@ import importlib.machinery
 import importlib.util
 import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -92,7 +92,7 @@ def module() -> ModuleType:
 _looking = threading.Lock()  # autograd's threads may use a GPU for the first time at the same time
 
 
-@lru_cache(maxsize=None)
+@cache
 def status_on(device: int) -> Native:
     """What runs on the GPU of that index; looks, and builds if need be, at the first call. Never raises.
 
@@ -128,7 +128,7 @@ def _built_for_gpus(device: int, reason: str) -> Native:
         return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {error}")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _import_once(path: Path) -> ModuleType:
     return _import_from(path)
 

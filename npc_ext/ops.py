@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -799,7 +799,7 @@ def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_without_native(kernels: str, reason: str) -> None:
     warnings.warn(
         f"npc_ext's {kernels} kernels are not available, plain PyTorch is used instead, which is slower: {reason} "
