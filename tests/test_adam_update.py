@@ -38,7 +38,7 @@ def network(
     real, count = reference.compute_dtype(dtype), len(PARAMETERS)
 
     def moments() -> list[Tensor]:
-        return [torch.randn_like(parameter, dtype=real) for parameter in plain["parameters"]]
+        return [torch.randn_like(parameter.cpu(), dtype=real).to(device) for parameter in plain["parameters"]]
 
     return {
         "parameters": plain["parameters"],
@@ -112,8 +112,8 @@ def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: b
     check(
         {
             **{name: plain[name] for name in names},
-            "first_moments": [torch.randn_like(parameter) for parameter in plain["parameters"]],
-            "second_moments": [torch.rand_like(parameter) for parameter in plain["parameters"]],
+            "first_moments": [torch.randn_like(one.cpu()).to(device) for one in plain["parameters"]],
+            "second_moments": [torch.rand_like(one.cpu()).to(device) for one in plain["parameters"]],
             "steps": [torch.tensor(3.0, device=device) for _ in range(count)],
             "lr": [0.01] * count,
             "first_decay": [0.9] * count,
@@ -153,7 +153,7 @@ def test_without_neurons_it_is_adamw(dtype: torch.dtype, device: str) -> None:
     steps = [torch.zeros((), device=device)]
     outside: list[Any] = [[], [], torch.zeros(0, dtype=torch.int64, device=device), [-1], [0], [1]]
     for _ in range(20):
-        peer.grad = torch.randn_like(peer)
+        peer.grad = torch.randn_like(peer.cpu()).to(device)
         optimizer.step()
         constants = [[0.01], [0.9], [0.999], [1e-8], [0.1], [False]]
         ops.adam_update_([value], [peer.grad], *moments, steps, *outside, *constants, *[[]] * 5)

@@ -61,9 +61,9 @@ def network(
         last = torch.channels_last
         return [t.contiguous(memory_format=last) if channels_last and t.ndim == 4 else t for t in made]
 
-    importances = [torch.rand(neurons, device=device) * 0.75 for neurons in LAYERS]
+    importances = [torch.rand(neurons).to(device) * 0.75 for neurons in LAYERS]
     importances[0][:2] = 0
-    measured = [torch.rand(neurons, device=device) * 100 for neurons in LAYERS]
+    measured = [torch.rand(neurons).to(device) * 100 for neurons in LAYERS]
     measured[1][:40] = 0
     return {
         "parameters": tensors(),
@@ -179,11 +179,11 @@ def test_update_of_one_parameter_of_a_random_shape(count: int, device: str) -> N
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> None:
     def cut(size: int) -> Tensor:
-        return torch.randn(size + offset, device=device)[offset:].view(-1, 24)
+        return torch.randn(size + offset).to(device)[offset:].view(-1, 24)
 
     weight, gradient, buffer = cut(240), cut(240), cut(240)
     exact, velocity = weight.double(), buffer.double()
-    average, skipped = torch.rand(10, device=device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
+    average, skipped = torch.rand(10).to(device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
     rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
     none = [torch.empty(0, device=device)]
     ops.update_([weight], [gradient], [buffer], [average], none, skipped, *rest)
@@ -243,10 +243,10 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
     count = layers * each + 3  # the last three belong to no layer
 
     def tensors(number: int) -> list[Tensor]:
-        return [torch.randn(4, 5, device=device) for _ in range(number)]
+        return [torch.randn(4, 5).to(device) for _ in range(number)]
 
     weights, gradients = tensors(count), tensors(count)
-    averages, measured = ([torch.rand(4, device=device) for _ in range(layers)] for _ in range(2))
+    averages, measured = ([torch.rand(4).to(device) for _ in range(layers)] for _ in range(2))
     skipped = torch.zeros(layers, dtype=torch.int64, device=device)
     exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
     layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
@@ -264,9 +264,9 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
 around_4096 = pytest.mark.parametrize("neurons", [4096, 4097, 6000])
 
 
-def wide_network(neurons: int, *, active_only: bool = False, device: str = "cpu") -> dict[str, Any]:
+def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, device: str = "cpu") -> dict[str, Any]:
     """Arguments of `update_` for a layer of many neurons, one of few, and one of many that has no parameters."""
-    shapes, layers = [(neurons, 1), (3, 5), (neurons,), (7,)], (neurons, 3, neurons + 1)
+    shapes, layers = [(neurons, inputs), (3, 5), (neurons,), (7,)], (neurons, 3, neurons + 1)
     count = len(shapes)
 
     def tensors() -> list[Tensor]:
@@ -338,9 +338,9 @@ def test_many_neurons_do_not_change_on_overflow_nor_their_average_unmeasured(neu
 
 def test_any_number_of_layers_of_very_many_neurons(device: str) -> None:
     layers, neurons = 34, 4097
-    averages, measured = ([torch.rand(neurons, device=device) for _ in range(layers)] for _ in range(2))
+    averages, measured = ([torch.rand(neurons).to(device) for _ in range(layers)] for _ in range(2))
     exact, skipped = [average.double() for average in averages], torch.zeros(layers, dtype=torch.int64, device=device)
-    weight, gradient = torch.randn(neurons, 1, device=device), torch.randn(neurons, 1, device=device)
+    weight, gradient = (torch.randn(neurons, 1).to(device) for _ in range(2))
     per_layer = ([0.05] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
     rest = (skipped, [33], [0], [1], [0.1], [0.0], [False], [0.0], [False], *per_layer)
     exact_weight = weight.double()
@@ -357,8 +357,8 @@ def check_one_parameter(groups: int, rows: int, run: int, dim: int, dtype: torch
     dim = 1 if groups > 1 else dim
     shape[dim] = rows
     parameter, neurons = torch.randn(shape).to(device, dtype), rows * groups
-    importance = torch.rand(neurons, device=device) * 0.75
-    gradient = torch.randn_like(parameter)
+    importance = torch.rand(neurons).to(device) * 0.75
+    gradient = torch.randn_like(parameter.cpu()).to(device)
     exact, options = (
         parameter.double(),
         ([], [importance], [torch.empty(0, device=device)], torch.zeros(1, dtype=torch.int64, device=device)),
@@ -572,7 +572,7 @@ def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
     n, g = torch.randn(4, 64, 5, 5).to(device), torch.randn(4, 64, 5, 5).to(device)
     weight, bias, average = (tensor.to(device) for tensor in (torch.randn(64, 27), torch.randn(64), torch.rand(64)))
     skipped = torch.zeros(1, dtype=torch.int64, device=device)
-    gradients = [torch.randn_like(weight), torch.randn_like(bias)]
+    gradients = [torch.randn_like(one.cpu()).to(device) for one in (weight, bias)]
     mine = [weight.clone(), bias.clone(), average.clone()]
     exact = [tensor.double() for tensor in mine]
     options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.04, "beta": 0.6}
