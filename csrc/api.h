@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace npc {
 
@@ -125,22 +126,32 @@ struct Stream {
   void* handle;  // a cudaStream_t; null is the default stream
 };
 
-// Scratch for one stream at a time. Its first bytes begin as zeros, and every launch leaves them so.
-constexpr int64_t kZeroedBytes = 256 * 1024;
-struct Workspace {
-  void* data;
-  int64_t bytes;
-};
+// Errors of the CUDA runtime are thrown as std::runtime_error. Inputs are float32, float16 or bfloat16.
+void launch_importance(const ImportanceParams& params, const Stream& stream);
+void launch_update(const UpdateParams& params, const Stream& stream);
+void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream);
+void launch_anchored_update(const UpdateParams& params, const Stream& stream);
+void launch_adam_update(const UpdateParams& params, const Stream& stream);
+void launch_connection_update(const UpdateParams& params, const Stream& stream);
 
-// They return 0 once launched, or how many bytes of workspace they need, with nothing done. Errors of the CUDA runtime
-// are thrown as std::runtime_error. Inputs are float32, float16 or bfloat16.
-int64_t launch_importance(const ImportanceParams& params, const Stream& stream, const Workspace& workspace);
-int64_t launch_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
-int64_t launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream,
-                            const Workspace& workspace);
-int64_t launch_anchored_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
-int64_t launch_adam_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
-int64_t launch_connection_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace);
+// How much scratch memory is kept on a device, for all streams and captured graphs (workspace.h).
+int64_t workspace_bytes(int device);
+
+// CUDA versions as in 12040 for 12.4: of the runtime that is linked in, the newest that the driver supports (0 without
+// a driver), and the oldest that it must support; and the name of that driver, "" where it is not known.
+struct Versions {
+  int runtime, driver, needed_driver;
+  const char* needed_driver_name;
+};
+Versions versions();
+
+// Why the kernels, compiled for `archs` (as in "80 90+PTX"), do not run on a device: an empty sentence if they do.
+// `needs_other_code`: they would if they were compiled for it. Never throws the CUDA runtime's errors.
+struct Obstacle {
+  std::string sentence;
+  bool needs_other_code;
+};
+Obstacle why_not_on(int device, const std::string& archs);
 
 }  // namespace cuda
 #endif

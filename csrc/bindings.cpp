@@ -79,7 +79,6 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
 // Where the CPU's kernels run.
 struct Threads {
   int count;
-  using Result = void;
 
   void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
   void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
@@ -92,41 +91,31 @@ struct Threads {
 };
 
 #if defined(NPC_CUDA)
-// Where the CUDA kernels run: (device, stream, workspace, bytes of workspace). Results as in api.h.
+// Where the CUDA kernels run.
 struct OnStream {
   npc::cuda::Stream stream;
-  npc::cuda::Workspace workspace;
-  using Result = int64_t;
 
-  int64_t importance(const ImportanceParams& params) const {
-    return npc::cuda::launch_importance(params, stream, workspace);
-  }
-  int64_t update(const UpdateParams& params) const { return npc::cuda::launch_update(params, stream, workspace); }
-  int64_t adam_update(const UpdateParams& params) const {
-    return npc::cuda::launch_adam_update(params, stream, workspace);
-  }
-  int64_t anchored_update(const UpdateParams& params) const {
-    return npc::cuda::launch_anchored_update(params, stream, workspace);
-  }
-  int64_t connection_update(const UpdateParams& params) const {
-    return npc::cuda::launch_connection_update(params, stream, workspace);
-  }
-  int64_t network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
-    return npc::cuda::launch_network_step(inputs, params, stream, workspace);
+  void importance(const ImportanceParams& params) const { npc::cuda::launch_importance(params, stream); }
+  void update(const UpdateParams& params) const { npc::cuda::launch_update(params, stream); }
+  void adam_update(const UpdateParams& params) const { npc::cuda::launch_adam_update(params, stream); }
+  void anchored_update(const UpdateParams& params) const { npc::cuda::launch_anchored_update(params, stream); }
+  void connection_update(const UpdateParams& params) const { npc::cuda::launch_connection_update(params, stream); }
+  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
+    npc::cuda::launch_network_step(inputs, params, stream);
   }
 };
 #endif
 
 template <class Target>
-typename Target::Result importance(const Target& target, Address activation, Address gradient, Address out,
-                                   Address gradient_in, int64_t dtype, const Int64s& sizes,
-                                   const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim,
-                                   int batch_dim) {
+void importance(const Target& target, Address activation, Address gradient, Address out,
+                Address gradient_in, int64_t dtype, const Int64s& sizes,
+                const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim,
+                int batch_dim) {
   ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
                                               gradient_strides, channel_dim, batch_dim);
   params.gradient_in = pointer<void>(gradient_in);
   const py::gil_scoped_release released;
-  return target.importance(params);
+  target.importance(params);
 }
 
 // A (rows, columns) table of int64 or float64 that lives in a Python buffer.
@@ -221,30 +210,30 @@ struct Network {
 };
 
 template <class Target>
-typename Target::Result update(const Target& target, const Addresses& values, const Addresses& gradients,
-                               const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                               const py::buffer& parameter_options, const Addresses& importances,
-                               const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
-                               const py::buffer& layer_options, Address grad_scale, Address found_inf,
-                               const Addresses& steps, const Int64s& seeds) {
+void update(const Target& target, const Addresses& values, const Addresses& gradients,
+            const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+            const py::buffer& parameter_options, const Addresses& importances,
+            const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
+            const py::buffer& layer_options, Address grad_scale, Address found_inf,
+            const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
   network.count_steps(steps, seeds);
   const py::gil_scoped_release released;
-  return target.update(network.params);
+  target.update(network.params);
 }
 
 // moments: the first and the second of each parameter. adam_options: rows of first decay, second decay, epsilon.
 template <class Target>
-typename Target::Result adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                                    const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                                    const py::buffer& parameter_options, const Addresses& first_moments,
-                                    const Addresses& second_moments, const py::buffer& adam_options,
-                                    const Addresses& importances, const Addresses& measured, const Addresses& skipped,
-                                    const py::buffer& layer_numbers, const py::buffer& layer_options,
-                                    Address grad_scale, Address found_inf, const Addresses& steps,
-                                    const Int64s& seeds) {
+void adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                 const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                 const py::buffer& parameter_options, const Addresses& first_moments,
+                 const Addresses& second_moments, const py::buffer& adam_options,
+                 const Addresses& importances, const Addresses& measured, const Addresses& skipped,
+                 const py::buffer& layer_numbers, const py::buffer& layer_options,
+                 Address grad_scale, Address found_inf, const Addresses& steps,
+                 const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
@@ -262,17 +251,17 @@ typename Target::Result adam_update(const Target& target, const Addresses& value
     p.first_decay = o[0], p.second_decay = o[1], p.epsilon = o[2];
   }
   const py::gil_scoped_release released;
-  return target.adam_update(network.params);
+  target.adam_update(network.params);
 }
 
 // stiffness, anchors and paths: an address or 0 for each parameter.
 template <class Target>
-typename Target::Result anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                                        const Addresses& momentum, const Addresses& lr,
-                                        const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                                        const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
-                                        const std::vector<double>& strength, const py::buffer& layer_numbers,
-                                        const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                     const Addresses& momentum, const Addresses& lr,
+                     const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                     const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
+                     const std::vector<double>& strength, const py::buffer& layer_numbers,
+                     const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
                   layer_options, grad_scale, found_inf);
   const size_t count = values.size();
@@ -288,17 +277,17 @@ typename Target::Result anchored_update(const Target& target, const Addresses& v
     p.strength = strength[i];
   }
   const py::gil_scoped_release released;
-  return target.anchored_update(network.params);
+  target.anchored_update(network.params);
 }
 
 // importances: of every parameter's elements, or 0 where it belongs to no layer.
 template <class Target>
-typename Target::Result connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                                          const Addresses& momentum, const Addresses& lr,
-                                          const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                                          const Addresses& importances, const Addresses& skipped,
-                                          const py::buffer& layer_numbers, const py::buffer& layer_options,
-                                          Address grad_scale, Address found_inf) {
+void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
+                       const Addresses& momentum, const Addresses& lr,
+                       const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                       const Addresses& importances, const Addresses& skipped,
+                       const py::buffer& layer_numbers, const py::buffer& layer_options,
+                       Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
                   layer_options, grad_scale, found_inf);
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
@@ -309,18 +298,18 @@ typename Target::Result connection_update(const Target& target, const Addresses&
     p.importance = pointer<float>(importances[i]);
   }
   const py::gil_scoped_release released;
-  return target.connection_update(network.params);
+  target.connection_update(network.params);
 }
 
 using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
 
 template <class Target>
-typename Target::Result network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
-                                     const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-                                     const Addresses& lr, const py::buffer& parameter_numbers,
-                                     const py::buffer& parameter_options, const Addresses& importances,
-                                     const Addresses& skipped, const py::buffer& layer_numbers,
-                                     const py::buffer& layer_options, Address grad_scale, Address found_inf) {
+void network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
+                  const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+                  const Addresses& lr, const py::buffer& parameter_numbers,
+                  const py::buffer& parameter_options, const Addresses& importances,
+                  const Addresses& skipped, const py::buffer& layer_numbers,
+                  const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
   for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
@@ -331,8 +320,21 @@ typename Target::Result network_step(const Target& target, const std::vector<Imp
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
   const py::gil_scoped_release released;
-  return target.network_step(params.data(), network.params);
+  target.network_step(params.data(), network.params);
 }
+
+#if defined(NPC_CUDA)
+std::pair<std::string, bool> why_not_on(int device) {
+  const py::gil_scoped_release released;
+  const npc::cuda::Obstacle obstacle = npc::cuda::why_not_on(device, NPC_EXT_CUDA_ARCHS);
+  return {obstacle.sentence, obstacle.needs_other_code};
+}
+
+std::tuple<int, int, int, std::string> versions() {
+  const npc::cuda::Versions all = npc::cuda::versions();
+  return {all.runtime, all.driver, all.needed_driver, all.needed_driver_name};
+}
+#endif
 
 py::list isas() {
   py::list names;
@@ -368,10 +370,14 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
   py::class_<OnStream>(cuda, "OnStream", py::module_local())
-      .def(py::init([](int device, Address stream, Address workspace, int64_t bytes) {
-        return OnStream{{device, pointer<void>(stream)}, {pointer<void>(workspace), bytes}};
-      }));
-  cuda.attr("zeroed_bytes") = npc::cuda::kZeroedBytes;
+      .def(py::init([](int device, Address stream) { return OnStream{{device, pointer<void>(stream)}}; }));
+  cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "How much scratch memory is kept on a device.");
+  cuda.def("why_not_on", &why_not_on,
+           "Why the kernels do not run on a device (an empty string if they do), and whether they would if they were "
+           "compiled for it.");
+  cuda.def("versions", &versions,
+           "CUDA versions, as in 12040 for 12.4, of the runtime and the driver (0: there is none); the oldest that the "
+           "driver must support, and that driver's name.");
   define_kernels<OnStream>(cuda);
 #endif
 }

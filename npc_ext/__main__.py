@@ -21,12 +21,33 @@ def _torch() -> tuple[ModuleType | None, str]:
     return torch, f"{torch.__version__}, {torch.get_num_threads()} threads"
 
 
-def _gpus(torch: ModuleType | None) -> str:
+def _gpus(torch: ModuleType | None) -> list[tuple[str, str]]:
+    """A row for each GPU: its name, and whether the kernels run there."""
     if torch is None:
-        return "unknown, torch does not load"
+        return [("GPUs", "unknown, torch does not load")]
     if not torch.cuda.is_available():
-        return "none that torch can use"
-    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        return [("GPUs", "none that torch can use")]
+    rows = []
+    for index in range(torch.cuda.device_count()):
+        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        native = _native.status_on(index)
+        state = f"NOT USED: {native.reason}" if native.module is None else f"kernels {native.origin}"
+        rows.append((f"GPU {index}", f"{name}, sm_{major}{minor}; {state}"))
+    return rows
+
+
+def _cuda(compiled: ModuleType) -> str:
+    """What the CUDA kernels are compiled for, and the driver they need and find."""
+    if why := _native.why_no_cuda():
+        return f"missing: {why}"
+    runtime, driver, needed, needed_name = compiled.cuda.versions()
+    found = f"the driver supports CUDA {_dotted(driver)}" if driver else "there is no driver"
+    oldest = f"CUDA {_dotted(needed)}" + (f" (driver {needed_name})" if needed_name else "")
+    return f"for {compiled.cuda_archs}, runtime {_dotted(runtime)}; needs a driver for {oldest} or newer, {found}"
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def _cuda_compiler() -> str:
@@ -60,7 +81,6 @@ def main() -> int:
         ("Python", f"{platform.python_version()} on {platform.machine()}, {platform.system()}"),
         ("torch", torch_line),
         ("numpy", _version("numpy")),
-        ("GPUs", _gpus(torch)),
         ("compiler", _compiler()),
         ("nvcc", _cuda_compiler()),
     ]
@@ -69,15 +89,17 @@ def main() -> int:
         rows += [
             ("kernels", f"{native.origin}, by {native.module.compiler}"),
             ("vectors", f"{native.module.isa_in_use()} in use; this processor runs {', '.join(isas)}"),
-            ("CUDA", f"missing: {why}" if (why := _native.why_no_cuda()) else f"for {native.module.cuda_archs}"),
+            ("CUDA", _cuda(native.module)),
         ]
     else:
         rows += [("kernels", f"MISSING: {native.reason}"), ("", "plain PyTorch is used instead, which is slower")]
+    rows += _gpus(torch)
     for name, text in rows:
         print(f"{name:9} {text}")
     if torch is None or native.module is None:
         return 1
-    return 1 if torch.cuda.is_available() and _native.why_no_cuda() else 0
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return 1 if any(map(_native.why_not_on, range(gpus))) else 0
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 # floating-point exception flags, without which loops with sqrt do not vectorize.
 _FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
 _FAST = ["-O3"]
+# Products are not fused with sums: where they are would be the compiler's choice, kernel by kernel, and a step has the
+# same bits whichever kernels take it. The kernels are limited by memory, so it should cost no time.
+_CUDA_FLAGS = ["-std=c++17", "-fmad=false"]
 _ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -67,7 +70,10 @@ def sources() -> list[Source]:
     cuda = (
         [
             Source(f"cuda/{name}.cu", tuple(_FAST))
-            for name in ("step", "importance", "update", "adam", "connections", "anchored")
+            for name in (
+                *("step", "importance", "update", "adam", "connections", "anchored"),
+                *("wide", "workspace", "support"),
+            )
         ]
         if nvcc()
         else []
@@ -95,7 +101,7 @@ def build_key() -> str:
     root = source_dir()
     for path in sorted(path for kind in ("*.h", "*.cpp", "*.cu") for path in root.rglob(kind)):
         digest.update(f"{path.relative_to(root).as_posix()}\0".encode() + path.read_bytes() + b"\0")
-    digest.update(repr((_FLAGS, _FAST, _ISA_FLAGS, _X86, user_flags())).encode())
+    digest.update(repr((_FLAGS, _FAST, _CUDA_FLAGS, _ISA_FLAGS, _X86, user_flags())).encode())
     return digest.hexdigest()[:16]
 
 
@@ -183,7 +189,8 @@ def nvcc_flags() -> list[str]:
         if arch.endswith("+PTX"):
             codes.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     # Every kernel's registers and spills go to the build's log, which a test reads.
-    return ["-std=c++17", "-ccbin", compiler_command()[0], "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", *codes]
+    shared = [*_CUDA_FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v"]
+    return [*shared, "-ccbin", compiler_command()[0], *codes]
 
 
 def cache_dir() -> Path:

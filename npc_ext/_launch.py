@@ -20,7 +20,6 @@ from .reference import compute_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _CUDA_DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-_FIRST_WORKSPACE = 4 * 2**20  # bytes; more than most launches need
 
 
 def supports(tensor: Tensor) -> bool:
@@ -35,48 +34,21 @@ def _threads(count: int) -> Any:
     return _native.module().cpu.Threads(count)
 
 
-class _Workspace:
-    """Scratch of one stream, which the launches on that stream use one after the other. Grows when a launch asks."""
-
-    def __init__(self, device: torch.device, stream: int) -> None:
-        self.device, self.stream = device, stream
-        self.grow(_FIRST_WORKSPACE)
-
-    def grow(self, size: int) -> None:
-        cuda = _native.module().cuda
-        self.memory = torch.empty(size, dtype=torch.uint8, device=self.device)
-        self.memory[: cuda.zeroed_bytes].zero_()
-        self.target = cuda.OnStream(self.device.index, self.stream, self.memory.data_ptr(), size)
-
-
-_workspaces: dict[tuple[int, int], _Workspace] = {}
-
-
-def _workspace(device: torch.device) -> _Workspace:
-    """The workspace of the device's current stream, which is asked for at every launch and never remembered.
-
-    A CUDA graph gets one of its own, out of its own memory: it may be replayed on any stream.
-    """
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    if torch.cuda.is_current_stream_capturing():
-        return _Workspace(device, stream)
-    key = (device.index, stream)
-    if key not in _workspaces:
-        _workspaces[key] = _Workspace(device, stream)
-    return _workspaces[key]
+@lru_cache(maxsize=1024)
+def _on_stream(device: int, stream: int) -> tuple[Any, Any]:
+    """The CUDA kernels for a GPU, and one of its streams as they take it."""
+    cuda = _native.module_on(device).cuda
+    return cuda, cuda.OnStream(device, stream)
 
 
 def _launch(kernel: str, device: torch.device, *arguments: Any) -> None:
     """Calls a kernel of the compiled module where `device` runs it."""
-    module = _native.module()
     if device.type == "cpu":
-        getattr(module.cpu, kernel)(_threads(torch.get_num_threads()), *arguments)
+        getattr(_native.module().cpu, kernel)(_threads(torch.get_num_threads()), *arguments)
         return
-    workspace = _workspace(device)
-    function = getattr(module.cuda, kernel)
-    if missing := function(workspace.target, *arguments):
-        workspace.grow(missing)
-        function(workspace.target, *arguments)
+    # The current stream is asked for at every launch and never remembered.
+    cuda, target = _on_stream(device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    getattr(cuda, kernel)(target, *arguments)
 
 
 def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:

@@ -2,6 +2,9 @@
 
 Loaded at the first use, once per process. A module that was compiled from other sources or flags than those beside it
 (a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
+
+At the first use of a GPU the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
+second module is built just in time, for the GPUs present; it runs there, and the first one still does on the CPU.
 """
 
 from __future__ import annotations
@@ -9,8 +12,9 @@ from __future__ import annotations
 import importlib
 import importlib.machinery
 import importlib.util
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
@@ -82,6 +86,63 @@ def module() -> ModuleType:
             "Mend that, or pass backend='reference' for the slower kernels in plain PyTorch "
             "('python -m npc_ext' shows the state of this installation)."
         )
+    return native.module
+
+
+_looking = threading.Lock()  # autograd's threads may use a GPU for the first time at the same time
+
+
+@cache
+def status_on(device: int) -> Native:
+    """What runs on the GPU of that index; looks, and builds if need be, at the first call. Never raises.
+
+    Initializes CUDA there, so it is for GPUs that are in use.
+    """
+    with _looking:
+        if reason := why_no_cuda():
+            return Native(None, "none", reason)
+        reason, needs_other_code = module().cuda.why_not_on(device)
+        if not reason:
+            return status()
+        return _built_for_gpus(device, reason) if needs_other_code else Native(None, "none", reason)
+
+
+def _built_for_gpus(device: int, reason: str) -> Native:
+    """A module built just in time for the GPUs present, because the first one does not run there for that reason."""
+    try:
+        if _build.nvcc() is None:
+            return Native(
+                None,
+                "none",
+                f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc 12.1 or "
+                "newer), and the kernels are compiled at their next use",
+            )
+        path = _build.build_cached()
+        if path != Path(str(module().__file__)):
+            built = _import_once(path)
+            reason, _ = built.cuda.why_not_on(device)
+            if not reason:
+                return Native(built, f"built just in time: {path}")
+        return Native(None, "none", f"{reason}; unset NPC_EXT_ARCHS and TORCH_CUDA_ARCH_LIST, or add this GPU to them")
+    except (_build.BuildError, ImportError) as error:
+        return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {error}")
+
+
+@cache
+def _import_once(path: Path) -> ModuleType:
+    return _import_from(path)
+
+
+def why_not_on(device: int) -> str:
+    """Empty if the CUDA kernels run on the GPU of that index, else the reason why not and how to fix it."""
+    return status_on(device).reason
+
+
+def module_on(device: int) -> ModuleType:
+    """The module whose CUDA kernels run on the GPU of that index. Raises NativeUnavailableError if there is none."""
+    native = status_on(device)
+    if native.module is None:
+        raise NativeUnavailableError(f"npc_ext's CUDA kernels do not run on GPU {device}: {native.reason}")
     return native.module
 
 

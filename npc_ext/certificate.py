@@ -6,7 +6,8 @@ Normalized importance is never negative, so eq. 4 never takes more than a factor
 
 eq. 7 gives eta_i = 0 in each of the next m steps. A certificate names the neurons of a layer for which that holds, and
 the last step for which it does. It is issued every 8 to 32 steps, for twice as long, from the importance at that
-moment; on a GPU the importance is copied without waiting for it, while the certificate before is still in force.
+moment. On a GPU the importance is copied in the background and read a quarter of that interval (2 to 8 steps) later,
+while the certificate before is still in force; a CPU that is more steps ahead of the GPU than that waits then.
 
 **Rounding.** Let u = 2 ** -24, half the distance from 1 to the next float32. A step computes
 C' = fl(fl(fl(delta) * C) + r) with r >= 0. fl(delta) and the product lose at most a factor of 1 - u each. The sum loses
@@ -101,9 +102,10 @@ class Clock:
         return self.steps % self.between == 0
 
     def reads(self) -> bool:
-        """Whether importance copied from a GPU is looked at: at a fixed step, so that runs are reproducible.
+        """Whether importance copied from a GPU is read: at a fixed step, so that runs are reproducible.
 
-        A CPU that is further ahead of its GPU than the steps since the issue waits, while that still has those to do.
+        That is `between // 4` steps (2 to 8) after the issue, once in `between` steps (8 to 32). A CPU that is more
+        steps ahead of its GPU waits until the GPU has done the step of the issue.
         """
         return self.steps % self.between == self.between // 4
 

@@ -229,7 +229,7 @@ class Descent(torch.optim.Optimizer):
         """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
         if not isinstance(lr, Tensor) or not lr.is_cuda or self._backend == "reference":
             return False
-        return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_no_cuda()
+        return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_not_on(lr.device.index)
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
         got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
@@ -424,7 +424,7 @@ def require_native(model: nn.Module) -> None:
     """Raises if the compiled kernels cannot do the work where the model is."""
     _native.module()
     for name, parameter in model.named_parameters():
-        if parameter.is_cuda and (reason := _native.why_no_cuda()):
+        if parameter.is_cuda and (reason := _native.why_not_on(parameter.device.index)):
             raise _native.NativeUnavailableError(
                 f"backend is 'native', but {name!r} is on {parameter.device} and {reason}; or use backend='auto' "
                 "(plain PyTorch there)"

@@ -9,7 +9,8 @@ weight gradient is computed from it, and put into a gradient of zeros:
 dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
 nothing is computed, and x is not kept for it (the tap of the layer before may keep it); if x requires no gradient,
 back-propagation even ends at the layer's tap (resting.py). Whether that is faster than
-computing everything (gathering takes time, and so does Python) is measured once for each kind of layer and input.
+computing everything (gathering takes time, and so does Python) is measured once for each kind of layer and input. On a
+GPU the CPU waits for that: 12 forward and backward passes of the layer, in the first step that would leave rows out.
 """
 
 from __future__ import annotations
@@ -244,6 +245,8 @@ _measured: dict[Any, bool] = {}
 def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool | None:
     """Whether a layer is faster that computes the gradients of `rows` only, by measuring it once in a process.
 
+    Measuring waits for the GPU.
+
     None where it cannot be measured at this moment.
 
     Where the user asked for deterministic algorithms, only whole layers are left out: parts may change the order of
@@ -276,7 +279,7 @@ def _itself(tensor: Tensor) -> Tensor:
 
 
 def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
-    """Times forward and backward passes, whose gradients go nowhere."""
+    """Times forward and backward passes, whose gradients go nowhere; waits for the GPU after each."""
     inputs = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, weight, bias)]
     wanted = [one for one in inputs if one is not None and one.requires_grad]
 

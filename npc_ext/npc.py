@@ -57,7 +57,9 @@ class NPC(Plastic):
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
             changes. Gradients are meant for the step that follows their forward pass. "layers" does so only where all
             neurons of a layer are certain, which changes no bit; True also for parts of a layer, where a clock says
-            that this is faster, and where the last bits may then differ from run to run.
+            that this is faster, and where the last bits may then differ from run to run. Where it is on, the CPU waits
+            for a GPU now and then: every 8 to 32 steps if it is more than a quarter of that ahead, and while the clock
+            times a layer, once in a process. With False no step waits.
         measure_every: k > 1 measures layers whose neurons are all certain not to move in every k-th step only, with
             eq. 4 taken k steps at once. In between back-propagation ends at the first layer that can still move, and
             parameters of those layers get no gradients. An approximation: the measurements in between count as if they

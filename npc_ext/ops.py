@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -799,7 +799,7 @@ def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
 # ----------------------------------------------------------------------------------------------------------- kernels
 
 
-@lru_cache(maxsize=1)
+@cache
 def _warn_without_native(kernels: str, reason: str) -> None:
     warnings.warn(
         f"npc_ext's {kernels} kernels are not available, plain PyTorch is used instead, which is slower: {reason} "
@@ -830,15 +830,16 @@ _ADAM_CONSTANTS = 14
 
 def native_takes(tensors: Iterable[Tensor]) -> bool:
     """Whether the compiled kernels do the work on these tensors; warns, once, if they would but are missing."""
-    cuda = False
+    gpu = None
     for tensor in tensors:
         if not _launch.supports(tensor):
             return False
-        cuda = cuda or tensor.is_cuda
-    if _native.available() and not (cuda and _native.why_no_cuda()):
-        return True
-    _warn_without_native("CUDA" if cuda else "compiled", _native.why_no_cuda() if cuda else _native.status().reason)
-    return False
+        if tensor.is_cuda:
+            gpu = tensor.device.index
+    reason = _native.status().reason if gpu is None else _native.why_not_on(gpu)
+    if reason:
+        _warn_without_native("compiled" if gpu is None else "CUDA", reason)
+    return not reason
 
 
 def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,15 @@ from . import cuda_on_cpu
 
 settings.register_profile("npc_ext", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("npc_ext")
+
+# Tests of the benchmarks, which need more packages than npc_ext (pip install 'npc_ext[bench]').
+_missing = [name for name in ("pooch", "sklearn") if find_spec(name) is None]
+collect_ignore = ["test_bench.py", "test_continual.py", "test_datasets.py"] if _missing else []
+
+
+def pytest_report_header() -> str:
+    """Says which tests are left out."""
+    return f"not collected, {' and '.join(_missing)} missing: {', '.join(collect_ignore)}" if _missing else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -27,6 +37,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _exact_gpu() -> Iterator[None]:
+    """On a GPU: float32 as it is, not TF32, and the same bits in every run."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    # The context manager of torch is allowed to set flags also after torch.testing._internal was imported.
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        yield
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -38,7 +38,7 @@ def network(
     real, count = reference.compute_dtype(dtype), len(PARAMETERS)
 
     def moments() -> list[Tensor]:
-        return [torch.randn_like(parameter, dtype=real) for parameter in plain["parameters"]]
+        return [torch.randn_like(parameter.cpu(), dtype=real).to(device) for parameter in plain["parameters"]]
 
     return {
         "parameters": plain["parameters"],
@@ -102,6 +102,31 @@ def test_adam_update_agrees_with_the_reference(dtype: torch.dtype, options: dict
     check(network(dtype, **options, device=device))
 
 
+@test_update.around_4096
+@pytest.mark.parametrize("active_only", [False, True])
+def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: bool, device: str) -> None:
+    plain = test_update.wide_network(neurons, active_only=active_only, device=device)
+    count = len(plain["parameters"])
+    names = ("parameters", "gradients", "importances", "measured", "skipped", "layer", "neuron_dim", "groups")
+    of_layers = ("alpha", "beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")
+    check(
+        {
+            **{name: plain[name] for name in names},
+            "first_moments": [torch.randn_like(one.cpu()).to(device) for one in plain["parameters"]],
+            "second_moments": [torch.rand_like(one.cpu()).to(device) for one in plain["parameters"]],
+            "steps": [torch.tensor(3.0, device=device) for _ in range(count)],
+            "lr": [0.01] * count,
+            "first_decay": [0.9] * count,
+            "second_decay": [0.999] * count,
+            "epsilon": [1e-8] * count,
+            "weight_decay": [0.01] * count,
+            "maximize": [False] * count,
+            **{name: plain[name] for name in of_layers},
+            "seeds": [],
+        }
+    )
+
+
 @given(st.data())
 def test_adam_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
@@ -128,7 +153,7 @@ def test_without_neurons_it_is_adamw(dtype: torch.dtype, device: str) -> None:
     steps = [torch.zeros((), device=device)]
     outside: list[Any] = [[], [], torch.zeros(0, dtype=torch.int64, device=device), [-1], [0], [1]]
     for _ in range(20):
-        peer.grad = torch.randn_like(peer)
+        peer.grad = torch.randn_like(peer.cpu()).to(device)
         optimizer.step()
         constants = [[0.01], [0.9], [0.999], [1e-8], [0.1], [False]]
         ops.adam_update_([value], [peer.grad], *moments, steps, *outside, *constants, *[[]] * 5)

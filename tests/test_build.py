@@ -207,7 +207,9 @@ def test_every_cuda_kernel_keeps_to_its_registers_for_every_architecture(tmp_pat
             re.DOTALL,
         )
     kernels = {(name, arch) for name, arch, *_ in reports}
-    assert len({name for name, _ in kernels}) == 33, "24 of importance, 2 of each update, 1 of the whole step"
+    assert len({name for name, _ in kernels}) == 34, (
+        "24 of importance, 2 of each update, 1 of wide layers and 1 of the whole step"
+    )
     assert {arch for _, arch in kernels} == {arch.removesuffix("+PTX") for arch in _native.module().cuda_archs.split()}
     # All are compiled for blocks of 256 threads, two on a multiprocessor at least: 65,536 / 512 registers a thread.
     bad = [report for report in reports if list(map(int, report[2:5])) != [0, 0, 0] or int(report[5]) > 128]
@@ -230,8 +232,12 @@ def test_a_launch_without_a_driver_says_so() -> None:
     from npc_ext import _native
 
     cuda = _native.module().cuda
-    target = cuda.OnStream(0, 0, 0, 0)
-    with pytest.raises(RuntimeError, match="npc_ext: reading the current device failed: cudaError"):
+    target = cuda.OnStream(0, 0)
+    with pytest.raises(
+        RuntimeError,
+        match=r"npc_ext: reading the current device failed: cudaError.*; there is no NVIDIA driver, but the kernels "
+        r"were compiled with CUDA .* update the driver",
+    ):
         cuda.importance(target, 0, 0, 0, 0, 0, (2, 3), (3, 1), (3, 1), 1, 0)
 
 
@@ -283,9 +289,10 @@ def test_an_nvcc_that_is_too_old_is_not_used_and_that_is_said(
 def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from npc_ext import _native, ops
 
-    monkeypatch.setattr(_native, "why_no_cuda", lambda: "the module was compiled without CUDA")
+    monkeypatch.setattr(_native, "why_not_on", lambda device: "the module was compiled without CUDA")
     ops._warn_without_native.cache_clear()
-    on_gpu: Any = SimpleNamespace(is_sparse=False, is_cpu=False, is_cuda=True, dtype=torch.float32)
+    here = torch.device("cuda:0")
+    on_gpu: Any = SimpleNamespace(is_sparse=False, is_cpu=False, is_cuda=True, dtype=torch.float32, device=here)
     with pytest.warns(
         RuntimeWarning, match="CUDA kernels are not available, plain PyTorch .* compiled without CUDA"
     ) as said:
@@ -302,7 +309,8 @@ def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: p
 
     monkeypatch.setattr(_native, "status", lambda: _native.Native(Compiled(), "test"))  # type: ignore[arg-type]
     _native.why_no_cuda.cache_clear()
-    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device="cuda:0")
+    _native.status_on.cache_clear()
+    on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda:0"))
     model: Any = SimpleNamespace(named_parameters=lambda: [("weight", on_gpu)])
     with pytest.raises(
         _native.NativeUnavailableError,
@@ -310,3 +318,101 @@ def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: p
     ):
         descent.require_native(model)
     _native.why_no_cuda.cache_clear()
+    _native.status_on.cache_clear()
+
+
+def on_gpu_without(
+    monkeypatch: pytest.MonkeyPatch, *obstacles: tuple[str, bool], nvcc: Path | None = Path("nvcc")
+) -> list[SimpleNamespace]:
+    """A GPU on which each module that is loaded has its obstacle: the first one, and one built just in time."""
+    from npc_ext import _native
+
+    modules = [
+        SimpleNamespace(__file__=f"/{at}/_C.so", cuda=SimpleNamespace(why_not_on=lambda device, one=one: one))
+        for at, one in enumerate(obstacles)
+    ]
+    monkeypatch.setattr(_native, "status", lambda: _native.Native(modules[0], "test"))  # type: ignore[arg-type]
+    monkeypatch.setattr(_native, "module", lambda: modules[0])
+    monkeypatch.setattr(_native, "why_no_cuda", lambda: "")
+    monkeypatch.setattr(_native, "_import_once", lambda path: modules[-1])
+    monkeypatch.setattr(_build, "build_cached", lambda: Path(modules[-1].__file__))
+    monkeypatch.setattr(_build, "nvcc", lambda: nvcc)
+    return modules
+
+
+CODE = "the module has code for sm_90, but GPU 0 is sm_80 (cudaErrorNoKernelImageForDevice)"
+
+
+def status_on_gpu() -> Any:
+    from npc_ext import _native
+
+    return _native.status_on.__wrapped__(0)  # without what was seen on a GPU that is here
+
+
+def test_a_module_without_code_for_the_gpu_is_compiled_for_it_just_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = on_gpu_without(monkeypatch, (CODE, True), ("", False))
+    native = status_on_gpu()
+    assert native.module is modules[1]
+    assert native.origin == "built just in time: /1/_C.so"
+
+
+def test_a_module_that_runs_on_the_gpu_is_used_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules = on_gpu_without(monkeypatch, ("", False))
+    assert status_on_gpu().module is modules[0]
+
+
+@pytest.mark.parametrize(
+    ("obstacles", "nvcc", "reason"),
+    [
+        ([("the driver is too old", False)], Path("nvcc"), "^the driver is too old$"),
+        ([(CODE, True)], None, "is sm_80 .*there is no nvcc to compile it for this GPU; install the CUDA toolkit"),
+        ([(CODE, True)], Path("nvcc"), "is sm_80 .*; unset NPC_EXT_ARCHS"),
+        ([(CODE, True), (CODE, True)], Path("nvcc"), "is sm_80 .*; unset NPC_EXT_ARCHS"),
+    ],
+)
+def test_what_cannot_run_on_a_gpu_is_explained(
+    obstacles: list[tuple[str, bool]], nvcc: Path | None, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from npc_ext import _native
+
+    on_gpu_without(monkeypatch, *obstacles, nvcc=nvcc)
+    native = status_on_gpu()
+    assert native.module is None
+    assert re.search(reason, native.reason)
+    monkeypatch.setattr(_native, "status_on", lambda device: native)
+    with pytest.raises(_native.NativeUnavailableError, match="npc_ext's CUDA kernels do not run on GPU 0: "):
+        _native.module_on(0)
+
+
+def test_a_failing_compiler_is_part_of_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_gpu_without(monkeypatch, (CODE, True))
+
+    def fail() -> Path:
+        raise _build.BuildError("the C++ compiler failed")
+
+    monkeypatch.setattr(_build, "build_cached", fail)
+    assert "compiling it for this GPU failed: the C++ compiler failed" in status_on_gpu().reason
+
+
+def test_the_module_knows_its_driver_and_the_gpus_architecture() -> None:
+    from . import cuda_on_cpu
+
+    cuda = cuda_on_cpu.module().cuda
+    assert cuda.why_not_on(0) == ("", False)
+    assert cuda.versions() == (13000, 13000, 13000, "580")
+    with cuda_on_cpu.state(driver=12040):
+        sentence, needs_other_code = cuda.why_not_on(0)
+    assert sentence == (
+        "the NVIDIA driver supports CUDA 12.4 at most, but the kernels were compiled with CUDA 13.0 and need a driver "
+        "for CUDA 13.0 or newer (driver 580 or newer); update the driver, or compile npc_ext with an older toolkit "
+        "(NPC_EXT_NVCC=/path/to/nvcc): CUDA 12.1 or newer, whose kernels need driver 530 or newer"
+    )
+    assert not needs_other_code
+    with cuda_on_cpu.state(kernel_error=209):
+        sentence, needs_other_code = cuda.why_not_on(0)
+    assert sentence == "the module has code for sm_cpu, but GPU 0 is sm_90 (cudaErrorNoKernelImageForDevice)"
+    assert needs_other_code
+    with cuda_on_cpu.state(kernel_error=2):
+        sentence, needs_other_code = cuda.why_not_on(0)
+    assert sentence == "npc_ext: looking for a kernel failed: cudaErrorMemoryAllocation, out of memory"
+    assert not needs_other_code

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._triton import has_triton
 
 import npc_ext
 from npc_ext import NPC, NPCAdamW, _native, npc, ops, reference
 
+from . import test_update
 from .test_update import network
+from .tolerances import TRAJECTORY
 
 pytestmark = pytest.mark.gpu
 
@@ -39,8 +42,15 @@ def trainer(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: 
     return train
 
 
+def scratch() -> int:
+    """The bytes that are kept for workspaces on the first GPU."""
+    kept: int = _native.module_on(0).cuda.workspace_bytes(0)
+    return kept
+
+
 def test_the_kernels_are_there() -> None:
     assert not _native.why_no_cuda()
+    assert not _native.why_not_on(0)
 
 
 def test_kernels_run_on_the_current_stream() -> None:
@@ -135,22 +145,125 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
     assert not torch.equal(lr_counts[0], saved[0])
 
 
+def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None:
+    """The workspace is allocated inside of the capture, and replays on any stream find it as it was."""
+    n, g = torch.randn(512, 7, device="cuda"), torch.randn(512, 7, device="cuda")
+    captured, twin = network(momentum=0.9, device="cuda"), network(momentum=0.9, device="cuda")
+    for name in test_update.WRITTEN[:3]:
+        for one, other in zip(captured[name], twin[name], strict=True):
+            other.copy_(one)
+    for name in ("gradients", "measured"):
+        twin[name] = captured[name]
+    ops.importance(n[:3], g[:3])  # loads the module
+    torch.cuda.synchronize()
+    before, graph = scratch(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
+        got = ops.importance(n, g)
+        ops.update_(**captured)
+    assert scratch() - before == 2**20, "of the graph"
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        n.normal_()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            graph.replay()
+        stream.synchronize()
+        ops.update_(**twin)
+        assert torch.equal(got, ops.importance(n, g))
+        for name in test_update.WRITTEN[:3]:
+            assert all(map(torch.equal, captured[name], twin[name]))
+
+
+def test_replays_and_launches_reallocate_no_workspace() -> None:
+    n, stream = torch.randn(512, 7, device="cuda"), torch.cuda.Stream()
+    want = ops.importance(n, n)
+    torch.cuda.synchronize()
+    before = scratch()
+    with torch.cuda.stream(stream):
+        ops.importance(n, n)
+    assert scratch() - before in (0, 4 * 2**20), "of the stream, unless another test has used it"
+    graphs = [torch.cuda.CUDAGraph() for _ in range(2)]
+    results = []
+    for graph in graphs:
+        with torch.cuda.graph(graph, stream=stream):
+            results.append(ops.importance(n, n))
+    kept, allocated = scratch(), torch.cuda.memory_allocated()
+    for _ in range(20):
+        for graph, result in zip(graphs, results, strict=True):
+            graph.replay()
+            assert torch.equal(result, want)
+        assert torch.equal(ops.importance(n, n), want)
+    assert scratch() == kept
+    assert torch.cuda.memory_allocated() <= allocated + want.untyped_storage().nbytes() + 512
+
+
+# Inductor takes long to compile, so it is tried once, with all there is to see.
+COMPILED: list[tuple[dict[str, Any], int]] = [
+    ({"mode": "reduce-overhead"}, 2),
+    ({"backend": "cudagraphs"}, 1),
+    ({"backend": "cudagraphs"}, 2),
+]
+
+
+@pytest.mark.parametrize(("options", "micro_batches"), COMPILED, ids=str)
+def test_a_model_compiled_into_cuda_graphs_trains_as_the_eager_one(options: dict[str, Any], micro_batches: int) -> None:
+    """Gradients that are accumulated need memory of their own, as torch says: those of graphs are overwritten."""
+    if "mode" in options and not has_triton():
+        pytest.skip("Inductor needs Triton")
+    torch._dynamo.reset()
+    ours, twin = model(), model()
+    optimizer, plain = NPC(ours, lr=0.05, delta=0.9), NPC(twin, lr=0.05, delta=0.9)
+    compiled = torch.compile(ours, **options)
+    kept = []
+    for step in range(12):
+        data = [batch() for _ in range(micro_batches)]
+        for own in (optimizer, plain):
+            own.zero_grad(set_to_none=micro_batches == 1)
+        if micro_batches > 1:
+            for one in (*ours.parameters(), *(layer.sink for layer in optimizer.neurons)):
+                one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+        for x, y in data:
+            torch.compiler.cudagraph_mark_step_begin()
+            F.cross_entropy(compiled(x), y).backward()
+            F.cross_entropy(twin(x), y).backward()
+        optimizer.step()
+        plain.step()
+        kept.append(scratch())
+        for got, want in zip(ours.parameters(), twin.parameters(), strict=True):
+            assert (got - want).norm() <= TRAJECTORY * want.norm(), step
+    assert kept[-1] == kept[5], "once captured, nothing is allocated"
+    for name, want in plain.plasticity().items():
+        importance = optimizer.plasticity()[name].importance
+        assert want.importance.any()
+        assert (importance - want.importance).norm() <= TRAJECTORY * want.importance.norm()
+
+
 def _state(optimizer: Any) -> list[Tensor]:
     return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
 
 
-def test_a_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("skip_frozen", [True, False])
+def test_a_step_reads_nothing_from_the_gpu_at_once(skip_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's debug mode does not see waits for events and devices, so those are counted: with skip_frozen, 7 for an event.
+
+    One for each copy of importance, 8 steps after it was sent for. Nothing freezes here, so nothing is timed.
+    """
     ours = model()
     x, y = batch()
-    train = trainer(ours, NPC(ours), x, y)
+    train = trainer(ours, NPC(ours, skip_frozen=skip_frozen), x, y)
     for _ in range(3):
         train()
+    waits = list[str]()
+    wait = torch.cuda.Event.synchronize
+    monkeypatch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append("event"), wait(event))[1])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waits.append("device"))
     torch.cuda.set_sync_debug_mode("error")
     try:
         for _ in range(250):  # more than once through what is looked at now and then
             train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert waits == (["event"] * 7 if skip_frozen else [])
 
 
 def test_memory_does_not_grow() -> None:
@@ -218,6 +331,19 @@ def test_a_model_on_the_second_gpu() -> None:
             step()
     for got, want in zip(ours.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(got.cpu(), want.cpu(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_head_of_128_thousand_neurons() -> None:
+    test_update.check(test_update.wide_network(128_000, inputs=64, device="cuda"))
+    whole = test_update.wide_network(128_000, inputs=64, device="cuda")
+    del whole["measured"]
+    activations = [torch.randn(4, len(one), device="cuda") for one in whole["importances"]]
+    gradients = [torch.randn_like(one) for one in activations]
+    parts = test_update.copied(whole)
+    ops.network_step_(activations, gradients, [1] * 3, [0] * 3, **whole)
+    ops.update_(**parts, measured=[ops.importance(*pair) for pair in zip(activations, gradients, strict=True)])
+    for name in test_update.WRITTEN:
+        assert all(map(torch.equal, whole[name], parts[name]))
 
 
 def test_importance_of_more_than_two_to_the_31_elements() -> None:

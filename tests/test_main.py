@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from npc_ext import _build
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -26,6 +28,7 @@ def test_a_sound_installation_is_described() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for text in ("npc_ext   0.", "torch", "kernels   built", "in use; this processor runs baseline"):
         assert text in result.stdout
+    assert not _build.nvcc() or "; needs a driver for CUDA 1" in result.stdout
 
 
 def test_a_broken_torch_is_reported_and_not_raised(tmp_path: Path) -> None:

@@ -150,8 +150,8 @@ def test_the_operation_refuses_what_does_not_fit(arguments: tuple, message: str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_operation_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    outputs = layouts(torch.randn(shape, device="cuda").relu().to(dtype))
-    gradients = layouts(torch.randn(shape, device="cuda").to(dtype))
+    outputs = layouts(torch.randn(shape).relu().to("cuda", dtype))
+    gradients = layouts(torch.randn(shape).to("cuda", dtype))
     for name, output in outputs.items():
         for gradient in (gradients[name], gradients["contiguous"]):
             check(output, gradient)

@@ -24,13 +24,14 @@ THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
 KERNEL_TESTS = [
     *("tests/test_importance.py", "tests/test_update.py"),
     *("tests/test_adam_update.py", "tests/test_rounding.py"),
-    *("tests/test_anchored_update.py", "tests/test_connection_update.py"),
+    *("tests/test_anchored_update.py", "tests/test_connection_update.py", "tests/test_workspace.py"),
 ]
 # A launch takes a quarter of a second under the thread sanitizer: tests with few launches that, all together, go
 # through every kernel, layout, dtype and option.
 FEW_LAUNCHES = (
     "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
-    "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round"
+    "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round "
+    "or (many_neurons and 4097)"
 )
 
 
@@ -100,7 +101,7 @@ def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(cach
 
 
 def test_cuda_kernels_are_clean_under_the_thread_sanitizer() -> None:
-    options = ["-qs", "-p", "no:cacheprovider", "-k", f"cuda_on_cpu and ({FEW_LAUNCHES})"]
+    options = ["-qs", "-p", "no:cacheprovider", "-k", f"workspace or (cuda_on_cpu and ({FEW_LAUNCHES}))"]
     result = run_with_thread_sanitizer(["-m", "pytest", *KERNEL_TESTS, *options])
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert " passed" in result.stdout

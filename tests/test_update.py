@@ -61,9 +61,9 @@ def network(
         last = torch.channels_last
         return [t.contiguous(memory_format=last) if channels_last and t.ndim == 4 else t for t in made]
 
-    importances = [torch.rand(neurons, device=device) * 0.75 for neurons in LAYERS]
+    importances = [torch.rand(neurons).to(device) * 0.75 for neurons in LAYERS]
     importances[0][:2] = 0
-    measured = [torch.rand(neurons, device=device) * 100 for neurons in LAYERS]
+    measured = [torch.rand(neurons).to(device) * 100 for neurons in LAYERS]
     measured[1][:40] = 0
     return {
         "parameters": tensors(),
@@ -179,11 +179,11 @@ def test_update_of_one_parameter_of_a_random_shape(count: int, device: str) -> N
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> None:
     def cut(size: int) -> Tensor:
-        return torch.randn(size + offset, device=device)[offset:].view(-1, 24)
+        return torch.randn(size + offset).to(device)[offset:].view(-1, 24)
 
     weight, gradient, buffer = cut(240), cut(240), cut(240)
     exact, velocity = weight.double(), buffer.double()
-    average, skipped = torch.rand(10, device=device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
+    average, skipped = torch.rand(10).to(device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
     rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
     none = [torch.empty(0, device=device)]
     ops.update_([weight], [gradient], [buffer], [average], none, skipped, *rest)
@@ -243,10 +243,10 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
     count = layers * each + 3  # the last three belong to no layer
 
     def tensors(number: int) -> list[Tensor]:
-        return [torch.randn(4, 5, device=device) for _ in range(number)]
+        return [torch.randn(4, 5).to(device) for _ in range(number)]
 
     weights, gradients = tensors(count), tensors(count)
-    averages, measured = ([torch.rand(4, device=device) for _ in range(layers)] for _ in range(2))
+    averages, measured = ([torch.rand(4).to(device) for _ in range(layers)] for _ in range(2))
     skipped = torch.zeros(layers, dtype=torch.int64, device=device)
     exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
     layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
@@ -260,13 +260,105 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
         torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
+# On CUDA, layers above 4,096 neurons have their importance summed once, before the update (csrc/cuda/wide.h).
+around_4096 = pytest.mark.parametrize("neurons", [4096, 4097, 6000])
+
+
+def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, device: str = "cpu") -> dict[str, Any]:
+    """Arguments of `update_` for a layer of many neurons, one of few, and one of many that has no parameters."""
+    shapes, layers = [(neurons, inputs), (3, 5), (neurons,), (7,)], (neurons, 3, neurons + 1)
+    count = len(shapes)
+
+    def tensors() -> list[Tensor]:
+        return [torch.randn(shape).to(device) for shape in shapes]
+
+    measured = [torch.rand(size).to(device) for size in layers]
+    for one in measured:
+        one[::3] = 0
+    return {
+        "parameters": tensors(),
+        "gradients": tensors(),
+        "momentum_buffers": tensors(),
+        "importances": [torch.rand(size).to(device) * 0.75 for size in layers],
+        "measured": measured,
+        "skipped": torch.zeros(len(layers), dtype=torch.int64, device=device),
+        "layer": [0, 1, 0, -1],
+        "neuron_dim": [0] * count,
+        "groups": [1] * count,
+        "lr": [0.1] * count,
+        "momentum": [0.9] * count,
+        "nesterov": [False] * count,
+        "weight_decay": [0.0] * count,
+        "maximize": [False] * count,
+        "alpha": [0.05] * 3,
+        "beta": [0.5] * 3,
+        "delta": [0.9, 0.99, 0.8],
+        "sigma": ["sigmoid"] * 3,
+        "active_only": [active_only] * 3,
+        "grad_scale": None,
+        "found_inf": None,
+    }
+
+
+@around_4096
+@pytest.mark.parametrize("active_only", [False, True])
+def test_update_of_layers_of_very_many_neurons(neurons: int, active_only: bool, device: str) -> None:
+    arguments = wide_network(neurons, active_only=active_only, device=device)
+    before = [average.clone() for average in arguments["importances"]]
+    check(arguments)
+    assert not any(map(torch.equal, arguments["importances"], before))
+    assert not arguments["skipped"].any()
+
+
+@around_4096
+def test_many_neurons_with_non_finite_importance_keep_their_average_and_are_counted(neurons: int, device: str) -> None:
+    arguments = wide_network(neurons, device=device)
+    arguments["measured"][0][-1], arguments["measured"][2][5] = torch.nan, torch.inf
+    before = copied(arguments)
+    ops.update_(**arguments)
+    assert arguments["skipped"].tolist() == [1, 0, 1]
+    changed = [not torch.equal(a, b) for a, b in zip(arguments["importances"], before["importances"], strict=True)]
+    assert changed == [False, True, False]
+
+
+@around_4096
+def test_many_neurons_do_not_change_on_overflow_nor_their_average_unmeasured(neurons: int, device: str) -> None:
+    arguments = wide_network(neurons, device=device)
+    arguments["found_inf"] = torch.tensor(1.0, device=device)
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for name in WRITTEN:
+        assert all(map(torch.equal, arguments[name], before[name]))
+    arguments["found_inf"] = torch.tensor(0.0, device=device)
+    arguments["measured"] = [torch.empty(0, device=device)] * 3
+    ops.update_(**arguments)
+    assert all(map(torch.equal, arguments["importances"], before["importances"]))
+    assert not torch.equal(arguments["parameters"][0], before["parameters"][0])
+
+
+def test_any_number_of_layers_of_very_many_neurons(device: str) -> None:
+    layers, neurons = 34, 4097
+    averages, measured = ([torch.rand(neurons).to(device) for _ in range(layers)] for _ in range(2))
+    exact, skipped = [average.double() for average in averages], torch.zeros(layers, dtype=torch.int64, device=device)
+    weight, gradient = (torch.randn(neurons, 1).to(device) for _ in range(2))
+    per_layer = ([0.05] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
+    rest = (skipped, [33], [0], [1], [0.1], [0.0], [False], [0.0], [False], *per_layer)
+    exact_weight = weight.double()
+    ops.update_([weight], [gradient], [], averages, measured, *rest)
+    in_double = ([gradient.double()], [], exact, [one.double() for one in measured])
+    reference.update_([exact_weight], *in_double, *rest)
+    for got, want in zip(averages, exact, strict=True):
+        assert_average(got, want, neurons)
+    torch.testing.assert_close(weight.double(), exact_weight, rtol=1e-5, atol=1e-5)
+
+
 def check_one_parameter(groups: int, rows: int, run: int, dim: int, dtype: torch.dtype, device: str) -> None:
     shape = [2 * groups if groups > 1 else 3, 4, run]
     dim = 1 if groups > 1 else dim
     shape[dim] = rows
     parameter, neurons = torch.randn(shape).to(device, dtype), rows * groups
-    importance = torch.rand(neurons, device=device) * 0.75
-    gradient = torch.randn_like(parameter)
+    importance = torch.rand(neurons).to(device) * 0.75
+    gradient = torch.randn_like(parameter.cpu()).to(device)
     exact, options = (
         parameter.double(),
         ([], [importance], [torch.empty(0, device=device)], torch.zeros(1, dtype=torch.int64, device=device)),
@@ -413,6 +505,31 @@ def test_network_step_is_importance_and_then_update(dtype: torch.dtype, device: 
         assert all(map(torch.equal, whole[name], parts[name]))
 
 
+@around_4096
+@pytest.mark.parametrize("active_only", [False, True])
+def test_network_step_of_very_many_neurons_is_importance_and_then_update(
+    neurons: int, active_only: bool, device: str
+) -> None:
+    whole = wide_network(neurons, active_only=active_only, device=device)
+    del whole["measured"]
+    activations, gradients = ([torch.randn(2, len(one)).to(device) for one in whole["importances"]] for _ in range(2))
+    for gradient in gradients:
+        gradient[:, ::3] = 0
+    gradients[2][0, 1] = torch.nan
+    inputs: list[Any] = [activations, gradients, [1] * 3, [0] * 3]
+    parts, nothing = copied(whole), copied(whole)
+    ops.network_step_(*inputs, **{**nothing, "found_inf": torch.tensor(1.0, device=device)})
+    for name in WRITTEN:
+        assert all(map(torch.equal, nothing[name], whole[name]))
+    ops.network_step_(*inputs, **whole)
+    measured = [ops.importance(n, g) for n, g in zip(activations, gradients, strict=True)]
+    ops.update_(**parts, measured=measured)
+    assert whole["skipped"].tolist() == [0, 0, 1]
+    for name in WRITTEN:
+        assert all(map(torch.equal, whole[name], parts[name]))
+    assert not torch.equal(whole["importances"][0], nothing["importances"][0])
+
+
 @given(st.data())
 def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
     draw = data.draw
@@ -455,7 +572,7 @@ def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
     n, g = torch.randn(4, 64, 5, 5).to(device), torch.randn(4, 64, 5, 5).to(device)
     weight, bias, average = (tensor.to(device) for tensor in (torch.randn(64, 27), torch.randn(64), torch.rand(64)))
     skipped = torch.zeros(1, dtype=torch.int64, device=device)
-    gradients = [torch.randn_like(weight), torch.randn_like(bias)]
+    gradients = [torch.randn_like(one.cpu()).to(device) for one in (weight, bias)]
     mine = [weight.clone(), bias.clone(), average.clone()]
     exact = [tensor.double() for tensor in mine]
     options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.04, "beta": 0.6}

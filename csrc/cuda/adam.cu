@@ -86,9 +86,9 @@ __global__ void __launch_bounds__(kThreads, 2) adam_update_kernel(const __grid_c
 
 }  // namespace
 
-int64_t launch_adam_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace) {
+void launch_adam_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  return launch_parts<SmallNetwork, LargeNetwork>(params, workspace, [&](const auto& network) {
+  launch_parts<SmallNetwork, LargeNetwork>(params, stream, [&](const auto& network) {
     launch(adam_update_kernel<std::decay_t<decltype(network)>>, network.items, false, stream, network);
   });
 }

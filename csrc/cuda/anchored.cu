@@ -103,7 +103,7 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
 
 }  // namespace
 
-int64_t launch_anchored_update(const UpdateParams& params, const Stream& stream, const Workspace&) {
+void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
   std::vector<const ParameterParams*> parameters;
   int64_t size = 0;
@@ -120,7 +120,6 @@ int64_t launch_anchored_update(const UpdateParams& params, const Stream& stream,
         part <= SmallNetwork::kParameters ? launch_parameters<SmallNetwork> : launch_parameters<LargeNetwork>;
     launch_part(params, &parameters[first], part, item, stream);
   }
-  return 0;
 }
 
 }  // namespace npc::cuda

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "elements.h"
+#include "workspace.h"
 
 namespace npc::cuda {
 namespace {
@@ -176,11 +177,9 @@ __global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __
   ConnectionShared& shared = shared_memory<ConnectionShared>();
   measure(network, shared);
   grid_barrier();
-  if (blockIdx.x == 0) {
-    for (int layer = 0; layer < network.layer_count; ++layer) {
-      const Total total = total_of(network, layer, shared);
-      if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
-    }
+  for (int layer = static_cast<int>(blockIdx.x); layer < network.layer_count; layer += static_cast<int>(gridDim.x)) {
+    const Total total = total_of(network, layer, shared);
+    if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
   }
   Total total = {0.0f, 0.0f};
   int layer = -1;
@@ -230,8 +229,13 @@ std::vector<Part> divide(const UpdateParams& params) {
   return parts;
 }
 
+// What a part needs of scratch, on a device that runs so many blocks at a time.
+int64_t scratch_bytes(const Part& part, int64_t resident) {
+  return 2 * Scratch::bytes_of<float>(static_cast<int64_t>(part.layers.size()) * resident);
+}
+
 template <class N>
-void launch_part(const UpdateParams& params, const Part& part, Scratch& scratch, const Stream& stream) {
+void launch_part(const UpdateParams& params, const Part& part, const Stream& stream) {
   N network{};
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
@@ -259,28 +263,29 @@ void launch_part(const UpdateParams& params, const Part& part, Scratch& scratch,
   }
   if (network.items == 0) return;
   const int64_t blocks = std::min(network.items, resident);
-  network.partial_sums = scratch.floats(network.layer_count * blocks);
-  network.partial_counts = scratch.floats(network.layer_count * blocks);
-  if (!scratch.missing()) launch(connection_update_kernel<N>, blocks, true, stream, network);
+  Scratch scratch(stream, scratch_bytes(part, resident));  // launches follow each other, so they may share it
+  network.partial_sums = scratch.array<float>(network.layer_count * blocks);
+  network.partial_counts = scratch.array<float>(network.layer_count * blocks);
+  launch(connection_update_kernel<N>, blocks, true, stream, network);
 }
 
 }  // namespace
 
-int64_t launch_connection_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace) {
+void launch_connection_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  // Launches follow each other, so they share the scratch that the largest of them needs.
-  const int64_t blocks = std::max(resident_blocks(connection_update_kernel<SmallNetwork>),
-                                  resident_blocks(connection_update_kernel<LargeNetwork>));
-  Scratch most(workspace);
-  most.floats(2 * (LargeNetwork::kLayers + 4) * blocks);
-  if (most.missing()) return most.needed();
-  for (const Part& part : divide(params)) {
-    Scratch scratch(workspace);
-    const bool small = part.layers.size() <= SmallNetwork::kLayers && part.parameters.size() <= SmallNetwork::kParameters;
-    small ? launch_part<SmallNetwork>(params, part, scratch, stream)
-          : launch_part<LargeNetwork>(params, part, scratch, stream);
+  const std::vector<Part> parts = divide(params);
+  const auto is_small = [](const Part& part) {
+    return part.layers.size() <= SmallNetwork::kLayers && part.parameters.size() <= SmallNetwork::kParameters;
+  };
+  // The scratch of the largest part is there before the first launch, so that a step is done as a whole or not at all.
+  const int64_t resident = std::max(resident_blocks(connection_update_kernel<SmallNetwork>),
+                                    resident_blocks(connection_update_kernel<LargeNetwork>));
+  int64_t bytes = 0;
+  for (const Part& part : parts) bytes = std::max(bytes, scratch_bytes(part, resident));
+  const Scratch largest(stream, bytes);
+  for (const Part& part : parts) {
+    is_small(part) ? launch_part<SmallNetwork>(params, part, stream) : launch_part<LargeNetwork>(params, part, stream);
   }
-  return 0;
 }
 
 }  // namespace npc::cuda

@@ -1,6 +1,7 @@
 // Eq. 2 in one launch, alone or on the way through the backward pass of ReLU; importance.h says how.
 
 #include "importance.h"
+#include "workspace.h"
 
 #include <algorithm>
 
@@ -138,15 +139,15 @@ ImportanceWork divide_importance(const ImportanceParams& params, int64_t blocks)
   return w;
 }
 
-int64_t launch_importance(const ImportanceParams& params, const Stream& stream, const Workspace& workspace) {
+void launch_importance(const ImportanceParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
   ImportanceWork work = divide_importance(params, int64_t{kBlocksPerProcessor} * processors());
-  Scratch scratch(workspace);
-  work.arrived = scratch.counters(work.partial_sums() > 0 ? work.tiles : 0);
-  work.partial = scratch.floats(work.partial_sums());
-  if (scratch.missing()) return scratch.needed();
+  if (const int64_t sums = work.partial_sums(); sums > 0) {
+    Scratch scratch(stream, Scratch::bytes_of<float>(sums));
+    work.arrived = scratch.counters(work.tiles);
+    work.partial = scratch.array<float>(sums);
+  }
   params.gradient_in == nullptr ? launch_kernel<false>(work, stream) : launch_kernel<true>(work, stream);
-  return 0;
 }
 
 }  // namespace npc::cuda

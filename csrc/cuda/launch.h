@@ -12,12 +12,31 @@ namespace npc::cuda {
 constexpr int kWarp = 32;
 constexpr int kBlocksPerProcessor = 8;  // as many as work is divided for, on each multiprocessor
 
+// Empty, or why the installed driver cannot run the kernels and how to fix that.
+std::string why_not_with_this_driver();
+
+// One of the kernels; all are compiled for the same GPUs.
+const void* any_kernel();
+
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // so that nobody else is told of it later
+  const std::string why = why_not_with_this_driver();
   throw std::runtime_error(std::string("npc_ext: ") + what + " failed: " + cudaGetErrorName(error) + ", " +
-                           cudaGetErrorString(error));
+                           cudaGetErrorString(error) + (why.empty() ? "" : "; " + why));
 }
+
+// While it lives, this thread may allocate memory although a stream captures: what it allocates is no part of the graph.
+class RelaxedCapture {
+ public:
+  RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "choosing the capture mode"); }
+  ~RelaxedCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  RelaxedCapture(const RelaxedCapture&) = delete;
+  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
+};
 
 // Makes a device the current one, and the previous one again at the end.
 class OnDevice {
@@ -69,30 +88,5 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, bool cooperative, con
   config.numAttrs = cooperative ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, arguments...), "launching a kernel");
 }
-
-// Takes a launch's scratch out of a workspace: counters, which are zero between launches, and floats.
-class Scratch {
- public:
-  explicit Scratch(const Workspace& workspace) : workspace_(workspace) {}
-
-  unsigned* counters(int64_t count) {
-    unsigned* first = static_cast<unsigned*>(workspace_.data) + counters_;
-    counters_ += count;
-    if (counters_ > kCounters) throw std::length_error("npc_ext: a launch needs more counters than there are");
-    return first;
-  }
-  float* floats(int64_t count) {
-    float* first = static_cast<float*>(workspace_.data) + kCounters + floats_;
-    floats_ += (count + 3) / 4 * 4;  // each begins on 16 bytes
-    return first;
-  }
-  bool missing() const { return workspace_.bytes < needed(); }
-  int64_t needed() const { return (kCounters + floats_) * int64_t{sizeof(float)}; }
-
- private:
-  static constexpr int64_t kCounters = kZeroedBytes / sizeof(unsigned);
-  Workspace workspace_;
-  int64_t counters_ = 0, floats_ = 0;
-};
 
 }  // namespace npc::cuda

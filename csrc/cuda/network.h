@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "update.h"
+#include "wide.h"
 
 namespace npc::cuda {
 
@@ -63,6 +64,12 @@ inline void fill(Parameter& parameter, const ParameterParams& from) {
   parameter.first_neuron = static_cast<int>(from.first_neuron);
 }
 
+inline Layer layer_of(const LayerParams& from) {
+  return {from.importance, from.measured, from.skipped, from.neurons,
+          static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
+          static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
+}
+
 // `blocks`: how many the device runs at a time.
 template <class N>
 N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
@@ -71,12 +78,10 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
   network.found_inf = params.found_inf;
   std::vector<int> place(params.layer_count, -1);
   for (size_t index = 0; index < part.layers.size(); ++index) {
-    const LayerParams& from = params.layers[part.layers[index]];
+    Layer layer = layer_of(params.layers[part.layers[index]]);
+    if (!part.moves_average[index]) layer.measured = nullptr;
     place[part.layers[index]] = network.layer_count;
-    network.layers[network.layer_count++] = {
-        from.importance, part.moves_average[index] ? from.measured : nullptr, from.skipped, from.neurons,
-        static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
-        static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
+    network.layers[network.layer_count++] = layer;
   }
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
@@ -112,23 +117,25 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
 }
 
 // Launches all parts of a network, one after the other, by launch_one(network): as a Small where that holds it, else as a
-// Large. Returns as the functions of api.h do.
+// Large. Wide layers have their C moved before.
 template <class Small, class Large, class LaunchOne>
-int64_t launch_parts(const UpdateParams& params, const Workspace& workspace, const LaunchOne& launch_one) {
+void launch_parts(const UpdateParams& params, const Stream& stream, const LaunchOne& launch_one) {
   static_assert(sizeof(Large) <= kMostArguments);
-  Scratch scratch(workspace);
+  int64_t bytes = 0;
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) bytes += wide_scratch_bytes(params.layers[layer]);
+  Scratch scratch(stream, bytes);
   unsigned* arrived = scratch.counters(Large::kLayers + Large::kParameters);  // launches follow each other
-  if (scratch.missing()) return scratch.needed();
+  const std::vector<LayerParams> layers = average_wide_layers(params, scratch, stream);
+  UpdateParams rest = params;
+  rest.layers = layers.data();
   const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();
   const auto launch_as = [&](auto network) {
     network.arrived = arrived;
     if (network.items > 0) launch_one(network);
   };
-  for (const Part& part : divide_network<Large>(params)) {
-    fits<Small>(part) ? launch_as(describe<Small>(params, part, blocks))
-                      : launch_as(describe<Large>(params, part, blocks));
+  for (const Part& part : divide_network<Large>(rest)) {
+    fits<Small>(part) ? launch_as(describe<Small>(rest, part, blocks)) : launch_as(describe<Large>(rest, part, blocks));
   }
-  return 0;
 }
 
 }  // namespace npc::cuda

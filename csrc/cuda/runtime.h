@@ -10,11 +10,14 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstdint>
 #include <cuda/atomic>
 
 namespace npc::cuda {
 
 constexpr int kThreads = 256;  // of every block
+constexpr int64_t kFirstBytes = int64_t{4} << 20;         // of a stream's workspace; more than most launches need
+constexpr int64_t kFirstCaptureBytes = int64_t{1} << 20;  // of a workspace inside a CUDA graph
 
 // The block's shared memory as a T, the same for all its threads.
 template <class T>

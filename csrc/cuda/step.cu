@@ -11,6 +11,7 @@ using StepNetwork = Network<120, 36>;
 
 struct NetworkStep {
   StepNetwork network;
+  WideLayers<StepNetwork::kLayers> wide;
   int64_t blocks[StepNetwork::kLayers + 1];  // of eq. 2, counted up through the layers
   ImportanceWork importance[StepNetwork::kLayers];
 };
@@ -54,58 +55,81 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
   StepShared& shared = shared_memory<StepShared>();
   importance_of_all(step, shared.importance);
   grid_barrier();
+  if (step.wide.layer_count > 0) {
+    sum_chunks(step.wide, shared.update);
+    grid_barrier();
+    average_chunks(step.wide, shared.update);
+    grid_barrier();
+  }
   for (int64_t item = blockIdx.x; item < step.network.items; item += gridDim.x) {
     update_item(step.network, item, shared.update);
   }
 }
 
-// Describes a part of a network, whose layers are all measured, and takes its scratch.
-NetworkStep describe_step(const ImportanceParams* inputs, const UpdateParams& params, const Part& part,
+// What a layer needs of scratch.
+int64_t scratch_bytes(const LayerParams& layer, const ImportanceWork& work) {
+  return Scratch::bytes_of<float>(work.partial_sums()) + Scratch::bytes_of<float>(work.params.neurons) +
+         wide_scratch_bytes(layer);
+}
+
+// Describes a part of a network, whose layers are all measured, and takes its scratch. `works`: eq. 2 of every layer.
+NetworkStep describe_step(const std::vector<ImportanceWork>& works, const UpdateParams& params, const Part& part,
                           int64_t resident, Scratch& scratch) {
   NetworkStep step{};
   StepNetwork& network = step.network;
   network = describe<StepNetwork>(params, part, resident);
   network.arrived = scratch.counters(network.layer_count);
-  const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance(): the same bits
   for (int layer = 0; layer < network.layer_count; ++layer) {
     step.blocks[layer + 1] = step.blocks[layer];
     if (!part.moves_average[layer]) continue;
     ImportanceWork& work = step.importance[layer];
-    work = divide_importance(inputs[part.layers[layer]], blocks);
+    work = works[part.layers[layer]];
     work.arrived = scratch.counters(work.partial_sums() > 0 ? work.tiles : 0);
-    work.partial = scratch.floats(work.partial_sums());
-    float* measured = scratch.floats(work.params.neurons);
-    network.layers[layer].measured = measured;
+    work.partial = scratch.array<float>(work.partial_sums());
+    float* measured = scratch.array<float>(work.params.neurons);
     work.params.out = measured;
     step.blocks[layer + 1] += work.blocks();
+    if (is_wide(params.layers[part.layers[layer]])) {
+      Layer wide = network.layers[layer];
+      wide.measured = measured;
+      step.wide.add(wide);
+    } else {
+      network.layers[layer].measured = measured;
+    }
   }
+  step.wide.sums = scratch.array<ChunkSum>(step.wide.chunks());
   return step;
 }
 
 }  // namespace
 
-int64_t launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream,
-                            const Workspace& workspace) {
+void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
   const int64_t resident = resident_blocks(step_kernel);
-  // Every layer is measured; describe_step() says where its sums will be.
+  const int64_t blocks_of_importance = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance()
+  // Every layer is measured; describe_step() says where its sums will be. The update finds the C of wide layers moved.
   std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
-  for (LayerParams& layer : layers) layer.measured = layer.importance;
+  std::vector<ImportanceWork> works;
+  int64_t bytes = 0;
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) {
+    layers[layer].measured = is_wide(layers[layer]) ? nullptr : layers[layer].importance;
+    works.push_back(divide_importance(inputs[layer], blocks_of_importance));
+    bytes += scratch_bytes(layers[layer], works.back());
+  }
   UpdateParams measured = params;
   measured.layers = layers.data();
 
-  Scratch scratch(workspace);
+  // All scratch is there before the first launch, so that a step is done as a whole or not at all.
+  Scratch scratch(stream, bytes);
   std::vector<NetworkStep> steps;
   for (const Part& part : divide_network<StepNetwork>(measured)) {
-    steps.push_back(describe_step(inputs, measured, part, resident, scratch));
+    steps.push_back(describe_step(works, measured, part, resident, scratch));
   }
-  // All scratch is there before the first launch, so that a step is done as a whole or not at all.
-  if (scratch.missing()) return scratch.needed();
   for (const NetworkStep& step : steps) {
-    const int64_t blocks = std::max(step.network.items, step.blocks[step.network.layer_count]);
+    const int64_t blocks =
+        std::max({step.network.items, step.blocks[step.network.layer_count], step.wide.chunks()});
     if (blocks > 0) launch(step_kernel, std::min(blocks, resident), true, stream, step);
   }
-  return 0;
 }
 
 }  // namespace npc::cuda

@@ -16,9 +16,11 @@ __global__ void __launch_bounds__(kThreads, 3) update_kernel(const __grid_consta
 
 }  // namespace
 
-int64_t launch_update(const UpdateParams& params, const Stream& stream, const Workspace& workspace) {
+const void* any_kernel() { return reinterpret_cast<const void*>(update_kernel<SmallNetwork>); }
+
+void launch_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  return launch_parts<SmallNetwork, LargeNetwork>(params, workspace, [&](const auto& network) {
+  launch_parts<SmallNetwork, LargeNetwork>(params, stream, [&](const auto& network) {
     launch(update_kernel<std::decay_t<decltype(network)>>, network.items, false, stream, network);
   });
 }

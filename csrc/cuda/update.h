@@ -3,7 +3,8 @@
 // The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
 // on one item at a time. It sums its layer's measured importance (as every block of the layer does, in the same order,
 // so that all agree), computes the new average C and from it the plasticity of the neurons that its elements belong to,
-// and moves the elements. C itself is written by the layer's last block to have read it.
+// and moves the elements. C itself is written by the layer's last block to have read it. Layers of very many neurons
+// have their C moved before (wide.h).
 //
 // The last block of a parameter counts its steps, where they are counted.
 //
@@ -54,21 +55,32 @@ struct UpdateShared {
   bool last;
 };
 
-// A layer's sum over measured importance, and the number of neurons in eq. 3's mean.
+// The sum over measured importance of some neurons of a layer, and how many of them count in eq. 3's mean.
+struct ChunkSum {
+  double sum;
+  int64_t active;
+};
+
+// The same of a whole layer.
 struct Total {
   float sum, neurons;
 };
 
-__device__ inline Total total_of(const Layer& layer, UpdateShared& shared) {
+// The sum over neurons [begin, end), in all threads of the block.
+__device__ inline ChunkSum sum_of(const Layer& layer, int64_t begin, int64_t end, UpdateShared& shared) {
   double sum = 0;
   int64_t active = 0;
-  for (int64_t i = thread(); i < layer.neurons; i += kThreads) {
+  for (int64_t i = begin + thread(); i < end; i += kThreads) {
     sum += layer.measured[i];
     active += layer.measured[i] > 0.0f;
   }
   const double total = sum_over_block(sum, shared.totals);
-  active = layer.active_only ? sum_over_block(active, shared.counts) : layer.neurons;
-  return {static_cast<float>(total), static_cast<float>(active)};
+  return {total, layer.active_only ? sum_over_block(active, shared.counts) : end - begin};
+}
+
+__device__ inline Total total_of(const Layer& layer, UpdateShared& shared) {
+  const ChunkSum all = sum_of(layer, 0, layer.neurons, shared);
+  return {static_cast<float>(all.sum), static_cast<float>(all.active)};
 }
 
 // C_i after eqs. 3 and 4. Sums that are zero or not finite leave it as it is.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 import subprocess
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +24,7 @@ CSRC = _build.source_dir()
 SOURCES = [
     *("bindings.cpp", "cpu/kernels_baseline.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
     *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
-    *("cuda/adam.cu", "cuda/connections.cu"),
+    *("cuda/adam.cu", "cuda/connections.cu", "cuda/wide.cu", "cuda/workspace.cu", "cuda/support.cu"),
 ]
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 
@@ -75,19 +78,23 @@ def module() -> ModuleType:
     return _native._import_from(build(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
-_workspace = torch.zeros(1, dtype=torch.int64)
+def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
+    """`npc_ext._launch._launch` as it is for a GPU, with the CPU's memory and a stream of any number."""
+    cuda = module().cuda
+    getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 
 
-def launch(kernel: str, device: torch.device, *arguments: Any) -> None:
-    """`npc_ext._launch._launch` as it is for a GPU, with the CPU's memory and a workspace that is first too small."""
-    global _workspace
-
-    def call() -> int:
-        cuda = module().cuda
-        target = cuda.OnStream(0, 0, _workspace.data_ptr(), _workspace.nbytes)
-        return int(getattr(cuda, kernel)(target, *arguments))
-
-    if missing := call():
-        assert missing > _workspace.nbytes
-        _workspace = torch.zeros((missing + 7) // 8, dtype=torch.int64)
-        assert call() == 0
+@contextmanager
+def state(**values: int) -> Iterator[None]:
+    """Sets variables of the "GPU" for a while: capture, free_bytes, driver, kernel_error (see cuda_on_cpu.h)."""
+    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong}
+    library = ctypes.CDLL(str(module().__file__))
+    variables = {name: kinds.get(name, ctypes.c_int).in_dll(library, f"cuda_on_cpu_{name}") for name in values}
+    before = {name: variable.value for name, variable in variables.items()}
+    for name, variable in variables.items():
+        variable.value = values[name]
+    try:
+        yield
+    finally:
+        for name, variable in variables.items():
+            variable.value = before[name]

@@ -7,6 +7,10 @@
 //
 // A switch breaks the kernels, so that tests can show that the thread sanitizer objects: with
 // CUDA_ON_CPU_WITHOUT_BARRIER_IN="name" the barriers in the function of that name do nothing.
+//
+// Tests find the variables in "state" by their names and set them: what the "GPU" is like, and whether streams capture.
+// As on a GPU, a capture forbids allocations, unless the thread's capture mode is relaxed. A capture here runs kernels at
+// once; what else would become a node of the graph is an error, because the launches of npc_ext are to be kernels only.
 #pragma once
 
 #include <algorithm>
@@ -15,6 +19,7 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
@@ -96,6 +101,8 @@ T shuffle_xor(T value, int offset) {
 namespace npc::cuda {
 
 constexpr int kThreads = 64;  // two warps: enough for what goes on between warps
+// Workspaces are as small as they can be, so that the address sanitizer sees an index beyond their end.
+constexpr int64_t kFirstBytes = 0, kFirstCaptureBytes = 0;
 
 template <class T>
 T& shared_memory() {
@@ -152,26 +159,118 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; 
 
 // ------------------------------------------------------------------------------------------------------------- runtime
 
+// "State", as tests set it.
+#define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
+CUDA_ON_CPU_STATE unsigned long long cuda_on_cpu_capture = 0;  // the id of the capture that all streams are in, or 0
+CUDA_ON_CPU_STATE long long cuda_on_cpu_free_bytes = -1;       // device memory that is left, -1: any amount
+CUDA_ON_CPU_STATE int cuda_on_cpu_driver = 13000;              // the CUDA version that the driver supports
+CUDA_ON_CPU_STATE int cuda_on_cpu_kernel_error = 0;            // a cudaError_t: looking for a kernel fails so
+
+#define CUDART_VERSION 13000
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidDevice, cudaErrorCooperativeLaunchTooLarge };
-enum { cudaDevAttrMultiProcessorCount };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
+  cudaErrorInvalidDeviceFunction = 98,
+  cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidKernelImage = 200,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidPtx = 218,
+  cudaErrorJitCompilerNotFound = 221,
+  cudaErrorUnsupportedPtxVersion = 222,
+  cudaErrorJitCompilationDisabled = 223,
+  cudaErrorCooperativeLaunchTooLarge = 720,
+  cudaErrorStreamCaptureUnsupported = 900,
+  cudaErrorStreamCaptureImplicit = 906,
+};
+enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum { cudaLaunchAttributeCooperative };
+enum { cudaStreamNonBlocking = 1 };
+enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
+
+namespace cuda_on_cpu {
+
+inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
+inline char created_stream;  // the handle of every stream that is created: none of them captures
+
+inline bool captures(cudaStream_t stream) { return cuda_on_cpu_capture != 0 && stream != &created_stream; }
+inline bool forbids_unsafe_calls() {
+  return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed;
+}
+
+}  // namespace cuda_on_cpu
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "cudaErrorInvalidDevice" : "cudaErrorCooperativeLaunchTooLarge";
+  switch (error) {
+    case cudaErrorMemoryAllocation: return "cudaErrorMemoryAllocation";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorCooperativeLaunchTooLarge: return "cudaErrorCooperativeLaunchTooLarge";
+    case cudaErrorStreamCaptureUnsupported: return "cudaErrorStreamCaptureUnsupported";
+    default: return "another error";
+  }
 }
 inline const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "too many blocks in cooperative launch";
+  switch (error) {
+    case cudaErrorMemoryAllocation: return "out of memory";
+    case cudaErrorInvalidDevice: return "invalid device ordinal";
+    case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+    case cudaErrorCooperativeLaunchTooLarge: return "too many blocks in cooperative launch";
+    case cudaErrorStreamCaptureUnsupported: return "operation not permitted when stream is capturing";
+    default: return "another error";
+  }
 }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_on_cpu_driver, cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) {
-  return *value = cuda_on_cpu::kProcessors, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors
+                                                       : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
+}
+struct cudaFuncAttributes {};
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+  return static_cast<cudaError_t>(cuda_on_cpu_kernel_error);
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
   return *blocks = 2, cudaSuccess;
+}
+
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  return std::swap(*mode, cuda_on_cpu::capture_mode), cudaSuccess;
+}
+inline cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                            unsigned long long* id) {
+  *status = cuda_on_cpu::captures(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return *id = cuda_on_cpu_capture, cudaSuccess;
+}
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
+  return *stream = &cuda_on_cpu::created_stream, cudaSuccess;
+}
+inline cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  return cuda_on_cpu::captures(stream) || cuda_on_cpu::forbids_unsafe_calls() ? cudaErrorStreamCaptureUnsupported
+                                                                              : cudaSuccess;
+}
+inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
+
+// Heap memory of the exact size, filled with garbage.
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (cuda_on_cpu::forbids_unsafe_calls()) return cudaErrorStreamCaptureUnsupported;
+  if (cuda_on_cpu_free_bytes >= 0 && static_cast<long long>(bytes) > cuda_on_cpu_free_bytes) {
+    return cudaErrorMemoryAllocation;
+  }
+  *memory = std::malloc(bytes);
+  std::memset(*memory, 0xCB, bytes);
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t stream) {
+  if (cuda_on_cpu::captures(stream)) return cudaErrorStreamCaptureUnsupported;
+  return std::memset(memory, value, bytes), cudaSuccess;
 }
 
 struct cudaLaunchAttribute {

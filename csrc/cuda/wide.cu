@@ -1,0 +1,47 @@
+// Eqs. 3 and 4 of layers of very many neurons, before the update; wide.h says why and how.
+
+#include "wide.h"
+
+#include "network.h"
+
+namespace npc::cuda {
+namespace {
+
+// By value in the kernel's arguments.
+struct WideNetwork {
+  const float* found_inf;
+  WideLayers<32> wide;
+};
+
+__global__ void __launch_bounds__(kThreads, 2) wide_average_kernel(const __grid_constant__ WideNetwork network) {
+  if (overflowed(network)) return;
+  UpdateShared& shared = shared_memory<UpdateShared>();
+  sum_chunks(network.wide, shared);
+  grid_barrier();
+  average_chunks(network.wide, shared);
+}
+
+void launch_wide(WideNetwork& network, Scratch& scratch, const Stream& stream) {
+  if (network.wide.layer_count == 0) return;
+  const int64_t chunks = network.wide.chunks();
+  network.wide.sums = scratch.array<ChunkSum>(chunks);
+  launch(wide_average_kernel, std::min<int64_t>(chunks, resident_blocks(wide_average_kernel)), true, stream, network);
+  network.wide = {};
+}
+
+}  // namespace
+
+std::vector<LayerParams> average_wide_layers(const UpdateParams& params, Scratch& scratch, const Stream& stream) {
+  std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
+  WideNetwork network{params.found_inf, {}};
+  for (LayerParams& layer : layers) {
+    if (layer.measured == nullptr || !is_wide(layer)) continue;
+    network.wide.add(layer_of(layer));
+    layer.measured = nullptr;
+    if (network.wide.layer_count == decltype(network.wide)::kLayers) launch_wide(network, scratch, stream);
+  }
+  launch_wide(network, scratch, stream);
+  return layers;
+}
+
+}  // namespace npc::cuda
