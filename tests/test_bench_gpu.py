@@ -68,6 +68,15 @@ def fly(flight: str, out: Path, environment: dict[str, str], *arguments: str) ->
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
+def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
+    """Found by their marker, so that a new file is not forgotten."""
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = set(re.findall(r"^tests/(\w+)\.py::", result.stdout, re.MULTILINE))
+    assert files == set(commands.TESTS)
+
+
 def test_the_limits_of_a_flight_add_up_to_no_more_than_its_seconds() -> None:
     assert SECONDS <= 230
     for parts in FLIGHTS.values():

@@ -28,6 +28,7 @@ from typing import Any
 from ..rows import Writer
 from .commands import COMMANDS, Settings
 from .flights import FLIGHTS, SECONDS, Part
+from .prepare import ENVIRONMENT
 from .processes import Command, Worker
 
 _DRY_SLOWER = 5  # a dry run may be on a slow and busy machine
@@ -155,8 +156,8 @@ def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Of all processes: one cache of kernels, built for the GPU of the flights alone."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if not arguments.dry:
-        environment.setdefault("NPC_EXT_ARCHS", "90")
-        environment.setdefault("NPC_EXT_CACHE", str(Path(tempfile.gettempdir()) / "npc_ext-flight"))
+        cache = str(Path(tempfile.gettempdir()) / "npc_ext-flight")
+        environment = {**ENVIRONMENT, "NPC_EXT_CACHE": cache, **environment}
     return environment
 
 

@@ -17,6 +17,8 @@ from npc_ext import _build
 from ..revision import ROOT, RevisionError, checkout
 
 LIBRARY = ROOT / "build" / "flight" / "libstream.so"
+# How the kernels of a flight are built: for Hopper alone, with line numbers for compute-sanitizer and Nsight Compute.
+ENVIRONMENT = {"NPC_EXT_ARCHS": "90", "NVCC_APPEND_FLAGS": "-lineinfo"}
 _STREAM = Path(__file__).with_name("stream.cu")
 
 
@@ -25,7 +27,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.prepare", description=__doc__)
     parser.add_argument("--against", metavar="REV", help="another revision, to be measured beside this one")
     arguments = parser.parse_args()
-    os.environ.setdefault("NPC_EXT_ARCHS", "90")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         folders = [ROOT, *([checkout(arguments.against)] if arguments.against else [])]
         made = [build_stream(LIBRARY), *map(_build_module, folders)]
