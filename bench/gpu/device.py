@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,6 +15,7 @@ from npc_ext import _native
 from ..timing import Case, HostTimer, Timer
 
 _MOST_BYTES_OF_SETS = 8 * 2**30
+_DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
 _CYCLES_PER_SECOND = 2e9  # at most, of a multiprocessor's clock
 
 
@@ -119,6 +121,7 @@ class Device:
         properties = torch.cuda.get_device_properties(0)
         return {
             "gpu": properties.name,
+            "driver": subprocess.run(_DRIVER, capture_output=True, text=True, check=False).stdout.strip(),
             "memory": properties.total_memory,
             "multiprocessors": properties.multi_processor_count,
             "L2 bytes": properties.L2_cache_size,

@@ -1,7 +1,7 @@
 """Builds beforehand what a GPU machine would have to build: `PYTHON -m bench.gpu.prepare [--against REV]`.
 
 Run it with the Python version of that machine; pybind11 and ninja suffice, torch is not needed. NPC_EXT_ARCHS names the
-GPU's architecture (default: 90). It prints the files to take along.
+GPU's architecture (default: 90). It prints what to take along.
 """
 
 from __future__ import annotations
@@ -30,8 +30,11 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        folders = [ROOT, *([checkout(arguments.against)] if arguments.against else [])]
-        made = [build_stream(LIBRARY), *map(_build_module, folders)]
+        made = [build_stream(LIBRARY), _build_module(ROOT)]
+        if arguments.against:
+            other = checkout(arguments.against)
+            _build_module(other)
+            made.append(other)
     except (_build.BuildError, RevisionError) as error:
         print(f"bench.gpu.prepare: {error}", file=sys.stderr)
         return 1
@@ -43,11 +46,12 @@ def main() -> int:
 def _build_module(folder: Path) -> Path:
     """Compiles the module of a checkout into its package, in its own way."""
     target = folder / "npc_ext" / _build.MODULE_FILE
+    objects = ROOT / "build" / "flight" / folder.name
     script = (
         "import sys; from pathlib import Path; from npc_ext import _build; "
         "_build.build(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    command = [sys.executable, "-c", script, str(target), str(folder / "build" / "flight" / _build.MODULE_FILE)]
+    command = [sys.executable, "-c", script, str(target), str(objects)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise _build.BuildError(f"building {folder} failed:\n{result.stderr}")
