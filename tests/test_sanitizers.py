@@ -21,6 +21,7 @@ from . import cuda_on_cpu
 ROOT = Path(__file__).resolve().parents[1]
 ADDRESS = "-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
 THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
+SUPPRESSIONS = cuda_on_cpu.HERE / "thread_sanitizer.supp"
 KERNEL_TESTS = [
     *("tests/test_importance.py", "tests/test_update.py"),
     *("tests/test_adam_update.py", "tests/test_rounding.py"),
@@ -83,7 +84,7 @@ def run_with_thread_sanitizer(arguments: list[str], more: str = "") -> subproces
         ["libtsan.so"],
         CUDA_ON_CPU_FLAGS=flags,
         OMP_NUM_THREADS="1",
-        TSAN_OPTIONS="halt_on_error=1 exitcode=66 report_thread_leaks=0",
+        TSAN_OPTIONS=f"halt_on_error=1 exitcode=66 report_thread_leaks=0 suppressions={SUPPRESSIONS}",
     )
 
 
