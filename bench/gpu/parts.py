@@ -40,7 +40,7 @@ def load(device: Device) -> Iterator[Row]:
     if native.module is None:
         raise RuntimeError(native.reason)
     if not device.dry:
-        if reason := _native.why_no_cuda(0):
+        if reason := _native.why_not_on(0):
             raise RuntimeError(reason)
         ones = torch.ones(4, 8, device=device.name)
         check("the first launch", ops.importance(ones, ones), torch.full((8,), 4.0, device=device.name))
