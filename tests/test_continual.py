@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shlex
 import signal
 import subprocess
@@ -30,6 +29,8 @@ from bench.continual.pool import parallel
 from bench.continual.store import Record, Store, StoreError
 from bench.continual.tasks import Task, joint, split
 from bench.continual.training import Augmentation, Batches, loss_of
+
+pytest.importorskip("sklearn", reason="scikit-learn, which holds the digits, is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
@@ -158,39 +159,6 @@ def test_two_processes_share_a_store(tmp_path: Path, capsys: pytest.CaptureFixtu
     # A run that both had worked on would have more.
     assert all(len(record.environments) == 1 and len(record.steps) == 5 for record in records)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
-
-
-# None among the modules refuses an import, but not the question whether the package is there, which torch asks.
-ALONE = """
-import sys
-sys.modules.update(dict.fromkeys(("pooch", "sklearn", "scipy")))
-from bench.continual.__main__ import main
-sys.exit(main())
-"""
-
-
-def write_cifar100(folder: Path) -> None:
-    """Small files in the form of CIFAR-100's: four images of each class in each half."""
-    folder.mkdir(parents=True)
-    labels = list(range(100)) * 4
-    for half in ("train", "test"):
-        pixels = torch.randint(0, 256, (len(labels), 3072), dtype=torch.uint8).numpy()
-        (folder / half).write_bytes(pickle.dumps({b"data": pixels, b"fine_labels": labels}, protocol=2))
-
-
-def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_path: Path) -> None:
-    write_cifar100(tmp_path / "data" / "cifar-100-python")
-    changes = ["tasks=2", "epochs=1", "epoch_samples=64"]
-    arguments = ["run", "--experiment", "icifar100", "--methods", "npc", "--seeds", "1", "--set", *changes]
-    folders = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]
-    alone = [sys.executable, "-c", ALONE, *arguments, *folders]
-    result = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert only_record(tmp_path / "store").steps == [2, 2]
-    (tmp_path / "data" / "cifar-100-python" / "test").unlink()
-    result = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "the package pooch is not installed; run `pip install pooch`" in result.stderr
 
 
 def succeed(name: Any, *, wait: bool, position: int) -> str:
