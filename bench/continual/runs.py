@@ -204,13 +204,19 @@ def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.op
 
 
 def training_batches(run: Run, number: int, learned: Task, task: Task) -> Batches:
-    """The batches of a task, in order and number its own; the samples are those `learned`, its own or all tasks'."""
+    """The batches for a task, of the samples of `learned`: the task itself, or all tasks joined.
+
+    Raises:
+        ValueError: the task is learned with less than a batch.
+    """
     experiment, protocol = EXPERIMENTS[run.experiment], run.protocol
+    samples = experiments.epoch_samples(protocol, experiment, task, run.folder)
+    steps_of(protocol.epochs, samples, protocol.batch_size)
     return Batches(
         learned,
         batch_size=protocol.batch_size,
         generator=generator_of(run.seed, number),
-        epoch_samples=experiments.epoch_samples(protocol, experiment, task, run.folder),
+        epoch_samples=samples,
         augmentation=experiments.augmentation(experiment, protocol),
     )
 

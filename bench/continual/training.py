@@ -1,7 +1,7 @@
 """Training on one task, and testing: samples stay on the device, and no step waits for the device to answer.
 
-Every batch is whole. A smaller one at an epoch's end would count as much as the others, with far more noise: after four
-samples a gradient can be so large that one step ruins what was learned.
+Every batch is whole. A smaller one at an epoch's end would count as much as the others, and be far noisier: the
+gradient of four samples can be so large that one step ruins what was learned.
 
 An epoch's order, crops and flips are drawn at once and by a generator on the CPU, so that they are the same numbers on
 every machine; a batch is then cut out of the padded images by one gather.
