@@ -34,6 +34,7 @@ def run(*arguments: str) -> str:
 
 
 def test_the_demonstration_writes_table_figures_and_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
     output = run("bench.continual.demo", "--seeds", "2", "--epochs", "2", "--out", str(tmp_path))
     for text in ("| SGD |", "| NPC |", "average", "forgetting", "ms per step"):
         assert text in output
@@ -203,6 +204,7 @@ def test_peers_of_the_methods_take_the_same_step_away_from_the_anchors(name: str
 
 
 def test_tasks_hold_their_own_classes_and_lose_no_sample() -> None:
+    pytest.importorskip("sklearn")
     tasks = digits()
     assert [task.classes for task in tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
     assert sum(len(task.train_labels) for task in tasks) == 1437

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shlex
 import signal
 import subprocess
@@ -17,8 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
-from bench.continual import datasets, experiments, metrics, report, runs
+from bench.continual import datasets, experiments, methods, metrics, report, runs, training
 from bench.continual.__main__ import _parser, main
 from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
@@ -26,10 +28,14 @@ from bench.continual.plan import PLANS
 from bench.continual.pool import parallel
 from bench.continual.store import Record, Store, StoreError
 from bench.continual.tasks import Task, joint, split
-from bench.continual.training import Augmentation, Samples, loss_of
+from bench.continual.training import Augmentation, Batches, loss_of
+
+pytest.importorskip("sklearn", reason="scikit-learn, which holds the digits, is not installed")
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
+# To be added to TINY: epochs that end within a batch of 16.
+UNEVEN = ("epochs=3", "epoch_samples=40")
 
 
 def command(*arguments: str) -> list[str]:
@@ -64,7 +70,7 @@ def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path)
 def test_a_run_that_failed_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["run", *TINY, "--methods", method, "--seeds", "1", "--store"]
+    arguments = ["run", *TINY, *UNEVEN, "--methods", method, "--seeds", "1", "--store"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
 
     learned: list[str] = []
@@ -108,6 +114,36 @@ def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
 
 
+DIES = """
+import os, signal, sys
+from bench.continual.__main__ import main
+
+replace, left = os.replace, int(sys.argv.pop(1))
+
+def dies(*arguments):
+    global left
+    left -= 1
+    if left < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    replace(*arguments)
+
+os.replace = dies
+sys.exit(main())
+"""
+
+
+def test_a_run_that_is_killed_while_it_stores_a_task_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+    """A task is stored by moving the checkpoint to its place, then the record: killed before each, and before the end."""
+    arguments = ["run", *TINY, "tasks=3", "--methods", "npc", "--seeds", "1", "--store"]
+    for moves, tasks in ((0, 0), (1, 0), (2, 2)):
+        killed = [sys.executable, "-c", DIES, str(moves), *arguments, str(tmp_path / "killed")]
+        assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+        assert [len(record.accuracy) for record in Store(tmp_path / "killed").records()] == [tasks] * (tasks > 0)
+    for folder in ("killed", "whole"):
+        assert main([*arguments, str(tmp_path / folder)]) == 0
+    assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
+
+
 def test_two_processes_share_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["run", *TINY, "--methods", "sgd,npc", "--seeds", "2", "--store", str(tmp_path)]
     other = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -123,39 +159,6 @@ def test_two_processes_share_a_store(tmp_path: Path, capsys: pytest.CaptureFixtu
     # A run that both had worked on would have more.
     assert all(len(record.environments) == 1 and len(record.steps) == 5 for record in records)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
-
-
-# None among the modules refuses an import, but not the question whether the package is there, which torch asks.
-ALONE = """
-import sys
-sys.modules.update(dict.fromkeys(("pooch", "sklearn", "scipy")))
-from bench.continual.__main__ import main
-sys.exit(main())
-"""
-
-
-def write_cifar100(folder: Path) -> None:
-    """Small files in the form of CIFAR-100's: four images of each class in each half."""
-    folder.mkdir(parents=True)
-    labels = list(range(100)) * 4
-    for half in ("train", "test"):
-        pixels = torch.randint(0, 256, (len(labels), 3072), dtype=torch.uint8).numpy()
-        (folder / half).write_bytes(pickle.dumps({b"data": pixels, b"fine_labels": labels}, protocol=2))
-
-
-def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_path: Path) -> None:
-    write_cifar100(tmp_path / "data" / "cifar-100-python")
-    changes = ["tasks=2", "epochs=1", "epoch_samples=64"]
-    arguments = ["run", "--experiment", "icifar100", "--methods", "npc", "--seeds", "1", "--set", *changes]
-    folders = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]
-    alone = [sys.executable, "-c", ALONE, *arguments, *folders]
-    result = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert only_record(tmp_path / "store").steps == [2, 2]
-    (tmp_path / "data" / "cifar-100-python" / "test").unlink()
-    result = subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "the package pooch is not installed; run `pip install pooch`" in result.stderr
 
 
 def succeed(name: Any, *, wait: bool, position: int) -> str:
@@ -183,9 +186,12 @@ def test_batches_are_those_of_a_loop_over_samples() -> None:
     labels = torch.arange(7)
     mean, std = torch.rand(1, 3, 1, 1) * 100, torch.rand(1, 3, 1, 1) + 50
     task = Task(tuple(range(7)), images, labels, images, labels, mean, std)
-    samples = Samples(task, Augmentation(padding=2, flip=True))
-    drawn = samples.draw(50, torch.Generator().manual_seed(0))
-    got, got_labels = samples.batch(drawn)
+    generator = torch.Generator().manual_seed(0)
+    batches = Batches(
+        task, batch_size=50, epoch_samples=50, augmentation=Augmentation(padding=2, flip=True), generator=generator
+    )
+    (drawn,) = batches.epoch()
+    got, got_labels = batches.images_and_labels(drawn)
     for row, (sample, top, left, flipped) in enumerate(drawn.tolist()):
         padded = torch.zeros(3, 10, 9)
         padded[:, 2:8, 2:7] = images[sample]
@@ -195,6 +201,61 @@ def test_batches_are_those_of_a_loop_over_samples() -> None:
         assert got_labels[row] == sample
     assert drawn[:7, 0].sort().values.tolist() == list(range(7)), "a pass holds every sample once"
     assert [drawn[:, column].unique().tolist() for column in (1, 2, 3)] == [list(range(5)), list(range(5)), [0, 1]]
+
+
+@settings(max_examples=40)
+@given(samples=st.integers(1, 30), epoch=st.integers(1, 30), size=st.integers(1, 30), epochs=st.integers(1, 6))
+def test_batches_are_whole_and_cut_from_passes_without_a_gap(samples: int, epoch: int, size: int, epochs: int) -> None:
+    images, labels = torch.zeros(samples, 1, 1, 1), torch.zeros(samples, dtype=torch.int64)
+    batches = Batches(
+        Task((0,), images, labels, images, labels),
+        batch_size=size,
+        epoch_samples=epoch,
+        generator=torch.Generator().manual_seed(0),
+    )
+    taken: list[Tensor] = []
+    for number in range(1, epochs + 1):
+        taken += batches.epoch()
+        assert len(taken) == number * epoch // size, "the samples beyond an epoch's last batch are not lost"
+    assert all(len(batch) == size for batch in taken)
+    drawn = torch.cat([batch[:, 0] for batch in taken]) if taken else torch.empty(0)
+    for one_pass in drawn.split(samples):
+        assert len(one_pass.unique()) == len(one_pass), "no sample comes again before all have come"
+
+
+def test_every_step_has_a_whole_batch_and_delta_is_of_the_steps_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    deltas: list[float] = []
+
+    def counted(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
+        sizes.append(len(labels))
+        return loss_of(outputs, labels, task)
+
+    def watched(*positional: Any) -> Any:
+        model, optimizer = fresh(*positional)
+        deltas.append(optimizer.param_groups[0]["delta"])
+        return model, optimizer
+
+    fresh = runs.fresh
+    monkeypatch.setattr(training, "loss_of", counted)
+    monkeypatch.setattr(runs, "fresh", watched)
+    arguments = ["--methods", "npc", "--seeds", "1", "--store", str(tmp_path)]
+    assert main(["run", *TINY, *UNEVEN, "npc.survive=0.5", *arguments]) == 0
+    (steps,) = set(only_record(tmp_path).steps)
+    assert steps == 3 * 40 // 16
+    assert sizes == [16] * 5 * steps
+    assert deltas[0] ** steps == pytest.approx(0.5)
+    assert only_record(tmp_path).protocol["batches"] == "whole"
+
+
+def test_a_task_with_less_than_a_batch_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--methods", "sgd", "--seeds", "1", "--store", str(tmp_path)]
+    assert main(["run", *TINY, "epoch_samples=15", "epochs=2", "batch_size=30", *arguments]) == 0
+    assert only_record(tmp_path).steps == [1] * 5, "an epoch may have no step"
+    assert main(["run", *TINY, "epoch_samples=15", "epochs=2", "batch_size=31", *arguments]) == 1
+    assert "batch_size is 31, but a task is learned with 30 samples in all (2 x 15)" in capsys.readouterr().err
 
 
 def test_joint_training_compares_a_sample_with_its_own_tasks_classes_only() -> None:
@@ -355,8 +416,11 @@ def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes
 def test_a_race_times_the_same_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each contestant comes to the weights of a run of its own, random numbers included."""
     rivals = ["--methods", "npc,ewc,sgd", "--also", "npc.skip_frozen=nothing"]
-    assert main(["race", *TINY, *rivals, "--out", str(tmp_path)]) == 0
-    assert main(["run", *TINY, "--methods", "npc,ewc,sgd", "--seeds", "1", "--store", str(tmp_path / "runs")]) == 0
+    assert main(["race", *TINY, *UNEVEN, *rivals, "--out", str(tmp_path)]) == 0
+    assert (
+        main(["run", *TINY, *UNEVEN, "--methods", "npc,ewc,sgd", "--seeds", "1", "--store", str(tmp_path / "runs")])
+        == 0
+    )
     entries = json.loads((tmp_path / "race-idigits-16-32.json").read_text())["entries"]
     assert list(entries) == ["npc", "skip_frozen=nothing", "ewc", "sgd"]
     accuracy = {record.method: record.accuracy for record in Store(tmp_path / "runs").records()}
@@ -412,9 +476,71 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
 
 
+def older(record: Record) -> Record:
+    """The record as it was before runs trained in whole batches."""
+    protocol = {name: value for name, value in record.settings["protocol"].items() if name != "batches"}
+    return replace(record, settings={**record.settings, "protocol": protocol})
+
+
+def test_the_report_keeps_runs_with_smaller_last_batches_apart_from_others(tmp_path: Path) -> None:
+    old, new = (stored("npc", 0, [[1.0, 0.5], [0.8, last]]) for last in (0.6, 0.4))
+    assert older(old).path != new.path
+    store = Store(tmp_path / "store")
+    store.save(older(old), {})
+    text = report.write(store, tmp_path / "out")
+    assert "| npc | 80.0 | 60.0 | **70.0** |" in text
+    assert "over seeds. The last batch of each epoch was smaller than the others; runs now train in whole" in text
+    assert "Other settings" not in text
+    store.save(new, {})
+    text = report.write(store, tmp_path / "out")
+    assert "| npc | 80.0 | 40.0 | **60.0** |" in text
+    assert "The last batch" not in text.partition("## Search")[0]
+    assert "| npc    | as above    | 60.0" in text
+    assert "| npc    | batches=cut | 70.0" in text
+
+
+def test_searches_with_smaller_last_batches_are_kept_apart_from_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "1"]
+    command = ["search", *TINY, "--methods", "sgd,npc", "--seeds", "1", *options]
+    assert main(command) == 0
+    path = tmp_path / "idigits-small.json"
+    recorded = json.loads(path.read_text())
+    for entry in recorded["methods"].values():
+        del entry["protocol"]["batches"]
+        entry["best"]["lr"] = entry["tried"][0]["settings"]["lr"] = 0.07
+    path.write_text(json.dumps(recorded))
+    assert main([*command, "--methods", "sgd"]) == 0
+    assert list(json.loads(path.read_text())["methods"]) == ["sgd"]
+    assert json.loads((tmp_path / "idigits-small-cut.json").read_text()) == recorded
+    for module in (methods, report):
+        monkeypatch.setattr(module, "SEARCH", tmp_path)
+    assert [defaults(method, "idigits", "small")["lr"] for method in ("sgd", "npc")] == [0.1, 0.07]
+    store = Store(tmp_path / "runs")
+    for method in ("sgd", "npc"):
+        store.save(stored(method, 0, [[1.0, 0.5], [0.8, 0.6]]), {})
+    text = report.write(store, tmp_path / "out")
+    assert text.count("## Search on idigits, small") == 2
+    assert text.count("idigits-small-cut.json. The last batch of each epoch was smaller than the others;") == 1
+    assert text.count("(from a search in which the last batch of each epoch was smaller)") == 1
+    assert "measure after pooling (from a search" in text
+
+
+def test_a_search_decides_the_defaults_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(methods, "SEARCH", tmp_path)
+    for size, rate in (("small", 0.5), ("paper", 0.25)):
+        entry = {"best": {"lr": rate}, "protocol": {"batches": "whole"}}
+        (tmp_path / f"icifar100-{size}.json").write_text(json.dumps({"methods": {"sgd": entry}}))
+        assert defaults("sgd", "icifar100", size)["lr"] == defaults("sgd", "hetero", size)["lr"] == rate
+        assert defaults("sgd", "icifar100", size, tuned=False)["lr"] == METHODS["sgd"].paper["lr"]
+    assert defaults("npc", "icifar100", "paper") == METHODS["npc"].paper
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--set", "batches=cut"], "--set has 'batches'; the protocol has channels"),
         (["--methods", "foo"], "--methods has 'foo'; expected some of npc, cpc"),
         (["--set", "npc.foo=1"], "--set has 'npc.foo'; npc has lr, alpha, beta"),
         (["--set", "foo.lr=1"], "'foo' is no method"),

@@ -9,6 +9,7 @@ import lzma
 import os
 import pickle
 import struct
+import subprocess
 import sys
 import tarfile
 import threading
@@ -20,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pooch
 import pytest
 import torch
 from hypothesis import given, settings
@@ -29,6 +29,7 @@ from hypothesis.extra import numpy as arrays
 
 from bench.continual import datasets, shards
 from bench.continual.datasets import DatasetError, MissingDatasetError, load
+from bench.continual.store import Store
 
 RANDOM = np.random.default_rng(0)
 IMAGES = RANDOM.integers(0, 256, (6, 28, 28), np.uint8)
@@ -90,6 +91,7 @@ def short(value: object) -> str | None:
 
 
 def test_digits_need_no_file_and_are_stretched_to_bytes() -> None:
+    pytest.importorskip("sklearn")
     data = load("digits", Path("no such folder"), download=False)
     assert (data.name, data.classes) == ("Digits", 10)
     assert data.train_images.shape == (1437, 1, 8, 8) and data.test_images.shape == (360, 1, 8, 8)
@@ -219,6 +221,7 @@ def test_the_folder_is_the_argument_then_npc_data_then_the_users_cache(
 
 @pytest.mark.parametrize("cache", [None, "", "/somewhere"])
 def test_the_users_cache_is_the_one_that_pooch_names(monkeypatch: pytest.MonkeyPatch, cache: str | None) -> None:
+    pooch = pytest.importorskip("pooch")
     if cache is None:
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     else:
@@ -423,6 +426,7 @@ class Site:
 
 @pytest.fixture
 def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    pytest.importorskip("pooch")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     site = Site()
     thread = threading.Thread(target=site.server.serve_forever, args=(0.01,))
@@ -560,6 +564,38 @@ def test_no_file_is_fetched_where_the_download_is_not_allowed(
     with pytest.raises(DatasetError, match="allow the download"):
         load("mnist", tmp_path / "data", download=False)
     assert site.requests == []
+
+
+# None among the modules refuses an import, but not the question whether the package is there, which torch asks.
+ALONE = """
+import sys
+sys.modules.update(dict.fromkeys(("pooch", "sklearn", "scipy")))
+from bench.continual.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_path: Path) -> None:
+    pixels = RANDOM.integers(0, 256, (400, 3072), np.uint8)
+    halves = pickle.dumps(cifar(data=pixels, fine_labels=list(range(100)) * 4), 2)
+    folder = write(tmp_path / "data" / "cifar-100-python", {"train": halves, "test": halves})
+    changes = ["tasks=2", "epochs=1", "epoch_samples=64"]
+    arguments = ["run", "--experiment", "icifar100", "--methods", "npc", "--seeds", "1", "--set", *changes]
+    folders = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]
+
+    def run() -> subprocess.CompletedProcess[str]:
+        root = Path(__file__).resolve().parents[1]
+        alone = [sys.executable, "-c", ALONE, *arguments, *folders]
+        return subprocess.run(alone, cwd=root, capture_output=True, text=True, check=False)
+
+    result = run()
+    assert result.returncode == 0, result.stderr
+    (record,) = Store(tmp_path / "store").records()
+    assert record.steps == [2, 2]
+    (folder / "test").unlink()
+    result = run()
+    assert result.returncode == 2
+    assert "the package pooch is not installed; run `pip install pooch`" in result.stderr
 
 
 # Shards

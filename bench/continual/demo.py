@@ -25,7 +25,7 @@ from ..tables import markdown, mean_and_error, percent
 from . import figures
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
-from .training import accuracy_of, train
+from .training import Batches, accuracy_of, steps_of, train
 
 # Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
 DELTA = 0.999
@@ -92,9 +92,8 @@ def learn(
                 bar.set_postfix_str(f"task {number}/{len(tasks)}, loss {loss:.3f}, accuracy {so_far:.1%}")
                 bar.update()
 
-            more, spent = train(
-                model, optimizer, task, epochs=epochs, batch_size=batch_size, generator=generator, on_epoch=on_epoch
-            )
+            batches = Batches(task, batch_size=batch_size, generator=generator)
+            more, spent = train(model, optimizer, batches, epochs=epochs, on_epoch=on_epoch)
             steps, seconds = steps + more, seconds + spent
             accuracy.append([accuracy_of(model, other) for other in tasks])
             bar.write(
@@ -132,9 +131,14 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.seeds < 2:
         parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
+    tasks = digits()
+    try:
+        for task in tasks:
+            steps_of(arguments.epochs, len(task.train_labels), arguments.batch_size)
+    except ValueError as error:
+        parser.error(str(error))
     arguments.out.mkdir(parents=True, exist_ok=True)
 
-    tasks = digits()
     names = [" or ".join(map(str, task.classes)) for task in tasks]
     started = time.perf_counter()
     runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}

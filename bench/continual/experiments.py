@@ -31,13 +31,15 @@ class Protocol:
         channels, hidden: widths of the convolutions and of the hidden layer.
         epochs: per task.
         epoch_samples: samples in an epoch; 0: as many as the task's whole data set has for training.
-        batch_size: samples per step.
+        batch_size: samples in every step.
         tasks: how many tasks are learned; 0: all.
         train_samples, test_samples: the most samples of a task that are used; 0: all.
         shrink: images are averaged over squares of so many pixels.
         class_order: seed of the permutation of classes; -1: their own order.
         datasets: names of the data sets there are.
         validation: test on samples held out of the training set, never on test samples.
+        batches: "whole": what an epoch leaves over begins the next one. Records without it are "cut": the last batch
+            of each of their epochs had fewer samples. No run can choose it.
     """
 
     channels: tuple[int, ...] = (128, 512, 256)
@@ -52,6 +54,7 @@ class Protocol:
     class_order: int = -1
     datasets: tuple[str, ...] = ()
     validation: bool = False
+    batches: str = "whole"
 
     def __post_init__(self) -> None:
         """Raises ValueError, in a sentence, for what no run could have."""
@@ -61,6 +64,8 @@ class Protocol:
         for name in ("epoch_samples", "tasks", "train_samples", "test_samples"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1, or 0 for all")
+        if self.batches != "whole":
+            raise ValueError(f"batches is {self.batches!r}; runs train in whole batches only")
         if not all(isinstance(width, int) and width > 0 for width in self.channels):
             raise ValueError(f"channels is {list(self.channels)}; expected widths of at least 1")
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import npc_ext
 
+from .store import completed
+
 SEARCH = Path("bench/results/continual/search")
 Settings = Mapping[str, Any]
 Batches = Iterable[tuple[Tensor, Tensor]]
@@ -164,20 +166,25 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
     Without `tuned` no search is looked at, so that a repeated search starts where the first one did.
     """
     settings = dict(METHODS[method].paper)
-    if experiment == "imnist" and "delta" in settings:
-        settings["delta"] = 1 - 1e-3
-    if size != "small":
-        return settings
     if "delta" in settings:
-        settings |= {"delta": None, "survive": 0.5}
-    if not tuned:
-        return settings
-    tuned_on = TUNED_ON.get(experiment, experiment)
-    try:
-        searched = json.loads((SEARCH / f"{tuned_on}-{size}.json").read_text())["methods"]
-    except FileNotFoundError:
-        return settings
-    return settings | searched.get(method, {}).get("best", {})
+        if size == "small":
+            settings |= {"delta": None, "survive": 0.5}
+        elif experiment == "imnist":
+            settings["delta"] = 1 - 1e-3
+    return settings | searched(method, experiment, size)[0] if tuned else settings
+
+
+def searched(method: str, experiment: str, size: str) -> tuple[dict[str, Any], str]:
+    """What a recorded search chose for a method, and the `Protocol.batches` of that search.
+
+    A search in whole batches is preferred to one whose epochs ended with a smaller batch. Without any: {} and "whole".
+    """
+    name = f"{TUNED_ON.get(experiment, experiment)}-{size}"
+    for path in (SEARCH / f"{name}.json", SEARCH / f"{name}-cut.json"):
+        entry = json.loads(path.read_text())["methods"].get(method) if path.exists() else None
+        if entry is not None:
+            return entry["best"], completed(entry["protocol"])["batches"]
+    return {}, "whole"
 
 
 def with_choice(settings: Settings, name: str, value: Any) -> dict[str, Any]:

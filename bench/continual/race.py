@@ -39,27 +39,16 @@ class _Contestant:
 
     def begin(self, number: int) -> None:
         """Is told that a task comes."""
-        self._number, self._generator = number, runs.generator_of(self._run.seed, number)
+        task = self._tasks[number]
+        self._number, self._batches = number, runs.training_batches(self._run, number, task, task)
         runs.seed_task(self._run.seed, number)
         self._random = torch.get_rng_state()
         self.seconds.append([])
 
     def epoch(self) -> None:
         """Learns for an epoch."""
-        run, experiment = self._run, EXPERIMENTS[self._run.experiment]
         torch.set_rng_state(self._random)
-        task = self._tasks[self._number]
-        _, seconds = train(
-            self.model,
-            self.optimizer,
-            task,
-            epochs=1,
-            epoch_samples=experiments.epoch_samples(run.protocol, experiment, task, run.folder),
-            batch_size=run.protocol.batch_size,
-            augmentation=experiments.augmentation(experiment, run.protocol),
-            generator=self._generator,
-            machine=run.machine,
-        )
+        _, seconds = train(self.model, self.optimizer, self._batches, epochs=1, machine=self._run.machine)
         self._random = torch.get_rng_state()
         self.seconds[-1].append(seconds)
 

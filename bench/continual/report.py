@@ -13,9 +13,9 @@ import numpy as np
 from ..tables import markdown, mean_and_error, percent, save
 from . import figures
 from .experiments import EXPERIMENTS, SIZES, Experiment
-from .methods import BOUNDS, METHODS, SEARCH, defaults
+from .methods import BOUNDS, METHODS, SEARCH, defaults, searched
 from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
-from .store import Record, Store
+from .store import Record, Store, completed
 
 _WITHOUT = "-"
 _FIGURES = {
@@ -55,11 +55,12 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
     standard = {label.method: repeated for label, repeated in groups.items() if not label.changes}
     others = {label: repeated for label, repeated in groups.items() if label.changes}
     if standard:
-        protocol = next(iter(standard.values()))[0].settings["protocol"]
+        protocol = next(iter(standard.values()))[0].protocol
         yield (
             f"{protocol['epochs']} epochs a task, batch size {protocol['batch_size']}, channels "
             f"{', '.join(map(str, protocol['channels']))}, hidden {protocol['hidden']}, images shrunk by "
             f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
+            + _about_batches(protocol)
         )
         yield _command("run", name, size, standard)
         if name == "activation":
@@ -77,6 +78,13 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
         yield "### Other settings"
         yield _ablations(others, standard, name == "activation")
     yield _hyperparameters(groups)
+
+
+def _about_batches(protocol: Mapping[str, Any]) -> str:
+    """A sentence about batches, unless all are whole as they are now."""
+    if completed(protocol)["batches"] == "whole":
+        return ""
+    return " The last batch of each epoch was smaller than the others; runs now train in whole batches."
 
 
 def _searches(folder: Path) -> Iterator[str]:
@@ -102,6 +110,7 @@ def _searches(folder: Path) -> Iterator[str]:
         yield (
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
             f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
+            + _about_batches(protocol)
         )
         limit = ["--tasks", str(protocol["tasks"])] if protocol["tasks"] else []
         yield _command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
@@ -134,19 +143,20 @@ class _Label(tuple[str, str]):
 
 def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
     """Runs that differ in their seed only, by what they are, methods in their usual order."""
-    most = max((tuple(record.settings["protocol"]["datasets"]) for record in records), key=len)
+    most = max((tuple(record.protocol["datasets"]) for record in records), key=len)
+    batches = "whole" if any(record.protocol["batches"] == "whole" for record in records) else "cut"
     groups: dict[_Label, list[Record]] = {}
     for record in sorted(records, key=lambda one: (list(METHODS).index(one.method), one.seed)):
         precision = record.settings["precision"]
         method = record.method if precision == "float32" else f"{record.method} ({precision})"
-        groups.setdefault(_Label((method, ", ".join(_changes_of(record, most)))), []).append(record)
+        groups.setdefault(_Label((method, ", ".join(_changes_of(record, most, batches)))), []).append(record)
     return groups
 
 
-def _changes_of(record: Record, datasets: Sequence[str]) -> Iterator[str]:
+def _changes_of(record: Record, datasets: Sequence[str], batches: str) -> Iterator[str]:
     protocol = asdict(replace(getattr(EXPERIMENTS[record.experiment], record.size), datasets=tuple(datasets)))
     for prefix, own, usual in (
-        ("", record.settings["protocol"], protocol),
+        ("", record.protocol, protocol | {"batches": batches}),
         (f"{record.method}.", record.settings["method"], defaults(record.method, record.experiment, record.size)),
     ):
         for key, value in own.items():
@@ -240,6 +250,9 @@ def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
         if not label.changes:
             own = repeated[0].settings["method"]
             lines[label.method] = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+            _, batches = searched(repeated[0].method, repeated[0].experiment, repeated[0].size)
+            if (repeated[0].protocol["batches"], batches) == ("whole", "cut"):
+                lines[label.method] += " (from a search in which the last batch of each epoch was smaller)"
     processors = sorted({one["processor"] for records in groups.values() for r in records for one in r.environments})
     devices = sorted({one["device"] for records in groups.values() for r in records for one in r.environments})
     return "\n".join(

@@ -26,7 +26,7 @@ from .experiments import EXPERIMENTS, Protocol
 from .methods import METHODS
 from .store import Record, Store
 from .tasks import Task, joint
-from .training import Machine, accuracy_of, is_finite, standard, train
+from .training import Batches, Machine, accuracy_of, is_finite, standard, steps_of, train
 
 # SGD as an NPC that never consolidates, where the experiment is about the importance that NPC measures.
 _WATCHED = ("npc", "sgd")
@@ -110,7 +110,6 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     device = torch.device(run.machine.device)
     tasks = [task.to(device) for task in experiments.tasks_of(experiment, run.protocol, run.folder)]
     learned_tasks = [joint(tasks)] * len(tasks) if run.method == "joint" else tasks
-    cut = experiments.augmentation(experiment, run.protocol)
 
     model, optimizer = fresh(run, tasks, 0)
     unlearned = run.record(tasks)
@@ -156,12 +155,8 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                 steps, seconds = train(
                     model,
                     optimizer,
-                    task,
+                    training_batches(run, number, task, tasks[number]),
                     epochs=run.protocol.epochs,
-                    epoch_samples=experiments.epoch_samples(run.protocol, experiment, tasks[number], run.folder),
-                    batch_size=run.protocol.batch_size,
-                    augmentation=cut,
-                    generator=generator_of(run.seed, number),
                     machine=run.machine,
                     on_epoch=on_epoch,
                 )
@@ -200,12 +195,30 @@ def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.op
     # The types of .to() do not know that a memory format may come alone.
     model = model.to(run.machine.device).to(memory_format=run.machine.memory_format())  # type: ignore[call-overload]
     samples = experiments.epoch_samples(run.protocol, EXPERIMENTS[run.experiment], tasks[number], run.folder)
-    steps = run.protocol.epochs * -(-samples // run.protocol.batch_size)
+    steps = steps_of(run.protocol.epochs, samples, run.protocol.batch_size)
     if run.experiment == "activation" and run.method == "sgd":
         own = {name: run.hyperparameters[name] for name in ("lr", "weight_decay")}
         delta = METHODS["npc"].paper["delta"]
         return model, npc_ext.NPC(model, **own, beta=_NEVER, delta=max(delta, 0.5 ** (1 / steps)))
     return model, METHODS[run.method].optimizer(model, run.hyperparameters, steps)
+
+
+def training_batches(run: Run, number: int, learned: Task, task: Task) -> Batches:
+    """The batches for a task, of the samples of `learned`: the task itself, or all tasks joined.
+
+    Raises:
+        ValueError: the task is learned with less than a batch.
+    """
+    experiment, protocol = EXPERIMENTS[run.experiment], run.protocol
+    samples = experiments.epoch_samples(protocol, experiment, task, run.folder)
+    steps_of(protocol.epochs, samples, protocol.batch_size)
+    return Batches(
+        learned,
+        batch_size=protocol.batch_size,
+        generator=generator_of(run.seed, number),
+        epoch_samples=samples,
+        augmentation=experiments.augmentation(experiment, protocol),
+    )
 
 
 def batches_of(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:

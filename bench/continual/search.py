@@ -10,6 +10,7 @@ the best mean wins. All that was tried is recorded.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm.auto import tqdm
 from . import metrics
 from .methods import METHODS, Coordinate, with_choice
 from .runs import Run, execute
-from .store import Store, hash_of, write
+from .store import Store, completed, hash_of, write
 
 DIVERGED = -1.0
 _FINALISTS = 3
@@ -132,11 +133,17 @@ def _rounded(value: float) -> float:
 
 
 def _record(run: Run, tried: list[_Tried], best: dict[str, Any], results: Path) -> None:
-    """Writes what was tried beside what is recorded of other methods."""
+    """Writes what was tried beside what is recorded of other methods.
+
+    Records of searches whose epochs ended with a smaller batch are moved to <experiment>-<size>-cut.json before.
+    """
     path = results / f"{run.experiment}-{run.size}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         recorded = json.loads(path.read_text()) if path.exists() else {}
+        if any(completed(other["protocol"])["batches"] == "cut" for other in recorded.get("methods", {}).values()):
+            os.replace(path, path.with_stem(f"{path.stem}-cut"))
+            recorded = {}
         entry = {
             "best": best,
             "protocol": asdict(run.protocol),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ class Record:
         return len(self.accuracy) == len(self.tasks)
 
     @property
+    def protocol(self) -> dict[str, Any]:
+        """The fields of `Protocol`."""
+        return completed(self.settings["protocol"])
+
+    @property
     def path(self) -> Path:
         """Its place in a store, without suffix."""
         return Path(f"{self.experiment}-{self.size}") / self.method / hash_of(self.settings) / f"seed{self.seed}"
@@ -67,6 +72,11 @@ class Record:
 def hash_of(settings: dict[str, Any]) -> str:
     """A short name of some settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def completed(protocol: Mapping[str, Any]) -> dict[str, Any]:
+    """A recorded protocol: "cut" are the batches of those that are older than this field of `Protocol`."""
+    return {"batches": "cut", **protocol}
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -1,5 +1,8 @@
 """Training on one task, and testing: samples stay on the device, and no step waits for the device to answer.
 
+Every batch is whole. A smaller one at an epoch's end would count as much as the others, and be far noisier: the
+gradient of four samples can be so large that one step ruins what was learned.
+
 An epoch's order, crops and flips are drawn at once and by a generator on the CPU, so that they are the same numbers on
 every machine; a batch is then cut out of the padded images by one gather.
 """
@@ -65,11 +68,37 @@ class Machine:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
 
-class Samples:
-    """A task's training samples, drawn with augmentation."""
+class Batches:
+    """A task's training samples in batches of `batch_size`, epoch by epoch.
 
-    def __init__(self, task: Task, augmentation: Augmentation) -> None:
-        self._task, self._augmentation = task, augmentation
+    Passes over all samples, each in random order and with augmentation, follow each other without a gap and are cut
+    into batches. What an epoch has beyond its last batch counts towards the next epoch.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        *,
+        batch_size: int,
+        generator: torch.Generator,
+        epoch_samples: int | None = None,
+        augmentation: Augmentation | None = None,
+    ) -> None:
+        """What is drawn.
+
+        Args:
+            task: whose samples.
+            batch_size: samples in every batch.
+            generator: on the CPU; decides order, crops and flips.
+            epoch_samples: samples in an epoch; default: as many as the task has.
+            augmentation: crops and flips; default: none.
+        """
+        augmentation = augmentation or Augmentation()
+        self.task, self.batch_size = task, batch_size
+        self._augmentation, self._generator = augmentation, generator
+        self._epoch_samples = epoch_samples or len(task.train_labels)
+        self._due = 0  # samples of earlier epochs that were fewer than a batch
+        self._pass = torch.empty(0, dtype=torch.int64)  # what is left of the pass
         _, channels, self._height, self._width = task.train_images.shape
         device = task.train_images.device
         # Padding all images once makes a crop a plain gather.
@@ -78,15 +107,21 @@ class Samples:
         self._rows = torch.arange(self._height, device=device).view(1, 1, -1, 1)
         self._columns = torch.arange(self._width, device=device).view(1, 1, 1, -1)
 
-    def draw(self, count: int, generator: torch.Generator) -> Tensor:
-        """What `count` samples are: (count, 4) int64 of sample, first row, first column, and whether flipped.
+    def epoch(self) -> tuple[Tensor, ...]:
+        """The batches of the next epoch, each for `images_and_labels`; none if too few samples are due."""
+        steps, self._due = divmod(self._due + self._epoch_samples, self.batch_size)
+        return self._draw(steps * self.batch_size).split(self.batch_size) if steps else ()
 
-        Passes over all samples in random order follow each other until there are `count`.
-        """
-        available = len(self._task.train_labels)
-        orders = [torch.randperm(available, generator=generator) for _ in range(-(-count // available))]
+    def _draw(self, count: int) -> Tensor:
+        """What the next samples are: (count, 4) int64 of sample, first row, first column, and whether flipped."""
+        generator, available = self._generator, len(self.task.train_labels)
+        passes = [
+            torch.randperm(available, generator=generator) for _ in range(-(-(count - len(self._pass)) // available))
+        ]
+        order = torch.cat([self._pass, *passes])
+        self._pass = order[count:]
         drawn = torch.zeros(count, 4, dtype=torch.int64)
-        drawn[:, 0] = torch.cat(orders)[:count]
+        drawn[:, 0] = order[:count]
         if self._augmentation.padding:
             places = 2 * self._augmentation.padding + 1
             drawn[:, 1:3] = torch.randint(places, (count, 2), generator=generator)
@@ -94,14 +129,14 @@ class Samples:
             drawn[:, 3] = torch.randint(2, (count,), generator=generator)
         return drawn.to(self._padded.device)
 
-    def batch(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """The drawn samples: images (B, C, H, W) float32 that are standard for the network, and labels (B,)."""
+    def images_and_labels(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch: images (B, C, H, W) float32 that are standard for the network, and labels (B,)."""
         sample, top, left, flipped = drawn.view(-1, 4, 1, 1, 1).unbind(1)
         columns = torch.where(flipped.bool(), self._width - 1 - self._columns, self._columns)
         images = self._padded[sample, self._channels, top + self._rows, left + columns]
         index = drawn[:, 0]
-        mean, std = (value if len(value) == 1 else value[index] for value in (self._task.mean, self._task.std))
-        return (images - mean) / std, self._task.train_labels[index]
+        mean, std = (value if len(value) == 1 else value[index] for value in (self.task.mean, self.task.std))
+        return (images - mean) / std, self.task.train_labels[index]
 
 
 def loss_of(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
@@ -117,16 +152,22 @@ def loss_of(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
     return F.cross_entropy(outputs[:, task.outputs], labels - task.classes[0])
 
 
+def steps_of(epochs: int, epoch_samples: int, batch_size: int) -> int:
+    """How many steps so many epochs take. Raises ValueError if it is none."""
+    if epochs * epoch_samples < batch_size:
+        raise ValueError(
+            f"batch_size is {batch_size}, but a task is learned with {epochs * epoch_samples} samples in all "
+            f"({epochs} x {epoch_samples}); expected at least one batch"
+        )
+    return epochs * epoch_samples // batch_size
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    task: Task,
+    batches: Batches,
     *,
     epochs: int,
-    batch_size: int,
-    generator: torch.Generator,
-    epoch_samples: int | None = None,
-    augmentation: Augmentation | None = None,
     machine: Machine | None = None,
     on_epoch: Callable[[float], None] = lambda loss: None,
 ) -> tuple[int, float]:
@@ -135,23 +176,18 @@ def train(
     Args:
         model: the network, on the task's device.
         optimizer: of its parameters.
-        task: what to learn.
-        epochs: how often `epoch_samples` are drawn.
-        batch_size: samples per step; the last step of an epoch may have fewer.
-        generator: on the CPU; decides order, crops and flips.
-        epoch_samples: samples in an epoch; default: as many as the task has.
-        augmentation: crops and flips; default: none.
+        batches: of the task to learn. A later call with the same ones goes on where this one ends.
+        epochs: how many.
         machine: how to compute; default: in float32 on the task's device.
         on_epoch: is called with the mean loss of every epoch, which also waits for the device.
     """
+    task = batches.task
     machine = machine or Machine(str(task.train_labels.device))
-    samples = Samples(task, augmentation or Augmentation())
-    count = epoch_samples or len(task.train_labels)
     total = torch.zeros((), device=task.train_labels.device)
     model.train()
 
     def step(drawn: Tensor) -> None:
-        images, labels = samples.batch(drawn)
+        images, labels = batches.images_and_labels(drawn)
         optimizer.zero_grad()
         with machine.autocast():
             loss = loss_of(model(images.contiguous(memory_format=machine.memory_format())), labels, task)
@@ -159,18 +195,18 @@ def train(
         optimizer.step()
         total.add_(loss.detach())
 
-    run_step = _graph_of(step, batch_size) if machine.cuda_graph and total.is_cuda else step
+    run_step = _graph_of(step) if machine.cuda_graph and total.is_cuda else step
     steps, seconds = 0, 0.0
     with machine.arithmetic():
         for _ in range(epochs):
             started = time.perf_counter()
-            batches = samples.draw(count, generator).split(batch_size)
-            for drawn in batches:
+            epoch = batches.epoch()
+            for drawn in epoch:
                 run_step(drawn)
-            mean_loss = total.item() / len(batches)
+            mean_loss = total.item() / len(epoch) if epoch else math.nan
             total.zero_()
             seconds += time.perf_counter() - started
-            steps += len(batches)
+            steps += len(epoch)
             on_epoch(mean_loss)
             if not math.isfinite(mean_loss) and not is_finite(model):
                 break
@@ -182,8 +218,8 @@ def is_finite(model: nn.Module) -> bool:
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
-def _graph_of(step: Step, batch_size: int) -> Step:
-    """The step as a CUDA graph that is replayed, for batches of `batch_size`; others are computed as usual.
+def _graph_of(step: Step) -> Step:
+    """The step as a CUDA graph that is replayed.
 
     The first three steps are ordinary ones on the side, which is what capture asks for as a warm-up.
     """
@@ -192,9 +228,6 @@ def _graph_of(step: Step, batch_size: int) -> Step:
 
     def run(drawn: Tensor) -> None:
         nonlocal static, seen
-        if len(drawn) != batch_size:
-            step(drawn)
-            return
         seen += 1
         if seen <= 3:
             stream.wait_stream(torch.cuda.current_stream())
