@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,15 +14,6 @@ from . import cuda_on_cpu
 
 settings.register_profile("npc_ext", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("npc_ext")
-
-# Tests of the benchmarks, which need more packages than npc_ext (pip install 'npc_ext[bench]').
-_missing = [name for name in ("pooch", "sklearn") if find_spec(name) is None]
-collect_ignore = ["test_bench.py", "test_continual.py", "test_datasets.py"] if _missing else []
-
-
-def pytest_report_header() -> str:
-    """Says which tests are left out."""
-    return f"not collected, {' and '.join(_missing)} missing: {', '.join(collect_ignore)}" if _missing else ""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

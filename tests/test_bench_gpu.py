@@ -23,7 +23,7 @@ from bench.networks import resnet18
 from bench.rows import Writer
 from npc_ext import find_neurons
 
-from .test_continual import write_cifar100
+from .test_datasets import write_small_cifar100
 
 ROOT = Path(__file__).resolve().parents[1]
 # What a GPU machine has, apart from what these need themselves.
@@ -96,7 +96,7 @@ def test_a_dry_flight_needs_no_more_packages_than_a_gpu_machine_has(
     flight: str, clean: dict[str, str], tmp_path: Path
 ) -> None:
     data = tmp_path / "data"
-    write_cifar100(data / "cifar-100-python")
+    write_small_cifar100(data / "cifar-100-python")
     result = fly(flight, tmp_path / "out", clean, "--against", str(ROOT), "--data", str(data))
     log = (tmp_path / "out" / "log.txt").read_text()
     assert result.returncode == 0, result.stdout + result.stderr + log[-3000:]
@@ -124,7 +124,7 @@ def test_a_dry_flight_needs_no_more_packages_than_a_gpu_machine_has(
 
 def test_a_run_of_icifar100_goes_on_where_an_earlier_flight_stopped(clean: dict[str, str], tmp_path: Path) -> None:
     data = tmp_path / "data"
-    write_cifar100(data / "cifar-100-python")
+    write_small_cifar100(data / "cifar-100-python")
     only = ("--only", "icifar100", "--data", str(data))
     assert fly("training", tmp_path / "first", clean, *only).returncode == 0
     resumed = fly("training", tmp_path / "second", clean, *only, "--resume", str(tmp_path / "first" / "icifar100.tar"))

@@ -82,6 +82,13 @@ def write_cifar(folder: Path, train: Any, protocol: int = 2) -> Path:
     return write(folder, {"train": pickle.dumps(train, protocol), "test": pickle.dumps(cifar(), protocol)})
 
 
+def write_small_cifar100(folder: Path) -> Path:
+    """Files in the form of CIFAR-100's, with four images of each class in each half."""
+    pixels = RANDOM.integers(0, 256, (400, 3072), np.uint8)
+    halves = pickle.dumps(cifar(data=pixels, fine_labels=list(range(100)) * 4), 2)
+    return write(folder, {"train": halves, "test": halves})
+
+
 def short(value: object) -> str | None:
     """What pytest calls a parameter: bytes would fill the screen."""
     return "content" if isinstance(value, bytes) else None
@@ -576,9 +583,7 @@ sys.exit(main())
 
 
 def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_path: Path) -> None:
-    pixels = RANDOM.integers(0, 256, (400, 3072), np.uint8)
-    halves = pickle.dumps(cifar(data=pixels, fine_labels=list(range(100)) * 4), 2)
-    folder = write(tmp_path / "data" / "cifar-100-python", {"train": halves, "test": halves})
+    folder = write_small_cifar100(tmp_path / "data" / "cifar-100-python")
     changes = ["tasks=2", "epochs=1", "epoch_samples=64"]
     arguments = ["run", "--experiment", "icifar100", "--methods", "npc", "--seeds", "1", "--set", *changes]
     folders = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]
