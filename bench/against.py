@@ -1,7 +1,7 @@
 """Two revisions side by side: each in a process of its own, on the same cases, timed in turns.
 
 The cases are those of this checkout for both; only `npc_ext` and its kernels differ. A process waits while the other is
-timed. Both belong to one group, so whoever ends the group ends both.
+timed. Both belong to one process group, and end with it.
 """
 
 from __future__ import annotations

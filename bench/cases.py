@@ -77,7 +77,8 @@ class Steps:
     ) -> None:
         width = max(int((size / layers) ** 0.5), 1)
         self.parameters = layers * width * (width + 1)
-        model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers))).to(device)
+        with torch.device(device):
+            model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
         before = next(model.parameters()).detach().clone()
         self._measured = torch.rand(width, device=device)
         self._models: dict[str, list[nn.Module]] = {}
@@ -102,7 +103,7 @@ class Steps:
             layer.sink.grad = self._measured
 
     def prepare(self) -> None:
-        """Says what was measured, which a step takes."""
+        """Gives every layer its measured importance, which a step uses up."""
         for optimizer in self._measuring():
             self._measure(optimizer)
 
@@ -111,7 +112,7 @@ class Steps:
         return {name: partial(self._step, name) for name in self.optimizers}
 
     def measured_peers(self) -> dict[str, Call]:
-        """The same with what `prepare` does within it, for the one optimizer that steps."""
+        """The same steps, which do for their optimizer what `prepare` does for all."""
 
         def step(name: str, index: int) -> None:
             self._measure(self.optimizers[name][index])

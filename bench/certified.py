@@ -55,7 +55,7 @@ class Certified:
         network: what is trained.
         share: of each layer's neurons.
         device: where it is trained.
-        peers: whom to compare with, of `SGD`, `UNSKIPPED` and `LAZY`.
+        peers: some of `SGD`, `UNSKIPPED` and `LAZY`, to be compared with ours.
 
     Attributes:
         cycles: what each peer does to take `steps` of its name; ours comes first.

@@ -1,7 +1,7 @@
 """What got slower: `python -m bench.compare OLD NEW` compares two files of rows of the same device.
 
-A case is compared by our time in units of a peer's, which was timed in turns with ours: so a machine that was busier on
-one day does no harm. The peer is that of the case's first goal, else its first. Cases without peers are compared in
+A case is compared by our time in units of a peer's, which was timed in turns with ours, so load on the machine matters
+little. The peer is that of the case's first goal, else its first. Cases without peers are compared in
 seconds. A case got slower, or faster, if the quartiles of the two files do not overlap. The exit status is 1 if any got
 slower.
 """
@@ -11,9 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
-from .rows import Results, Row, RowsError, read
+from .rows import Results, Row, RowsError, device, read
 from .tables import duration, markdown
 
 # (lower quartile, median, upper quartile) of our time, and what it is measured in.
@@ -31,7 +30,7 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
         raise RowsError("the two files have no case in common")
     lines, slower = [], False
     for key in common:
-        devices = [_device(results.runs[key]) for results in (old, new)]
+        devices = [device(results.runs[key]) for results in (old, new)]
         if devices[0] != devices[1]:
             raise RowsError(
                 f"{key[1]!r} was measured on {devices[0]} and on {devices[1]}; numbers of two devices are not compared"
@@ -47,12 +46,8 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
         lines.append([*key, _shown(before, unit), _shown(after, unit), "slower" if is_slower else "faster"])
     if not lines:
         return f"Nothing changed beyond its spread in {len(common)} cases.", False
-    return markdown(["part", "case", "before", "after", ""], lines), slower
-
-
-def _device(run: dict[str, Any]) -> str:
-    environment = run.get("environment", {})
-    return str(environment.get("gpu") or environment.get("processor"))
+    table = markdown(["part", "case", "before", "after", ""], lines)
+    return f"{table}\n\nOur time, in units of the peer's where one is named: more is slower.", slower
 
 
 def _measures(old: Row, new: Row) -> tuple[_Measure, _Measure] | None:

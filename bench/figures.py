@@ -21,7 +21,8 @@ def draw(results: Results, folder: Path) -> None:
         save(_frozen(frozen), folder / "frozen")
     ceilings = {part: [row for row in results.of_part(part) if _ceiling(row)] for part in results.names()}
     if any(ceilings.values()):
-        save(_roofline({part: rows for part, rows in ceilings.items() if rows}), folder / "roofline")
+        measured = {part: rows for part, rows in ceilings.items() if rows}
+        save(_roofline(measured, results.device_of(next(iter(measured)))), folder / "roofline")
 
 
 def _frozen(rows: Sequence[Row]) -> Figure:
@@ -38,7 +39,13 @@ def _frozen(rows: Sequence[Row]) -> Figure:
         axes.title.set_fontsize(9)
         axes.spines[["top", "right"]].set_visible(False)
     grid[0].set_ylabel("step time / fused SGD's")
-    figure.legend(*grid[0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(
+        *grid[0].get_legend_handles_labels(),
+        frameon=False,
+        loc="outside lower center",
+        ncols=4 if len(networks) > 2 else 2,
+        fontsize=9,
+    )
     return figure
 
 
@@ -49,14 +56,18 @@ def _ceiling(row: Row) -> str:
     return next((peer for peer in row.seconds if peer.startswith("ceiling")), "")
 
 
-def _roofline(parts: dict[str, list[Row]]) -> Figure:
-    """Time over bytes moved, beside the ceiling measured for each row's own mix of reads and writes."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+def _roofline(parts: dict[str, list[Row]], device: str) -> Figure:
+    """Our bandwidth over bytes moved, in units of the ceiling measured beside each row; sizes that count lie right."""
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for (part, rows), marker in zip(parts.items(), "os^Dv<>", strict=False):
-        axes.plot([row.bytes or 0 for row in rows], [row.seconds[OURS] for row in rows], marker, label=part)
-    every = [row for rows in parts.values() for row in rows]
-    axes.plot([row.bytes or 0 for row in every], [row.seconds[_ceiling(row)] for row in every], "k_", label="ceilings")
-    axes.set(xscale="log", yscale="log", xlabel="bytes moved", ylabel="seconds")
+        shares = [row.seconds[_ceiling(row)] / row.seconds[OURS] for row in rows]
+        axes.plot([(row.bytes or 0) / 2**20 for row in rows], shares, marker, markersize=5, label=part)
+    axes.axhline(1, color="#222222", linewidth=1)
+    axes.axhline(0.9, color="#222222", linewidth=1, linestyle="--")
+    axes.axvline(64, color="#999999", linewidth=0.7)
+    axes.set(xscale="log", ylim=(0, None), title=device, xlabel="MiB moved (goals hold right of 64)")
+    axes.set_ylabel("bandwidth / ceiling's (dashed: goal)")
+    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     return figure

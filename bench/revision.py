@@ -23,7 +23,12 @@ def checkout(revision: str) -> Path:
     folder = Path(revision)
     if (folder / "npc_ext").is_dir():
         return folder.resolve()
-    named = _git("rev-parse", "--short", f"{revision}^{{commit}}").decode().strip()
+    try:
+        named = _git("rev-parse", "--short", f"{revision}^{{commit}}").decode().strip()
+    except RevisionError as error:
+        raise RevisionError(
+            f"{revision!r} is neither a revision of this repository nor a folder with npc_ext in it ({error})"
+        ) from None
     folder = ROOT / "build" / "against" / named
     shutil.rmtree(folder / "bench", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

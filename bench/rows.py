@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 NAME = "rows.jsonl"
 OURS = "npc_ext"  # the peer that others are compared with
 NOT_MEASURED = "not measured"
+LIMITED = "limited by the host"  # a fact: the peers whose time is the host's and not the GPU's
 
 
 @dataclass
@@ -100,9 +102,22 @@ class Results:
         """A part's rows, in the order in which they were measured."""
         return [row for (name, _), row in self.rows.items() if name == part]
 
+    def device_of(self, part: str) -> str:
+        """What a part was measured on. Raises RowsError if its rows are of several devices."""
+        devices = {device(self.runs[part, row.case]) for row in self.of_part(part)}
+        if len(devices) > 1:
+            raise RowsError(f"rows of {part} are of several devices: {', '.join(sorted(devices))}; keep them apart")
+        return next(iter(devices), "unknown")
+
     def names(self) -> list[str]:
         """All parts, in the order in which they were begun."""
         return list(dict.fromkeys([*(part for part, _ in self.rows), *self.parts]))
+
+
+def device(run: Mapping[str, Any]) -> str:
+    """What a run was measured on."""
+    environment = run.get("environment", {})
+    return str(environment.get("gpu") or environment.get("processor", "unknown"))
 
 
 class RowsError(ValueError):
@@ -138,14 +153,17 @@ def read(path: Path) -> Results:
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     for number, text in enumerate(lines, start=1):
         try:
             line = json.loads(text)
         except ValueError as error:
-            if number == len(lines):  # a process was killed while it wrote
+            if number == len(lines):
+                print(f"{path}: the last line is cut off and left out", file=sys.stderr)
                 return
             raise RowsError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(line, dict):
+            raise RowsError(f"{path}, line {number} is no object of JSON")
         yield line
 
 

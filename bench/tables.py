@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .rows import NOT_MEASURED, Results, Row, RowsError, read
+from .rows import LIMITED, NOT_MEASURED, OURS, Results, Row, RowsError, read
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -97,6 +97,8 @@ def cell(value: Any) -> str:
             return f"{median:.2f} ({low:.2f} to {high:.2f})"
         return ", ".join(map(cell, value))
     if isinstance(value, dict):
+        if all(one is None for one in value.values()):
+            return NOT_MEASURED
         return ", ".join(f"{cell(one)} {name}" for name, one in value.items())
     return str(value).replace("|", "/").replace("\n", " ")
 
@@ -108,6 +110,9 @@ def _verdicts(row: Row) -> str:
         if peer not in row.ratio:
             verdicts.append(NOT_MEASURED)
             continue
+        if {OURS, peer} & set(row.facts.get(LIMITED, ())):
+            verdicts.append(f"not decided against {peer}: {LIMITED}")
+            continue
         _, median, high = row.ratio[peer]
         word = "reached" if median >= goal else "within the noise" if high >= goal else "missed"
         verdicts.append(f"{word} (at least {goal:.2f} of {peer})")
@@ -115,42 +120,40 @@ def _verdicts(row: Row) -> str:
 
 
 def of_part(results: Results, part: str) -> str:
-    """A part's table, how it ended if it did not end well, and the commands that measured it."""
+    """A part's table, how it ended if there is something to say of that, and the commands that measured it."""
     rows = results.of_part(part)
-    texts = [of_rows(rows)]
     ended = results.parts.get(part, {})
-    told = [f"{ended[one]} {one}" for one in _TOLD if one in ended]
-    if told or ended.get("state", "complete") != "complete":
-        texts.append(", ".join([f"**{ended['state']}**", *told]))
+    told = [f"{one}: {ended[one]}" for one in _TOLD if one in ended]
+    state = ended.get("state", "complete")
+    texts = [of_rows(rows)]
+    if told or not rows or state != "complete":
+        texts.append(", ".join([f"**{state}**", *told]))
+    device = results.device_of(part)
+    if device.endswith("(dry run)"):
+        texts.insert(0, "A dry run: sizes are not those that are named, and times mean nothing.")
     for run in {row.case: results.runs[part, row.case] for row in rows}.values():
-        text = _origin(run)
+        commit = run.get("environment", {}).get("commit", "unknown")
+        text = f"`{run.get('command', 'unknown')}`, commit {commit}, {device}"
         if text not in texts:
             texts.append(text)
     return "\n\n".join(filter(None, texts))
 
 
 # What a part says of how it ended, beside its state.
-_TOLD = ("passed", "failed", "skipped", "memory errors", "error")
-
-
-def _origin(run: dict[str, Any]) -> str:
-    environment = run.get("environment", {})
-    device = environment.get("gpu") or environment.get("processor", "unknown")
-    return f"`{run.get('command', 'unknown')}`, commit {environment.get('commit', 'unknown')}, {device}"
+_TOLD = ("passed", "failed", "skipped", "not finished", "memory errors", "error")
 
 
 def main() -> int:
     """Writes <part>.md of every part beside the rows, and the figures that they give; prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=main.__doc__)
     parser.add_argument("rows", type=Path, help="rows.jsonl, or the folder that it is in")
-    parser.add_argument("--out", type=Path, help="folder of what is written (default: where the rows are)")
+    parser.add_argument("--out", type=Path, help="output folder (default: where the rows are)")
     arguments = parser.parse_args()
     try:
-        results = read(arguments.rows)
-    except RowsError as error:
+        folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent
+        write(read(arguments.rows), arguments.out or folder)
+    except (RowsError, OSError) as error:
         parser.error(str(error))
-    folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent
-    write(results, arguments.out or folder)
     return 0
 
 

@@ -52,6 +52,21 @@ class Case:
     part: str = ""
 
 
+@dataclass(frozen=True)
+class Later:
+    """A case that is made when its turn comes: an error while it is made is the case's own.
+
+    Attributes:
+        name: of the case.
+        make: makes it.
+        part: what it belongs to, if not to the part that yields it.
+    """
+
+    name: str
+    make: Callable[[], Case]
+    part: str = ""
+
+
 class Timer(Protocol):
     """How calls are timed; a turn has `most_calls` at most."""
 

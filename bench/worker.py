@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from npc_ext import _native
 
+from .answers import serve
 from .rows import OURS
 from .timing import Case, HostTimer, Timer, calls_per_turn, warm_up
 
@@ -37,16 +35,14 @@ def main() -> None:
     torch.manual_seed(0)
     module = importlib.import_module(arguments.module)
     timer: Timer = module.timer() if hasattr(module, "timer") else HostTimer()
-    # What anything else prints must not be taken for an answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    answer = _answers(module, arguments.parts, arguments.quick, timer)
-    next(answer)
-    for line in sys.stdin:
-        print(json.dumps(answer.send(json.loads(line))), file=answers, flush=True)
+    answers = _answers(module, arguments.parts, arguments.quick, timer)
+    next(answers)
+    serve(answers.send)
 
 
-def _answers(module: Any, parts: list[str], quick: bool, timer: Timer) -> Any:
+def _answers(
+    module: Any, parts: list[str], quick: bool, timer: Timer
+) -> Generator[dict[str, Any], Mapping[str, Any], None]:
     request = yield {}
     cases = _cases(module, parts, quick)
     case: Case | None = None

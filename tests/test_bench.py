@@ -105,7 +105,7 @@ def test_a_revision_that_git_does_not_know_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.micro", "--quick", "--against", "no-such", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "git rev-parse --short no-such^{commit} failed" in result.stderr
+    assert "'no-such' is neither a revision of this repository nor a folder" in result.stderr
 
 
 def written(folder: Path, *changed: rows.Row, gpu: str = "H100") -> rows.Results:
@@ -131,7 +131,8 @@ def test_comparing_two_files_names_what_got_slower_beyond_its_spread(tmp_path: P
     after = [row("a", (1.1, 1.2, 1.3), 2.0), row("b", (0.7, 0.8, 0.9)), row("c", (1.3, 1.4, 1.5)), row("d", None, 2.0)]
     text, slower = compare.compare(before, written(tmp_path / "new", *after))
     assert slower
-    verdicts = {line.split("|")[2].strip(): line.split("|")[5].strip() for line in text.splitlines()[2:]}
+    table = [line.split("|") for line in text.splitlines()[2:] if line]
+    verdicts = {line[2].strip(): line[5].strip() for line in table if len(line) > 5}
     assert verdicts == {"b": "slower", "c": "faster", "d": "slower"}
     same, slower = compare.compare(before, before)
     assert (same, slower) == ("Nothing changed beyond its spread in 4 cases.", False)
@@ -143,6 +144,18 @@ def test_files_of_two_devices_or_without_a_common_case_are_not_compared(tmp_path
         compare.compare(old, written(tmp_path / "other", row("a"), gpu="H200"))
     with pytest.raises(rows.RowsError, match="no case in common"):
         compare.compare(old, written(tmp_path / "another", row("b")))
+
+
+def test_a_part_of_two_devices_has_no_table(tmp_path: Path) -> None:
+    written(tmp_path, row("a"))
+    with pytest.raises(rows.RowsError, match="rows of update are of several devices: H100, H200"):
+        tables.of_part(written(tmp_path, row("b"), gpu="H200"), "update")
+
+
+def test_a_goal_is_not_decided_if_the_host_limited_the_peer() -> None:
+    limited = rows.Row("p", "c", {"npc_ext": 1.0}, ratio={"peer": (0.7, 0.8, 0.9)}, goals={"peer": 1.0})
+    limited.facts = {rows.LIMITED: ["peer"]}
+    assert "not decided against peer: limited by the host" in tables.of_rows([limited])
 
 
 def test_rows_survive_a_writer_that_was_killed_and_the_last_of_a_case_counts(tmp_path: Path) -> None:
@@ -159,6 +172,7 @@ def test_rows_survive_a_writer_that_was_killed_and_the_last_of_a_case_counts(tmp
     ("text", "message"),
     [
         ("not json\n{}\n", "line 1 is not JSON"),
+        ("[1]\n{}\n", "line 1 is no object of JSON"),
         ('{"kind": "else"}\n', "line 1: its kind is 'else'; expected a line of kind run, row or part"),
         ('{"kind": "row", "part": "a", "case": "b", "more": 1}\n', "unexpected keyword argument 'more'"),
     ],

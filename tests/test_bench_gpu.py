@@ -16,11 +16,13 @@ import pytest
 import torch
 
 from bench import rows, tables
-from bench.gpu import commands
+from bench.gpu import commands, worker
+from bench.gpu.device import Device
 from bench.gpu.flights import FLIGHTS, SECONDS
 from bench.gpu.processes import KILLED, Command, Settings, Worker
 from bench.networks import resnet18
 from bench.rows import Writer
+from bench.timing import Case, Later
 from npc_ext import find_neurons
 
 from .test_datasets import write_small_cifar100
@@ -74,7 +76,7 @@ def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     files = set(re.findall(r"^tests/(\w+)\.py::", result.stdout, re.MULTILINE))
-    assert files == set(commands.TESTS)
+    assert files == {*commands.TESTS, *commands.COMPILE_TESTS}
 
 
 def test_the_limits_of_a_flight_add_up_to_no_more_than_its_seconds() -> None:
@@ -101,9 +103,10 @@ def test_a_dry_flight_needs_no_more_packages_than_a_gpu_machine_has(
     log = (tmp_path / "out" / "log.txt").read_text()
     assert result.returncode == 0, result.stdout + result.stderr + log[-3000:]
     found = rows.read(tmp_path / "out")
-    assert {name: part["state"] for name, part in found.parts.items()} == {
-        part.name: "complete" for part in FLIGHTS[flight]
-    }
+    states = {name: part["state"] for name, part in found.parts.items()}
+    assert states == {part.name: "complete" for part in FLIGHTS[flight]} | (
+        {"sanitizer": rows.NOT_MEASURED} if flight == "correctness" else {}
+    )
     assert {run["environment"]["commit"] for run in found.runs.values()} == {"abc1234"}
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) <= 8
@@ -147,7 +150,23 @@ def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
     found = rows.read(tmp_path)
     assert found.of_part("importance")
     assert found.of_part("relu")
+    assert list(found.parts.values())[-1]["state"] == "interrupted"
     assert not running(str(tmp_path))
+
+
+def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", "correctness", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and '"tests"' not in rows_text(tmp_path):
+        time.sleep(0.02)
+    assert len(running("bench.gpu")) >= 3, "the flight, its worker and the tests"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and running("bench.gpu"):
+        time.sleep(0.05)
+    assert not running("bench.gpu")
 
 
 def rows_text(folder: Path) -> str:
@@ -175,36 +194,62 @@ def settings(out: Path) -> Settings:
 def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
     mark = f"3{os.getpid()}"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep({mark})'])"
-    writer, looks = Writer(tmp_path), list[float]()
-    command = Command([sys.executable, "-c", script], lambda status: {"state": "complete"}, lambda: looks.append(0))
+    looks = list[float]()
+    command = Command(
+        [sys.executable, "-c", script], lambda status: {"state": "x", "so far": 7}, lambda: looks.append(0)
+    )
     started = time.perf_counter()
-    assert command.run(settings(tmp_path), writer, 2) == {"state": KILLED}
+    assert command.run(settings(tmp_path), 2) == {"state": KILLED, "so far": 7}
     assert time.perf_counter() - started < 4
     assert looks
     assert not running(mark)
 
 
 def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path: Path) -> None:
-    worker = Worker(settings(tmp_path))
-    assert worker.measure("load", 60) == {"state": "complete"}
-    os.kill(worker._process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
-    assert worker.measure("relu", 1) == {"state": KILLED}
-    assert not worker.lives()
+    process = Worker(settings(tmp_path))
+    assert process.measure("load", 60) == {"state": "complete"}
+    os.kill(process._process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
+    assert process.measure("relu", 1) == {"state": KILLED}
+    assert not process.lives()
     assert rows.read(tmp_path).of_part("load"), "what it had measured is kept"
 
 
 def test_a_part_whose_time_is_over_keeps_what_it_has(tmp_path: Path) -> None:
-    worker = Worker(settings(tmp_path))
-    assert worker.measure("importance", 3.0)["state"] == "out of time"
-    worker.kill()
-    assert len(rows.read(tmp_path).of_part("importance")) == 1
+    process = Worker(settings(tmp_path))
+    assert process.measure("load", 60) == {"state": "complete"}
+    assert process.measure("importance", 1e-3)["state"] in ("out of time", KILLED)
+    process.kill()
+    assert rows.read(tmp_path).of_part("load")
 
 
 def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
-    worker = Worker(settings(tmp_path))
-    answer = worker.measure("no such part", 60)
-    worker.kill()
-    assert answer == {"state": "failed", "error": "KeyError: 'no such part'"}
+    process = Worker(settings(tmp_path))
+    answer = process.measure("no such part", 60)
+    process.kill()
+    assert answer == {"state": "failed", "error": "KeyError: 'no such part'", "lost": True}
+
+
+def test_a_case_that_fails_says_why_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Case:
+        raise MemoryError("too large")
+
+    sound = Later("sound", lambda: Case("sound", {"npc_ext": lambda _: None}))
+    monkeypatch.setitem(worker.PARTS, "relu", lambda device: iter([Later("broken", broken), sound]))
+    answer = worker._measure("relu", 60, Device(dry=True), Writer(tmp_path))
+    assert answer == {"state": "failed", "error": "1 cases failed"}
+    broken_row, sound_row = rows.read(tmp_path).of_part("relu")
+    assert broken_row.facts == {"error": "MemoryError: too large"}
+    assert sound_row.seconds
+
+
+def test_variables_of_one_command_do_not_reach_the_next(tmp_path: Path) -> None:
+    flight = settings(tmp_path)
+    script = "import os, sys; sys.exit(7 if 'ONLY_ONCE' in os.environ else 0)"
+    for environment, status in (({"ONLY_ONCE": "1"}, 7), ({}, 0)):
+        command = Command(
+            [sys.executable, "-c", script], lambda status: {"state": str(status)}, environment=environment
+        )
+        assert command.run(flight, 30) == {"state": str(status)}
 
 
 @pytest.mark.parametrize(
@@ -232,17 +277,23 @@ def test_tests_count_only_if_some_ran(
 
 
 def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands.shutil, "which", lambda program: f"/tools/{program}")
+    monkeypatch.setattr(commands, "_tool", lambda name, *folders: f"/tools/{name}")
     on_a_gpu = settings(tmp_path)
     on_a_gpu.dry = False
     command = commands.sanitizer(on_a_gpu)
+    assert isinstance(command, Command)
     assert command.arguments[:3] == ["/tools/compute-sanitizer", "--tool", "memcheck"]
     assert command.arguments[command.arguments.index("--kernel-name") + 1] == "kns=3npc4cuda"
     assert command.verdict(0)["state"] == "failed", "no report is no result"
-    (tmp_path / "memcheck.txt").write_text("========= ERROR SUMMARY: 0 errors\n")
+    report = tmp_path / "memcheck.txt"
+    report.write_text("========= Invalid __global__ read of size 4 bytes\n")
+    assert command.verdict(None)["memory errors"] == 1, "so far"
+    report.write_text("========= ERROR SUMMARY: 0 errors\n")
     assert command.verdict(0) == {"state": "complete", "memory errors": 0}
-    (tmp_path / "memcheck.txt").write_text("========= ERROR SUMMARY: 1 error\n")
+    report.write_text("========= ERROR SUMMARY: 1 error\n")
     assert command.verdict(9)["state"] == "failed"
+    monkeypatch.setattr(commands, "_tool", lambda name, *folders: None)
+    assert commands.sanitizer(on_a_gpu) == "not measured: there is no compute-sanitizer"
 
 
 def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
@@ -257,15 +308,19 @@ def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
 
 def test_counters_are_rows_of_launches() -> None:
     header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    importance = "void npc::cuda::(anonymous namespace)::importance_kernel<(npc::cuda::Layout)0, (bool)0, float>(Work)"
     lines = [
         "==PROF== Connected to process 1",
         header,
-        '"0","1","importance_kernel(Work)","gpu__time_duration.sum","us","12.5"',
-        '"0","1","importance_kernel(Work)","dram__bytes_read.sum","Mbyte","134.2"',
-        '"1","1","update_kernel(Network)","gpu__time_duration.sum","us","99"',
+        f'"0","1","{importance}","gpu__time_duration.sum","us","12.5"',
+        f'"0","1","{importance}","dram__bytes_read.sum","Mbyte","134.2"',
+        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","gpu__time_duration.sum","us","99"',
+        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","no_such_metric","us","99"',
+        "==WARNING== something",
     ]
     found = commands.rows_of_counters("\n".join(lines))
-    assert [row.case for row in found] == ["0: importance_kernel", "1: update_kernel"]
+    names = ["importance_kernel<(npc::cuda::Layout)0, (bool)0, float>", "update_kernel<Network<24, 12>>"]
+    assert [row.case for row in found] == [f"{number}: {name}" for number, name in enumerate(names)]
     assert found[0].facts == {"duration": "12.5 us", "bytes read": "134.2 Mbyte"}
     assert commands.rows_of_counters("==ERROR== nothing") == []
 
@@ -275,7 +330,31 @@ def test_without_a_gpu_only_a_dry_flight_is_possible(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bench.gpu", "--flight", "kernels", "--out", str(tmp_path)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2
-    assert "there is no GPU here (no nvidia-smi); --dry flies on the CPU" in result.stderr
+    assert "there is no GPU here (no nvidia-smi, no /dev/nvidia0); --dry flies on the CPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--against", "no-such"],
+            "'no-such' is neither a revision of this repository nor a folder with npc_ext in it",
+        ),
+        (["--data", "/no/such"], "--data /no/such is not a folder"),
+        (["--resume", "/no/such.tar"], "--resume /no/such.tar needs --data and has to be a file"),
+    ],
+)
+def test_what_a_flight_cannot_do_is_said_before_it_begins(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = fly("kernels", tmp_path, dict(os.environ), *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_two_flights_do_not_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / rows.NAME).write_text("")
+    result = fly("kernels", tmp_path, dict(os.environ))
+    assert result.returncode == 2
+    assert "has the rows of another flight" in result.stderr
 
 
 def test_a_part_that_a_flight_does_not_have_is_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@
     kernels       every row of the kernels beside the ceiling of their reads and writes; another revision; counters
     training      whole training steps, and iCIFAR100 at the paper's size for as long as time is left
 
-A flight takes 230 seconds at most: every part has a limit (flights.py) and is ended at it, with all of its processes.
+A flight takes 230 seconds at most: every part has a limit and is ended at it, with all of its processes.
 DIR gets rows.jsonl, to which every row is added as soon as it is measured, log.txt, and what the training flight needs
 to go on with its run another time. `python -m bench.tables DIR` makes the tables later. `--dry` flies on the CPU, with
 tiny sizes.
@@ -17,19 +17,22 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..rows import Writer
+from ..revision import RevisionError, checkout
+from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
-from .flights import FLIGHTS, SECONDS, Part
+from .flights import FLIGHTS, Part
 from .prepare import ENVIRONMENT
-from .processes import Command, Worker
+from .processes import KILLED, Worker
 
 _DRY_SLOWER = 5  # a dry run may be on a slow and busy machine
 
@@ -39,36 +42,29 @@ class Flight:
     """A flight on its way: its settings, its worker, and the time."""
 
     settings: Settings
-    writer: Writer
     slower: int
     started: float = field(default_factory=time.perf_counter)
     worker: Worker | None = None
 
-    def left(self) -> float:
-        """Seconds until the flight must be over."""
-        return SECONDS * self.slower - (time.perf_counter() - self.started)
-
-    def limit_of(self, part: Part, later: tuple[Part, ...]) -> float:
-        """Seconds that a part may take now."""
-        limit = float(part.limit * self.slower)
-        if part.takes_rest:
-            limit = max(limit, self.left() - self.slower * sum(other.limit for other in later))
-        return max(1.0, min(limit, self.left()))
+    def left(self, parts: Sequence[Part]) -> float:
+        """Seconds that the last of some parts may take, if they are all until then."""
+        return self.slower * sum(part.limit for part in parts) - (time.perf_counter() - self.started)
 
     def fly(self, part: Part, limit: float) -> Mapping[str, Any]:
-        """Runs one part: a command of its own, or what the worker measures."""
-        if part.name in COMMANDS:
-            command = COMMANDS[part.name](self.settings)
-            return {"state": command} if isinstance(command, str) else self._run(command, limit)
-        if self.worker is None or not self.worker.lives():
-            self.worker = Worker(self.settings)
-        ended = self.worker.measure(part.name, limit)
-        if ended["state"] == "failed":
-            self.worker.kill()  # after an error of CUDA nothing works any more
+        """Runs one part: a command of its own, or what the worker measures. What goes wrong is said, and no more."""
+        try:
+            if part.name in COMMANDS:
+                command = COMMANDS[part.name](self.settings)
+                return {"state": command} if isinstance(command, str) else command.run(self.settings, limit)
+            if self.worker is None or not self.worker.lives():
+                self.worker = Worker(self.settings)
+            ended = dict(self.worker.measure(part.name, limit))
+        except Exception as error:
+            traceback.print_exc()
+            return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
+        if ended.pop("lost", False):
+            self.worker.kill()
         return ended
-
-    def _run(self, command: Command, limit: float) -> Mapping[str, Any]:
-        return command.run(self.settings, self.writer, limit)
 
     def end(self) -> None:
         """Ends the worker."""
@@ -100,9 +96,22 @@ def main() -> int:
             f"the flight {arguments.flight} has no part {', '.join(sorted(unknown))}; it has "
             f"{', '.join(part.name for part in parts)}"
         )
-    if not arguments.dry and shutil.which("nvidia-smi") is None:
-        parser.error("there is no GPU here (no nvidia-smi); --dry flies on the CPU")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is ended, too
+    if not arguments.dry and shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
+        parser.error("there is no GPU here (no nvidia-smi, no /dev/nvidia0); --dry flies on the CPU")
+    if (arguments.out / NAME).exists():
+        parser.error(f"{arguments.out} has the rows of another flight; name a folder of its own for each")
+    if arguments.resume is not None and (arguments.data is None or not arguments.resume.is_file()):
+        parser.error(f"--resume {arguments.resume} needs --data and has to be a file")
+    if arguments.data is not None and not arguments.data.is_dir():
+        parser.error(f"--data {arguments.data} is not a folder")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        against = None if arguments.against is None else str(checkout(arguments.against))
+    except (OSError, RevisionError) as error:
+        parser.error(str(error))
+    arguments.against = against
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that what was started is ended, too
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
     scratch = Path(tempfile.mkdtemp(prefix="npc_ext-flight-"))
     try:
         return _fly(arguments, tuple(p for p in parts if not arguments.only or p.name in arguments.only), scratch)
@@ -112,9 +121,9 @@ def main() -> int:
 
 def _limits() -> str:
     """What --help says of the parts."""
-    lines = ["Parts, and the seconds that each may take at most:"]
+    lines = ["Parts, and the seconds that each may take, besides what the parts before it left over:"]
     for flight, parts in FLIGHTS.items():
-        listed = ", ".join(f"{part.name} {part.limit}{' or what is left' * part.takes_rest}" for part in parts)
+        listed = ", ".join(f"{part.name} {part.limit}" for part in parts)
         lines.append(f"  {flight}: {listed}")
     return "\n".join(lines)
 
@@ -130,32 +139,45 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
         resume=arguments.resume and arguments.resume.resolve(),
         environment=_environment(arguments),
     )
-    flight = Flight(settings, Writer(settings.out), _DRY_SLOWER if settings.dry else 1)
-    failed = False
+    flight, writer = Flight(settings, _DRY_SLOWER if settings.dry else 1), Writer(settings.out)
+    states: list[str] = []
     try:
         for index, part in enumerate(parts):
-            limit = flight.limit_of(part, parts[index + 1 :])
-            if flight.left() < 1:
-                flight.writer.part(part.name, "not begun", 0, limit=0)
+            limit = flight.left(parts[: index + 1])
+            if states[:1] not in ([], ["complete"]) and parts[0].name == "load":
+                writer.part(part.name, "not begun: the kernels did not load", 0)
                 continue
             started = time.perf_counter()
-            ended = dict(flight.fly(part, limit))
-            seconds = time.perf_counter() - started
-            flight.writer.part(part.name, seconds=seconds, limit=round(limit, 1), **ended)
-            print(f"{part.name}: {ended['state']}, {seconds:.1f} s of {limit:.0f} {ended.get('error', '')}", flush=True)
-            failed |= ended["state"] in ("failed", "killed at its limit")
-            if part.name == "load" and ended["state"] != "complete":
-                break  # nothing can be tested or measured
+            ended: Mapping[str, Any] = {"state": "interrupted"}
+            try:
+                ended = flight.fly(part, limit)
+            finally:
+                seconds = time.perf_counter() - started
+                writer.part(part.name, **{"seconds": seconds, "limit": round(limit, 1), **ended}, gpu=_gpu())
+                shown = [f"{name}: {value}" for name, value in ended.items() if name != "state"]
+                print(f"{part.name}: {', '.join([ended['state'], *shown])}; {seconds:.1f} s", flush=True)
+            states.append(ended["state"])
     finally:
         flight.end()
-    print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {flight.writer.path}", flush=True)
-    return int(failed)
+    print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {writer.path}", flush=True)
+    return int(any(state in ("failed", KILLED) for state in states))
+
+
+def _gpu() -> str:
+    """The GPU's clocks, power and temperature."""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
     """Of all processes: one cache of kernels, built for the GPU of the flights alone."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    if not arguments.dry:
+    if arguments.dry:
+        environment.setdefault("NPC_EXT_NVCC", "")  # nothing is compiled for a GPU
+    else:
         cache = str(Path(tempfile.gettempdir()) / "npc_ext-flight")
         environment = {**ENVIRONMENT, "NPC_EXT_CACHE": cache, **environment}
     return environment

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import csv
+import glob
 import json
 import re
 import shutil
 import sys
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..rows import Row, Writer, read
-from .collect import FOLDER, PART
+from ..rows import NOT_MEASURED, Row, Writer, read
+from .collect import FOLDER, NAME
 from .processes import Command, Settings
 
-# The GPU tests, those first that only a GPU can pass or fail. Other files need packages that a GPU machine may lack.
+# The tests that need a GPU, those first that only a GPU can pass or fail; and those that compile.
 TESTS = (
-    *("test_gpu", "test_importance", "test_update", "test_adam_update", "test_rounding"),
-    *("test_anchored_update", "test_connection_update", "test_npc", "test_nn", "test_skip", "test_consolidation"),
-    "test_gpu_compile",  # last: compiling takes as long as all others
+    *("test_gpu", "test_importance", "test_update", "test_adam_update", "test_rounding", "test_anchored_update"),
+    *("test_connection_update", "test_npc", "test_nn", "test_skip", "test_consolidation"),
 )
+COMPILE_TESTS = ("test_gpu_compile",)
 _OURS = "3npc4cuda"  # in the mangled names of all our kernels
 _METRICS = {
     "gpu__time_duration.sum": "duration",
@@ -38,46 +39,72 @@ _METRICS = {
 
 def tests(settings: Settings) -> Command:
     """The tests that need a GPU. They are skipped, and counted, where there is none."""
-    files = [f"tests/{name}.py" for name in TESTS]
-    options = ["-q", "-m", "gpu", "--maxfail=10", "-p", "no:cacheprovider", "-p", "bench.gpu.collect"]
+    return _tests(settings, "tests", TESTS)
 
-    def verdict(status: int) -> Mapping[str, Any]:
-        outcomes = [row.facts["outcome"] for row in read(settings.out).of_part(PART)]
-        counts = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped")}
-        told = {"state": "complete", **counts}
+
+def compile_tests(settings: Settings) -> Command:
+    """The same of models that torch.compile replays as CUDA graphs."""
+    return _tests(settings, "compile_tests", COMPILE_TESTS)
+
+
+def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
+    files = [f"tests/{name}.py" for name in names]
+    # A test that hangs shows where, and the others still have their time.
+    options = ["-v", "-m", "gpu", "--maxfail=10", "-o", "faulthandler_timeout=25"]
+    options += ["-p", "no:cacheprovider", "-p", "bench.gpu.collect"]
+
+    def verdict(status: int | None) -> Mapping[str, Any]:
+        outcomes = [row.facts["outcome"] for row in read(settings.out).of_part(part)]
+        counts = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped", "not finished")}
         if status != 0 or counts["failed"]:
-            return {**told, "state": "failed", "error": f"pytest ended with status {status}"}
+            return {"state": "failed", **counts, "error": f"pytest ended with status {status}"}
         if not outcomes or not (counts["passed"] or settings.dry):
-            return {**told, "state": "failed", "error": "no test ran"}
-        return told
+            return {"state": "failed", **counts, "error": "no test ran"}
+        return {"state": "complete", **counts}
 
     # Plugins that happen to be installed are not loaded.
-    environment = {FOLDER: str(settings.out), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {FOLDER: str(settings.out), NAME: part, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return Command([sys.executable, "-m", "pytest", *options, *files], verdict, environment=environment)
 
 
-def sanitizer(settings: Settings) -> Command:
-    """compute-sanitizer's memcheck over every kernel of ours; in a dry run the kernels without it."""
+def exercise(settings: Settings) -> Command:
+    """Every kernel on small tensors, against the reference."""
     program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda"]
-    tool = None if settings.dry else shutil.which("compute-sanitizer")
+    return Command(program, _plain, environment={FOLDER: str(settings.out)})
+
+
+def sanitizer(settings: Settings) -> Command | str:
+    """The same under compute-sanitizer's memcheck, for kernels of ours alone."""
+    if settings.dry:
+        return NOT_MEASURED
+    tool = _tool("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    if tool is None:
+        return f"{NOT_MEASURED}: there is no compute-sanitizer"
     report = settings.out / "memcheck.txt"
     command = [
-        *(str(tool), "--tool", "memcheck", "--kernel-name", f"kns={_OURS}", "--report-api-errors", "no"),
+        *(tool, "--tool", "memcheck", "--kernel-name", f"kns={_OURS}", "--report-api-errors", "no"),
         *("--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)),
+        *(sys.executable, "-m", "bench.gpu.exercise", "cuda"),
     ]
 
-    def verdict(status: int) -> Mapping[str, Any]:
-        summary = re.search(r"ERROR SUMMARY: (\d+) error", report.read_text()) if report.exists() else None
-        errors = None if summary is None else int(summary[1])
-        if status != 0 or errors:
-            return {"state": "failed", "error": f"status {status}, {errors} memory errors; see {report.name}"}
-        if tool and errors is None:
-            return {"state": "failed", "error": f"compute-sanitizer told no result; see {report.name}"}
-        return {"state": "complete", "memory errors": "not measured" if errors is None else errors}
+    def verdict(status: int | None) -> Mapping[str, Any]:
+        text = report.read_text(errors="replace") if report.exists() else ""
+        summary = re.search(r"ERROR SUMMARY: (\d+) error", text)
+        # It sums up at its end; if it was ended before, what it has found so far is counted.
+        errors = int(summary[1]) if summary else len(re.findall(r"========= Invalid ", text))
+        told = {"memory errors": errors}
+        if status != 0 or errors or not summary:
+            return {"state": "failed", **told, "error": f"it ended with status {status}; see {report.name}"}
+        return {"state": "complete", **told}
 
     # Without torch's own reserve of memory every tensor ends where its allocation ends.
-    alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", FOLDER: str(settings.out)}
-    return Command([*command, *program] if tool else program, verdict, environment=alone)
+    return Command(command, verdict, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+
+
+def _tool(name: str, *folders: str) -> str | None:
+    """The path of a tool of NVIDIA's: on the PATH, or in one of the folders, whose patterns are tried in turn."""
+    found = [shutil.which(name), *(path for folder in folders for path in sorted(glob.glob(f"{folder}/{name}")))]
+    return next(filter(None, found), None)
 
 
 def revisions(settings: Settings) -> Command | str:
@@ -92,16 +119,16 @@ def revisions(settings: Settings) -> Command | str:
 def counters(settings: Settings) -> Command | str:
     """What Nsight Compute counts of the four main kernels; in a dry run they run without it."""
     program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", "--counters"]
-    tool = None if settings.dry else shutil.which("ncu")
+    tool = None if settings.dry else _tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
     if not settings.dry and tool is None:
-        return "not measured: there is no ncu"
+        return f"{NOT_MEASURED}: there is no ncu"
     table = settings.scratch / "counters.csv"
     command = [
         *(str(tool), "--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)),
         *("--kernel-name-base", "mangled", "--kernel-name", f"regex:{_OURS}"),
     ]
 
-    def verdict(status: int) -> Mapping[str, Any]:
+    def verdict(status: int | None) -> Mapping[str, Any]:
         if table.exists():
             for row in rows_of_counters(table.read_text()):
                 Writer(settings.out).row(row)
@@ -111,14 +138,16 @@ def counters(settings: Settings) -> Command | str:
 
 
 def rows_of_counters(text: str) -> list[Row]:
-    """The rows of ncu's CSV: a line for every metric of every launch, after lines of other kinds."""
+    """The rows of ncu's CSV: a line for every metric of every launch, among lines of other kinds."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     facts: dict[tuple[str, str], dict[str, Any]] = {}
-    for entry in csv.DictReader(lines[start:]):
-        kernel = entry["Kernel Name"].split("(")[0]
-        value = f"{entry['Metric Value']} {entry['Metric Unit']}".strip()
-        facts.setdefault((entry["ID"], kernel), {})[_METRICS[entry["Metric Name"]]] = value
+    for entry in csv.DictReader(line for line in lines[start:] if line.startswith('"')):
+        kernel = re.search(r"\w+_kernel(<.*>)?(?=\(|$)", entry["Kernel Name"] or "")
+        metric = _METRICS.get(entry["Metric Name"] or "")
+        if kernel and metric:
+            value = f"{entry['Metric Value']} {entry['Metric Unit']}".strip()
+            facts.setdefault((entry["ID"], kernel[0]), {})[metric] = value
     return [Row("counters", f"{number}: {kernel}", facts=found) for (number, kernel), found in facts.items()]
 
 
@@ -153,19 +182,20 @@ def icifar100(settings: Settings) -> Command | str:
 
 
 def _pack(store: Path, target: Path) -> None:
-    """Puts a store into one file, whose old content stays until the new one is complete."""
+    """Puts a store's records and checkpoints into one file, whose old content stays until the new one is complete."""
     staged = target.with_suffix(".tmp")
     with tarfile.open(staged, "w") as archive:
-        archive.add(store, ".", filter=lambda member: None if member.name.endswith(".lock") else member)
+        for path in sorted(path for path in store.rglob("*") if path.suffix in (".json", ".pt")):
+            archive.add(path, path.relative_to(store))
     staged.replace(target)
 
 
-def _plain(status: int) -> Mapping[str, Any]:
+def _plain(status: int | None) -> Mapping[str, Any]:
     if status == 0:
         return {"state": "complete"}
     return {"state": "failed", "error": f"it ended with status {status}; see log.txt"}
 
 
 COMMANDS: dict[str, Callable[[Settings], Command | str]] = {
-    part.__name__: part for part in (tests, sanitizer, revisions, counters, icifar100)
+    part.__name__: part for part in (tests, compile_tests, exercise, sanitizer, revisions, counters, icifar100)
 }

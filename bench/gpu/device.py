@@ -12,6 +12,7 @@ import torch
 
 from npc_ext import _native
 
+from ..rows import LIMITED
 from ..timing import Case, HostTimer, Timer
 
 _MOST_BYTES_OF_SETS = 8 * 2**30
@@ -56,7 +57,7 @@ class DeviceTimer:
         """Says whose calls the host limited."""
         limited, self._limited = sorted(self._limited), set()
         self._host.clear()
-        return {"limited by the host": ", ".join(limited)} if limited else {}
+        return {LIMITED: limited} if limited else {}
 
     @staticmethod
     def _host_seconds(case: Case, name: str) -> float:
@@ -133,11 +134,16 @@ class Device:
         if not self.dry:
             torch.cuda.synchronize()
 
+    def empty_cache(self) -> None:
+        """Gives back what torch keeps of memory that is not in use."""
+        if not self.dry:
+            torch.cuda.empty_cache()
+
     def sets_of(self, bytes_per_set: int) -> int:
-        """How many sets of inputs to go through in turn so that none is in the L2 cache any more (64 at most)."""
+        """How many sets of inputs to go through in turn so that none is in the L2 cache any more (512 at most)."""
         cache = 2**16 if self.dry else torch.cuda.get_device_properties(0).L2_cache_size
         room = max(1, _MOST_BYTES_OF_SETS // max(bytes_per_set, 1))
-        return int(max(1, min(64, room, -(-3 * cache // max(bytes_per_set, 1)))))
+        return int(max(1, min(512, room, -(-3 * cache // max(bytes_per_set, 1)))))
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
         """The function as a CUDA graph, after warming up on a stream of its own; in a dry run the function itself."""
@@ -162,23 +168,28 @@ class Device:
             return None
         from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            function()
-            torch.cuda.synchronize()
+        for _ in range(2):  # the first profile in a process may come back empty
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                function()
+                torch.cuda.synchronize()
         counts: dict[str, int] = {}
         for event in profiler.events():
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 kernel = re.search(r"\w+_kernel", event.name)
                 name = kernel[0] if kernel else event.name
                 counts[name] = counts.get(name, 0) + 1
+        if not counts:
+            raise RuntimeError("the profiler saw no kernel")
         return counts
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
-        """Most memory allocated by torch during a call; None (not measured) in a dry run."""
+        """Most memory that torch allocated during a call, beyond what was allocated before; None in a dry run."""
+        function()
         if self.dry:
-            function()
             return None
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated() - before

@@ -7,6 +7,7 @@ GPU's architecture (default: 90). It prints what to take along.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
@@ -16,7 +17,6 @@ from npc_ext import _build
 
 from ..revision import ROOT, RevisionError, checkout
 
-LIBRARY = ROOT / "build" / "flight" / "libstream.so"
 # How the kernels of a flight are built: for Hopper alone, with line numbers for compute-sanitizer and Nsight Compute.
 ENVIRONMENT = {"NPC_EXT_ARCHS": "90", "NVCC_APPEND_FLAGS": "-lineinfo"}
 _STREAM = Path(__file__).with_name("stream.cu")
@@ -30,7 +30,7 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
-        made = [build_stream(LIBRARY), _build_module(ROOT)]
+        made = [build_stream(ROOT / "build" / "flight"), _build_module(ROOT)]
         if arguments.against:
             other = checkout(arguments.against)
             _build_module(other)
@@ -58,17 +58,23 @@ def _build_module(folder: Path) -> Path:
     return target
 
 
-def build_stream(target: Path) -> Path:
+def stream_library(folder: Path) -> Path:
+    """Where the compiled stream.cu is in a folder, or will be; its name changes with the source."""
+    return folder / f"libstream-{hashlib.sha256(_STREAM.read_bytes()).hexdigest()[:8]}.so"
+
+
+def build_stream(folder: Path) -> Path:
     """Compiles stream.cu for the architectures of the kernels, unless that is done, and returns the library.
 
     Raises:
         BuildError: there is no nvcc, or it fails.
     """
-    if target.exists() and target.stat().st_mtime > _STREAM.stat().st_mtime:
+    target = stream_library(folder)
+    if target.exists():
         return target
     compiler = _build.nvcc()
     if compiler is None:
-        raise _build.BuildError(f"{_STREAM.name} needs nvcc, and none was found")
+        raise _build.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
     command = [str(compiler), "-O3", *_build.nvcc_flags(), "-shared", str(_STREAM), "-o", str(staged)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import select
@@ -13,12 +14,13 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
-
-from ..rows import Writer
 
 ROOT = Path(__file__).resolve().parents[2]
 _SECONDS_BETWEEN_LOOKS = 0.5
+_SECONDS_TO_DIE = 3
+_SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux
 KILLED = "killed at its limit"
 
 
@@ -49,13 +51,26 @@ class Settings:
         return (self.out / "log.txt").open("ab")
 
 
-def _start(command: list[str], settings: Settings, **options: Any) -> subprocess.Popen[bytes]:
-    """Starts a process as the leader of a new group, not of a session: whoever ends ours finds it."""
+def _lead_a_group() -> None:
+    """Called in a new process: it leads a group, and dies when its parent does, even if that is killed."""
+    os.setpgrp()
+    ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+
+
+def _start(
+    command: list[str], settings: Settings, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
+) -> subprocess.Popen[bytes]:
+    """Starts a process as the leader of a new group in our session, so that what ends the session ends it, too."""
     with settings.log() as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
         return subprocess.Popen(
-            command, cwd=ROOT, env=settings.environment, stderr=log, preexec_fn=os.setpgrp, **{"stdout": log, **options}
+            command,
+            cwd=ROOT,
+            env={**settings.environment, **environment},
+            stderr=log,
+            preexec_fn=_lead_a_group,
+            **{"stdout": log, **options},
         )
 
 
@@ -63,7 +78,8 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with suppress(subprocess.TimeoutExpired):  # it may hang in the driver
+        process.wait(_SECONDS_TO_DIE)
 
 
 @dataclass
@@ -73,20 +89,19 @@ class Command:
     Attributes:
         arguments: what to run.
         look: is called now and then while it runs, and when it has ended: to keep what it has so far.
-        verdict: says from the exit status what came of it: {"state": ..., "error": ...}.
+        verdict: says from the exit status what came of it, {"state": ..., "error": ...}; None if it was ended.
         environment: variables beside the flight's.
     """
 
     arguments: list[str]
-    verdict: Callable[[int], Mapping[str, Any]]
+    verdict: Callable[[int | None], Mapping[str, Any]]
     look: Callable[[], None] = lambda: None
     environment: dict[str, str] = field(default_factory=dict)
 
-    def run(self, settings: Settings, writer: Writer, limit: float) -> Mapping[str, Any]:
+    def run(self, settings: Settings, limit: float) -> Mapping[str, Any]:
         """Runs it for `limit` seconds at most."""
         deadline = time.perf_counter() + limit
-        settings.environment |= self.environment
-        process = _start(self.arguments, settings)
+        process = _start(self.arguments, settings, self.environment)
         try:
             while time.perf_counter() < deadline:
                 try:
@@ -94,7 +109,8 @@ class Command:
                     return self.verdict(process.returncode)
                 except subprocess.TimeoutExpired:
                     self.look()
-            return {"state": KILLED}
+            _kill(process)
+            return {**self.verdict(None), "state": KILLED}
         finally:
             _kill(process)
             self.look()
@@ -106,8 +122,7 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         command = [sys.executable, "-m", "bench.gpu.worker", str(settings.out), "--command", settings.command]
         command += ["--dry"] if settings.dry else []
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-        self._process = _start(command, settings, **pipes)
+        self._process = _start(command, settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def lives(self) -> bool:
         """Whether it can be asked."""
@@ -130,7 +145,7 @@ class Worker:
         answer = self._process.stdout.readline()
         if not answer:
             return {"state": "failed", "error": f"the worker ended with status {self._process.wait()}; see log.txt"}
-        return {name: value for name, value in json.loads(answer).items() if value}
+        return dict(json.loads(answer))
 
     def kill(self) -> None:
         """Ends it."""

@@ -8,13 +8,12 @@ import torch
 
 from ..timing import Case, Timer
 from .device import Device
-from .parts import few_importance, few_updates, relu
+from .parts import few_importance, few_updates
 
 _device = Device(dry=not torch.cuda.is_available())
 PARTS: dict[str, Callable[[bool], Iterator[Case]]] = {
-    "importance": lambda quick: few_importance(_device),
-    "update": lambda quick: few_updates(_device),
-    "relu": lambda quick: relu(_device),
+    "importance": lambda quick: (case.make() for case in few_importance(_device, alone=True)),
+    "update": lambda quick: (case.make() for case in few_updates(_device, alone=True)),
 }
 
 

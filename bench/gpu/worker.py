@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import os
-import sys
 import time
 import traceback
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import environment
+from ..answers import serve
 from ..rows import Row, Writer
-from ..timing import measure
+from ..timing import Later, measure
 from .device import Device
 from .parts import PARTS
 
-_MARGIN = 3.0  # seconds before a part's limit in which no further case begins
 _DRY_TURNS = 2
 
 
@@ -32,42 +31,49 @@ def main() -> None:
     """Answers until the input ends."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.worker", description=__doc__)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--command", required=True, help="of the flight, as its rows tell it")
+    parser.add_argument("--command", required=True, help="of the flight, for its rows")
     parser.add_argument("--dry", action="store_true")
     arguments = parser.parse_args()
-    # What anything else prints must not be taken for an answer.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     torch.manual_seed(0)
     device, writer = Device(arguments.dry), Writer(arguments.out)
     writer.run(arguments.command, {**environment.describe(), **device.describe()})
-    for line in sys.stdin:
-        request = json.loads(line)
-        print(json.dumps(_measure(request["part"], request["limit"], device, writer)), file=answers, flush=True)
+    serve(lambda request: _measure(request["part"], request["limit"], device, writer))
 
 
 def _measure(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
-    """Measures a part, as far as its time allows; what it had before it failed is kept."""
-    started = time.perf_counter()
+    """Measures a part as far as its time allows. A case that fails says why in its row; the next one is measured."""
+    started, longest, errors = time.perf_counter(), 0.0, 0
     try:
-        for case in PARTS[part](device):
-            print(f"{part}: {case.case if isinstance(case, Row) else case.name}", flush=True)
-            row = (
-                case if isinstance(case, Row) else measure(part, case, device.timer, _DRY_TURNS if device.dry else None)
-            )
-            row.goals = {} if device.dry else row.goals  # a dry run reaches none and misses none
+        for item in PARTS[part](device):
+            began = time.perf_counter()
+            if began - started + longest > limit:
+                return {"state": "out of time"}
+            row = item if isinstance(item, Row) else _row(item, part, device)
             writer.row(row)
-            del case  # its memory is needed
-            if time.perf_counter() - started > limit - _MARGIN:
-                return {"state": "out of time", "error": ""}
-    except Exception:  # the other parts are still worth their time
+            errors += "error" in row.facts
+            longest = max(longest, time.perf_counter() - began)
+            device.synchronize()
+    except Exception as error:  # of the device, after which nothing works any more, or of the part itself
         traceback.print_exc()
-        return {"state": "failed", "error": traceback.format_exc().strip().splitlines()[-1]}
+        return {"state": "failed", "error": f"{type(error).__name__}: {error}", "lost": True}
     finally:
         gc.collect()
-        if not device.dry:
-            torch.cuda.empty_cache()
-    return {"state": "complete", "error": ""}
+        with suppress(Exception):
+            device.empty_cache()
+    return {"state": "failed", "error": f"{errors} cases failed"} if errors else {"state": "complete"}
+
+
+def _row(later: Later, part: str, device: Device) -> Row:
+    print(f"{part}: {later.name}", flush=True)
+    try:
+        case = replace(later.make(), part=later.part)
+        row = measure(part, case, device.timer, _DRY_TURNS if device.dry else None)
+    except Exception as error:
+        traceback.print_exc()
+        device.timer.finish()
+        return Row(later.part or part, later.name, facts={"error": f"{type(error).__name__}: {error}"})
+    row.goals = {} if device.dry else row.goals  # a dry run reaches none and misses none
+    return row
 
 
 if __name__ == "__main__":

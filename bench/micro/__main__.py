@@ -30,21 +30,28 @@ _FOR_THE_CPU = {"NPC_EXT_NVCC": ""}  # the CUDA kernels of another revision take
 def main() -> int:
     """Measures the parts asked for."""
     parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure")
+    parser.add_argument(
+        "--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     parser.add_argument("--against", metavar="REV", help="another revision, or a folder that it is checked out in")
     parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/micro, or with "
                         "--against bench/results/against/REV)")  # fmt: skip
     arguments = parser.parse_args()
+    possible = COMPARABLE if arguments.against else list(PARTS)
+    arguments.only = arguments.only or possible
+    if impossible := [part for part in arguments.only if part not in possible]:
+        parser.error(f"--against cannot compare {', '.join(impossible)}; it compares {', '.join(COMPARABLE)}")
     torch.manual_seed(0)
     out = arguments.out or Path("bench/results") / (f"against/{arguments.against}" if arguments.against else "micro")
     writer = Writer(out)
     writer.drop([*arguments.only, *(f"{part}-{AGAINST}" for part in arguments.only)])
     writer.run(" ".join(["python -m bench.micro", *sys.argv[1:]]), environment.describe())
     if arguments.against:
-        parts = [name for name in arguments.only if name in COMPARABLE]
         try:
-            slower = against(arguments.against, "bench.micro.parts", parts, arguments.quick, writer, _FOR_THE_CPU)
+            slower = against(
+                arguments.against, "bench.micro.parts", arguments.only, arguments.quick, writer, _FOR_THE_CPU
+            )
         except RevisionError as error:
             parser.error(str(error))
         write(read(writer.path), out)
@@ -54,9 +61,11 @@ def main() -> int:
     for part in arguments.only:
         started = time.perf_counter()
         for case in tqdm(PARTS[part](arguments.quick), desc=part, unit="case", leave=False):
-            writer.row(
+            row = (
                 case if isinstance(case, Row) else measure(part, case, timer, QUICK_TURNS if arguments.quick else None)
             )
+            row.goals = {} if arguments.quick else row.goals  # too few turns to reach or to miss one
+            writer.row(row)
         writer.part(part, "complete", time.perf_counter() - started)
         write(read(writer.path), out, [part])
     return 0
