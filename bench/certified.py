@@ -26,8 +26,6 @@ SGD, UNSKIPPED, LAZY = "SGD fused", "skip_frozen=False", f"measure_every={MEASUR
 _STEPS = {OURS: 2, SGD: 2, UNSKIPPED: 2, LAZY: MEASURE_EVERY}
 # By share: how many times longer SGD should at least take.
 _GOALS = {0.0: 1 / 1.03, 0.75: 1 / 0.85, 1.0: 1 / 0.75}
-# On a GPU certificates are issued from importance that was copied some steps before.
-_STEPS_TO_CERTIFICATES = 41
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,7 @@ class Certified:
             take(name, 1)
             if isinstance(optimizer, NPC):
                 optimizer._certificates.issue()
-                take(name, _STEPS_TO_CERTIFICATES if device == "cuda" else 1)
+                take(name, 1)
         layers = optimizers[OURS].plasticity().values()  # type: ignore[attr-defined]
         self.skipped = sum(float(layer.gradients_skipped) * len(layer.importance) for layer in layers)
         self.skipped /= sum(len(layer.importance) for layer in layers)

@@ -143,7 +143,7 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
     states: list[str] = []
     try:
         for index, part in enumerate(parts):
-            limit = flight.left(parts[: index + 1])
+            limit = max(1.0, flight.left(parts[: index + 1]))
             if states[:1] not in ([], ["complete"]) and parts[0].name == "load":
                 writer.part(part.name, "not begun: the kernels did not load", 0)
                 continue
