@@ -1,4 +1,4 @@
-"""python -m npc_ext: what is installed and built here, and for what is missing the reason and what mends it.
+"""python -m npc_ext: what is installed and built here, and for what is missing the reason and the fix.
 
 Works when torch or the compiled module is broken; the exit status is 0 if everything that runs here is in order.
 """
@@ -17,7 +17,7 @@ def _torch() -> tuple[ModuleType | None, str]:
     try:
         import torch
     except Exception as error:  # a broken installation raises anything: ImportError, OSError, RuntimeError
-        return None, f"does not load ({type(error).__name__}: {error}); mend: pip install --force-reinstall torch"
+        return None, f"does not load ({type(error).__name__}: {error}); fix: pip install --force-reinstall torch"
     return torch, f"{torch.__version__}, {torch.get_num_threads()} threads"
 
 
@@ -62,7 +62,7 @@ def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return f"not installed; mend: pip install {package}"
+        return f"not installed; fix: pip install {package}"
 
 
 def _compiler() -> str:

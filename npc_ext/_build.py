@@ -45,7 +45,7 @@ _ISA_FLAGS = {
 
 
 class BuildError(RuntimeError):
-    """The kernels could not be compiled; the message says why and what mends it."""
+    """The kernels could not be compiled; the message says why and how to fix it."""
 
 
 @dataclass(frozen=True)

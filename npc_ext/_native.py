@@ -24,7 +24,7 @@ _NAME = "npc_ext._C"
 
 
 class NativeUnavailableError(RuntimeError):
-    """The compiled kernels cannot be used here; the message says why and what mends it."""
+    """The compiled kernels cannot be used here; the message says why and how to fix it."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +78,12 @@ def available() -> bool:
 
 @lru_cache(maxsize=1)  # read on every launch; a failure is remembered by status() instead
 def module() -> ModuleType:
-    """The compiled module. Raises NativeUnavailableError with the reason and the mend if there is none."""
+    """The compiled module. Raises NativeUnavailableError with the reason and the fix if there is none."""
     native = status()
     if native.module is None:
         raise NativeUnavailableError(
             f"npc_ext's compiled kernels are not available: {native.reason}\n"
-            "Mend that, or pass backend='reference' for the slower kernels in plain PyTorch "
+            "Fix that, or pass backend='reference' for the slower kernels in plain PyTorch "
             "('python -m npc_ext' shows the state of this installation)."
         )
     return native.module
@@ -148,7 +148,7 @@ def module_on(device: int) -> ModuleType:
 
 @lru_cache(maxsize=1)
 def why_no_cuda() -> str:
-    """Empty if the module has CUDA kernels, else the reason why not and what mends it."""
+    """Empty if the module has CUDA kernels, else the reason why not and how to fix it."""
     compiled = status().module
     if compiled is None:
         return status().reason

@@ -37,7 +37,7 @@ class NPC(Plastic):
         lr: eta_max, the largest learning rate, of neurons without importance and of other parameters. A float32 tensor
             in GPU memory is read there at each step, so that replays of a CUDA graph see it change.
         alpha: scale of eq. 7; greater is more plastic.
-        beta: importance from which on a neuron is frozen; the mean importance of a layer is 1.
+        beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
         delta: decay of the moving average per step, in [0, 1).
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
             bit-identical under all of them.

@@ -34,7 +34,7 @@ class NPCAdamW(Plastic):
             process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments are float32 also for half-precision weights.
         alpha: scale of s_i, in units of the learning rate; 0.5 is the paper's 0.05 in units of its largest rate, 0.1.
-        beta: importance from which on a neuron is frozen; the mean importance of a layer is 1. Not one of `betas`.
+        beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1. Not one of `betas`.
         delta: decay of the importance's moving average per step, in [0, 1); see `NPC`.
 
     Raises:

@@ -803,7 +803,7 @@ def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
 def _warn_without_native(kernels: str, reason: str) -> None:
     warnings.warn(
         f"npc_ext's {kernels} kernels are not available, plain PyTorch is used instead, which is slower: {reason} "
-        "('python -m npc_ext' says how to mend it)",
+        "('python -m npc_ext' says how to fix it)",
         RuntimeWarning,
         stacklevel=4,
     )

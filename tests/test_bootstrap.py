@@ -1,4 +1,4 @@
-"""Setting up: every failure to be expected ends in one sentence with its mend, and nothing is done twice."""
+"""Setting up: every failure to be expected ends in one sentence with its fix, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_named(checkout: Path) -> None:
 def test_a_log_that_cannot_be_written_is_named(checkout: Path) -> None:
     (checkout / "setup.log").symlink_to("/dev/full")
     said = sentence(bootstrap(checkout, "build"), checkout)
-    assert said == "npc_ext: [Errno 28] No space left on device; mend that and run the command again"
+    assert said == "npc_ext: [Errno 28] No space left on device; fix that and run the command again"
 
 
 def test_a_failing_compiler_is_named_and_its_words_are_in_the_log(checkout: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> No
         ({"NPC_EXT_CACHE": "/proc/nowhere"}, "cannot write to /proc/nowhere"),
     ],
 )
-def test_what_is_missing_is_named_with_its_mend(tmp_path: Path, setting: dict[str, str], message: str) -> None:
+def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, setting: dict[str, str], message: str) -> None:
     output, _ = finish(start(tmp_path, **setting))
     assert message in output
 
@@ -301,7 +301,7 @@ def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkey
     ops._warn_without_native.cache_clear()
 
 
-def test_backend_native_without_cuda_kernels_raises_with_the_mend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_native_without_cuda_kernels_raises_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     from npc_ext import _native, descent
 
     class Compiled:

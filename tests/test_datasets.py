@@ -236,7 +236,7 @@ def test_the_users_cache_is_the_one_that_pooch_names(monkeypatch: pytest.MonkeyP
     assert datasets._cache().expanduser() == Path(pooch.os_cache("npc_ext"))
 
 
-def test_missing_files_are_named_with_the_ways_to_mend_it(tmp_path: Path) -> None:
+def test_missing_files_are_named_with_the_ways_to_fix_it(tmp_path: Path) -> None:
     (write_idx(tmp_path / "emnist47") / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DatasetError, match=r"EMNIST \(balanced\) is missing or incomplete; looked for ") as refusal:
         load("emnist", tmp_path, download=False)

@@ -37,12 +37,12 @@ def test_a_broken_torch_is_reported_and_not_raised(tmp_path: Path) -> None:
     result = report(PYTHONPATH=str(tmp_path))
     assert result.returncode == 1
     assert "libtorch_cpu.so: cannot open shared object file" in result.stdout
-    assert "mend: pip install --force-reinstall torch" in result.stdout
+    assert "fix: pip install --force-reinstall torch" in result.stdout
     assert "kernels   built" in result.stdout
     assert "Traceback" not in result.stderr
 
 
-def test_a_missing_module_is_reported_with_reason_and_mend(tmp_path: Path) -> None:
+def test_a_missing_module_is_reported_with_reason_and_fix(tmp_path: Path) -> None:
     result = report(NPC_EXT_CXXFLAGS="-DOTHER", CXX="/nowhere/c++", NPC_EXT_CACHE=str(tmp_path))
     assert result.returncode == 1
     assert "MISSING" in result.stdout

@@ -586,7 +586,7 @@ def test_sparse_gradients_are_refused_and_nothing_is_changed() -> None:
     assert not any(layer.importance.any() for layer in optimizer.plasticity().values())
 
 
-def test_a_step_without_any_measured_importance_raises_and_says_how_to_mend_it() -> None:
+def test_a_step_without_any_measured_importance_raises_and_says_how_to_fix_it() -> None:
     model, (x, y) = paper_cnn(), batches(1)[0]
     optimizer = NPC(model)
     model.eval()
@@ -656,7 +656,7 @@ def test_a_parameter_given_twice_or_a_bad_late_group_changes_nothing() -> None:
     train(model, optimizer, batches(1))
 
 
-def test_native_backend_is_refused_with_the_mend_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_native_backend_is_refused_with_the_fix_where_there_are_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = _native.Native(None, "none", "no C++ compiler; install one")
     monkeypatch.setattr(_native, "status", lambda: missing)
     _native.module.cache_clear()

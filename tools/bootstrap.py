@@ -129,4 +129,4 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         fail("interrupted; run the command again, it goes on where it can")
     except OSError as error:
-        fail(f"{error}; mend that and run the command again")
+        fail(f"{error}; fix that and run the command again")

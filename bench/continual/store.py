@@ -80,7 +80,7 @@ def completed(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file in one piece: whoever reads it, or is killed, finds the old content or the new."""
+    """Writes a file in one piece: a reader finds the old content or the new, also if the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)

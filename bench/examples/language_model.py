@@ -53,7 +53,7 @@ class Setting:
     Attributes:
         method: "AdamW" or "NPCAdamW".
         lr: the learning rate in the second domain.
-        beta: the importance from which on a neuron is frozen; NPCAdamW's only.
+        beta: the importance at or above which a neuron is frozen; NPCAdamW's only.
         protect_always: whether neurons are protected from the first step on, instead of measured first.
     """
 

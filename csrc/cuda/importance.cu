@@ -9,7 +9,7 @@ namespace npc::cuda {
 namespace {
 
 constexpr int kPackBytes = 16;
-constexpr int64_t kFewTiles = 8;       // fewer leave too much to the last blocks; narrower tiles mend that
+constexpr int64_t kFewTiles = 8;       // fewer leave too much to the last blocks; narrower tiles avoid that
 constexpr int kLineLanes = 8;          // 16 bytes for each of so many threads fill a line of the cache
 constexpr int64_t kPacksPerLane = 4;   // a chunk of positions gives every thread at least so much to do
 

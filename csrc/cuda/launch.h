@@ -20,7 +20,7 @@ const void* any_kernel();
 
 inline void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // so that nobody else is told of it later
+  cudaGetLastError();  // clears it, so that no later call reports it
   const std::string why = why_not_with_this_driver();
   throw std::runtime_error(std::string("npc_ext: ") + what + " failed: " + cudaGetErrorName(error) + ", " +
                            cudaGetErrorString(error) + (why.empty() ? "" : "; " + why));

@@ -84,7 +84,7 @@ Obstacle why_not_on(int device, const std::string& archs) {
     const OnDevice guard(device);
     const cudaError_t error = find_kernel(any_kernel());
     if (error == cudaSuccess) return {"", false};
-    cudaGetLastError();  // so that nobody else is told of it later
+    cudaGetLastError();  // clears it, so that no later call reports it
     if (!is_for_want_of_code(error)) check(error, "looking for a kernel");
     const std::string arch = arch_of(device);
     return {"the module has code for " + listed(archs) + ", but GPU " + std::to_string(device) + " is sm_" + arch +

@@ -46,7 +46,7 @@ Workspace allocate(const Stream& stream, int64_t bytes, const Capture& capture) 
   const RelaxedCapture relaxed;
   void* data = nullptr;
   if (const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes)); error != cudaSuccess) {
-    cudaGetLastError();  // so that nobody else is told of it later
+    cudaGetLastError();  // clears it, so that no later call reports it
     throw std::runtime_error("npc_ext: cannot allocate " + std::to_string(bytes) + " bytes of scratch on GPU " +
                              std::to_string(stream.device) + " (" + cudaGetErrorName(error) + ", " +
                              cudaGetErrorString(error) +
