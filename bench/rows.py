@@ -73,7 +73,7 @@ class Writer:
         """Forgets the rows of parts that are to be measured again."""
         if self.path.exists():
             kept = [line for line in _lines(self.path) if line.get("part") not in parts]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in _with_purpose(kept)))
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in _without_empty_runs(kept)))
 
     def _append(self, line: Mapping[str, Any]) -> None:
         text = json.dumps(line, default=str) + "\n"
@@ -167,8 +167,8 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
         yield line
 
 
-def _with_purpose(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Without the runs that no other line follows."""
+def _without_empty_runs(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Leaves out the runs that no row or part belongs to."""
     for line, following in zip(lines, [*lines[1:], {"kind": "run"}], strict=True):
         if not line["kind"] == following["kind"] == "run":
             yield line

@@ -119,6 +119,10 @@ def _verdicts(row: Row) -> str:
     return "; ".join(verdicts)
 
 
+# What a part says of how it ended, beside its state.
+_TOLD = ("passed", "failed", "skipped", "not finished", "memory errors", "error")
+
+
 def of_part(results: Results, part: str) -> str:
     """A part's table, how it ended if there is something to say of that, and the commands that measured it."""
     rows = results.of_part(part)
@@ -139,10 +143,6 @@ def of_part(results: Results, part: str) -> str:
     return "\n\n".join(filter(None, texts))
 
 
-# What a part says of how it ended, beside its state.
-_TOLD = ("passed", "failed", "skipped", "not finished", "memory errors", "error")
-
-
 def main() -> int:
     """Writes <part>.md of every part beside the rows, and the figures that they give; prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=main.__doc__)
@@ -152,6 +152,8 @@ def main() -> int:
     try:
         folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent
         write(read(arguments.rows), arguments.out or folder)
+    except BrokenPipeError:  # the reader has seen enough
+        sys.stderr.close()
     except (RowsError, OSError) as error:
         parser.error(str(error))
     return 0

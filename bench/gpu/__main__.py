@@ -140,11 +140,11 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
         environment=_environment(arguments),
     )
     flight, writer = Flight(settings, _DRY_SLOWER if settings.dry else 1), Writer(settings.out)
-    states: list[str] = []
+    states, loaded = list[str](), True
     try:
         for index, part in enumerate(parts):
             limit = max(1.0, flight.left(parts[: index + 1]))
-            if states[:1] not in ([], ["complete"]) and parts[0].name == "load":
+            if not loaded:
                 writer.part(part.name, "not begun: the kernels did not load", 0)
                 continue
             started = time.perf_counter()
@@ -157,6 +157,7 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
                 shown = [f"{name}: {value}" for name, value in ended.items() if name != "state"]
                 print(f"{part.name}: {', '.join([ended['state'], *shown])}; {seconds:.1f} s", flush=True)
             states.append(ended["state"])
+            loaded &= part.name != "load" or ended["state"] == "complete"
     finally:
         flight.end()
     print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {writer.path}", flush=True)

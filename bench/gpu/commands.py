@@ -10,6 +10,7 @@ import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
         outcomes = [row.facts["outcome"] for row in read(settings.out).of_part(part)]
         counts = {outcome: outcomes.count(outcome) for outcome in ("passed", "failed", "skipped", "not finished")}
         if status != 0 or counts["failed"]:
-            return {"state": "failed", **counts, "error": f"pytest ended with status {status}"}
+            return {**_plain(status), "state": "failed", **counts}
         if not outcomes or not (counts["passed"] or settings.dry):
             return {"state": "failed", **counts, "error": "no test ran"}
         return {"state": "complete", **counts}
@@ -94,7 +95,7 @@ def sanitizer(settings: Settings) -> Command | str:
         errors = int(summary[1]) if summary else len(re.findall(r"========= Invalid ", text))
         told = {"memory errors": errors}
         if status != 0 or errors or not summary:
-            return {"state": "failed", **told, "error": f"it ended with status {status}; see {report.name}"}
+            return {**_plain(status), "state": "failed", **told}
         return {"state": "complete", **told}
 
     # Without torch's own reserve of memory every tensor ends where its allocation ends.
@@ -119,22 +120,24 @@ def revisions(settings: Settings) -> Command | str:
 def counters(settings: Settings) -> Command | str:
     """What Nsight Compute counts of the four main kernels; in a dry run they run without it."""
     program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", "--counters"]
-    tool = None if settings.dry else _tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
-    if not settings.dry and tool is None:
+    if settings.dry:
+        return Command(program, _plain)
+    tool = _tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
+    if tool is None:
         return f"{NOT_MEASURED}: there is no ncu"
     table = settings.scratch / "counters.csv"
     command = [
-        *(str(tool), "--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)),
+        *(tool, "--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)),
         *("--kernel-name-base", "mangled", "--kernel-name", f"regex:{_OURS}"),
     ]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
-        if table.exists():
-            for row in rows_of_counters(table.read_text()):
-                Writer(settings.out).row(row)
-        return _plain(status)
+        found = rows_of_counters(table.read_text()) if table.exists() else []
+        for row in found:
+            Writer(settings.out).row(row)
+        return _plain(status) if found else {"state": "failed", "error": "ncu counted nothing; see log.txt"}
 
-    return Command([*command, *program] if tool else program, verdict)
+    return Command([*command, *program], verdict)
 
 
 def rows_of_counters(text: str) -> list[Row]:
@@ -186,14 +189,16 @@ def _pack(store: Path, target: Path) -> None:
     staged = target.with_suffix(".tmp")
     with tarfile.open(staged, "w") as archive:
         for path in sorted(path for path in store.rglob("*") if path.suffix in (".json", ".pt")):
-            archive.add(path, path.relative_to(store))
+            with suppress(FileNotFoundError):  # the run removes its checkpoint when it is finished
+                archive.add(path, path.relative_to(store))
     staged.replace(target)
 
 
 def _plain(status: int | None) -> Mapping[str, Any]:
+    """What an exit status says; None is that of a command that was ended at its limit."""
     if status == 0:
         return {"state": "complete"}
-    return {"state": "failed", "error": f"it ended with status {status}; see log.txt"}
+    return {"state": "failed"} | ({} if status is None else {"error": f"it ended with status {status}; see log.txt"})
 
 
 COMMANDS: dict[str, Callable[[Settings], Command | str]] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,15 +24,15 @@ _CYCLES_PER_SECOND = 2e9  # at most, of a multiprocessor's clock
 class DeviceTimer:
     """Times work on the GPU between two events, so that the host's time does not count.
 
-    The GPU is kept busy by a sleep while the host queues the calls of a turn. If that takes longer than the sleep, the
-    row's fact "limited by the host" names the peer: its time is the host's.
+    The GPU is kept busy by a sleep while the host queues the calls of a turn. If that takes longer than the sleep in a
+    quarter of the turns or more, the row's fact "limited by the host" names the peer: its quartiles are the host's.
     """
 
     most_calls = 100
 
     def __init__(self) -> None:
         self._host: dict[tuple[int, str], float] = {}
-        self._limited: set[str] = set()
+        self._timed, self._limited = Counter[str](), Counter[str]()
 
     def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
         """As `Timer` says."""
@@ -47,16 +48,17 @@ class DeviceTimer:
             if case.prepare is not None:
                 case.prepare()
             function(call % case.sets)
-        if start.query():  # the sleep was over before all calls were queued
-            self._limited.add(name)
+        self._timed[name] += 1
+        self._limited[name] += start.query()  # the sleep was over before all calls were queued
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
 
     def finish(self) -> Mapping[str, Any]:
         """Says whose calls the host limited."""
-        limited, self._limited = sorted(self._limited), set()
-        self._host.clear()
+        limited = [name for name, turns in self._timed.items() if 4 * self._limited[name] >= turns]
+        for known in (self._timed, self._limited, self._host):
+            known.clear()
         return {LIMITED: limited} if limited else {}
 
     @staticmethod

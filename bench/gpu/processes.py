@@ -17,7 +17,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from ..revision import ROOT
+
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_DIE = 3
 _SET_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux

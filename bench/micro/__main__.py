@@ -35,8 +35,8 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     parser.add_argument("--against", metavar="REV", help="another revision, or a folder that it is checked out in")
-    parser.add_argument("--out", type=Path, help="folder for the results (default: bench/results/micro, or with "
-                        "--against bench/results/against/REV)")  # fmt: skip
+    default = "bench/results/micro, or with --against bench/results/against/REV"
+    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {default})")
     arguments = parser.parse_args()
     possible = COMPARABLE if arguments.against else list(PARTS)
     arguments.only = arguments.only or possible
