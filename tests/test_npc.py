@@ -663,7 +663,7 @@ def test_native_backend_is_refused_with_the_fix_where_there_are_no_kernels(monke
     try:
         with pytest.raises(
             _native.NativeUnavailableError,
-            match=r"no C\+\+ compiler; install one\nMend that, or pass backend='reference'",
+            match=r"no C\+\+ compiler; install one\nFix that, or pass backend='reference'",
         ):
             NPC(paper_cnn(), backend="native")
         model = paper_cnn()

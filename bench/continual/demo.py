@@ -21,7 +21,7 @@ from npc_ext import NPC, plot_plasticity
 
 from .. import environment
 from ..networks import cnn
-from ..tables import markdown, mean_and_error, percent
+from ..tables import markdown, mean_and_error, percent, save
 from . import figures
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
@@ -161,8 +161,7 @@ def main() -> None:
         "plasticity": plot_plasticity(optimizer),
     }
     for name, figure in drawn.items():
-        for suffix in ("svg", "png"):
-            figure.savefig(arguments.out / f"{name}.{suffix}", dpi=150)
+        save(figure, arguments.out / name)
     command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])
     (arguments.out / "results.md").write_text(f"{table}\n\n`{command.strip()}`, {seconds:.0f} s\n")
     numbers = {
