@@ -307,8 +307,17 @@ def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | 
 # -------------------------------------------------------------------------------------------------------- the forward
 
 
+def stand_in_of(module: nn.Module) -> Any:
+    """The object whose method the module's attribute `forward` is; None without such an attribute.
+
+    Dynamo guards a callable object by its identity, so it would compile a block anew for each of its copies. A method
+    it guards by its code.
+    """
+    return getattr(module.__dict__.get("forward"), "__self__", None)
+
+
 class PartialForward:
-    """Stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
+    """Its `__call__` stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
 
     It calls the class's own `forward` unless a certificate is in force for the coming step, and gradients are to flow.
     """
@@ -330,10 +339,10 @@ class PartialForward:
         Raises:
             ValueError: `why_not` has an objection to the module.
         """
-        own = module.__dict__.get("forward")
+        own = stand_in_of(module)
         if not isinstance(own, cls):
             own = cls(module)
-            module.forward = own
+            module.forward = own.__call__
         return own
 
     @property
@@ -350,7 +359,7 @@ class PartialForward:
         """Takes itself out of the module, if it is still there and no other optimizer looks at that."""
         self.release(watch)
         self._users.discard(weakref.ref(watch))
-        if not self._users and self._module.__dict__.get("forward") is self:
+        if not self._users and stand_in_of(self._module) is self:
             del self._module.forward
 
     def is_shared(self) -> bool:
@@ -443,8 +452,7 @@ def why_not(module: nn.Module, trained: set[int]) -> str:
         return operation
     if is_parametrized(module):
         return "its weight is computed from other parameters (a parametrization)"
-    own = module.__dict__.get("forward")
-    if own is not None and type(own) is not PartialForward:
+    if "forward" in module.__dict__ and type(stand_in_of(module)) is not PartialForward:
         return "its forward has been replaced by somebody else"
     if any(id(p) not in trained for p in module.parameters(recurse=False)):
         return "a part of its parameters is not trained by this optimizer"

@@ -16,6 +16,7 @@ import contextlib
 import difflib
 import inspect
 import operator
+import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -201,6 +202,7 @@ class Neurons:
         relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked,
     ) -> None:
         """Places the taps of `layers` (default: all) in the model; they measure by the operations given."""
+        _have_hooks_guarded()
         for layer in self.layers if layers is None else layers:
             layer.measure, layer.relu_backward = measure, relu_backward
             weighted = model.get_submodule(layer.name)
@@ -254,6 +256,17 @@ class Neurons:
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _have_hooks_guarded() -> None:
+    """Has torch.compile run a graph without taps only where there are none, as it should.
+
+    Equal blocks share graphs, but not always the places of their taps: the last block may be measured behind it. By
+    default Dynamo does not look whether hooks were added to the modules that it has compiled without.
+    """
+    dynamo = sys.modules.get("torch._dynamo")  # imported by the first optimizer of torch
+    if dynamo is not None and hasattr(dynamo.config, "skip_nnmodule_hook_guards"):
+        dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def _remove_all(handles: list[Any]) -> None:
@@ -546,6 +559,8 @@ class _Tracer(fx.Tracer):
         before = len(self.graph.nodes)
         if _is_managed(m) and not self.is_leaf_module(m, ""):
             forward = m.forward  # without fully_shard's hooks, which would gather the parameters
+        if isinstance(inner := getattr(m, "_orig_mod", None), nn.Module):  # of torch.compile(m)
+            forward = inner
         try:
             return super().call_module(m, forward, args, kwargs)
         # The user's forward runs on stand-ins for tensors; whatever it raises means the same: not this way.
@@ -793,7 +808,7 @@ def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
     for concrete in [defaults, None] if defaults else [None]:
         tracer = _Tracer()
         # As in `_Tracer.call_module`, whatever it raises means: not this way.
-        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path():
+        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path(), _uncompiled():
             return tracer.trace(module, concrete_args=concrete), tracer.opaque
     return fx.Graph(), [module]
 
@@ -818,6 +833,17 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
                 if buffer._version != version:
                     with torch.no_grad():
                         buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Has what `compile()` and `torch.compile` returned run as it was written, where they refuse stand-ins."""
+    dynamo = sys.modules.get("torch._dynamo")  # where it was never imported, nothing is compiled
+    if dynamo is None or not hasattr(dynamo.config, "error_on_nested_fx_trace"):
+        yield
+        return
+    with dynamo.config.patch(error_on_nested_fx_trace=False):
+        yield
 
 
 @contextlib.contextmanager

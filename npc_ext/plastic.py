@@ -436,7 +436,8 @@ class Plastic(Descent):
                 f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
                 "a forward pass in training mode, by hooks in the model that the optimizer was given: build it on the "
                 "model that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and "
-                "step()."
+                "step(). A compiled model that was trained before the optimizer was built has to be compiled again: "
+                "call torch.compiler.reset()."
             )
         for index in unmeasured:
             if shared and self._consolidated[index].checked:  # by other processes perhaps

@@ -141,3 +141,116 @@ def test_a_compiled_model_that_lost_its_taps_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no importance was measured"):
         step(compiled, optimizer, 0)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+class ConvBlock(nn.Module):
+    """Its convolution has to be measured behind the normalization, whose scales are the neurons' own."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)))
+
+
+def blocks(count: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = [1, *[6] * count]
+    convolutions = [ConvBlock(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4))
+
+
+def compile_each(model: nn.Sequential, backend: Any = BACKEND) -> None:
+    for block in model[:-3]:
+        block.compile(fullgraph=True, backend=backend)
+
+
+def compile_all_modules(model: nn.Sequential) -> None:
+    for module in model.modules():
+        module.compile(backend=BACKEND)
+
+
+def replace_each(model: nn.Sequential) -> None:
+    for index in range(len(model) - 3):
+        model[index] = torch.compile(model[index], fullgraph=True, backend=BACKEND)  # type: ignore[assignment]
+
+
+def compile_forwards(model: nn.Sequential) -> None:
+    for block in model[:-3]:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=BACKEND)  # type: ignore[method-assign]
+
+
+class DependsOnData(nn.Module):
+    """Cannot be traced, so that its parts are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y if x.sum() < 1e9 else -y
+
+
+def table(model: nn.Module) -> list[str]:
+    return [" ".join(line.split()) for line in str(npc_ext.find_neurons(model)).replace("_orig_mod.", "").splitlines()]
+
+
+WAYS = [compile_each, compile_all_modules, replace_each, compile_forwards]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_blocks_are_measured_where_others_are(way: Callable[[nn.Sequential], None]) -> None:
+    for wrap in (nn.Sequential, DependsOnData):
+        model = blocks()
+        way(model)
+        compiled, usual = table(wrap(model)), table(wrap(blocks()))
+        assert [line for line in compiled if set(line) != {"-", " "}] == [
+            line for line in usual if set(line) != {"-", " "}
+        ]
+        assert "norm.weight" in compiled[2] and "relu" in compiled[2]
+
+
+@pytest.mark.parametrize("skip_frozen", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_compiled_before_the_optimizer_is_built_are_measured_and_trained_as_others(
+    way: Callable[[nn.Sequential], None], skip_frozen: bool
+) -> None:
+    twin, model = blocks(), blocks()
+    way(model)
+    plain, optimizer = (NPC(one, delta=0.9, skip_frozen=skip_frozen) for one in (twin, model))
+    for seed in range(5):
+        step(twin, plain, seed)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0 and way is not compile_all_modules):
+            step(model, optimizer, seed)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= TRAJECTORY * q.norm()
+    for got, want in zip(optimizer.plasticity().values(), plain.plasticity().values(), strict=True):
+        assert (
+            want.importance.any() and (got.importance - want.importance).norm() <= TRAJECTORY * want.importance.norm()
+        )
+
+
+@pytest.mark.parametrize("skip_frozen", [True, "layers", False])
+def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
+    """And none takes that of another: the last one is measured behind it, so that its graph has no tap."""
+    graphs = 0
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+    model = blocks(12)
+    compile_each(model, counting)
+    optimizer = NPC(model, delta=0.9, skip_frozen=skip_frozen)
+    for seed in range(10):  # within which certificates are issued
+        step(model, optimizer, seed)  # warns of layers that are not measured
+    assert [str(optimizer.neurons[name].points[0]) for name in ("10.conv", "11.conv")] == [
+        "output of 10.relu",
+        "output of 12",
+    ]
+    assert graphs == 3  # the first block's, the last one's, and that of all others
+    assert all(layer.importance.any() for layer in optimizer.plasticity().values())
