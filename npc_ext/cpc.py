@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from . import _launch, ops, reference
 from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
 from .layer_options import LayerOptions
+from .names import ByLayer
 from .neurons import weighted_layers
+from .protection import Protection, warn_if_little
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
@@ -113,6 +115,13 @@ class CPC(Descent):
         super().__init__(model, params, options, backend)
         self._ready = True
         self._find_layers()
+        known = {*self._layer_of, *self._plain}
+        unprotected = [parameter for parameter in self._moved() if id(parameter) not in known]
+        advice = (
+            "Other parameters can be kept as they are (others='freeze') or learn more slowly (groups of their own in "
+            "params=[...]); only Linear, convolution and Conv1D layers are protected."
+        )
+        warn_if_little(self._protection(), self._model, unprotected, "connections", advice, stacklevel=2)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own, for example those of a head that the model has just been given."""
@@ -141,6 +150,16 @@ class CPC(Descent):
             own = [p for p in modules[name].parameters(recurse=False) if id(p) not in self._layer_of]
             self._layer_of.update((id(parameter), index) for parameter in own)
             self._parameters_of.append(own)
+        plain = (name for name in weighted_layers(self._model) if name not in self._names)
+        self._plain = {id(own) for name in plain for own in modules[name].parameters(recurse=False)}
+        self._plain -= self._layer_of.keys()
+
+    def _moved(self) -> list[Tensor]:
+        trained = (parameter for group in self.param_groups for parameter in group["params"])
+        return [parameter for parameter in trained if parameter.requires_grad and self._trains(parameter)]
+
+    def _protection(self) -> Protection:
+        return Protection.of(self._moved(), self._layer_of, self._plain)
 
     def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
         self._check_options({**self.defaults, **own}, where)
@@ -169,7 +188,7 @@ class CPC(Descent):
                 )
 
     def _trains(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._layer_of or self._others == "train"
+        return self._others == "train" or id(parameter) in self._layer_of or id(parameter) in self._plain
 
     def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
         if id(parameter) in self._layer_of:
@@ -219,7 +238,7 @@ class CPC(Descent):
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
         lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        counts, result = self._skipped.now(), {}
+        counts, result = self._skipped.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             own = self._constants(index)
             average, rate = {}, {}
@@ -236,6 +255,9 @@ class CPC(Descent):
             frozen = (rates == 0).double().mean().item()
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])
         return result
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-2]}\n\n{self._protection()}\n)"
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)

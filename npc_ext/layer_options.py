@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
+from .names import close_to
+
 
 class LayerOptions:
     """What a user wrote as `layers={"head*": {"normalize": "active"}}`."""
@@ -25,7 +27,7 @@ class LayerOptions:
         layers = list(names)
         for pattern, options in self._options.items():
             if not any(name == pattern or fnmatchcase(name, pattern) for name in layers):
-                raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(layers)}")
+                raise ValueError(f"layers names {pattern!r}, but no layer is called so; {close_to(pattern, layers)}")
             for option in options:
                 if option not in self._known:
                     raise ValueError(

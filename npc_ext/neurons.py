@@ -13,12 +13,11 @@ dropout) it is the same before and after (Euler), so any of those points will do
 from __future__ import annotations
 
 import contextlib
-import difflib
 import inspect
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +27,9 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import ops
+from .names import close_to
 from .nn import ReLU
+from .protection import Protection
 from .tap import TapHook
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -44,6 +45,7 @@ _TRACED_INTO = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 _NORMALIZATION = {
@@ -179,6 +181,8 @@ class Neurons:
 
     def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
         self.layers, self.others = tuple(layers), tuple(others)
+        self._trained: tuple[Tensor, ...] | None = None  # by the optimizer; None: nobody has said
+        self._left_alone: dict[str, str] = {}  # layers that are not measured, and why
         self._handles: list[Any] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -192,7 +196,7 @@ class Neurons:
         for layer in self.layers:
             if layer.name == name:
                 return layer
-        raise KeyError(f"no layer {name!r}; the layers are {', '.join(layer.name for layer in self.layers)}")
+        raise KeyError(f"no layer {name!r}; {close_to(name, (layer.name for layer in self.layers))}")
 
     def attach(
         self,
@@ -229,18 +233,50 @@ class Neurons:
             self._finalizer = weakref.finalize(owner, _remove_all, self._handles)
             self._finalizer.atexit = False
 
+    def note_training(self, trained: Iterable[Tensor], left_alone: Mapping[str, str]) -> None:
+        """Notes what an optimizer does, for the table.
+
+        Args:
+            trained: the parameters that it moves where they require a gradient.
+            left_alone: the names of layers that it trains but does not measure, and why.
+        """
+        self._trained, self._left_alone = tuple(trained), dict(left_alone)
+
+    def protection(self) -> Protection:
+        """How much of what is trained is protected, at this moment."""
+        chosen = {id(p.parameter) for layer in self.layers if layer.name in self._left_alone for p in layer.parameters}
+        protected = {id(p.parameter) for layer in self.layers for p in layer.parameters} - chosen
+        return Protection.of(self.trained(), protected, chosen)
+
+    def trained(self) -> list[Tensor]:
+        """What the optimizer moves at this moment; without one, whatever requires a gradient."""
+        everything: Iterable[Tensor] | None = self._trained
+        if everything is None:
+            in_neurons = (own.parameter for layer in self.layers for own in layer.parameters)
+            everything = [*in_neurons, *(other.parameter for other in self.others)]
+        return [parameter for parameter in everything if parameter.requires_grad]
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_finalizer": None}
 
     def __str__(self) -> str:
+        trained = set(map(id, self.trained()))
         rows = [("layer", "neurons", "fan-in", "skipped", "measured at", "parameters of its neurons")]
         for layer in self.layers:
             measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):
                 measured += " (copied)"
+            trains = [id(own.parameter) in trained for own in layer.parameters]
             if not layer.trains():
                 measured = "nowhere: none of its parameters requires a gradient"
-            names = ", ".join(_relative(p.name, layer.name) for p in layer.parameters)
+            elif not any(trains):
+                measured = "nowhere: this optimizer trains none of its parameters"
+            elif reason := self._left_alone.get(layer.name):
+                measured = f"nowhere: {reason}"
+            names = ", ".join(
+                _relative(own.name, layer.name) + ("" if its or not any(trains) else " (not trained)")
+                for own, its in zip(layer.parameters, trains, strict=True)
+            )
             counts = f"{layer.neurons:,}", f"{layer.fan_in:,}", f"{layer.gradients_skipped:.0%}"
             rows.append((layer.name or "(the model)", *counts, measured, names))
         widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -252,8 +288,10 @@ class Neurons:
             width = max(len(other.name) for other in self.others)
             for other in self.others:
                 frozen = "" if other.parameter.requires_grad else "; requires no gradient, and is not trained"
+                if not frozen and id(other.parameter) not in trained:
+                    frozen = "; not trained by this optimizer"
                 lines.append(f"  {other.name.ljust(width)}  {other.reason}{frozen}")
-        return "\n".join(lines)
+        return "\n".join([*lines, "", str(self.protection())])
 
     __repr__ = __str__
 
@@ -281,7 +319,8 @@ def find_neurons(
     """Finds the neurons of a model and where to measure them; computes nothing and changes nothing.
 
     Args:
-        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons.
+        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and those of the form
+            of GPT-2's Conv1D.
         measure_at: layer name -> name of the module whose output holds the layer's activation, instead of the place
             found.
         batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
@@ -339,13 +378,50 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
                 raise ValueError(
                     f"parameter {full!r} is complex ({parameter.dtype}); only real parameters can be trained"
                 )
-        if not isinstance(module, _WEIGHTED):
+        if not _is_weighted(module):
             continue
         if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
             unusable[name] = "its weight is computed from other parameters (a parametrization)"
+        elif reason := _why_packed(module):
+            unusable[name] = reason
         else:
             weighted[name] = module
     return weighted, unusable
+
+
+def is_transposed_linear(module: Any) -> bool:
+    """Whether a module computes x @ weight + bias with a weight (in, out), as the Conv1D of GPT-2 does."""
+    weight = module._parameters.get("weight")
+    is_conv1d = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
+    return is_conv1d and weight is not None and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is fully connected, with neurons in the last dimension of its output."""
+    return isinstance(module, nn.Linear) or is_transposed_linear(module)
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return isinstance(module, _WEIGHTED) or is_transposed_linear(module)
+
+
+def _why_packed(module: Any) -> str:
+    """Why the elements of a weight are not one for each connection, as where several share a byte; empty if they are.
+
+    The number of neurons may have changed since the module was built: heads grow.
+    """
+    weight = module.weight
+    if weight.dtype not in _TRAINABLE:
+        return f"its weight is {weight.dtype}, packed or quantized"
+    if isinstance(module, nn.Linear):
+        expected, got = (module.in_features,), tuple(weight.shape[1:])
+    elif isinstance(module, _CONVOLUTIONS):
+        expected, got = (module.in_channels // module.groups, *module.kernel_size), tuple(weight.shape[1:])
+    elif isinstance(module, _TRANSPOSED):
+        expected, got = (module.in_channels, *module.kernel_size), (*weight.shape[:1], *weight.shape[2:])
+    else:
+        return ""
+    return "" if got == expected else f"its weight has the shape {tuple(weight.shape)}, which is not that of {module}"
 
 
 def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -386,6 +462,8 @@ def _neuron_place(module: Any) -> tuple[int, int, int]:
     """Number of neurons of a weighted module, the weight's dimension that counts them, and its groups."""
     if isinstance(module, _TRANSPOSED):
         return module.out_channels, 1, module.groups
+    if is_transposed_linear(module):
+        return module.weight.shape[1], 1, 1
     return module.weight.shape[0], 0, 1
 
 
@@ -421,12 +499,12 @@ def _layer(
             notes += [note] if note else []
         if isinstance(found, str):
             return found
-        channel_dim, unbatched = (-1, 1) if isinstance(module, nn.Linear) else (1, module.weight.ndim - 1)
+        channel_dim, unbatched = (-1, 1) if is_linear(module) else (1, module.weight.ndim - 1)
         samples = batch_dim.get(name, _samples_dim(name, modules))
         for at, where, copy in found:
             in_backward = where == "output" and not copy and _is_measuring_relu(modules[at])
             points.append(TapPoint(at, where, channel_dim, samples, unbatched, copy, in_backward))
-        own = [(_join(name, "bias"), module.bias)]
+        own = [(_join(name, "bias"), getattr(module, "bias", None))]
         own += [(_join(scale, n), p) for scale in scales for n, p in modules[scale].named_parameters(recurse=False)]
         for full, parameter in own:
             if parameter is None or id(parameter) in taken or tuple(parameter.shape) != (neurons,):
@@ -438,7 +516,8 @@ def _layer(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and module.weight is weight:
             notes.append(f"its weight is also the embedding {name}")
-    sink = torch.zeros(neurons, device=weight.device, requires_grad=True)
+    # Nobody reads its values, so they are one number in memory.
+    sink = torch.zeros((), dtype=torch.float32, device=weight.device).expand(neurons).requires_grad_()
     fan_in = weight.numel() // max(neurons, 1)
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
@@ -510,8 +589,7 @@ def _own_class(module: nn.Module) -> type:
 def _check_name(option: str, name: str, known: list[str]) -> None:
     if name in known:
         return
-    close = difflib.get_close_matches(name, known, n=5, cutoff=0.3) or known[:8]
-    raise ValueError(f"{option} names {name!r}, which is not in the model; close to it: {', '.join(map(repr, close))}")
+    raise ValueError(f"{option} names {name!r}, which is not in the model; {close_to(name, known)}")
 
 
 def _join(owner: str, own: str) -> str:
@@ -575,7 +653,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (torch.jit.ScriptModule, *_WEIGHTED)) or _is_measuring_relu(m):
+        if isinstance(m, torch.jit.ScriptModule) or _is_weighted(m) or _is_measuring_relu(m):
             return True
         return _own_class(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
@@ -597,7 +675,7 @@ class _Graphs:
                 self._trace(module)
 
     def _trace(self, module: nn.Module) -> None:
-        if isinstance(module, _WEIGHTED) or module in self._traced:
+        if _is_weighted(module) or module in self._traced:
             return
         self._traced.add(module)
         graph, opaque = _symbolic_trace(module)
@@ -678,7 +756,7 @@ class _Graphs:
                 starts, at = self.calls.get(owner, []), owner
         if not starts:
             return [(at, "output", True)], [], ""
-        convolution = not isinstance(self.modules[name], nn.Linear)
+        convolution = not is_linear(self.modules[name])
         walks = [_Walk(self, start, convolution) for start in starts]
         own = {node for walk in walks for node in walk.values}
         choices = [walk.choose(own) for walk in walks]

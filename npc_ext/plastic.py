@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from .distributed import SharedSinks
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
+from .names import ByLayer, close_to
 from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .protection import warn_if_little
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
 from .shards import why_not as why_not_sharded
@@ -81,6 +83,12 @@ class Plastic(Descent):
     normalize.
     """
 
+    # What to do where little is protected.
+    _ADVICE: ClassVar[str] = (
+        "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
+        "in params=[...]); only Linear, convolution and Conv1D layers have neurons."
+    )
+
     neurons: Neurons
     _certificates: Certificates
 
@@ -116,6 +124,7 @@ class Plastic(Descent):
         super().__init__(model, params, defaults, backend)
         self._ready = True
         self._find_neurons()
+        self._warn_if_little_is_protected()
 
     # -------------------------------------------------------------------------------------------- groups and layers
 
@@ -184,17 +193,28 @@ class Plastic(Descent):
             for layer, own in zip(found, options, strict=True)
             if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
         ]
+        self._left_alone = {
+            layer.name: "consolidate=False, so it trains at plain learning rate"
+            for layer, own in zip(found, options, strict=True)
+            if not own.get("consolidate", True)
+        }
         self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
         self._skipped = SkippedSteps(len(self._consolidated))
         self._index_parameters()
-        for index in range(len(self._consolidated)):
-            self._layer_state(index)
+        for index, layer in enumerate(self._consolidated):
+            if layer.trains():  # others have a state from the step on in which they do
+                self._layer_state(index)
         if self._backend == "reference":
             measure, relu_backward = reference.importance, reference.relu_backward_importance
         else:
             measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
         self._watch_layers(trained)
+
+    def _warn_if_little_is_protected(self) -> None:
+        known = {*self._place, *self._plain}
+        unprotected = [parameter for parameter in self.neurons.trained() if id(parameter) not in known]
+        warn_if_little(self.neurons.protection(), self._model, unprotected, "neurons", self._ADVICE, stacklevel=4)
 
     def _watch_layers(self, trained: set[int]) -> None:
         """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
@@ -237,6 +257,8 @@ class Plastic(Descent):
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
         self._forget_plans()
+        plain = [own for layer in self.neurons if layer.name in self._left_alone for own in layer.parameters]
+        self._plain = {id(own.parameter) for own in plain}
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
@@ -244,6 +266,8 @@ class Plastic(Descent):
             own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
             self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
             self._keys.append(own[0].parameter)
+        moved = [p for group in self.param_groups for p in group["params"] if self._trains(p)]
+        self.neurons.note_training(moved, self._left_alone)
 
     @property
     def _ready_neurons(self) -> bool:
@@ -323,7 +347,7 @@ class Plastic(Descent):
         return found_inf is not None and found_inf.is_cpu and bool(found_inf)
 
     def _trains(self, parameter: Tensor) -> bool:
-        return id(parameter) in self._place or self._others == "train"
+        return self._others == "train" or id(parameter) in self._place or id(parameter) in self._plain
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
@@ -486,11 +510,12 @@ class Plastic(Descent):
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
-        result = {}
+        result = ByLayer[LayerPlasticity]()
         counts = self._skipped.now()
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
-            average = self._layer_state(index)["importance"].clone()
+            known = self.state.get(key, {}).get("importance")
+            average = torch.zeros(layer.neurons, device=key.device) if known is None else known.clone()
             rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
             frozen = (rate == 0).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
@@ -512,7 +537,7 @@ class Plastic(Descent):
         """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
         names = [consolidated.name for consolidated in self._consolidated]
         if layer not in names:
-            raise KeyError(f"no consolidated layer {layer!r}; the layers are {', '.join(names)}")
+            raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
         constants = self._constants(names.index(layer))
         return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
 
@@ -539,6 +564,8 @@ class Plastic(Descent):
             )
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
+            if importance is None and not layer.trains():
+                continue
             got = "none" if importance is None else f"{tuple(importance.shape)}"
             if got != f"({layer.neurons},)":
                 raise ValueError(
@@ -555,7 +582,9 @@ class Plastic(Descent):
                 step = self.state[parameter]["step"]
                 self.state[parameter]["step"] = torch.as_tensor(step).to(parameter.device, torch.float32, copy=True)
         for key in self._keys:  # stays float32, and its own
-            average = saved[id(key)]["importance"]
+            average = saved[id(key)].get("importance")
+            if average is None:  # of a layer that is not trained
+                continue
             self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
         self._drop_measured()
 
@@ -571,6 +600,7 @@ class Plastic(Descent):
         rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
         return (
             f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n"
+            f"{self.neurons.protection()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
         )
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .descent import check_number
 from .inhibition import local_inhibition_gradient
 from .mas import MAS
-from .neurons import NeuronLayer, TapPoint, find_neurons
+from .names import close_to
+from .neurons import NeuronLayer, TapPoint, find_neurons, is_linear
 from .tap import TapHook, checked_dims
 
 
@@ -197,10 +198,10 @@ class _InhibitionHook(TapHook):
 def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
     neurons = find_neurons(model)
     if patterns is None:
-        linear = (layer for layer in neurons if isinstance(model.get_submodule(layer.name), nn.Linear))
+        linear = (layer for layer in neurons if is_linear(model.get_submodule(layer.name)))
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
     names = [layer.name for layer in neurons]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"layers names {pattern!r}, but the model's layers are {', '.join(names)}")
+            raise ValueError(f"layers names {pattern!r}, but no layer is called so; {close_to(pattern, names)}")
     return [layer for layer in neurons if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]

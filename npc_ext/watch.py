@@ -6,6 +6,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from .names import close_to
+
 if TYPE_CHECKING:
     from .plastic import LayerPlasticity
 
@@ -78,7 +80,7 @@ def check_capacity(
             )
     for name, neurons in (learning or {}).items():
         if name not in layers:
-            raise KeyError(f"no consolidated layer {name!r}; the layers are {', '.join(layers)}")
+            raise KeyError(f"no consolidated layer {name!r}; {close_to(name, layers)}")
         rates = layers[name].learning_rate
         if outside := [neuron for neuron in neurons if not 0 <= neuron < len(rates)]:
             raise IndexError(

@@ -97,6 +97,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
                 "would be protected; build the optimizer on the parameters of the model that is passed here and "
                 "trained (not of a copy, and after fully_shard)"
             )
+        self._tracker.warn_if_little_is_protected()
         super().__setstate__({})  # the hooks of torch.optim.Optimizer; groups and state are the optimizer's own
 
     # ------------------------------------------------------------------------------------------- the optimizer's own
@@ -233,9 +234,11 @@ class PlasticityWrapper(torch.optim.Optimizer):
         return self._tracker.constants(layer)
 
     def __repr__(self) -> str:
-        neurons = sum(layer.neurons for layer in self.neurons)
+        layers = self._tracker.plasticity()
+        neurons = sum(len(layer.importance) for layer in layers.values())
         return (
-            f"{type(self).__name__}({self.optimizer!r}\nconsolidated: {neurons} neurons in {len(self.neurons)} layers)"
+            f"{type(self).__name__}({self.optimizer!r}\nconsolidated: {neurons} neurons in {len(layers)} layers\n"
+            f"{self.neurons.protection()})"
         )
 
     # --------------------------------------------------------------------------------------------- saving and loading
@@ -318,10 +321,22 @@ class _Share:
 class _Tracker(NPC):
     """NPC that measures and averages, and moves nothing."""
 
+    _ADVICE = (
+        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
+        "Linear, convolution and Conv1D layers have neurons."
+    )
+
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
         layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
         nothing: tuple[list[Any], ...] = ([],) * 8
         return self._plastic_plan(self._common(device, []), layers, (*nothing, *of_layers), _launch.Tables)
+
+    def _warn_if_little_is_protected(self) -> None:
+        """Leaves that to the wrapper, which has something to check first."""
+
+    def warn_if_little_is_protected(self) -> None:
+        """Warns if more than half of what is trained is not protected."""
+        super()._warn_if_little_is_protected()
 
     def forget_measured(self) -> None:
         """Drops what was measured since the last step."""

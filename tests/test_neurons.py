@@ -547,7 +547,9 @@ def tied_across_dimensions() -> nn.Module:
         (tied_across_dimensions, {}, "layers '0', '1' share one weight but count their neurons along different"),
         (paper_cnn, {"measure_at": {"conv1": "pool9"}}, "measure_at names 'pool9', which is not in the model; close to it: 'pool"),
         (paper_cnn, {"measure_at": {"convv": "pool1"}}, "measure_at names 'convv', which is not in the model; close to it: 'conv"),
-        (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope'"),
+        (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope', .*; there are 'conv1', 'conv2', 'hidden', 'output'"),
+        (paper_cnn, {"measure_at": {"conv1": "xyz"}}, "names 'xyz', .*; there are 'conv1', 'norm1', .* and [0-9]+ more"),
+        (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
@@ -556,7 +558,7 @@ def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict,
 
 
 def test_looking_up_an_unknown_layer_names_the_known() -> None:
-    with pytest.raises(KeyError, match="no layer 'conv9'; the layers are conv1, conv2, hidden, output"):
+    with pytest.raises(KeyError, match="no layer 'conv9'; close to it: 'conv1', 'conv2'"):
         find_neurons(paper_cnn())["conv9"]
 
 

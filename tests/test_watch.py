@@ -72,7 +72,7 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
 
 def test_layers_and_neurons_that_are_not_there() -> None:
     _, optimizer = trained()
-    with pytest.raises(KeyError, match="no consolidated layer 'head'; the layers are 0, 2"):
+    with pytest.raises(KeyError, match="no consolidated layer 'head'; there are '0', '2'"):
         check_capacity(optimizer, learning={"head": [0]})
     with pytest.raises(IndexError, match=r"layer '2' has 4 neurons.*got \[4\]"):
         check_capacity(optimizer, learning={"2": [3, 4]})
