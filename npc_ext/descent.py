@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
 from .distributed import unwrapped
-from .shards import check_not_replaced, is_sharded, like, local
+from .shards import check_not_replaced, has_no_memory, is_sharded, like, local
 
 BACKENDS = ("auto", "native", "reference")
 # Steps may take turns: heads of several tasks, layers that are measured now and then.
@@ -257,6 +257,13 @@ class Descent(torch.optim.Optimizer):
 
     def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
         """Makes sure that a parameter's state is there and lies in memory as the parameter does."""
+        for what, tensor in (("", parameter), ("the gradient of ", parameter.grad)):
+            if has_no_memory(local(tensor)):
+                raise ValueError(
+                    f"{what}{self._name_of(parameter)} is a {type(local(tensor)).__name__}, a tensor that keeps its "
+                    "numbers in other tensors; expected a plain one: call requires_grad_(False) on it, or leave it out "
+                    "of the optimizer (params=[...])"
+                )
         if parameter.grad.dtype != parameter.dtype or parameter.grad.device != parameter.device:
             self._refuse_gradient(parameter, parameter.grad)
         self._create_state(parameter, group)

@@ -413,6 +413,7 @@ def _why_packed(module: Any) -> str:
     weight = module.weight
     if weight.dtype not in _TRAINABLE:
         return f"its weight is {weight.dtype}, packed or quantized"
+    expected: tuple[int, ...]
     if isinstance(module, nn.Linear):
         expected, got = (module.in_features,), tuple(weight.shape[1:])
     elif isinstance(module, _CONVOLUTIONS):

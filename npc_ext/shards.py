@@ -21,6 +21,11 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "placements")
 
 
+def has_no_memory(tensor: Any) -> bool:
+    """Whether a tensor is of a class that keeps its numbers in other tensors, as quantized weights may."""
+    return hasattr(tensor, "__tensor_flatten__")
+
+
 def local(tensor: Any) -> Any:
     """What this process holds of a tensor: of a DTensor its shard, of others all. No copy, and no part of a graph."""
     if not is_sharded(tensor):

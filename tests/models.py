@@ -73,6 +73,27 @@ class ManyHeads(nn.Module):
         return self.heads[task](self.features(x))
 
 
+class Conv1D(nn.Module):
+    """As GPT-2 has it: y = x @ weight + bias."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.zeros(nf))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.nf)
+
+
+def transposed_and_not() -> tuple[nn.Sequential, nn.Sequential]:
+    """Equal networks, the first one of Conv1D layers, the other one of Linear layers."""
+    ours = nn.Sequential(Conv1D(16, 6), nn.ReLU(), Conv1D(12, 16), nn.LayerNorm(12), nn.Tanh(), Conv1D(3, 12))
+    usual = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 3))
+    values = {name: p.t() if p.ndim == 2 else p for name, p in ours.state_dict().items()}
+    usual.load_state_dict(values)
+    return ours, usual
+
+
 class SetTask(nn.Module):
     """One head per task, chosen by an attribute."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -158,7 +159,7 @@ class ConvBlock(nn.Module):
 def blocks(count: int = 2) -> nn.Sequential:
     torch.manual_seed(0)
     widths = [1, *[6] * count]
-    convolutions = [ConvBlock(*pair) for pair in zip(widths[:-1], widths[1:], strict=True)]
+    convolutions = [ConvBlock(*pair) for pair in pairwise(widths)]
     return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4))
 
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from npc_ext import find_neurons
 from npc_ext.neurons import Neurons
 
-from .models import DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, vgg
+from .models import Conv1D, DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, transposed_and_not, vgg
 
 
 def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
@@ -589,3 +589,83 @@ def test_the_table_says_what_is_not_trained() -> None:
     table = str(find_neurons(model))
     assert "0.weight  embedding; requires no gradient, and is not trained" in table
     assert "nowhere: none of its parameters requires a gradient" in table
+
+
+def test_transposed_linear_layers_have_the_neurons_of_linear_ones() -> None:
+    ours, usual = transposed_and_not()
+    x = torch.randn(4, 5, 6)  # a sequence
+    neurons, got = measured(ours, x)
+    twin, want = measured(usual, x)
+    assert_same(got, {name: importance.double() for name, importance in want.items()})
+    for own, other in zip(neurons, twin, strict=True):
+        assert (own.neurons, own.fan_in, own.points) == (other.neurons, other.fan_in, other.points)
+        assert [p.name for p in own.parameters] == [p.name for p in other.parameters]
+        assert own.parameters[0].dim == 1 and {p.dim for p in own.parameters[1:]} == {0}
+
+
+def test_what_is_only_called_conv1d_is_no_layer() -> None:
+    model = nn.Sequential(Conv1D(4, 4), nn.Linear(4, 2))
+    model[0].nf = 5
+    assert [layer.name for layer in find_neurons(model)] == ["1"]
+
+
+class PackedLinear(nn.Linear):
+    """Holds four weights in a byte, and behaves as if it did not."""
+
+    def __init__(self, inputs: int, outputs: int, packed: Tensor) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.ones(self.out_features, self.in_features), self.bias)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        torch.zeros(128, 1, dtype=torch.uint8),
+        torch.zeros(64, 1, dtype=torch.bfloat16),  # storage of 4-bit weights
+        torch.zeros(16, 16, dtype=torch.int8),
+        torch.zeros(16, 16).to(torch.float8_e4m3fn),
+        torch.zeros(256),
+        torch.zeros(0),
+    ],
+)
+def test_packed_weights_are_no_neurons(packed: Tensor) -> None:
+    neurons = find_neurons(nn.Sequential(PackedLinear(16, 16, packed), nn.ReLU(), nn.Linear(16, 2)))
+    assert [layer.name for layer in neurons] == ["2"]
+    assert all("its weight " in other.reason for other in neurons.others)
+    assert "0.weight" in str(neurons)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 6, (2,))]
+)
+def test_weights_of_convolutions_are_those_of_their_shape(layer: nn.Module) -> None:
+    assert find_neurons(layer)[""].neurons == 6
+    layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="its weight has the shape"):
+        find_neurons(layer)
+
+
+def test_a_head_that_has_grown_keeps_its_neurons() -> None:
+    model = nn.Linear(5, 3)
+    model.weight.data, model.bias.data = torch.randn(8, 5), torch.zeros(8)
+    assert find_neurons(model)[""].neurons == 8
+
+
+def test_tokens_count_as_samples_where_dimension_1_does() -> None:
+    """Packed sequences, (1, tokens, channels): one sample by default."""
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(1, 9, 5)
+    _, as_one = measured(model, x)
+    _, by_token = measured(model, x, batch_dim={"0": 1, "2": 1})
+    _, flat = measured(model, x[0])
+    for name in flat:
+        torch.testing.assert_close(by_token[name], flat[name])
+    assert (as_one["0"] < by_token["0"]).all()
+
+
+def test_sinks_take_no_memory_before_they_are_measured() -> None:
+    neurons, got = measured(nn.Linear(4, 500), torch.randn(2, 4))
+    assert neurons[""].sink.untyped_storage().nbytes() == 4
+    assert got[""].shape == (500,) and got[""].is_contiguous()

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.networks import cnn
-from npc_ext import NPC, ImportanceWarning, PlasticityWrapper, _native, reference
+from npc_ext import CPC, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
 
-from .models import ManyHeads, ResNet, paper_cnn
+from .models import ManyHeads, ResNet, paper_cnn, transposed_and_not
 from .tolerances import TRAJECTORY
 
 ALL_OPTIONS: dict[str, Any] = {
@@ -517,6 +517,45 @@ def test_parameters_outside_neurons_train_at_plain_rate_or_not_at_all(others: An
     assert same(model[0], before) != moves
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda model: NPC(model, **ALL_OPTIONS),
+        lambda model: NPC(model, **ALL_OPTIONS, backend="reference"),
+        lambda model: NPCAdamW(model, lr=1e-2, delta=0.97, weight_decay=0.1),
+        lambda model: wrapper(model, delta=0.97),
+    ],
+)
+def test_transposed_linear_layers_train_as_linear_ones_and_frozen_columns_stay(make: Any) -> None:
+    ours, usual = transposed_and_not()
+    own, other = make(ours), make(usual)
+    columns = {}
+    for seed in range(30):
+        if seed == 10:
+            for optimizer in (own, other):
+                for layer in optimizer.neurons:
+                    state = getattr(optimizer, "_tracker", optimizer).state[layer.parameters[0].parameter]
+                    state["importance"][: layer.neurons // 2] = 9.0
+        if seed == 11:  # what freezes has its last step in 10
+            columns = {layer.name: half(layer) for layer in own.neurons}
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randn(8, 6, generator=generator), torch.randint(3, (8,), generator=generator)
+        for model, optimizer in ((ours, own), (usual, other)):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    for p, q in zip(ours.parameters(), usual.parameters(), strict=True):
+        torch.testing.assert_close(p if p.ndim == 1 else p.t(), q, rtol=1e-4, atol=1e-5)
+    for layer in own.neurons:
+        assert all(map(torch.equal, half(layer), columns[layer.name]))
+        assert layer.name not in ("0", "2") or "it is a Conv1D" in layer.note or isinstance(own, PlasticityWrapper)
+
+
+def half(layer: Any) -> list[Tensor]:
+    """What belongs to the first half of a layer's neurons."""
+    return [p.parameter.detach().narrow(p.dim, 0, layer.neurons // 2).clone() for p in layer.parameters]
+
+
 def test_training_on_a_second_task_leaves_important_neurons_alone() -> None:
     model = paper_cnn()
     optimizer = NPC(model, delta=0.98)
@@ -679,6 +718,113 @@ def test_what_is_printed_names_every_layer() -> None:
     assert "consolidated: 66 neurons in 4 layers" in repr(optimizer)
     for text in ("conv1", "output of pool1", "weight, bias", "fan-in"):
         assert text in str(optimizer.neurons)
+
+
+class Sentences(nn.Module):
+    """Most of its weights are in no neuron."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rnn, self.head = nn.Embedding(20, 8), nn.LSTM(8, 32), nn.Linear(32, 5)
+
+    def forward(self, words: Tensor) -> Tensor:
+        y: Tensor = self.head(self.rnn(self.words(words))[0])
+        return y
+
+
+def wrapper(model: nn.Module, **options: Any) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
+
+
+@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapper, CPC])
+def test_models_that_are_hardly_protected_are_warned_of_once(make: Any) -> None:
+    with pytest.warns(ImportanceWarning, match="only 3 % of .*: LSTM 'rnn': 94 %, Embedding 'words': 3 %") as caught:
+        optimizer = make(Sentences())
+    assert len(caught) == 1 and caught[0].filename == __file__
+    assert "protected: 165 of 5,701 trained elements (3 %)" in repr(optimizer)
+    if make is not CPC:
+        assert "protected: 165 of 5,701 trained elements (3 %)" in str(optimizer.neurons)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            more = nn.Parameter(torch.zeros(3))
+            optimizer.add_param_group({"params": [more]})
+        assert "protected: 165 of 5,704 trained" in repr(optimizer)
+
+
+@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapper, CPC])
+def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = make(paper_cnn(), layers={"hidden": {"consolidate": False}, "output": {"consolidate": False}})
+        assert "protected: 1,248 of 3,658 trained elements (34 %)" in repr(optimizer)
+        if make is not wrapper:
+            optimizer = make(Sentences(), others="freeze")
+            assert "protected: 165 of 165 trained elements (100 %)" in repr(optimizer)
+        model = Sentences()
+        for part in (model.words, model.rnn):
+            part.requires_grad_(False)
+        assert "165 of 165" in repr(make(model))
+        model.requires_grad_(True)
+
+
+def test_layers_that_are_not_consolidated_train_also_where_others_are_frozen() -> None:
+    for make in (NPC, CPC):
+        model = paper_cnn()
+        optimizer = make(model, others="freeze", layers={"output": {"consolidate": False}})
+        before = weights(model.output)
+        train(model, optimizer, batches(1))
+        assert not same(model.output, before)
+
+
+def test_the_table_says_which_layers_are_protected() -> None:
+    def row(optimizer: Any, name: str) -> str:
+        return next(" ".join(line.split()) for line in str(optimizer.neurons).splitlines() if line.startswith(name))
+
+    optimizer = NPC(paper_cnn(), layers={"output": {"consolidate": False}})
+    assert row(optimizer, "output").endswith(
+        "nowhere: consolidate=False, so it trains at plain learning rate weight, bias"
+    )
+    model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    optimizer = NPC(model, params=[model[1].weight, model[2].weight])
+    assert "nowhere: none of its parameters requires a gradient weight, bias" in row(optimizer, "1")
+    assert row(optimizer, "2").endswith("weight, bias (not trained)")
+    assert row(optimizer, "3").endswith("nowhere: this optimizer trains none of its parameters weight, bias")
+    assert row(optimizer, "  0.weight") == "0.weight embedding; not trained by this optimizer"
+    assert "protected: 32 of 32 trained elements (100 %)" in str(optimizer.neurons)
+    again = copy.deepcopy(optimizer)
+    assert str(again.neurons) == str(optimizer.neurons) == str(pickle.loads(pickle.dumps(optimizer)).neurons)
+
+
+def test_layers_that_are_not_trained_have_no_state_until_they_are() -> None:
+    model, data = paper_cnn(), batches(6)
+    for name in ("conv1", "norm1", "conv2", "norm2"):
+        getattr(model, name).requires_grad_(False)
+    optimizer = NPC(model, delta=0.5)
+    train(model, optimizer, data[:3])
+    optimizer.plasticity()
+    assert not optimizer.state[model.conv1.weight] and optimizer.state[model.hidden.weight]
+    resumed = paper_cnn()
+    resumed.load_state_dict(model.state_dict())
+    for (_, mine), theirs in zip(model.named_parameters(), resumed.parameters(), strict=True):
+        theirs.requires_grad_(mine.requires_grad)
+    again = NPC(resumed, delta=0.5)
+    again.load_state_dict(optimizer.state_dict())
+    for one, own in ((model, optimizer), (resumed, again)):
+        one.requires_grad_(True)
+        train(one, own, data[3:])
+        assert own.plasticity()["conv1"].importance.any()
+    assert same(model, resumed)
+
+
+def test_unknown_layers_are_answered_with_what_they_may_have_been() -> None:
+    for optimizer in (NPC(paper_cnn()), CPC(paper_cnn())):
+        with pytest.raises(KeyError, match="no consolidated layer 'hiden'; close to it: 'hidden'"):
+            optimizer.plasticity()["hiden"]
+    with pytest.raises(KeyError, match="no consolidated layer 'hiden'; close to it: 'hidden'"):
+        NPC(paper_cnn()).constants("hiden")
+    with pytest.raises(ValueError, match=r"'head', .*; there are 'conv1', 'conv2', 'hidden', 'output'"):
+        NPC(paper_cnn(), layers={"head": {}})
 
 
 def test_plasticity_can_be_drawn(tmp_path: Any) -> None:
