@@ -22,6 +22,10 @@ class LayerOptions:
             return self._options[name]
         return next((options for pattern, options in self._options.items() if fnmatchcase(name, pattern)), {})
 
+    def names(self, name: str) -> bool:
+        """Whether a layer has options under its own name, not under a pattern."""
+        return name in self._options
+
     def check(self, names: Iterable[str], check_values: Callable[[Mapping[str, Any], str], None]) -> None:
         """Raises ValueError for a pattern that no layer has, an unknown option, or what `check_values` objects to."""
         layers = list(names)

@@ -378,7 +378,7 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
                 raise ValueError(
                     f"parameter {full!r} is complex ({parameter.dtype}); only real parameters can be trained"
                 )
-        if not _is_weighted(module):
+        if not is_weighted(module):
             continue
         if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
             unusable[name] = "its weight is computed from other parameters (a parametrization)"
@@ -401,7 +401,8 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
-def _is_weighted(module: nn.Module) -> bool:
+def is_weighted(module: nn.Module) -> bool:
+    """Whether a module is of a kind that has neurons."""
     return isinstance(module, _WEIGHTED) or is_transposed_linear(module)
 
 
@@ -654,7 +655,7 @@ class _Tracer(fx.Tracer):
         return _Value(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, torch.jit.ScriptModule) or _is_weighted(m) or _is_measuring_relu(m):
+        if isinstance(m, torch.jit.ScriptModule) or is_weighted(m) or _is_measuring_relu(m):
             return True
         return _own_class(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
@@ -676,7 +677,7 @@ class _Graphs:
                 self._trace(module)
 
     def _trace(self, module: nn.Module) -> None:
-        if _is_weighted(module) or module in self._traced:
+        if is_weighted(module) or module in self._traced:
             return
         self._traced.add(module)
         graph, opaque = _symbolic_trace(module)

@@ -51,7 +51,8 @@ class NPC(Plastic):
             that received gradient; the latter suits output layers that hold the outputs of several tasks.
         layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. Options
             are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
-            measure_at="module" (where the layer's activation is measured); batch_dim=1 (sequence-first activations).
+            measure_at="module" (where the layer's activation is measured); batch_dim=1 (dimension 1 counts samples, as
+            in sequence-first activations, and the tokens of packed sequences).
         others: "train" parameters outside neurons at plain lr, or "freeze" them.
         skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else

@@ -24,7 +24,7 @@ from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .names import ByLayer, close_to
-from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .neurons import NeuronLayer, Neurons, find_neurons, is_shared, is_weighted
 from .protection import warn_if_little
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
@@ -274,7 +274,8 @@ class Plastic(Descent):
         return "neurons" in self.__dict__
 
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
-        names = [name for name, _ in self._model.named_modules()]
+        modules = self._model.named_modules()
+        names = [name for name, module in modules if is_weighted(module) or self._layer_options.names(name)]
         return {
             option: {
                 name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None

@@ -101,3 +101,26 @@ def test_convolutions_have_adapters_too() -> None:
     optimizer.step()
     assert optimizer.plasticity()[B].importance.shape == (6,)
     assert optimizer.plasticity()[B].importance.any()
+
+
+def test_packed_base_layers_have_no_neurons_and_the_adapter_has() -> None:
+    class Packed(nn.Linear):
+        """Holds its weights as a quantized layer does, in bytes."""
+
+        def __init__(self, inputs: int, outputs: int) -> None:
+            super().__init__(inputs, outputs)
+            self.weight = nn.Parameter(torch.zeros(inputs * outputs // 2, 1, dtype=torch.uint8), requires_grad=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ torch.ones(self.in_features, self.out_features)
+
+    model = adapted()
+    model.base_model.model[0].base_layer = Packed(8, 12).requires_grad_(False)
+    optimizer = NPC(model)
+    step(model, optimizer)
+    assert [layer.name for layer in optimizer.neurons] == [A, B, "base_model.model.2"]
+    assert "base_layer.weight" in str(optimizer.neurons)
+    assert {layer.neurons for layer in optimizer.neurons if layer.trains()} == {4, 12}
+    held = [parameter for parameter in model.parameters() if optimizer.state[parameter]]
+    assert [p.requires_grad for p in held] == [True, True]
+    assert "(100 %)" in repr(optimizer)

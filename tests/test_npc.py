@@ -817,6 +817,12 @@ def test_layers_that_are_not_trained_have_no_state_until_they_are() -> None:
     assert same(model, resumed)
 
 
+def test_a_pattern_for_options_of_measuring_may_match_other_modules_too() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 2)))
+    optimizer = NPC(model, layers={"*": {"batch_dim": 1}})
+    assert {point.batch_dim for layer in optimizer.neurons for point in layer.points} == {1}
+
+
 def test_unknown_layers_are_answered_with_what_they_may_have_been() -> None:
     for optimizer in (NPC(paper_cnn()), CPC(paper_cnn())):
         with pytest.raises(KeyError, match="no consolidated layer 'hiden'; close to it: 'hidden'"):
