@@ -93,8 +93,19 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _is_compiled(own: dict[str, Any]) -> bool:
+    """Whether a module with these attributes is compiled: in place, as what torch.compile returned, or its forward."""
+    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
+        return True
+    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+
+
 def _is_looked_into(model: nn.Module) -> bool:
-    """Whether anybody else has hooks on a module: they may want to be called back when gradients pass by."""
+    """Whether anybody else has hooks on a module, or has compiled one.
+
+    Hooks may want to be called back when gradients pass by. In a compiled module a tap would be compiled again whenever
+    its layer goes to rest, and would not note that it did.
+    """
     if _global_hooks._has_any_global_hook():
         return True
     modules: list[Any] = [model]
@@ -102,7 +113,7 @@ def _is_looked_into(model: nn.Module) -> bool:
         if module is None:
             continue
         own = module.__dict__
-        if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        if own["_backward_hooks"] or own["_backward_pre_hooks"] or _is_compiled(own):
             return True
         for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
             if hooks and not all(isinstance(hook, (TapHook, Anchor, Calls)) for hook in hooks.values()):

@@ -339,6 +339,11 @@ def find_neurons(
         _check_name("batch_dim", name, [*weighted])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
+        if dim == 1 and not is_linear(weighted[name]):
+            raise ValueError(
+                f"batch_dim of {name!r} is 1, but dimension 1 counts the neurons of a convolution; expected 0 (a "
+                "pattern in layers may name the linear layers alone)"
+            )
     measure_at = {**_outputs_of_adapters(weighted, modules), **(measure_at or {})}
     graphs = _Graphs(model)
     layers, claimed = [], dict[int, str]()
@@ -502,7 +507,7 @@ def _layer(
         if isinstance(found, str):
             return found
         channel_dim, unbatched = (-1, 1) if is_linear(module) else (1, module.weight.ndim - 1)
-        samples = batch_dim.get(name, _samples_dim(name, modules))
+        samples = batch_dim.get(name, _samples_dim(name, modules)) if is_linear(module) else 0
         for at, where, copy in found:
             in_backward = where == "output" and not copy and _is_measuring_relu(modules[at])
             points.append(TapPoint(at, where, channel_dim, samples, unbatched, copy, in_backward))

@@ -472,7 +472,7 @@ class Plastic(Descent):
                 "unmeasured",
                 "received gradients, but its importance was not measured; it trains at the rates of its importance so "
                 "far (its tap did not run: print(optimizer.neurons) shows where it is, layers={...: {'measure_at': "
-                "...}} moves it)",
+                "...}} moves it; if it was compiled before the optimizer was built, call torch.compiler.reset())",
             )
 
     def _constants(self, index: int) -> Mapping[str, Any]:

@@ -255,3 +255,53 @@ def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
     ]
     assert graphs == 3  # the first block's, the last one's, and that of all others
     assert all(layer.importance.any() for layer in optimizer.plasticity().values())
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend=BACKEND)
+    return module
+
+
+def compiled_around(module: nn.Module) -> Any:
+    return torch.compile(module, backend=BACKEND)
+
+
+def compiled_forward(module: nn.Module) -> nn.Module:
+    module.forward = torch.compile(module.forward, backend=BACKEND)  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize("way", [compiled_in_place, compiled_around, compiled_forward])
+def test_a_layer_whose_tap_is_in_a_compiled_module_does_not_rest(way: Callable[[nn.Module], nn.Module]) -> None:
+    """Else the module would be compiled again whenever the layer goes to rest."""
+    models, optimizers = [], []
+    for skip_frozen in (True, False):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(nn.Linear(6, 8), way(nn.Tanh()), nn.Linear(8, 3)))
+        optimizers.append(NPC(models[-1], delta=0.9999, skip_frozen=skip_frozen))
+        optimizers[-1].state[models[-1][0].weight]["importance"][:] = 9.0
+    optimizers[0]._certificates.issue()
+    for seed in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+                model(x).logsumexp(1).mean().backward()
+            optimizer.step()
+    assert optimizers[0]._certificates.watches["0"].in_force()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    for one, other in zip(*(optimizer.plasticity().values() for optimizer in optimizers), strict=True):
+        assert torch.equal(one.importance, other.importance) and one.importance.any()
+
+
+def test_a_model_that_was_compiled_and_trained_before_says_what_to_do() -> None:
+    model = blocks(1)
+    compiled = torch.compile(model, backend=BACKEND)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default, as long as there is no optimizer
+        loss(compiled, 0).backward()
+    optimizer = NPC(model, skip_frozen=False)
+    with pytest.raises(RuntimeError, match=r"call torch\.compiler\.reset\(\)"):
+        step(compiled, optimizer, 1)
+    torch.compiler.reset()
+    step(compiled, optimizer, 1)
+    assert all(layer.importance.any() for layer in optimizer.plasticity().values())

@@ -549,6 +549,7 @@ def tied_across_dimensions() -> nn.Module:
         (paper_cnn, {"measure_at": {"convv": "pool1"}}, "measure_at names 'convv', which is not in the model; close to it: 'conv"),
         (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope', .*; there are 'conv1', 'conv2', 'hidden', 'output'"),
         (paper_cnn, {"measure_at": {"conv1": "xyz"}}, "names 'xyz', .*; there are 'conv1', 'norm1', .* and [0-9]+ more"),
+        (paper_cnn, {"batch_dim": {"conv1": 1}}, "batch_dim of 'conv1' is 1, but dimension 1 counts the neurons"),
         (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
     ],
 )  # fmt: skip
@@ -669,3 +670,10 @@ def test_sinks_take_no_memory_before_they_are_measured() -> None:
     neurons, got = measured(nn.Linear(4, 500), torch.randn(2, 4))
     assert neurons[""].sink.untyped_storage().nbytes() == 4
     assert got[""].shape == (500,) and got[""].is_contiguous()
+
+
+def test_convolutions_in_a_sequence_first_transformer_have_their_samples_first() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=False)
+    layer.conv = nn.Conv1d(8, 8, 3)
+    dims = {one.name: one.points[0].batch_dim for one in find_neurons(layer)}
+    assert dims["conv"] == 0 and dims["linear1"] == 1
