@@ -71,6 +71,9 @@ class CPC(Descent):
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)

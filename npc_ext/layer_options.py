@@ -31,7 +31,9 @@ class LayerOptions:
         layers = list(names)
         for pattern, options in self._options.items():
             if not any(name == pattern or fnmatchcase(name, pattern) for name in layers):
-                raise ValueError(f"layers names {pattern!r}, but no layer is called so; {close_to(pattern, layers)}")
+                raise ValueError(
+                    f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, layers)}"
+                )
             for option in options:
                 if option not in self._known:
                     raise ValueError(

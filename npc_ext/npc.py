@@ -73,6 +73,9 @@ class NPC(Plastic):
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained belong to no neuron.
+
     Example:
         >>> optimizer = NPC(model, lr=0.1)
         >>> for images, labels in loader:

@@ -40,6 +40,9 @@ class NPCAdamW(Plastic):
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained belong to no neuron.
+
     Example:
         >>> optimizer = NPCAdamW(model, lr=1e-3)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
     """

@@ -516,7 +516,9 @@ class Plastic(Descent):
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
             known = self.state.get(key, {}).get("importance")
-            average = torch.zeros(layer.neurons, device=key.device) if known is None else known.clone()
+            average = (
+                torch.zeros(layer.neurons, dtype=torch.float32, device=key.device) if known is None else known.clone()
+            )
             rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
             frozen = (rate == 0).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
@@ -595,13 +597,14 @@ class Plastic(Descent):
         self._index_parameters()
         self._certificates.bind(self.state, self._group_of)
 
-    def __repr__(self) -> str:
-        layers = len(self._consolidated)
+    def _summary(self) -> str:
         neurons = sum(layer.neurons for layer in self._consolidated)
+        return f"consolidated: {neurons} neurons in {len(self._consolidated)} layers\n{self.neurons.protection()}"
+
+    def __repr__(self) -> str:
         rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
         return (
-            f"{super().__repr__()[:-2]}\n\nconsolidated: {neurons} neurons in {layers} layers\n"
-            f"{self.neurons.protection()}\n"
+            f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
         )
 

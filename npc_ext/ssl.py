@@ -203,5 +203,7 @@ def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[Neur
     names = [layer.name for layer in neurons]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"layers names {pattern!r}, but no layer is called so; {close_to(pattern, names)}")
+            raise ValueError(
+                f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, names)}"
+            )
     return [layer for layer in neurons if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]

@@ -45,6 +45,9 @@ class PlasticityWrapper(torch.optim.Optimizer):
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained belong to no neuron.
+
     Example:
         >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     """
@@ -234,12 +237,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
         return self._tracker.constants(layer)
 
     def __repr__(self) -> str:
-        layers = self._tracker.plasticity()
-        neurons = sum(len(layer.importance) for layer in layers.values())
-        return (
-            f"{type(self).__name__}({self.optimizer!r}\nconsolidated: {neurons} neurons in {len(layers)} layers\n"
-            f"{self.neurons.protection()})"
-        )
+        return f"{type(self).__name__}({self.optimizer!r}\n{self._tracker.summary()})"
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -337,6 +335,10 @@ class _Tracker(NPC):
     def warn_if_little_is_protected(self) -> None:
         """Warns if more than half of what is trained is not protected."""
         super()._warn_if_little_is_protected()
+
+    def summary(self) -> str:
+        """How many neurons are consolidated, and how much of what is trained is protected."""
+        return self._summary()
 
     def forget_measured(self) -> None:
         """Drops what was measured since the last step."""

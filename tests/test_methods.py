@@ -200,7 +200,9 @@ def test_ssl_inhibits_the_layers_that_are_named_also_after_convolutions() -> Non
     optimizer = SSL(model, lr=0.1, layers=["0"], sparsity=1.0)
     assert [layer.name for layer in optimizer.inhibited] == ["0"]
     learn(model, optimizer, steps=1)
-    with pytest.raises(ValueError, match="layers names 'head', but no layer is called so; there are '0', '4', '7'"):
+    with pytest.raises(
+        ValueError, match="layers names 'head', but no layer with neurons has that name; there are '0', '4', '7'"
+    ):
         SSL(network(), layers=["head"])
 
 

@@ -590,7 +590,10 @@ def raising(error: type[Exception], message: str, model: Any = None, **options: 
         ({"normalize": "some"}, "normalize is 'some'; expected one of 'all', 'active'"),
         ({"others": "drop"}, "others is 'drop'; expected one of 'train', 'freeze'"),
         ({"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'native', 'reference'"),
-        ({"layers": {"conv7": {}}}, "layers names 'conv7', but no layer is called so; close to it: 'conv1', 'conv2'"),
+        (
+            {"layers": {"conv7": {}}},
+            "layers names 'conv7', but no layer with neurons has that name; close to it: 'conv1', 'conv2'",
+        ),
         ({"layers": {"conv1": {"lr": 1}}}, r"layers\['conv1'\] has the option 'lr'; expected alpha, beta"),
         ({"layers": {"conv1": {"delta": 2}}}, r"layers\['conv1'\]: delta is 2"),
         ({"layers": {"conv1": {"measure_at": "pool9"}}}, "measure_at names 'pool9', which is not in the model"),
