@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bench.networks import cnn
-from npc_ext import CPC, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
+from npc_ext import CPC, MAS, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
 
 from .models import ManyHeads, ResNet, paper_cnn, transposed_and_not
@@ -818,6 +818,19 @@ def test_layers_that_are_not_trained_have_no_state_until_they_are() -> None:
         train(one, own, data[3:])
         assert own.plasticity()["conv1"].importance.any()
     assert same(model, resumed)
+
+
+@pytest.mark.parametrize("make", [NPC, NPCAdamW, CPC, MAS])
+def test_tensors_that_keep_their_numbers_in_others_are_refused_where_they_are_trained(make: Any) -> None:
+    two_tensor = pytest.importorskip("torch.testing._internal.two_tensor")
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    model[0].weight = nn.Parameter(two_tensor.TwoTensor(torch.randn(8, 6), torch.randn(8, 6)))
+    optimizer = make(model, lr=0.1)
+    model(torch.randn(4, 6)).square().sum().backward()
+    before = weights(model[2])
+    with pytest.raises(ValueError, match=r"'0.weight' is a TwoTensor, .* expected a plain one"):
+        optimizer.step()
+    assert same(model[2], before)
 
 
 def test_a_pattern_for_options_of_measuring_may_match_other_modules_too() -> None:
