@@ -526,7 +526,7 @@ def build_cached(why: str = "") -> Path:
 def _raise_remembered(folder: Path) -> None:
     failed = folder / "failed.txt"
     try:
-        reason = failed.read_text(errors="replace")
+        reason = failed.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return
     raise CompileError(f"{reason}\n(this was remembered and not tried again; to compile again, delete {failed})")
@@ -549,7 +549,7 @@ def _build_in(folder: Path, plan: Cuda, why: str) -> Path:
             build(target, private or objects, plan, lock)
         except CompileError as error:
             with suppress(OSError):
-                (folder / "failed.txt").write_text(str(error))
+                (folder / "failed.txt").write_text(str(error), encoding="utf-8")
             raise
         finally:
             if private:
