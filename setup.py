@@ -28,7 +28,7 @@ class BuildModule(build_ext):
         try:
             # A folder that stays, so that the next build compiles only what changed.
             _build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / "build" / _build.MODULE_FILE)
-        except _build.BuildError as error:
+        except (_build.BuildError, OSError) as error:
             sys.exit(f"npc_ext: {error}")
 
 

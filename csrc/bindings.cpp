@@ -379,5 +379,7 @@ PYBIND11_MODULE(_C, m) {
            "CUDA versions, as in 12040 for 12.4, of the runtime and the driver (0: there is none); the oldest that the "
            "driver must support, and that driver's name.");
   define_kernels<OnStream>(cuda);
+#else
+  m.attr("why_no_cuda") = NPC_EXT_WHY_NO_CUDA;
 #endif
 }

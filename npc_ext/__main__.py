@@ -25,15 +25,21 @@ def _gpus(torch: ModuleType | None) -> list[tuple[str, str]]:
     """A row for each GPU: its name, and whether the kernels run there."""
     if torch is None:
         return [("GPUs", "unknown, torch does not load")]
-    if not torch.cuda.is_available():
-        return [("GPUs", "none that torch can use")]
     rows = []
-    for index in range(torch.cuda.device_count()):
-        name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+    for index in range(_gpu_count(torch)):
+        try:
+            name, (major, minor) = torch.cuda.get_device_name(index), torch.cuda.get_device_capability(index)
+        except Exception as error:
+            rows.append((f"GPU {index}", f"NOT USED: torch cannot use it ({type(error).__name__}: {error})"))
+            continue
         native = _native.status_on(index)
         state = f"NOT USED: {native.reason}" if native.module is None else f"kernels {native.origin}"
         rows.append((f"GPU {index}", f"{name}, sm_{major}{minor}; {state}"))
-    return rows
+    return rows or [("GPUs", "none that torch can use")]
+
+
+def _gpu_count(torch: ModuleType) -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def _cuda(compiled: ModuleType) -> str:
@@ -52,10 +58,12 @@ def _dotted(version: int) -> str:
 
 def _cuda_compiler() -> str:
     try:
-        found = _build.nvcc()
-    except _build.BuildError as error:
+        plan = _build.cuda()
+    except Exception as error:
         return str(error)
-    return "none found; the kernels are built for the CPU only" if found is None else str(found)
+    if plan.nvcc is None:
+        return f"not used, so the kernels are built for the CPU only: {plan.reason}"
+    return "; ".join([f"{plan.nvcc} (CUDA {plan.release}), for {' '.join(plan.archs)}", *plan.notices])
 
 
 def _version(package: str) -> str:
@@ -68,7 +76,7 @@ def _version(package: str) -> str:
 def _compiler() -> str:
     try:
         return " ".join(_build.compiler_command())
-    except _build.BuildError as error:
+    except Exception as error:
         return str(error)
 
 
@@ -91,6 +99,8 @@ def main() -> int:
             ("vectors", f"{native.module.isa_in_use()} in use; this processor runs {', '.join(isas)}"),
             ("CUDA", _cuda(native.module)),
         ]
+        if native.why_not_prebuilt:
+            rows.insert(-2, ("", f"built just in time because {native.why_not_prebuilt}"))
     else:
         rows += [("kernels", f"MISSING: {native.reason}"), ("", "plain PyTorch is used instead, which is slower")]
     rows += _gpus(torch)
@@ -98,8 +108,7 @@ def main() -> int:
         print(f"{name:9} {text}")
     if torch is None or native.module is None:
         return 1
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return 1 if any(map(_native.why_not_on, range(gpus))) else 0
+    return 1 if any(map(_native.why_not_on, range(_gpu_count(torch)))) else 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The compiled module: the one built ahead of time, else one built just in time, else a remembered, explained failure.
 
-Loaded at the first use, once per process. A module that was compiled from other sources or flags than those beside it
-(a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
+Loaded when an optimizer is built, or at the first use, once per process. A module that was compiled from other sources
+or flags than those beside it (a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
 
 At the first use of a GPU the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
 second module is built just in time, for the GPUs present; it runs there, and the first one still does on the CPU.
@@ -34,28 +34,54 @@ class Native:
     module: ModuleType | None
     origin: str
     reason: str = ""
+    why_not_prebuilt: str = ""  # the module built ahead of time is not used
 
 
 @lru_cache(maxsize=1)
 def status() -> Native:
     """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
-    prebuilt, why_not_prebuilt = _prebuilt()
-    if prebuilt is not None:
-        return Native(prebuilt, f"built ahead of time: {prebuilt.__file__}")
+    why_not = ""
     try:
-        path = _build.build_cached()
-        return Native(_import_from(path), f"built just in time: {path}")
-    except (_build.BuildError, ImportError) as error:
-        return Native(None, "none", f"{why_not_prebuilt}; {error}")
+        prebuilt, why_not = _prebuilt()
+        if prebuilt is not None:
+            return Native(prebuilt, f"built ahead of time: {prebuilt.__file__}")
+        module = _just_in_time(why_not)
+        return Native(module, f"built just in time: {module.__file__}", why_not_prebuilt=why_not)
+    except Exception as error:
+        return Native(None, "none", "; ".join(filter(None, [why_not, _sentence(error)])), why_not)
+
+
+def _sentence(error: Exception) -> str:
+    expected = isinstance(error, (_build.BuildError, ImportError))
+    return str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _just_in_time(why: str = "") -> ModuleType:
+    """Imports the module built just in time, and builds it if need be. One that does not load is built once more."""
+    path = _build.build_cached(why)
+    try:
+        return _import_from(path)
+    except ImportError as error:
+        _build.say(f"the module {path} does not load ({error}); it is deleted and built again")
+        _build.discard(path)
+    path = _build.build_cached(why)
+    try:
+        return _import_from(path)
+    except ImportError as error:
+        _build.discard(path)
+        raise _build.BuildError(f"the module built just in time does not load, and was deleted: {error}") from error
 
 
 def _prebuilt() -> tuple[ModuleType | None, str]:
     path = Path(__file__).with_name(_build.MODULE_FILE)
     if not path.exists():
-        return None, f"no module built ahead of time ({path.name} is not in {path.parent})"
+        return None, f"no module built ahead of time is there ({path.name} is not in {path.parent})"
     # Found without loading it: an extension that has been loaded cannot be replaced in the same process.
-    if _build.build_key().encode() not in path.read_bytes():
-        return None, "the module built ahead of time is older than the sources beside it"
+    if differs := _build.why_stale(path.read_bytes()):
+        return None, (
+            f"the module built ahead of time is older than the sources beside it ({differs}; to build it anew: "
+            "'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+        )
     try:
         return _import_from(path), ""
     except ImportError as error:
@@ -101,10 +127,13 @@ def status_on(device: int) -> Native:
     with _looking:
         if reason := why_no_cuda():
             return Native(None, "none", reason)
-        reason, needs_other_code = module().cuda.why_not_on(device)
-        if not reason:
-            return status()
-        return _built_for_gpus(device, reason) if needs_other_code else Native(None, "none", reason)
+        try:
+            reason, needs_other_code = module().cuda.why_not_on(device)
+            if not reason:
+                return status()
+            return _built_for_gpus(device, reason) if needs_other_code else Native(None, "none", reason)
+        except Exception as error:
+            return Native(None, "none", _sentence(error))
 
 
 def _built_for_gpus(device: int, reason: str) -> Native:
@@ -120,12 +149,14 @@ def _built_for_gpus(device: int, reason: str) -> Native:
         path = _build.build_cached()
         if path != Path(str(module().__file__)):
             built = _import_once(path)
+            if not hasattr(built, "cuda"):
+                return Native(None, "none", f"{reason}, and {_compiled_without_cuda(built)}")
             reason, _ = built.cuda.why_not_on(device)
             if not reason:
                 return Native(built, f"built just in time: {path}")
-        return Native(None, "none", f"{reason}; unset NPC_EXT_ARCHS and TORCH_CUDA_ARCH_LIST, or add this GPU to them")
-    except (_build.BuildError, ImportError) as error:
-        return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {error}")
+        return Native(None, "none", f"{reason}; unset NPC_EXT_ARCHS, or add this GPU to it")
+    except Exception as error:
+        return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {_sentence(error)}")
 
 
 @cache
@@ -152,9 +183,16 @@ def why_no_cuda() -> str:
     compiled = status().module
     if compiled is None:
         return status().reason
-    if hasattr(compiled, "cuda"):
-        return ""
+    return "" if hasattr(compiled, "cuda") else _compiled_without_cuda(compiled)
+
+
+def _compiled_without_cuda(compiled: ModuleType) -> str:
+    reason = getattr(compiled, "why_no_cuda", "")
+    because = f" ({reason})" if reason else ""
+    path = Path(str(getattr(compiled, "__file__", "")))
+    if path.parent != Path(__file__).parent and path.is_absolute():
+        return f"the module was compiled without CUDA{because}; fix that and delete {path.parent} to compile it again"
     return (
-        "the module was compiled without CUDA; install the CUDA toolkit (nvcc 12.1 or newer) and compile it again: "
-        "'make' in a checkout, else 'pip install --force-reinstall --no-deps --no-binary npc_ext npc_ext'"
+        f"the module was compiled without CUDA{because}; install the CUDA toolkit (nvcc 12.1 or newer) and compile it "
+        "again: 'make' in a checkout, else 'pip install --force-reinstall --no-deps --no-binary npc_ext npc_ext'"
     )

@@ -102,6 +102,8 @@ class Descent(torch.optim.Optimizer):
         self._forget_plans()
         if backend == "native":
             require_native(self._model)
+        elif backend == "auto":
+            prepare_native(self._model)
         super().__init__(model.parameters() if params is None else params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -425,6 +427,15 @@ def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> Non
         raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
     check_choice(f"{where}sigma", options["sigma"], ops.SIGMAS)
     check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
+
+
+def prepare_native(model: nn.Module) -> None:
+    """Loads the compiled kernels for where the model is, or compiles them: here rather than in a backward pass."""
+    for device in {parameter.device for parameter in model.parameters()}:
+        if device.type == "cuda":
+            _native.why_not_on(device.index)
+        elif device.type == "cpu":
+            _native.status()
 
 
 def require_native(model: nn.Module) -> None:

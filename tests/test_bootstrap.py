@@ -145,11 +145,16 @@ def test_a_missing_compiler_is_named_before_anything_is_installed(
     assert not (checkout / ".venv").exists()
 
 
-def test_cxx_may_carry_arguments(checkout: Path) -> None:
+def test_cxx_may_carry_quotes_and_arguments(checkout: Path, tmp_path: Path) -> None:
     made_venv(checkout, "exit 0")
-    process = bootstrap(checkout, "requirements", CXX=f"{sys.executable} -v")
+    process = bootstrap(checkout, "requirements", CXX=f"'{script(tmp_path / 'a folder' / 'c++', '')}' -v")
     assert process.wait(timeout=60) == 0
     assert (checkout / ".venv" / "requirements.stamp").exists()
+
+
+def test_a_quote_that_does_not_end_in_cxx_is_named(checkout: Path) -> None:
+    said = sentence(bootstrap(checkout, "build", CXX="g++ 'x"), checkout)
+    assert said == "npc_ext: CXX=g++ 'x cannot be read as a command: No closing quotation; correct it or unset CXX"
 
 
 def test_missing_headers_of_python_are_named(checkout: Path) -> None:
@@ -205,6 +210,16 @@ def test_a_failing_compiler_is_named_and_its_words_are_in_the_log(checkout: Path
     said = sentence(bootstrap(checkout, "build", CXX=str(compiler)), checkout)
     assert "the C++ compiler could not compile the extension; its messages are in the log" in said
     assert "internal compiler error: tired" in (checkout / "setup.log").read_text()
+
+
+def test_cuda_kernels_that_are_left_out_are_told(checkout: Path, tmp_path: Path) -> None:
+    made_venv(checkout)
+    notice = "npc_ext: the CUDA kernels are left out: CUDA_HOME=/nowhere has no bin/nvcc"
+    python = script(tmp_path / "python", f"#!/bin/sh\necho '  {notice}'\n")
+    process = bootstrap(checkout, "build", f"sys.executable = {str(python)!r}")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert errors.splitlines() == ["npc_ext: compiling the extension ...", notice]
 
 
 def test_an_unexpected_failure_names_the_log(checkout: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import importlib.util
 import os
+import pty
 import re
 import shutil
 import signal
@@ -22,7 +25,8 @@ from npc_ext import _build
 ROOT = Path(__file__).resolve().parents[1]
 # Loads _build.py and _native.py alone: no torch, so that a process starts in a moment.
 LOAD = """
-import sys, types
+import os, sys, types
+exec(os.environ.get("FIRST", ""))
 package = types.ModuleType("npc_ext"); package.__path__ = [sys.argv[1]]; sys.modules["npc_ext"] = package
 from npc_ext import _build, _native
 _native._prebuilt = lambda: (None, "no module built ahead of time")
@@ -49,6 +53,53 @@ def start(cache: Path, package: Path = ROOT / "npc_ext", **more: str) -> subproc
     )
 
 
+# A C++ compiler that compiles nothing: its module is the one that is here. It says what it is called with.
+COMPILER = """#!/bin/sh
+echo "$0 $*" >> "{log}"
+while [ $# -gt 0 ]; do case "$1" in
+  -o) out=$2; shift;; -MF) rules=$2; shift;; -shared) module="{module}";; -c) source=$2;;
+esac; shift; done
+{extra}
+if [ -n "$module" ]; then cp "$module" "$out"; else echo > "$out"; fi
+if [ -n "$rules" ]; then echo "$out:" > "$rules"; fi
+"""
+NVCC = """#!/bin/sh
+case "$1" in
+  --version) echo 'Cuda compilation tools, release {release}, V{release}.0'; exit;;
+  --dryrun) echo '#$ TOP={top}' >&2; exit;;
+  --list-gpu-arch) echo compute_75; echo compute_80; echo compute_90; exit;;
+esac
+"""
+
+
+def script(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def imitated_compiler(path: Path, extra: str = "", module: Path | str | None = None) -> Path:
+    """The path of a compiler that takes no time; `path`.log has how it was called, a line each time."""
+    from npc_ext import _native
+
+    module = module or str(_native.module().__file__)
+    return script(path, COMPILER.format(log=f"{path}.log", module=module, extra=extra))
+
+
+def imitated_nvcc(folder: Path, release: str = "13.0", extra: str = "exit 0", library: bool = True) -> Path:
+    """The path of an nvcc in a toolkit of its own, which knows three architectures."""
+    if library:
+        script(folder / "lib64" / "libcudart_static.a", "")
+    more = COMPILER.format(log=f"{folder}.log", module="", extra=extra)
+    return script(folder / "bin" / "nvcc", NVCC.format(release=release, top=folder) + more)
+
+
+def calls(compiler: Path) -> list[str]:
+    log = Path(f"{compiler}.log")
+    return log.read_text().splitlines() if log.exists() else []
+
+
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
@@ -71,7 +122,7 @@ def modules(cache: Path) -> list[Path]:
 
 def test_two_processes_that_start_together_build_once(built: Path) -> None:
     assert len(modules(built)) == 1
-    assert not list(built.rglob("building-*"))
+    assert sorted(path.name for path in modules(built)[0].parent.iterdir()) == [_build.MODULE_FILE, "lock"]
 
 
 def test_a_second_import_takes_milliseconds_and_compiles_nothing(built: Path) -> None:
@@ -80,21 +131,6 @@ def test_a_second_import_takes_milliseconds_and_compiles_nothing(built: Path) ->
     assert not errors
     assert modules(built)[0].stat().st_mtime_ns == before
     assert float(output.split()[-1]) < 0.5
-
-
-def test_a_builder_killed_half_way_blocks_and_poisons_nothing(tmp_path: Path) -> None:
-    process = start(tmp_path)
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.o")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-    assert list(tmp_path.rglob("building-*")), "it was killed while it built"
-    assert not modules(tmp_path)[1:] and not list(tmp_path.glob("*/_C*"))
-    output, errors = finish(start(tmp_path))
-    assert "built just in time" in output
-    assert "compiling" in errors
-    assert not list(tmp_path.rglob("building-*"))
 
 
 def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> None:
@@ -106,6 +142,190 @@ def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> No
     assert "the C++ compiler failed" in output
     assert "‘not_a_name’ was not declared" in output or "'not_a_name'" in output
     assert not list((tmp_path / "cache").glob("*/_C*"))
+
+
+def test_a_builder_killed_half_way_blocks_and_poisons_nothing_and_the_next_one_goes_on(tmp_path: Path) -> None:
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    waits = f'case "$source" in *isa.cpp) while [ -e {blocked} ]; do sleep 0.02; done;; esac'
+    compiler = imitated_compiler(tmp_path / "c++", waits)
+    process = start(tmp_path / "cache", CXX=str(compiler))
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.rglob("*.o"))) < 7 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not list(tmp_path.glob("cache/*/_C*"))
+    blocked.unlink()
+    before = len(calls(compiler))
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert "built just in time" in output
+    assert len(calls(compiler)) - before <= 3, "what was blocked, perhaps its neighbour, and the link"
+    assert not list(tmp_path.rglob("objects"))
+
+
+def test_a_build_that_failed_is_remembered_and_not_tried_again(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++", "echo 'error: out of ideas'; exit 1")
+    first, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    tried = len(calls(compiler))
+    second, errors = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert "error: out of ideas" in first and "error: out of ideas" in second
+    assert "compiling" not in errors and len(calls(compiler)) == tried > 0
+    (remembered,) = (tmp_path / "cache").rglob("failed.txt")
+    assert f"to compile again, delete {remembered})" in second
+    remembered.unlink()
+    finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert len(calls(compiler)) > tried
+
+
+def test_a_full_disk_is_named_and_tried_again(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++", "echo 'c++: error: No space left on device'; exit 1")
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert f"cannot write to {tmp_path / 'cache'} (no space left on device: free some there or in /" in output
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
+@pytest.mark.parametrize("behind", ["cached", "compiled"])
+def test_a_module_that_does_not_load_is_deleted_and_reported(tmp_path: Path, behind: str) -> None:
+    broken = tmp_path / "broken"
+    broken.write_text("no module")
+    cache = tmp_path / "cache"
+    if behind == "compiled":
+        compiler = imitated_compiler(tmp_path / "c++", module=broken)
+        output, _ = finish(start(cache, CXX=str(compiler)))
+        assert re.search(r"the compiled module does not load, and was deleted: ImportError: .*file too short", output)
+        assert f"is {compiler} a C++ compiler for {sys.executable}?" in output
+        assert not modules(cache)
+        return
+    compiler = imitated_compiler(tmp_path / "c++")
+    finish(start(cache, CXX=str(compiler)))
+    modules(cache)[0].write_text("no module")
+    output, errors = finish(start(cache, CXX=str(compiler)))
+    assert re.search(r"_C\S+ does not load \(.*file too short\); it is deleted and built again", errors)
+    assert "built just in time" in output
+
+
+# A user that the system does not know, as in a container: no HOME, and no entry in its list of users.
+NOBODY = "import pwd\ndef unknown(uid): raise KeyError(uid)\npwd.getpwuid = unknown; os.environ.pop('HOME', None)"
+
+
+def of_nobody(tmp_path: Path, **more: str) -> tuple[str, str]:
+    compiler = tmp_path / "c++"
+    if not compiler.exists():
+        imitated_compiler(compiler)
+    setting = {"NPC_EXT_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path), "FIRST": NOBODY, **more}
+    return finish(start(tmp_path, CXX=str(compiler), **setting))
+
+
+@pytest.mark.parametrize(
+    ("setting", "why"),
+    [
+        ({}, "there is no home folder"),
+        ({"XDG_CACHE_HOME": "/proc/nowhere"}, "the just-in-time build cannot write to /proc/nowhere/npc_ext (["),
+        ({"FIRST": "", "HOME": "/proc/nowhere"}, "cannot write to /proc/nowhere/.cache/npc_ext (["),
+    ],
+)
+def test_without_a_home_folder_kernels_are_kept_in_a_temporary_one(
+    tmp_path: Path, setting: dict[str, str], why: str
+) -> None:
+    folder = tmp_path / f"npc_ext-{os.getuid()}"
+    output, errors = of_nobody(tmp_path, **setting)
+    assert f"built just in time: {folder}" in output
+    assert why in errors and f"so the kernels are kept in {folder}" in errors
+    assert folder.stat().st_mode & 0o077 == 0
+    output, errors = of_nobody(tmp_path, **setting)
+    assert f"built just in time: {folder}" in output
+    assert not errors
+
+
+def test_a_temporary_folder_that_others_can_write_is_not_used(tmp_path: Path) -> None:
+    folder = tmp_path / f"npc_ext-{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    output, _ = of_nobody(tmp_path)
+    assert "not a folder that only this user can write" in output
+    assert "point NPC_EXT_CACHE at a folder that is" in output
+    assert not modules(folder)
+
+
+def test_status_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    from npc_ext import _native
+
+    def fail() -> Any:
+        raise RuntimeError("something new")
+
+    monkeypatch.setattr(_native, "_prebuilt", fail)
+    native = _native.status.__wrapped__()
+    assert (native.module, native.reason) == (None, "RuntimeError: something new")
+
+
+def test_a_lock_that_cannot_be_had_is_named(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++")
+    finish(start(tmp_path / "cache", CXX=str(compiler)))
+    (lock,) = (tmp_path / "cache").rglob("lock")
+    modules(tmp_path / "cache")[0].unlink()
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        output, errors = finish(start(tmp_path / "cache", CXX=str(compiler), NPC_EXT_LOCK_TIMEOUT="1.2"))
+    assert f"waiting for another process to build the kernels (it holds {lock}) ..." in errors
+    assert f"the lock file {lock} has been held for 1 seconds by a process that compiles nothing" in output
+    assert "end that process or delete the lock file" in output
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
+def test_a_file_system_without_locks_builds_all_the_same(tmp_path: Path) -> None:
+    first = f"import fcntl\ndef none(*_): raise OSError({errno.ENOLCK}, 'No locks available')\nfcntl.flock = none"
+    compiler = imitated_compiler(tmp_path / "c++")
+    output, errors = finish(start(tmp_path / "cache", CXX=str(compiler), FIRST=first))
+    assert "built just in time" in output
+    assert "lock cannot be locked ([Errno" in errors
+    assert not list(tmp_path.rglob("building-*"))
+
+
+def test_a_lock_lives_as_long_as_the_compiler(tmp_path: Path) -> None:
+    """If only Python is killed, the next process does not write into the objects that are being compiled."""
+    blocked = tmp_path / "blocked"
+    blocked.touch()
+    compiler = imitated_compiler(tmp_path / "c++", f"while [ -e {blocked} ]; do sleep 0.02; done")
+    process = start(tmp_path / "cache", CXX=str(compiler))
+    deadline = time.monotonic() + 60
+    while not calls(compiler) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (lock,) = (tmp_path / "cache").rglob("lock")
+    try:
+        with lock.open("w") as wanted, pytest.raises(BlockingIOError):
+            fcntl.flock(wanted, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        blocked.unlink()
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert "built just in time" in output
+    process.communicate(timeout=60)
+
+
+def test_progress_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++")
+    _, errors = finish(start(tmp_path / "piped", CXX=str(compiler)))
+    assert re.fullmatch(
+        r"npc_ext: compiling its kernels for this machine, once \(\d files, for CPUs only\), because no module built "
+        r"ahead of time \.\.\.\n",
+        errors,
+    )
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOAD, str(ROOT / "npc_ext")],
+        env=environment(tmp_path / "terminal", CXX=str(compiler)),
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+    )
+    assert process.wait(60) == 0
+    shown = os.read(ours, 100_000).decode()
+    os.close(ours)
+    os.close(theirs)
+    count = len(_build.sources(_build.Cuda())) + 1
+    assert f"npc_ext: {count} of {count} done, the last one {_build.MODULE_FILE}" in shown
+    assert "npc_ext: 1 of" in shown
 
 
 @pytest.mark.parametrize(
@@ -129,16 +349,26 @@ def test_a_stale_module_is_not_run(tmp_path: Path) -> None:
     # Compiled anew, and that is what runs (LOAD asserts it); without a compiler, nothing runs.
     keep_prebuilt = LOAD.replace("_native._prebuilt = ", "unused = ")
 
-    def load(**setting: str) -> str:
+    def load(**setting: str) -> tuple[str, str]:
         command = [sys.executable, "-c", keep_prebuilt, str(tmp_path / "npc_ext")]
         setting = environment(tmp_path / "cache", **setting)
-        return subprocess.run(command, env=setting, capture_output=True, text=True, check=True).stdout
+        result = subprocess.run(command, env=setting, capture_output=True, text=True, check=True)
+        return result.stdout, result.stderr
 
-    assert "older than the sources beside it; no C++ compiler" in load(CXX="/nowhere/c++")
-    assert "built just in time" in load()
+    why = (
+        "the module built ahead of time is older than the sources beside it (csrc/rules.h changed since; to build it "
+        "anew: 'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+    )
+    keep_flags = {"NPC_EXT_CXXFLAGS": ""}
+    output, _ = load(CXX="/nowhere/c++", **keep_flags)
+    assert f"{why}; no C++ compiler" in output
+    output, errors = load(CXX=str(imitated_compiler(tmp_path / "c++")), **keep_flags)
+    assert "built just in time" in output
+    assert f"because {why} ..." in errors
+    assert "(NPC_EXT_CXXFLAGS, csrc/rules.h changed since;" in load(CXX="/nowhere/c++")[0]
 
 
-@pytest.mark.parametrize("change", ["flags", "compiler", "sources"])
+@pytest.mark.parametrize("change", ["flags", "compiler", "arguments", "includes", "sources"])
 def test_the_cache_key_changes_with(change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = _build.cache_key()
     if change == "flags":
@@ -148,6 +378,10 @@ def test_the_cache_key_changes_with(change: str, monkeypatch: pytest.MonkeyPatch
         compiler.write_text("#!/bin/sh\n")
         compiler.chmod(0o755)
         monkeypatch.setenv("CXX", str(compiler))
+    elif change == "arguments":
+        monkeypatch.setenv("CXX", f"{_build.compiler_command()[0]} -m64")
+    elif change == "includes":
+        monkeypatch.setenv("CPATH", str(tmp_path))
     else:
         shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
         (tmp_path / "csrc" / "new.h").write_text("")
@@ -158,10 +392,63 @@ def test_the_cache_key_changes_with(change: str, monkeypatch: pytest.MonkeyPatch
 def test_paths_with_spaces_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "with space" / _build.MODULE_FILE
     monkeypatch.setenv("NPC_EXT_CXXFLAGS", "-O0")
-    monkeypatch.setattr(_build, "nvcc", lambda: None)
-    _build.build(target, tmp_path / "a folder")
+    _build.build(target, tmp_path / "a folder", _build.Cuda())
     assert target.stat().st_size > 10_000
     assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
+@pytest.mark.parametrize("kind", ["launcher", "masquerade", "clang", "arguments"])
+def test_a_compiler_is_called_as_it_was_named_and_nvcc_gets_it_without_its_launcher(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = imitated_compiler(tmp_path / "bin" / "g++")
+    # ccache runs the next program of the name that it was called by, or else the one that its arguments name.
+    ccache = script(
+        tmp_path / "tools" / "ccache",
+        f'#!/bin/sh\necho "$0 $*" >> {tmp_path}/ccache.log\n'
+        f'case $0 in */ccache) exec "$@";; esac\nexec {tmp_path}/bin/"${{0##*/}}" "$@"\n',
+    )
+    masquerade = tmp_path / "masquerade" / "g++"
+    masquerade.parent.mkdir()
+    masquerade.symlink_to(ccache)
+    clang = tmp_path / "bin" / "clang++"
+    clang.symlink_to(compiler)
+    monkeypatch.setenv("PATH", f"{masquerade.parent}:{ccache.parent}:{compiler.parent}:{os.environ['PATH']}")
+    value, first, used = {
+        "launcher": (f"ccache {compiler}", [str(ccache), str(compiler)], compiler),
+        "masquerade": ("g++", [str(masquerade)], compiler),
+        "clang": ("clang++", [str(clang)], clang),
+        "arguments": (f"'{compiler}' -m64 -DA=1", [str(compiler), "-m64", "-DA=1"], compiler),
+    }[kind]
+    monkeypatch.setenv("CXX", value)
+    assert _build.compiler_command() == first
+    flags = _build.nvcc_flags(_build.Cuda(Path("nvcc"), ("90",)))
+    assert flags[flags.index("-ccbin") + 1] == str(used)
+    _build.build(tmp_path / _build.MODULE_FILE, tmp_path / "objects", _build.Cuda())
+    assert all(" -shared " in line or " -c " in line for line in calls(compiler)) and calls(compiler)
+    if kind in ("launcher", "masquerade"):
+        assert (tmp_path / "ccache.log").read_text().startswith(first[0])
+    before = _build.cache_key()
+    used.write_text(used.read_text() + "# another version\n")
+    assert _build.cache_key() != before
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("ccache", "CXX=.*ccache begins with a launcher, but there is no compiler behind it"),
+        ("ccache /nowhere/g++", "CXX=.* begins with a launcher, but /nowhere/g\\+\\+ is not a program"),
+        ("g++ 'x", "CXX=g\\+\\+ 'x cannot be read as a command: No closing quotation"),
+        ("/nowhere/g++ -m64", "CXX=/nowhere/g\\+\\+ -m64 does not name a program"),
+    ],
+)
+def test_a_compiler_that_is_not_there_is_named(
+    value: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", f"{script(tmp_path / 'ccache', '#!/bin/sh').parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", value)
+    with pytest.raises(_build.BuildError, match=message):
+        _build.compiler_command()
 
 
 def test_no_torch_header_and_no_cuda_launch_syntax_in_csrc() -> None:
@@ -264,26 +551,201 @@ def test_architectures_are_those_of_the_gpus_present_else_all(monkeypatch: pytes
     assert build.archs() == ("75", "80", "86", "89", "90", "100", "120+PTX")
 
 
-def test_a_wrong_architecture_or_compiler_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = fresh(monkeypatch, NPC_EXT_ARCHS="hopper")
+def test_a_wrong_architecture_or_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    build = fresh(monkeypatch, NPC_EXT_ARCHS="warp9")
     with pytest.raises(
-        build.BuildError, match=r"NPC_EXT_ARCHS=hopper has the entry 'HOPPER'; expected .* '8.0;9.0\+PTX'"
+        build.BuildError, match=r"NPC_EXT_ARCHS=warp9 has the entry 'warp9'; expected .* '8.0;9.0\+PTX'"
     ):
         build.archs()
+    build = fresh(monkeypatch, NPC_EXT_ARCHS="60;90", NPC_EXT_NVCC=str(imitated_nvcc(tmp_path)))
+    with pytest.raises(
+        build.BuildError, match=r"NPC_EXT_ARCHS=60;90 has 60, and \S+nvcc knows 75, 80, 90 only; change"
+    ):
+        build.cuda()
     build = fresh(monkeypatch, NPC_EXT_NVCC="/nowhere/nvcc")
     with pytest.raises(build.BuildError, match="NPC_EXT_NVCC=/nowhere/nvcc does not name a program"):
         build.nvcc()
     assert fresh(monkeypatch, NPC_EXT_NVCC="").nvcc() is None
 
 
-def test_an_nvcc_that_is_too_old_is_not_used_and_that_is_said(
+def with_toolkit(monkeypatch: pytest.MonkeyPatch, home: Path, **environment: str) -> Any:
+    """_build.py where the only CUDA toolkit is in one folder, which the user did not name to this package."""
+    build = fresh(monkeypatch, CUDA_HOME=str(home), PATH="/usr/bin:/bin", **environment)
+    which = shutil.which
+    monkeypatch.setattr(
+        build.shutil,
+        "which",
+        lambda name, **more: None if str(name).startswith("/usr/local/cuda") else which(name, **more),
+    )
+    return build
+
+
+@pytest.mark.parametrize(
+    ("value", "archs", "said"),
+    [
+        ("6.0 7.0 8.0+PTX", ("80+PTX",), "has 60, 70, and {nvcc} knows 75, 80, 90 only; compiling for 80+PTX"),
+        ("Ampere;Hopper+PTX", ("80", "90+PTX"), "has 86, and {nvcc} knows"),
+        ("Turing;Hopper", ("75", "90"), ""),
+        ("all", ("75", "80", "90+PTX"), ""),
+        ("native", ("90",), ""),
+        ("6.0;7.0", (), "left out: TORCH_CUDA_ARCH_LIST=6.0;7.0 has 60, 70, and {nvcc} knows 75, 80, 90 only"),
+        ("warp 9", (), "left out: TORCH_CUDA_ARCH_LIST=warp 9 has the entry 'warp'; expected architectures"),
+    ],
+)
+def test_torchs_list_of_architectures_is_taken_as_far_as_nvcc_knows_it(
+    value: str, archs: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = imitated_nvcc(tmp_path)
+    build = with_toolkit(monkeypatch, tmp_path, TORCH_CUDA_ARCH_LIST=value)
+    monkeypatch.setattr(build, "_gpus_here", lambda: ("90",))
+    plan = build.cuda()
+    assert plan.archs == archs
+    assert said.format(nvcc=nvcc) in "".join(plan.notices)
+    assert bool(said) == bool(plan.notices)
+
+
+def test_native_architectures_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    imitated_nvcc(tmp_path)
+    build = with_toolkit(monkeypatch, tmp_path, TORCH_CUDA_ARCH_LIST="native")
+    monkeypatch.setattr(build, "_gpus_here", lambda: ())
+    assert "TORCH_CUDA_ARCH_LIST=native asks for the GPUs of this machine, but there are none" in build.cuda().reason
+
+
+def test_a_gpu_newer_than_nvcc_gets_ptx_and_an_older_one_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    imitated_nvcc(tmp_path)
+    build = with_toolkit(monkeypatch, tmp_path)
+    for gpus, archs in [(("80", "120"), ("80", "90+PTX")), (("70",), ())]:
+        monkeypatch.setattr(build, "_gpus_here", lambda gpus=gpus: gpus)
+        plan = build.cuda()
+        assert plan.archs == archs
+    assert plan.reason == "this machine has a GPU of sm_70, and its nvcc knows 75, 80, 90 only"
+
+
+@pytest.mark.parametrize(
+    ("made", "reason"),
+    [
+        ({"library": False}, "libcudart_static.a is not with {nvcc}; install the whole CUDA toolkit"),
+        ({"release": "11.8"}, "{nvcc} is older than CUDA 12.1"),
+        ({"release": "unknown"}, "{nvcc} --version does not work (exit status 0: Cuda compilation tools"),
+        (None, "CUDA_HOME={home} has no bin/nvcc"),
+    ],
+)
+def test_a_toolkit_that_does_not_work_is_left_out_unless_it_was_asked_for(
+    made: dict[str, Any] | None, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = tmp_path / "bin" / "nvcc" if made is None else imitated_nvcc(tmp_path, **made)
+    plan = with_toolkit(monkeypatch, tmp_path).cuda()
+    assert plan.nvcc is None
+    assert reason.format(nvcc=nvcc, home=tmp_path) in plan.reason
+    assert plan.notices == (f"the CUDA kernels are left out: {plan.reason}",)
+    build = with_toolkit(monkeypatch, tmp_path, NPC_EXT_NVCC=str(nvcc))
+    with pytest.raises(build.BuildError, match=f"NPC_EXT_NVCC={nvcc}"):
+        build.cuda()
+    build = with_toolkit(monkeypatch, tmp_path, NPC_EXT_ARCHS="90")
+    with pytest.raises(build.BuildError, match=f"NPC_EXT_ARCHS asks for CUDA kernels, but .*{tmp_path}.*; fix that"):
+        build.cuda()
+
+
+def test_another_toolkit_is_used_where_that_of_cuda_home_does_not_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nvcc = imitated_nvcc(tmp_path / "good")
+    build = with_toolkit(monkeypatch, tmp_path / "none")
+    monkeypatch.setenv("PATH", f"{nvcc.parent}:/usr/bin:/bin")
+    plan = build.cuda()
+    assert plan.nvcc == nvcc
+    assert plan.notices == (f"CUDA_HOME={tmp_path / 'none'} has no bin/nvcc, so {nvcc} is used",)
+
+
+def test_if_only_cuda_fails_to_compile_the_module_is_built_for_the_cpu(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = tmp_path / "nvcc"
-    old.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 11.8, V11.8.89'\n")
-    old.chmod(0o755)
-    assert fresh(monkeypatch, NPC_EXT_NVCC=str(old)).nvcc() is None
-    assert f"{old} is older than CUDA 12.1, so it is not used" in capsys.readouterr().err
+    compiler = imitated_compiler(tmp_path / "c++")
+    nvcc = imitated_nvcc(tmp_path / "toolkit", extra="echo 'nvcc error: cudafe++ died (signal 11)'; exit 139")
+    target = tmp_path / "built" / _build.MODULE_FILE
+    build = with_toolkit(monkeypatch, tmp_path / "toolkit", CXX=str(compiler))
+    build.build(target, tmp_path / "objects")
+    assert target.exists()
+    said = capsys.readouterr().err
+    assert f"the CUDA kernels are left out, because {nvcc} failed: nvcc error: cudafe++ died (signal 11) (" in said
+    assert any("NPC_EXT_WHY_NO_CUDA" in line and "cudafe++ died" in line for line in calls(compiler))
+    assert "-lcudart_static" not in calls(compiler)[-1]
+
+    build = with_toolkit(monkeypatch, tmp_path / "toolkit", CXX=str(compiler), NPC_EXT_ARCHS="90")
+    with pytest.raises(build.BuildError, match="the CUDA compiler failed"):
+        build.build(target, tmp_path / "objects")
+
+
+def test_a_failing_cpp_compiler_is_not_taken_for_a_failure_of_cuda(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = imitated_compiler(tmp_path / "c++", "echo 'error: none'; exit 1")
+    imitated_nvcc(tmp_path / "toolkit", extra="")
+    build = with_toolkit(monkeypatch, tmp_path / "toolkit", CXX=str(compiler))
+    with pytest.raises(build.CompileError, match=r"the C\+\+ compiler failed"):
+        build.build(tmp_path / _build.MODULE_FILE, tmp_path / "objects")
+
+
+def test_just_in_time_cuda_is_compiled_where_torch_has_it_and_for_the_gpu_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    imitated_nvcc(tmp_path)
+    build = with_toolkit(monkeypatch, tmp_path, TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0")
+    monkeypatch.setattr(build, "_gpus_here", lambda: ("90",))
+    for has_cuda, archs in [(False, ()), (True, ("90",))]:
+        monkeypatch.setattr(build, "_torch_has_cuda", lambda has_cuda=has_cuda: has_cuda)
+        assert build.cuda(just_in_time=True).archs == archs
+    monkeypatch.setattr(build, "_gpus_here", lambda: ())
+    assert "there is no GPU" in build.cuda(just_in_time=True).reason
+    monkeypatch.setattr(build, "_torch_has_cuda", lambda: False)
+    monkeypatch.setenv("NPC_EXT_ARCHS", "80")
+    assert build.cuda(just_in_time=True).archs == ("80",)
+
+
+@pytest.mark.parametrize(
+    ("line", "has_cuda"),
+    [
+        ("cuda: Optional[str] = '12.8'", True),
+        ("cuda: Optional[str] = None", False),
+        ('cuda = "13.0"', True),
+        ("", False),
+    ],
+)
+def test_whether_torch_has_cuda_is_seen_without_importing_it(
+    line: str, has_cuda: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    script(tmp_path / "torch" / "__init__.py", "raise OSError('broken')")
+    script(tmp_path / "torch" / "version.py", f"__version__ = '2.9.0'\n{line}\nhip = None\n")
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert _build._torch_has_cuda() == has_cuda
+
+
+@pytest.mark.parametrize(("backend", "looks"), [("auto", 1), ("native", 1), ("reference", 0)])
+def test_kernels_are_loaded_or_compiled_when_an_optimizer_is_built(
+    backend: Any, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from npc_ext import EWC, NPC, _native
+
+    for optimizer in (NPC, EWC):
+        asked = []
+        monkeypatch.setattr(_native, "status", lambda asked=asked: asked.append(1))
+        monkeypatch.setattr(_native, "module", lambda asked=asked: asked.append(1))
+        model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        optimizer(model, lr=0.1, backend=backend)
+        assert len(asked) == looks
+
+
+def test_a_module_without_cuda_says_why() -> None:
+    from npc_ext import _native
+
+    compiled: Any = SimpleNamespace(__file__="/cache/key/_C.so", why_no_cuda="nvcc is ill")
+    said = _native._compiled_without_cuda(compiled)
+    assert said == (
+        "the module was compiled without CUDA (nvcc is ill); fix that and delete /cache/key to compile it again"
+    )
 
 
 def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:

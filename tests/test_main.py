@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from npc_ext import _build
+
+from .test_build import NOBODY, imitated_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,3 +56,42 @@ def test_a_missing_module_is_reported_with_reason_and_fix(tmp_path: Path) -> Non
 
 def test_the_instruction_set_can_be_chosen() -> None:
     assert "baseline in use" in report(NPC_EXT_ISA="baseline").stdout
+
+
+def test_a_user_without_home_or_name_gets_a_report_and_an_optimizer(tmp_path: Path) -> None:
+    program = (
+        f"import os\n{NOBODY}\nimport runpy, torch\nfrom npc_ext import NPC\n"
+        "model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))\n"
+        "optimizer = NPC(model)\nmodel(torch.ones(4, 2)).sum().backward(); optimizer.step()\n"
+        "runpy.run_module('npc_ext', run_name='__main__')"
+    )
+    setting = {"NPC_EXT_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path), "NPC_EXT_CXXFLAGS": "-DOTHER"}
+    result = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env={**os.environ, **setting, "CXX": str(imitated_compiler(tmp_path / "c++"))},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"kernels   built just in time: {tmp_path}/npc_ext-{os.getuid()}" in result.stdout
+    assert "there is no home folder, so the kernels are kept in" in result.stderr
+
+
+def test_why_the_module_beside_the_sources_is_not_used_is_reported(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++")
+    result = report(NPC_EXT_CXXFLAGS="-DOTHER", CXX=str(compiler), NPC_EXT_CACHE=str(tmp_path))
+    assert result.returncode == 0
+    why = "because the module built ahead of time is older than the sources beside it (NPC_EXT_CXXFLAGS changed since; "
+    assert f"          built just in time {why}" in result.stdout
+    assert f"files, for CPUs only), {why}" in result.stderr
+
+
+@pytest.mark.skipif(_build.nvcc() is None, reason="there is no nvcc (CUDA 12.1 or newer) on this machine")
+def test_architectures_that_nvcc_does_not_know_are_reported() -> None:
+    result = report(TORCH_CUDA_ARCH_LIST="4.0 8.0+PTX", NPC_EXT_ARCHS="")
+    assert result.returncode == 0
+    assert "for 80+PTX; TORCH_CUDA_ARCH_LIST=4.0 8.0+PTX has 40, and " in result.stdout
+    result = report(TORCH_CUDA_ARCH_LIST="sometimes", NPC_EXT_ARCHS="")
+    assert "nvcc      not used, so the kernels are built for the CPU only: TORCH_CUDA_ARCH_LIST=some" in result.stdout

@@ -9,6 +9,8 @@ told so: hence no `from __future__ import annotations` here.
 
 import argparse
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -36,7 +38,9 @@ CAUSES = [
     ("No module named venv", NO_VENV),
     ("no C++ compiler", "there is no C++ compiler; " + NO_COMPILER),
     ("Python.h is missing", NO_HEADERS),
+    ("the compiled module does not load", "the compiled module does not load; the loader's message is in the log"),
     ("the C++ compiler failed", "the C++ compiler could not compile the extension; its messages are in the log"),
+    ("the CUDA compiler failed", "nvcc could not compile the CUDA kernels; its messages are in the log"),
     ("CERTIFICATE_VERIFY_FAILED", "the package index's certificate is not trusted; check the clock, and PIP_CERT"),
     ("connection broken by", NO_NETWORK),
     ("Read timed out", NO_NETWORK),
@@ -60,11 +64,13 @@ def run(what: str, command: "list[str]") -> None:
         log.flush()
         start = log.tell()
         status = subprocess.call(command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-    if status == 0:
-        return
     with open(LOG, errors="replace") as log:
         log.seek(start)
         output = log.read()
+    if status == 0:
+        for notice in re.findall(r"^\s*(npc_ext: the CUDA kernels are left out.*)$", output, re.MULTILINE):
+            print(notice, file=sys.stderr, flush=True)
+        return
     for sign, sentence in CAUSES:
         if sign in output:
             fail(f"{what} failed: {sentence} (log: {LOG})")
@@ -83,7 +89,11 @@ def check_python() -> None:
 
 def check_compiler() -> None:
     """Refuses before minutes of installation what the build would refuse after them."""
-    wanted = os.environ.get("CXX", "").split()[:1]
+    value = os.environ.get("CXX", "").strip()
+    try:
+        wanted = [value] if shutil.which(value) else shlex.split(value)[:1]
+    except ValueError as error:
+        fail(f"CXX={value} cannot be read as a command: {error}; correct it or unset CXX")
     if not any(shutil.which(name) for name in wanted or ["c++", "g++", "clang++"]):
         got = f"CXX={wanted[0]} names no program" if wanted else "none of c++, g++, clang++ is on the PATH"
         fail(f"there is no C++ compiler ({got}); {NO_COMPILER}")
@@ -116,7 +126,8 @@ def install_requirements() -> None:
 def build() -> None:
     """Compiles the extension and installs the package in place."""
     check_compiler()
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    # Verbose, because pip drops what a build that succeeds has to say.
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-v"]
     run("compiling the extension", [*pip, "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."])
     stamp("build")
 
