@@ -131,7 +131,7 @@ class SharedSinks:
         for device, members in by_device.items():
             key = device, tuple(layer.neurons for layer in members)
             if key not in self._buffers:
-                flat = torch.empty(sum(key[1]), device=device)
+                flat = torch.empty(sum(key[1]), dtype=torch.float32, device=device)
                 self._buffers[key] = flat, list(flat.split(key[1]))
             flat, parts = self._buffers[key]
             for layer, part in zip(members, parts, strict=True):

@@ -425,7 +425,7 @@ def _layer(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and module.weight is weight:
             notes.append(f"its weight is also the embedding {name}")
-    sink = torch.zeros(neurons, device=weight.device, requires_grad=True)
+    sink = torch.zeros(neurons, dtype=torch.float32, device=weight.device, requires_grad=True)
     fan_in = weight.numel() // max(neurons, 1)
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
