@@ -203,7 +203,7 @@ class Tables:
 
         They are checked whenever their addresses are others than those that were checked before.
         """
-        addresses = list(map(_address, tensors))
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if addresses != self._checked.get(name):
             for index, tensor in enumerate(tensors):
                 if tensor is not None:
@@ -323,10 +323,12 @@ def _of_layers(
     skipped_at: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], array[int], array[float]]:
     """The arguments about layers of updates that have a rate for every neuron."""
-    _check_of_layers("measured", tables, measured)
+    # The rest is certain: autograd gives a sink no gradient of another dtype, shape or device than the sink's.
+    if not all(map(Tensor.is_contiguous, [sums for sums in measured if sums is not None])):
+        _check_of_layers("measured", tables, measured)
     return (
         tables.importance_addresses(importances),
-        list(map(_address, measured)),
+        [0 if sums is None else sums.data_ptr() for sums in measured],
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,
@@ -343,7 +345,7 @@ def _raise_versions(
 
 
 def _step_addresses(tables: Tables, steps: Sequence[Tensor | None]) -> list[int]:
-    addresses = list(map(_address, steps))
+    addresses = [0 if count is None else count.data_ptr() for count in steps]
     if addresses != tables._checked.get("steps"):
         for index, count in enumerate(steps):
             if count is not None and (count.dtype is not torch.float32 or count.numel() != 1):

@@ -175,7 +175,12 @@ class Descent(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+            ValueError: a gradient is sparse, or a gradient or a state tensor does not fit its parameter.
+
+        Warns:
+            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
+                has none (`load_importance`).
+            UserWarning: parameters were replaced in the model, so they are not trained.
 
         An exception leaves weights and state as they were.
         """
@@ -184,7 +189,7 @@ class Descent(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._until_comparison -= 1
-        if self._until_comparison <= 0:
+        if self._until_comparison <= 0 or not self._has_begun:
             self._compare_with_model()
         if not self._has_begun:
             self._warn_if_importance_is_lost()
@@ -338,8 +343,8 @@ class Descent(torch.optim.Optimizer):
                 raise ValueError(
                     f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
                     f"optimizer's state has {got}; they must agree. If the parameter has grown, go on with a new "
-                    f"optimizer, {self._called()}(model, ...).load_importance(optimizer), or begin this parameter anew "
-                    "with `del optimizer.state[parameter]`"
+                    f"optimizer, {self._called()}(model, ...).load_importance(optimizer); or begin anew with "
+                    f"del optimizer.state[parameter][{name!r}]"
                 )
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
@@ -463,6 +468,9 @@ class Descent(torch.optim.Optimizer):
 
     def _take_up_groups(self) -> None:
         """Goes on with parameters that somebody has put into the groups."""
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if is_sharded(parameter):
+                self._check_sharded(parameter)
         self._forget_plans()
 
     # ----------------------------------------------------------------------------------- importance of an earlier one

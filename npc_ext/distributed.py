@@ -89,6 +89,11 @@ class SharedSinks:
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
         self._works: list[Any] = []
 
+    def look_for_group(self, model: nn.Module) -> None:
+        """Takes the group of a model that has been sharded since, where it was not told one."""
+        if self._auto and self._group is None:
+            self._group = _group_of(model)
+
     @property
     def shared(self) -> bool:
         """Whether several processes measure together.

@@ -287,7 +287,12 @@ class Plastic(Descent):
         Raises:
             RuntimeError: gradients are there, but no importance was measured at all; or gradients were left out of
                 neurons that, after a change of constants or state since the forward pass, may move in this step.
-            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+            ValueError: a gradient is sparse, or a gradient, state tensor or layer does not fit its parameter.
+
+        Warns:
+            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
+                has none (`load_importance`).
+            UserWarning: parameters were replaced in the model, so they are not trained.
 
         An exception leaves weights and importance as they were.
         """
@@ -559,6 +564,8 @@ class Plastic(Descent):
             self.state[new]["importance"] = importance
 
     def _take_up_groups(self) -> None:
+        self._shared_sinks.look_for_group(self._model)
+        super()._take_up_groups()
         self._find_neurons()
         self._just_found = True
 
