@@ -353,9 +353,9 @@ class Descent(torch.optim.Optimizer):
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _lay_out_state(self, parameter: Any) -> None:
-        """Has the state be as its parameter is: on its device, in its layout, sharded alike, in the dtype of steps.
+        """Makes the state match its parameter: device, layout, shards, and the dtype that steps use.
 
-        What was loaded, or whose model was moved or cast, may not be.
+        It may not match after loading, or after the model was moved or cast.
         """
         state = self.state[parameter]
         for name in ("momentum_buffer", *self._BESIDE):
@@ -411,7 +411,7 @@ class Descent(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------- models that are changed
 
     def _called(self) -> str:
-        """What users know the optimizer as."""
+        """The class that users built."""
         return type(self).__name__
 
     def _learn_model(self) -> None:
@@ -487,7 +487,7 @@ class Descent(torch.optim.Optimizer):
         """Takes importance over. Raises ValueError, before any change, where it does not fit."""
 
     def _note_importance(self) -> None:
-        """Has later optimizers of this model know that this one holds importance."""
+        """Records that this optimizer holds importance, for later optimizers of the model."""
         if names := list(self._held()):
             note_importance(self._model, self._KIND, names, self._called())
 
@@ -522,9 +522,9 @@ class Descent(torch.optim.Optimizer):
 
         Args:
             earlier: the optimizer, of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, as
-                do EWC, MAS and SSL. Of an optimizer of the same model the taps are taken out of the model: it is done.
-                Or the optimizer's `state_dict()`, for as many parameters in the same order. None begins at zero on
-                purpose, without the warning.
+                do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it takes no more
+                steps. Or its `state_dict()`, with as many parameters in the same order. None begins at zero on purpose,
+                without the warning.
 
         Returns:
             This optimizer.

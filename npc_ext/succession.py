@@ -1,8 +1,8 @@
-"""What follows when parts of a model, or its optimizer, are replaced: what was known must not be lost without a word.
+"""Notices when parts of a model, or its optimizer, are replaced, so that nothing is lost silently.
 
-An optimizer knows the parameters of its model by name and compares now and then (`KnownModel`). Which optimizers held
-importance for which model is kept for as long as the model lives (`note_importance`), so that the next one can tell
-that it begins without.
+An optimizer remembers the parameters of its model by name and compares now and then (`KnownModel`). A weak registry
+records which optimizers held importance for a model (`note_importance`). A later optimizer can then warn that it begins
+without.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _holders: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, str]]] = weak
 
 
 def note_importance(model: nn.Module, kind: str, names: Iterable[str], optimizer: str) -> None:
-    """Remembers that an optimizer holds the importance of some layers or parameters of a model."""
+    """Records that an optimizer holds the importance of some layers or parameters of a model."""
     _holders.setdefault(model, {}).setdefault(kind, {}).update(dict.fromkeys(names, optimizer))
 
 
@@ -80,7 +80,7 @@ class KnownModel:
         return cls(parameters, before._names, model), replaced
 
     def look_again(self, model: nn.Module) -> None:
-        """Takes the model as it is now for unchanged."""
+        """Makes the model as it is now the one that `is_unchanged` compares with."""
         self._places: list[tuple[Mapping[str, Any], str, Any]] = []
         for module in model.modules():
             for owned in (module._modules, module._parameters):
