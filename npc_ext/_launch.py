@@ -323,7 +323,7 @@ def _of_layers(
     skipped_at: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], array[int], array[float]]:
     """The arguments about layers of updates that have a rate for every neuron."""
-    # The rest is certain: autograd gives a sink no gradient of another dtype, shape or device than the sink's.
+    # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
     if not all(map(Tensor.is_contiguous, [sums for sums in measured if sums is not None])):
         _check_of_layers("measured", tables, measured)
     return (

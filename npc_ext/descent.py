@@ -455,12 +455,11 @@ class Descent(torch.optim.Optimizer):
         if news:
             instead = dict.fromkeys(name for one in news for name in one.replacements)
             warnings.warn(
-                f"the model has other parameters now than when the optimizer was built: {listed(instead)} took the "
-                f"place of {listed(one.name for one in news)} and are not trained. Build the optimizer after such "
-                f"changes (replaced modules, load_state_dict(assign=True), parametrizations); to keep what this one "
-                f"knows: {self._called()}(model, ...)"
-                + (".load_importance(optimizer)" if self._KIND else "")
-                + ". Or put the new parameters into optimizer.param_groups, in the place of the old ones",
+                "parameters of the model were replaced after the optimizer was built: "
+                f"{listed(one.name for one in news)}. Those in their place are not trained: {listed(instead)}. "
+                "Build the optimizer after such changes (new modules, load_state_dict(assign=True), parametrizations); "
+                f"to keep what this one knows: {self._called()}(model, ...).load_importance(optimizer). Or put the new "
+                "parameters into optimizer.param_groups, in the place of the old ones",
                 UserWarning,
                 stacklevel=5,
             )

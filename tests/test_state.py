@@ -255,6 +255,15 @@ def test_state_that_is_replaced_by_hand_is_checked_before_a_kernel_reads_it(tens
     step(model, optimizer, 7)
 
 
+def test_state_with_other_memory_behind_it_does_not_reach_a_kernel() -> None:
+    model = Words()
+    optimizer = NPCAdamW(model)
+    step(model, optimizer, 0)
+    optimizer.state[model.hidden.weight]["exp_avg"].data = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"first_moments.*expected torch\.float32"):
+        step(model, optimizer, 1)
+
+
 def test_a_state_dictionary_that_is_replaced_by_hand_is_the_one_that_steps_read() -> None:
     model = Words()
     optimizer = EWC(model, momentum=0.9)
