@@ -8,7 +8,7 @@ what the kernels themselves assume: device, dtype and memory layout.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -186,10 +186,39 @@ class Tables:
         self.lr_tensors = [rate for rate in lr if isinstance(rate, Tensor)]  # held while their addresses are
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
+        self._checked: dict[str, list[int]] = {}  # the addresses of tensors that were checked, by what they are
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
         self.parameter_options[::3] = array("d", [0.0 if isinstance(rate, Tensor) else rate for rate in lr])
+
+    def addresses(
+        self,
+        name: str,
+        tensors: Sequence[Tensor | None],
+        parameters: Sequence[Tensor],
+        dtype_of: Callable[[torch.dtype], torch.dtype],
+    ) -> list[int]:
+        """The addresses of tensors that lie in memory like their parameters; 0 where there is none.
+
+        They are checked whenever their addresses are others than those that were checked before.
+        """
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        if addresses != self._checked.get(name):
+            for index, tensor in enumerate(tensors):
+                if tensor is not None:
+                    parameter = parameters[index]
+                    _check_tensor(name, index, tensor, parameter, dtype_of(parameter.dtype), parameter.stride())
+            self._checked[name] = addresses
+        return addresses
+
+    def importance_addresses(self, importances: Sequence[Tensor]) -> list[int]:
+        """The addresses of the layers' averages, checked likewise."""
+        addresses = [average.data_ptr() for average in importances]
+        if addresses != self._checked.get("importances"):
+            _check_of_layers("importances", self, importances)
+            self._checked["importances"] = addresses
+        return addresses
 
 
 class AdamTables(Tables):
@@ -229,10 +258,8 @@ def _addresses(
     """The arguments that all updates begin with."""
     momentum = [0] * len(parameters)
     if tables.any_momentum:
-        for index, buffer in enumerate(momentum_buffers):
-            if tables.has_momentum[index]:
-                _check_momentum_buffer(index, buffer, parameters[index])
-                momentum[index] = buffer.data_ptr()
+        buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
+        momentum = tables.addresses("momentum_buffers", buffers, parameters, _same)
     return (
         tables.parameter_addresses,
         [gradient.data_ptr() for gradient in gradients],
@@ -247,7 +274,43 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def _same(dtype: torch.dtype) -> torch.dtype:
+    return dtype
+
+
+def _float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32
+
+
+def _check_tensor(
+    name: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype, stride: tuple[int, ...]
+) -> None:
+    if (
+        tensor.dtype is not dtype
+        or tensor.device != like.device
+        or tensor.numel() != like.numel()
+        or tensor.stride() != stride
+    ):
+        raise ValueError(
+            f"{name}[{index}] is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on "
+            f"{tensor.device}; expected {dtype} of shape {tuple(like.shape)} with strides {stride} on {like.device}"
+        )
+
+
+def _check_of_layers(name: str, tables: Tables, tensors: Sequence[Tensor | None]) -> None:
+    for tensor, neurons in zip(tensors, tables.layer_numbers[::3], strict=True):
+        if tensor is None:
+            continue
+        if tensor.dtype is not torch.float32 or tensor.numel() != neurons or not tensor.is_contiguous():
+            raise ValueError(
+                f"one of {name} is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()}; "
+                f"expected contiguous float32 of shape ({neurons},)"
+            )
+
+
 def _counters(skipped: Tensor, at: Sequence[int]) -> list[int]:
+    if skipped.dtype is not torch.int64 or not skipped.is_contiguous():
+        raise ValueError(f"skipped is {skipped.dtype} with strides {skipped.stride()}; expected contiguous int64")
     start, width = skipped.data_ptr(), skipped.element_size()
     return [start + width * index for index in at]
 
@@ -260,9 +323,12 @@ def _of_layers(
     skipped_at: Sequence[int] | None,
 ) -> tuple[list[int], list[int], list[int], array[int], array[float]]:
     """The arguments about layers of updates that have a rate for every neuron."""
+    # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
+    if not all(map(Tensor.is_contiguous, [sums for sums in measured if sums is not None])):
+        _check_of_layers("measured", tables, measured)
     return (
-        [average.data_ptr() for average in importances],
-        list(map(_address, measured)),
+        tables.importance_addresses(importances),
+        [0 if sums is None else sums.data_ptr() for sums in measured],
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,
@@ -278,16 +344,21 @@ def _raise_versions(
     torch.autograd.graph.increment_version(written)
 
 
-def _check_momentum_buffer(index: int, buffer: Tensor, parameter: Tensor) -> None:
-    if buffer.stride() != parameter.stride():
-        raise ValueError(
-            f"momentum buffer {index} has strides {buffer.stride()}, but its parameter has {parameter.stride()}; "
-            "they must lie in memory alike"
-        )
+def _step_addresses(tables: Tables, steps: Sequence[Tensor | None]) -> list[int]:
+    addresses = [0 if count is None else count.data_ptr() for count in steps]
+    if addresses != tables._checked.get("steps"):
+        for index, count in enumerate(steps):
+            if count is not None and (count.dtype is not torch.float32 or count.numel() != 1):
+                raise ValueError(f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)}; expected one float32")
+        tables._checked["steps"] = addresses
+    return addresses
 
 
 def _flags(device: torch.device, *flags: Tensor | None) -> list[Tensor | None]:
     """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
+    for flag in flags:
+        if flag is not None and flag.numel() != 1:
+            raise ValueError(f"grad_scale or found_inf has shape {tuple(flag.shape)}; expected one number")
     return [None if flag is None else flag.to(device, torch.float32) for flag in flags]
 
 
@@ -318,7 +389,7 @@ def update_(
         *_addresses(tables, parameters, gradients, momentum_buffers),
         *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
-        list(map(_address, steps)),
+        _step_addresses(tables, steps),
         seeds,
     )
     counted = (count for count in steps if count is not None)
@@ -349,12 +420,12 @@ def adam_update_(
         "adam_update",
         skipped.device,
         *_addresses(tables, parameters, gradients, ()),
-        [moment.data_ptr() for moment in first_moments],
-        [moment.data_ptr() for moment in second_moments],
+        tables.addresses("first_moments", first_moments, parameters, compute_dtype),
+        tables.addresses("second_moments", second_moments, parameters, compute_dtype),
         tables.adam_options,
         *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
-        list(map(_address, steps)),
+        _step_addresses(tables, steps),
         seeds,
     )
     _raise_versions(tables, parameters, (), *first_moments, *second_moments, *steps, *importances, skipped)
@@ -382,9 +453,9 @@ def anchored_update_(
         "anchored_update",
         device,
         *_addresses(tables, parameters, gradients, momentum_buffers),
-        list(map(_address, stiffness)),
-        list(map(_address, anchors)),
-        list(map(_address, paths)),
+        tables.addresses("stiffness", stiffness, parameters, compute_dtype),
+        tables.addresses("anchors", anchors, parameters, compute_dtype),
+        tables.addresses("paths", paths, parameters, compute_dtype),
         strength,
         tables.layer_numbers,
         tables.layer_options,
@@ -413,7 +484,7 @@ def connection_update_(
         "connection_update",
         skipped.device,
         *_addresses(tables, parameters, gradients, momentum_buffers),
-        list(map(_address, importances)),
+        tables.addresses("importances", importances, parameters, _float32),
         _counters(skipped, range(skipped.numel()) if skipped_at is None else skipped_at),
         tables.layer_numbers,
         tables.layer_options,
@@ -457,7 +528,7 @@ def network_step_(
         skipped.device,
         inputs,
         *_addresses(tables, parameters, gradients, momentum_buffers),
-        [average.data_ptr() for average in importances],
+        tables.importance_addresses(importances),
         _counters(skipped, range(len(importances))),
         tables.layer_numbers,
         tables.layer_options,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _launch, ops, reference
 from .descent import SGD_OPTIONS, Descent, Plan, check_number
+from .succession import fitted
 
 
 class Anchored(Descent):
@@ -30,6 +31,7 @@ class Anchored(Descent):
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
+    _KIND = "anchors"
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -50,7 +52,7 @@ class Anchored(Descent):
                     value = parameter.detach().to(state["anchor"].dtype)
                     own = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
                     total = own if total is None else total + own.to(total.device)
-        return torch.zeros(()) if total is None else total
+        return torch.zeros((), dtype=torch.float32, device="cpu") if total is None else total
 
     def _trained_parameters(self) -> list[Tensor]:
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -61,10 +63,13 @@ class Anchored(Descent):
     @torch.no_grad()
     def _anchor(self, importances: Mapping[Tensor, Tensor]) -> None:
         """Adds a task: the parameters where they are now, each with its importance W_k."""
+        for parameter in importances:
+            self._check_state_fits(parameter)
         for parameter, importance in importances.items():
             dtype = reference.compute_dtype(parameter.dtype)
             here = parameter.detach().to(dtype, copy=True)
             importance = _launch.in_memory_order_of(parameter, importance.to(dtype))
+            self._lay_out_state(parameter)
             state = self.state[parameter]
             if "stiffness" in state:
                 state["stiffness"], state["anchor"] = reference.merged_anchors(
@@ -73,6 +78,33 @@ class Anchored(Descent):
             else:
                 state["stiffness"], state["anchor"] = importance, here
         self._forget_plans()
+        self._note_importance()
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        own = ((name, states.get(id(parameter), {})) for name, parameter in self._trained_by_name().items())
+        return {
+            name: {tensor: state[tensor] for tensor in self._BESIDE if tensor in state}
+            for name, state in own
+            if "stiffness" in state
+        }
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        return self._held_in({id(one): self.state.get(one, {}) for one in self._trained_by_name().values()})
+
+    def _may_hold(self) -> dict[str, Tensor]:
+        return self._trained_by_name()
+
+    @torch.no_grad()
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        taken = {}
+        for name, parameter in self._trained_by_name().items():
+            if name in held:
+                dtype = self._dtype_beside(parameter)
+                begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
+                begin["anchor"] = parameter.detach().to(dtype, copy=True)
+                taken[parameter] = {what: fitted(own, begin[what], repr(name)) for what, own in held[name].items()}
+        for parameter, tensors in taken.items():
+            self.state[parameter].update(tensors)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
@@ -106,5 +138,5 @@ class Anchored(Descent):
 
 
 def _or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-    nothing = torch.empty(0, device=device)
+    nothing = torch.empty(0, dtype=torch.float32, device=device)
     return [nothing if tensor is None else tensor for tensor in tensors]

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from .distributed import unwrapped
 from .plastic import Plastic
+from .succession import in_first_block
 from .tap import ImportanceWarning
 from .wrapper import PlasticityWrapper
 
@@ -111,6 +112,7 @@ class PlasticityPlugin(SupervisedPlugin):
         if plastic is not optimizer:  # the tracker of a wrapper, all of whose groups have the same options
             plastic.param_groups[0]["params"] = [one for group in optimizer.param_groups for one in group["params"]]
             del plastic.param_groups[1:]
+        plastic._learn_model()
         plastic._find_neurons()
         for group in added:
             optimizer.add_param_group(group)
@@ -187,6 +189,4 @@ def _grown(value: Any, old: Tensor, new: Tensor) -> Any:
     """What is kept of each element of a parameter, with zeros for those it did not have; other values unchanged."""
     if not isinstance(value, Tensor) or value.shape != old.shape:
         return value
-    grown = torch.zeros_like(new, dtype=value.dtype, requires_grad=False)
-    grown[_block(old)] = value.to(new.device)
-    return grown
+    return in_first_block(value, torch.zeros_like(new, dtype=value.dtype, requires_grad=False))

@@ -524,7 +524,8 @@ class _Arriving:
         self._looks = looks
         with torch.cuda.device(device):
             together = torch.cat([look.importance for look in looks])
-            self._copy, self._arrived = torch.empty(together.shape, pin_memory=True), torch.cuda.Event()
+            self._copy = torch.empty(together.shape, dtype=together.dtype, device="cpu", pin_memory=True)
+            self._arrived = torch.cuda.Event()
             self._copy.copy_(together, non_blocking=True)
             self._arrived.record()
 

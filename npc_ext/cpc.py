@@ -17,6 +17,7 @@ from .names import ByLayer
 from .neurons import weighted_layers
 from .protection import Protection, warn_if_little
 from .skipped import SkippedSteps
+from .succession import fitted
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate")
@@ -78,6 +79,7 @@ class CPC(Descent):
 
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
+    _KIND = "importance of connections"
 
     def __init__(
         self,
@@ -193,10 +195,40 @@ class CPC(Descent):
     def _trains(self, parameter: Tensor) -> bool:
         return self._others == "train" or id(parameter) in self._layer_of or id(parameter) in self._plain
 
-    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        if id(parameter) in self._layer_of:
-            self.state[parameter].setdefault("importance", torch.zeros_like(parameter, dtype=torch.float32))
-        super()._prepare_state(parameter, group)
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        super()._create_state(parameter, group)
+        if id(parameter) in self._layer_of and self.state[parameter].get("importance") is None:
+            self.state[parameter]["importance"] = torch.zeros_like(parameter, dtype=torch.float32)
+
+    def _dtype_beside(self, parameter: Tensor) -> torch.dtype:
+        return torch.float32
+
+    def _take_up_groups(self) -> None:
+        super()._take_up_groups()
+        self._find_layers()
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        own = ((name, states.get(id(parameter), {})) for name, parameter in self._connections().items())
+        return {name: {"importance": state["importance"]} for name, state in own if "importance" in state}
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        return self._held_in({id(one): self.state.get(one, {}) for one in self._connections().values()})
+
+    def _may_hold(self) -> dict[str, Tensor]:
+        return self._connections()
+
+    def _connections(self) -> dict[str, Tensor]:
+        """The parameters that have importance, by name."""
+        return {name: one for name, one in self._trained_by_name().items() if id(one) in self._layer_of}
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        averages = {}
+        for name, parameter in self._connections().items():
+            if name in held:
+                begin = torch.zeros_like(parameter, dtype=torch.float32)
+                averages[parameter] = fitted(held[name]["importance"], begin, repr(name))
+        for parameter, average in averages.items():
+            self.state[parameter]["importance"] = average
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
@@ -226,7 +258,8 @@ class CPC(Descent):
             counters = (plan.skipped, plan.layers)
             _launch.connection_update_(plan.tables, *network, importances, *counters, grad_scale, found_inf)
             return
-        nothing, skipped = torch.empty(0, device=plan.device), plan.skipped[plan.layers]
+        nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
+        skipped = plan.skipped[plan.layers]
         averages = [nothing if average is None else average for average in importances]
         flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = ops.connection_update_
@@ -248,27 +281,19 @@ class CPC(Descent):
             for parameter in self._parameters_of[index]:
                 if id(parameter) not in lr:
                     continue
-                state = self.state.get(parameter, {})
                 name = names[id(parameter)].removeprefix(f"{layer}.")
-                average[name] = state["importance"].clone() if "importance" in state else torch.zeros_like(parameter)
+                known = self.state.get(parameter, {}).get("importance")
+                average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
                 rate[name] = reference.learning_rate(
                     average[name], lr[id(parameter)], own["alpha"], own["beta"], own["sigma"]
                 )
-            rates = torch.cat([one.flatten() for one in rate.values()]) if rate else torch.ones(1)
-            frozen = (rates == 0).double().mean().item()
+            rates = [one.flatten() for one in rate.values()]
+            frozen = (torch.cat(rates) == 0).double().mean().item() if rates else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])
         return result
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-2]}\n\n{self._protection()}\n)"
-
-    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
-        super()._take_over(saved)
-        for layer in self._parameters_of:
-            for parameter in layer:
-                state = self.state.get(parameter, {})
-                if "importance" in state:
-                    state["importance"] = state["importance"].to(torch.float32)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

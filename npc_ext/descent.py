@@ -7,21 +7,29 @@ method adds to SGD is in its plans.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
-from typing import Any, ClassVar, SupportsFloat
+from operator import is_, itemgetter
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 import torch
 from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
 from .distributed import unwrapped
-from .shards import check_not_replaced, has_no_memory, is_sharded, like, local
+from .shards import has_no_memory, is_sharded, like, local
+from .succession import KnownModel, check_not_sharded, holders_of_importance, listed, note_importance
+from .tap import ImportanceWarning
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BACKENDS = ("auto", "native", "reference")
 # Steps may take turns: heads of several tasks, layers that are measured now and then.
 _MOST_EARLIER_PLANS = 3
+# How often the parameters are compared with the model's, apart from whenever plans are made.
+_STEPS_BETWEEN_COMPARISONS = 50
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
 
 
@@ -35,6 +43,7 @@ class Plan:
     sharded: bool  # whether any of them is a DTensor
     aligned: bool  # all gradients lie in memory like their parameters
     states: list[dict[str, Any]]  # of the parameters
+    checked: dict[str, list[Tensor | None]]  # those tensors of the states that steps read, as they were checked
     has_momentum: list[bool]
     groups: list[dict[str, Any]]  # of each parameter
     rates: list[float | Tensor]  # the learning rate of each parameter, one of the options
@@ -54,15 +63,25 @@ class Plan:
         if self.tables is not None:
             self.tables.take_rates(rates)
 
+    def is_current(self) -> bool:
+        """Whether the states still hold the tensors that were checked when the plan was made."""
+        for name, tensors in self.checked.items():
+            if not all(map(is_, tensors, [state.get(name) for state in self.states])):
+                return False
+        return True
+
     def momentum_buffers(self) -> list[Tensor]:
         """The momentum buffers, and in place of missing ones anything."""
-        own = zip(self.parameters, self.states, self.has_momentum, strict=True)
-        buffers = [state["momentum_buffer"] if has else parameter for parameter, state, has in own]
-        return list(map(local, buffers)) if self.sharded else buffers
+        if "momentum_buffer" not in self.checked:
+            return self.parameters
+        own = zip(self.parameters, self.beside("momentum_buffer"), strict=True)
+        return [parameter if buffer is None else buffer for parameter, buffer in own]
 
     def beside(self, name: str) -> list[Tensor | None]:
         """One tensor of each parameter's state, or None where it has none of that name."""
-        tensors = [state.get(name) for state in self.states]
+        tensors = self.checked.get(name)
+        if tensors is None:
+            return [None] * len(self.states)
         return list(map(local, tensors)) if self.sharded else tensors
 
 
@@ -79,6 +98,8 @@ class Descent(torch.optim.Optimizer):
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
+    # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
+    _KIND: ClassVar[str] = ""
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
@@ -98,13 +119,19 @@ class Descent(torch.optim.Optimizer):
         self._backend = backend
         self._options_of = itemgetter(*self._OPTIONS)
         self._sharded = False
-        self._known: list[tuple[str, Tensor]] = []  # the model's parameters in the groups, by name
+        self._known_model: KnownModel | None = None
+        self._known_ids: list[int] = []  # of all parameters in the groups
+        self._lost: set[str] = set()  # names of replaced parameters that were warned of
+        self._until_comparison = _STEPS_BETWEEN_COMPARISONS
+        self._predecessors = holders_of_importance(self._model, self._KIND)
+        self._has_begun = False
         self._forget_plans()
         if backend == "native":
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
         super().__init__(model.parameters() if params is None else params, defaults)
+        self._learn_model()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own, for example those of a head that the model has just been given."""
@@ -118,9 +145,8 @@ class Descent(torch.optim.Optimizer):
             if is_sharded(parameter):
                 self._check_sharded(parameter)
         super().add_param_group(param_group)
-        added = {id(parameter) for parameter in self.param_groups[-1]["params"]}
-        self._sharded = self._sharded or any(map(is_sharded, self.param_groups[-1]["params"]))
-        self._known += [(name, own) for name, own in self._model.named_parameters() if id(own) in added]
+        if self._known_model is not None:
+            self._learn_model()
 
     def _check_sharded(self, parameter: Any) -> None:
         """Raises ValueError if a parameter is sharded over processes in a way that steps cannot deal with."""
@@ -151,7 +177,12 @@ class Descent(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+            ValueError: a gradient is sparse, or a gradient or a state tensor does not fit its parameter.
+
+        Warns:
+            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
+                has none (`load_importance`).
+            UserWarning: parameters were replaced in the model, so they are not trained.
 
         An exception leaves weights and state as they were.
         """
@@ -159,9 +190,18 @@ class Descent(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._planned_for is None:  # the first step, among others
-            check_not_replaced(self._model, self._known)
-        self._step()
+        self._until_comparison -= 1
+        if self._until_comparison <= 0 or not self._has_begun:
+            self._compare_with_model()
+        if not self._has_begun:
+            self._warn_if_importance_is_lost()
+        try:
+            self._step()
+        except _GroupsChangedError:
+            self._step()
+        if not self._has_begun:
+            self._has_begun = True
+            self._note_importance()
         return loss
 
     def _step(self) -> None:
@@ -172,10 +212,10 @@ class Descent(torch.optim.Optimizer):
         signature = self._signature()
         # A tensor may be changed in place, so its value counts.
         rates = [None if self._read_on_device(lr := group["lr"]) else float(lr) for group in self.param_groups]
-        if signature == self._planned_for and rates == self._planned_rates:
-            return
-        if signature != self._planned_for:
+        if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
+        elif rates == self._planned_rates:
+            return
         for plan in self._plans:
             plan.take_rates(self._rates(plan.device, plan.groups))
         self._planned_rates = rates
@@ -185,10 +225,24 @@ class Descent(torch.optim.Optimizer):
         if self._planned_for is not None:
             # Plans hold the states: one that came or went means that others may be new objects, too.
             recent = [(self._planned_for, self._plans), *recent] if signature[0] == self._planned_for[0] else []
-        known = next((plans for own, plans in recent if own == signature), None)
+        known = next((plans for own, plans in recent if own == signature and self._is_current(plans)), None)
+        if known is None and self._compare_with_model():
+            raise _GroupsChangedError
         self._plans = self._make_plans() if known is None else known
+        signature[0] = self._states()  # planning creates what is missing
         self._planned_for = signature
         self._earlier_plans = [own for own in recent if own[0] != signature][:_MOST_EARLIER_PLANS]
+
+    @staticmethod
+    def _is_current(plans: Sequence[Any]) -> bool:
+        for plan in plans:
+            if not plan.is_current():
+                return False
+        return True
+
+    def _states(self) -> list[int]:
+        """Which states there are: plans hold them."""
+        return list(map(id, self.state.values()))
 
     def _forget_plans(self) -> None:
         """To be called wherever plans hold what is no longer so."""
@@ -209,7 +263,7 @@ class Descent(torch.optim.Optimizer):
 
         Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
         """
-        signature: list[Any] = [len(self.state)]  # 0 if somebody has cleared it
+        signature: list[Any] = [self._states()]
         sharded = self._sharded
         for group in self.param_groups:
             lr = group["lr"]
@@ -223,8 +277,10 @@ class Descent(torch.optim.Optimizer):
                     self._refuse_gradient(parameter, gradient)
                 if sharded:
                     parameter, gradient = local(parameter), local(gradient)
-                # Another device, dtype or memory format of the parameter is another address.
-                signature += (gradient.dtype, gradient.stride(), parameter.stride(), parameter.data_ptr())
+                # Another device, dtype or memory format of the parameter is another address. Strides and the number of
+                # elements tell the shape.
+                signature += (gradient.dtype, gradient.stride(), gradient.numel())
+                signature += (parameter.stride(), parameter.numel(), parameter.data_ptr())
         return signature
 
     def _read_on_device(self, lr: float | Tensor) -> bool:
@@ -248,41 +304,77 @@ class Descent(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None and self._trains(parameter):
                     members.setdefault(parameter.device, []).append((parameter, group))
-        for own in members.values():
-            for parameter, group in own:
-                self._prepare_state(parameter, group)
+        everything = [pair for own in members.values() for pair in own]
+        for parameter, _ in everything:  # before anything is changed
+            self._check_fits(parameter)
+        for parameter, group in everything:
+            self._create_state(parameter, group)
+            self._lay_out_state(parameter)
         return [self._make_plan(device, own) for device, own in members.items()]
 
     def _trains(self, parameter: Tensor) -> bool:
         """Whether a parameter that has a gradient takes part in steps."""
         return True
 
-    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        """Makes sure that a parameter's state is there and lies in memory as the parameter does."""
-        for what, tensor in (("", parameter), ("the gradient of ", parameter.grad)):
+    def _check_fits(self, parameter: Any) -> None:
+        """Raises ValueError if a parameter cannot be trained, or its gradient or its state does not fit it."""
+        gradient = parameter.grad
+        if not parameter.is_floating_point() or parameter.is_meta:
+            kind = "on the meta device, without values" if parameter.is_meta else str(parameter.dtype)
+            raise ValueError(
+                f"{self._name_of(parameter)} is {kind} now; expected real floating-point numbers on a device: build "
+                "the optimizer again when the model has its weights"
+            )
+        for what, tensor in (("", parameter), ("the gradient of ", gradient)):
             if has_no_memory(local(tensor)):
                 raise ValueError(
                     f"{what}{self._name_of(parameter)} is a {type(local(tensor)).__name__}, a tensor that keeps its "
                     "numbers in other tensors; expected a plain one: call requires_grad_(False) on it, or leave it out "
                     "of the optimizer (params=[...])"
                 )
-        if parameter.grad.dtype != parameter.dtype or parameter.grad.device != parameter.device:
-            self._refuse_gradient(parameter, parameter.grad)
-        self._create_state(parameter, group)
-        # What was loaded, or whose model changed its memory format, may lie in memory otherwise.
-        self._lay_out_state(parameter)
+        if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+            self._refuse_gradient(parameter, gradient)
+        if gradient.shape != parameter.shape:
+            raise ValueError(
+                f"the gradient of {self._name_of(parameter)} has shape {tuple(gradient.shape)}, but the parameter has "
+                f"shape {tuple(parameter.shape)}: it was changed after the backward pass; call zero_grad() and "
+                "backward() again"
+            )
+        self._check_state_fits(parameter)
+
+    def _check_state_fits(self, parameter: Any) -> None:
+        """Raises ValueError if tensors of a parameter's state have another shape than it."""
+        for name, tensor in self.state.get(parameter, {}).items():
+            if tensor is None or name not in ("momentum_buffer", *self._BESIDE):
+                continue
+            if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+                got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
+                raise ValueError(
+                    f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
+                    f"optimizer's state has {got}; they must agree. If the parameter has grown, go on with a new "
+                    f"optimizer, {self._called()}(model, ...).load_importance(optimizer); or begin anew with "
+                    f"del optimizer.state[parameter][{name!r}]"
+                )
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         """Creates what steps keep of a parameter, as far as it is not there yet."""
-        if self._has_momentum(group) and "momentum_buffer" not in self.state[parameter]:
+        if self._has_momentum(group) and self.state[parameter].get("momentum_buffer") is None:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _lay_out_state(self, parameter: Any) -> None:
-        """Has the state lie in memory, and be sharded, as its parameter is."""
+        """Makes the state match its parameter: device, layout, shards, and the dtype that steps use.
+
+        It may not match after loading, or after the model was moved or cast.
+        """
         state = self.state[parameter]
         for name in ("momentum_buffer", *self._BESIDE):
-            if name in state:
-                state[name] = like(parameter, state[name])
+            if state.get(name) is not None:
+                dtype = parameter.dtype if name == "momentum_buffer" else self._dtype_beside(parameter)
+                state[name] = like(parameter, state[name], dtype)
+
+    def _dtype_beside(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of the tensors `_BESIDE` of a parameter."""
+        return reference.compute_dtype(parameter.dtype)
 
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
         """Whether the parameters of a group have SGD's momentum."""
@@ -305,11 +397,17 @@ class Descent(torch.optim.Optimizer):
             "owners": owners,
             "sharded": any(map(is_sharded, owners)),
             "aligned": all(of_gradient == own for of_gradient, own in strides),
-            "states": [self.state[owner] for owner in owners],
+            "states": (states := [self.state[owner] for owner in owners]),
+            "checked": {name: [state.get(name) for state in states] for name in self._read_by_steps(members)},
             "has_momentum": [self._has_momentum(group) for _, group in members],
             "groups": [group for _, group in members],
             "rates": self._rates(device, [group for _, group in members]),
         }
+
+    def _read_by_steps(self, members: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+        """The names of the state's tensors that steps read."""
+        has_momentum = any(self._has_momentum(group) for _, group in members)
+        return [*(["momentum_buffer"] if has_momentum else []), *self._BESIDE]
 
     def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
         rates = (group["lr"] for group in groups)
@@ -318,6 +416,178 @@ class Descent(torch.optim.Optimizer):
     def _takes(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the compiled kernels do the work on these tensors."""
         return self._backend != "reference" and ops.native_takes(tensors)
+
+    # ------------------------------------------------------------------------------------- models that are changed
+
+    def _called(self) -> str:
+        """The class that users built."""
+        return type(self).__name__
+
+    def _learn_model(self) -> None:
+        """Remembers where the parameters of the groups are in the model; state follows those that were replaced."""
+        self._known_ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
+        self._known_model, replaced = KnownModel.of(self._model, set(self._known_ids), self._known_model)
+        for old, new in replaced:
+            if old in self.state:
+                self._inherit(old, new)
+        self._sharded = any(is_sharded(one) for group in self.param_groups for one in group["params"])
+
+    def _trained_by_name(self) -> dict[str, Tensor]:
+        """The parameters in the groups, by their names when the model was last looked at."""
+        return {} if self._known_model is None else self._known_model.parameters
+
+    def _inherit(self, old: Tensor, new: Tensor) -> None:
+        """Gives the state of a parameter to the one that has replaced it."""
+        state = self.state.pop(old)
+        if old.shape == new.shape:
+            self.state[new] = state
+
+    def _compare_with_model(self) -> bool:
+        """Warns of parameters that were replaced in the model; returns whether the groups have others than before."""
+        self._until_comparison = _STEPS_BETWEEN_COMPARISONS
+        ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
+        changed = ids != self._known_ids
+        if changed or self._known_model is None:
+            self._learn_model()
+            self._take_up_groups()
+        assert self._known_model is not None
+        if self._known_model.is_unchanged(self._model):
+            return changed
+        lost = self._known_model.lost(self._model)
+        trained = set(ids)
+        lost = [one for one in lost if any(id(own) not in trained for own in one.replacements.values())]
+        check_not_sharded(lost)
+        self._known_model.look_again(self._model)
+        news = [one for one in lost if one.name not in self._lost]
+        self._lost.update(one.name for one in news)
+        news = [one for one in news if any(own.requires_grad for own in one.replacements.values())]
+        if news:
+            instead = dict.fromkeys(name for one in news for name in one.replacements)
+            warnings.warn(
+                "parameters of the model were replaced after the optimizer was built: "
+                f"{listed(one.name for one in news)}. Those in their place are not trained: {listed(instead)}. "
+                "Build the optimizer after such changes (new modules, load_state_dict(assign=True), parametrizations); "
+                f"to keep what this one knows: {self._called()}(model, ...).load_importance(optimizer). Or put the new "
+                "parameters into optimizer.param_groups, in the place of the old ones",
+                UserWarning,
+                stacklevel=5,
+            )
+        return changed
+
+    def _take_up_groups(self) -> None:
+        """Goes on with parameters that somebody has put into the groups."""
+        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+            if is_sharded(parameter):
+                self._check_sharded(parameter)
+        self._forget_plans()
+
+    # ----------------------------------------------------------------------------------- importance of an earlier one
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """The importance that was gathered: by the layer or parameter that it belongs to, tensors by their names."""
+        return {}
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """The same in saved states, by the id of the parameter here."""
+        return {}
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes importance over. Raises ValueError, before any change, where it does not fit."""
+
+    def _note_importance(self) -> None:
+        """Records that this optimizer holds importance, for later optimizers of the model."""
+        if names := list(self._held()):
+            note_importance(self._model, self._KIND, names, self._called())
+
+    def _warn_if_importance_is_lost(self) -> None:
+        earlier, self._predecessors = self._predecessors, {}
+        if not earlier or any(bool(own.any()) for tensors in self._held().values() for own in tensors.values()):
+            return
+        here = self._may_hold()
+        names = [name for name in earlier if name in here]
+        if not names:
+            return
+        warnings.warn(
+            f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, and this "
+            f"{self._called()} begins without, so that what was learned is not protected. Use one optimizer for all "
+            f"tasks, or hand importance over: {self._called()}(model, ...).load_importance(earlier), where `earlier` "
+            "is the optimizer or its state_dict(); load_importance(None) begins at zero on purpose",
+            ImportanceWarning,
+            stacklevel=4,
+        )
+
+    def _may_hold(self) -> Collection[str]:
+        """Names of the layers or parameters whose importance this optimizer keeps."""
+        return ()
+
+    def load_importance(self, earlier: Any) -> Self:
+        """Takes over the importance that an earlier optimizer of the package gathered, by the names of layers.
+
+        For code that builds a new optimizer for every task: `NPC(model, lr=0.1).load_importance(earlier)`. Layers may
+        have grown since: the first neurons keep their importance, the others begin at zero. Momentum is not taken over.
+        Without this, the first step warns that the importance of an earlier optimizer of the model is lost. It is the
+        first step and not the constructor, so that there is time to load a checkpoint.
+
+        Args:
+            earlier: the optimizer, of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, as
+                do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it takes no more
+                steps. Or its `state_dict()`, with as many parameters in the same order. None begins at zero on purpose,
+                without the warning.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            ValueError: a layer has fewer neurons than before, or no layer has the same name. Nothing is changed then.
+            TypeError: `earlier` keeps no importance, or that of another kind.
+        """
+        if earlier is not None:
+            if isinstance(earlier, Mapping):
+                held = self._held_in(self._states_saved_in(earlier.get("plasticity", earlier)))
+            else:
+                earlier = self._of_this_kind(earlier)
+                held = earlier._held()
+            here = self._may_hold()
+            if held and not any(name in here for name in held):
+                raise ValueError(
+                    f"the earlier optimizer held the importance of {listed(held)}, but here are {listed(here)}; "
+                    "expected some of the same names: build both on the same model"
+                )
+            self._take_importance({name: own for name, own in held.items() if name in here})
+            self._forget_plans()
+            if isinstance(earlier, Descent) and earlier is not self and earlier._model is self._model:
+                earlier._leave_model()
+        self._predecessors = {}
+        return self
+
+    def _of_this_kind(self, earlier: Any) -> Descent:
+        inner = earlier
+        while not isinstance(inner, Descent):
+            inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
+            if inner is None:
+                break
+        if not isinstance(inner, Descent) or not inner._KIND or inner._KIND != self._KIND:
+            raise TypeError(
+                f"earlier is a {type(earlier).__name__}; expected an optimizer that keeps {self._KIND} as "
+                f"{self._called()} does, its state_dict(), or None"
+            )
+        return inner
+
+    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """The states of a state dict, by the id of the parameter in the same place here."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(saved) != len(own):
+            raise ValueError(
+                f"the state dict has {len(saved)} parameters, this optimizer {len(own)}; expected as many, in the same "
+                "order: load_importance of the optimizer itself goes by the names of layers"
+            )
+        return {id(one): state_dict["state"].get(index, {}) for index, one in zip(saved, own, strict=True)}
+
+    def _leave_model(self) -> None:
+        """Takes out of the model what measures: another optimizer goes on."""
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -363,6 +633,7 @@ class Descent(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         self._take_over(saved)
+        self._predecessors = {}
         for parameter in filter(is_sharded, parameters):
             if parameter in self.state:
                 self._lay_out_state(parameter)
@@ -373,7 +644,7 @@ class Descent(torch.optim.Optimizer):
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Takes from the saved states what torch would cast to the parameter's dtype."""
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            dtype = reference.compute_dtype(parameter.dtype)
+            dtype = self._dtype_beside(parameter)
             for name in self._BESIDE:
                 if name in saved[id(parameter)]:
                     tensor = saved[id(parameter)][name].detach()
@@ -384,11 +655,18 @@ class Descent(torch.optim.Optimizer):
         return next((f"{name!r}" for name in names), f"a parameter of shape {tuple(parameter.shape)}")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, **super().__getstate__()}
+        kept = {name: value for name, value in self.__dict__.items() if name != "_known_ids"}
+        return {**kept, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._forget_plans()
+        if "_known_ids" not in self.__dict__:
+            self._known_ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
+
+
+class _GroupsChangedError(Exception):
+    """The groups have other parameters than plans, layers and taps were made for; these are up to date now."""
 
 
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:

@@ -89,6 +89,11 @@ class SharedSinks:
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
         self._works: list[Any] = []
 
+    def look_for_group(self, model: nn.Module) -> None:
+        """Takes the group of a model that has been sharded since, where it was not told one."""
+        if self._auto and self._group is None:
+            self._group = _group_of(model)
+
     @property
     def shared(self) -> bool:
         """Whether several processes measure together.
@@ -131,7 +136,7 @@ class SharedSinks:
         for device, members in by_device.items():
             key = device, tuple(layer.neurons for layer in members)
             if key not in self._buffers:
-                flat = torch.empty(sum(key[1]), device=device)
+                flat = torch.empty(sum(key[1]), dtype=torch.float32, device=device)
                 self._buffers[key] = flat, list(flat.split(key[1]))
             flat, parts = self._buffers[key]
             for layer, part in zip(members, parts, strict=True):

@@ -58,7 +58,7 @@ class Rows:
 
     def left_out(self) -> Tensor:
         """(N,) bool on the CPU: the rows whose gradients are not computed."""
-        return torch.ones(self.neurons, dtype=torch.bool).index_fill_(0, self.on_cpu, False)
+        return torch.ones(self.neurons, dtype=torch.bool, device="cpu").index_fill_(0, self.on_cpu, False)
 
     def share_left_out(self) -> float:
         """The share of rows whose gradients are not computed."""

@@ -147,7 +147,7 @@ class NPC(Plastic):
 
     def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         gradients, buffers = plan.gradients(), plan.momentum_buffers()
-        importances = [state["importance"] for state in plan.layer_states]
+        importances = plan.importances
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
         if plan.tables is not None:
             _launch.update_(
@@ -177,7 +177,7 @@ class NPC(Plastic):
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        nothing = torch.empty(0, device=plan.device)
+        nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
         steps = [nothing if count is None else count for count in plan.beside("step")] if plan.seeds else []
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
         with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):

@@ -118,7 +118,7 @@ class NPCAdamW(Plastic):
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         state, dtype = self.state[parameter], reference.compute_dtype(parameter.dtype)
         for name in self._BESIDE:
-            if name not in state:
+            if state.get(name) is None:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         super()._create_state(parameter, group)
 
@@ -140,7 +140,7 @@ class NPCAdamW(Plastic):
 
     def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         beside = [plan.beside(name) for name in (*self._BESIDE, "step")]
-        network = [plan.parameters, plan.gradients(), *beside, [state["importance"] for state in plan.layer_states]]
+        network = [plan.parameters, plan.gradients(), *beside, plan.importances]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
         if plan.tables is not None:
             launch: Callable[..., None] = _launch.adam_update_

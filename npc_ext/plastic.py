@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import is_
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
 from .shards import why_not as why_not_sharded
 from .skipped import SkippedSteps
+from .succession import fitted
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = (
@@ -88,6 +90,7 @@ class Plastic(Descent):
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
         "in params=[...]); only Linear, convolution and Conv1D layers have neurons."
     )
+    _KIND = "importance of neurons"
 
     neurons: Neurons
     _certificates: Certificates
@@ -120,6 +123,7 @@ class Plastic(Descent):
         self._warned: set[tuple[str, str]] = set()
         self._empty_steps = 0
         self._ready = False
+        self._just_found = False
         self._shared_sinks = SharedSinks(model, process_group)
         super().__init__(model, params, defaults, backend)
         self._ready = True
@@ -178,9 +182,11 @@ class Plastic(Descent):
                     "fully_shard(..., ignored_params={...}), and average its gradients by hand"
                 )
         old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
+        present = set(map(id, self._model.parameters()))
+        replaced = {layer.name: layer for own, layer in old.items() if own not in present}
         for layer in found:
-            known = old.get(id(layer.parameters[0].parameter))
-            if known is not None:
+            known = old.get(id(layer.parameters[0].parameter), replaced.get(layer.name))
+            if known is not None and known.sink.shape == layer.sink.shape and known.sink.device == layer.sink.device:
                 layer.sink = known.sink
         options = [self._layer_options.of(layer.name) for layer in found]
         self._layer_options.check((layer.name for layer in found), self._check_own_options)
@@ -305,7 +311,12 @@ class Plastic(Descent):
         Raises:
             RuntimeError: gradients are there, but no importance was measured at all; or gradients were left out of
                 neurons that, after a change of constants or state since the forward pass, may move in this step.
-            ValueError: a gradient is sparse or has another dtype or device than its parameter.
+            ValueError: a gradient is sparse, or a gradient, state tensor or layer does not fit its parameter.
+
+        Warns:
+            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
+                has none (`load_importance`).
+            UserWarning: parameters were replaced in the model, so they are not trained.
 
         An exception leaves weights and importance as they were.
         """
@@ -318,8 +329,9 @@ class Plastic(Descent):
             self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
         try:
             self._prepare()
-            if unmeasured:
+            if unmeasured and not self._just_found:
                 self._check_measured(unmeasured, shared)
+            self._just_found = False
             self._count_empty_steps()
             self._certificates.before_step()
         finally:
@@ -353,8 +365,49 @@ class Plastic(Descent):
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
         state = self.state[parameter]  # an empty one counts for torch.distributed.checkpoint, where none is an error
-        if self._counts_steps(parameter, group) and "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        if self._counts_steps(parameter, group):
+            state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=parameter.device)
+
+    def _read_by_steps(self, members: list[tuple[Any, dict[str, Any]]]) -> list[str]:
+        counts = any(self._counts_steps(parameter, group) for parameter, group in members)
+        return [*super()._read_by_steps(members), *(["step"] if counts else [])]
+
+    def _check_fits(self, parameter: Any) -> None:
+        super()._check_fits(parameter)
+        if id(parameter) not in self._place:
+            return
+        index, dim, groups = self._place[id(parameter)]
+        layer, average = self._consolidated[index], self._layer_state(index)["importance"]
+        neurons = parameter.shape[dim] * groups if parameter.ndim > dim else 1
+        if neurons != layer.neurons:
+            raise ValueError(
+                f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but had {layer.neurons} "
+                f"when the optimizer was built; build a new one, {self._called()}(model, ...)"
+                ".load_importance(optimizer), which keeps the importance of the first neurons"
+            )
+        if not isinstance(average, Tensor) or average.shape != (neurons,):
+            got = f"shape {tuple(average.shape)}" if isinstance(average, Tensor) else f"type {type(average).__name__}"
+            raise ValueError(
+                f"layer {layer.name!r} has {neurons} neurons, but the importance in the optimizer's state has {got}; "
+                f"expected shape ({neurons},): put such a tensor there, or begin at zero: "
+                f"del optimizer.state[parameter]['importance'], of {self._name_of(self._keys[index])}"
+            )
+
+    def _check_state_fits(self, parameter: Any) -> None:
+        super()._check_state_fits(parameter)
+        step = self.state.get(parameter, {}).get("step", 0.0)
+        if isinstance(step, Tensor) and step.numel() != 1:
+            raise ValueError(
+                f"the 'step' of {self._name_of(parameter)} in the optimizer's state has shape {tuple(step.shape)}; "
+                "expected one number"
+            )
+
+    def _lay_out_state(self, parameter: Any) -> None:
+        super()._lay_out_state(parameter)
+        if id(parameter) in self._place:
+            index = self._place[id(parameter)][0]
+            state, device = self._layer_state(index), self._keys[index].device
+            state["importance"] = state["importance"].to(device, torch.float32).contiguous()
 
     def _neuron_options(self, parameters: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
         """What the operations must know of neurons: the layers that take part, and two parts of their options.
@@ -419,6 +472,7 @@ class Plastic(Descent):
             first_neuron=first_neuron,
             layers=layers,
             layer_states=layer_states,
+            importances=importances,
             skipped=self._skipped.on(common["device"]),
             seeds=self._seeds(common["owners"], common["groups"]),
         )
@@ -443,7 +497,8 @@ class Plastic(Descent):
         """Where a layer's importance is kept; it is zero at first."""
         state, key = self.state[self._keys[index]], self._keys[index]
         if "importance" not in state:
-            state["importance"] = torch.zeros(self._consolidated[index].neurons, device=key.device)
+            neurons = self._consolidated[index].neurons
+            state["importance"] = torch.zeros(neurons, dtype=torch.float32, device=key.device)
         return state
 
     def _check_measured(self, unmeasured_layers: set[int], shared: bool) -> None:
@@ -528,6 +583,45 @@ class Plastic(Descent):
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
 
+    # ------------------------------------------------------------------------------------- models that are changed
+
+    def _inherit(self, old: Tensor, new: Tensor) -> None:
+        importance = self.state[old].get("importance")
+        super()._inherit(old, new)
+        if importance is not None and new.shape[: importance.ndim] == importance.shape:
+            self.state[new]["importance"] = importance
+
+    def _take_up_groups(self) -> None:
+        self._shared_sinks.look_for_group(self._model)
+        super()._take_up_groups()
+        self._find_neurons()
+        self._just_found = True
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        averages = ((key, self.state.get(key, {}).get("importance")) for key in self._keys)
+        own = zip(self._consolidated, averages, strict=True)
+        return {layer.name: {"importance": average} for layer, (_, average) in own if average is not None}
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        own = ((layer.name, states[id(key)]) for layer, key in zip(self._consolidated, self._keys, strict=True))
+        return {name: {"importance": state["importance"]} for name, state in own if "importance" in state}
+
+    def _may_hold(self) -> list[str]:
+        return [layer.name for layer in self._consolidated]
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        averages = {}
+        for layer, key in zip(self._consolidated, self._keys, strict=True):
+            if layer.name in held:
+                begin = torch.zeros(layer.neurons, dtype=torch.float32, device=key.device)
+                averages[key] = fitted(held[layer.name]["importance"], begin, f"layer {layer.name!r}")
+        for key, average in averages.items():
+            self.state[key]["importance"] = average
+
+    def _leave_model(self) -> None:
+        self.neurons.detach()
+        self._drop_measured()
+
     def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
         """Eq. 7: the rate of each neuron of a layer."""
         return reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
@@ -583,7 +677,8 @@ class Plastic(Descent):
         for parameter in parameters:  # torch leaves their steps where they were saved
             if "step" in self.state.get(parameter, {}):
                 step = self.state[parameter]["step"]
-                self.state[parameter]["step"] = torch.as_tensor(step).to(parameter.device, torch.float32, copy=True)
+                count = torch.as_tensor(step, dtype=torch.float32, device=parameter.device)
+                self.state[parameter]["step"] = count.clone()
         for key in self._keys:  # stays float32, and its own
             average = saved[id(key)].get("importance")
             if average is None:  # of a layer that is not trained
@@ -615,16 +710,23 @@ class PlasticPlan(Plan):
 
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
+    importances: list[Tensor]  # those, as they were checked
     skipped: Tensor  # counters of all layers, on the device
     first_neuron: list[int] | None  # of each parameter, where shards begin within their layer; None without shards
     seeds: list[int]  # of the parameters' random rounding, or empty
+
+    def is_current(self) -> bool:
+        """Whether the states still hold the tensors that were checked when the plan was made."""
+        averages = [state.get("importance") for state in self.layer_states]
+        return all(map(is_, self.importances, averages)) and super().is_current()
 
     @contextmanager
     def without_kernels(
         self, measured: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor | None]]]:
         """What the operations of `npc_ext.ops` take: measured sums, counters of this plan's layers, and the flags."""
-        nothing, skipped = torch.empty(0, device=self.device), self.skipped[self.layers]
+        nothing = torch.empty(0, dtype=torch.float32, device=self.device)
+        skipped = self.skipped[self.layers]
         sums = [nothing if one is None else one for one in measured]
         with torch.no_grad():
             yield sums, skipped, [None if flag is None else flag.to(self.device) for flag in (grad_scale, found_inf)]

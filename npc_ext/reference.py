@@ -97,7 +97,7 @@ def descend_(
     value = parameter.to(dtype)
     step = -gradient.to(dtype) if maximize else gradient.to(dtype)
     step = step + weight_decay * value
-    frozen = torch.as_tensor(frozen, device=parameter.device)
+    frozen = torch.as_tensor(frozen, dtype=torch.bool, device=parameter.device)
     if momentum_buffer is not None:
         velocity = momentum * momentum_buffer.to(dtype) + step
         momentum_buffer.copy_(torch.where(frozen, momentum_buffer, velocity.to(parameter.dtype)))
@@ -133,7 +133,7 @@ def adam_(
     """
     dtype = compute_dtype(parameter.dtype)
     value, d = parameter.to(dtype), (-gradient if maximize else gradient).to(dtype)
-    frozen = torch.as_tensor(frozen, device=parameter.device)
+    frozen = torch.as_tensor(frozen, dtype=torch.bool, device=parameter.device)
     first = torch.lerp(first_moment, d, 1 - first_decay)
     second = second_decay * second_moment + (1 - second_decay) * d * d
     first_bias, second_bias = bias_correction(first_decay, steps), bias_correction(second_decay, steps)
@@ -159,7 +159,7 @@ def rounding_key(seed: int, steps: int) -> int:
     """The key of a parameter's random bits in the step after `steps` others."""
 
     def bits(key: int, index: int) -> int:
-        return int(random_bits(key, torch.tensor(index)))
+        return int(random_bits(key, torch.tensor(index, dtype=torch.int64, device="cpu")))
 
     return bits(bits(0x9E3779B9, steps), bits(0x85EBCA6B, seed))
 
@@ -173,7 +173,8 @@ def rounded(value: Tensor, parameter: Tensor, key: int | None = None) -> Tensor:
     if key is None:
         return value.to(parameter.dtype)
     bits = value.contiguous().view(torch.int32).to(torch.int64) & _BITS
-    places = torch.arange(parameter.numel(), device=parameter.device).as_strided(parameter.shape, parameter.stride())
+    places = torch.arange(parameter.numel(), dtype=torch.int64, device=parameter.device)
+    places = places.as_strided(parameter.shape, parameter.stride())
     up = (bits + (random_bits(key, places) & 0xFFFF)) >> 16
     special = (bits & 0x7F800000) == 0x7F800000  # infinities and NaN
     up = torch.where(up >= 0x8000, up - 0x10000, up).to(torch.int16).view(torch.bfloat16)

@@ -7,11 +7,10 @@ so every process moves its own rows as one process would move them all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ._launch import in_memory_order_of
 
@@ -66,14 +65,16 @@ def why_not(parameter: Any, model: nn.Module) -> str:
     return ""
 
 
-def like(parameter: Any, tensor: Any) -> Any:
-    """`tensor`, one number for each of a parameter's, sharded and in memory like it; itself if it is so already.
+def like(parameter: Any, tensor: Any, dtype: torch.dtype) -> Any:
+    """`tensor`, one number for each of a parameter's, in a dtype, and otherwise like it: device, layout, shards.
+
+    Itself if it is so already.
 
     Raises:
         ValueError: it is sharded in another way.
     """
     if not is_sharded(parameter):
-        return in_memory_order_of(parameter, tensor)
+        return in_memory_order_of(parameter, tensor.to(parameter.device, dtype))
     from torch.distributed.tensor import DTensor
 
     own, part = local(parameter), local(tensor)
@@ -85,29 +86,16 @@ def like(parameter: Any, tensor: Any) -> Any:
             f"a tensor with placements {tensor.placements} belongs to a parameter with {parameter.placements}; "
             "they must be sharded alike: load checkpoints through torch.distributed.checkpoint"
         )
-    elif part.stride() == own.stride():
+    elif part.stride() == own.stride() and part.dtype == dtype and part.device == own.device:
         return tensor
     return DTensor.from_local(
-        in_memory_order_of(own, part.to(own.device)),
+        in_memory_order_of(own, part.to(own.device, dtype)),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,
         shape=parameter.shape,
         stride=parameter.stride(),
     )
-
-
-def check_not_replaced(model: nn.Module, known: Iterable[tuple[str, Tensor]]) -> None:
-    """Raises RuntimeError if `fully_shard` has put others in the place of parameters known by their names."""
-    now = dict(model.named_parameters())
-    for name, parameter in known:
-        current = now.get(name)
-        if current is not None and current is not parameter and is_sharded(current):
-            raise RuntimeError(
-                f"the optimizer has a parameter {name!r} in whose place fully_shard has put a sharded one since, so it "
-                "would train nothing: build the optimizer after fully_shard (and not between a forward pass and its "
-                "backward pass, when parameters are put together)"
-            )
 
 
 def _rows(parameter: Any) -> tuple[int, int]:

@@ -51,6 +51,7 @@ class SI(Anchored):
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("damping", *Anchored._OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor", "path")
+    _KIND = "anchors and paths"
 
     def __init__(
         self,
@@ -81,13 +82,13 @@ class SI(Anchored):
         super()._check_options(options, where)
         check_number("damping", options["damping"], where, positive=True)
 
-    def _prepare_state(self, parameter: Any, group: dict[str, Any]) -> None:
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        super()._create_state(parameter, group)
         state = self.state[parameter]
         if "path" not in state:
             dtype = reference.compute_dtype(parameter.dtype)
             state["path"] = torch.zeros_like(parameter, dtype=dtype)
             state["anchor"] = parameter.detach().to(dtype, copy=True)
-        super()._prepare_state(parameter, group)
 
     @torch.no_grad()
     def consolidate(self) -> None:
@@ -110,8 +111,11 @@ class SI(Anchored):
                 "no step has moved a weight since the last consolidate(), so there is nothing to consolidate; call it "
                 "once, after the task's training"
             )
+        for parameter, _, _ in walked:
+            self._check_state_fits(parameter)
         stiffness = []
         for parameter, group, state in walked:
+            self._lay_out_state(parameter)
             moved = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
             own = reference.path_stiffness(state["path"], moved, group["damping"])
             if not bool(own.isfinite().all()):
@@ -125,3 +129,4 @@ class SI(Anchored):
             state["anchor"] = parameter.detach().to(state["anchor"].dtype, copy=True)
             state["path"].zero_()
         self._forget_plans()
+        self._note_importance()

@@ -55,7 +55,8 @@ class SkippedSteps:
             return self._copies.pop(device)[0] if done.query() else None
         if self._steps % _STEPS_BETWEEN_COPIES == 0:
             with torch.cuda.device(device):
-                copy, done = torch.empty(self._layers, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+                copy = torch.empty(self._layers, dtype=torch.int64, device="cpu", pin_memory=True)
+                done = torch.cuda.Event()
                 copy.copy_(counters, non_blocking=True)
                 done.record()
             self._copies[device] = (copy, done)

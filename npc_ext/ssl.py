@@ -91,7 +91,10 @@ class SSL(MAS):
                 "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
             )
         self._warn_of_missing_biases()
-        self._discounts = {layer.name: torch.ones(layer.neurons, device=layer.sink.device) for layer in self.inhibited}
+        self._discounts = {
+            layer.name: torch.ones(layer.neurons, dtype=torch.float32, device=layer.sink.device)
+            for layer in self.inhibited
+        }
         self._place_hooks()
 
     def _warn_of_missing_biases(self) -> None:
@@ -165,6 +168,10 @@ class SSL(MAS):
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
+        self._discount()
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        super()._take_importance(held)
         self._discount()
 
 

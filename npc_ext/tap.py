@@ -101,6 +101,14 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
     # (B, N) has no positions, whichever dimension counts samples in longer shapes.
     batch_dim = 0 if activation.ndim == 2 else point.batch_dim
     if activation.ndim < 2 or activation.shape[channel_dim] != layer.neurons:
+        weight = layer.parameters[0]
+        neurons = weight.parameter.shape[weight.dim] * weight.groups
+        if neurons != layer.neurons:
+            raise ValueError(
+                f"layer {layer.name!r} has {neurons} neurons now, but had {layer.neurons} when the optimizer was "
+                "built; build a new one, which takes over the importance of the first neurons, as in "
+                "NPC(model, ...).load_importance(optimizer)"
+            )
         raise ValueError(
             f"the {point} gave a tensor of shape {tuple(activation.shape)}, but layer {layer.name!r} has "
             f"{layer.neurons} neurons, expected in dimension {point.channel_dim}; name another place with "

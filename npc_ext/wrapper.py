@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,9 @@ from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, Plastic, PlasticPlan
 from .shards import local
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BUCKET_BYTES = 64 * 2**20
 
@@ -93,6 +96,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
             process_group=process_group,
             backend=backend,
         )
+        self._tracker.wrapped = optimizer
         if not self._tracker.plasticity():
             self._tracker.neurons.detach()
             raise ValueError(
@@ -226,6 +230,11 @@ class PlasticityWrapper(torch.optim.Optimizer):
 
         yield reset
 
+    def load_importance(self, earlier: Any) -> Self:
+        """As `NPC.load_importance`."""
+        self._tracker.load_importance(earlier)
+        return self
+
     # ------------------------------------------------------------------------------------------------------ looking in
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
@@ -323,6 +332,17 @@ class _Tracker(NPC):
         "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
         "Linear, convolution and Conv1D layers have neurons."
     )
+    wrapped: torch.optim.Optimizer
+
+    def _called(self) -> str:
+        return PlasticityWrapper.__name__
+
+    def _compare_with_model(self) -> bool:
+        trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
+        if list(map(id, trained)) != self._known_ids:
+            self.param_groups[0]["params"] = trained
+            del self.param_groups[1:]
+        return super()._compare_with_model()
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
         layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])

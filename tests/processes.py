@@ -301,6 +301,15 @@ def sharded() -> Any:
 
 
 @scenario
+def sharded_with_an_optimizer_that_gets_the_shards() -> Any:
+    model = network()
+    optimizer = NPC(model, **OPTIONS)
+    in_shards(model)
+    optimizer.param_groups[0]["params"] = list(model.parameters())  # as Accelerate does
+    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+
+
+@scenario
 def sharded_and_accumulated() -> Any:
     """All in one group of parameters; two micro-batches a step, the first one without synchronization."""
     model: Any = network()

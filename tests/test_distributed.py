@@ -178,6 +178,15 @@ def test_each_process_keeps_its_shards_only(ranks: list[dict[str, Any]]) -> None
         assert rank["sharded"]["buffers"].count("Shard(dim=0)") == len(rows)
 
 
+def test_an_optimizer_that_was_built_before_goes_on_with_shards_put_into_its_groups(
+    ranks: list[dict[str, Any]],
+) -> None:
+    for rank in ranks:
+        assert rank["sharded_with_an_optimizer_that_gets_the_shards"]["alike"]
+        got, want = (rank[name]["numbers"] for name in ("sharded_with_an_optimizer_that_gets_the_shards", "sharded"))
+        assert all(torch.equal(got[name], value) for name, value in want.items())
+
+
 def test_the_table_says_that_shards_skip_nothing(ranks: list[dict[str, Any]]) -> None:
     note = "note: 5: its weight gradients are always computed for all neurons: its parameters are sharded"
     assert note in ranks[0]["sharded"]["table"]
