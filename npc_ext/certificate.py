@@ -158,12 +158,14 @@ class Watch:
         """Says where importance and constants are found; whatever was certified before is void."""
         self._clock, self._states, self._group = clock, states, group
         self.forward.join(self)
+        self.layer.forget_left_out = self._used.clear  # holds no watch
         self._forget()
 
     def go_on_from(self, before: Watch) -> None:
         """Takes over what the coming step must know from a watch of the same neurons, whose certificates are void."""
         self._used, self._slept_by, self._cleared = before._used, before._slept_by, before._cleared
         self.delay, self.layer.slept = before.delay, before.layer.slept
+        self.layer.forget_left_out = self._used.clear
 
     def remove(self) -> None:
         """Leaves the module alone from now on."""
