@@ -300,7 +300,7 @@ class Plastic(Descent):
         finally:
             self._shared_sinks.finish()
         self._launch_all()
-        self._certificates.after_step(self._overflowed())
+        self._certificates.after_step()
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
@@ -316,11 +316,6 @@ class Plastic(Descent):
                 ImportanceWarning,
                 stacklevel=5,
             )
-
-    def _overflowed(self) -> bool:
-        """Whether a GradScaler found gradients that are not finite; False on a GPU, for which no step waits."""
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and found_inf.is_cpu and bool(found_inf)
 
     def _trains(self, parameter: Tensor) -> bool:
         return id(parameter) in self._place or self._others == "train"
@@ -585,12 +580,10 @@ class PlasticPlan(Plan):
     seeds: list[int]  # of the parameters' random rounding, or empty
 
     @contextmanager
-    def without_kernels(
-        self, measured: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor | None]]]:
-        """What the operations of `npc_ext.ops` take: measured sums, counters of this plan's layers, and the flags."""
+    def without_kernels(self, measured: Sequence[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """What the operations of `npc_ext.ops` take: measured sums, and counters of this plan's layers."""
         nothing, skipped = torch.empty(0, device=self.device), self.skipped[self.layers]
         sums = [nothing if one is None else one for one in measured]
         with torch.no_grad():
-            yield sums, skipped, [None if flag is None else flag.to(self.device) for flag in (grad_scale, found_inf)]
+            yield sums, skipped
             self.skipped[self.layers] = skipped

@@ -49,8 +49,6 @@ class PlasticityWrapper(torch.optim.Optimizer):
         >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     """
 
-    _step_supports_amp_scaling = True  # so that a step that is skipped can drop what was measured
-
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -154,9 +152,7 @@ class PlasticityWrapper(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_skipped():
-            self._tracker.forget_measured()
-        elif self._only_makes_state():
+        if self._only_makes_state():
             self.optimizer.step()
         else:
             self._tracker.step()
@@ -168,19 +164,6 @@ class PlasticityWrapper(torch.optim.Optimizer):
         """Whether nothing was measured and nothing can move: torch.distributed.checkpoint has states made so."""
         unmeasured = all(layer.sink.grad is None for layer in self.neurons)
         return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
-
-    @torch.no_grad()
-    def _is_skipped(self) -> bool:
-        """Whether a GradScaler found gradients that are not finite; if not, divides its scale out of them."""
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return True
-        if scale is not None:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        local(parameter.grad).div_(scale.to(parameter.grad.device))
-        return False
 
     def _take_steps(self) -> None:
         """Has the optimizer move the parameters, those that are protected bucket by bucket."""
