@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import ops, reference
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, Plan, check_choice, check_plasticity_options
-from .distributed import SharedSinks
+from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
@@ -74,7 +75,7 @@ class LayerPlasticity:
     gradients_skipped: float
 
 
-class Plastic(Descent):
+class Plastic(Descent, Joinable):
     """An optimizer of a model, with a learning rate for every neuron.
 
     A subclass makes and launches plans; its groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
@@ -113,6 +114,7 @@ class Plastic(Descent):
         self._empty_steps = 0
         self._ready = False
         self._shared_sinks = SharedSinks(model, process_group)
+        Joinable.__init__(self)
         super().__init__(model, params, defaults, backend)
         self._ready = True
         self._find_neurons()
@@ -290,6 +292,7 @@ class Plastic(Descent):
         unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
         shared = self._shared_sinks.shared
         if shared:  # layers sleep in all processes alike
+            self._shared_sinks.notify_join(self)
             self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
         try:
             self._prepare()
@@ -304,6 +307,39 @@ class Plastic(Descent):
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
+
+    # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What this process does within `torch.distributed.algorithms.Join` when it has no more batches.
+
+        Raises:
+            ValueError: `measure_every` is above 1, so that this process could not know which layers others measure.
+        """
+        if self._measure_every > 1:
+            raise ValueError(
+                f"measure_every is {self._measure_every}, which does not go with join(): a process without batches "
+                "does not know which layers the others measure; expected 1"
+            )
+        return SinksJoinHook(self, self.join_process_group, self._add_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where `torch.distributed.algorithms.Join` counts the processes that still train."""
+        return self._keys[0].device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that measure together."""
+        return self._shared_sinks.group
+
+    def _add_nothing(self) -> None:
+        """Takes part in a step of other processes, without having measured anything."""
+        self._drop_measured()
+        if self._shared_sinks.shared:
+            self._shared_sinks.start(self._consolidated)
+            self._shared_sinks.finish()
+        self._drop_measured()
 
     def _count_empty_steps(self) -> None:
         """Warns where steps move nothing, because another model is trained than the optimizer's."""

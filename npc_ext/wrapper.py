@@ -9,8 +9,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import _launch, reference
+from .distributed import SinksJoinHook
 from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, Plastic, PlasticPlan
@@ -22,7 +24,7 @@ BUCKET_BYTES = 64 * 2**20
 SECOND_WEIGHTS = "z"
 
 
-class PlasticityWrapper(torch.optim.Optimizer):
+class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     """Any optimizer, with a learning rate for every neuron that falls with the neuron's importance.
 
     Each step lets the optimizer move the weights, and then takes back a part of the movement, neuron by neuron:
@@ -253,6 +255,30 @@ class PlasticityWrapper(torch.optim.Optimizer):
 
         yield reset
 
+    # ------------------------------------------------------------------------------ different numbers of batches
+
+    @property
+    def _join_config(self) -> Any:
+        return self._tracker._join_config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self._tracker._join_config = config
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """As `NPC.join_hook`."""
+        return SinksJoinHook(self, self.join_process_group, self._tracker.add_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """As `NPC.join_device`."""
+        return self._tracker.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        """As `NPC.join_process_group`."""
+        return self._tracker.join_process_group
+
     # ------------------------------------------------------------------------------------------------------ looking in
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
@@ -364,6 +390,10 @@ class _Tracker(NPC):
     def forget_measured(self) -> None:
         """Drops what was measured since the last step."""
         self._drop_measured()
+
+    def add_nothing(self) -> None:
+        """Takes part in a step of other processes."""
+        self._add_nothing()
 
     def share(self, parameter: Tensor) -> _Share | None:
         """The share s_i of each neuron that a parameter belongs to; None where all of them are 1, or in no neuron."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.algorithms import Join
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -136,6 +137,57 @@ def data_parallel() -> Any:
     optimizer = NPC(model, **OPTIONS)
     names = [layer.name for layer in optimizer.neurons]
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer), "names": names}
+
+
+def uneven_steps(rank: int) -> int:
+    """How many batches a process has."""
+    return 4 + 2 * rank
+
+
+@scenario
+def uneven() -> Any:
+    """Processes run out of batches one by one, and then train together again."""
+    results = {}
+    for kind in ("npc", "npc_adamw", "wrapped_adamw"):
+        model = DistributedDataParallel(network())
+        optimizer = of_kind(kind, model)
+        with Join([model, optimizer]):
+            for step in range(uneven_steps(distributed.get_rank())):
+                x, y = map(own_part, batch(step))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        joined, same = numbers(optimizer), alike(optimizer)
+        same &= train(model, optimizer, first=100, steps=105)
+        results[kind] = {"alike": same, "numbers": joined}
+    return results
+
+
+@scenario
+def uneven_and_refused() -> Any:
+    """What is said where the context does not know the optimizer, or asks it before the model."""
+    messages = []
+    for kind in ("npc", "wrapped_adamw"):
+        for contexts in (lambda model, optimizer: model.join(), lambda model, optimizer: Join([optimizer, model])):
+            model = DistributedDataParallel(network())
+            optimizer = of_kind(kind, model)
+            before = numbers(optimizer)
+            try:
+                with contexts(model, optimizer):
+                    for step in range(uneven_steps(distributed.get_rank())):
+                        x, y = map(own_part, batch(step))
+                        F.cross_entropy(model(x), y).backward()
+                        optimizer.step()
+            except RuntimeError as error:
+                messages.append(str(error))
+            after = numbers(optimizer)
+            assert all(torch.equal(before[name], after[name]) for name in before)
+    try:
+        model = DistributedDataParallel(network())
+        Join([model, NPC(model, measure_every=4)])
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
 
 
 @scenario

@@ -34,6 +34,7 @@ from .processes import (
     numbers,
     of_kind,
     transposed,
+    uneven_steps,
 )
 from .tolerances import TRAJECTORY
 
@@ -108,6 +109,30 @@ def test_processes_stay_alike_and_come_to_what_one_process_comes_to(ranks: list[
     for rank in ranks:
         assert rank[scenario]["alike"]
         assert_close(rank[scenario]["numbers"], want)
+
+
+def test_processes_with_fewer_batches_go_along_in_join(ranks: list[dict[str, Any]]) -> None:
+    """And come to what one process comes to that has the batches of those that still train."""
+
+    def loss_of_those_that_train(model: nn.Module, optimizer: Any, step: int) -> Tensor:
+        parts = zip(*(tensor.chunk(len(ranks)) for tensor in batch(step)), strict=True)
+        training = [F.cross_entropy(model(x), y) for rank, (x, y) in enumerate(parts) if step < uneven_steps(rank)]
+        return sum(training) / len(ranks)  # type: ignore[return-value]
+
+    steps = uneven_steps(len(ranks) - 1)
+    want = alone(loss_of_those_that_train, network(), steps=steps, **OPTIONS)
+    for rank in ranks:
+        assert_close(rank["uneven"]["npc"]["numbers"], want)
+        for result in rank["uneven"].values():
+            assert result["alike"]
+
+
+def test_a_join_that_does_not_know_the_optimizer_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        *contexts, lazy = rank["uneven_and_refused"]
+        assert len(contexts) == 4
+        assert all(re.search(r"write `with Join\(\[model, optimizer\]\):`", message) for message in contexts)
+        assert re.match(r"measure_every is 4, which does not go with join\(\)", lazy)
 
 
 def test_the_wrapping_is_not_in_the_names(ranks: list[dict[str, Any]]) -> None:
