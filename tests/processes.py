@@ -139,6 +139,43 @@ def data_parallel() -> Any:
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer), "names": names}
 
 
+def accelerated(rank: int, processes: int, folder: str) -> None:
+    """Sharded by Accelerate (`fsdp_version=2`), in the two ways in which model and optimizer may come to it."""
+    begin(rank, processes, folder)
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, fsdp2_prepare_model
+
+    accelerator = Accelerator(cpu=True)
+
+    def prepare(model: nn.Module, optimizer: NPC) -> Any:
+        # Accelerate knows FSDP on GPUs only, and sets this back.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        return accelerator.prepare(model, optimizer)
+
+    model: Any = network()
+    model, optimizer = prepare(model, NPC(model, **OPTIONS))
+    message = ""
+    try:
+        train(model, optimizer, steps=1)
+    except RuntimeError as error:
+        message = str(error)
+    model = network()
+    fsdp2_prepare_model(accelerator, model)
+    npc = NPC(model, **OPTIONS)
+    model, optimizer = prepare(model, npc)
+    for step in range(FEW):
+        x, y = map(own_part, batch(step))
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), 1e9)
+        optimizer.step()
+    results = {"alike": alike(npc, shards=True), "numbers": numbers(npc), "message": message}
+    end(rank, folder, results)
+
+
 def uneven_steps(rank: int) -> int:
     """How many batches a process has."""
     return 4 + 2 * rank
@@ -368,6 +405,25 @@ def sharded_and_accumulated() -> Any:
         optimizer.step()
         same &= alike(optimizer)
     return {"alike": same and alike(optimizer, shards=True), "numbers": numbers(optimizer)}
+
+
+@scenario
+def sharded_and_cleared() -> Any:
+    """The model clears the gradients of a loss that is thrown away, and with them what was measured."""
+    results = []
+    for thrown_away in (True, False):
+        model: Any = in_shards(network())
+        optimizer = NPC(model, **OPTIONS)
+        for step in range(FEW):
+            x, y = map(own_part, batch(step))
+            if thrown_away:
+                model(x).square().sum().backward()
+                model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            model.zero_grad()
+        results.append({"alike": alike(optimizer, shards=True), "numbers": numbers(optimizer)})
+    return results
 
 
 def bottleneck() -> nn.Module:

@@ -38,7 +38,7 @@ from .processes import (
 )
 from .tolerances import TRAJECTORY
 
-SECONDS = 120
+SECONDS = 300
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda count: f"{count} processes")
@@ -125,6 +125,25 @@ def test_processes_with_fewer_batches_go_along_in_join(ranks: list[dict[str, Any
         assert_close(rank["uneven"]["npc"]["numbers"], want)
         for result in rank["uneven"].values():
             assert result["alike"]
+
+
+def test_the_model_clears_what_was_measured_also_where_it_is_sharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        thrown_away, plain = rank["sharded_and_cleared"]
+        assert thrown_away["alike"] and plain["alike"]
+        for name, number in plain["numbers"].items():
+            assert torch.equal(thrown_away["numbers"][name], number)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_accelerate_shards_the_model_before_the_optimizer_is_built(tmp_path: Path) -> None:
+    """As README says; the other order is refused with that in the message."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    want = alone(plain_loss, network(), steps=FEW, **OPTIONS)
+    for rank in run_in_processes(processes.accelerated, 2, tmp_path):
+        assert rank["alike"]
+        assert_close(rank["numbers"], want)
+        assert "fsdp2_prepare_model(accelerator, model), then build the optimizer" in rank["message"]
 
 
 def test_a_join_that_does_not_know_the_optimizer_is_refused(ranks: list[dict[str, Any]]) -> None:
