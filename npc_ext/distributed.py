@@ -214,7 +214,7 @@ class SinksJoinHook(JoinHook):
         device = self._optimizer.param_groups[0]["params"][0].device
         last = torch.tensor(own if is_last_joiner else -1, dtype=torch.int64, device=device)
         distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=self._group)
-        source, states = int(last), [None]
+        source, states = int(last), list[Any]([None])
         if own == source:
             states = [pytree.tree_map_only(Tensor, Tensor.cpu, self._optimizer.state_dict())]
         distributed.broadcast_object_list(states, distributed.get_global_rank(self._group, source), self._group)

@@ -106,6 +106,9 @@ class TapPoint:
         return f"{self.where} of {self.module or '(the model)'}"
 
 
+NO_BACKWARD_PASS = -1
+
+
 def _nothing() -> None:
     pass
 
@@ -145,9 +148,10 @@ class NeuronLayer:
     slept: bool = field(default=False, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)  # to be called by what leaves gradients out
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
-    # Of tap.drop_what_was_cleared: the last backward pass, the version of the weight's gradient after it, and whether
-    # it left gradients. `fully_shard` keeps those that are not synchronized yet where only it finds them.
-    last_backward_pass: int = field(default=-1, repr=False)
+    # Of tap.drop_what_was_cleared: the last backward pass since the last step, the version of the weight's gradient
+    # after it, and whether it left gradients. `fully_shard` keeps those that are not synchronized yet where only it
+    # finds them.
+    last_backward_pass: int = field(default=NO_BACKWARD_PASS, repr=False)
     expected_version: int = field(default=0, repr=False)
     has_gradients: bool = field(default=True, repr=False)
     forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)  # of certificates, see certificate.py

@@ -24,7 +24,7 @@ from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
-from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .neurons import NO_BACKWARD_PASS, NeuronLayer, Neurons, find_neurons, is_shared
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
 from .shards import why_not as why_not_sharded
@@ -290,6 +290,9 @@ class Plastic(Descent, Joinable):
 
     def _step(self) -> None:
         unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
+        for layer in self._consolidated:
+            if layer.last_backward_pass == NO_BACKWARD_PASS and layer.sink.grad is not None:
+                self._drop_compiled_leftovers(layer)
         shared = self._shared_sinks.shared
         if shared:  # layers sleep in all processes alike
             self._shared_sinks.notify_join(self)
@@ -480,6 +483,24 @@ class Plastic(Descent, Joinable):
                 "...}} moves it)",
             )
 
+    def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:
+        """Drops importance that compiled code measured, if its gradients were cleared in between.
+
+        Taps in compiled code notice nothing of that. Each backward pass but the first raises the version of the sink's
+        gradient and of the weight's by one; a weight whose gradient has been cleared since begins at 0 again.
+        """
+        gradient, measured = layer.parameters[0].parameter.grad, layer.sink.grad
+        if gradient is None or measured is None or gradient._version >= measured._version or layer.sharded:
+            return
+        layer.sink.grad = None
+        self._warn_once(
+            layer.name,
+            "cleared",
+            "is in code that torch.compile has compiled, and its gradients were cleared by other means than the "
+            "optimizer's zero_grad(), so that importance of what was thrown away would have counted; its importance "
+            "stays as it was in such steps: call optimizer.zero_grad() instead",
+        )
+
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
         group, own = self._group_of[id(self._keys[index])], self._own_options[index]
@@ -487,7 +508,7 @@ class Plastic(Descent, Joinable):
 
     def _drop_measured(self) -> None:
         for layer in self.neurons:
-            layer.sink.grad = None
+            layer.sink.grad, layer.last_backward_pass = None, NO_BACKWARD_PASS
 
     def _report_skipped(self, counts: Sequence[int]) -> None:
         for layer, count in zip(self._consolidated, counts, strict=True):

@@ -140,12 +140,12 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     @property
     def train(self) -> Callable[[], Any]:
         """That of the wrapped optimizer; schedule-free optimizers have one, others raise AttributeError."""
-        return self.optimizer.train  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.train  # type: ignore[attr-defined]
 
     @property
     def eval(self) -> Callable[[], Any]:
         """That of the wrapped optimizer, as `train`."""
-        return self.optimizer.eval  # type: ignore[attr-defined, no-any-return]
+        return self.optimizer.eval  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
