@@ -329,7 +329,8 @@ class Plastic(Descent, Joinable):
     @property
     def join_device(self) -> torch.device:
         """Where `torch.distributed.algorithms.Join` counts the processes that still train."""
-        return self._keys[0].device
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
 
     @property
     def join_process_group(self) -> Any:

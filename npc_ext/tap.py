@@ -77,17 +77,16 @@ def for_sink(
 
 
 def left_out_like(parameter: Tensor) -> Tensor:
-    """A gradient that was not computed: zeros, but negative ones, as nobody writes who clears a gradient in place."""
+    """A gradient that was not computed: negative zeros, which tell it from one that was cleared in place (0.0)."""
     return torch.full_like(parameter, -0.0)
 
 
 def drop_what_was_cleared(layer: NeuronLayer) -> None:
-    """Drops importance whose gradients have been cleared since it was measured, whoever cleared them.
+    """Drops the importance of earlier backward passes if their gradients have been cleared since, by anybody.
 
-    Called in backward passes, before they give the sink or the parameters anything: the importance that is there is of
-    earlier passes, and so are the gradients. A gradient that was set to zero in place is found by its version: a pass
-    that adds to it raises that by one. Where it is another one (clipping, unscaling), the values decide, on the
-    device: nothing waits for a GPU.
+    Called in a backward pass before the layer's sink and parameters receive anything of it. A backward pass raises the
+    version of the weight's gradient by one. If the version is another one, somebody has written to the gradient: set it
+    to zero, or clipped or unscaled it. Then its values decide, on the device, so that nothing waits for a GPU.
     """
     backward_pass = torch._C._current_graph_task_id()
     if layer.last_backward_pass == backward_pass:  # the layer is used several times in it
@@ -95,7 +94,7 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
     layer.last_backward_pass = backward_pass
     gradient = layer.parameters[0].parameter.grad
     if layer.sink.grad is not None:
-        gradients = [own.parameter.grad for own in layer.parameters if own.parameter.grad is not None]
+        gradients = [one.grad for one in layer.trained() if one.grad is not None]
         if not gradients:
             if layer.has_gradients:
                 layer.sink.grad = None
