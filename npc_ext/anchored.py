@@ -115,7 +115,7 @@ class Anchored(Descent):
         options = ([float(group["strength"]) for group in groups], *sgd)
         return Plan(**common, options=options, tables=tables)
 
-    def _launch(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _launch(self, plan: Plan) -> None:
         stiffness, paths = plan.beside("stiffness"), plan.beside("path")
         # SI remembers where a task began before there is any stiffness.
         anchors = [
@@ -126,15 +126,14 @@ class Anchored(Descent):
         if plan.tables is not None:
             strength = plan.options[0]
             tables = plan.tables
-            _launch.anchored_update_(tables, *network, stiffness, anchors, paths, strength, grad_scale, found_inf)
+            _launch.anchored_update_(tables, *network, stiffness, anchors, paths, strength, None, None)
             return
         beside = (_or_empty(each, plan.device) for each in (stiffness, anchors, paths))
-        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = ops.anchored_update_
         if self._backend == "reference":
             update = reference.anchored_update_
         with torch.no_grad():
-            update(*network, *beside, *plan.options, *flags)
+            update(*network, *beside, *plan.options)
 
 
 def _or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:

@@ -158,12 +158,14 @@ class Watch:
         """Says where importance and constants are found; whatever was certified before is void."""
         self._clock, self._states, self._group = clock, states, group
         self.forward.join(self)
+        self.layer.forget_left_out = self._used.clear  # holds no watch
         self._forget()
 
     def go_on_from(self, before: Watch) -> None:
         """Takes over what the coming step must know from a watch of the same neurons, whose certificates are void."""
         self._used, self._slept_by, self._cleared = before._used, before._slept_by, before._cleared
         self.delay, self.layer.slept = before.delay, before.layer.slept
+        self.layer.forget_left_out = self._used.clear
 
     def remove(self) -> None:
         """Leaves the module alone from now on."""
@@ -197,19 +199,14 @@ class Watch:
         versions = [own.parameter._version for own in parameters]
         return importance._version, versions, group["beta"], group["delta"]
 
-    def record(self, overflowed: bool = False) -> None:
-        """Called after a step of ours: whatever changes from now on, somebody else did.
-
-        Args:
-            overflowed: the step changed nothing, because gradients were not finite under a GradScaler.
-        """
+    def record(self) -> None:
+        """Called after a step of ours: whatever changes from now on, somebody else did."""
         left_out = [used.rows.share_left_out() for used in self._used]
         self.layer.gradients_skipped = min(left_out, default=0.0)
         measured = self.layer.sink.grad is not None
         if self.layer.slept and not measured:
             self.layer.gradients_skipped = 1.0
-        if not overflowed:
-            self.delay = 0 if measured else self.delay + self.layer.slept
+        self.delay = 0 if measured else self.delay + self.layer.slept
         self._used.clear()
         self._slept_by.clear()
         self.look()
@@ -432,16 +429,12 @@ class Certificates:
             at = end
         self._left = None  # what the coming step leaves is looked at anew
 
-    def after_step(self, overflowed: bool = False) -> None:
-        """Counts the step, and issues certificates when it is time to.
-
-        Args:
-            overflowed: the step changed nothing, because gradients were not finite under a GradScaler.
-        """
+    def after_step(self) -> None:
+        """Counts the step, and issues certificates when it is time to."""
         self.clock.steps += 1
         self._calls.end()
         for watch in self._busy:
-            watch.record(overflowed)
+            watch.record()
         importances = self._importances() if self._left is None else self._left[0]
         self._left = importances, self._versions(importances)
         if self._is_captured():

@@ -251,22 +251,21 @@ class CPC(Descent):
         skipped = self._skipped.on(device)
         return _Plan(**common, options=options, tables=tables, layers=layers, skipped=skipped)
 
-    def _launch(self, plan: _Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _launch(self, plan: _Plan) -> None:
         network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
         importances = plan.beside("importance")
         if plan.tables is not None:
             counters = (plan.skipped, plan.layers)
-            _launch.connection_update_(plan.tables, *network, importances, *counters, grad_scale, found_inf)
+            _launch.connection_update_(plan.tables, *network, importances, *counters, None, None)
             return
         nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
         skipped = plan.skipped[plan.layers]
         averages = [nothing if average is None else average for average in importances]
-        flags = (None if flag is None else flag.to(plan.device) for flag in (grad_scale, found_inf))
         update: Callable[..., None] = ops.connection_update_
         if self._backend == "reference":
             update = reference.connection_update_
         with torch.no_grad():
-            update(*network, averages, skipped, *plan.options, *flags)
+            update(*network, averages, skipped, *plan.options)
         plan.skipped[plan.layers] = skipped
 
     @torch.no_grad()

@@ -91,10 +91,6 @@ class Descent(torch.optim.Optimizer):
     A subclass lists its group options in `_OPTIONS`, checks them in `_check_options`, and makes and launches plans.
     """
 
-    # GradScaler then calls step() also when gradients overflowed, with found_inf and grad_scale set: the step changes
-    # nothing, but it can drop what was measured on the way.
-    _step_supports_amp_scaling = True
-
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
@@ -249,13 +245,12 @@ class Descent(torch.optim.Optimizer):
         self._plans, self._planned_for, self._planned_rates, self._earlier_plans = [], None, None, []
 
     def _launch_all(self) -> None:
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
         for plan in self._plans:
-            self._launch(plan, grad_scale, found_inf)
+            self._launch(plan)
             if plan.sharded:  # the launch raised the versions of the shards
                 torch.autograd.graph.increment_version(plan.owners)
 
-    def _launch(self, plan: Any, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _launch(self, plan: Any) -> None:
         raise NotImplementedError
 
     def _signature(self) -> list[Any]:

@@ -4,15 +4,21 @@ In data-parallel training (`DistributedDataParallel`, `fully_shard`) each proces
 importance a_i (eq. 2) of the whole batch is the sum of what the processes measured, so the sinks of all layers are
 added up over the processes once a step, before eq. 3, in one flat all-reduce. All of them get the same bits from it, so
 they go on alike, also where each holds a shard of the weights only.
+
+Processes with fewer batches than others go along within `torch.distributed.algorithms.Join([model, optimizer])`: while
+the others train, those that are done add zeros, and in the end they take over what the others have come to.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.algorithms.join import Join, JoinHook
+from torch.utils import _pytree as pytree
 
 from .shards import is_sharded
 
@@ -49,12 +55,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
-def _group_of(model: nn.Module) -> Any:
-    """The process group of the DistributedDataParallel around a model, or of `fully_shard`'s mesh, or None."""
+def _data_parallel(model: Any) -> nn.parallel.DistributedDataParallel | None:
+    """The DistributedDataParallel around a model, if there is one."""
     while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
         model = inner
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return model.process_group
+    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+
+
+def _group_of(model: nn.Module) -> Any:
+    """The process group of the DistributedDataParallel around a model, or of `fully_shard`'s mesh, or None."""
+    if data_parallel := _data_parallel(model):
+        return data_parallel.process_group
     parameters = model.parameters() if isinstance(model, nn.Module) else ()
     sharded: Any = next(filter(is_sharded, parameters), None)
     return None if sharded is None else _group_of_mesh(sharded.device_mesh)
@@ -86,6 +97,8 @@ class SharedSinks:
                 "itself) or 'auto' (that of the model's DistributedDataParallel or fully_shard)"
             )
         self._group = _group_of(model) if self._auto else group
+        data_parallel = _data_parallel(model)
+        self._data_parallel = None if data_parallel is None else weakref.ref(data_parallel)
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
         self._works: list[Any] = []
 
@@ -93,6 +106,11 @@ class SharedSinks:
         """Takes the group of a model that has been sharded since, where it was not told one."""
         if self._auto and self._group is None:
             self._group = _group_of(model)
+
+    @property
+    def group(self) -> Any:
+        """The processes that measure together; None if each does so for itself."""
+        return self._group
 
     @property
     def shared(self) -> bool:
@@ -125,6 +143,22 @@ class SharedSinks:
                 "processes, and leave process_group at 'auto'"
             )
 
+    def notify_join(self, optimizer: Any) -> None:
+        """Called in each step before anything is added up: tells processes that have no more batches to go along.
+
+        Raises:
+            RuntimeError: they would not, because the context they are in does not know the optimizer, or asks it first.
+        """
+        data_parallel = None if self._data_parallel is None else self._data_parallel()
+        comes_second = optimizer._join_config.enable and not optimizer._join_config.is_first_joinable
+        if data_parallel is not None and data_parallel._join_config.enable and not comes_second:
+            raise RuntimeError(
+                "the model is in join(), for processes with different numbers of batches, but the optimizer is not, or "
+                "comes first; it adds up importance over processes, so write `with Join([model, optimizer]):` (from "
+                "torch.distributed.algorithms import Join) in place of `with model.join():`"
+            )
+        Join.notify_join_context(optimizer)
+
     def start(self, layers: Sequence[NeuronLayer]) -> None:
         """Begins to add up, without waiting; from now on the sinks hold the sums, which come with `finish`.
 
@@ -155,11 +189,42 @@ class SharedSinks:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedSinks:
         copy = type(self).__new__(type(self))
-        copy.__dict__.update(_auto=self._auto, _group=self._group, _buffers={}, _works=[])
+        copy.__dict__.update(_auto=self._auto, _group=self._group, _data_parallel=None, _buffers={}, _works=[])
         return copy
 
     def __getstate__(self) -> dict[str, Any]:  # a group belongs to its process
-        return {"_auto": self._auto or self._group is not None, "_group": None, "_buffers": {}, "_works": []}
+        auto = self._auto or self._group is not None
+        return {"_auto": auto, "_group": None, "_data_parallel": None, "_buffers": {}, "_works": []}
+
+
+class SinksJoinHook(JoinHook):
+    """What a process does that has no more batches, while others train.
+
+    Args:
+        optimizer: takes over the state of the process that trained longest.
+        group: the processes.
+        add_nothing: takes part in what a step adds up, with zeros.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, group: Any, add_nothing: Callable[[], None]) -> None:
+        self._optimizer, self._group, self._add_nothing = optimizer, group, add_nothing
+
+    def main_hook(self) -> None:
+        """Called for each step of the others."""
+        self._add_nothing()
+
+    def post_hook(self, is_last_joiner: bool) -> None:
+        """Called when all are done; the model's DistributedDataParallel takes over the weights."""
+        own = distributed.get_rank(self._group)
+        device = self._optimizer.param_groups[0]["params"][0].device
+        last = torch.tensor(own if is_last_joiner else -1, dtype=torch.int64, device=device)
+        distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=self._group)
+        source, states = int(last), list[Any]([None])
+        if own == source:
+            states = [pytree.tree_map_only(Tensor, Tensor.cpu, self._optimizer.state_dict())]
+        distributed.broadcast_object_list(states, distributed.get_global_rank(self._group, source), self._group)
+        if own != source:
+            self._optimizer.load_state_dict(states[0])
 
 
 def _short(ranks: Sequence[int]) -> str:

@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from .tap import left_out_like
+
 if TYPE_CHECKING:
     from .certificate import Watch
 
@@ -217,9 +219,9 @@ class _PartialGradient(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = operation.input_gradient(gradient, weight, ctx.shape, ctx.channels_last)
-        of_weight = torch.zeros_like(ctx.weight)
+        of_weight = left_out_like(ctx.weight)
         biased = ctx.needs_input_grad[2]
-        of_bias = torch.zeros_like(ctx.bias) if biased else None
+        of_bias = left_out_like(ctx.bias) if biased else None
         if len(rows):
             part, bias_part = operation.weight_gradient(gradient, x, ctx.weight, rows.on_device, biased)
             of_weight.index_copy_(operation.neuron_dim, rows.on_device, part)

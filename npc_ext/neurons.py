@@ -13,6 +13,7 @@ dropout) it is the same before and after (Euler), so any of those points will do
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import operator
 import sys
@@ -30,6 +31,7 @@ from . import ops
 from .names import close_to
 from .nn import ReLU
 from .protection import Protection
+from .shards import is_sharded
 from .tap import TapHook
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -107,6 +109,13 @@ class TapPoint:
         return f"{self.where} of {self.module or '(the model)'}"
 
 
+NO_BACKWARD_PASS = -1
+
+
+def _nothing() -> None:
+    pass
+
+
 @dataclass(eq=False)
 class NeuronLayer:
     """The neurons of one weighted layer (or of several that share their weight).
@@ -142,6 +151,13 @@ class NeuronLayer:
     slept: bool = field(default=False, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)  # to be called by what leaves gradients out
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
+    # Of tap.drop_what_was_cleared: the last backward pass since the last step, the version of the weight's gradient
+    # after it, and whether it left gradients. `fully_shard` keeps those that are not synchronized yet where only it
+    # finds them.
+    last_backward_pass: int = field(default=NO_BACKWARD_PASS, repr=False)
+    expected_version: int = field(default=0, repr=False)
+    has_gradients: bool = field(default=True, repr=False)
+    forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)  # of certificates, see certificate.py
 
     def add_note(self, text: str) -> None:
         """Adds to what a reader of the table should know."""
@@ -154,6 +170,15 @@ class NeuronLayer:
                 return True
         return False
 
+    @functools.cached_property
+    def sharded(self) -> bool:
+        """Whether the parameters are sharded over processes."""
+        return any(is_sharded(own.parameter) for own in self.parameters)
+
+    def note_gradients(self) -> None:
+        """Notes whether there are gradients; called when a backward pass is over."""
+        self.has_gradients = any(own.parameter.grad is not None for own in self.parameters)
+
     def wake_up(self) -> None:
         """Back to usual, in the next call."""
         self.resting, self.asleep, self.note_rest = False, False, None
@@ -164,7 +189,8 @@ class NeuronLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without certificates.
-        return {**self.__dict__, "resting": False, "asleep": False, "slept": False, "note_rest": None}
+        usual = {"resting": False, "asleep": False, "slept": False, "note_rest": None, "forget_left_out": _nothing}
+        return {**self.__dict__, **usual}
 
 
 @dataclass(frozen=True)

@@ -145,7 +145,7 @@ class NPC(Plastic):
         )
         return self._plastic_plan(common, layers, options, _launch.Tables)
 
-    def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _launch(self, plan: PlasticPlan) -> None:
         gradients, buffers = plan.gradients(), plan.momentum_buffers()
         importances = plan.importances
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
@@ -159,13 +159,13 @@ class NPC(Plastic):
                 measured,
                 plan.skipped,
                 plan.layers,
-                grad_scale,
-                found_inf,
+                None,
+                None,
                 plan.beside("step") if plan.seeds else (),
                 plan.seeds,
             )
             return
-        self._update_by_pytorch(plan, gradients, buffers, importances, measured, grad_scale, found_inf)
+        self._update_by_pytorch(plan, gradients, buffers, importances, measured)
 
     def _update_by_pytorch(
         self,
@@ -174,12 +174,10 @@ class NPC(Plastic):
         buffers: list[Tensor],
         importances: list[Tensor],
         measured: list[Tensor | None],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
     ) -> None:
         nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
         steps = [nothing if count is None else count for count in plan.beside("step")] if plan.seeds else []
         update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
-        with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
+        with plan.without_kernels(measured) as (sums, skipped):
             network = (plan.parameters, gradients, buffers, importances, sums, skipped)
-            update(*network, *plan.options, *flags, plan.first_neuron, steps, plan.seeds)
+            update(*network, *plan.options, None, None, plan.first_neuron, steps, plan.seeds)

@@ -138,18 +138,17 @@ class NPCAdamW(Plastic):
         )
         return self._plastic_plan(common, layers, options, _launch.AdamTables)
 
-    def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _launch(self, plan: PlasticPlan) -> None:
         beside = [plan.beside(name) for name in (*self._BESIDE, "step")]
         network = [plan.parameters, plan.gradients(), *beside, plan.importances]
         measured = [self._consolidated[index].sink.grad for index in plan.layers]
         if plan.tables is not None:
             launch: Callable[..., None] = _launch.adam_update_
-            flags = [grad_scale, found_inf]
-            launch(plan.tables, *network, measured, plan.skipped, plan.layers, *flags, plan.seeds)
+            launch(plan.tables, *network, measured, plan.skipped, plan.layers, None, None, plan.seeds)
             return
         update: Callable[..., None] = reference.adam_update_ if self._backend == "reference" else ops.adam_update_
-        with plan.without_kernels(measured, grad_scale, found_inf) as (sums, skipped, flags):
-            update(*network, sums, skipped, *plan.options, *flags, plan.first_neuron, plan.seeds)
+        with plan.without_kernels(measured) as (sums, skipped):
+            update(*network, sums, skipped, *plan.options, None, None, plan.first_neuron, plan.seeds)
 
 
 def _is_decay(value: object) -> bool:

@@ -15,17 +15,18 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import ops, reference
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, Plan, check_choice, check_plasticity_options
-from .distributed import SharedSinks
+from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .names import ByLayer, close_to
-from .neurons import NeuronLayer, Neurons, find_neurons, is_shared, is_weighted
+from .neurons import NO_BACKWARD_PASS, NeuronLayer, Neurons, find_neurons, is_shared, is_weighted
 from .protection import warn_if_little
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
@@ -78,7 +79,7 @@ class LayerPlasticity:
     gradients_skipped: float
 
 
-class Plastic(Descent):
+class Plastic(Descent, Joinable):
     """An optimizer of a model, with a learning rate for every neuron.
 
     A subclass makes and launches plans; its groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
@@ -125,6 +126,7 @@ class Plastic(Descent):
         self._ready = False
         self._just_found = False
         self._shared_sinks = SharedSinks(model, process_group)
+        Joinable.__init__(self)
         super().__init__(model, params, defaults, backend)
         self._ready = True
         self._find_neurons()
@@ -324,8 +326,12 @@ class Plastic(Descent):
 
     def _step(self) -> None:
         unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
+        for layer in self._consolidated:
+            if layer.last_backward_pass == NO_BACKWARD_PASS and layer.sink.grad is not None:
+                self._drop_compiled_leftovers(layer)
         shared = self._shared_sinks.shared
         if shared:  # layers sleep in all processes alike
+            self._shared_sinks.notify_join(self)
             self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
         try:
             self._prepare()
@@ -337,10 +343,44 @@ class Plastic(Descent):
         finally:
             self._shared_sinks.finish()
         self._launch_all()
-        self._certificates.after_step(self._overflowed())
+        self._certificates.after_step()
         self._drop_measured()
         if counts := self._skipped.news():
             self._report_skipped(counts)
+
+    # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """What this process does within `torch.distributed.algorithms.Join` when it has no more batches.
+
+        Raises:
+            ValueError: `measure_every` is above 1, so that this process could not know which layers others measure.
+        """
+        if self._measure_every > 1:
+            raise ValueError(
+                f"measure_every is {self._measure_every}, which does not go with join(): a process without batches "
+                "does not know which layers the others measure; expected 1"
+            )
+        return SinksJoinHook(self, self.join_process_group, self._add_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """Where `torch.distributed.algorithms.Join` counts the processes that still train."""
+        device: torch.device = self.param_groups[0]["params"][0].device
+        return device
+
+    @property
+    def join_process_group(self) -> Any:
+        """The processes that measure together."""
+        return self._shared_sinks.group
+
+    def _add_nothing(self) -> None:
+        """Takes part in a step of other processes, without having measured anything."""
+        self._drop_measured()
+        if self._shared_sinks.shared:
+            self._shared_sinks.start(self._consolidated)
+            self._shared_sinks.finish()
+        self._drop_measured()
 
     def _count_empty_steps(self) -> None:
         """Warns where steps move nothing, because another model is trained than the optimizer's."""
@@ -353,11 +393,6 @@ class Plastic(Descent):
                 ImportanceWarning,
                 stacklevel=5,
             )
-
-    def _overflowed(self) -> bool:
-        """Whether a GradScaler found gradients that are not finite; False on a GPU, for which no step waits."""
-        found_inf = getattr(self, "found_inf", None)
-        return found_inf is not None and found_inf.is_cpu and bool(found_inf)
 
     def _trains(self, parameter: Tensor) -> bool:
         return self._others == "train" or id(parameter) in self._place or id(parameter) in self._plain
@@ -530,6 +565,24 @@ class Plastic(Descent):
                 "...}} moves it; if it was compiled before the optimizer was built, call torch.compiler.reset())",
             )
 
+    def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:
+        """Drops importance that compiled code measured, if its gradients were cleared in between.
+
+        Taps in compiled code notice nothing of that. Each backward pass but the first raises the version of the sink's
+        gradient and of the weight's by one; a weight whose gradient has been cleared since begins at 0 again.
+        """
+        gradient, measured = layer.parameters[0].parameter.grad, layer.sink.grad
+        if gradient is None or measured is None or gradient._version >= measured._version or layer.sharded:
+            return
+        layer.sink.grad = None
+        self._warn_once(
+            layer.name,
+            "cleared",
+            "is in code that torch.compile has compiled, and its gradients were cleared by other means than the "
+            "optimizer's zero_grad(), so that importance of what was thrown away would have counted; its importance "
+            "stays as it was in such steps: call optimizer.zero_grad() instead",
+        )
+
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
         group, own = self._group_of[id(self._keys[index])], self._own_options[index]
@@ -537,7 +590,7 @@ class Plastic(Descent):
 
     def _drop_measured(self) -> None:
         for layer in self.neurons:
-            layer.sink.grad = None
+            layer.sink.grad, layer.last_backward_pass = None, NO_BACKWARD_PASS
 
     def _report_skipped(self, counts: Sequence[int]) -> None:
         for layer, count in zip(self._consolidated, counts, strict=True):
@@ -721,13 +774,10 @@ class PlasticPlan(Plan):
         return all(map(is_, self.importances, averages)) and super().is_current()
 
     @contextmanager
-    def without_kernels(
-        self, measured: Sequence[Tensor | None], grad_scale: Tensor | None, found_inf: Tensor | None
-    ) -> Iterator[tuple[list[Tensor], Tensor, list[Tensor | None]]]:
-        """What the operations of `npc_ext.ops` take: measured sums, counters of this plan's layers, and the flags."""
-        nothing = torch.empty(0, dtype=torch.float32, device=self.device)
-        skipped = self.skipped[self.layers]
+    def without_kernels(self, measured: Sequence[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
+        """What the operations of `npc_ext.ops` take: measured sums, and counters of this plan's layers."""
+        nothing, skipped = torch.empty(0, dtype=torch.float32, device=self.device), self.skipped[self.layers]
         sums = [nothing if one is None else one for one in measured]
         with torch.no_grad():
-            yield sums, skipped, [None if flag is None else flag.to(self.device) for flag in (grad_scale, found_inf)]
+            yield sums, skipped
             self.skipped[self.layers] = skipped

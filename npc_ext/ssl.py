@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -145,13 +146,16 @@ class SSL(MAS):
             else:
                 self._discounts[layer.name].fill_(1)
 
-    def _step(self) -> None:
-        if self.sparsity and self._scaler is None and getattr(self, "found_inf", None) is not None:
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False. A GradScaler asks for this before it takes a step, which it must not if SSL was not told of it."""
+        caller = sys._getframe(1).f_locals.get("self")
+        if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
             raise RuntimeError(
                 "a GradScaler takes this step, but SSL was not told of it, so that its penalty was not scaled as the "
                 "loss was; write SSL(model, ..., scaler=scaler)"
             )
-        super()._step()
+        return False
 
     def _inhibition(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
         """The gradient of the penalty, of the activation's shape and dtype."""

@@ -25,6 +25,7 @@ _ZERO_GRADIENT = 1e-5
 _FALSE_ALARMS = 1e-6
 # Halves are so coarse that the gradients of few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
 
 
 class ImportanceWarning(UserWarning):
@@ -55,7 +56,7 @@ class _Tap(torch.autograd.Function):
         of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
         if ctx.note_rest is not None:
             ctx.note_rest()
-        return gradient, of_sink, None, None, None, None, None, *map(torch.zeros_like, ctx.constants)
+        return gradient, of_sink, None, None, None, None, None, *map(left_out_like, ctx.constants)
 
 
 def like(gradient: Tensor, activation: Tensor) -> Tensor:
@@ -67,10 +68,45 @@ def for_sink(
     importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> Tensor:
     """What was measured as the gradient of the layer's sink; the first time, warns if it cannot be right."""
-    if not layer.checked and not torch.compiler.is_compiling() and not _is_captured(gradient):
-        layer.checked = True
-        _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
+    if not torch.compiler.is_compiling():
+        drop_what_was_cleared(layer)
+        if not layer.checked and not _is_captured(gradient):
+            layer.checked = True
+            _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
     return importance if importance.dtype == torch.float32 else importance.to(torch.float32)
+
+
+def left_out_like(parameter: Tensor) -> Tensor:
+    """A gradient that was not computed: negative zeros, which tell it from one that was cleared in place (0.0)."""
+    return torch.full_like(parameter, -0.0)
+
+
+def drop_what_was_cleared(layer: NeuronLayer) -> None:
+    """Drops the importance of earlier backward passes if their gradients have been cleared since, by anybody.
+
+    Called in a backward pass before the layer's sink and parameters receive anything of it. A backward pass raises the
+    version of the weight's gradient by one. If the version is another one, somebody has written to the gradient: set it
+    to zero, or clipped or unscaled it. Then its values decide, on the device, so that nothing waits for a GPU.
+    """
+    backward_pass = torch._C._current_graph_task_id()
+    if layer.last_backward_pass == backward_pass:  # the layer is used several times in it
+        return
+    layer.last_backward_pass = backward_pass
+    gradient = layer.parameters[0].parameter.grad
+    if layer.sink.grad is not None:
+        gradients = [one.grad for one in layer.trained() if one.grad is not None]
+        if not gradients:
+            if layer.has_gradients:
+                layer.sink.grad = None
+                layer.forget_left_out()
+        elif not layer.sharded and gradients[0]._version != layer.expected_version:
+            with torch.no_grad():
+                kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
+                layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), 0.0)
+    layer.expected_version = 0 if gradient is None else gradient._version + 1
+    if layer.sharded:
+        layer.has_gradients = False
+        torch.autograd.Variable._execution_engine.queue_callback(layer.note_gradients)
 
 
 def _is_captured(tensor: Tensor) -> bool:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import _launch, reference
+from .distributed import SinksJoinHook
 from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, Plastic, PlasticPlan
@@ -20,9 +22,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BUCKET_BYTES = 64 * 2**20
+# Under this name schedule-free optimizers keep the second weights, between which and the parameters train() and eval()
+# interpolate.
+SECOND_WEIGHTS = "z"
 
 
-class PlasticityWrapper(torch.optim.Optimizer):
+class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     """Any optimizer, with a learning rate for every neuron that falls with the neuron's importance.
 
     Each step lets the optimizer move the weights, and then takes back a part of the movement, neuron by neuron:
@@ -37,6 +42,9 @@ class PlasticityWrapper(torch.optim.Optimizer):
     bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
     bucket, with only its parameters in the groups. Counters that it keeps in its groups or as numbers in itself count
     one step.
+
+    Schedule-free optimizers, which have `train()` and `eval()`, keep two sets of weights. Neurons take their share of
+    the movement of both, and where s_i = 0 both are the same: such neurons are bit-identical in both modes.
 
     Args:
         optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
@@ -54,8 +62,6 @@ class PlasticityWrapper(torch.optim.Optimizer):
     Example:
         >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     """
-
-    _step_supports_amp_scaling = True  # so that a step that is skipped can drop what was measured
 
     def __init__(
         self,
@@ -139,6 +145,16 @@ class PlasticityWrapper(torch.optim.Optimizer):
             self.optimizer.param_groups.pop()
             raise
 
+    @property
+    def train(self) -> Callable[[], Any]:
+        """That of the wrapped optimizer; schedule-free optimizers have one, others raise AttributeError."""
+        return self.optimizer.train  # type: ignore[attr-defined]
+
+    @property
+    def eval(self) -> Callable[[], Any]:
+        """That of the wrapped optimizer, as `train`."""
+        return self.optimizer.eval  # type: ignore[attr-defined]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
         self.optimizer.zero_grad(set_to_none)
@@ -156,17 +172,21 @@ class PlasticityWrapper(torch.optim.Optimizer):
             What `closure` returned, or None.
 
         Raises:
-            RuntimeError: gradients are there, but no importance was measured at all.
+            RuntimeError: gradients are there, but no importance was measured at all; or a schedule-free optimizer is
+                not in training mode.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._is_skipped():
-            self._tracker.forget_measured()
-        elif self._only_makes_state():
+        if self._only_makes_state():
             self.optimizer.step()
         else:
+            if self._has_modes and not all(group.get("train_mode", True) for group in self.param_groups):
+                raise RuntimeError(
+                    f"the {type(self.optimizer).__name__} is not in training mode; call optimizer.train() before "
+                    "training, and optimizer.eval() before evaluating or saving the model"
+                )
             self._tracker.step()
             with torch.no_grad():
                 self._take_steps()
@@ -177,18 +197,10 @@ class PlasticityWrapper(torch.optim.Optimizer):
         unmeasured = all(layer.sink.grad is None for layer in self.neurons)
         return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
-    @torch.no_grad()
-    def _is_skipped(self) -> bool:
-        """Whether a GradScaler found gradients that are not finite; if not, divides its scale out of them."""
-        found_inf, scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and bool(found_inf):
-            return True
-        if scale is not None:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        local(parameter.grad).div_(scale.to(parameter.grad.device))
-        return False
+    @property
+    def _has_modes(self) -> bool:
+        """Whether the optimizer is schedule-free."""
+        return hasattr(self, "train") and hasattr(self, "eval")
 
     def _take_steps(self) -> None:
         """Has the optimizer move the parameters, those that are protected bucket by bucket."""
@@ -199,12 +211,33 @@ class PlasticityWrapper(torch.optim.Optimizer):
             if unprotected or not shares:
                 before_each()
                 self._step_only(unprotected)
-            for bucket in _buckets([one for one in trained if id(one) in shares], self._bucket_bytes):
+            most_bytes = self._bucket_bytes // 2 if self._has_modes else self._bucket_bytes
+            for bucket in _buckets([one for one in trained if id(one) in shares], most_bytes):
                 before = [local(parameter).detach().clone() for parameter in bucket]
+                second_before = [self._second_weights(parameter) for parameter in bucket] if self._has_modes else []
+                second_before = [None if second is None else second.clone() for second in second_before]
                 before_each()
                 self._step_only(bucket)
                 for parameter, was in zip(bucket, before, strict=True):
                     shares[id(parameter)].take_back_(local(parameter), was)
+                for parameter, was, second_was in zip(bucket, before, second_before, strict=bool(second_before)):
+                    self._take_back_second_(parameter, was if second_was is None else second_was, shares[id(parameter)])
+
+    def _second_weights(self, parameter: Tensor) -> Tensor | None:
+        """Those of a schedule-free optimizer; they begin as the parameter in its first step."""
+        second: Tensor | None = local(self.optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS))
+        return second
+
+    def _take_back_second_(self, parameter: Tensor, before: Tensor, share: _Share) -> None:
+        second = self._second_weights(parameter)
+        if second is None or second.shape != before.shape:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has train() and eval(), but not the second weights of schedule-free "
+                f"optimizers (state[...][{SECOND_WEIGHTS!r}]), so that frozen neurons would not stay as they are in "
+                "both modes; use it without the wrapper, or wrap another optimizer"
+            )
+        share.take_back_(second, before)
+        share.tie_(second, local(parameter))
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -234,6 +267,30 @@ class PlasticityWrapper(torch.optim.Optimizer):
         """As `NPC.load_importance`."""
         self._tracker.load_importance(earlier)
         return self
+
+    # ------------------------------------------------------------------------------ different numbers of batches
+
+    @property
+    def _join_config(self) -> Any:
+        return self._tracker._join_config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self._tracker._join_config = config
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """As `NPC.join_hook`."""
+        return SinksJoinHook(self, self.join_process_group, self._tracker.add_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """As `NPC.join_device`."""
+        return self._tracker.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        """As `NPC.join_process_group`."""
+        return self._tracker.join_process_group
 
     # ------------------------------------------------------------------------------------------------------ looking in
 
@@ -314,15 +371,22 @@ class _Share:
 
     def take_back_(self, parameter: Tensor, before: Tensor) -> None:
         """Moves a parameter, or this process's shard of it, back towards what it was; where the share is 0, to it."""
-        rows = parameter.shape[self.neuron_dim] * self.groups
-        own = self.of_neurons.narrow(0, self.first_neuron, rows)
-        share = reference.per_element(own, parameter, self.neuron_dim, self.groups)
+        share = self._of_elements(parameter)
         dtype = reference.compute_dtype(parameter.dtype)
         if dtype == parameter.dtype:
             parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
         else:
             parameter.copy_(torch.lerp(before.to(dtype), parameter.to(dtype), share.to(dtype).expand_as(parameter)))
         parameter.copy_(torch.where(share == 0, before, parameter))
+
+    def tie_(self, second: Tensor, parameter: Tensor) -> None:
+        """Makes second weights the same as the parameter where the share is 0."""
+        second.copy_(torch.where(self._of_elements(parameter) == 0, parameter, second))
+
+    def _of_elements(self, parameter: Tensor) -> Tensor:
+        rows = parameter.shape[self.neuron_dim] * self.groups
+        own = self.of_neurons.narrow(0, self.first_neuron, rows)
+        return reference.per_element(own, parameter, self.neuron_dim, self.groups)
 
 
 class _Tracker(NPC):
@@ -363,6 +427,10 @@ class _Tracker(NPC):
     def forget_measured(self) -> None:
         """Drops what was measured since the last step."""
         self._drop_measured()
+
+    def add_nothing(self) -> None:
+        """Takes part in a step of other processes."""
+        self._add_nothing()
 
     def share(self, parameter: Tensor) -> _Share | None:
         """The share s_i of each neuron that a parameter belongs to; None where all of them are 1, or in no neuron."""

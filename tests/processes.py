@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import checkpoint
+from torch.distributed.algorithms import Join
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -136,6 +137,94 @@ def data_parallel() -> Any:
     optimizer = NPC(model, **OPTIONS)
     names = [layer.name for layer in optimizer.neurons]
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer), "names": names}
+
+
+def accelerated(rank: int, processes: int, folder: str) -> None:
+    """Sharded by Accelerate (`fsdp_version=2`), in the two ways in which model and optimizer may come to it."""
+    begin(rank, processes, folder)
+    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType, fsdp2_prepare_model
+
+    accelerator = Accelerator(cpu=True)
+
+    def prepare(model: nn.Module, optimizer: NPC) -> Any:
+        # Accelerate knows FSDP on GPUs only, and sets this back.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        return accelerator.prepare(model, optimizer)
+
+    model: Any = network()
+    model, optimizer = prepare(model, NPC(model, **OPTIONS))
+    message = ""
+    try:
+        train(model, optimizer, steps=1)
+    except RuntimeError as error:
+        message = str(error)
+    model = network()
+    fsdp2_prepare_model(accelerator, model)
+    npc = NPC(model, **OPTIONS)
+    model, optimizer = prepare(model, npc)
+    for step in range(FEW):
+        x, y = map(own_part, batch(step))
+        optimizer.zero_grad()
+        accelerator.backward(F.cross_entropy(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), 1e9)
+        optimizer.step()
+    results = {"alike": alike(npc, shards=True), "numbers": numbers(npc), "message": message}
+    end(rank, folder, results)
+
+
+def uneven_steps(rank: int) -> int:
+    """How many batches a process has."""
+    return 4 + 2 * rank
+
+
+@scenario
+def uneven() -> Any:
+    """Processes run out of batches one by one, and then train together again."""
+    results = {}
+    for kind in ("npc", "npc_adamw", "wrapped_adamw"):
+        model = DistributedDataParallel(network())
+        optimizer = of_kind(kind, model)
+        with Join([model, optimizer]):
+            for step in range(uneven_steps(distributed.get_rank())):
+                x, y = map(own_part, batch(step))
+                optimizer.zero_grad()
+                F.cross_entropy(model(x), y).backward()
+                optimizer.step()
+        joined, same = numbers(optimizer), alike(optimizer)
+        same &= train(model, optimizer, first=100, steps=105)
+        results[kind] = {"alike": same, "numbers": joined}
+    return results
+
+
+@scenario
+def uneven_and_refused() -> Any:
+    """What is said where the context does not know the optimizer, or asks it before the model."""
+    messages = []
+    for kind in ("npc", "wrapped_adamw"):
+        for contexts in (lambda model, optimizer: model.join(), lambda model, optimizer: Join([optimizer, model])):
+            model = DistributedDataParallel(network())
+            optimizer = of_kind(kind, model)
+            before = numbers(optimizer)
+            try:
+                with contexts(model, optimizer):
+                    for step in range(uneven_steps(distributed.get_rank())):
+                        x, y = map(own_part, batch(step))
+                        F.cross_entropy(model(x), y).backward()
+                        optimizer.step()
+            except RuntimeError as error:
+                messages.append(str(error))
+            after = numbers(optimizer)
+            assert all(torch.equal(before[name], after[name]) for name in before)
+    try:
+        model = DistributedDataParallel(network())
+        Join([model, NPC(model, measure_every=4)])
+    except ValueError as error:
+        messages.append(str(error))
+    return messages
 
 
 @scenario
@@ -325,6 +414,25 @@ def sharded_and_accumulated() -> Any:
         optimizer.step()
         same &= alike(optimizer)
     return {"alike": same and alike(optimizer, shards=True), "numbers": numbers(optimizer)}
+
+
+@scenario
+def sharded_and_cleared() -> Any:
+    """The model clears the gradients of a loss that is thrown away, and with them what was measured."""
+    results = []
+    for thrown_away in (True, False):
+        model: Any = in_shards(network())
+        optimizer = NPC(model, **OPTIONS)
+        for step in range(FEW):
+            x, y = map(own_part, batch(step))
+            if thrown_away:
+                model(x).square().sum().backward()
+                model.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            model.zero_grad()
+        results.append({"alike": alike(optimizer, shards=True), "numbers": numbers(optimizer)})
+    return results
 
 
 def bottleneck() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import npc_ext
-from npc_ext import NPC
+from npc_ext import NPC, ImportanceWarning
 
 from .tolerances import TRAJECTORY
 
@@ -113,6 +113,38 @@ def test_it_does_not_matter_how_model_and_optimizer_come_together(make: Callable
             step(compiled, optimizer, seed)
     assert any(layer.frozen > 0 for layer in optimizer.plasticity().values())
     assert_alike(optimizer, model, plain, twin)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_micro_batches_of_a_compiled_model_add_up(ran_before: bool) -> None:
+    twin = network()
+    plain = optimizer_of(twin)
+    compiled, model, optimizer = compiled_first()
+    for seed in range(0, 6, 2):
+        for one, own in ((twin, plain), (model if ran_before and seed == 0 else compiled, optimizer)):
+            own.zero_grad()
+            loss(one, seed).backward()
+            loss(one, seed + 1).backward()
+            own.step()
+    assert_alike(optimizer, model, plain, twin)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_importance_of_compiled_code_does_not_outlive_gradients_that_the_model_clears(ran_before: bool) -> None:
+    """It is not noticed in time to measure the next loss alone, but in time to leave both out, and said."""
+    compiled, model, optimizer = compiled_first()
+    step(model if ran_before else compiled, optimizer, 0)
+    before = {name: layer.importance for name, layer in optimizer.plasticity().items()}
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    loss(compiled, 1).backward()
+    model.zero_grad()
+    loss(compiled, 2).backward()
+    with pytest.warns(ImportanceWarning, match=r"call optimizer\.zero_grad\(\) instead"):
+        optimizer.step()
+    for name, layer in optimizer.plasticity().items():
+        assert torch.equal(layer.importance, before[name])
+    assert not all(torch.equal(p, q) for p, q in zip(weights, model.parameters(), strict=True))
 
 
 def test_evaluation_and_other_batch_sizes_compile_once_each() -> None:

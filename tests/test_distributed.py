@@ -34,10 +34,11 @@ from .processes import (
     numbers,
     of_kind,
     transposed,
+    uneven_steps,
 )
 from .tolerances import TRAJECTORY
 
-SECONDS = 120
+SECONDS = 300
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda count: f"{count} processes")
@@ -108,6 +109,49 @@ def test_processes_stay_alike_and_come_to_what_one_process_comes_to(ranks: list[
     for rank in ranks:
         assert rank[scenario]["alike"]
         assert_close(rank[scenario]["numbers"], want)
+
+
+def test_processes_with_fewer_batches_go_along_in_join(ranks: list[dict[str, Any]]) -> None:
+    """And come to what one process comes to that has the batches of those that still train."""
+
+    def loss_of_those_that_train(model: nn.Module, optimizer: Any, step: int) -> Tensor:
+        parts = zip(*(tensor.chunk(len(ranks)) for tensor in batch(step)), strict=True)
+        training = [F.cross_entropy(model(x), y) for rank, (x, y) in enumerate(parts) if step < uneven_steps(rank)]
+        return sum(training) / len(ranks)  # type: ignore[return-value]
+
+    steps = uneven_steps(len(ranks) - 1)
+    want = alone(loss_of_those_that_train, network(), steps=steps, **OPTIONS)
+    for rank in ranks:
+        assert_close(rank["uneven"]["npc"]["numbers"], want)
+        for result in rank["uneven"].values():
+            assert result["alike"]
+
+
+def test_the_model_clears_what_was_measured_also_where_it_is_sharded(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        thrown_away, plain = rank["sharded_and_cleared"]
+        assert thrown_away["alike"] and plain["alike"]
+        for name, number in plain["numbers"].items():
+            assert torch.equal(thrown_away["numbers"][name], number)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_accelerate_shards_the_model_before_the_optimizer_is_built(tmp_path: Path) -> None:
+    """As README says; the other order is refused with that in the message."""
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    want = alone(plain_loss, network(), steps=FEW, **OPTIONS)
+    for rank in run_in_processes(processes.accelerated, 2, tmp_path):
+        assert rank["alike"]
+        assert_close(rank["numbers"], want)
+        assert "fsdp2_prepare_model(accelerator, model), then build the optimizer" in rank["message"]
+
+
+def test_a_join_that_does_not_know_the_optimizer_is_refused(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        *contexts, lazy = rank["uneven_and_refused"]
+        assert len(contexts) == 4
+        assert all(re.search(r"write `with Join\(\[model, optimizer\]\):`", message) for message in contexts)
+        assert re.match(r"measure_every is 4, which does not go with join\(\)", lazy)
 
 
 def test_the_wrapping_is_not_in_the_names(ranks: list[dict[str, Any]]) -> None:

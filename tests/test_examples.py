@@ -70,6 +70,40 @@ def test_accelerate() -> None:
     assert all(bool(one.any()) for one in importance(optimizer))
 
 
+def test_accelerate_says_which_steps_were_skipped() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)  # which it makes for mixed_precision="fp16"
+    model = accelerator.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    optimizer = accelerator.prepare(NPC(model, delta=0.5))
+    skipped = []
+    for factor in (1.0, float("inf"), 1.0):
+        before = [*map(torch.clone, model.parameters()), *importance(optimizer.optimizer)]
+        accelerator.backward(model(torch.randn(5, 4)).square().sum() * factor)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        after = [*model.parameters(), *importance(optimizer.optimizer)]
+        assert optimizer.step_was_skipped is all(map(torch.equal, before, after))
+        skipped.append(optimizer.step_was_skipped)
+        optimizer.zero_grad()
+    assert skipped == [False, True, False]
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
+def test_lightning_clips_gradients_under_mixed_precision(tmp_path: Path, precision: str) -> None:
+    pytest.importorskip("lightning", reason="lightning is not installed")
+    from lightning.pytorch.plugins import MixedPrecision
+
+    from bench.examples import lightning_module
+
+    options: dict[str, Any] = {"precision": precision}
+    if precision == "16-mixed":  # for which Lightning makes a scaler on GPUs only
+        options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))]}
+    trainer = lightning_module.train(tmp_path, 1, gradient_clip_val=1.0, **options)
+    assert trainer.logged_metrics["accuracy"] > 0.7
+    assert all(bool(one.any()) for one in importance(trainer.optimizers[0]))
+
+
 def test_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
     from bench.examples import lightning_module

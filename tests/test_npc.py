@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from bench.networks import cnn
 from npc_ext import CPC, MAS, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
@@ -357,17 +358,241 @@ def test_frozen_layers_neither_change_nor_disturb() -> None:
     assert not optimizer.plasticity()["conv1"].importance.any()
 
 
+# -------------------------------------------------------------------------------- importance belongs to gradients
+
+
+def by_hand(model: nn.Module, optimizer: Any) -> None:
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def in_place_by_hand(model: nn.Module, optimizer: Any) -> None:
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
+CLEARINGS: dict[str, Any] = {
+    "the optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "the optimizer, in place": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "the model": lambda model, optimizer: model.zero_grad(),
+    "the model, in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "by hand": by_hand,
+    "by hand, in place": in_place_by_hand,
+}
+
+
+def gan(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """The gradients of a generator's loss, which reach the discriminator, are thrown away."""
+    for x, y in data:
+        model(x).sum().backward()
+        clear(model, optimizer)
+        F.cross_entropy(model(x.flip(3)), y).backward()
+        optimizer.step()
+        clear(model, optimizer)
+
+
+def late(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """They are thrown away between the forward and the backward pass of the next loss."""
+    for x, y in data:
+        model(x).sum().backward()
+        loss = F.cross_entropy(model(x.flip(3)), y)
+        clear(model, optimizer)
+        loss.backward()
+        optimizer.step()
+        clear(model, optimizer)
+
+
+def sam(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """The gradients of the first pass only say where the second one looks."""
+    for x, y in data:
+        F.cross_entropy(model(x), y).backward()
+        moves = [0.01 * torch.sign(parameter.grad) for parameter in model.parameters()]
+        for sign in (1, -1):
+            with torch.no_grad():
+                for parameter, move in zip(model.parameters(), moves, strict=True):
+                    parameter.add_(move, alpha=sign)
+            if sign == 1:
+                clear(model, optimizer)
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        clear(model, optimizer)
+
+
+def repeated(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """One graph is gone through twice."""
+    for x, y in data:
+        loss = F.cross_entropy(model(x), y)
+        loss.backward(retain_graph=True)
+        clear(model, optimizer)
+        loss.backward()
+        optimizer.step()
+        clear(model, optimizer)
+
+
+def with_closure(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """A closure is evaluated several times a step."""
+    for x, y in data:
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            clear(model, optimizer)
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        closure()
+        optimizer.step(closure)
+
+
+def wrapped(model: nn.Module) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.05), model, delta=0.5)
+
+
+@pytest.mark.parametrize("kind", [lambda model: NPC(model, **{**ALL_OPTIONS, "delta": 0.5}), wrapped], ids=["NPC", "wrapper"])  # fmt: skip
+@pytest.mark.parametrize("clearing", [name for name in CLEARINGS if name != "the optimizer"])
+@pytest.mark.parametrize("loop", [gan, late, sam, repeated, with_closure])
+def test_whoever_clears_gradients_clears_their_importance(loop: Any, clearing: str, kind: Any) -> None:
+    ends = []
+    for name in ("the optimizer", clearing):
+        torch.manual_seed(0)
+        model = paper_cnn()
+        optimizer = kind(model)
+        loop(model, optimizer, CLEARINGS[name], batches(4))
+        ends.append([*weights(model), *importances(optimizer)])
+    assert same(*ends)
+
+
+def test_the_base_optimizers_zero_grad_clears_importance_as_the_wrappers() -> None:
+    ends = []
+    for clear in (lambda optimizer: optimizer.zero_grad(), lambda optimizer: optimizer.optimizer.zero_grad()):
+        torch.manual_seed(0)
+        model = paper_cnn()
+        optimizer = wrapped(model)
+        gan(model, optimizer, lambda _, own, clear=clear: clear(own), batches(4))
+        ends.append([*weights(model), *importances(optimizer)])
+    assert same(*ends)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_a_part_of_the_model_clears_the_importance_of_its_layers_only(set_to_none: bool) -> None:
+    model, data = paper_cnn(), batches(2)
+    optimizer = NPC(model, delta=0.0, lr=0.0)
+    measured = []
+    for used in (data[:1], data[1:], data):
+        optimizer.zero_grad()
+        for x, y in used:
+            F.cross_entropy(model(x), y).backward()
+            if used is data and x is data[0][0]:
+                model.conv2.zero_grad(set_to_none)
+        measured.append({layer.name: layer.sink.grad.clone() for layer in optimizer.neurons})
+    first, second, both = measured
+    for name, importance in both.items():
+        torch.testing.assert_close(importance, second[name] if name == "conv2" else first[name] + second[name])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("skip_frozen", [False, True])
+def test_micro_batches_keep_what_was_measured_also_if_clipped(clip: bool, skip_frozen: bool) -> None:
+    """Gradients that were left out are zero as cleared ones are, but nobody has cleared them."""
+    model, data = paper_cnn(), batches(3)
+    optimizer = NPC(model, delta=0.999, lr=0.0, skip_frozen=skip_frozen)
+    for layer in list(optimizer.neurons)[:2]:
+        optimizer.state[layer.parameters[0].parameter]["importance"].fill_(10.0)
+    train(model, optimizer, batches(40))  # until certificates are in force
+    if skip_frozen:
+        assert optimizer.plasticity()["conv1"].gradients_skipped == 1
+    measured = []
+    for x, y in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        measured.append([layer.sink.grad.clone() for layer in optimizer.neurons])
+    optimizer.zero_grad()
+    for x, y in data:
+        F.cross_entropy(model(x), y).backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    for layer, parts in zip(optimizer.neurons, zip(*measured, strict=True), strict=True):
+        torch.testing.assert_close(layer.sink.grad, sum(parts))
+
+
+def test_gradients_that_were_left_out_are_cleared_in_place_like_others() -> None:
+    ends = []
+    for name in ("the optimizer", "the model, in place"):
+        torch.manual_seed(0)
+        model = paper_cnn()
+        optimizer = NPC(model, delta=0.999)
+        optimizer.state[model.conv1.weight]["importance"].fill_(10.0)
+        gan(model, optimizer, CLEARINGS[name], batches(40))
+        assert optimizer.plasticity()["conv1"].gradients_skipped == 1
+        ends.append([*weights(model), *importances(optimizer)])
+    assert same(*ends)
+
+
+def test_gradients_left_out_of_a_loss_that_was_thrown_away_do_not_count() -> None:
+    """Constants may change after it, as they may after the optimizer's own zero_grad()."""
+    model, data = paper_cnn(), batches(40)
+    optimizer = NPC(model, delta=0.999)
+    optimizer.state[model.conv1.weight]["importance"].fill_(10.0)
+    train(model, optimizer, data)
+    optimizer.zero_grad()
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    model.zero_grad()
+    optimizer.param_groups[0]["beta"] = 100.0
+    before = weights(model.conv1)
+    F.cross_entropy(model(data[0][0]), data[0][1]).backward()
+    optimizer.step()
+    assert not same(model.conv1, before)
+
+
+class Twice(nn.Module):
+    """One layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.output = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.output(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_a_layer_that_is_called_twice_keeps_both_calls_and_drops_both(reentrant: bool | None) -> None:
+    """Also where each call is computed again in the backward pass, in a pass of its own if reentrant."""
+    measured = []
+    for passes in ((0,), (1,), (0, 1), (0, None, 1)):
+        torch.manual_seed(0)
+        model = Twice()
+        optimizer = NPC(model)
+        for seed in passes:
+            if seed is None:
+                model.zero_grad()
+                continue
+            x = torch.randn(5, 6, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+            if reentrant is None:
+                output = model(x)
+            else:
+                hidden = checkpoint(lambda z, m=model: torch.tanh(m.layer(z)), x, use_reentrant=reentrant)
+                hidden = checkpoint(lambda z, m=model: torch.tanh(m.layer(z)), hidden, use_reentrant=reentrant)
+                output = model.output(hidden)
+            output.square().sum().backward()
+        measured.append([layer.sink.grad for layer in optimizer.neurons])
+    for first, second, both, cleared in zip(*measured, strict=True):
+        torch.testing.assert_close(both, first + second)
+        assert torch.equal(cleared, second)
+
+
 # -------------------------------------------------------------------------------------------- precision, clipping, memory
 
 
+@pytest.mark.parametrize("set_to_none", [False, True])
 @pytest.mark.parametrize("unscale", [False, True])
-def test_grad_scaler_skips_a_step_with_overflow_and_leaves_nothing_behind(unscale: bool) -> None:
+def test_grad_scaler_skips_a_step_with_overflow_and_leaves_nothing_behind(unscale: bool, set_to_none: bool) -> None:
     model, data = paper_cnn(), batches(4)
     twin = copy.deepcopy(model)
     optimizer, plain = NPC(model, **ALL_OPTIONS), NPC(twin, **ALL_OPTIONS)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     for index, (x, y) in enumerate(data):
-        model.zero_grad()  # not the optimizer's, so that stale importance would show
+        model.zero_grad(set_to_none)  # not the optimizer's, so that stale importance would show
         scaler.scale(F.cross_entropy(model(x), y)).backward()
         if index == 1:
             model.conv1.weight.grad[0] = torch.inf
@@ -379,7 +604,6 @@ def test_grad_scaler_skips_a_step_with_overflow_and_leaves_nothing_behind(unscal
         if index == 1:
             assert same(model, before)
             assert all(map(torch.equal, importances(optimizer), kept))
-            assert all(layer.sink.grad is None for layer in optimizer.neurons)
     train(twin, plain, [data[0], *data[2:]])
     for mine, theirs in zip(weights(model), weights(twin), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)

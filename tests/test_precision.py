@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW, PlasticityWrapper
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 OPTIMIZERS: dict[str, Any] = {
@@ -55,11 +55,24 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
     return result
 
 
+CLEARINGS: dict[str, Any] = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "model": lambda model, optimizer: model.zero_grad(),
+    "model, in place": lambda model, optimizer: model.zero_grad(set_to_none=False),
+}
+
+
 @pytest.mark.parametrize("unscaled", [False, True])
-@pytest.mark.parametrize("bad", [(0,), (3,), (2, 3, 4)], ids=["first", "middle", "several"])
+@pytest.mark.parametrize(
+    ("bad", "clearing"),
+    [((0,), "model"), ((3,), "optimizer"), ((3,), "model, in place"), ((2, 3, 4), "model")],
+    ids=["first", "middle", "middle, in place", "several"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_steps_that_a_scaler_skips_never_happened(name: str, bad: tuple[int, ...], unscaled: bool) -> None:
-    """A run with bad batches ends where a run without them ends, to the last bit."""
+def test_steps_that_a_scaler_skips_never_happened(
+    name: str, bad: tuple[int, ...], clearing: str, unscaled: bool
+) -> None:
+    """A run with bad batches ends where a run without them ends, to the last bit, whoever clears the gradients."""
     ends = []
     for seeds in (range(7), [seed for seed in range(7) if seed not in bad]):
         model = network()
@@ -68,7 +81,7 @@ def test_steps_that_a_scaler_skips_never_happened(name: str, bad: tuple[int, ...
         scaler = torch.amp.GradScaler("cpu")
         for seed in seeds:
             x, y = batch(seed)
-            model.zero_grad()  # the model's, which knows nothing of importance
+            CLEARINGS[clearing](model, optimizer)
             before = everything(model, optimizer)
             scaler.scale(F.cross_entropy(model(x), y) * (math.inf if seed in bad else 1.0)).backward()
             if unscaled:
@@ -81,6 +94,44 @@ def test_steps_that_a_scaler_skips_never_happened(name: str, bad: tuple[int, ...
         ends.append(everything(model, optimizer))
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_gradients_that_are_not_cleared_after_an_overflow_let_nothing_change(name: str) -> None:
+    """They stay infinite, so every later step is skipped; cleared at last, they leave nothing behind."""
+    ends = []
+    for seeds in (range(5), (0, 4)):
+        model = network()
+        optimizer = OPTIMIZERS[name](model)
+        scaler = torch.amp.GradScaler("cpu")
+        before = everything(model, optimizer)
+        for seed in seeds:
+            x, y = batch(seed)
+            if seed in (0, 4):
+                model.zero_grad()
+                before = everything(model, optimizer)
+            scaler.scale(F.cross_entropy(model(x), y) * (math.inf if seed == 1 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update(2.0**10)
+            if seed == 0:
+                for parameter in model.parameters():
+                    parameter.grad = None
+                before = everything(model, optimizer)
+            elif seed in (1, 2, 3):
+                after = everything(model, optimizer)
+                assert all(torch.equal(value, after[key]) for key, value in before.items())
+        ends.append(everything(model, optimizer))
+    assert all(torch.equal(value, ends[1][key]) for key, value in ends[0].items())
+
+
+@pytest.mark.parametrize("name", [*OPTIMIZERS, "wrapper"])
+def test_a_scaler_and_lightning_treat_our_optimizers_as_any_other(name: str) -> None:
+    """Lightning clips only for optimizers of which this is false, as its `_optimizer_handles_unscaling` asks it."""
+    model = network()
+    optimizer = (
+        PlasticityWrapper(torch.optim.SGD(model.parameters()), model) if name == "wrapper" else OPTIMIZERS[name](model)
+    )
+    assert not getattr(optimizer, "_step_supports_amp_scaling", False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -147,6 +147,135 @@ def test_muon_takes_its_steps_and_frozen_neurons_stay() -> None:
     assert torch.equal(model[0].weight[4:], plain[0].weight[4:]) and not torch.equal(model[0].weight[4:], before[4:])
 
 
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD without a schedule (Defazio et al., 2024), as `schedulefree.SGDScheduleFree` writes it."""
+
+    second = "z"
+
+    def __init__(self, params: Any, lr: float = 0.1, beta: float = 0.9) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "k": 0, "train_mode": False})
+
+    def _interpolate(self, train: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] != train:
+                for parameter in group["params"]:
+                    if self.second in self.state[parameter]:
+                        weight = 1 - group["beta"] if train else 1 - 1 / group["beta"]
+                        parameter.data.lerp_(self.state[parameter][self.second], weight)
+            group["train_mode"] = train
+
+    def train(self) -> None:
+        self._interpolate(True)
+
+    def eval(self) -> None:
+        self._interpolate(False)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            beta, rate = group["beta"], 1 / group["k"]
+            for y in group["params"]:
+                if y.grad is not None:
+                    z = self.state[y].setdefault(self.second, y.detach().clone())
+                    y.lerp_(z, rate).add_(y.grad, alpha=group["lr"] * (beta * (1 - rate) - 1))
+                    z.sub_(y.grad, alpha=group["lr"])
+
+
+def real_schedule_free(parameters: Any) -> Any:
+    schedulefree = pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    return schedulefree.AdamWScheduleFree(parameters, lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 2**20])
+@pytest.mark.parametrize("make", [ScheduleFree, real_schedule_free], ids=["imitation", "schedulefree"])
+def test_frozen_neurons_of_a_schedule_free_optimizer_stay_bit_identical_in_both_modes(
+    make: Any, bucket_bytes: int
+) -> None:
+    model = network()
+    ours = PlasticityWrapper(make(model.parameters()), model, delta=0.9999, bucket_bytes=bucket_bytes)
+    ours.train()
+    for seed in range(3):
+        step(model, ours, seed)
+    set_importance(ours, "6", torch.tensor([5.0] * 4 + [0.3] * 6))
+    before = model[6].weight.detach().clone()
+    for seed in range(3, 9):
+        step(model, ours, seed)
+        frozen = ours.plasticity()["6"].learning_rate == 0
+        assert frozen.sum() == 4
+        in_training = model[6].weight.detach().clone()
+        ours.eval()
+        assert torch.equal(model[6].weight[frozen], before[frozen])
+        assert not torch.equal(model[6].weight[~frozen], in_training[~frozen])
+        ours.train()
+        assert torch.equal(model[6].weight[frozen], before[frozen])
+        assert not torch.equal(model[6].weight[~frozen], before[~frozen])
+
+
+@pytest.mark.parametrize("make", [ScheduleFree, real_schedule_free], ids=["imitation", "schedulefree"])
+def test_with_nothing_protected_a_schedule_free_optimizer_is_itself(make: Any) -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+    ours, plain = PlasticityWrapper(make(model.parameters()), model, beta=1e9), make(twin.parameters())
+    for one, optimizer in ((model, ours), (twin, plain)):
+        optimizer.train()
+        for seed in range(4):
+            step(one, optimizer, seed)
+        optimizer.eval()
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_neurons_take_their_share_of_the_movement_of_both_weights() -> None:
+    model = network()
+    twin = copy.deepcopy(model)
+    ours, plain = (
+        PlasticityWrapper(ScheduleFree(model.parameters()), model, delta=0.9999),
+        ScheduleFree(twin.parameters()),
+    )
+    set_importance(ours, "6", 0.3)
+    before = model[6].weight.detach().clone()
+    for one, optimizer in ((model, ours), (twin, plain)):
+        optimizer.train()
+        step(one, optimizer, 0)
+    share = ours.plasticity()["6"].learning_rate.unsqueeze(1)
+    assert bool(((share > 0) & (share < 1)).all())
+    for got, whole in (
+        (model[6].weight, twin[6].weight),
+        (ours.state[model[6].weight]["z"], plain.state[twin[6].weight]["z"]),
+    ):
+        torch.testing.assert_close(got, before + share * (whole - before))
+
+
+def test_a_schedule_free_optimizer_that_is_not_in_training_mode_is_refused() -> None:
+    model = network()
+    ours = PlasticityWrapper(ScheduleFree(model.parameters()), model, delta=0.5)
+    loss(model, 0).backward()
+    before = [*map(torch.clone, model.parameters()), *(layer.importance for layer in ours.plasticity().values())]
+    with pytest.raises(RuntimeError, match=r"the ScheduleFree is not in training mode; call optimizer\.train\(\)"):
+        ours.step()
+    after = [*model.parameters(), *(layer.importance for layer in ours.plasticity().values())]
+    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def test_modes_without_second_weights_are_refused() -> None:
+    class Other(ScheduleFree):
+        second = "averaged"
+
+    model = network()
+    ours = PlasticityWrapper(Other(model.parameters()), model)
+    set_importance(ours, "6", 5.0)
+    ours.train()
+    with pytest.raises(RuntimeError, match=r"Other has train\(\) and eval\(\), but not the second weights"):
+        step(model, ours, 0)
+
+
+def test_an_optimizer_without_modes_has_none_when_wrapped() -> None:
+    """Trainers ask for them by hasattr()."""
+    model = network()
+    ours = PlasticityWrapper(torch.optim.SGD(model.parameters()), model)
+    assert not hasattr(ours, "train") and not hasattr(ours, "eval")
+
+
 def test_the_share_is_eq_7_in_units_of_the_rate() -> None:
     model = network()
     ours = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=3.0), model)
