@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import ops, reference
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
-from .descent import Descent, Plan, check_choice, check_plasticity_options
+from .descent import Descent, Plan, check_choice, check_plasticity_options, uncompiled
 from .distributed import SharedSinks
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
@@ -475,6 +475,9 @@ class Plastic(Descent):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
+        if torch.compiler.is_dynamo_compiling():
+            uncompiled(Plastic.zero_grad, self, set_to_none)
+            return
         super().zero_grad(set_to_none)
         if self._ready_neurons:
             self._drop_measured()

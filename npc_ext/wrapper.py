@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, reference
+from .descent import uncompiled
 from .neurons import Neurons
 from .npc import NPC
 from .plastic import LayerPlasticity, Plastic, PlasticPlan
@@ -133,6 +134,9 @@ class PlasticityWrapper(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
+        if torch.compiler.is_dynamo_compiling():
+            uncompiled(PlasticityWrapper.zero_grad, self, set_to_none)
+            return
         self.optimizer.zero_grad(set_to_none)
         self._tracker.forget_measured()
 
@@ -150,6 +154,11 @@ class PlasticityWrapper(torch.optim.Optimizer):
         Raises:
             RuntimeError: gradients are there, but no importance was measured at all.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(PlasticityWrapper._step, self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
