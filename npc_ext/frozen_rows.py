@@ -28,6 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from .tap import StandIn
+
 if TYPE_CHECKING:
     from .certificate import Watch
 
@@ -307,7 +309,7 @@ def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | 
 # -------------------------------------------------------------------------------------------------------- the forward
 
 
-class PartialForward:
+class PartialForward(StandIn):
     """Stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
 
     It calls the class's own `forward` unless a certificate is in force for the coming step, and gradients are to flow.

@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from .neurons import NeuronLayer
+from .tap import StandIn
 
 
-class ConstantScales:
+class ConstantScales(StandIn):
     """Stands in for the forward of a normalization whose scales belong to a layer: constants at times.
 
     Each optimizer of the model has a layer of its own for them. Picklable with the model.

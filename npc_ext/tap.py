@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -106,15 +107,47 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
             f"{layer.neurons} neurons, expected in dimension {point.channel_dim}; name another place with "
             f"layers={{{layer.name!r}: {{'measure_at': ...}}}}"
         )
+    check_device(activation, layer)
+    return channel_dim, batch_dim
+
+
+def check_device(activation: Tensor, layer: NeuronLayer) -> None:
+    """Raises RuntimeError if a layer's activation is on another device than its importance."""
     if activation.device != layer.sink.device:
         raise RuntimeError(
             f"layer {layer.name!r} runs on {activation.device}, but its importance is on {layer.sink.device}; "
             "build the optimizer after moving the model"
         )
-    return channel_dim, batch_dim
 
 
-class TapHook:
+class Unscriptable:
+    """What torch.jit.script finds in a model and cannot compile.
+
+    It asks hooks for `__name__` and forwards for `__globals__`, and shows the error. To others an AttributeError says
+    that there is no such attribute.
+    """
+
+    def _refuse(self) -> Any:
+        raise AttributeError(
+            "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
+            "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
+            "model that has loaded model.state_dict()"
+        )
+
+    __name__, __globals__ = property(_refuse), property(_refuse)
+
+
+class StandIn(Unscriptable):
+    """What stands in for the `forward` of a module, as the module's attribute of that name; picklable with it."""
+
+    _usual: Callable[..., Any]  # the class's own
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export looks for the names of arguments
+        return self._usual.__code__
+
+
+class TapHook(Unscriptable):
     """Forward hook, or forward pre-hook, that taps what a module returns or takes; picklable with the model.
 
     It measures only where gradients flow and the layer is training, so evaluation costs nothing.
@@ -129,7 +162,9 @@ class TapHook:
             return False
         if not value.requires_grad and not self.layer.resting:
             return False
-        return self.weighted.training and not self.layer.asleep and self.layer.trains()
+        if not self.weighted.training or self.layer.asleep or not self.layer.trains():
+            return False
+        return not torch.jit.is_tracing()  # its graphs have no place for importance
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""
