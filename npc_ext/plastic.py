@@ -23,7 +23,7 @@ from .distributed import SharedSinks
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
-from .neurons import NeuronLayer, Neurons, find_neurons, is_shared
+from .neurons import NeuronLayer, Neurons, find_neurons, input_projections, is_shared
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
 from .shards import why_not as why_not_sharded
@@ -208,7 +208,7 @@ class Plastic(Descent):
             if reason := self._why_all_gradients(layer, trained):
                 layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
                 continue
-            forward = PartialForward.of(self._model.get_submodule(layer.name))
+            forward = PartialForward.of(self._model.get_submodule(layer.module))
             if forward.all_or_nothing:
                 layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
             whole = skip_frozen == "layers" or forward.all_or_nothing
@@ -232,17 +232,19 @@ class Plastic(Descent):
             return "its parameters are sharded"
         if is_shared(layer.parameters[0].parameter, self._model):
             return "its weight is shared"
-        return why_not(self._model.get_submodule(layer.name), trained)
+        return why_not(self._model.get_submodule(layer.module), trained)
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
         self._forget_plans()
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
+        self._first: dict[int, int] = {}  # of a parameter: the neuron of its first row, where that is not 0
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
         for index, layer in enumerate(self._consolidated):
             own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
             self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
+            self._first.update((id(p.parameter), p.first) for p in own if p.first)
             self._keys.append(own[0].parameter)
 
     @property
@@ -250,7 +252,7 @@ class Plastic(Descent):
         return "neurons" in self.__dict__
 
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
-        names = [name for name, _ in self._model.named_modules()]
+        names = [*(name for name, _ in self._model.named_modules()), *input_projections(self._model)]
         return {
             option: {
                 name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None
@@ -382,7 +384,8 @@ class Plastic(Descent):
     ) -> PlasticPlan:
         """A plan with its tables, which are made of parameters, numbers of neurons and options."""
         parameters = common["parameters"]
-        first_neuron = list(map(self._first_neuron, common["owners"])) if common["sharded"] else None
+        partial = common["sharded"] or any(id(owner) in self._first for owner in common["owners"])
+        first_neuron = list(map(self._first_neuron, common["owners"])) if partial else None
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         neurons = [average.numel() for average in importances]
@@ -401,7 +404,8 @@ class Plastic(Descent):
     def _first_neuron(self, parameter: Tensor) -> int:
         """Which neuron of its layer the first row of a parameter belongs to, as far as this process holds it."""
         _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
-        return first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
+        row = first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
+        return self._first.get(id(parameter), 0) + row
 
     def _signature(self) -> list[Any]:
         return [*super()._signature(), self._delays()]
@@ -584,7 +588,7 @@ class PlasticPlan(Plan):
     layers: list[int]  # indices of consolidated layers
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     skipped: Tensor  # counters of all layers, on the device
-    first_neuron: list[int] | None  # of each parameter, where shards begin within their layer; None without shards
+    first_neuron: list[int] | None  # of each parameter's first row; None where all parameters have all neurons' rows
     seeds: list[int]  # of the parameters' random rounding, or empty
 
     @contextmanager

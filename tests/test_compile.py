@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -143,6 +144,25 @@ def test_a_compiled_model_that_lost_its_taps_is_refused() -> None:
     with pytest.raises(RuntimeError, match="no importance was measured"):
         step(compiled, optimizer, 0)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_compiled_attention_is_measured_without_graph_breaks(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+    twin = copy.deepcopy(model)
+    plain, optimizer = optimizer_of(twin), optimizer_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        target, memory = torch.randn(4, 3, 8, generator=generator), torch.randn(4, 3, 8, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            for one, own in ((compiled, optimizer), (twin, plain)):
+                own.zero_grad()
+                one(target, memory).sin().square().mean().backward()
+                own.step()
+    assert {"self_attn.in_proj", "multihead_attn.in_proj"} < optimizer.plasticity().keys()
+    assert_alike(optimizer, model, plain, twin)
 
 
 def steps_of(optimizer: Any, model: nn.Module, count: int) -> None:
