@@ -43,6 +43,8 @@ _TRACED_INTO = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+# These take a matrix for one sequence without a dimension of samples.
+_TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 _PROJECTION = "input projection"
 
@@ -106,6 +108,11 @@ class TapPoint:
     unbatched_ndim: int
     copy: bool = False
     in_backward: bool = False
+
+    @property
+    def missing_dim(self) -> int:
+        """Where a single sample lacks the dimension of samples."""
+        return self.batch_dim if self.unbatched_ndim > 1 else 0
 
     def __str__(self) -> str:
         return f"{self.where} of {self.module or '(the model)'}"
@@ -435,6 +442,8 @@ def _layer(
         if isinstance(found, str):
             return found
         channel_dim, unbatched = (-1, 1) if isinstance(module, nn.Linear) else (1, module.weight.ndim - 1)
+        if isinstance(modules[name.rpartition(".")[0]], _TAKES_ONE_SEQUENCE):
+            unbatched = 2
         samples = batch_dim.get(name, _samples_dim(name, modules))
         for at, where, copy in found:
             in_backward = where == "output" and not copy and _is_measuring_relu(modules[at])

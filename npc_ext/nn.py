@@ -78,7 +78,7 @@ class _Handle:
 def _relu(input: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     """max(input, 0), with the measuring of `layer` in its backward pass; raises as `tap` does."""
     if input.ndim == point.unbatched_ndim:  # a batch of one
-        return _relu(input.unsqueeze(0), layer, point).squeeze(0)
+        return _relu(input.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     return _MeasuredReLU.apply(input, layer.sink, layer, *checked_dims(input, layer, point))
 
 

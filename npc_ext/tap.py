@@ -89,7 +89,7 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
         RuntimeError: it is on another device than the layer's importance.
     """
     if activation.ndim == point.unbatched_ndim:  # a batch of one
-        return tap(activation.unsqueeze(0), layer, point).squeeze(0)
+        return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     dims = checked_dims(activation, layer, point)
     if not layer.resting:
         return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from npc_ext import find_neurons
 from npc_ext.neurons import Neurons
+from npc_ext.nn import ReLU
 
 from .models import DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, vgg
 
@@ -240,6 +241,76 @@ def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
     want = torch.cat([eq_2(n.detach(), g, 2) for n, g in zip(projected, gradients, strict=True)])
     assert neurons["in_proj"].neurons == 24
     assert_same({"in_proj": neurons["in_proj"].sink.grad}, {"in_proj": want})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", ReLU()], ids=["relu", "npc_ext.nn.ReLU"])
+def test_a_sequence_without_a_dimension_of_samples_is_one_sample(batch_first: bool, activation: str) -> None:
+    model, x = (
+        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation=activation, batch_first=batch_first),
+        torch.randn(5, 8),
+    )
+    loss = lambda y: y.sin().sum()  # noqa: E731
+    _, alone = measured(copy.deepcopy(model), x, loss=loss)
+    _, batch_of_one = measured(model, x.unsqueeze(0 if batch_first else 1), loss=loss)
+    assert alone.keys() == batch_of_one.keys() == {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    for name, importance in batch_of_one.items():
+        torch.testing.assert_close(alone[name], importance)
+
+
+def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+            self.b.in_proj_weight = self.a.in_proj_weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x, x, x)[0]
+            return self.b(x, x, x)[0]
+
+    x = torch.randn(5, 3, 8)
+    model = Twice()
+    single, called_twice = copy.deepcopy(model), copy.deepcopy(model)
+    single.b.in_proj_weight = nn.Parameter(single.a.in_proj_weight.detach().clone())
+    called_twice.b = called_twice.a
+    neurons, got = measured(model, x)
+    _, apart = measured(single, x)
+    torch.testing.assert_close(got["a.in_proj"], apart["a.in_proj"] + apart["b.in_proj"])
+    assert [p.name for p in neurons["a.in_proj"].parameters] == ["a.in_proj_weight", "a.in_proj_bias", "b.in_proj_bias"]
+    assert "shared with b" in neurons["a.in_proj"].note
+    assert set(measured(called_twice, x)[1]) == {"a.in_proj", "a.out_proj"}
+
+
+def test_attention_that_cannot_be_measured_inside_says_why() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *inputs: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
+            return super().forward(*inputs, **options)  # type: ignore[arg-type]
+
+    class Replaced(nn.MultiheadAttention):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.forward = super().forward
+
+    for module, reason in ((Own(8, 2), "its class has a forward of its own"), (Replaced(8, 2), "has been replaced")):
+        neurons = find_neurons(nn.Sequential(module))
+        assert [layer.name for layer in neurons] == ["0.out_proj"]
+        assert all(reason in other.reason for other in neurons.others)
+    with pytest.raises(ValueError, match=r"measure_at names '0.in_proj', the input projection of attention"):
+        find_neurons(nn.Sequential(nn.MultiheadAttention(8, 2)), measure_at={"0.in_proj": "0"})
+    extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).others
+    assert [(other.name, other.reason) for other in extra] == [
+        (name, "a key and a value that attention adds to every sequence") for name in ("bias_k", "bias_v")
+    ]
+
+
+def test_attention_is_measured_where_nothing_but_its_projection_trains() -> None:
+    model, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    model.out_proj.requires_grad_(False)
+    assert set(measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]) == {"in_proj"}
+    model.requires_grad_(False)
+    x.requires_grad_()
+    assert not measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]
 
 
 def test_a_transformer_layer_that_is_the_model_itself_says_where_samples_are() -> None:

@@ -72,6 +72,26 @@ def test_checkpointing_measures_once(reentrant: bool) -> None:
     assert len(want) == 4
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_is_measured_under_checkpointing_and_autocast(reentrant: bool, dtype: torch.dtype) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    neurons, x = tapped(model), torch.randn(4, 6, 8, requires_grad=True)
+
+    def run(*, checkpointed: bool) -> list[Tensor]:
+        for layer in neurons:
+            layer.sink.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not torch.float32):
+            output = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        output.float().sin().sum().backward()
+        return sinks(neurons)
+
+    want = run(checkpointed=False)
+    assert len(want) == 4
+    assert all(one.dtype == torch.float32 and one.min() > 0 for one in want)
+    assert all(map(torch.equal, run(checkpointed=True), want))
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_a_compiled_model_is_measured_without_graph_breaks(backend: str) -> None:
     model, (x, y) = paper_cnn(), batch()
