@@ -19,10 +19,10 @@ from torch.nn.modules import module as _global_hooks
 
 from .lazy import Anchor
 from .neurons import NeuronLayer
-from .tap import TapHook
+from .tap import TapHook, Unscriptable
 
 
-class Calls:
+class Calls(Unscriptable):
     """Forward pre-hook and forward hook of the whole model; picklable with it.
 
     Args:

@@ -111,6 +111,7 @@ class Descent(torch.optim.Optimizer):
                 "params=[{'params': ..., ...}, ...]"
             )
         check_choice("backend", backend, BACKENDS)
+        check_not_in_inference_mode("the optimizer is built")
         self._model = unwrapped(model)
         self._backend = backend
         self._options_of = itemgetter(*self._OPTIONS)
@@ -137,6 +138,11 @@ class Descent(torch.optim.Optimizer):
                 raise ValueError(
                     f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
                     f"{type(self).__name__} trains real parameters only"
+                )
+            if parameter.requires_grad and parameter.is_inference():
+                raise ValueError(
+                    f"{self._name_of(parameter)} was created under torch.inference_mode(), so it can never be trained; "
+                    "create and load the model outside of it"
                 )
             if is_sharded(parameter):
                 self._check_sharded(parameter)
@@ -182,6 +188,8 @@ class Descent(torch.optim.Optimizer):
 
         An exception leaves weights and state as they were.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(Descent.step, self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -294,6 +302,7 @@ class Descent(torch.optim.Optimizer):
     @torch.no_grad()
     def _make_plans(self) -> list[Any]:
         """What a step works on, device by device, until something in the signature changes."""
+        check_not_in_inference_mode("step() is called")
         members: dict[torch.device, list[tuple[Tensor, dict[str, Any]]]] = {}
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -588,6 +597,7 @@ class Descent(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        check_not_in_inference_mode("load_state_dict() is called")
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 f"the state dict has {', '.join(map(str, [*state_dict][:4])) or 'nothing'}; expected state and "
@@ -664,12 +674,27 @@ class _GroupsChangedError(Exception):
     """The groups have other parameters than plans, layers and taps were made for; these are up to date now."""
 
 
+@torch.compiler.disable
+def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a function as it is, from code that is being compiled: steps work by address, and graphs cannot."""
+    return function(*arguments)
+
+
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
     parameters = param_group["params"]
     if isinstance(parameters, Tensor):
         return [parameters]
     param_group["params"] = list(parameters)  # a generator can be read once only
     return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+
+
+def check_not_in_inference_mode(what: str) -> None:
+    """Raises RuntimeError where new tensors could never be written to outside of torch.inference_mode()."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what} under torch.inference_mode(), whose tensors cannot be written to later; do it outside of that "
+            "mode (torch.no_grad() is fine)"
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

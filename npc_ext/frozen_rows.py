@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from .tap import left_out_like
+from .tap import StandIn, left_out_like
 
 if TYPE_CHECKING:
     from .certificate import Watch
@@ -309,16 +309,7 @@ def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | 
 # -------------------------------------------------------------------------------------------------------- the forward
 
 
-def stand_in_of(module: nn.Module) -> Any:
-    """The object whose method the module's attribute `forward` is; None without such an attribute.
-
-    Dynamo guards a callable object by its identity, so it would compile a block anew for each of its copies. A method
-    it guards by its code.
-    """
-    return getattr(module.__dict__.get("forward"), "__self__", None)
-
-
-class PartialForward:
+class PartialForward(StandIn):
     """Its `__call__` stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
 
     It calls the class's own `forward` unless a certificate is in force for the coming step, and gradients are to flow.
@@ -335,17 +326,17 @@ class PartialForward:
         self._users: set[weakref.ReferenceType[Watch]] = set()
 
     @classmethod
-    def of(cls, module: nn.Module) -> PartialForward:
+    def placed_in(cls, module: nn.Module) -> PartialForward:
         """The one in a module, put there if it is not yet; it stays until all who `join` it have left.
 
         Raises:
             ValueError: `why_not` has an objection to the module.
         """
-        own = stand_in_of(module)
-        if not isinstance(own, cls):
-            own = cls(module)
-            module.forward = own.__call__
-        return own
+        forward = StandIn.of(module)
+        if not isinstance(forward, cls):
+            forward = cls(module)
+            forward._enter()
+        return forward
 
     @property
     def bias(self) -> nn.Parameter | None:
@@ -361,8 +352,8 @@ class PartialForward:
         """Takes itself out of the module, if it is still there and no other optimizer looks at that."""
         self.release(watch)
         self._users.discard(weakref.ref(watch))
-        if not self._users and stand_in_of(self._module) is self:
-            del self._module.forward
+        if not self._users:
+            self._exit()
 
     def is_shared(self) -> bool:
         """Whether several optimizers look at the module: another one may want to measure what requires a gradient."""
@@ -454,7 +445,7 @@ def why_not(module: nn.Module, trained: set[int]) -> str:
         return operation
     if is_parametrized(module):
         return "its weight is computed from other parameters (a parametrization)"
-    if "forward" in module.__dict__ and type(stand_in_of(module)) is not PartialForward:
+    if "forward" in module.__dict__ and type(StandIn.of(module)) is not PartialForward:
         return "its forward has been replaced by somebody else"
     if any(id(p) not in trained for p in module.parameters(recurse=False)):
         return "a part of its parameters is not trained by this optimizer"

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .neurons import NeuronLayer
+from .tap import Unscriptable
 
 
-class Anchor:
+class Anchor(Unscriptable):
     """Forward hook of the whole model: if all that ran is asleep, what it returns still requires a gradient.
 
     So loss.backward() works, and one parameter receives a gradient (of zeros), as GradScaler wants.

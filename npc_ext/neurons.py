@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from . import ops
+from . import attention, ops
 from .names import close_to
 from .nn import ReLU
 from .protection import Protection
@@ -48,7 +48,10 @@ _TRACED_INTO = (
     nn.TransformerDecoderLayer,
 )
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# These take a matrix for one sequence without a dimension of samples.
+_TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_PROJECTION = "input projection"
 
 _NORMALIZATION = {
     *(f"{kind}Norm{d}d" for kind in ("Batch", "Instance") for d in (1, 2, 3)),
@@ -81,29 +84,40 @@ _VIEWS = {
 
 @dataclass(frozen=True)
 class NeuronParameter:
-    """A parameter whose dimension `dim` counts neurons; `groups` > 1 only for grouped transposed convolutions."""
+    """A parameter whose dimension `dim` counts neurons; `groups` > 1 only for grouped transposed convolutions.
+
+    Its first row belongs to neuron `first` of its layer.
+    """
 
     name: str
     parameter: nn.Parameter
     dim: int = 0
     groups: int = 1
+    first: int = 0
 
 
 @dataclass(frozen=True)
 class TapPoint:
     """A place in the model where a layer's activation passes: what a module returns, or what it takes.
 
+    Or the input projection of attention, in the middle of a module (attention.py).
+
     `copy`: what follows works in place, or is unknown, so the tap hands on a copy. `in_backward`: the module is an
     `npc_ext.nn.ReLU` that needs no tap. A tensor of `unbatched_ndim` dimensions is a single sample.
     """
 
     module: str
-    where: str  # "output" or "input"
+    where: str  # "output", "input" or "input projection"
     channel_dim: int
     batch_dim: int
     unbatched_ndim: int
     copy: bool = False
     in_backward: bool = False
+
+    @property
+    def missing_dim(self) -> int:
+        """Where a single sample lacks the dimension of samples."""
+        return self.batch_dim if self.unbatched_ndim > 1 else 0
 
     def __str__(self) -> str:
         return f"{self.where} of {self.module or '(the model)'}"
@@ -158,6 +172,11 @@ class NeuronLayer:
     expected_version: int = field(default=0, repr=False)
     has_gradients: bool = field(default=True, repr=False)
     forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)  # of certificates, see certificate.py
+
+    @property
+    def module(self) -> str:
+        """The name of the module that has the weight."""
+        return self.parameters[0].name.rpartition(".")[0]
 
     def add_note(self, text: str) -> None:
         """Adds to what a reader of the table should know."""
@@ -235,13 +254,15 @@ class Neurons:
         _have_hooks_guarded()
         for layer in self.layers if layers is None else layers:
             layer.measure, layer.relu_backward = measure, relu_backward
-            weighted = model.get_submodule(layer.name)
+            weighted = model.get_submodule(layer.module)
             for point in layer.points:
                 module, hook = model.get_submodule(point.module), TapHook(layer, point, weighted)
                 if point.in_backward and isinstance(module, ReLU):
                     self._handles.append(module.attach(hook))
                 elif point.where == "output":
                     self._handles.append(module.register_forward_hook(hook))
+                elif point.where == _PROJECTION:
+                    self._handles.append(attention.tap_projection(module, hook))
                 else:
                     self._handles.append(module.register_forward_pre_hook(hook))
 
@@ -300,7 +321,7 @@ class Neurons:
             elif reason := self._left_alone.get(layer.name):
                 measured = f"nowhere: {reason}"
             names = ", ".join(
-                _relative(own.name, layer.name) + ("" if its or not any(trains) else " (not trained)")
+                _relative(own.name, layer.module) + ("" if its or not any(trains) else " (not trained)")
                 for own, its in zip(layer.parameters, trains, strict=True)
             )
             counts = f"{layer.neurons:,}", f"{layer.fan_in:,}", f"{layer.gradients_skipped:.0%}"
@@ -346,7 +367,8 @@ def find_neurons(
 
     Args:
         model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and those of the form
-            of GPT-2's Conv1D.
+            of GPT-2's Conv1D. So has the input projection of MultiheadAttention: those of queries, keys and values, one
+            after the other.
         measure_at: layer name -> name of the module whose output holds the layer's activation, instead of the place
             found.
         batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
@@ -357,12 +379,18 @@ def find_neurons(
     """
     modules = dict(model.named_modules())
     weighted, unusable = _weighted_layers(modules)
+    projections = input_projections(model)
     for name in measure_at or {}:
+        if name in projections:
+            raise ValueError(
+                f"measure_at names {name!r}, the input projection of attention, which is measured inside its module; "
+                "expected another layer"
+            )
         _check_name("measure_at", name, [*weighted])
     for name in (measure_at or {}).values():
         _check_name("measure_at", name, list(modules))
     for name, dim in (batch_dim or {}).items():
-        _check_name("batch_dim", name, [*weighted])
+        _check_name("batch_dim", name, [*weighted, *projections])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
         if dim == 1 and not is_linear(weighted[name]):
@@ -380,6 +408,11 @@ def find_neurons(
             continue
         layers.append(found)
         claimed.update((id(p.parameter), found.name) for p in found.parameters)
+    for names in _by_projection(projections, modules, unusable).values():
+        layers.append(_projection_layer(names, modules, batch_dim or {}))
+        claimed.update((id(p.parameter), layers[-1].name) for p in layers[-1].parameters)
+    position = {name: index for index, name in enumerate(modules)}
+    layers.sort(key=lambda layer: position[layer.module])
     if not layers:
         raise ValueError(
             f"the model ({type(model).__name__}) has no neurons that can be measured: no Linear, Conv or ConvTranspose "
@@ -533,6 +566,8 @@ def _layer(
         if isinstance(found, str):
             return found
         channel_dim, unbatched = (-1, 1) if is_linear(module) else (1, module.weight.ndim - 1)
+        if isinstance(modules[name.rpartition(".")[0]], _TAKES_ONE_SEQUENCE):
+            unbatched = 2
         samples = batch_dim.get(name, _samples_dim(name, modules)) if is_linear(module) else 0
         for at, where, copy in found:
             in_backward = where == "output" and not copy and _is_measuring_relu(modules[at])
@@ -555,6 +590,59 @@ def _layer(
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
     )
+
+
+def input_projections(model: nn.Module) -> list[str]:
+    """The names under which the input projections of attention are layers."""
+    return [_join(name, "in_proj") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+
+
+def _by_projection(
+    projections: list[str], modules: Mapping[str, nn.Module], unusable: dict[str, str]
+) -> dict[int, list[str]]:
+    """Names of attention modules grouped by the weight of their input projection; adds to those that are unusable."""
+    groups: dict[int, list[str]] = {}
+    for owner in (name.rpartition(".")[0] for name in projections):
+        module: Any = modules[owner]
+        own = [getattr(module, name) for name in _projection_weights(module)]
+        if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in own):
+            unusable[owner] = "its weight is computed from other parameters (a parametrization)"
+        elif not all(weight.is_floating_point() for weight in own):
+            unusable[owner] = f"its weight is {own[0].dtype}, no floating-point numbers"
+        elif reason := attention.why_not(module):
+            unusable[owner] = f"attention's input projection: {reason}"
+        else:
+            groups.setdefault(id(own[0]), []).append(owner)
+    return groups
+
+
+def _projection_weights(module: nn.MultiheadAttention) -> list[str]:
+    if module.in_proj_weight is not None:
+        return ["in_proj_weight"]
+    return ["q_proj_weight", "k_proj_weight", "v_proj_weight"]
+
+
+def _projection_layer(names: list[str], modules: Mapping[str, nn.Module], batch_dim: Mapping[str, int]) -> NeuronLayer:
+    """The input projection whose weight the attention modules `names` share."""
+    parameters: list[NeuronParameter] = []
+    points: list[TapPoint] = []
+    for name in names:
+        module: Any = modules[name]
+        samples = batch_dim.get(_join(name, "in_proj"), _samples_dim(name, modules))
+        points.append(TapPoint(name, _PROJECTION, -1, samples, 2))
+        first = 0
+        for own in (*_projection_weights(module), "in_proj_bias"):
+            parameter = getattr(module, own)
+            if parameter is not None and all(parameter is not known.parameter for known in parameters):
+                rows = 0 if own == "in_proj_bias" else first
+                parameters.append(NeuronParameter(_join(name, own), parameter, first=rows))
+                first += len(parameter)
+    weights = [own for own in parameters if own.parameter.ndim == 2]
+    neurons = sum(len(own.parameter) for own in weights)
+    fan_in = sum(own.parameter.numel() for own in weights) // max(neurons, 1)
+    sink = torch.zeros(neurons, dtype=torch.float32, device=weights[0].parameter.device, requires_grad=True)
+    note = f"its weight is shared with {', '.join(names[1:])}; importance adds up over all of them" if names[1:] else ""
+    return NeuronLayer(_join(names[0], "in_proj"), neurons, fan_in, tuple(parameters), tuple(points), note, sink)
 
 
 def _outputs_of_adapters(weighted: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -592,7 +680,7 @@ def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[st
     if isinstance(module, _RECURRENT):
         return "recurrent layer: its activations inside the sequence cannot be seen"
     if isinstance(module, nn.MultiheadAttention):
-        return "attention's input projection: its activations cannot be seen"
+        return "a key and a value that attention adds to every sequence"
     if _torch_class(module) in _NORMALIZATION:
         return "normalization that follows no single layer's neurons"
     return f"{own} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"

@@ -11,12 +11,12 @@ own, and no memory: y is kept for ReLU's backward in any case.
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from .tap import TapHook, checked_dims, for_sink, like, tap
 
@@ -39,11 +39,11 @@ class ReLU(nn.ReLU):
         super().__init__()
         self._taps: OrderedDict[int, TapHook] = OrderedDict()
 
-    def attach(self, hook: TapHook) -> RemovableHandle:
+    def attach(self, hook: TapHook) -> _Handle:
         """Has the hook's layer measured here, until the handle that it returns is removed."""
-        handle = RemovableHandle(self._taps)
-        self._taps[handle.id] = hook
-        return handle
+        key = next(reversed(self._taps), 0) + 1
+        self._taps[key] = hook
+        return _Handle(self, key)
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
@@ -66,10 +66,19 @@ class ReLU(nn.ReLU):
         return output
 
 
+@dataclass(frozen=True)
+class _Handle:
+    module: ReLU
+    key: int
+
+    def remove(self) -> None:
+        self.module._taps.pop(self.key, None)  # torch.export has put an equal dictionary in the place of the first one
+
+
 def _relu(input: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     """max(input, 0), with the measuring of `layer` in its backward pass; raises as `tap` does."""
     if input.ndim == point.unbatched_ndim:  # a batch of one
-        return _relu(input.unsqueeze(0), layer, point).squeeze(0)
+        return _relu(input.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     return _MeasuredReLU.apply(input, layer.sink, layer, *checked_dims(input, layer, point))
 
 

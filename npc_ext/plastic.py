@@ -20,13 +20,21 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from . import ops, reference
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
-from .descent import Descent, Plan, check_choice, check_plasticity_options
+from .descent import Descent, Plan, check_choice, check_plasticity_options, uncompiled
 from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
 from .lazy import let_sleep
 from .names import ByLayer, close_to
-from .neurons import NO_BACKWARD_PASS, NeuronLayer, Neurons, find_neurons, is_shared, is_weighted
+from .neurons import (
+    NO_BACKWARD_PASS,
+    NeuronLayer,
+    Neurons,
+    find_neurons,
+    input_projections,
+    is_shared,
+    is_weighted,
+)
 from .protection import warn_if_little
 from .resting import let_rest
 from .shards import first_row, is_sharded, processes_of
@@ -236,7 +244,7 @@ class Plastic(Descent, Joinable):
             if reason := self._why_all_gradients(layer, trained):
                 layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
                 continue
-            forward = PartialForward.of(self._model.get_submodule(layer.name))
+            forward = PartialForward.placed_in(self._model.get_submodule(layer.module))
             if forward.all_or_nothing:
                 layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
             whole = skip_frozen == "layers" or forward.all_or_nothing
@@ -260,7 +268,7 @@ class Plastic(Descent, Joinable):
             return "its parameters are sharded"
         if is_shared(layer.parameters[0].parameter, self._model):
             return "its weight is shared"
-        return why_not(self._model.get_submodule(layer.name), trained)
+        return why_not(self._model.get_submodule(layer.module), trained)
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
@@ -269,10 +277,12 @@ class Plastic(Descent, Joinable):
         self._plain = {id(own.parameter) for own in plain}
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
+        self._first: dict[int, int] = {}  # of a parameter: the neuron of its first row, where that is not 0
         self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
         for index, layer in enumerate(self._consolidated):
             own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
             self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
+            self._first.update((id(p.parameter), p.first) for p in own if p.first)
             self._keys.append(own[0].parameter)
         moved = [p for group in self.param_groups for p in group["params"] if self._trains(p)]
         self.neurons.note_training(moved, self._left_alone)
@@ -284,6 +294,7 @@ class Plastic(Descent, Joinable):
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         modules = self._model.named_modules()
         names = [name for name, module in modules if is_weighted(module) or self._layer_options.names(name)]
+        names += input_projections(self._model)
         return {
             option: {
                 name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None
@@ -414,10 +425,11 @@ class Plastic(Descent, Joinable):
         index, dim, groups = self._place[id(parameter)]
         layer, average = self._consolidated[index], self._layer_state(index)["importance"]
         neurons = parameter.shape[dim] * groups if parameter.ndim > dim else 1
-        if neurons != layer.neurons:
+        ends = {layer.neurons, *(part.first for part in layer.parameters)}  # one parameter may hold a part of them
+        if self._first.get(id(parameter), 0) + neurons not in ends:
             raise ValueError(
-                f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but had {layer.neurons} "
-                f"when the optimizer was built; build a new one, {self._called()}(model, ...)"
+                f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but the layer had "
+                f"{layer.neurons} when the optimizer was built; build a new one, {self._called()}(model, ...)"
                 ".load_importance(optimizer), which keeps the importance of the first neurons"
             )
         if not isinstance(average, Tensor) or average.shape != (neurons,):
@@ -495,7 +507,8 @@ class Plastic(Descent, Joinable):
     ) -> PlasticPlan:
         """A plan with its tables, which are made of parameters, numbers of neurons and options."""
         parameters = common["parameters"]
-        first_neuron = list(map(self._first_neuron, common["owners"])) if common["sharded"] else None
+        partial = common["sharded"] or any(id(owner) in self._first for owner in common["owners"])
+        first_neuron = list(map(self._first_neuron, common["owners"])) if partial else None
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         neurons = [average.numel() for average in importances]
@@ -515,7 +528,8 @@ class Plastic(Descent, Joinable):
     def _first_neuron(self, parameter: Tensor) -> int:
         """Which neuron of its layer the first row of a parameter belongs to, as far as this process holds it."""
         _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
-        return first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
+        row = first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
+        return self._first.get(id(parameter), 0) + row
 
     def _signature(self) -> list[Any]:
         return [*super()._signature(), self._delays()]
@@ -609,6 +623,9 @@ class Plastic(Descent, Joinable):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
+        if torch.compiler.is_dynamo_compiling():
+            uncompiled(Plastic.zero_grad, self, set_to_none)
+            return
         super().zero_grad(set_to_none)
         if self._ready_neurons:
             self._drop_measured()
@@ -765,7 +782,7 @@ class PlasticPlan(Plan):
     layer_states: list[dict[str, Any]]  # the states that hold their importance
     importances: list[Tensor]  # those, as they were checked
     skipped: Tensor  # counters of all layers, on the device
-    first_neuron: list[int] | None  # of each parameter, where shards begin within their layer; None without shards
+    first_neuron: list[int] | None  # of each parameter's first row; None where all parameters have all neurons' rows
     seeds: list[int]  # of the parameters' random rounding, or empty
 
     def is_current(self) -> bool:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .frozen_rows import stand_in_of
 from .neurons import NeuronLayer
+from .tap import StandIn
 
 
-class ConstantScales:
+class ConstantScales(StandIn):
     """Its `__call__` stands in for the forward of a normalization whose scales are a layer's: constants at times.
 
     Each optimizer of the model has a layer of its own for them. Picklable with the model.
@@ -34,13 +34,13 @@ class ConstantScales:
     def join(self, layer: NeuronLayer) -> None:
         """Puts it into the module for one more layer."""
         self._layers.append(layer)
-        self._module.forward = self.__call__
+        self._enter()
 
     def leave(self, layer: NeuronLayer) -> None:
         """Takes it out of the module with the last layer, if it is still there."""
         self._layers.remove(layer)
-        if not self._layers and stand_in_of(self._module) is self:
-            del self._module.forward
+        if not self._layers:
+            self._exit()
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -83,7 +83,7 @@ def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collectio
         owners = {own.name.rpartition(".")[0] for own in layer.parameters} - {layer.name}
         for module in map(model.get_submodule, sorted(owners)):
             ours = all(id(parameter) in trained for parameter in module.parameters(recurse=False))
-            forward = stand_in_of(module) if "forward" in module.__dict__ else ConstantScales(module)
+            forward = StandIn.of(module) if "forward" in module.__dict__ else ConstantScales(module)
             # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
             if ours and isinstance(forward, ConstantScales):
                 forward.join(layer)

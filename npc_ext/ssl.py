@@ -207,7 +207,8 @@ class _InhibitionHook(TapHook):
 
 
 def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
-    neurons = find_neurons(model)
+    # The penalty acts on the activations of whole modules.
+    neurons = [layer for layer in find_neurons(model) if layer.name == layer.module]
     if patterns is None:
         linear = (layer for layer in neurons if is_linear(model.get_submodule(layer.name)))
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]

@@ -102,7 +102,7 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
         elif not layer.sharded and gradients[0]._version != layer.expected_version:
             with torch.no_grad():
                 kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
-                layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), 0.0)
+                layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), -0.0)
     layer.expected_version = 0 if gradient is None else gradient._version + 1
     if layer.sharded:
         layer.has_gradients = False
@@ -124,7 +124,7 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
         RuntimeError: it is on another device than the layer's importance.
     """
     if activation.ndim == point.unbatched_ndim:  # a batch of one
-        return tap(activation.unsqueeze(0), layer, point).squeeze(0)
+        return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     dims = checked_dims(activation, layer, point)
     if not layer.resting:
         return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)
@@ -150,15 +150,65 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
             f"{layer.neurons} neurons, expected in dimension {point.channel_dim}; name another place with "
             f"layers={{{layer.name!r}: {{'measure_at': ...}}}}"
         )
+    check_device(activation, layer)
+    return channel_dim, batch_dim
+
+
+def check_device(activation: Tensor, layer: NeuronLayer) -> None:
+    """Raises RuntimeError if a layer's activation is on another device than its importance."""
     if activation.device != layer.sink.device:
         raise RuntimeError(
             f"layer {layer.name!r} runs on {activation.device}, but its importance is on {layer.sink.device}; "
             "build the optimizer after moving the model"
         )
-    return channel_dim, batch_dim
 
 
-class TapHook:
+def _refuse_script(*_: Any) -> Any:
+    raise AttributeError(
+        "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
+        "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
+        "model that has loaded model.state_dict()"
+    )
+
+
+class Unscriptable:
+    """A hook that torch.jit.script cannot compile.
+
+    It asks hooks for `__name__`, and shows the error. To others an AttributeError says that there is no such attribute.
+    """
+
+    __name__ = property(_refuse_script)
+
+
+class StandIn:
+    """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module.
+
+    The attribute is a method: Dynamo guards that by its code, and a callable object by its identity, so that it would
+    compile a block anew for each of its copies.
+    """
+
+    _module: Any
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Takes what the module's forward takes."""
+        raise NotImplementedError
+
+    @staticmethod
+    def of(module: nn.Module) -> Any:
+        """The object whose method the module's attribute `forward` is; None without such an attribute."""
+        return getattr(module.__dict__.get("forward"), "__self__", None)
+
+    def _enter(self) -> None:
+        self._module.forward = self.__call__
+        self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
+
+    def _exit(self) -> None:
+        """Takes itself out of the module, if it is still there."""
+        if StandIn.of(self._module) is self:
+            del self._module.forward, self._module.__prepare_scriptable__
+
+
+class TapHook(Unscriptable):
     """Forward hook, or forward pre-hook, that taps what a module returns or takes; picklable with the model.
 
     It measures only where gradients flow and the layer is training, so evaluation costs nothing.
@@ -173,7 +223,9 @@ class TapHook:
             return False
         if not value.requires_grad and not self.layer.resting:
             return False
-        return self.weighted.training and not self.layer.asleep and self.layer.trains()
+        if not self.weighted.training or self.layer.asleep or not self.layer.trains():
+            return False
+        return not torch.jit.is_tracing()  # its graphs have no place for importance
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import _launch, reference
+from .descent import uncompiled
 from .distributed import SinksJoinHook
 from .neurons import Neurons
 from .npc import NPC
@@ -157,6 +158,9 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
+        if torch.compiler.is_dynamo_compiling():
+            uncompiled(PlasticityWrapper.zero_grad, self, set_to_none)
+            return
         self.optimizer.zero_grad(set_to_none)
         self._tracker.forget_measured()
 
@@ -175,6 +179,11 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             RuntimeError: gradients are there, but no importance was measured at all; or a schedule-free optimizer is
                 not in training mode.
         """
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(PlasticityWrapper._step, self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -476,6 +476,27 @@ def transposed(groups: int = 1) -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 5), nn.Tanh(), upsampling, nn.Tanh(), nn.Flatten(), nn.Linear(324, 3))
 
 
+class Attending(nn.Module):
+    """Attention over an image's rows, whose 24 neurons of queries, keys and values are in three weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        self.attention, self.head = nn.MultiheadAttention(8, 2, kdim=6, vdim=5, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.squeeze(1)
+        return self.head(self.attention(x, x[..., :6], x[..., 3:], need_weights=False)[0].mean(1))
+
+
+@scenario
+def sharded_attention() -> Any:
+    model = Attending()
+    fully_shard(model)
+    optimizer = NPC(model, **OPTIONS)
+    return {"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)}
+
+
 @scenario
 def sharded_wrapped_adamw() -> Any:
     model = in_shards(network())

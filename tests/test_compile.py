@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -9,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo import convert_frame
 from torch.nn import functional as F
 
 import npc_ext
-from npc_ext import NPC, ImportanceWarning
+from npc_ext import CPC, EWC, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper
 
 from .tolerances import TRAJECTORY
 
@@ -337,3 +340,71 @@ def test_a_model_that_was_compiled_and_trained_before_says_what_to_do() -> None:
     torch.compiler.reset()
     step(compiled, optimizer, 1)
     assert all(layer.importance.any() for layer in optimizer.plasticity().values())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_compiled_attention_is_measured_without_graph_breaks(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+    twin = copy.deepcopy(model)
+    plain, optimizer = optimizer_of(twin), optimizer_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        target, memory = torch.randn(4, 3, 8, generator=generator), torch.randn(4, 3, 8, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            for one, own in ((compiled, optimizer), (twin, plain)):
+                own.zero_grad()
+                one(target, memory).sin().square().mean().backward()
+                own.step()
+    assert {"self_attn.in_proj", "multihead_attn.in_proj"} < optimizer.plasticity().keys()
+    assert_alike(optimizer, model, plain, twin)
+
+
+def steps_of(optimizer: Any, model: nn.Module, count: int) -> None:
+    """Whole steps, of which the compiler sees all."""
+
+    def whole() -> None:
+        optimizer.zero_grad()
+        loss(model, 0).backward()
+        optimizer.step()
+
+    compiled = torch.compile(whole, backend=BACKEND)
+    for _ in range(count):
+        compiled()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduled"),
+    [(NPC, False), (NPC, True), (NPCAdamW, True), (CPC, False), (EWC, True), (PlasticityWrapper, True)],
+)
+def test_the_compiler_keeps_out_of_steps(kind: Any, scheduled: bool) -> None:
+    """It traces callers up to `step`, and nothing that a step does; hooks and schedulers count each step once."""
+
+    def make(model: nn.Module) -> Any:
+        if kind is PlasticityWrapper:
+            return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        return kind(model, lr=0.01)
+
+    model, twin = network(), network()
+    optimizer, plain = make(model), make(twin)
+    called = list[int]()
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100) if scheduled else None
+    code = list[str]()
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        compile_one = convert_frame._compile
+        patch.setattr(convert_frame, "_compile", lambda c, *a, **k: code.append(c.co_name) or compile_one(c, *a, **k))  # type: ignore[func-returns-value]
+        steps_of(optimizer, model, 3)
+        if scheduler is not None:
+            scheduler.step()  # warns if no step was counted
+    assert not [one.message for one in caught if "Dynamo" in str(one.message) or "lr_scheduler" in str(one.message)]
+    for _ in range(3):
+        plain.zero_grad()
+        loss(twin, 0).backward()
+        plain.step()
+    assert len(called) == 3
+    assert not {"_prepare", "_signature", "_make_plans", "_launch", "_take_steps"} & set(code)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= TRAJECTORY * q.norm()

@@ -25,6 +25,7 @@ from .processes import (
     OPTIONS,
     STEPS,
     WHOLE,
+    Attending,
     Heads,
     batch,
     bottleneck,
@@ -256,6 +257,13 @@ def test_shards_of_a_transposed_convolution(ranks: list[dict[str, Any]]) -> None
     for rank in ranks:
         assert rank["sharded_transposed"]["alike"]
         assert_close(rank["sharded_transposed"]["numbers"], want)
+
+
+def test_shards_of_attentions_input_projection(ranks: list[dict[str, Any]]) -> None:
+    want = alone(plain_loss, Attending(), steps=FEW, **OPTIONS)
+    for rank in ranks:
+        assert rank["sharded_attention"]["alike"]
+        assert_close(rank["sharded_attention"]["numbers"], want)
 
 
 def test_shards_and_recomputed_activations(ranks: list[dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from npc_ext import find_neurons
 from npc_ext.neurons import Neurons
+from npc_ext.nn import ReLU
 
 from .models import Conv1D, DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, transposed_and_not, vgg
 
@@ -147,13 +148,169 @@ def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
         }
     gradients = torch.autograd.grad(loss(y), list(acts.values()))
     samples = 0 if batch_first else 1
+    assert all(got.pop(f"layers.{index}.self_attn.in_proj").min() > 0 for index in range(2))
     assert_same(
         got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)}
     )
     assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
-        *(f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")),
-        *("self_attn.in_proj_weight", "self_attn.in_proj_bias"),
+        f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")
     }
+
+
+def attention(module: nn.MultiheadAttention, inputs: list[Tensor], padding: Tensor | None) -> tuple[list[Tensor], ...]:
+    """Queries, keys and values (batch, length, E), and what the module returns, by separate linear layers."""
+    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    if module.in_proj_weight is not None:
+        weights = list(module.in_proj_weight.chunk(3))
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    batched = [x if x.ndim == 3 else x[None] for x in inputs]
+    if not module.batch_first and inputs[0].ndim == 3:
+        batched = [x.transpose(0, 1) for x in batched]
+    projected = [F.linear(x, w, b) for x, w, b in zip(batched, weights, biases, strict=True)]
+    q, k, v = projected
+    if module.bias_k is not None:
+        k, v = (torch.cat([x, b.expand(len(x), 1, -1)], 1) for x, b in ((k, module.bias_k), (v, module.bias_v)))
+    if module.add_zero_attn:
+        k, v = (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (k, v))
+    q, k, v = (x.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    output = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    if inputs[0].ndim == 2:
+        return projected, [output[0], weights.mean(1)[0]]
+    return projected, [output if module.batch_first else output.transpose(0, 1), weights.mean(1)]
+
+
+def kinds_of_attention() -> dict[str, tuple[dict[str, object], list[Tensor], dict[str, object]]]:
+    """Options of the module, its inputs, and options of the call."""
+    x, y, z = torch.randn(4, 3, 8), torch.randn(5, 3, 8), torch.randn(5, 3, 8)
+    first = [t.transpose(0, 1) for t in (x, y, z)]
+    padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5, [False] * 4 + [True]])
+    return {
+        "self": ({}, [x, x, x], {}),
+        "self, samples first": ({"batch_first": True}, [first[0]] * 3, {}),
+        "self, no weights": ({}, [x, x, x], {"need_weights": False}),
+        "cross": ({}, [x, y, y], {}),
+        "cross, samples first": ({"batch_first": True}, [first[0], first[1], first[1]], {"need_weights": False}),
+        "all different": ({}, [x, y, z], {}),
+        "all different, samples first": ({"batch_first": True, "bias": False}, first, {"need_weights": False}),
+        "padded": ({}, [x, y, y], {"key_padding_mask": padding}),
+        "padded, no weights": (
+            {"batch_first": True}, [first[0], first[1], first[1]], {"key_padding_mask": padding, "need_weights": False},
+        ),
+        "one sample": ({}, [x[:, 0]] * 3, {}),
+        "one sample, samples first": ({"batch_first": True}, [x[:, 0], y[:, 0], y[:, 0]], {"need_weights": False}),
+        "other widths": ({"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]], {}),
+        "other widths, samples first, no bias": (
+            {"kdim": 6, "vdim": 5, "batch_first": True, "bias": False},
+            [first[0], first[1][..., :6], first[2][..., :5]], {"need_weights": False},
+        ),
+        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], {}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", kinds_of_attention())
+def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
+    torch.manual_seed(0)
+    options, inputs, call = kinds_of_attention()[kind]
+    model = nn.MultiheadAttention(8, 2, **options)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    exact = copy.deepcopy(model).double()
+    before = model(*inputs, **call)
+    neurons = find_neurons(model)
+    neurons.attach(model)
+    tapped = model(*inputs, **call)
+    weights = torch.randn_like(before[0])
+
+    def loss(output: Tensor, probabilities: Tensor | None) -> Tensor:
+        sum_ = (weights.to(output.dtype) * output).sum()
+        return (
+            sum_ if probabilities is None or not call.get("need_weights", True) else sum_ + probabilities.pow(2).sum()
+        )
+
+    loss(*tapped).backward()
+    neurons.detach()
+    for one, other in zip(tapped, before, strict=True):
+        assert one is other or torch.equal(one, other)
+    projected, outputs = attention(exact, [x.double() for x in inputs], call.get("key_padding_mask"))  # type: ignore[arg-type]
+    torch.testing.assert_close(outputs[0].float(), before[0], rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(loss(*outputs), projected)
+    want = torch.cat([eq_2(n.detach(), g, 2) for n, g in zip(projected, gradients, strict=True)])
+    assert neurons["in_proj"].neurons == 24
+    assert_same({"in_proj": neurons["in_proj"].sink.grad}, {"in_proj": want})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", ReLU()], ids=["relu", "npc_ext.nn.ReLU"])
+def test_a_sequence_without_a_dimension_of_samples_is_one_sample(batch_first: bool, activation: str) -> None:
+    model, x = (
+        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation=activation, batch_first=batch_first),
+        torch.randn(5, 8),
+    )
+    loss = lambda y: y.sin().sum()  # noqa: E731
+    _, alone = measured(copy.deepcopy(model), x, loss=loss)
+    _, batch_of_one = measured(model, x.unsqueeze(0 if batch_first else 1), loss=loss)
+    assert alone.keys() == batch_of_one.keys() == {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    for name, importance in batch_of_one.items():
+        torch.testing.assert_close(alone[name], importance)
+
+
+def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+            self.b.in_proj_weight = self.a.in_proj_weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x, x, x)[0]
+            return self.b(x, x, x)[0]
+
+    x = torch.randn(5, 3, 8)
+    model = Twice()
+    single, called_twice = copy.deepcopy(model), copy.deepcopy(model)
+    single.b.in_proj_weight = nn.Parameter(single.a.in_proj_weight.detach().clone())
+    called_twice.b = called_twice.a
+    neurons, got = measured(model, x)
+    _, apart = measured(single, x)
+    torch.testing.assert_close(got["a.in_proj"], apart["a.in_proj"] + apart["b.in_proj"])
+    assert [p.name for p in neurons["a.in_proj"].parameters] == ["a.in_proj_weight", "a.in_proj_bias", "b.in_proj_bias"]
+    assert "shared with b" in neurons["a.in_proj"].note
+    assert set(measured(called_twice, x)[1]) == {"a.in_proj", "a.out_proj"}
+
+
+def test_attention_that_cannot_be_measured_inside_says_why() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *inputs: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
+            return super().forward(*inputs, **options)  # type: ignore[arg-type]
+
+    class Replaced(nn.MultiheadAttention):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.forward = super().forward
+
+    for module, reason in ((Own(8, 2), "its class has a forward of its own"), (Replaced(8, 2), "has been replaced")):
+        neurons = find_neurons(nn.Sequential(module))
+        assert [layer.name for layer in neurons] == ["0.out_proj"]
+        assert all(reason in other.reason for other in neurons.others)
+    with pytest.raises(ValueError, match=r"measure_at names '0.in_proj', the input projection of attention"):
+        find_neurons(nn.Sequential(nn.MultiheadAttention(8, 2)), measure_at={"0.in_proj": "0"})
+    extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).others
+    assert [(other.name, other.reason) for other in extra] == [
+        (name, "a key and a value that attention adds to every sequence") for name in ("bias_k", "bias_v")
+    ]
+
+
+def test_attention_is_measured_where_nothing_but_its_projection_trains() -> None:
+    model, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    model.out_proj.requires_grad_(False)
+    assert set(measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]) == {"in_proj"}
+    model.requires_grad_(False)
+    x.requires_grad_()
+    assert not measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]
 
 
 def test_a_transformer_layer_that_is_the_model_itself_says_where_samples_are() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from bench.networks import cnn
-from npc_ext import CPC, MAS, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
+from npc_ext import CPC, EWC, MAS, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
 
 from .models import ManyHeads, ResNet, paper_cnn, transposed_and_not
@@ -790,6 +790,132 @@ def test_training_on_a_second_task_leaves_important_neurons_alone() -> None:
     assert moved[rates == 0].mean() < 0.1 * moved[rates == rates.max()].mean()
 
 
+class Attending(nn.Module):
+    """Attention between two halves of a sequence (samples first), and a head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True, **options), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = (x[:, 3:, : self.attention.kdim], x[:, 3:, : self.attention.vdim])
+        return self.head(self.attention(x[:, :3], key, value, need_weights=False)[0].mean(1))
+
+
+class AttendingByLayers(nn.Module):
+    """The same computation; the input projection is three linear layers."""
+
+    def __init__(self, like: Attending) -> None:
+        super().__init__()
+        self.head = copy.deepcopy(like.head)
+        for name, weight, bias in zip(
+            "qkvo",
+            [*like.attention.in_proj_weight.chunk(3), like.attention.out_proj.weight],
+            [*like.attention.in_proj_bias.chunk(3), like.attention.out_proj.bias],
+            strict=True,
+        ):
+            layer = nn.Linear(8, 8)
+            layer.load_state_dict({"weight": weight, "bias": bias})
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = [self.q(x[:, :3]), self.k(x[:, 3:]), self.v(x[:, 3:])]
+        q, k, v = (t.unflatten(2, (2, 4)).transpose(1, 2) for t in own)
+        return self.head(self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1))
+
+
+def sequences(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    draws = (torch.randn(6, 8, 8, generator=generator) for _ in range(count))
+    return [(x, (x[:, 4, 0] > 0).long() + (x[:, 5, 1] > 0).long()) for x in draws]
+
+
+def test_attention_learns_as_with_linear_layers_for_queries_keys_and_values() -> None:
+    model = Attending()
+    twin = AttendingByLayers(model)
+    optimizer, by_layers = (NPC(one, lr=0.05, alpha=1e9, beta=1e9) for one in (model, twin))
+    train(model, optimizer, sequences(1))
+    train(twin, by_layers, sequences(1))
+    importance, want = optimizer.plasticity()["attention.in_proj"].importance, by_layers.plasticity()
+    for name, part in zip("qkv", importance.chunk(3), strict=True):
+        # Eq. 3 divides by the mean over all three here, and by that over one of them there.
+        own = want[name].importance
+        torch.testing.assert_close(part / part.mean(), own / own.mean(), rtol=1e-4, atol=1e-6)
+    train(model, optimizer, sequences(20)[1:])
+    train(twin, by_layers, sequences(20)[1:])
+    torch.testing.assert_close(model.attention.in_proj_weight, torch.cat([twin.q.weight, twin.k.weight, twin.v.weight]))
+
+
+def adamw(model: nn.Module, **options: Any) -> NPCAdamW:
+    return NPCAdamW(model, lr=0.01, weight_decay=0.1, **options)
+
+
+def momentum(model: nn.Module, **options: Any) -> NPC:
+    return NPC(model, lr=0.05, momentum=0.9, weight_decay=0.01, **options)
+
+
+def wrapped(model: nn.Module, **options: Any) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, **options)
+
+
+def momentum_of_ewc(model: nn.Module) -> EWC:
+    return EWC(model, lr=0.05, momentum=0.9)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("make", [momentum, adamw, wrapped])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 5}], ids=str)
+def test_frozen_rows_of_attentions_input_projection_stay_bit_identical(make: Any, options: Any, backend: str) -> None:
+    torch.manual_seed(0)
+    model = Attending(**options)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    optimizer = make(model, delta=0.8, beta=1.0, backend=backend)
+    train(model, optimizer, sequences(10))
+    for batch in sequences(30)[10:]:
+        own = model.attention
+        before = [t.detach().clone() for t in (rows(own), own.in_proj_bias) if t is not None]
+        train(model, optimizer, [batch])
+        frozen = optimizer.plasticity()["attention.in_proj"].learning_rate == 0
+        for was, now in zip(before, (rows(own), own.in_proj_bias), strict=False):
+            moved = (now != was).flatten(1).any(1) if now.ndim == 2 else now != was
+            assert not moved[frozen].any()
+            assert moved[~frozen].float().mean() > 0.9  # the key's bias changes nothing, and hardly moves
+        assert 0 < frozen.sum() < 24
+
+
+def rows(attention: nn.MultiheadAttention) -> Tensor:
+    """The weights of all 24 neurons, filled up to one width."""
+    if attention.in_proj_weight is not None:
+        return attention.in_proj_weight
+    parts = (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    return torch.cat([F.pad(part, (0, 8 - part.shape[1])) for part in parts])
+
+
+def test_attention_is_as_it_was_when_the_optimizer_has_gone() -> None:
+    model = Attending()
+    first, second = NPC(model), NPC(model)
+    del first
+    assert "forward" in vars(model.attention)
+    train(model, second, sequences(1))
+    second.neurons.detach()
+    assert "forward" not in vars(model.attention)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copies_of_attention_and_its_optimizer_go_on_like_the_originals(twin_of: Any) -> None:
+    model, data = Attending(), sequences(6)
+    optimizer = NPC(model, delta=0.9, momentum=0.9)
+    train(model, optimizer, data[:3])
+    model_2, optimizer_2 = twin_of((model, optimizer))
+    train(model, optimizer, data[3:])
+    train(model_2, optimizer_2, data[3:])
+    assert same(model, model_2)
+    assert all(map(torch.equal, importances(optimizer), importances(optimizer_2)))
+    optimizer_2.neurons.detach()
+    assert "forward" not in vars(model_2.attention)
+
+
 # ----------------------------------------------------------------------------------------------------- what goes wrong
 
 
@@ -835,6 +961,32 @@ def test_parameters_instead_of_a_model_are_refused_with_the_right_call() -> None
 
 def test_a_model_without_neurons_is_refused() -> None:
     raising(ValueError, r"the model \(Embedding\) has no neurons", nn.Embedding(3, 4))
+
+
+@pytest.mark.parametrize("make", [NPC, momentum_of_ewc, wrapped], ids=["NPC", "EWC", "PlasticityWrapper"])
+def test_what_cannot_be_trained_because_of_inference_mode_is_refused(make: Any) -> None:
+    with torch.inference_mode():
+        untrainable = paper_cnn()
+    with pytest.raises(ValueError, match=r"'conv1.weight' was created under torch.inference_mode\(\)"):
+        make(untrainable)
+    model, (x, y) = paper_cnn(), batches(1)[0]
+    with (
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"the optimizer is built under torch.inference_mode"),
+    ):
+        make(model)
+    assert not any(module._forward_hooks for module in model.modules())
+    with torch.no_grad():
+        optimizer = make(model)
+    F.cross_entropy(model(x), y).backward()
+    before = weights(model)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"step\(\) is called under torch.inference_mode"):
+        optimizer.step()
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"load_state_dict\(\) is called under"):
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert same(model, before)
+    optimizer.step()
+    assert not same(model, before)
 
 
 def test_complex_parameters_are_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from npc_ext import ImportanceWarning, find_neurons
+import npc_ext
+from npc_ext import NPC, ImportanceWarning, find_neurons
 from npc_ext.neurons import Neurons
 
 from .models import DataDependent, ResNet, paper_cnn
@@ -68,6 +70,26 @@ def test_checkpointing_measures_once(reentrant: bool) -> None:
     F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y).backward()
     assert all(map(torch.equal, sinks(neurons), want))
     assert len(want) == 4
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_is_measured_under_checkpointing_and_autocast(reentrant: bool, dtype: torch.dtype) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    neurons, x = tapped(model), torch.randn(4, 6, 8, requires_grad=True)
+
+    def run(*, checkpointed: bool) -> list[Tensor]:
+        for layer in neurons:
+            layer.sink.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not torch.float32):
+            output = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
+        output.float().sin().sum().backward()
+        return sinks(neurons)
+
+    want = run(checkpointed=False)
+    assert len(want) == 4
+    assert all(one.dtype == torch.float32 and one.min() > 0 for one in want)
+    assert all(map(torch.equal, run(checkpointed=True), want))
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
@@ -213,3 +235,55 @@ def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
         RuntimeError, match="layer '0' runs on meta, but its importance is on cpu; build the optimizer after"
     ):
         model(torch.randn(4, 3, device="meta"))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("options", [{}, {"skip_frozen": False}, {"measure_every": 4}], ids=str)
+@pytest.mark.parametrize("part", ["", "conv1", "norm1", "hidden"])
+def test_scripting_a_model_with_taps_says_to_take_them_out(part: str, options: dict[str, Any]) -> None:
+    model = paper_cnn()
+    optimizer = NPC(model, **options)
+    module = model.get_submodule(part)
+    if any("forward" in vars(m) or m._forward_hooks for m in module.modules()):
+        with pytest.raises(AttributeError, match=r"torch.jit.script cannot .* first with optimizer.neurons.detach\(\)"):
+            torch.jit.script(module)
+    optimizer.neurons.detach()
+    torch.jit.script(module)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+def test_scripting_attention_with_taps_says_to_take_them_out() -> None:
+    model = nn.MultiheadAttention(8, 2)
+    optimizer = NPC(model, layers={"out_proj": {"consolidate": False}}, skip_frozen=False)
+    with pytest.raises(AttributeError, match=r"torch.jit.script cannot compile what an optimizer"):
+        torch.jit.script(model)
+    optimizer.neurons.detach()
+    torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("training", [True, False])
+def test_a_tapped_model_is_traced_and_exported_without_its_taps(training: bool) -> None:
+    model, x = paper_cnn().train(training), batch()[0]
+    attention, y = nn.MultiheadAttention(8, 2).train(training), torch.randn(5, 3, 8)
+    linear, z = nn.Linear(4, 3).train(training), torch.randn(5, 4)
+    for network, inputs in ((model, (x,)), (attention, (y, y, y)), (linear, (z,))):
+        optimizer = NPC(network)
+        want = torch.utils._pytree.tree_leaves(network(*inputs))
+        traced = torch.jit.trace(network, inputs, check_trace=False)
+        exported = torch.export.export(network, inputs).module()
+        for other in (traced, exported):
+            for one, same in zip(want, torch.utils._pytree.tree_leaves(other(*inputs)), strict=True):
+                torch.testing.assert_close(one, same)
+        optimizer.neurons.detach()
+        assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in network.modules())
+
+
+def test_detaching_takes_a_measuring_relu_out_of_a_model_that_was_exported() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), npc_ext.nn.ReLU(), nn.Linear(8, 3))
+    neurons = tapped(model)
+    torch.export.export(model, (torch.randn(2, 4),))
+    model(torch.randn(2, 4)).sum().backward()
+    assert len(sinks(neurons)) == 2
+    neurons.detach()
+    assert not model[1]._taps
