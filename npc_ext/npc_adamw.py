@@ -23,8 +23,8 @@ class NPCAdamW(Plastic):
         s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0))),
 
     eq. 7 in units of the learning rate, because Adam's rates have another scale than SGD's. Where s_i is 0 the neuron
-    is frozen: its weights and their moments stay bit-identical. When it freezes its first moment is cleared, so that what
-    was gathered before does not move it once it thaws. The whole step is one call of a compiled kernel.
+    is frozen: its weights and their moments stay bit-identical. When it freezes, its first moment is cleared, so that
+    nothing old moves it once it thaws. The whole step is one call of a compiled kernel.
     Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
     1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 

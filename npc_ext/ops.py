@@ -395,8 +395,8 @@ def connection_update_(
     layer.
 
     Args:
-        parameters, gradients, momentum_buffers: as in `update_`. Frozen connections (C >= beta) stay bit-identical. With
-            `active_only`, connections whose gradient is 0 take no part.
+        parameters, gradients, momentum_buffers: as in `update_`. Frozen connections (C >= beta) stay bit-identical.
+            With `active_only`, connections whose gradient is 0 take no part.
         importances: for each parameter a float32 tensor of its shape, the moving averages C, changed in place; an
             empty tensor where `layer` is -1.
         skipped, layer, lr, ...: as in `update_`.

@@ -54,7 +54,10 @@ def relu_backward_importance(
 
 
 def connection_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape; -0.0 where dL/dw is 0."""
+    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape.
+
+    Where dL/dw is 0 it is -0.0.
+    """
     dtype = compute_dtype(parameter.dtype)
     product = (parameter.to(dtype) * gradient.to(dtype)).abs().to(torch.float32)
     return torch.where((gradient != 0) | (product != 0), product, -0.0)
@@ -103,8 +106,8 @@ def descend_(
 ) -> None:
     """Algorithm 1's weight update with the options of `torch.optim.SGD`; frozen elements stay as they are.
 
-    `rate`, `frozen` and `cleared` broadcast against `parameter`. A frozen element's momentum buffer stays as it is, too,
-    but becomes 0 where it is `cleared`. With a `rounding_key` the result is rounded at random.
+    `rate`, `frozen` and `cleared` broadcast against `parameter`. A frozen element's momentum buffer stays as it is,
+    too, but becomes 0 where it is `cleared`. With a `rounding_key` the result is rounded at random.
     """
     dtype = compute_dtype(parameter.dtype)
     value = parameter.to(dtype)
@@ -148,8 +151,8 @@ def adam_(
     """The step of `torch.optim.AdamW`, of which each element takes its share; frozen elements and moments stay.
 
     Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv
-    1711.05101. `steps` counts this one. `share`, `frozen` and `cleared` broadcast against `parameter`. The first moment of
-    a frozen element becomes 0 where it is `cleared`.
+    1711.05101. `steps` counts this one. `share`, `frozen` and `cleared` broadcast against `parameter`. The first moment
+    of a frozen element becomes 0 where it is `cleared`.
     """
     dtype = compute_dtype(parameter.dtype)
     value, d = parameter.to(dtype), (-gradient if maximize else gradient).to(dtype)

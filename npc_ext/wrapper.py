@@ -29,9 +29,9 @@ class PlasticityWrapper(torch.optim.Optimizer):
 
     with C_i as `NPC` measures it (eqs. 2 to 4). s_i is eq. 7 in units of the learning rate, because those of other
     optimizers have other scales; alpha = 0.5 is the paper's, 0.05, in units of its largest rate, 0.1. Neurons with
-    s_i = 0 stay bit-identical. The optimizer's own state follows the gradients of all of them, but when a neuron freezes,
-    its part of `momentum_buffer` or `exp_avg` is set to 0, once. With normalize="active" the weights of a neuron that
-    received no gradient are put back, but the optimizer's state of it changes as that optimizer changes it.
+    s_i = 0 stay bit-identical. The optimizer's own state follows the gradients of all of them, but when a neuron
+    freezes, its part of `momentum_buffer` or `exp_avg` is set to 0, once. With normalize="active" the weights of a
+    neuron that received no gradient stay, but its state changes as the optimizer changes it.
 
     It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
     bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
@@ -337,13 +337,14 @@ class _Tracker(NPC):
 
     @torch.no_grad()
     def _launch(self, plan: PlasticPlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        states = dict(zip(plan.layers, plan.layer_states, strict=True))
+        for index in states.keys() - self._frozen.keys():
+            self._frozen[index] = states[index]["importance"] >= float(self._constants(index)["beta"])
         super()._launch(plan, grad_scale, found_inf)
-        for index, state in zip(plan.layers, plan.layer_states, strict=True):
+        for index, state in states.items():
             constants, measured = self._constants(index), self._consolidated[index].sink.grad
-            frozen = self._froze[index] = state["importance"] >= float(constants["beta"])
-            if index in self._frozen:
-                self._froze[index] = frozen & ~self._frozen[index]
-            self._frozen[index] = frozen
+            frozen = state["importance"] >= float(constants["beta"])
+            self._froze[index], self._frozen[index] = frozen & ~self._frozen[index], frozen
             if constants["normalize"] == "active" and measured is not None:
                 self._inactive[index] = reference.received_no_gradient(measured)
 

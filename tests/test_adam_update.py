@@ -169,7 +169,9 @@ def test_without_neurons_it_is_adamw(dtype: torch.dtype, device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("at_random", [False, True])
-def test_frozen_rows_and_their_moments_stay_bit_identical_but_for_the_first_once(dtype: torch.dtype, at_random: bool, device: str) -> None:
+def test_frozen_rows_and_their_moments_stay_bit_identical_but_for_the_first_once(
+    dtype: torch.dtype, at_random: bool, device: str
+) -> None:
     if at_random and dtype != torch.bfloat16:
         pytest.skip("only bfloat16 is rounded at random")
     arguments = network(dtype, device=device)
@@ -181,7 +183,9 @@ def test_frozen_rows_and_their_moments_stay_bit_identical_but_for_the_first_once
         if layer < 0:
             continue
         frozen, was_frozen = (
-            reference.per_element(one["importances"][layer] >= one["beta"][layer], one["parameters"][index], dim, groups)
+            reference.per_element(
+                one["importances"][layer] >= one["beta"][layer], one["parameters"][index], dim, groups
+            )
             for one in (arguments, before)
         )
         for name in ("parameters", "first_moments", "second_moments"):

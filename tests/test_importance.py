@@ -61,7 +61,11 @@ def with_few_gradients(activation: Tensor, gradient: Tensor) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 16), (64, 200), (3, 40, 8), (2, 33, 3, 3), (1, 3, 300), (4, 2, 31, 33), (1, 1, 3000), (70, 2, 49)],
+    ids=str,
+)
 def test_importance_is_negative_zero_where_there_was_no_gradient(
     shape: tuple[int, ...], dtype: torch.dtype, device: str
 ) -> None:

@@ -504,18 +504,18 @@ def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
     assert importance.sum().item() == pytest.approx(2)
 
 
-def head_of_two_tasks(seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
+def head_of_two_tasks() -> nn.Sequential:
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
 
 
-def learn(model: nn.Sequential, optimizer: Any, task: int, steps: int = 60) -> None:
+def learn(model: nn.Sequential, optimizer: Any, task: int, steps: int = 60, device: str = "cpu") -> None:
     """Trains the two outputs of a task, with the loss on them alone."""
     for seed in range(steps):
         x = torch.randn(32, 12, generator=torch.Generator().manual_seed(100 * task + seed)) + task
         y = (x.sum(1) > 12 * task).long()
         optimizer.zero_grad()
-        F.cross_entropy(model(x)[:, 2 * task : 2 * task + 2], y).backward()
+        F.cross_entropy(model(x.to(device))[:, 2 * task : 2 * task + 2], y.to(device)).backward()
         optimizer.step()
 
 
@@ -528,20 +528,24 @@ IN_TURN: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("measured_by", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "reference"])
 @pytest.mark.parametrize("kind", IN_TURN)
-def test_rows_of_an_old_task_do_not_move_while_another_is_learned(kind: str, measured_by: Any) -> None:
-    model = head_of_two_tasks()
-    optimizer = IN_TURN[kind](model, layers={"2": {"normalize": "active"}}, backend=measured_by)
-    learn(model, optimizer, 0)
+def test_rows_of_an_old_task_do_not_move_while_another_is_learned(kind: str, backend: Any) -> None:
+    rows_of_an_old_task_do_not_move(kind, backend, "cpu")
+
+
+def rows_of_an_old_task_do_not_move(kind: str, backend: Any, device: str) -> None:
+    model = head_of_two_tasks().to(device)
+    optimizer = IN_TURN[kind](model, layers={"2": {"normalize": "active"}}, backend=backend)
+    learn(model, optimizer, 0, device=device)
     rows, bias = model[2].weight[:2].detach().clone(), model[2].bias[:2].detach().clone()
     importance = optimizer.plasticity()["2"].importance
     assert importance[:2].min() > 0 and not importance[2:].any()
-    learn(model, optimizer, 1)
+    learn(model, optimizer, 1, device=device)
     assert torch.equal(model[2].weight[:2], rows) and torch.equal(model[2].bias[:2], bias)
     after = optimizer.plasticity()["2"].importance
     assert torch.equal(after[:2], importance[:2]) and after[2:].min() > 0
-    learn(model, optimizer, 0, steps=1)
+    learn(model, optimizer, 0, steps=1, device=device)
     assert not torch.equal(model[2].weight[:2], rows) or bool((after[:2] >= 0.5).all())
 
 
@@ -819,6 +823,12 @@ def test_steps_that_train_another_model_are_warned_of() -> None:
         ImportanceWarning, match=r"no parameter had a gradient in 10 steps in a row.*build the optimizer"
     ):
         optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", IN_TURN)
+def test_rows_of_an_old_task_do_not_move_on_a_gpu(kind: str) -> None:
+    rows_of_an_old_task_do_not_move(kind, "native", "cuda")
 
 
 @pytest.mark.gpu
