@@ -34,7 +34,7 @@ struct LayerParams {
   int64_t neurons;
   double alpha, beta, delta;
   bool error_function;  // eq. 7 for the error function instead of sigmoid and tanh
-  bool active_only;     // neurons that received no gradient take no part: not in eq. 3's mean, and nothing of them changes
+  bool active_only;     // neurons that received no gradient take no part: neither eq. 3's mean nor any change
 };
 
 // One parameter. Its memory is `outer` x `middle` x `run` elements per group of neurons, and the elements of one run
@@ -79,8 +79,8 @@ struct ParameterParams {
   uint32_t seed;
 };
 
-// Eqs. 3, 4, 7 and the weight update of every layer of a network. A neuron that was not frozen before and is after this
-// step (C >= beta) loses its first moment (momentum), and neither its weights nor moments are read or written from then on.
+// Eqs. 3, 4, 7 and the weight update of every layer of a network. A neuron that was not frozen before this step and is
+// after it (C >= beta) loses its first moment (momentum). From then on neither its weights nor its moments change.
 struct UpdateParams {
   const LayerParams* layers;
   int64_t layer_count;

@@ -16,8 +16,8 @@
 
 namespace npc {
 
-// Measured importance of a neuron whose dL/dn is 0 everywhere. As the identity of addition it lasts through sums exactly
-// as long as nothing else is added.
+// Measured importance of a neuron whose dL/dn is 0 everywhere. It is the identity of addition, so a sum is kNoGradient
+// only if all of its terms are.
 constexpr float kNoGradient = -0.0f;
 
 template <class R>
@@ -25,8 +25,8 @@ NPC_RULE bool received_no_gradient(R measured) {
   return measured == 0 && signbit(measured);
 }
 
-// What a step does with a neuron is told by its plasticity: above 0 its weights move, at 0 weights and moments stay as they
-// are, and so do weights at kClears, but the first moment becomes 0: the neuron was not frozen before this step, and is now.
+// A neuron's plasticity says what a step does with it: above 0 its weights move, at 0 weights and moments stay as they
+// are, and at kClears weights stay and the first moment becomes 0, because this step freezes the neuron.
 constexpr float kClears = -1.0f;
 
 // Eq. 7's value for a neuron after its C was moved from `before`; frozen means that C >= beta.

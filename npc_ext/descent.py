@@ -385,8 +385,8 @@ class Descent(torch.optim.Optimizer):
 class FirstMoments:
     """Clears the first moments of what is frozen where no kernel saw it freeze.
 
-    The kernels clear them in the step that takes C to beta. They do not see that beta was changed or a state loaded, nor
-    the moments of parameters that have no gradient or no momentum in that step.
+    The kernels clear them in the step that takes C to beta. They do not see that beta was changed or a state loaded,
+    nor the moments of parameters that have no gradient or no momentum in that step.
     """
 
     def __init__(self) -> None:

@@ -36,8 +36,9 @@ struct Kernels {
   void (*descend_anchored[kDTypes])(const ParameterParams& parameter, double gradient_factor, int64_t begin,
                                     int64_t end);
 
-  // CPC: the sum over |value * gradient| and the number of elements with a gradient that is not zero; then eqs. 3, 4, 7 and the
-  // weight update from that sum over the whole layer. A total that does not count (zero, not finite) leaves C alone.
+  // CPC: the sum over |value * gradient| and the number of elements with a gradient that is not zero; then eqs. 3, 4, 7
+  // and the weight update from that sum over the whole layer. A total that does not count (zero, not finite) leaves C
+  // alone.
   ConnectionTotal (*measure_connections[kDTypes])(const ParameterParams& parameter, int64_t begin, int64_t end);
   void (*descend_connections[kDTypes])(const ParameterParams& parameter, const LayerParams& layer, float total,
                                        float connections, double gradient_factor, int64_t begin, int64_t end);

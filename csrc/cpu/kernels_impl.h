@@ -1,12 +1,13 @@
 // The inner loops, compiled once per instruction set by the kernels_<isa>.cpp that include this file.
 //
-// importance   reads n and dL/dn once and writes N values. Three ways through memory:
+// importance   reads n and dL/dn once (dL/dn again where a sum is zero) and writes N values. Three ways through memory:
 //   rows       positions are contiguous: a row's products are summed in vector lanes; the lanes of kLanes rows are then
 //              reduced together, three operations a row, and maps smaller than a vector share one.
 //   columns    neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
 //   scattered  anything else, element by element.
 // descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched, but
-//              where they are so short that rates are held by element, which writes them as they were.
+//              where they are so short that rates are held by element, which writes them as they were. Of rows that
+//              this step freezes the first moment is set to zero.
 //              descend_anchored reads stiffness and anchor besides, and reads and writes the path integral.
 //              descend_adam reads and writes two moments in place of the momentum.
 //              descend_connections reads and writes an importance to each element besides.
@@ -490,9 +491,9 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
   }
 }
 
-// Calls on_run(at, count, rate) for those runs of elements [begin, end) that move and clear(at, count) for those that lose
-// their first moment, or, where runs are shorter than `short_run`, on_tile(at, count, rates) for tiles of at most kTile
-// elements with a rate each, as of rate_of(), and kStays for a vector's worth beyond the last.
+// Calls on_run(at, count, rate) for those runs of elements [begin, end) that move and clear(at, count) for those that
+// lose their first moment, or, where runs are shorter than `short_run`, on_tile(at, count, rates) for tiles of at most
+// kTile elements with a rate each, as of rate_of(), and kStays for a vector's worth beyond the last.
 template <class R, class OnRun, class Clear, class OnTile>
 static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R top, int64_t short_run,
                                  int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,

@@ -15,8 +15,8 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
 
-// Eqs. 3, 4 and 7: moves C, and writes what happens to every neuron. Sums that are not finite are counted and stay out of
-// the average; sums of zero change nothing.
+// Eqs. 3, 4 and 7: moves C, and writes what happens to every neuron. Sums that are not finite are counted and stay out
+// of the average; sums of zero change nothing.
 void move_layer(const LayerParams& layer, float* plasticity) {
   double sum = 0;
   int64_t active = layer.neurons;

@@ -3,8 +3,8 @@
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
 //   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i = min(1, eq. 7)
 //
-// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included; in
-// the step that freezes them, m is set to 0.
+// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
+// in the step that freezes them, m is set to 0.
 // Traffic for float32: 28 bytes an element (w, m and v read and written, dL/dw read).
 
 #include "network.h"

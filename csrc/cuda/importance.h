@@ -13,8 +13,8 @@
 // Where there are too few samples, too, a sample's positions are cut into `chunks`; then scratch holds sums with their
 // sign, and the absolute value is taken by the last block.
 //
-// On the way each thread notes whether it saw a gradient that is not zero, one comparison a number. Sums of those that saw
-// none are -0.0 and all others that are zero +0.0, which adding up keeps apart; sums of sums begin at -0.0 for that.
+// On the way each thread notes whether it saw a gradient that is not zero, one comparison a number. Sums without such a
+// gradient are -0.0, all other zeros +0.0. Adding up keeps the two apart, if sums of sums begin at -0.0.
 //
 // Traffic: (2 * B * N * P) * sizeof(T) read, N floats written; with ReLU's backward pass B * N * P * sizeof(T) more
 // written, which that pass writes anyway.

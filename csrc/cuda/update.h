@@ -3,14 +3,15 @@
 // The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
 // on one item at a time. It sums its layer's measured importance (as every block of the layer does, in the same order,
 // so that all agree), computes the new average C and from it and the old one the plasticity of the neurons that its
-// elements belong to, and moves the elements. C itself is written by the layer's last block to have read it. Layers of very
-// many neurons and those whose parameters are in several launches have their C moved before, and plasticity written
-// (wide.h).
+// elements belong to, and moves the elements. C itself is written by the layer's last block to have read it. Layers of
+// very many neurons and those whose parameters are in several launches have their C moved before, and their plasticity
+// written (wide.h).
 //
 // The last block of a parameter counts its steps, where they are counted.
 //
 // Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
-// for the elements of frozen neurons, whose first moment was cleared in the step that froze them. A layer's importance comes out of the cache for all blocks but the first.
+// for the elements of frozen neurons, whose first moment was cleared in the step that froze them. A layer's importance
+// comes out of the cache for all blocks but the first.
 #pragma once
 
 #include "elements.h"

@@ -1,12 +1,13 @@
-// Layers whose C is moved before the update: those of very many neurons, and those whose parameters are in several launches.
+// Layers whose C is moved before the update: those of very many neurons, and those whose parameters are in several
+// launches.
 //
 // In update.h every block sums its layer's whole measured importance again, which costs little while that is small.
 // A head of 128,000 neurons by 4,096 has 32,000 blocks: 16 GB out of the cache, beside 6.3 GB of memory traffic. So the
 // importance of a layer above kWide neurons is summed once, and its C is moved before the update, in one cooperative
 // launch: blocks sum chunks of kChunk neurons, meet, add up the sums of all chunks in the same order, and move the C of
-// their chunks (eqs. 3 and 4). The update then could no longer tell which neurons this step freezes, so their plasticity
-// (eq. 7) is written, too, and the update reads that. step.cu does the same within its launch; chunks do not depend on the
-// number of blocks, so both give the same bits.
+// their chunks (eqs. 3 and 4). The update then could no longer tell which neurons this step freezes, so the launch also
+// writes their plasticity (eq. 7), which the update reads. step.cu does the same within its launch; chunks do not
+// depend on the number of blocks, so both give the same bits.
 //
 // A layer whose parameters are in several launches goes the same way, whatever its size.
 //
