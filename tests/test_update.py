@@ -531,6 +531,22 @@ def test_a_neuron_without_a_gradient_takes_no_part_in_a_step_of_the_active(devic
             assert torch.equal(arguments[name][index], before[name][index])
 
 
+def test_a_neuron_without_a_gradient_stays_also_where_importance_does_not_count(device: str) -> None:
+    arguments = network(momentum=0.9, weight_decay=0.1, active_only=True, device=device)
+    arguments["beta"] = [1.0] * len(LAYERS)  # nothing is frozen
+    arguments["measured"][0].copy_(torch.tensor([-0.0] + [torch.nan] * 9))
+    arguments["measured"][3].copy_(torch.tensor([-0.0] + [0.0] * 32))
+    arguments["measured"][0][1].neg_()  # a NaN of either sign is no mark
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for index in (0, 7):  # the weights of these layers
+        for name in ("parameters", "momentum_buffers"):
+            changed = (arguments[name][index] != before[name][index]).any(1)
+            assert not changed[0] and changed[1:].all()
+    for layer in (0, 3):
+        assert torch.equal(arguments["importances"][layer], before["importances"][layer])
+
+
 def test_neurons_that_received_only_gradients_that_sum_to_zero_train(device: str) -> None:
     arguments = network(active_only=True, device=device)
     for one in arguments["measured"]:
