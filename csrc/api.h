@@ -12,6 +12,7 @@ constexpr int kDTypes = 4;
 constexpr int kMaxPositionDims = 8;
 
 // a_i = sum over b of |sum over p of n_bip * dL/dn_bip|                                          (eq. 2)
+// and -0.0 where dL/dn_bip is 0 for all b and p.
 struct ImportanceParams {
   const void* activation;  // n      [batch, neurons, positions...], any strides
   const void* gradient;    // dL/dn  the same shape, any strides
@@ -28,12 +29,12 @@ struct ImportanceParams {
 // One layer's importance and the constants of eqs. 3, 4 and 7.
 struct LayerParams {
   float* importance;      // C  [neurons], read and written; null for CPC, whose parameters have their own
-  const float* measured;  // a  [neurons], or null: not measured in this step, C stays
+  const float* measured;  // a  [neurons], or null: not measured in this step, C stays; -0.0: received no gradient
   int64_t* skipped;       // counts the steps whose measured importance was not finite and did not enter C
   int64_t neurons;
   double alpha, beta, delta;
   bool error_function;  // eq. 7 for the error function instead of sigmoid and tanh
-  bool active_only;     // eq. 3's mean over the neurons that received gradient instead of all
+  bool active_only;     // neurons that received no gradient take no part: neither eq. 3's mean nor any change
 };
 
 // One parameter. Its memory is `outer` x `middle` x `run` elements per group of neurons, and the elements of one run
@@ -78,7 +79,8 @@ struct ParameterParams {
   uint32_t seed;
 };
 
-// Eqs. 3, 4, 7 and the weight update of every layer of a network.
+// Eqs. 3, 4, 7 and the weight update of every layer of a network. A neuron that was not frozen before this step and is
+// after it (C >= beta) loses its first moment (momentum). From then on neither its weights nor its moments change.
 struct UpdateParams {
   const LayerParams* layers;
   int64_t layer_count;
@@ -109,7 +111,7 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
 void launch_anchored_update(const UpdateParams& params, int threads);
 
 // launch_update with Adam's step, decoupled weight decay included: w <- w - s_i lr (m' / (sqrt(v') + epsilon) + decay w),
-// with s_i = min(1, eq. 7). Moments of frozen neurons stay as they are, too.
+// with s_i = min(1, eq. 7). The moments of frozen neurons stay as they are, too, once the first was cleared.
 void launch_adam_update(const UpdateParams& params, int threads);
 
 // CPC: c = |value * gradient| of every element in place of eq. 2, then eqs. 3, 4, 7 and the weight update, an importance

@@ -16,6 +16,24 @@
 
 namespace npc {
 
+// Measured importance of a neuron whose dL/dn is 0 everywhere. It is the identity of addition, so a sum is kNoGradient
+// only if all of its terms are.
+constexpr float kNoGradient = -0.0f;
+
+template <class R>
+NPC_RULE bool received_no_gradient(R measured) {
+  return measured == 0 && signbit(measured);
+}
+
+// A neuron's plasticity says what a step does with it: above 0 its weights move, at 0 weights and moments stay as they
+// are, and at kClears weights stay and the first moment becomes 0, because this step freezes the neuron.
+constexpr float kClears = -1.0f;
+
+// Eq. 7's value for a neuron after its C was moved from `before`; frozen means that C >= beta.
+NPC_RULE float plasticity_after(float before, float beta, float plasticity) {
+  return plasticity == 0.0f && before < beta ? kClears : plasticity;
+}
+
 // Eq. 3: c_i / mean of c, with the mean taken over `neurons` neurons whose importance sums to `total`.
 // The division comes first: a_i / total is at most 1, so no finite total can overflow.
 NPC_RULE float normalized_importance(float measured, float total, float neurons) {

@@ -76,7 +76,7 @@ def _importance(activation: Tensor, gradient: Tensor, channel_dim: int, batch_di
     shape, device = activation.shape, activation.device
     out = torch.empty(shape[channel_dim], dtype=compute_dtype(activation.dtype), device=device)
     if activation.numel() == 0:
-        return out.zero_()
+        return out.fill_(-0.0)
     _launch(
         "importance",
         device,

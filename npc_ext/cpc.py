@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from . import _launch, ops, reference
-from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
+from .descent import SGD_OPTIONS, Descent, FirstMoments, Plan, check_choice, check_plasticity_options
 from .layer_options import LayerOptions
 from .names import ByLayer
 from .neurons import weighted_layers
@@ -62,9 +63,10 @@ class CPC(Descent):
         lr: eta_max, the largest learning rate.
         alpha, beta, delta, sigma: the constants of eqs. 4 and 7, as in `NPC`.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen connection stays
-            bit-identical under all of them.
+            bit-identical under all of them, and that its momentum is cleared when it freezes.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
-        normalize: eq. 3's mean is over "all" connections of the layer, or over the "active" ones with importance.
+        normalize: eq. 3's mean is over "all" connections of the layer, or over the "active" ones, whose gradient is not
+            0. Then the others take no part in the step: their importance, weights and momentum stay as they are.
         layers: options of single layers, by name or pattern: alpha, beta, delta, sigma, normalize; consolidate=False
             (train at plain lr).
         others: "train" parameters outside layers at plain lr, or "freeze" them.
@@ -229,6 +231,20 @@ class CPC(Descent):
                 averages[parameter] = fitted(held[name]["importance"], begin, repr(name))
         for parameter, average in averages.items():
             self.state[parameter]["importance"] = average
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._first_moments = FirstMoments()
+
+    def _choose_plans(self, signature: list[Any]) -> None:
+        super()._choose_plans(signature)
+        for plan in self._plans:
+            for parameter, state, has_momentum in zip(plan.owners, plan.states, plan.has_momentum, strict=True):
+                if (layer := self._layer_of.get(id(parameter))) is None:
+                    continue
+                beta = float(self._constants(layer)["beta"])
+                moment = state["momentum_buffer"] if has_momentum else None
+                self._first_moments.settle(parameter, moment, beta, partial(torch.ge, state["importance"], beta))
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]

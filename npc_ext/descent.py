@@ -680,6 +680,33 @@ def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)
 
 
+class FirstMoments:
+    """Clears the first moments of what is frozen where no kernel saw it freeze.
+
+    The kernels clear them in the step that takes C to beta. They do not see that beta was changed or a state loaded,
+    nor the moments of parameters that have no gradient or no momentum in that step.
+    """
+
+    def __init__(self) -> None:
+        self._cleared_for: dict[int, float] = {}  # by parameter: under which beta its moments are known to be cleared
+
+    @torch.no_grad()
+    def settle(self, parameter: Tensor, moment: Tensor | None, beta: float, frozen: Callable[[], Tensor]) -> None:
+        """To be called whenever other plans are chosen.
+
+        Args:
+            parameter: one that has a rate for each neuron or connection.
+            moment: its first moment, as far as this process holds it; None if steps do not see it.
+            beta: the constant of eq. 7.
+            frozen: says which elements are frozen, broadcast against `moment`.
+        """
+        if moment is None:
+            self._cleared_for.pop(id(parameter), None)
+        elif self._cleared_for.get(id(parameter)) != beta:
+            moment.masked_fill_(frozen(), 0)
+            self._cleared_for[id(parameter)] = beta
+
+
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
     parameters = param_group["params"]
     if isinstance(parameters, Tensor):

@@ -162,7 +162,7 @@ class SharedSinks:
     def start(self, layers: Sequence[NeuronLayer]) -> None:
         """Begins to add up, without waiting; from now on the sinks hold the sums, which come with `finish`.
 
-        A layer that was not measured here counts as zeros, which change nothing if it was measured nowhere.
+        A layer that was not measured here counts as -0.0, which changes nothing, as where no gradient was received.
         """
         by_device: dict[torch.device, list[NeuronLayer]] = {}
         for layer in layers:
@@ -175,7 +175,7 @@ class SharedSinks:
             flat, parts = self._buffers[key]
             for layer, part in zip(members, parts, strict=True):
                 if layer.sink.grad is None:
-                    part.zero_()
+                    part.fill_(-0.0)
                 else:
                     part.copy_(layer.sink.grad)
                 layer.sink.grad = part

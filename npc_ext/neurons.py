@@ -142,7 +142,8 @@ class NeuronLayer:
             normalization.
         points: where their activation is measured.
         note: what a reader of the table should know.
-        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared.
+        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared; -0.0 where a neuron
+            received no gradient.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
         resting: whether the layer is measured, but its parameters are constants, in the call that is going on
             (resting.py).

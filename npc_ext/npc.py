@@ -40,15 +40,17 @@ class NPC(Plastic):
         beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
         delta: decay of the moving average per step, in [0, 1).
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
-            bit-identical under all of them.
+            bit-identical under all of them, and that its momentum is cleared when it freezes.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
         stochastic_rounding: rounds bfloat16 weights at random, up or down, the nearer the likelier, so that steps too
             small for bfloat16 count on average. The random bits depend on step, parameter, shard and element only:
             runs repeat, and processes that train one model stay alike.
         params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
             Default: all of the model's.
-        normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones
-            that received gradient; the latter suits output layers that hold the outputs of several tasks.
+        normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones,
+            which received a gradient. Then a neuron that received none takes no part in the step: its importance,
+            weights and moments stay as they are, also under weight decay, as those of a parameter whose gradient is
+            None do. Use "active" for output layers that hold the outputs of several tasks.
         layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. Options
             are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
             measure_at="module" (where the layer's activation is measured); batch_dim=1 (dimension 1 counts samples, as

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import _launch, ops, reference
 from .descent import check_number, check_plasticity_options
 from .plastic import PLASTIC_OPTIONS, Plastic, PlasticPlan
+from .shards import local
 
 
 class NPCAdamW(Plastic):
@@ -22,12 +23,13 @@ class NPCAdamW(Plastic):
         s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0))),
 
     eq. 7 in units of the learning rate, because Adam's rates have another scale than SGD's. Where s_i is 0 the neuron
-    is frozen: its weights and their moments stay bit-identical. The whole step is one call of a compiled kernel.
+    is frozen: its weights and their moments stay bit-identical. When it freezes, its first moment is cleared, so that
+    nothing old moves it once it thaws. The whole step is one call of a compiled kernel.
     Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
     1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 
     Use it as `torch.optim.AdamW`, with the model in place of its parameters. `PlasticityWrapper` does the same around
-    any optimizer, at the price of a copy; there, moments of frozen neurons go on.
+    any optimizer, at the price of a copy; there, moments of frozen neurons follow their gradients.
 
     Args:
         model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen, measure_every,
@@ -121,6 +123,9 @@ class NPCAdamW(Plastic):
             if state.get(name) is None:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         super()._create_state(parameter, group)
+
+    def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
+        return local(state["exp_avg"])
 
     def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
         return lr * super()._learning_rate(average, 1.0, constants)

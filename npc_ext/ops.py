@@ -71,7 +71,8 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
         batch_dim: the dimension that counts samples; all others are positions.
 
     Returns:
-        (N,), summed and returned in float32, for float64 input in float64.
+        (N,), summed and returned in float32, for float64 input in float64. A neuron that received no gradient (dL/dn
+        is 0 everywhere) has -0.0; added to anything else that is lost, so sums keep the meaning.
 
     Raises:
         ValueError: shapes, dtypes, devices or dimensions do not fit.
@@ -151,13 +152,14 @@ def update_(
     Args:
         parameters: P tensors, changed in place: w <- w - eta_i (dw + weight_decay w), with momentum as in
             `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; long ones are neither
-            read nor written.
+            read nor written, nor is their momentum.
         gradients: P tensors like the parameters.
         momentum_buffers: P tensors like the parameters, changed in place; those of parameters with momentum 0 are
-            ignored (an empty tensor will do), and the whole list may be empty if all are.
+            ignored (an empty tensor will do), and the whole list may be empty if all are. The rows of a neuron that
+            freezes in this call (C_i >= beta after it, but not before) are set to 0.
         importances: L float32 tensors (N,), the moving averages C, changed in place.
         measured: L float32 tensors (N,), sums from `importance`; an empty tensor leaves that layer's C as it is, as
-            do sums of zero and, counted in `skipped`, sums that are not finite.
+            do sums of zero and, counted in `skipped`, sums that are not finite. To clear sums, fill them with -0.0.
         skipped: (L,) int64, changed in place.
         layer: for each parameter its layer, or -1 for a parameter that trains at plain `lr`.
         neuron_dim: for each parameter the dimension that counts neurons.
@@ -165,7 +167,8 @@ def update_(
         lr, momentum, nesterov, weight_decay, maximize: for each parameter; `lr` is the largest rate eta_max.
         alpha, beta, delta: for each layer the constants of eqs. 4 and 7.
         sigma: for each layer "sigmoid", "tanh" or "erf".
-        active_only: for each layer, whether eq. 3's mean is over neurons with importance only.
+        active_only: for each layer, whether neurons whose measured sum is -0.0 (they received no gradient) take no
+            part: eq. 3's mean is over the others, and their importance, weights and momentum stay as they are.
         grad_scale: one element by which gradients are divided, or None.
         found_inf: one element; if it is not zero nothing is changed at all.
         first_neuron: for each parameter the neuron that its first row belongs to, where parameters are shards, blocks
@@ -248,7 +251,7 @@ def adam_update_(
 
     Args:
         parameters, gradients: as in `update_`. Rows of frozen neurons (C_i >= beta) stay bit-identical, and so do
-            their moments.
+            their moments; in the call that freezes them their first moment is set to 0.
         first_moments, second_moments: m and v, like the parameters, but float32 for halves; changed in place.
         steps: for each parameter one float32, how many steps it has taken, raised by one.
         importances, measured, skipped, layer, neuron_dim, groups: as in `update_`.
@@ -393,6 +396,7 @@ def connection_update_(
 
     Args:
         parameters, gradients, momentum_buffers: as in `update_`. Frozen connections (C >= beta) stay bit-identical.
+            With `active_only`, connections whose gradient is 0 take no part.
         importances: for each parameter a float32 tensor of its shape, the moving averages C, changed in place; an
             empty tensor where `layer` is -1.
         skipped, layer, lr, ...: as in `update_`.

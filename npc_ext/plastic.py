@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from operator import is_
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 from . import ops, reference
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
-from .descent import Descent, Plan, check_choice, check_plasticity_options, uncompiled
+from .descent import Descent, FirstMoments, Plan, check_choice, check_plasticity_options, uncompiled
 from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
@@ -37,7 +38,7 @@ from .neurons import (
 )
 from .protection import warn_if_little
 from .resting import let_rest
-from .shards import first_row, is_sharded, processes_of
+from .shards import first_row, is_sharded, local, processes_of
 from .shards import why_not as why_not_sharded
 from .skipped import SkippedSteps
 from .succession import fitted
@@ -392,6 +393,36 @@ class Plastic(Descent, Joinable):
             self._shared_sinks.start(self._consolidated)
             self._shared_sinks.finish()
         self._drop_measured()
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._first_moments = FirstMoments()
+
+    def _choose_plans(self, signature: list[Any]) -> None:
+        super()._choose_plans(signature)
+        for plan in self._plans:
+            place = {id(owner): at for at, owner in enumerate(plan.owners)}
+            for index in plan.layers:
+                beta = float(self._constants(index)["beta"])
+                for parameter in (own.parameter for own in self._consolidated[index].parameters):
+                    at = place.get(id(parameter))
+                    moment = None if at is None else self._first_moment(plan.states[at], plan.has_momentum[at])
+                    frozen = partial(self._frozen_elements, parameter, index, beta)
+                    self._first_moments.settle(parameter, moment, beta, frozen)
+
+    def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
+        """The first moment that steps read and write in a parameter's state, as far as this process holds it."""
+        return local(state["momentum_buffer"]) if has_momentum else None
+
+    def _frozen_elements(self, parameter: Tensor, layer: int, beta: float) -> Tensor:
+        return self._spread(self._layer_state(layer)["importance"] >= beta, parameter)
+
+    def _spread(self, of_neurons: Tensor, parameter: Tensor) -> Tensor:
+        """One value per neuron of a parameter's layer, so that it broadcasts against this process's part of it."""
+        _, dim, groups = self._place[id(parameter)]
+        part = local(parameter)
+        rows = of_neurons.narrow(0, self._first_neuron(parameter), part.shape[dim] * groups)
+        return reference.per_element(rows, part, dim, groups)
 
     def _count_empty_steps(self) -> None:
         """Warns where steps move nothing, because another model is trained than the optimizer's."""

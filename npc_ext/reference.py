@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +26,21 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
 
     Every dimension of `activation` but `batch_dim` and `channel_dim` is a position p. The means over b and p are
     positive factors of the whole layer, which eq. 3 cancels.
+
+    A neuron that received no gradient (dL/dn is 0 everywhere) has -0.0. That is the identity of addition: a sum of
+    importance over micro-batches or processes is -0.0 only if all of its terms are.
     """
     dtype = compute_dtype(activation.dtype)
     product = activation.to(dtype) * gradient.to(dtype)
     product = product.movedim((batch_dim % product.ndim, channel_dim % product.ndim), (0, 1))
-    return product.flatten(2).sum(2).abs().sum(0) if product.ndim > 2 else product.abs().sum(0)
+    sums = product.flatten(2).sum(2).abs().sum(0) if product.ndim > 2 else product.abs().sum(0)
+    received = (gradient != 0).movedim(channel_dim, 0).flatten(1).any(1)
+    return torch.where(received | (sums != 0), sums, -0.0)
+
+
+def received_no_gradient(measured: Tensor) -> Tensor:
+    """Whether importance is -0.0, by which `importance` and `connection_importance` mark what received no gradient."""
+    return (measured == 0) & measured.signbit()
 
 
 def relu_backward_importance(
@@ -43,15 +54,19 @@ def relu_backward_importance(
 
 
 def connection_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape."""
+    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape.
+
+    Where dL/dw is 0 it is -0.0.
+    """
     dtype = compute_dtype(parameter.dtype)
-    return (parameter.to(dtype) * gradient.to(dtype)).abs().to(torch.float32)
+    product = (parameter.to(dtype) * gradient.to(dtype)).abs().to(torch.float32)
+    return torch.where((gradient != 0) | (product != 0), product, -0.0)
 
 
 def normalize(measured: Tensor, active_only: bool = False) -> Tensor:
-    """Eq. 3: importance divided by its mean over the layer, or over the neurons that received any (`active_only`)."""
+    """Eq. 3: importance divided by its mean over the layer, or over those that received a gradient (`active_only`)."""
     total = measured.sum()
-    neurons = (measured > 0).sum() if active_only else measured.numel()
+    neurons = (~received_no_gradient(measured)).sum() if active_only else measured.numel()
     return measured / total * neurons
 
 
@@ -66,7 +81,7 @@ def plasticity(importance: Tensor, alpha: float, beta: float, sigma: str = "sigm
     `sigma` is the function that eq. 5 assumes between a weight's change and the loss. Sigmoid and tanh share the form
     alpha sqrt(beta / C - 1) (their alpha differs), the error function gives alpha sqrt(ln(beta / C)).
     """
-    ratio = beta / importance
+    ratio = importance.new_full((), beta) / importance  # a plain number would be multiplied by a rounded 1 / C
     surplus = ratio.log() if sigma == "erf" else ratio - 1
     return alpha * surplus.clamp(min=0).sqrt()
 
@@ -87,11 +102,12 @@ def descend_(
     weight_decay: float = 0.0,
     maximize: bool = False,
     rounding_key: int | None = None,
+    cleared: Tensor | bool = False,
 ) -> None:
     """Algorithm 1's weight update with the options of `torch.optim.SGD`; frozen elements stay as they are.
 
-    `rate` and `frozen` broadcast against `parameter`. A frozen element's momentum buffer stays as it is, too. With a
-    `rounding_key` the result is rounded at random.
+    `rate`, `frozen` and `cleared` broadcast against `parameter`. A frozen element's momentum buffer stays as it is,
+    too, but becomes 0 where it is `cleared`. With a `rounding_key` the result is rounded at random.
     """
     dtype = compute_dtype(parameter.dtype)
     value = parameter.to(dtype)
@@ -101,8 +117,13 @@ def descend_(
     if momentum_buffer is not None:
         velocity = momentum * momentum_buffer.to(dtype) + step
         momentum_buffer.copy_(torch.where(frozen, momentum_buffer, velocity.to(parameter.dtype)))
+        _clear_(momentum_buffer, cleared)
         step = step + momentum * velocity if nesterov else velocity
     parameter.copy_(torch.where(frozen, parameter, rounded(value - rate * step, parameter, rounding_key)))
+
+
+def _clear_(first_moment: Tensor, cleared: Tensor | bool) -> None:
+    first_moment.copy_(torch.where(torch.as_tensor(cleared, device=first_moment.device), 0, first_moment))
 
 
 def bias_correction(decay: float, steps: int) -> float:
@@ -125,11 +146,13 @@ def adam_(
     weight_decay: float,
     maximize: bool,
     rounding_key: int | None = None,
+    cleared: Tensor | bool = False,
 ) -> None:
     """The step of `torch.optim.AdamW`, of which each element takes its share; frozen elements and moments stay.
 
     Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv
-    1711.05101. `steps` counts this one. `share` and `frozen` broadcast against `parameter`.
+    1711.05101. `steps` counts this one. `share`, `frozen` and `cleared` broadcast against `parameter`. The first moment
+    of a frozen element becomes 0 where it is `cleared`.
     """
     dtype = compute_dtype(parameter.dtype)
     value, d = parameter.to(dtype), (-gradient if maximize else gradient).to(dtype)
@@ -140,6 +163,7 @@ def adam_(
     direction = first / first_bias / (second.sqrt() / math.sqrt(second_bias) + epsilon)
     result = value - share * lr * (direction + weight_decay * value)
     first_moment.copy_(torch.where(frozen, first_moment, first))
+    _clear_(first_moment, cleared)
     second_moment.copy_(torch.where(frozen, second_moment, second))
     parameter.copy_(torch.where(frozen, parameter, rounded(result, parameter, rounding_key)))
 
@@ -254,12 +278,11 @@ def update_(
     """Eqs. 3, 4, 7 and Algorithm 1 for a whole network, in place; see `npc_ext.ops.update_` for the arguments."""
     if found_inf is not None and bool(found_inf):
         return
-    _average_layers(importances, measured, skipped, delta, active_only)
-    constants = (alpha, beta, sigma)
+    neurons = _move_layers(importances, measured, skipped, alpha, beta, delta, sigma, active_only)
     for index, parameter in enumerate(parameters):
         where = (layer[index], neuron_dim[index], groups[index])
         first = None if first_neuron is None else first_neuron[index]
-        rate, frozen = _rate(parameter, importances, *where, *constants, lr[index], first)
+        rate, frozen, cleared = _rate(parameter, neurons, *where, lr[index], first)
         descend_(
             parameter,
             _unscaled(gradients[index], grad_scale),
@@ -271,53 +294,94 @@ def update_(
             weight_decay[index],
             maximize[index],
             _rounding_key(index, steps, seeds),
+            cleared,
         )
     for count in steps:
         count += 1
 
 
-def _average_layers(
+class _Neurons(NamedTuple):
+    """What a step does with the neurons, or connections, of a layer.
+
+    Attributes:
+        plasticity: eq. 7 without its minimum; 0 where weights and moments stay as they are.
+        cleared: of those, the ones whose first moment becomes 0: they were not frozen before this step, and are now.
+    """
+
+    plasticity: Tensor
+    cleared: Tensor
+
+
+def _move_layer(
+    average: Tensor,
+    measured: Tensor,
+    counts: bool,
+    alpha: float,
+    beta: float,
+    delta: float,
+    sigma: str,
+    active_only: bool,
+    normalized: Tensor,
+) -> _Neurons:
+    """Eqs. 4 and 7 of a layer from its normalized importance, which enters C if it `counts`.
+
+    With `active_only` neurons without a gradient take no part: C, weights and moments stay as they are.
+    """
+    was_free = plasticity(average, alpha, beta, sigma) != 0
+    active = ~received_no_gradient(measured) if active_only else torch.ones_like(measured, dtype=torch.bool)
+    if counts:
+        average.copy_(torch.where(active, moving_average(average, normalized, delta), average))
+    free = plasticity(average, alpha, beta, sigma)
+    return _Neurons(torch.where(active, free, 0), active & was_free & (free == 0))
+
+
+def _move_layers(
     importances: Sequence[Tensor],
     measured: Sequence[Tensor],
     skipped: Tensor,
+    alpha: Sequence[float],
+    beta: Sequence[float],
     delta: Sequence[float],
+    sigma: Sequence[str],
     active_only: Sequence[bool],
-) -> None:
-    """Eqs. 3 and 4 of all layers. Sums that are not finite are counted and left out."""
+) -> list[_Neurons]:
+    """Eqs. 3, 4 and 7 of all layers. Sums that are not finite are counted and left out."""
+    result = []
     for index, (average, sums) in enumerate(zip(importances, measured, strict=True)):
+        constants = (alpha[index], beta[index], delta[index], sigma[index])
         if sums.numel() == 0:
+            result.append(_move_layer(average, torch.ones_like(average), False, *constants, False, average))
             continue
         total = float(sums.sum())
         if not math.isfinite(total):
             skipped[index] += 1
-        elif total > 0:
-            normalized = normalize(sums.to(average.dtype), active_only[index])
-            average.copy_(moving_average(average, normalized, delta[index]))
+        normalized = normalize(sums.to(average.dtype), active_only[index])
+        counts = math.isfinite(total) and total > 0
+        result.append(_move_layer(average, sums, counts, *constants, active_only[index], normalized))
+    return result
 
 
 def _rate(
     parameter: Tensor,
-    importances: Sequence[Tensor],
+    neurons: Sequence[_Neurons],
     layer: int,
     neuron_dim: int,
     groups: int,
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    sigma: Sequence[str],
     most: float,
     first_neuron: int | None,
-) -> tuple[Tensor | float, Tensor | bool]:
-    """Eq. 7 for the elements of a parameter, and which of them are frozen; `most` is the largest rate.
+) -> tuple[Tensor | float, Tensor | bool, Tensor | bool]:
+    """Eq. 7 for the elements of a parameter, which are frozen, and which lose their first moment; `most`: largest rate.
 
     A shard's rows begin with the neuron `first_neuron`; None for whole parameters.
     """
     if layer < 0:
-        return most, False
-    free = plasticity(importances[layer], alpha[layer], beta[layer], sigma[layer]).to(compute_dtype(parameter.dtype))
+        return most, False, False
+    free, cleared = neurons[layer]
     if first_neuron is not None:
-        free = free.narrow(0, first_neuron, parameter.shape[neuron_dim] * groups)
-    free = per_element(free, parameter, neuron_dim, groups)
-    return free.clamp(max=most), free == 0
+        rows = parameter.shape[neuron_dim] * groups
+        free, cleared = free.narrow(0, first_neuron, rows), cleared.narrow(0, first_neuron, rows)
+    free = per_element(free.to(compute_dtype(parameter.dtype)), parameter, neuron_dim, groups)
+    return free.clamp(max=most), free == 0, per_element(cleared, parameter, neuron_dim, groups)
 
 
 def _unscaled(gradient: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -359,11 +423,11 @@ def adam_update_(
     """Eqs. 3, 4, 7 and Adam's step for a whole network, in place; see `npc_ext.ops.adam_update_` for the arguments."""
     if found_inf is not None and bool(found_inf):
         return
-    _average_layers(importances, measured, skipped, delta, active_only)
+    neurons = _move_layers(importances, measured, skipped, alpha, beta, delta, sigma, active_only)
     for index, parameter in enumerate(parameters):
         where = (layer[index], neuron_dim[index], groups[index])
         first = None if first_neuron is None else first_neuron[index]
-        share, frozen = _rate(parameter, importances, *where, alpha, beta, sigma, 1.0, first)
+        share, frozen, cleared = _rate(parameter, neurons, *where, 1.0, first)
         adam_(
             parameter,
             _unscaled(gradients[index], grad_scale),
@@ -379,6 +443,7 @@ def adam_update_(
             weight_decay[index],
             maximize[index],
             _rounding_key(index, steps, seeds),
+            cleared,
         )
     for count in steps:
         count += 1
@@ -441,30 +506,31 @@ def connection_update_(
     """CPC: eqs. 3, 4, 7 and Algorithm 1 for each connection; see `npc_ext.ops.connection_update_`."""
     if found_inf is not None and bool(found_inf):
         return
+    connections: dict[int, _Neurons] = {}  # by parameter
     for at in range(len(alpha)):
         own = [index for index, of in enumerate(layer) if of == at]
         if not own:
             continue
-        measured = [connection_importance(parameters[index], gradients[index]).flatten() for index in own]
-        total = float(torch.cat(measured).sum())
+        measured = [connection_importance(parameters[index], gradients[index]) for index in own]
+        everything = torch.cat([sums.flatten() for sums in measured])
+        total = float(everything.sum())
         if not math.isfinite(total):
             skipped[at] += 1
-        elif total > 0:
-            sizes = [sums.numel() for sums in measured]
-            normalized = normalize(torch.cat(measured), active_only[at]).split(sizes)
-            for index, new in zip(own, normalized, strict=True):
-                average = importances[index]
-                average.copy_(moving_average(average, new.view_as(average), delta[at]))
+        counts = math.isfinite(total) and total > 0
+        normalized = normalize(everything, active_only[at]).split([sums.numel() for sums in measured])
+        constants = (alpha[at], beta[at], delta[at], sigma[at], active_only[at])
+        for index, sums, new in zip(own, measured, normalized, strict=True):
+            connections[index] = _move_layer(importances[index], sums, counts, *constants, new.view_as(sums))
     for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
         rate: Tensor | float = lr[index]
         frozen: Tensor | bool = False
-        if layer[index] >= 0:
-            at = layer[index]
-            free = plasticity(importances[index], alpha[at], beta[at], sigma[at]).to(compute_dtype(parameter.dtype))
-            rate, frozen = free.clamp(max=lr[index]), free == 0
+        cleared: Tensor | bool = False
+        if index in connections:
+            free, cleared = connections[index]
+            rate, frozen = free.to(compute_dtype(parameter.dtype)).clamp(max=lr[index]), free == 0
         buffer = momentum_buffers[index] if momentum[index] != 0 else None
         options = (momentum[index], nesterov[index], weight_decay[index], maximize[index])
-        descend_(parameter, _unscaled(gradient, grad_scale), buffer, rate, frozen, *options)
+        descend_(parameter, _unscaled(gradient, grad_scale), buffer, rate, frozen, *options, cleared=cleared)
 
 
 def network_step_(

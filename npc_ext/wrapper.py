@@ -26,6 +26,7 @@ BUCKET_BYTES = 64 * 2**20
 # Under this name schedule-free optimizers keep the second weights, between which and the parameters train() and eval()
 # interpolate.
 SECOND_WEIGHTS = "z"
+_FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 
 
 class PlasticityWrapper(torch.optim.Optimizer, Joinable):
@@ -37,7 +38,9 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     with C_i as `NPC` measures it (eqs. 2 to 4). s_i is eq. 7 in units of the learning rate, because those of other
     optimizers have other scales; alpha = 0.5 is the paper's, 0.05, in units of its largest rate, 0.1. Neurons with
-    s_i = 0 stay bit-identical. The optimizer's own state (momentum and the like) goes on for all of them.
+    s_i = 0 stay bit-identical. The optimizer's own state follows the gradients of all of them, but when a neuron
+    freezes, its part of `momentum_buffer` or `exp_avg` is set to 0, once. With normalize="active" the weights of a
+    neuron that received no gradient stay, but its state changes as the optimizer changes it.
 
     It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
     bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
@@ -247,6 +250,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             )
         share.take_back_(second, before)
         share.tie_(second, local(parameter))
+        self._tracker.clear_first_moments_(self.optimizer.state)
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -417,6 +421,43 @@ class _Tracker(NPC):
             del self.param_groups[1:]
         return super()._compare_with_model()
 
+    # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
+    _frozen: dict[int, Tensor]
+    _froze: dict[int, Tensor]
+    _inactive: dict[int, Tensor]
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._frozen, self._froze, self._inactive = {}, {}, {}
+
+    def _launch_all(self) -> None:
+        self._froze, self._inactive = {}, {}
+        super()._launch_all()
+
+    @torch.no_grad()
+    def _launch(self, plan: PlasticPlan) -> None:
+        states = dict(zip(plan.layers, plan.layer_states, strict=True))
+        for index in states.keys() - self._frozen.keys():
+            self._frozen[index] = states[index]["importance"] >= float(self._constants(index)["beta"])
+        super()._launch(plan)
+        for index, state in states.items():
+            constants, measured = self._constants(index), self._consolidated[index].sink.grad
+            frozen = state["importance"] >= float(constants["beta"])
+            self._froze[index], self._frozen[index] = frozen & ~self._frozen[index], frozen
+            if constants["normalize"] == "active" and measured is not None:
+                self._inactive[index] = reference.received_no_gradient(measured)
+
+    def clear_first_moments_(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Clears the first moments of the neurons that froze in the last step, in the wrapped optimizer's states."""
+        for index, froze in self._froze.items():
+            if not froze.is_cuda and not bool(froze.any()):  # a GPU is not waited for
+                continue
+            for parameter in (own.parameter for own in self._consolidated[index].parameters):
+                state = states.get(parameter, {}) if id(parameter) in self._place else {}
+                for moment in (local(state[name]) for name in _FIRST_MOMENTS if isinstance(state.get(name), Tensor)):
+                    if type(moment) is Tensor and moment.shape == local(parameter).shape:
+                        moment.masked_fill_(self._spread(froze, parameter), 0)
+
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
         layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
         nothing: tuple[list[Any], ...] = ([],) * 8
@@ -448,6 +489,8 @@ class _Tracker(NPC):
         index, dim, groups = self._place[id(parameter)]
         constants, average = self._constants(index), self._layer_state(index)["importance"]
         rates = reference.learning_rate(average, 1.0, constants["alpha"], constants["beta"], constants["sigma"])
+        if index in self._inactive:
+            rates = rates.masked_fill(self._inactive[index], 0)
         if not rates.is_cuda and bool((rates == 1).all()):  # a GPU is not waited for
             return None
         return _Share(rates, dim, groups, self._first_neuron(parameter))

@@ -261,6 +261,21 @@ def accumulated() -> Any:
     return {"alike": same, "numbers": numbers(optimizer)}
 
 
+@scenario
+def outputs_of_some_processes_only() -> Any:
+    """Each process uses one output, by its rank's parity, and none the last, whose row nothing may move."""
+    model = DistributedDataParallel(network())
+    optimizer = NPC(model, lr=0.05, delta=0.9, weight_decay=0.1, momentum=0.9, layers={"7": {"normalize": "active"}})
+    before, own, same = model.module[7].weight.detach().clone(), distributed.get_rank() % 2, True
+    for step in range(3):
+        optimizer.zero_grad()
+        model(own_part(batch(step)[0]))[:, own].square().mean().backward()
+        optimizer.step()
+        same &= alike(optimizer)
+    moved = (model.module[7].weight != before).any(1).tolist()
+    return {"alike": same, "moved": moved, "importance": optimizer.plasticity()["7"].importance}
+
+
 class Heads(nn.Module):
     """A body and two heads, of which a forward pass uses one."""
 

@@ -98,6 +98,14 @@ def assert_close(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         assert error <= TRAJECTORY * size, f"{name} is off by {error:.2g} of {size:.2g}"
 
 
+def test_an_output_takes_part_if_any_process_gave_it_a_gradient(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        own = rank["outputs_of_some_processes_only"]
+        assert own["alike"]
+        assert own["moved"] == [True, True, False]
+        assert (own["importance"] > 0).tolist() == [True, True, False]
+
+
 @pytest.mark.parametrize(
     "scenario",
     [

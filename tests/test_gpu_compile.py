@@ -38,8 +38,10 @@ def test_a_model_compiled_into_cuda_graphs_trains_as_the_eager_one(options: dict
         for own in (optimizer, plain):
             own.zero_grad(set_to_none=micro_batches == 1)
         if micro_batches > 1:
-            for one in (*ours.parameters(), *(layer.sink for layer in optimizer.neurons)):
+            for one in ours.parameters():
                 one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+            for layer in optimizer.neurons:
+                layer.sink.grad = torch.full_like(layer.sink, -0.0)
         for x, y in data:
             torch.compiler.cudagraph_mark_step_begin()
             F.cross_entropy(compiled(x), y).backward()

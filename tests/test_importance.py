@@ -28,8 +28,8 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
     beside = torch.full(
         [*(size + 3 for size in tensor.shape[:-1]), 2 * tensor.shape[-1] + 5], torch.nan, device=tensor.device
     )
-    cut = beside.to(tensor.dtype)[tuple(slice(1, 1 + size) for size in tensor.shape)]
-    every_other = beside.to(tensor.dtype)[tuple(slice(0, size) for size in tensor.shape[:-1])]
+    cut = beside.to(tensor.dtype, copy=True)[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    every_other = beside.to(tensor.dtype, copy=True)[tuple(slice(0, size) for size in tensor.shape[:-1])]
     every_other = every_other[..., : 2 * tensor.shape[-1] : 2]
     return {
         "contiguous": tensor,
@@ -47,6 +47,47 @@ def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim:
     absolute = (n * g).abs().movedim(channel_dim, 0).flatten(1).sum(1)
     terms = activation.numel() // max(activation.shape[channel_dim], 1)
     assert_importance(got, want, absolute, terms, activation.dtype)
+    assert torch.equal(got.signbit(), want.signbit())  # of -0.0
+
+
+def with_few_gradients(activation: Tensor, gradient: Tensor) -> None:
+    """Sets activations to 0, and all gradients but a few to -0.0, in place."""
+    activation.zero_()
+    gradient.fill_(-0.0)
+    *_, last = torch.cartesian_prod(*map(torch.arange, gradient.shape)) if gradient.numel() else [()]
+    if gradient.numel():
+        gradient[tuple(last.tolist())] = 1  # the last of the last neuron's
+        gradient[0, :: 3 if gradient.shape[1] > 2 else 2] = 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(5, 16), (64, 200), (3, 40, 8), (2, 33, 3, 3), (1, 3, 300), (4, 2, 31, 33), (1, 1, 3000), (70, 2, 49)],
+    ids=str,
+)
+def test_importance_is_negative_zero_where_there_was_no_gradient(
+    shape: tuple[int, ...], dtype: torch.dtype, device: str
+) -> None:
+    activation, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    with_few_gradients(activation, gradient)
+    received = torch.zeros(shape[1], dtype=torch.bool)
+    received[:: 3 if shape[1] > 2 else 2] = received[-1] = True
+    activations, gradients = layouts(activation.to(device)), layouts(gradient.to(device))
+    for name, own in activations.items():
+        got = ops.importance(own, gradients[name])
+        assert not got.any()
+        assert torch.equal(got.signbit().cpu(), ~received), name
+
+
+def test_importance_without_gradients_lasts_through_sums_and_no_others_do(device: str) -> None:
+    n, g = torch.ones(4, 3, device=device), torch.zeros(4, 3, device=device)
+    g[:2, 1], g[0, 2], g[1, 2] = 0, 1, -1
+    first, second = ops.importance(n * 0, g), ops.importance(n, g * 0)
+    assert first.signbit().tolist() == [True, True, False]
+    assert (first + second).signbit().tolist() == [True, True, False]
+    assert (first + first).signbit().tolist() == [True, True, False]
+    assert ops.importance(n, g * torch.nan).isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -73,6 +114,7 @@ def test_importance_of_nothing_is_zero(shape: tuple[int, ...]) -> None:
     got = ops.importance(torch.randn(shape), torch.randn(shape))
     assert got.shape == (shape[1],)
     assert not got.any()
+    assert got.signbit().all()
 
 
 def test_importance_of_an_expanded_gradient_is_not_copied_and_right(device: str) -> None:
@@ -165,6 +207,9 @@ def test_relu_backward_takes_importance_on_the_way(shape: tuple[int, ...], dtype
             n, g = output.double(), gradient.double()
             absolute = (n * g).abs().movedim(1, 0).flatten(1).sum(1)
             assert_importance(importance, reference.importance(n, g), absolute, n.numel() // shape[1], dtype)
+            silent = gradient * (torch.arange(shape[1], device=device) % 2).view(-1, *[1] * (gradient.ndim - 2))
+            signs = ops.relu_backward_importance(output * 0, silent)[1].signbit()
+            assert torch.equal(signs, reference.importance(n * 0, silent.double()).signbit())
 
 
 def test_relu_backward_hands_on_the_gradient_of_a_nan(device: str) -> None:

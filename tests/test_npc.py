@@ -95,14 +95,19 @@ class Exact:
         sgd = (o.get("momentum", 0.0), o.get("nesterov", False), o.get("weight_decay", 0.0))
         for index, n in enumerate(activations):
             measured = reference.importance(n.detach().double(), n.grad.double())
+            active = ~reference.received_no_gradient(measured) if o.get("normalize") == "active" else measured >= 0
             normalized = reference.normalize(measured, o.get("normalize") == "active")
-            self.average[index] = reference.moving_average(self.average[index], normalized, o["delta"])
+            before = self.average[index]
+            average = reference.moving_average(before, normalized, o["delta"])
+            self.average[index] = average = torch.where(active, average, before)
             constants = (o["alpha"], o["beta"], o.get("sigma", "sigmoid"))
-            eta = reference.learning_rate(self.average[index], o["lr"], *constants)
+            eta = torch.where(active, reference.learning_rate(average, o["lr"], *constants), 0)
+            froze = active & (eta == 0) & (reference.plasticity(before, *constants) > 0)
             for k in (2 * index, 2 * index + 1):  # weight and bias
                 shaped = eta.view(-1, *[1] * (self.weights[k].ndim - 1))
                 gradient = gradients[k].double()
                 reference.descend_(self.weights[k], gradient, self.velocity[k], shaped, shaped == 0, *sgd)
+                self.velocity[k][froze] = 0
 
 
 def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dict[str, Any]) -> list[Tensor]:
@@ -723,6 +728,117 @@ def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
     assert importance.sum().item() == pytest.approx(2)
 
 
+def head_of_two_tasks() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 4))
+
+
+def learn(model: nn.Sequential, optimizer: Any, task: int, steps: int = 60, device: str = "cpu") -> None:
+    """Trains the two outputs of a task, with the loss on them alone."""
+    for seed in range(steps):
+        x = torch.randn(32, 12, generator=torch.Generator().manual_seed(100 * task + seed)) + task
+        y = (x.sum(1) > 12 * task).long()
+        optimizer.zero_grad()
+        F.cross_entropy(model(x.to(device))[:, 2 * task : 2 * task + 2], y.to(device)).backward()
+        optimizer.step()
+
+
+IN_TURN: dict[str, Any] = {
+    "NPC": lambda m, **o: NPC(m, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01, delta=0.98, **o),
+    "NPCAdamW": lambda m, **o: NPCAdamW(m, lr=0.01, weight_decay=0.1, delta=0.98, **o),
+    "AdamW": lambda m, **o: PlasticityWrapper(
+        torch.optim.AdamW(m.parameters(), lr=0.01, weight_decay=0.1), m, delta=0.98, **o
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("kind", IN_TURN)
+def test_rows_of_an_old_task_do_not_move_while_another_is_learned(kind: str, backend: Any) -> None:
+    rows_of_an_old_task_do_not_move(kind, backend, "cpu")
+
+
+def rows_of_an_old_task_do_not_move(kind: str, backend: Any, device: str) -> None:
+    model = head_of_two_tasks().to(device)
+    optimizer = IN_TURN[kind](model, layers={"2": {"normalize": "active"}}, backend=backend)
+    learn(model, optimizer, 0, device=device)
+    rows, bias = model[2].weight[:2].detach().clone(), model[2].bias[:2].detach().clone()
+    importance = optimizer.plasticity()["2"].importance
+    assert importance[:2].min() > 0 and not importance[2:].any()
+    learn(model, optimizer, 1, device=device)
+    assert torch.equal(model[2].weight[:2], rows) and torch.equal(model[2].bias[:2], bias)
+    after = optimizer.plasticity()["2"].importance
+    assert torch.equal(after[:2], importance[:2]) and after[2:].min() > 0
+    learn(model, optimizer, 0, steps=1, device=device)
+    assert not torch.equal(model[2].weight[:2], rows) or bool((after[:2] >= 0.5).all())
+
+
+@pytest.mark.parametrize("kind", IN_TURN)
+def test_an_output_layer_that_begins_at_zero_trains_among_the_active(kind: str) -> None:
+    model = head_of_two_tasks()
+    for parameter in model[2].parameters():
+        nn.init.zeros_(parameter)
+    optimizer = IN_TURN[kind](model, layers={"2": {"normalize": "active"}})
+    learn(model, optimizer, 0, steps=1)  # its importance is 0, because its outputs are
+    assert model[2].weight[:2].any() and not model[2].weight[2:].any()
+
+
+@pytest.mark.parametrize("kind", ["NPC", "NPCAdamW"])
+def test_a_neuron_that_froze_is_not_moved_by_old_moments_when_it_thaws(kind: str) -> None:
+    make = {
+        "NPC": lambda m: NPC(m, lr=0.1, momentum=0.9, delta=0.8),
+        "NPCAdamW": lambda m: NPCAdamW(m, lr=0.01, weight_decay=0.0, delta=0.8),
+    }
+    model = head_of_two_tasks()
+    optimizer = make[kind](model)
+    learn(model, optimizer, 0)
+    assert optimizer.plasticity()["2"].importance[:2].min() > 0.5, "frozen"
+    rows = model[2].weight[:2].detach().clone()
+    learn(model, optimizer, 1)
+    assert optimizer.plasticity()["2"].importance[:2].max() < 0.05, "thawed: the mean is over all neurons here"
+    assert torch.equal(model[2].weight[:2], rows)
+
+
+@pytest.mark.parametrize("kind", ["NPC", "NPCAdamW", "CPC"])
+@pytest.mark.parametrize("by", ["beta", "loading", "momentum"])
+def test_first_moments_are_cleared_also_where_no_step_saw_a_neuron_freeze(kind: str, by: str) -> None:
+    make = {
+        "NPC": lambda m: NPC(m, lr=0.05, momentum=0.9, delta=0.8, beta=1e3),
+        "NPCAdamW": lambda m: NPCAdamW(m, lr=0.01, delta=0.8, beta=1e3),
+        "CPC": lambda m: CPC(m, lr=0.05, momentum=0.9, delta=0.8, beta=1e3),
+    }
+    model, name = head_of_two_tasks(), "exp_avg" if kind == "NPCAdamW" else "momentum_buffer"
+    optimizer = make[kind](model)
+    learn(model, optimizer, 0, steps=20)
+    group = optimizer.param_groups[0]
+    if by == "loading":
+        saved = copy.deepcopy(optimizer.state_dict())
+        saved["param_groups"][0]["beta"] = 1.0
+        optimizer.load_state_dict(saved)
+    else:
+        group["beta"] = 1.0
+    if by == "momentum" and kind != "NPCAdamW":  # with its buffers out of sight
+        group["momentum"] = 0.0
+        learn(model, optimizer, 0, steps=20)
+        optimizer.param_groups[0]["momentum"] = 0.9
+    learn(model, optimizer, 0, steps=1)
+    state = optimizer.state[model[0].weight]
+    frozen = state["importance"] >= 1
+    assert frozen.any()
+    assert not state[name][frozen].any()
+    assert state[name][~frozen].any()
+
+
+def test_a_schedule_of_rates_or_momentum_clears_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = head_of_two_tasks()
+    optimizer = NPC(model, lr=0.1, momentum=0.9, delta=0.9)
+    learn(model, optimizer, 0, steps=3)
+    monkeypatch.setattr(Tensor, "masked_fill_", lambda *_: pytest.fail("moments were cleared again"))
+    for step in range(3):
+        optimizer.param_groups[0].update(lr=0.1 / (step + 1), momentum=0.9 - 0.1 * step)
+        learn(model, optimizer, 0, steps=2)
+
+
 def test_a_layer_can_be_left_unconsolidated() -> None:
     model = paper_cnn()
     optimizer = NPC(model, delta=0.0, layers={"output": {"consolidate": False}})
@@ -1251,6 +1367,12 @@ def test_steps_that_train_another_model_are_warned_of() -> None:
         ImportanceWarning, match=r"no parameter had a gradient in 10 steps in a row.*build the optimizer"
     ):
         optimizer.step()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", IN_TURN)
+def test_rows_of_an_old_task_do_not_move_on_a_gpu(kind: str) -> None:
+    rows_of_an_old_task_do_not_move(kind, "native", "cuda")
 
 
 @pytest.mark.gpu

@@ -69,7 +69,7 @@ def test_where_nothing_is_important_it_is_adamw(backend: str, maximize: bool) ->
 
 
 def test_it_takes_the_steps_of_a_wrapped_adamw() -> None:
-    """With partly protected neurons, of which none is frozen: there the wrapper's moments go on."""
+    """With partly protected neurons, of which none is frozen: there the wrapper's moments follow gradients."""
     ours, theirs = network().double(), network().double()
     constants: dict[str, Any] = {"alpha": 0.5, "beta": 4.0, "delta": 0.99}
     optimizer = NPCAdamW(ours, lr=1e-3, **constants)

@@ -28,9 +28,54 @@ def test_importance_of_a_linear_layer_on_sequences_sums_over_the_sequence() -> N
 
 
 def test_normalize_divides_by_the_mean_of_all_or_of_active_neurons() -> None:
-    measured = torch.tensor([0.0, 1.0, 3.0, 0.0])
+    measured = torch.tensor([-0.0, 1.0, 3.0, 0.0])  # the first received no gradient
     assert reference.normalize(measured).tolist() == [0.0, 1.0, 3.0, 0.0]
-    assert reference.normalize(measured, active_only=True).tolist() == [0.0, 0.5, 1.5, 0.0]
+    assert reference.normalize(measured, active_only=True).tolist() == [0.0, 0.75, 2.25, 0.0]
+
+
+def test_importance_is_negative_zero_only_where_no_gradient_was_received() -> None:
+    activation = torch.tensor([[0.0, 1.0, 1.0, 0.0], [0.0, 1.0, 1.0, 2.0]])
+    gradient = torch.tensor([[0.0, 0.0, -0.0, 1.0], [2.0, 0.0, -0.0, 1e-45]])
+    got = reference.importance(activation, gradient)
+    assert got.signbit().tolist() == [False, True, True, False]
+    assert reference.received_no_gradient(got).tolist() == [False, True, True, False]
+    assert reference.received_no_gradient(got + got).tolist() == [False, True, True, False]
+    connections = reference.connection_importance(activation, gradient)
+    assert connections.signbit().tolist() == [[True, True, True, False], [False, True, True, False]]
+
+
+@pytest.mark.parametrize(
+    ("before", "measured", "after", "weight", "momentum"),
+    [
+        (0.4, 2.0, 0.52, 1.0, 0.0),  # freezes
+        (0.6, 2.0, 0.68, 1.0, 3.0),  # was frozen
+        (0.0, 0.0, 0.0, 1 - 0.1 * (0.9 * 3 + 1 + 0.5), 0.9 * 3 + 1 + 0.5),  # moves
+    ],
+)
+def test_a_neuron_that_freezes_loses_its_momentum(
+    before: float, measured: float, after: float, weight: float, momentum: float
+) -> None:
+    parameter, gradient, buffer = torch.ones(2, 1), torch.ones(2, 1), torch.full((2, 1), 3.0)
+    averages, sums = torch.tensor([before, 0.0]), torch.tensor([measured, 2.0])
+    skipped = torch.zeros(1, dtype=torch.int64)
+    rest = (skipped, [0], [0], [1], [0.1], [0.9], [False], [0.5], [False], [0.05], [0.5], [0.8], ["erf"], [False])
+    reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest)
+    assert averages[0].item() == pytest.approx(after)
+    assert parameter[0].item() == pytest.approx(weight)
+    assert buffer[0].item() == pytest.approx(momentum)
+
+
+def test_a_neuron_without_a_gradient_takes_no_part_among_the_active() -> None:
+    parameter, gradient, buffer = (torch.full((3, 1), value) for value in (1.0, 0.0, 3.0))
+    averages, sums = torch.tensor([0.4, 0.4, 0.0]), torch.tensor([-0.0, 0.0, 2.0])
+    skipped = torch.zeros(1, dtype=torch.int64)
+    rest = (skipped, [0], [0], [1], [0.1], [0.5], [False], [0.5], [False], [0.05], [0.5], [0.8], ["erf"])
+    reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest, [True])
+    torch.testing.assert_close(averages, torch.tensor([0.4, 0.32, 0.4]))
+    assert parameter[0] == 1
+    assert buffer[0] == 3
+    assert buffer[1] == 2
+    assert parameter[1] < 1
 
 
 def test_moving_average() -> None:

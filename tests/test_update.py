@@ -64,7 +64,8 @@ def network(
     importances = [torch.rand(neurons).to(device) * 0.75 for neurons in LAYERS]
     importances[0][:2] = 0
     measured = [torch.rand(neurons).to(device) * 100 for neurons in LAYERS]
-    measured[1][:40] = 0
+    measured[1][:40] = -0.0  # received no gradient
+    measured[1][:5] = 0  # received gradients, which sum to zero
     return {
         "parameters": tensors(),
         "gradients": tensors(),
@@ -111,7 +112,14 @@ def check(arguments: dict[str, Any]) -> None:
     given_average = copied(before, double=True)
     given_average["importances"] = [average.double() for average in arguments["importances"]]
     given_average["measured"] = [torch.empty(0, device=average.device) for average in arguments["importances"]]
+    for index, (cleared, _) in expected_exceptions(before, arguments["importances"]).items():
+        given_average["momentum_buffers"][index][cleared] = 0
     reference.update_(**given_average)
+    for index, (_, inactive) in expected_exceptions(before, arguments["importances"]).items():
+        for name in ("parameters", "momentum_buffers"):
+            if before[name]:
+                assert torch.equal(arguments[name][index][inactive], before[name][index][inactive])
+                given_average[name][index][inactive] = before[name][index][inactive].double()
     for index, got in enumerate(arguments["parameters"]):
         # Every term of the step in absolute value: the scale of its rounding.
         gradient, value = before["gradients"][index].double().abs(), before["parameters"][index].double().abs()
@@ -126,9 +134,34 @@ def check(arguments: dict[str, Any]) -> None:
             assert_stepped(arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0)
 
 
+def expected_exceptions(before: dict[str, Any], averages: list[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
+    """By parameter, which elements lose their first moment in a step to these averages, and which take no part in it."""
+    exceptions = {}
+    for index, layer in enumerate(before["layer"]):
+        if layer < 0:
+            continue
+        constants = [before[name][layer] for name in ("alpha", "beta", "sigma")]
+        free_before, free = (
+            reference.plasticity(average, *constants) != 0
+            for average in (before["importances"][layer], averages[layer])
+        )
+        inactive = reference.received_no_gradient(before["measured"][layer])
+        if not before["active_only"][layer] or not before["measured"][layer].numel():
+            inactive = torch.zeros_like(free)
+        parameter, dim, groups = (before[name][index] for name in ("parameters", "neuron_dim", "groups"))
+        first = (before.get("first_neuron") or [0] * (index + 1))[index]
+        rows = slice(first, first + parameter.shape[dim] * groups)
+        exceptions[index] = tuple(
+            reference.per_element(one[rows], parameter, dim, groups).expand_as(parameter)
+            for one in (free_before & ~free & ~inactive, inactive)
+        )
+    return exceptions  # type: ignore[return-value]
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"momentum": 0.9},
+    {"momentum": 0.9, "weight_decay": 0.1, "active_only": True},
     {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
     {"weight_decay": 0.01, "maximize": True},
     {"sigma": "erf", "active_only": True},
@@ -274,7 +307,8 @@ def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, de
 
     measured = [torch.rand(size).to(device) for size in layers]
     for one in measured:
-        one[::3] = 0
+        one[::3] = -0.0  # received no gradient
+        one[::9] = 0  # received gradients, which sum to zero
     return {
         "parameters": tensors(),
         "gradients": tensors(),
@@ -417,8 +451,111 @@ def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay
             reference.per_element(frozen.double(), torch.empty(shape, device=device), dim, groups).bool().expand(shape)
         )
         for name in ("parameters", "momentum_buffers"):
-            assert torch.equal(arguments[name][index][rows], before[name][index][rows])
+            assert torch.equal(arguments[name][index][rows], before[name][index][rows])  # also what is not zero
         assert not torch.equal(arguments["parameters"][index], before["parameters"][index]) or bool(rows.all())
+
+
+@pytest.mark.parametrize("at_random", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_neuron_that_freezes_loses_its_momentum_once(dtype: torch.dtype, at_random: bool, device: str) -> None:
+    if at_random and dtype != torch.bfloat16:
+        pytest.skip("only bfloat16 is rounded at random")
+    arguments = network(dtype, momentum=0.9, weight_decay=0.1, device=device)
+    if at_random:
+        arguments["steps"] = [torch.ones((), device=device) for _ in PARAMETERS]
+        arguments["seeds"] = list(range(len(PARAMETERS)))
+    arguments["lr"] = [0.0] * len(PARAMETERS)  # frozen means that eq. 7 is zero, not that lr is
+    before = copied(arguments)
+    ops.update_(**arguments)
+    froze = {index: own for index, (own, _) in expected_exceptions(before, arguments["importances"]).items()}
+    assert sum(int(own.sum()) for own in froze.values()) > 100
+    for index, (_, layer, dim, groups) in enumerate(PARAMETERS):
+        buffer, was = arguments["momentum_buffers"][index], before["momentum_buffers"][index]
+        assert torch.equal(arguments["parameters"][index], before["parameters"][index])
+        if layer < 0:
+            continue
+        assert not bool(buffer[froze[index]].any())
+        frozen = (arguments["importances"][layer] >= arguments["beta"][layer]).double()
+        frozen = reference.per_element(frozen, was, dim, groups).expand_as(was).bool()
+        assert torch.equal(buffer[frozen & ~froze[index]], was[frozen & ~froze[index]])
+        assert frozen.all() or bool((buffer != was)[~frozen].double().mean() > 0.5)
+    # Once: what is in their momentum after that is nobody's business.
+    arguments["measured"] = [torch.empty(0, device=device)] * len(LAYERS)
+    for index, own in froze.items():
+        arguments["momentum_buffers"][index][own] = 7
+    ops.update_(**arguments)
+    for index, own in froze.items():
+        assert bool((arguments["momentum_buffers"][index][own] == 7).all())
+
+
+@pytest.mark.parametrize("count", [3, 400])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(
+    count: int, at_once: bool, device: str
+) -> None:
+    weights, gradients, buffers = ([torch.ones(3, 2, device=device) for _ in range(count)] for _ in range(3))
+    average, skipped = torch.tensor([0.4, 0.6, 0.0], device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    n, measured = torch.tensor([[2.0, 2.0, 0.0]], device=device), torch.tensor([2.0, 2.0, 0.0], device=device)
+    places = ([0] * count, [0] * count, [1] * count)
+    options = ([0.1] * count, [0.9] * count, [False] * count, [0.0] * count, [False] * count)
+    rest = (skipped, *places, *options, [0.05], [0.5], [0.5], ["sigmoid"], [False])
+    if at_once:
+        ones = [torch.ones_like(n)]
+        ops.network_step_([n], ones, [1], [0], weights, gradients, buffers, [average], *rest)
+    else:
+        ops.update_(weights, gradients, buffers, [average], [measured], *rest)
+    torch.testing.assert_close(average.cpu(), torch.tensor([0.95, 1.05, 0.0]))
+    for weight, buffer in zip(weights, buffers, strict=True):
+        assert weight[:2].eq(1).all(), "frozen now, and frozen before"
+        torch.testing.assert_close(weight[2].cpu(), torch.tensor([0.81, 0.81]))
+        torch.testing.assert_close(buffer.cpu(), torch.tensor([[0.0, 0.0], [1.0, 1.0], [1.9, 1.9]]))
+
+
+def test_a_neuron_without_a_gradient_takes_no_part_in_a_step_of_the_active(device: str) -> None:
+    arguments = network(momentum=0.9, weight_decay=0.1, active_only=True, device=device)
+    arguments["measured"][0].copy_(torch.tensor([-0.0, 0.0, 1.0] + [2.0] * 7))
+    arguments["measured"][3].fill_(-0.0)  # none of a layer does
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for layer, inactive in ((0, [0]), (3, range(33))):
+        kept = torch.zeros(LAYERS[layer], dtype=torch.bool, device=device)
+        kept[list(inactive)] = True
+        same = arguments["importances"][layer] == before["importances"][layer]
+        assert torch.equal(same | (before["importances"][layer] == 0), kept | (before["importances"][layer] == 0))
+    for index, start in ((0, 1), (1, 1)):
+        for name in ("parameters", "momentum_buffers"):
+            assert torch.equal(arguments[name][index][0], before[name][index][0])
+            assert not torch.equal(arguments[name][index][start], before[name][index][start])
+    for index in (6, 7):
+        for name in ("parameters", "momentum_buffers"):
+            assert torch.equal(arguments[name][index], before[name][index])
+
+
+def test_a_neuron_without_a_gradient_stays_also_where_importance_does_not_count(device: str) -> None:
+    arguments = network(momentum=0.9, weight_decay=0.1, active_only=True, device=device)
+    arguments["beta"] = [1.0] * len(LAYERS)  # nothing is frozen
+    arguments["measured"][0].copy_(torch.tensor([-0.0] + [torch.nan] * 9))
+    arguments["measured"][3].copy_(torch.tensor([-0.0] + [0.0] * 32))
+    arguments["measured"][0][1].neg_()  # a NaN of either sign is no mark
+    before = copied(arguments)
+    ops.update_(**arguments)
+    for index in (0, 7):  # the weights of these layers
+        for name in ("parameters", "momentum_buffers"):
+            changed = (arguments[name][index] != before[name][index]).any(1)
+            assert not changed[0] and changed[1:].all()
+    for layer in (0, 3):
+        assert torch.equal(arguments["importances"][layer], before["importances"][layer])
+
+
+def test_neurons_that_received_only_gradients_that_sum_to_zero_train(device: str) -> None:
+    arguments = network(active_only=True, device=device)
+    for one in arguments["measured"]:
+        one.zero_()
+    before = copied(arguments)
+    ops.update_(**arguments)
+    assert all(map(torch.equal, arguments["importances"], before["importances"]))
+    for got, was, free in zip(arguments["parameters"], before["parameters"], before["layer"], strict=True):
+        assert free == 4 or not torch.equal(got, was)
 
 
 def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts(device: str) -> None:

@@ -107,6 +107,8 @@ def test_every_neuron_takes_its_share_of_the_movement(name: str, bucket_bytes: i
     ours = PlasticityWrapper(OPTIMIZERS[name](model.parameters()), model, delta=0.9, bucket_bytes=bucket_bytes)
     set_importance(ours, "0", torch.tensor([0.0, 0.2, 0.4, 0.6, 1.0, 5.0]))
     set_importance(ours, "6", torch.linspace(0.0, 2.0, 10))
+    known = [torch.zeros(parameter.shape, dtype=torch.bool) for parameter in model.parameters()]
+    known[0][3:] = known[1][3:] = known[2][3:] = known[3][3:] = known[6][3:] = known[7][3:] = True
     for seed in range(8):
         with torch.no_grad():
             for parameter, own in zip(twin.parameters(), model.parameters(), strict=True):
@@ -118,8 +120,8 @@ def test_every_neuron_takes_its_share_of_the_movement(name: str, bucket_bytes: i
         names = ["0", "0", "0", "0", "3", "3", "6", "6", "8", "8"]
         rows = [(6, 1, 1, 1), 6, 6, 6, (2, 1, 2, 1, 1), 4, (10, 1), 10, (3, 1), 3]
         frozen = 0
-        for was, own, moved, layer, shape in zip(
-            before, model.parameters(), twin.parameters(), names, rows, strict=True
+        for at, (was, own, moved, layer, shape) in enumerate(
+            zip(before, model.parameters(), twin.parameters(), names, rows, strict=True)
         ):
             share = shares[layer].view(shape)
             if len(share.shape) == 5:  # (groups, in, out, height, width) of the grouped transposed convolution
@@ -129,6 +131,12 @@ def test_every_neuron_takes_its_share_of_the_movement(name: str, bucket_bytes: i
             still = (share == 0).expand_as(own)
             assert torch.equal(own[still], was[still])
             frozen += int(still.sum())
+            for moment in ("momentum_buffer", "exp_avg"):  # of what froze just now, they begin anew
+                if moment in ours.state[own]:
+                    assert not ours.state[own][moment][still & ~known[at]].any()
+                    plain.state[moved][moment][still & ~known[at]] = 0
+                    assert torch.equal(ours.state[own][moment], plain.state[moved][moment])
+            known[at] = still
         assert frozen > 0
 
 

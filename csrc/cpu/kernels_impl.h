@@ -1,12 +1,13 @@
 // The inner loops, compiled once per instruction set by the kernels_<isa>.cpp that include this file.
 //
-// importance   reads n and dL/dn once and writes N values. Three ways through memory:
+// importance   reads n and dL/dn once (dL/dn again where a sum is zero) and writes N values. Three ways through memory:
 //   rows       positions are contiguous: a row's products are summed in vector lanes; the lanes of kLanes rows are then
 //              reduced together, three operations a row, and maps smaller than a vector share one.
 //   columns    neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
 //   scattered  anything else, element by element.
 // descend      reads value, gradient and momentum once, writes value and momentum once; frozen rows are not touched, but
-//              where they are so short that rates are held by element, which writes them as they were.
+//              where they are so short that rates are held by element, which writes them as they were. Of rows that
+//              this step freezes the first moment is set to zero.
 //              descend_anchored reads stiffness and anchor besides, and reads and writes the path integral.
 //              descend_adam reads and writes two moments in place of the momentum.
 //              descend_connections reads and writes an importance to each element besides.
@@ -266,6 +267,28 @@ static void columns(const ImportanceParams& p, int64_t batch_begin, int64_t batc
   scattered<T>(p, batch_begin, batch_end, whole, end, out);
 }
 
+static inline bool is_zero(float value) { return value == 0; }
+static inline bool is_zero(double value) { return value == 0; }
+static inline bool is_zero(half_bits value) { return (value.bits & 0x7fffu) == 0; }
+static inline bool is_zero(bfloat_bits value) { return (value.bits & 0x7fffu) == 0; }
+
+// Whether a neuron's gradient is zero in all of these samples.
+template <class T>
+static bool no_gradient(const ImportanceParams& p, const Positions& positions, int64_t batch_begin, int64_t batch_end,
+                        int64_t neuron) {
+  for (int64_t b = batch_begin; b < batch_end; ++b) {
+    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + neuron * p.gradient_neuron_stride;
+    for (int64_t index = 0; index < positions.outer; ++index) {
+      int64_t at_n, at_g;
+      positions.offsets(index, at_n, at_g);
+      for (int64_t at = 0; at < positions.inner; ++at) {
+        if (!is_zero(g[at_g + at * positions.gradient_stride])) return false;
+      }
+    }
+  }
+  return true;
+}
+
 template <class T>
 static void importance(const ImportanceParams& p, int64_t batch_begin, int64_t batch_end, int64_t begin, int64_t end,
                        void* untyped_out) {
@@ -282,23 +305,41 @@ static void importance(const ImportanceParams& p, int64_t batch_begin, int64_t b
   } else {
     scattered<T>(p, batch_begin, batch_end, begin, end, out);
   }
+  // Gradients are looked at once more only where the sum leaves open whether there were any.
+  for (int64_t i = begin; i < end; ++i) {
+    if (out[i] == 0) out[i] = no_gradient<T>(p, positions, batch_begin, batch_end, i) ? kNoGradient : 0;
+  }
 }
 
 // ------------------------------------------------------------------------------------------ importance to plasticity
 
-static void average(float* average, const float* measured, int64_t neurons, float total, float active, float delta,
-                    float one_minus_delta) {
-  for (int64_t i = 0; i < neurons; ++i) {
-    average[i] = moving_average(average[i], normalized_importance(measured[i], total, active), delta, one_minus_delta);
-  }
-}
-
-static void plasticity(const float* average, float* out, int64_t neurons, float alpha, float beta,
-                       bool error_function) {
-  if (error_function) {
-    for (int64_t i = 0; i < neurons; ++i) out[i] = plasticity_erf(average[i], alpha, beta);
+static void plasticity(const LayerParams& layer, float* average, const float* measured, float* out, int64_t neurons,
+                       float total, float active) {
+  const auto alpha = static_cast<float>(layer.alpha), beta = static_cast<float>(layer.beta);
+  const auto delta = static_cast<float>(layer.delta), one_minus_delta = static_cast<float>(1 - layer.delta);
+  if (measured != nullptr && total > 0 && total <= __FLT_MAX__) {
+    for (int64_t i = 0; i < neurons; ++i) {
+      out[i] = average[i];
+      const float moved =
+          moving_average(average[i], normalized_importance(measured[i], total, active), delta, one_minus_delta);
+      average[i] = layer.active_only && received_no_gradient(measured[i]) ? average[i] : moved;
+    }
   } else {
-    for (int64_t i = 0; i < neurons; ++i) out[i] = plasticity_sigmoid(average[i], alpha, beta);
+    for (int64_t i = 0; i < neurons; ++i) out[i] = average[i];
+  }
+  // `out` holds C before the step; loops of one kind each, which the compiler can run in vectors.
+  if (layer.error_function) {
+    for (int64_t i = 0; i < neurons; ++i) {
+      out[i] = plasticity_after(out[i], beta, plasticity_erf(average[i], alpha, beta));
+    }
+  } else {
+    for (int64_t i = 0; i < neurons; ++i) {
+      out[i] = plasticity_after(out[i], beta, plasticity_sigmoid(average[i], alpha, beta));
+    }
+  }
+  if (!layer.active_only || measured == nullptr) return;
+  for (int64_t i = 0; i < neurons; ++i) {
+    if (received_no_gradient(measured[i])) out[i] = 0;
   }
 }
 
@@ -413,7 +454,17 @@ static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_
   for (int64_t k = 0; k < count; ++k) to[k] = buffer[k];
 }
 
-// `count` elements with a rate each; a negative rate marks an element that stays as it is.
+// In place of an element's rate: it stays as it is (kClears: all but its first moment, which becomes 0).
+constexpr float kStays = -2.0f;
+
+// What happens to an element, by its neuron's plasticity: its rate, `top` at most, kStays or kClears.
+template <class R> static inline R rate_of(float plasticity, R top) {
+  if (plasticity <= 0) return R(plasticity == 0 ? kStays : kClears);
+  const R rate = plasticity;
+  return rate < top ? rate : top;
+}
+
+// `count` elements with a rate each, as of rate_of().
 template <class O, class T, class Put>
 static void descend_elements(const Step<T>& step, T* value, const T* gradient, T* momentum, int64_t count,
                              const Real<T>* rates, const Put& put) {
@@ -433,19 +484,20 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
     Vector<R> result = moved<O, T>(step, old, d, rate, velocity);
     put_some(put, value + i, blend<R>(~stays, result, old), i, rest);
     if constexpr (O::has_momentum) {
-      velocity = blend<R>(~stays, velocity, old_velocity);
+      velocity = keep<R>(rate != R(kClears), blend<R>(~stays, velocity, old_velocity));
       if (whole) store(momentum + i, velocity);
       else store_partial(momentum + i, velocity, rest);
     }
   }
 }
 
-// Calls on_run(at, count, rate) for those runs of elements [begin, end) that move, or, where runs are shorter than
-// `short_run`, on_tile(at, count, rates) for tiles of at most kTile elements with a rate each, negative for elements that
-// stay, and for a vector's worth beyond the last. A rate is the neuron's plasticity, `top` at most.
-template <class R, class OnRun, class OnTile>
+// Calls on_run(at, count, rate) for those runs of elements [begin, end) that move and clear(at, count) for those that
+// lose their first moment, or, where runs are shorter than `short_run`, on_tile(at, count, rates) for tiles of at most
+// kTile elements with a rate each, as of rate_of(), and kStays for a vector's worth beyond the last.
+template <class R, class OnRun, class Clear, class OnTile>
 static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R top, int64_t short_run,
-                                 int64_t begin, int64_t end, const OnRun& on_run, const OnTile& on_tile) {
+                                 int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,
+                                 const OnTile& on_tile) {
   if (plasticity == nullptr) {
     on_run(begin, end - begin, top);
     return;
@@ -465,10 +517,7 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
   int64_t left_in_run = p.run - begin % p.run;
   if (p.run >= short_run) {
     // Neighbours with one rate, as most have it while little is important, are one run.
-    const auto rate = [&]() -> R {
-      const R free_rate = plasticity[group_base + row];
-      return free_rate < top ? free_rate : top;
-    };
+    const auto rate = [&] { return rate_of<R>(plasticity[group_base + row], top); };
     for (int64_t at = begin; at < end;) {
       const R own = rate();
       int64_t to = at;
@@ -477,7 +526,8 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
         left_in_run = p.run;
         if (to < end) next_run();
       } while (to < end && rate() == own);
-      if (own != 0) on_run(at, to - at, own);
+      if (own >= 0) on_run(at, to - at, own);
+      if (own == R(kClears)) clear(at, to - at);
       at = to;
     }
     return;
@@ -486,8 +536,7 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
     const int64_t count = end - at < kTile ? end - at : kTile;
     R rates[kTile + kLanes<R>];
     for (int64_t i = 0; i < count;) {
-      const R free_rate = plasticity[group_base + row];
-      const R rate = free_rate == 0 ? R(-1) : free_rate < top ? free_rate : top;
+      const R rate = rate_of<R>(plasticity[group_base + row], top);
       const int64_t length = left_in_run < count - i ? left_in_run : count - i;
       for (int64_t k = 0; k < length; ++k) rates[i + k] = rate;
       i += length;
@@ -497,9 +546,13 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
         next_run();
       }
     }
-    for (int k = 0; k < kLanes<R>; ++k) rates[count + k] = R(-1);
+    for (int k = 0; k < kLanes<R>; ++k) rates[count + k] = R(kStays);
     on_tile(at, count, rates);
   }
+}
+
+template <class T> static inline void set_to_zero(T* to, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
 template <class R> static inline R largest_rate(const ParameterParams& p) {
@@ -519,10 +572,13 @@ static void descend_with(const ParameterParams& p, const float* plasticity, doub
   const auto on_run = [&](int64_t at, int64_t count, R rate) {
     descend_run<O, T>(step, value + at, gradient + at, momentum_at(at), count, end - at, rate);
   };
+  const auto clear = [&](int64_t at, int64_t count) {
+    if constexpr (O::has_momentum) set_to_zero(momentum + at, count);
+  };
   const auto on_tile = [&](int64_t at, int64_t count, const R* rates) {
     descend_elements<O, T>(step, value + at, gradient + at, momentum_at(at), count, rates, ToNearest{});
   };
-  for_each_rate(p, plasticity, largest_rate<R>(p), kShortRun, begin, end, on_run, on_tile);
+  for_each_rate(p, plasticity, largest_rate<R>(p), kShortRun, begin, end, on_run, clear, on_tile);
 }
 
 // The same with values rounded at random, tile by tile.
@@ -543,7 +599,10 @@ static void descend_at_random(const ParameterParams& p, const float* plasticity,
     for (float& one : rates) one = rate;
     for (int64_t i = 0; i < count; i += kTile) on_tile(at + i, count - i < kTile ? count - i : kTile, rates);
   };
-  for_each_rate(p, plasticity, largest_rate<float>(p), kTile, begin, end, on_run, on_tile);
+  const auto clear = [&](int64_t at, int64_t count) {
+    if constexpr (O::has_momentum) set_to_zero(momentum + at, count);
+  };
+  for_each_rate(p, plasticity, largest_rate<float>(p), kTile, begin, end, on_run, clear, on_tile);
 }
 
 template <class O, class T>
@@ -612,7 +671,7 @@ static inline Vector<Real<T>> adam_moved(const AdamStep<T>& step, Vector<Real<T>
   return value - share * step.lr * (direction + step.weight_decay * value);
 }
 
-// `count` elements; share_of(i) is the share of lr of those from i on, negative where an element stays as it is.
+// `count` elements; share_of(i) is the share of lr of those from i on, as of rate_of().
 template <class T, class ShareOf, class Put>
 static inline void adam_elements(const AdamStep<T>& step, T* value, const T* gradient, Real<T>* first, Real<T>* second,
                                  int64_t count, const ShareOf& share_of, const Put& put) {
@@ -625,7 +684,8 @@ static inline void adam_elements(const AdamStep<T>& step, T* value, const T* gra
     Vector<R> new_first = old_first, new_second = old_second;
     const Vector<R> result = adam_moved<T>(step, old, read(gradient + i), share, new_first, new_second);
     put_some(put, value + i, blend<R>(moves, result, old), i, rest);
-    put_some(ToNearest{}, first + i, blend<R>(moves, new_first, old_first), i, rest);
+    new_first = keep<R>(share != R(kClears), blend<R>(moves, new_first, old_first));
+    put_some(ToNearest{}, first + i, new_first, i, rest);
     put_some(ToNearest{}, second + i, blend<R>(moves, new_second, old_second), i, rest);
   };
   int64_t i = 0;
@@ -652,7 +712,8 @@ static inline void descend_adam_with(const ParameterParams& p, const float* plas
   const auto on_tile = [&](int64_t at, int64_t count, const R* shares) {
     move(at, count, [&](int64_t i) { return load(shares + i); });
   };
-  for_each_rate(p, plasticity, R(1), kTile, begin, end, on_run, on_tile);
+  const auto clear = [&](int64_t at, int64_t count) { set_to_zero(first + at, count); };
+  for_each_rate(p, plasticity, R(1), kTile, begin, end, on_run, clear, on_tile);
 }
 
 template <class T>
@@ -738,14 +799,21 @@ static void descend_anchored(const ParameterParams& p, double gradient_factor, i
 
 // ------------------------------------------------------------------------------------- a rate to every connection: CPC
 
-// |value * gradient| of `count` elements, at most kTile, into out and as many as fill its last vector.
+// |value * gradient|, and kNoGradient where the gradient is zero.
+template <class R> static inline Vector<R> connection_importance(Vector<R> value, Vector<R> gradient) {
+  return (Vector<R>)((Mask<R>)absolute<R>(value * gradient) |
+                     (Mask<R>)keep<R>(gradient == R(0), broadcast_bits<R>(R(kNoGradient))));
+}
+
+// The same of `count` elements, at most kTile, into out; there is none of what fills its last vector.
 template <class T>
 static inline void connection_importance(const T* value, const T* gradient, int64_t count, Real<T>* out) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   int64_t i = 0;
-  for (; i + L <= count; i += L) store(out + i, absolute<R>(product(value + i, gradient + i)));
-  if (i < count) store(out + i, absolute<R>(load_partial(value + i, count - i) * load_partial(gradient + i, count - i)));
+  for (; i + L <= count; i += L) store(out + i, connection_importance<R>(load(value + i), load(gradient + i)));
+  if (i == count) return;
+  store(out + i, connection_importance<R>(load_partial(value + i, count - i), load_partial(gradient + i, count - i)));
 }
 
 template <class T>
@@ -761,10 +829,10 @@ static ConnectionTotal measure_connections(const ParameterParams& p, int64_t beg
     Vector<R> sum = {};
     Mask<R> inactive = {};  // each lane counts down
     int64_t i = 0;
-    for (; i < count; i += L) {  // lanes beyond the last element are zero
+    for (; i < count; i += L) {  // lanes beyond the last element received no gradient
       const Vector<R> lanes = load(importance + i);
       sum += lanes;
-      inactive += lanes == R(0);
+      inactive += (Mask<R>)lanes == (Mask<R>)broadcast_bits<R>(R(kNoGradient));
     }
     int64_t zeros = 0;
     for (int lane = 0; lane < L; ++lane) zeros -= inactive[lane];
@@ -785,24 +853,15 @@ static void descend_connections_with(const ParameterParams& p, const LayerParams
   const Step<T> step{static_cast<R>(gradient_factor), static_cast<R>(p.weight_decay),
                      static_cast<R>(p.momentum_factor)};
   const R lr = largest_rate<R>(p);
-  const auto alpha = static_cast<float>(layer.alpha), beta = static_cast<float>(layer.beta);
-  const auto delta = static_cast<float>(layer.delta), one_minus_delta = static_cast<float>(1 - layer.delta);
-  const bool moves_average = total > 0 && total <= __FLT_MAX__;
   R measured[kTile + L], rates[kTile + L];
   float as_float[kTile], free_rate[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
-    if (moves_average) {
-      connection_importance(value + at, gradient + at, count, measured);
-      for (int64_t i = 0; i < count; ++i) as_float[i] = static_cast<float>(measured[i]);
-      average(p.importance + at, as_float, count, total, connections, delta, one_minus_delta);
-    }
-    plasticity(p.importance + at, free_rate, count, alpha, beta, layer.error_function);
-    for (int64_t i = 0; i < count; ++i) {
-      const R rate = free_rate[i];
-      rates[i] = rate == 0 ? R(-1) : rate < lr ? rate : lr;
-    }
-    for (int k = 0; k < L; ++k) rates[count + k] = R(-1);
+    connection_importance(value + at, gradient + at, count, measured);
+    for (int64_t i = 0; i < count; ++i) as_float[i] = static_cast<float>(measured[i]);
+    plasticity(layer, p.importance + at, as_float, free_rate, count, total, connections);
+    for (int64_t i = 0; i < count; ++i) rates[i] = rate_of<R>(free_rate[i], lr);
+    for (int k = 0; k < L; ++k) rates[count + k] = R(kStays);
     descend_elements<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count, rates,
                            ToNearest{});
   }
@@ -821,7 +880,6 @@ static constexpr Kernels table(const char* isa) {
   return Kernels{
       isa,
       {importance<float>, importance<double>, importance<half_bits>, importance<bfloat_bits>},
-      average,
       plasticity,
       {descend<float>, descend<double>, descend<half_bits>, descend<bfloat_bits>},
       {descend_adam<float>, descend_adam<double>, descend_adam<half_bits>, descend_adam<bfloat_bits>},

@@ -133,6 +133,13 @@ template <class T> static inline void store_partial(T* target, Vector<Real<T>> v
 
 template <class R> static inline Vector<R> broadcast(R value) { return Vector<R>{} + value; }
 
+// The same with the sign of a zero.
+template <class R> static inline Vector<R> broadcast_bits(R value) {
+  Vector<R> lanes;
+  for (int i = 0; i < kLanes<R>; ++i) lanes[i] = value;
+  return lanes;
+}
+
 template <class R> static inline Vector<R> absolute(Vector<R> value) {
   constexpr auto sign = typename VectorOf<R>::Int(typename VectorOf<R>::Int(1) << (sizeof(R) * 8 - 1));
   return (Vector<R>)((Mask<R>)value & ~(Mask<R>{} + sign));

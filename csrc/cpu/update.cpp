@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../rules.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -14,22 +15,21 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
 
-// Eqs. 3 and 4. Sums that are not finite are counted and stay out of the average; sums of zero change nothing.
-void average_layer(const LayerParams& layer) {
+// Eqs. 3, 4 and 7: moves C, and writes what happens to every neuron. Sums that are not finite are counted and stay out
+// of the average; sums of zero change nothing.
+void move_layer(const LayerParams& layer, float* plasticity) {
   double sum = 0;
-  int64_t active = 0;
-  for (int64_t i = 0; i < layer.neurons; ++i) {
-    sum += layer.measured[i];
-    active += layer.measured[i] > 0;
+  int64_t active = layer.neurons;
+  if (layer.measured != nullptr) {
+    for (int64_t i = 0; i < layer.neurons; ++i) {
+      sum += layer.measured[i];
+      active -= layer.active_only && received_no_gradient(layer.measured[i]);
+    }
   }
   const float total = static_cast<float>(sum);
-  if (!std::isfinite(total)) {
-    ++*layer.skipped;
-  } else if (total > 0) {
-    const auto neurons = static_cast<float>(layer.active_only ? active : layer.neurons);
-    kernels().average(layer.importance, layer.measured, layer.neurons, total, neurons,
-                      static_cast<float>(layer.delta), static_cast<float>(1 - layer.delta));
-  }
+  if (!std::isfinite(total)) ++*layer.skipped;
+  kernels().plasticity(layer, layer.importance, layer.measured, plasticity, layer.neurons, total,
+                       static_cast<float>(active));
 }
 
 double gradient_factor(const ParameterParams& parameter, const UpdateParams& params) {
@@ -77,12 +77,9 @@ class Plasticity {
     values_.resize(neurons);
     float* next = values_.data();
     for (int64_t l = 0; l < params.layer_count; ++l) {
-      const LayerParams& layer = params.layers[l];
-      if (layer.measured != nullptr) average_layer(layer);
-      kernels().plasticity(layer.importance, next, layer.neurons, static_cast<float>(layer.alpha),
-                           static_cast<float>(layer.beta), layer.error_function);
+      move_layer(params.layers[l], next);
       of_layer_[l] = next;
-      next += layer.neurons;
+      next += params.layers[l].neurons;
     }
   }
   // Of a parameter's neurons, null for plain rates.

@@ -3,7 +3,8 @@
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
 //   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i = min(1, eq. 7)
 //
-// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included.
+// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
+// in the step that freezes them, m is set to 0.
 // Traffic for float32: 28 bytes an element (w, m and v read and written, dL/dw read).
 
 #include "network.h"
@@ -76,6 +77,11 @@ __device__ __forceinline__ void move(const AdamParameter& p, const AdamStep& ste
   store(value, values);
   store(p.first_moment + at, first);
   store(p.second_moment + at, second);
+}
+
+template <class P, class T>
+__device__ __forceinline__ void clear_first_moment(const AdamParameter& p, int64_t at) {
+  store(p.first_moment + at, Floats<P>{});
 }
 
 template <class N>

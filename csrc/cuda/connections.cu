@@ -1,6 +1,7 @@
 // CPC: an importance and a learning rate to every connection, in one cooperative launch.
 //
 //   c = |w dL/dw|,  then eqs. 3 (over the layer's connections), 4, 7 and the weight update, element by element.
+// Where dL/dw is 0, c is -0.0.
 //
 // First every block sums c over its items, layer by layer, and writes one partial sum for each layer; all blocks meet;
 // then each adds up the partial sums of the layers that its items are in, all in the same order, and moves its elements.
@@ -35,7 +36,7 @@ struct ConnectionNetwork {
   const float* grad_scale;
   const float* found_inf;
   float* partial_sums;    // [layers, blocks]
-  float* partial_counts;  // [layers, blocks], of connections with an importance above 0
+  float* partial_counts;  // [layers, blocks], of connections that received a gradient
   int64_t items;
   int parameter_count, layer_count;
   ConnectionLayer layers[kLayers];
@@ -63,14 +64,19 @@ __device__ __forceinline__ void with_type(DType dtype, const Work& work) {
   }
 }
 
+__device__ __forceinline__ float connection_importance(float value, float gradient) {
+  const float c = fabsf(value * gradient);
+  return c == 0.0f && gradient == 0.0f ? kNoGradient : c;
+}
+
 template <class T, class P>
 __device__ __forceinline__ void add_importance(const ConnectionParameter& p, P, int64_t at, float& sum, float& active) {
   const P values = load<P>(static_cast<const T*>(p.value) + at);
   const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
   for (int k = 0; k < P::size; ++k) {
-    const float c = fabsf(to_float(values.at[k]) * to_float(gradients.at[k]));
+    const float c = connection_importance(to_float(values.at[k]), to_float(gradients.at[k]));
     sum += c;
-    active += c > 0.0f ? 1.0f : 0.0f;
+    active += received_no_gradient(c) ? 0.0f : 1.0f;
   }
 }
 
@@ -136,14 +142,18 @@ __device__ __forceinline__ void move(const ConnectionParameter& p, const Connect
   const bool moves_average = total.sum > 0.0f && !isinf(total.sum);
   for (int k = 0; k < P::size; ++k) {
     const float before = to_float(values.at[k]), gradient = to_float(gradients.at[k]);
-    float average = importance.at[k];
+    const float average_before = importance.at[k], c = connection_importance(before, gradient);
+    if (layer.active_only && received_no_gradient(c)) continue;  // takes no part: as it is, to the bit
+    float average = average_before;
     if (moves_average) {
-      const float normalized = normalized_importance(fabsf(before * gradient), total.sum, total.connections);
+      const float normalized = normalized_importance(c, total.sum, total.connections);
       importance.at[k] = average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
     }
-    const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                                  : plasticity_sigmoid(average, layer.alpha, layer.beta);
-    if (plasticity == 0.0f) continue;  // frozen: as it is, to the bit
+    const float free = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                            : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    const float plasticity = plasticity_after(average_before, layer.beta, free);
+    if (plasticity == kClears) from_float(0.0f, velocities.at[k]);
+    if (plasticity <= 0.0f) continue;  // frozen: its weight as it is, to the bit
     float velocity = to_float(velocities.at[k]);
     from_float(moved(step, before, gradient, fminf(plasticity, step.lr), has_momentum, velocity), values.at[k]);
     from_float(velocity, velocities.at[k]);

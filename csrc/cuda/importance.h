@@ -13,11 +13,15 @@
 // Where there are too few samples, too, a sample's positions are cut into `chunks`; then scratch holds sums with their
 // sign, and the absolute value is taken by the last block.
 //
+// On the way each thread notes whether it saw a gradient that is not zero, one comparison a number. Sums without such a
+// gradient are -0.0, all other zeros +0.0. Adding up keeps the two apart, if sums of sums begin at -0.0.
+//
 // Traffic: (2 * B * N * P) * sizeof(T) read, N floats written; with ReLU's backward pass B * N * P * sizeof(T) more
 // written, which that pass writes anyway.
 #pragma once
 
 #include "../api.h"
+#include "../rules.h"
 #include "device.h"
 
 namespace npc::cuda {
@@ -95,13 +99,31 @@ __device__ __forceinline__ int64_t end_of(const ImportanceWork& w, int64_t slice
   return end < items ? end : items;
 }
 
+// A sum of products, and whether any of their gradients was not zero.
+struct Products {
+  float sum = 0.0f;
+  bool any_gradient = false;
+
+  // The sum, a zero with the sign that tells whether there was a gradient.
+  __device__ __forceinline__ float marked() const {
+    return sum == 0.0f ? (any_gradient ? 0.0f : kNoGradient) : sum;
+  }
+};
+
+// The absolute value of a sum that is marked, with its mark.
+__device__ __forceinline__ float magnitude(float marked) { return marked == 0.0f ? marked : fabsf(marked); }
+
 // Adds n * dL/dn of one pack to `sums`, and writes ReLU's gradient where `kRelu`: dL/dn where n > 0, else 0.
 template <bool kRelu, class P, class T>
 __device__ __forceinline__ void take(const ImportanceParams& p, int64_t place_n, int64_t place_g,
-                                     float (&sums)[P::size]) {
+                                     Products (&sums)[P::size]) {
   const P n = load<P>(static_cast<const T*>(p.activation) + place_n);
   const P g = load<P>(static_cast<const T*>(p.gradient) + place_g);
-  for (int k = 0; k < P::size; ++k) sums[k] += to_float(n.at[k]) * to_float(g.at[k]);
+  for (int k = 0; k < P::size; ++k) {
+    const float gradient = to_float(g.at[k]);
+    sums[k].sum += to_float(n.at[k]) * gradient;
+    sums[k].any_gradient |= gradient != 0.0f;
+  }
   if constexpr (kRelu) {
     P out;
     for (int k = 0; k < P::size; ++k) {
@@ -117,13 +139,13 @@ __device__ inline void finish_tile(const ImportanceWork& w, int64_t first, Impor
   const int column = thread() % w.tile, row = thread() / w.tile, rows = kThreads / w.tile;
   const int64_t neuron = first + column, neurons = w.params.neurons;
   const int64_t samples = w.chunks > 1 ? w.params.batch : w.slices;
-  float sum = 0.0f;
+  float sum = kNoGradient;
   if (neuron < neurons) {
     for (int64_t sample = row; sample < samples; sample += rows) {
       const float* partial = w.partial + sample * w.chunks * neurons + neuron;
-      float signed_sum = 0.0f;
+      float signed_sum = kNoGradient;
       for (int64_t chunk = 0; chunk < w.chunks; ++chunk) signed_sum += partial[chunk * neurons];
-      sum += fabsf(signed_sum);
+      sum += magnitude(signed_sum);
     }
   }
   shared.sums[thread()] = sum;
@@ -148,11 +170,11 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   const int column = group % w.tile, row = group / w.tile, rows = groups / w.tile;
   const int64_t neuron = first + column;
   const int64_t end = end_of(w, slice);
-  float absolute = 0.0f;
+  Products all;  // of absolute values
   // Every thread goes through the loop equally often, because a warp's threads meet in the sum over lanes.
   for (int64_t base = slice * w.slice; base < end; base += rows) {
     const int64_t item = base + row;
-    float sums[P::size] = {};
+    Products sums[P::size];
     if (item < end && neuron < p.neurons) {
       const Item part = item_of(w, item);
       const int64_t n = part.sample * p.activation_batch_stride + neuron * p.activation_neuron_stride;
@@ -165,20 +187,26 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
         for_positions(p, part.from + lane, part.to, w.lanes, visit);
       }
     }
-    float sum = sums[0];
-    for (int k = 1; k < P::size; ++k) sum += sums[k];
-    sum = sum_over_lanes(sum, w.lanes);
+    Products own = sums[0];
+    for (int k = 1; k < P::size; ++k) {
+      own.sum += sums[k].sum;
+      own.any_gradient |= sums[k].any_gradient;
+    }
+    own.sum = sum_over_lanes(own.sum, w.lanes);
     if (w.chunks > 1) {
-      if (lane == 0 && item < end && neuron < p.neurons) leave(w, neuron, item, sum);
+      own.any_gradient = any_of_lanes(own.any_gradient, w.lanes);
+      if (lane == 0 && item < end && neuron < p.neurons) leave(w, neuron, item, own.marked());
     } else {
-      absolute += fabsf(sum);
+      all.sum += fabsf(own.sum);
+      all.any_gradient |= own.any_gradient;
     }
   }
   if (w.chunks > 1) return;
-  if (lane == 0) shared.sums[group] = absolute;
+  all.any_gradient = any_of_lanes(all.any_gradient, w.lanes);
+  if (lane == 0) shared.sums[group] = all.marked();
   __syncthreads();
   if (thread() < w.tile && first + thread() < p.neurons) {
-    float sum = 0.0f;
+    float sum = kNoGradient;
     for (int other = 0; other < rows; ++other) sum += shared.sums[other * w.tile + thread()];
     leave(w, first + thread(), slice, sum);
   }
@@ -191,10 +219,11 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   const int member = group % w.team, row = group / w.team, rows = groups / w.team;
   const int64_t neuron = first + column;
   const int64_t end = end_of(w, slice);
-  float absolute[P::size] = {};
+  Products all[P::size];  // of absolute values, where each thread has neurons of its own
+  float sum_of_samples = kNoGradient;  // else
   for (int64_t base = slice * w.slice; base < end; base += rows) {
     const int64_t item = base + row;
-    float sums[P::size] = {};
+    Products sums[P::size];
     if (item < end && neuron < p.neurons) {
       const Item part = item_of(w, item);
       const int64_t n = part.sample * p.activation_batch_stride + neuron;
@@ -204,28 +233,31 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
       });
     }
     if (w.team == 1) {
-      for (int k = 0; k < P::size; ++k) absolute[k] += fabsf(sums[k]);
+      for (int k = 0; k < P::size; ++k) {
+        all[k].sum += fabsf(sums[k].sum);
+        all[k].any_gradient |= sums[k].any_gradient;
+      }
       continue;
     }
-    for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = sums[k];
+    for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = sums[k].marked();
     __syncthreads();
     if (thread() < w.tile) {
-      float sum = 0.0f;
+      float sum = kNoGradient;
       for (int other = 0; other < groups; ++other) sum += shared.sums[other * w.tile + thread()];
-      if (w.chunks == 1) absolute[0] += fabsf(sum);
+      if (w.chunks == 1) sum_of_samples += magnitude(sum);
       else if (first + thread() < p.neurons) leave(w, first + thread(), item, sum);
     }
     __syncthreads();
   }
   if (w.chunks > 1) return;
   if (w.team > 1) {
-    if (thread() < w.tile && first + thread() < p.neurons) leave(w, first + thread(), slice, absolute[0]);
+    if (thread() < w.tile && first + thread() < p.neurons) leave(w, first + thread(), slice, sum_of_samples);
     return;
   }
-  for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = absolute[k];
+  for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = all[k].marked();
   __syncthreads();
   if (thread() < w.tile && first + thread() < p.neurons) {
-    float sum = 0.0f;
+    float sum = kNoGradient;
     for (int other = 0; other < groups; ++other) sum += shared.sums[other * w.tile + thread()];
     leave(w, first + thread(), slice, sum);
   }

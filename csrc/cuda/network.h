@@ -12,11 +12,9 @@ namespace npc::cuda {
 // The layers and parameters of one launch, as indices into UpdateParams.
 struct Part {
   std::vector<int64_t> layers, parameters;
-  std::vector<bool> moves_average;  // of each layer: this launch moves C, unless nothing was measured
 };
 
-// Divides a network into launches. A layer's parameters may end in another launch than they begin in: the first moves
-// C, the others find it moved.
+// Divides a network into launches. A layer's parameters may end in another launch than they begin in.
 template <class N>
 std::vector<Part> divide_network(const UpdateParams& params) {
   constexpr size_t most_layers = N::kLayers, most_parameters = N::kParameters - N::kLayers;  // see fits()
@@ -28,12 +26,8 @@ std::vector<Part> divide_network(const UpdateParams& params) {
   std::vector<Part> parts(1);
   for (int64_t layer = 0; layer <= params.layer_count; ++layer) {
     const bool plain = layer == params.layer_count;
-    bool moves_average = true;
     const auto begin_layer = [&] {
-      if (plain) return;
-      parts.back().layers.push_back(layer);
-      parts.back().moves_average.push_back(moves_average);
-      moves_average = false;
+      if (!plain) parts.back().layers.push_back(layer);
     };
     const size_t places = parts.back().parameters.size() + of_layer[layer].size();
     const bool full = parts.back().layers.size() == most_layers ||
@@ -51,6 +45,19 @@ std::vector<Part> divide_network(const UpdateParams& params) {
   return parts;
 }
 
+// Of each layer whether its C, if it was measured, is moved before the update: of wide ones and those in several parts.
+inline std::vector<bool> layers_to_move_first(const UpdateParams& params, const std::vector<Part>& parts) {
+  std::vector<int> count(params.layer_count);
+  for (const Part& part : parts) {
+    for (const int64_t layer : part.layers) ++count[layer];
+  }
+  std::vector<bool> first(params.layer_count);
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) {
+    first[layer] = is_wide(params.layers[layer]) || count[layer] > 1;
+  }
+  return first;
+}
+
 // Whether a launch holds a part; each of its layers may need the place of a parameter more, see describe().
 template <class N>
 bool fits(const Part& part) {
@@ -65,22 +72,28 @@ inline void fill(Parameter& parameter, const ParameterParams& from) {
 }
 
 inline Layer layer_of(const LayerParams& from) {
-  return {from.importance, from.measured, from.skipped, from.neurons,
+  return {from.importance, from.measured, nullptr, from.skipped, from.neurons,
           static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
           static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
 }
 
-// `blocks`: how many the device runs at a time.
+inline std::vector<Layer> layers_of(const UpdateParams& params) {
+  std::vector<Layer> layers;
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) layers.push_back(layer_of(params.layers[layer]));
+  return layers;
+}
+
+// `layers`: of the whole network. `blocks`: how many the device runs at a time.
 template <class N>
-N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
+N describe(const UpdateParams& params, const std::vector<Layer>& layers, const Part& part, int64_t blocks) {
   N network{};
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
   std::vector<int> place(params.layer_count, -1);
-  for (size_t index = 0; index < part.layers.size(); ++index) {
-    Layer layer = layer_of(params.layers[part.layers[index]]);
-    if (!part.moves_average[index]) layer.measured = nullptr;
-    place[part.layers[index]] = network.layer_count;
+  for (const int64_t index : part.layers) {
+    Layer layer = layers[index];
+    if (layer.plasticity != nullptr) layer.measured = nullptr;  // this launch does not move C
+    place[index] = network.layer_count;
     network.layers[network.layer_count++] = layer;
   }
   int64_t size = 0;
@@ -117,24 +130,29 @@ N describe(const UpdateParams& params, const Part& part, int64_t blocks) {
 }
 
 // Launches all parts of a network, one after the other, by launch_one(network): as a Small where that holds it, else as a
-// Large. Wide layers have their C moved before.
+// Large.
 template <class Small, class Large, class LaunchOne>
 void launch_parts(const UpdateParams& params, const Stream& stream, const LaunchOne& launch_one) {
   static_assert(sizeof(Large) <= kMostArguments);
+  const std::vector<Part> parts = divide_network<Large>(params);
+  std::vector<bool> first = layers_to_move_first(params, parts);
   int64_t bytes = 0;
-  for (int64_t layer = 0; layer < params.layer_count; ++layer) bytes += wide_scratch_bytes(params.layers[layer]);
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) {
+    first[layer] = first[layer] && params.layers[layer].measured != nullptr;
+    if (first[layer]) bytes += wide_scratch_bytes(params.layers[layer]);
+  }
   Scratch scratch(stream, bytes);
   unsigned* arrived = scratch.counters(Large::kLayers + Large::kParameters);  // launches follow each other
-  const std::vector<LayerParams> layers = average_wide_layers(params, scratch, stream);
-  UpdateParams rest = params;
-  rest.layers = layers.data();
+  std::vector<Layer> layers = layers_of(params);
+  move_first(layers, first, params.found_inf, scratch, stream);
   const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();
   const auto launch_as = [&](auto network) {
     network.arrived = arrived;
     if (network.items > 0) launch_one(network);
   };
-  for (const Part& part : divide_network<Large>(rest)) {
-    fits<Small>(part) ? launch_as(describe<Small>(rest, part, blocks)) : launch_as(describe<Large>(rest, part, blocks));
+  for (const Part& part : parts) {
+    fits<Small>(part) ? launch_as(describe<Small>(params, layers, part, blocks))
+                      : launch_as(describe<Large>(params, layers, part, blocks));
   }
 }
 

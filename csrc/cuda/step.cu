@@ -7,7 +7,7 @@
 namespace npc::cuda {
 namespace {
 
-using StepNetwork = Network<120, 36>;
+using StepNetwork = Network<116, 36>;
 
 struct NetworkStep {
   StepNetwork network;
@@ -67,35 +67,32 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
 }
 
 // What a layer needs of scratch.
-int64_t scratch_bytes(const LayerParams& layer, const ImportanceWork& work) {
+int64_t scratch_bytes(const LayerParams& layer, const ImportanceWork& work, bool moves_first) {
   return Scratch::bytes_of<float>(work.partial_sums()) + Scratch::bytes_of<float>(work.params.neurons) +
-         wide_scratch_bytes(layer);
+         (moves_first ? wide_scratch_bytes(layer) : 0);
 }
 
-// Describes a part of a network, whose layers are all measured, and takes its scratch. `works`: eq. 2 of every layer.
-NetworkStep describe_step(const std::vector<ImportanceWork>& works, const UpdateParams& params, const Part& part,
-                          int64_t resident, Scratch& scratch) {
+// Describes a part of a network, whose layers are all measured, and takes its scratch. `works`: eq. 2 of every layer;
+// `done`: the layers that the launches before this one measure, and move first.
+NetworkStep describe_step(const std::vector<ImportanceWork>& works, const UpdateParams& params,
+                          const std::vector<Layer>& layers, std::vector<bool>& done, const Part& part, int64_t resident,
+                          Scratch& scratch) {
   NetworkStep step{};
   StepNetwork& network = step.network;
-  network = describe<StepNetwork>(params, part, resident);
+  network = describe<StepNetwork>(params, layers, part, resident);
   network.arrived = scratch.counters(network.layer_count);
   for (int layer = 0; layer < network.layer_count; ++layer) {
     step.blocks[layer + 1] = step.blocks[layer];
-    if (!part.moves_average[layer]) continue;
+    const int64_t index = part.layers[layer];
+    if (done[index]) continue;
+    done[index] = true;
     ImportanceWork& work = step.importance[layer];
-    work = works[part.layers[layer]];
+    work = works[index];
     work.arrived = scratch.counters(work.partial_sums() > 0 ? work.tiles : 0);
     work.partial = scratch.array<float>(work.partial_sums());
-    float* measured = scratch.array<float>(work.params.neurons);
-    work.params.out = measured;
+    work.params.out = const_cast<float*>(layers[index].measured);
     step.blocks[layer + 1] += work.blocks();
-    if (is_wide(params.layers[part.layers[layer]])) {
-      Layer wide = network.layers[layer];
-      wide.measured = measured;
-      step.wide.add(wide);
-    } else {
-      network.layers[layer].measured = measured;
-    }
+    if (layers[index].plasticity != nullptr) step.wide.add(layers[index]);
   }
   step.wide.sums = scratch.array<ChunkSum>(step.wide.chunks());
   return step;
@@ -107,23 +104,26 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
   const OnDevice guard(stream.device);
   const int64_t resident = resident_blocks(step_kernel);
   const int64_t blocks_of_importance = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance()
-  // Every layer is measured; describe_step() says where its sums will be. The update finds the C of wide layers moved.
-  std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
+  const std::vector<Part> parts = divide_network<StepNetwork>(params);
+  const std::vector<bool> first = layers_to_move_first(params, parts);
   std::vector<ImportanceWork> works;
   int64_t bytes = 0;
   for (int64_t layer = 0; layer < params.layer_count; ++layer) {
-    layers[layer].measured = is_wide(layers[layer]) ? nullptr : layers[layer].importance;
     works.push_back(divide_importance(inputs[layer], blocks_of_importance));
-    bytes += scratch_bytes(layers[layer], works.back());
+    bytes += scratch_bytes(params.layers[layer], works.back(), first[layer]);
   }
-  UpdateParams measured = params;
-  measured.layers = layers.data();
 
   // All scratch is there before the first launch, so that a step is done as a whole or not at all.
   Scratch scratch(stream, bytes);
+  std::vector<Layer> layers = layers_of(params);
+  for (int64_t layer = 0; layer < params.layer_count; ++layer) {
+    layers[layer].measured = scratch.array<float>(layers[layer].neurons);
+    if (first[layer]) layers[layer].plasticity = scratch.array<float>(layers[layer].neurons);
+  }
   std::vector<NetworkStep> steps;
-  for (const Part& part : divide_network<StepNetwork>(measured)) {
-    steps.push_back(describe_step(works, measured, part, resident, scratch));
+  std::vector<bool> done(params.layer_count);
+  for (const Part& part : parts) {
+    steps.push_back(describe_step(works, params, layers, done, part, resident, scratch));
   }
   for (const NetworkStep& step : steps) {
     const int64_t blocks =

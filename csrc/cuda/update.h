@@ -2,14 +2,16 @@
 //
 // The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
 // on one item at a time. It sums its layer's measured importance (as every block of the layer does, in the same order,
-// so that all agree), computes the new average C and from it the plasticity of the neurons that its elements belong to,
-// and moves the elements. C itself is written by the layer's last block to have read it. Layers of very many neurons
-// have their C moved before (wide.h).
+// so that all agree), computes the new average C and from it and the old one the plasticity of the neurons that its
+// elements belong to, and moves the elements. C itself is written by the layer's last block to have read it. Layers of
+// very many neurons and those whose parameters are in several launches have their C moved before, and their plasticity
+// written (wide.h).
 //
 // The last block of a parameter counts its steps, where they are counted.
 //
 // Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
-// for the elements of frozen neurons. A layer's importance comes out of the cache for all blocks but the first.
+// for the elements of frozen neurons, whose first moment was cleared in the step that froze them. A layer's importance
+// comes out of the cache for all blocks but the first.
 #pragma once
 
 #include "elements.h"
@@ -22,6 +24,7 @@ constexpr int64_t kManyElements = int64_t{1} << 31;
 struct Layer {
   float* importance;
   const float* measured;
+  float* plasticity;  // [neurons], in scratch, of layers whose C is moved before; else null
   int64_t* skipped;
   int64_t neurons;
   float alpha, beta, delta, one_minus_delta;
@@ -72,7 +75,7 @@ __device__ inline ChunkSum sum_of(const Layer& layer, int64_t begin, int64_t end
   int64_t active = 0;
   for (int64_t i = begin + thread(); i < end; i += kThreads) {
     sum += layer.measured[i];
-    active += layer.measured[i] > 0.0f;
+    active += !received_no_gradient(layer.measured[i]);
   }
   const double total = sum_over_block(sum, shared.totals);
   return {total, layer.active_only ? sum_over_block(active, shared.counts) : end - begin};
@@ -83,12 +86,25 @@ __device__ inline Total total_of(const Layer& layer, UpdateShared& shared) {
   return {static_cast<float>(all.sum), static_cast<float>(all.active)};
 }
 
+// Whether a neuron takes part in the step; a layer that was not measured has all of them do so.
+__device__ __forceinline__ bool takes_part(const Layer& layer, int64_t neuron) {
+  return !layer.active_only || layer.measured == nullptr || !received_no_gradient(layer.measured[neuron]);
+}
+
 // C_i after eqs. 3 and 4. Sums that are zero or not finite leave it as it is.
 __device__ __forceinline__ float averaged(const Layer& layer, const Total& total, int64_t neuron) {
   const float average = layer.importance[neuron];
-  if (!(total.sum > 0.0f) || isinf(total.sum)) return average;
+  if (!(total.sum > 0.0f) || isinf(total.sum) || !takes_part(layer, neuron)) return average;
   const float normalized = normalized_importance(layer.measured[neuron], total.sum, total.neurons);
   return moving_average(average, normalized, layer.delta, layer.one_minus_delta);
+}
+
+// Eq. 7 of a neuron whose C moves to `average` and is not written yet, as rules.h says what it tells.
+__device__ __forceinline__ float plasticity_of(const Layer& layer, float average, int64_t neuron) {
+  if (!takes_part(layer, neuron)) return 0.0f;
+  const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                                : plasticity_sigmoid(average, layer.alpha, layer.beta);
+  return plasticity_after(layer.importance[neuron], layer.beta, plasticity);
 }
 
 __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run) {
@@ -116,8 +132,22 @@ __device__ __forceinline__ void move(const Parameter& p, const Step& step, const
   if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
 }
 
+// Sets the momentum of one pack to 0.
+template <class P, class T>
+__device__ __forceinline__ void clear_first_moment(const Parameter& p, int64_t at) {
+  if (p.momentum != nullptr) store(static_cast<T*>(p.momentum) + at, P{});
+}
+
+// Moves the numbers of one pack at their neuron's plasticity, or leaves them alone.
+template <class P, class T, class Q, class S>
+__device__ __forceinline__ void move_or_clear(const Q& p, const S& step, const Rounding& rounding, int64_t at,
+                                              float plasticity, float largest) {
+  if (plasticity > 0.0f) move<P, T>(p, step, rounding, at, fminf(plasticity, largest));
+  else if (plasticity < 0.0f) clear_first_moment<P, T>(p, at);
+}
+
 // Elements [begin, end) of a parameter; `shared.plasticity` begins with the run that element `begin` belongs to.
-// P and S: Parameter and Step, or those of another step, for which there is a move() of their own.
+// P and S: Parameter and Step, or those of another step, for which there are a move() and a clear_first_moment().
 template <class T, class P, class S>
 __device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t end, const UpdateShared& shared) {
   const Rounding rounding = rounding_of(p, begin);
@@ -139,18 +169,16 @@ __device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t 
     }
     const int run = run_of(local);
     if (run_of(local + size - 1) == run) {
-      const float plasticity = shared.plasticity[run];
-      if (plasticity != 0.0f) move<Pack<T>, T>(p, step, rounding, at, fminf(plasticity, largest));
+      move_or_clear<Pack<T>, T>(p, step, rounding, at, shared.plasticity[run], largest);
       continue;
     }
     for (int k = 0; k < size; ++k) {
-      const float plasticity = shared.plasticity[run_of(local + k)];
-      if (plasticity != 0.0f) move<Single<T>, T>(p, step, rounding, at + k, fminf(plasticity, largest));
+      move_or_clear<Single<T>, T>(p, step, rounding, at + k, shared.plasticity[run_of(local + k)], largest);
     }
   }
   for (int64_t at = begin + packs * size + thread(); at < end; at += kThreads) {
-    const float plasticity = p.layer < 0 ? largest : shared.plasticity[run_of(offset + at - begin)];
-    if (p.layer < 0 || plasticity != 0.0f) move<Single<T>, T>(p, step, rounding, at, fminf(plasticity, largest));
+    if (p.layer < 0) move<Single<T>, T>(p, step, rounding, at, largest);
+    else move_or_clear<Single<T>, T>(p, step, rounding, at, shared.plasticity[run_of(offset + at - begin)], largest);
   }
 }
 
@@ -166,9 +194,10 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
     const int64_t first_run = begin / p.run;
     const int runs = begin < end ? static_cast<int>((end - 1) / p.run - first_run) + 1 : 0;
     for (int run = thread(); run < runs; run += kThreads) {
-      const float average = averaged(layer, total, neuron_of_run(p, first_run + run));
-      shared.plasticity[run] = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                                    : plasticity_sigmoid(average, layer.alpha, layer.beta);
+      const int64_t neuron = neuron_of_run(p, first_run + run);
+      shared.plasticity[run] = layer.plasticity != nullptr
+                                   ? layer.plasticity[neuron]
+                                   : plasticity_of(layer, averaged(layer, total, neuron), neuron);
     }
     if (!measured) {
       __syncthreads();

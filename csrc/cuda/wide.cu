@@ -1,8 +1,8 @@
-// Eqs. 3 and 4 of layers of very many neurons, before the update; wide.h says why and how.
+// Eqs. 3, 4 and 7 of layers of very many neurons, before the update; wide.h says why and how.
 
 #include "wide.h"
 
-#include "network.h"
+#include <algorithm>
 
 namespace npc::cuda {
 namespace {
@@ -31,17 +31,16 @@ void launch_wide(WideNetwork& network, Scratch& scratch, const Stream& stream) {
 
 }  // namespace
 
-std::vector<LayerParams> average_wide_layers(const UpdateParams& params, Scratch& scratch, const Stream& stream) {
-  std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
-  WideNetwork network{params.found_inf, {}};
-  for (LayerParams& layer : layers) {
-    if (layer.measured == nullptr || !is_wide(layer)) continue;
-    network.wide.add(layer_of(layer));
-    layer.measured = nullptr;
+void move_first(std::vector<Layer>& layers, const std::vector<bool>& first, const float* found_inf, Scratch& scratch,
+                const Stream& stream) {
+  WideNetwork network{found_inf, {}};
+  for (size_t index = 0; index < layers.size(); ++index) {
+    if (!first[index]) continue;
+    layers[index].plasticity = scratch.array<float>(layers[index].neurons);
+    network.wide.add(layers[index]);
     if (network.wide.layer_count == decltype(network.wide)::kLayers) launch_wide(network, scratch, stream);
   }
   launch_wide(network, scratch, stream);
-  return layers;
 }
 
 }  // namespace npc::cuda

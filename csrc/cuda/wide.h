@@ -1,13 +1,17 @@
-// Layers of very many neurons.
+// Layers whose C is moved before the update: those of very many neurons, and those whose parameters are in several
+// launches.
 //
 // In update.h every block sums its layer's whole measured importance again, which costs little while that is small.
 // A head of 128,000 neurons by 4,096 has 32,000 blocks: 16 GB out of the cache, beside 6.3 GB of memory traffic. So the
 // importance of a layer above kWide neurons is summed once, and its C is moved before the update, in one cooperative
 // launch: blocks sum chunks of kChunk neurons, meet, add up the sums of all chunks in the same order, and move the C of
-// their chunks (eqs. 3 and 4). The update then finds C moved, as where nothing was measured. step.cu does the same
-// within its launch; chunks do not depend on the number of blocks, so both give the same bits.
+// their chunks (eqs. 3 and 4). The update then could no longer tell which neurons this step freezes, so the launch also
+// writes their plasticity (eq. 7), which the update reads. step.cu does the same within its launch; chunks do not
+// depend on the number of blocks, so both give the same bits.
 //
-// Traffic: 8 bytes a neuron for the sum and C read and written, from the cache the second time.
+// A layer whose parameters are in several launches goes the same way, whatever its size.
+//
+// Traffic: 8 bytes a neuron for the sum and C read and written, from the cache the second time; 4 for its plasticity.
 #pragma once
 
 #include <vector>
@@ -17,7 +21,7 @@
 
 namespace npc::cuda {
 
-constexpr int64_t kWide = 4096;   // neurons: layers above are wide
+constexpr int64_t kWide = 4096;   // neurons: layers above have their C moved before
 constexpr int64_t kChunk = 1024;  // neurons
 
 // Chunks are counted through all layers.
@@ -81,7 +85,9 @@ __device__ __forceinline__ void average_chunks(const W& wide, UpdateShared& shar
     const Layer& own = wide.layers[layer];
     const Interval neurons = neurons_of(wide, layer, chunk);
     for (int64_t i = neurons.begin + thread(); i < neurons.end; i += kThreads) {
-      own.importance[i] = averaged(own, total, i);
+      const float average = averaged(own, total, i);
+      own.plasticity[i] = plasticity_of(own, average, i);
+      own.importance[i] = average;
     }
     if (chunk == wide.first_chunk[layer] && thread() == 0 && !isfinite(total.sum)) ++*own.skipped;
   }
@@ -89,12 +95,14 @@ __device__ __forceinline__ void average_chunks(const W& wide, UpdateShared& shar
 
 inline bool is_wide(const LayerParams& layer) { return layer.neurons > kWide; }
 
-// What wide layers need of scratch.
+// What a layer whose C is moved before needs of scratch.
 inline int64_t wide_scratch_bytes(const LayerParams& layer) {
-  return is_wide(layer) ? Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) : 0;
+  return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) +
+         Scratch::bytes_of<float>(layer.neurons);
 }
 
-// Moves the C of all wide layers that were measured, and returns all layers, with those as if they were not measured.
-std::vector<LayerParams> average_wide_layers(const UpdateParams& params, Scratch& scratch, const Stream& stream);
+// Moves the C of those of `layers` that are to be moved before (`first`, of each layer), and sets their plasticity.
+void move_first(std::vector<Layer>& layers, const std::vector<bool>& first, const float* found_inf, Scratch& scratch,
+                const Stream& stream);
 
 }  // namespace npc::cuda
