@@ -25,6 +25,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
+from ._torch import own_buffers, version_of
+
 _LABELS = ("sampled", "data", "exact")
 # What the gradients of one chunk may occupy by default, in bytes.
 _CHUNK_BYTES = 512 * 2**20
@@ -492,9 +494,9 @@ def _as_used(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, version_of(buffer), buffer.clone())
         for module, _ in modules
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
         if buffer is not None
     ]
     # cuDNN's recurrent layers have a backward pass in training mode only.
@@ -508,8 +510,8 @@ def _as_used(model: nn.Module) -> Iterator[None]:
             for module, training in modules:
                 module.training = training
             for module, name, buffer, version, values in buffers:
-                module._buffers[name] = buffer
-                if buffer._version != version:
+                own_buffers(module)[name] = buffer
+                if version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(values)
 

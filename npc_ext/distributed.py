@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
+from ._torch import compiled_from
 from .shards import is_sharded
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "the model is in nn.DataParallel, which runs copies of it that cannot be measured; use "
                 "torch.nn.parallel.DistributedDataParallel with one process for each GPU"
             )
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_from(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
@@ -51,7 +52,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _group_of(model: nn.Module) -> Any:
     """The process group of the DistributedDataParallel around a model, or of `fully_shard`'s mesh, or None."""
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+    while isinstance(inner := compiled_from(model), nn.Module):
         model = inner
     if isinstance(model, nn.parallel.DistributedDataParallel):
         return model.process_group

@@ -27,6 +27,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import ops
+from ._torch import class_index_before_fully_shard, own_parameters, version_of
 from .nn import ReLU
 from .tap import TapHook
 
@@ -328,7 +329,7 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
                 )
         if not isinstance(module, _WEIGHTED):
             continue
-        if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if is_parametrized(module) or not isinstance(own_parameters(module).get("weight"), nn.Parameter):
             unusable[name] = "its weight is computed from other parameters (a parametrization)"
         else:
             weighted[name] = module
@@ -350,7 +351,7 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
     """Whether several modules of a model have a weight in common."""
-    return sum(any(own is weight for own in m._parameters.values()) for m in model.modules()) > 1
+    return sum(any(own is weight for own in own_parameters(m).values()) for m in model.modules()) > 1
 
 
 def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -491,7 +492,7 @@ def _is_managed(module: nn.Module) -> bool:
 def _own_class(module: nn.Module) -> type:
     """The class of a module as the user made it."""
     kinds = type(module).__mro__
-    return kinds[getattr(module, "_orig_cls_mro_index", 2)] if _is_managed(module) else kinds[0]
+    return kinds[class_index_before_fully_shard(module)] if _is_managed(module) else kinds[0]
 
 
 def _check_name(option: str, name: str, known: list[str]) -> None:
@@ -803,7 +804,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     """Undoes what a forward pass on stand-ins leaves in modules' attributes and buffers, and in the random state."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     containers = [(c, c.copy()) for _, own in saved for c in own.values() if isinstance(c, (dict, list, set))]
-    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
+    buffers = [(b, version_of(b), b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -815,7 +816,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(entries)
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                if version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
 

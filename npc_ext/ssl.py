@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._torch import own_hooks, own_parameters
 from .descent import check_number
 from .inhibition import local_inhibition_gradient
 from .mas import MAS
@@ -95,7 +96,7 @@ class SSL(MAS):
 
     def _warn_of_missing_biases(self) -> None:
         without = [
-            one.name for one in self.inhibited if self._model.get_submodule(one.name)._parameters["bias"] is None
+            one.name for one in self.inhibited if own_parameters(self._model.get_submodule(one.name))["bias"] is None
         ]
         if without:
             warnings.warn(
@@ -106,7 +107,7 @@ class SSL(MAS):
 
     def _place_hooks(self) -> None:
         for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hooks in own_hooks(module):
                 for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
                     del hooks[key]
         for layer in self.inhibited:
@@ -134,7 +135,7 @@ class SSL(MAS):
     def _discount(self) -> None:
         """exp(-a), with a the stiffness of the bias: the derivative by a bias is that by the neuron's input."""
         for layer in self.inhibited:
-            bias = self._model.get_submodule(layer.name)._parameters.get("bias")
+            bias = own_parameters(self._model.get_submodule(layer.name)).get("bias")
             state = {} if bias is None else self.state.get(bias, {})
             if "stiffness" in state:
                 self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
