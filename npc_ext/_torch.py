@@ -27,15 +27,19 @@ __all__ = [
     "own_hooks",
     "own_parameters",
     "reversed_padding",
+    "tree_flatten",
     "tree_leaves",
     "tree_map_only",
+    "tree_unflatten",
     "version_of",
     "versions_of",
 ]
 
-# The leaves of nested tuples, lists and dictionaries, and the same nesting with leaves of one type replaced.
+# The leaves of nested tuples, lists and dictionaries; the same nesting with some leaves, or all, replaced.
 tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
 tree_map_only: Callable[..., Any] = _pytree.tree_map_only
+tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
+tree_unflatten: Callable[[list[Any], Any], Any] = _pytree.tree_unflatten
 
 
 def _raw_stream(device: int) -> int:
