@@ -14,6 +14,7 @@ from . import _launch, ops, reference
 from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_plasticity_options
 from .layer_options import LayerOptions
 from .neurons import weighted_layers
+from .plastic import ByLayer, spread
 from .skipped import SkippedSteps
 from .tap import ImportanceWarning
 
@@ -37,6 +38,15 @@ class ConnectionPlasticity:
     learning_rate: dict[str, Tensor]
     frozen: float
     skipped: int
+
+    def __repr__(self) -> str:
+        importance, rate = (
+            torch.cat([t.flatten() for t in one.values()]) for one in (self.importance, self.learning_rate)
+        )
+        return (
+            f"{type(self).__name__}({importance.numel()} connections, {self.frozen:.0%} frozen, importance "
+            f"{spread(importance)}, learning rate {spread(rate)})"
+        )
 
 
 class CPC(Descent):
@@ -219,7 +229,7 @@ class CPC(Descent):
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
         lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
-        counts, result = self._skipped.now(), {}
+        counts, result = self._skipped.now(), ByLayer()
         for index, layer in enumerate(self._names):
             own = self._constants(index)
             average, rate = {}, {}

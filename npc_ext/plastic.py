@@ -73,6 +73,28 @@ class LayerPlasticity:
     frozen_for: Tensor
     gradients_skipped: float
 
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.importance.numel()} neurons, {self.frozen:.0%} frozen, importance "
+            f"{spread(self.importance)}, learning rate {spread(self.learning_rate)})"
+        )
+
+
+def spread(values: Tensor) -> str:
+    """A tensor's least, mean and largest value, for a line of text."""
+    if not values.numel():
+        return "of none"
+    least, mean, most = values.min().item(), values.mean().item(), values.max().item()
+    return f"{least:.3g} to {most:.3g} (mean {mean:.3g})"
+
+
+class ByLayer(dict[str, Any]):
+    """A dictionary that prints a layer on each line."""
+
+    def __repr__(self) -> str:
+        lines = "".join(f"  {name!r}: {value!r},\n" for name, value in self.items())
+        return f"{{\n{lines}}}" if lines else "{}"
+
 
 class Plastic(Descent):
     """An optimizer of a model, with a learning rate for every neuron.
@@ -485,7 +507,7 @@ class Plastic(Descent):
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
-        result = {}
+        result = ByLayer()
         counts = self._skipped.now()
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
