@@ -62,8 +62,13 @@ class _Batch:
         targets = self.targets
         if isinstance(targets, Tensor) and targets.shape[:1] == self.tensors[0].shape[:1]:
             targets = targets[:count]
-        moved = tuple(tensor[:count].to(device, non_blocking=True) for tensor in self.tensors)
-        return _Batch(moved, targets, self.of)
+        return _Batch(tuple(_moved(tensor[:count], device) for tensor in self.tensors), targets, self.of)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device, non_blocking=True)
+    # Autograd takes no tensors made in inference mode, but copies of them made outside.
+    return moved.clone() if moved.is_inference() else moved
 
 
 def fisher(
@@ -346,12 +351,12 @@ def _mean_over_samples(
     trained = _trained_parameters(model, parameters)
     device = next(iter(trained.values())).device
     most = chunk_size or _default_chunk_size(trained)
-    importance = _Importance(called, trained, outputs, magnitude)
     counted, first = 0, None
     # Data loaders draw from the default generator, which training is to find as it was.
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # Gradients are asked for explicitly; no graph is to grow through parameters that are not measured.
-    with _as_used(model), random, torch.no_grad():
+    with torch.inference_mode(False), _as_used(model), random, torch.no_grad():
+        importance = _Importance(called, trained, outputs, magnitude)
         for one in _with_progress(batches, description, progress):
             batch = called.batch(one)
             count = batch.samples if samples is None else min(batch.samples, samples - counted)
@@ -363,7 +368,7 @@ def _mean_over_samples(
                 first = importance.outputs_of(*(tensor[:1] for tensor in inputs))
                 importance.check_dependence([tensor[:1] for tensor in inputs])
             functions, others = terms(first, batch)
-            others = tuple(tensor.to(device, non_blocking=True) for tensor in others)
+            others = tuple(_moved(tensor, device) for tensor in others)
             if counted == 0:
                 _check_one_number(functions[0](first, *(tensor[:1] for tensor in others)))
             for start in range(0, count, most):
@@ -403,9 +408,8 @@ class _Importance:
 
     def check_dependence(self, inputs: list[Tensor]) -> None:
         """Raises ValueError if the outputs depend on none of the parameters, so that all importance would be zero."""
-        # Tensors made in inference mode cannot take part; copies made outside of it can.
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs = self.outputs_of(*(tensor.clone() for tensor in inputs)).sum()
+        with torch.enable_grad():
+            outputs = self.outputs_of(*inputs).sum()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs, list(self._trained.values()), allow_unused=True)
                 if any(gradient is not None for gradient in gradients):

@@ -426,8 +426,12 @@ def test_importance_that_is_zero_everywhere_is_warned_of() -> None:
 
 def test_inference_mode_is_no_obstacle() -> None:
     model = mlp()
+    inputs, labels = data()
+    expected = fisher(model, [(inputs, labels)], labels="data")
     with torch.inference_mode():
-        assert any(importance.any() for importance in fisher(model, [data()[0]]).values())
+        found = fisher(model, [(inputs.clone(), labels.clone())], labels="data")
+    assert_same(found, expected.values())
+    assert not any(importance.is_inference() for importance in found.values())
 
 
 def test_the_model_is_left_as_it_was_after_an_error() -> None:

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+
 from npc_ext import _build
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,3 +54,10 @@ def test_a_missing_module_is_reported_with_reason_and_fix(tmp_path: Path) -> Non
 
 def test_the_instruction_set_can_be_chosen() -> None:
     assert "baseline in use" in report(NPC_EXT_ISA="baseline").stdout
+
+
+def test_tests_and_the_processes_that_they_start_have_one_thread_each() -> None:
+    """Where a machine is busy, threads that spin until all of them have run take a quarter of an hour for nothing."""
+    script = "import torch; print(torch.get_num_threads())"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == str(torch.get_num_threads()) == os.environ["OMP_NUM_THREADS"]
