@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from .plastic import LayerPlasticity
 
-# From this share of frozen neurons on, a layer is warned of. Later is too late: a task for which 60 % of a layer were
-# frozen was learned badly, while tasks for which about half were frozen were learned as by SGD.
+# Above this share of frozen neurons a layer is warned of. In a run whose last task was learned badly 60 % were frozen.
 FULL = 0.5
 # The momentum that is advised where there is none: few plastic neurons then move up to ten times as far in a task.
 _MOMENTUM = 0.9
