@@ -61,24 +61,22 @@ __all__ = [
     "NPCAdamW",
     "PlasticityWrapper",
     "check_capacity",
-    "consolidation",
     "find_neurons",
     "log_plasticity",
-    "nn",
-    "ops",
     "plot_plasticity",
-    "reference",
 ]
+# In no __all__: `from npc_ext import *` would put npc_ext.nn in the place of the user's torch.nn.
+_MODULES = ("consolidation", "nn", "ops", "reference")
 
 
 # Loaded at first use: `python -m npc_ext` must be able to say what is wrong when torch itself does not load.
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(f".{_HOME[name]}", __name__), name)
-    if name in ("consolidation", "nn", "ops", "reference"):
+    if name in _MODULES:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+    return sorted([*globals(), *__all__, *_MODULES])

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _native
+from ._torch import current_raw_stream
 from .reference import compute_dtype
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
@@ -47,7 +48,7 @@ def _launch(kernel: str, device: torch.device, *arguments: Any) -> None:
         getattr(_native.module().cpu, kernel)(_threads(torch.get_num_threads()), *arguments)
         return
     # The current stream is asked for at every launch and never remembered.
-    cuda, target = _on_stream(device.index, torch._C._cuda_getCurrentRawStream(device.index))
+    cuda, target = _on_stream(device.index, current_raw_stream(device.index))
     getattr(cuda, kernel)(target, *arguments)
 
 

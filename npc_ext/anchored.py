@@ -11,13 +11,15 @@ what W_k is. The pull is added where the weights are updated, in the same pass o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _launch, ops, reference
+from .consolidation import NonFiniteImportanceError
 from .descent import SGD_OPTIONS, Descent, Plan, check_number
 from .succession import fitted
 
@@ -53,6 +55,39 @@ class Anchored(Descent):
                     own = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
                     total = own if total is None else total + own.to(total.device)
         return torch.zeros((), dtype=torch.float32, device="cpu") if total is None else total
+
+    @contextmanager
+    def _divergence_explained(self) -> Iterator[None]:
+        """Has errors of an importance that is not finite say so if the anchors make training diverge."""
+        try:
+            yield
+        except NonFiniteImportanceError as error:
+            if reason := self._divergence():
+                raise NonFiniteImportanceError(f"{error}. The likely cause: {reason}") from error
+            raise
+
+    def _divergence(self) -> str:
+        """Why the pull to the anchors makes training diverge, as a sentence; empty if it does not.
+
+        A step with momentum mu multiplies the distance to an anchor by a matrix whose eigenvalues are below 1 while
+        lr * strength * W < 1 + mu, and with Nesterov's momentum < (1 + mu) / (1 + 2 mu).
+        """
+        for group in self.param_groups:
+            lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))  # schedules may have lowered it since
+            momentum = group["momentum"]
+            bound = (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
+            for parameter in group["params"]:
+                stiffness = self.state.get(parameter, {}).get("stiffness")
+                if stiffness is None or not stiffness.numel():
+                    continue
+                most = stiffness.max().item()
+                if lr * group["strength"] * most > bound:
+                    return (
+                        f"strength is too large. lr * strength * W comes to {lr * group['strength'] * most:.3g} in "
+                        f"{self._name_of(parameter)}, with W its importance to old tasks, and training diverges above "
+                        f"{bound:.3g}: use a strength below {bound / (lr * most):.2g}, or a lower lr"
+                    )
+        return ""
 
     def _trained_parameters(self) -> list[Tensor]:
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]

@@ -21,14 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ._torch import INPUT_PROJECTIONS
 from .tap import StandIn, TapHook, check_device, drop_what_was_cleared, like
 
 if TYPE_CHECKING:
     from .neurons import NeuronLayer
 
-# Private functions of torch.nn.functional, for weights of one piece and for separate ones. `why_not` tells where they
-# are missing.
-_PROJECTIONS = ("_in_projection_packed", "_in_projection")
 _Projected = tuple[Tensor, Tensor, Tensor]
 
 
@@ -81,7 +79,7 @@ class AttentionForward(StandIn):
         return self._measured(self._module, *arguments, **options)
 
     def _tapped_forward(self) -> Callable[..., Any]:
-        projections = {name: self._tapped(getattr(F, name)) for name in _PROJECTIONS}
+        projections = {name: self._tapped(getattr(F, name)) for name in INPUT_PROJECTIONS}
         attention = _with_globals(F.multi_head_attention_forward, **projections)
         functional = SimpleNamespace(**{**_used(self._usual, vars(F)), "multi_head_attention_forward": attention})
         return _with_globals(self._usual, F=functional)
@@ -137,7 +135,7 @@ def why_not(module: nn.MultiheadAttention) -> str:
     if "forward" in module.__dict__ and not isinstance(StandIn.of(module), AttentionForward):
         return "its forward has been replaced by somebody else"
     known = set(_names(F.multi_head_attention_forward.__code__))
-    if not known.issuperset(_PROJECTIONS) or "F" not in _names(nn.MultiheadAttention.forward.__code__):
+    if not known.issuperset(INPUT_PROJECTIONS) or "F" not in _names(nn.MultiheadAttention.forward.__code__):
         return f"torch {torch.__version__} computes it in a way that is not known"
     return ""
 

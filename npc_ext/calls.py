@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as _global_hooks
 
+from ._torch import after_backward, is_looked_into
 from .lazy import Anchor
 from .neurons import NeuronLayer
 from .tap import TapHook, Unscriptable
@@ -60,7 +60,7 @@ class Calls(Unscriptable):
             return False
         self._asked = True
         if self._is_looked_into is None:
-            self._is_looked_into = _is_looked_into(self._model)
+            self._is_looked_into = is_looked_into(self._model, (TapHook, Anchor, Calls))
         return not self._is_looked_into
 
     def end(self) -> None:
@@ -71,7 +71,7 @@ class Calls(Unscriptable):
     def end_after_backward(self) -> None:
         """Within a backward pass: has layers wake up when that is over."""
         self._asked = True
-        torch.autograd.Variable._execution_engine.queue_callback(self._backward_is_over)
+        after_backward(self._backward_is_over)
 
     def _backward_is_over(self) -> None:
         if self._depth == 0:  # else it was a part of the call
@@ -86,38 +86,3 @@ class Calls(Unscriptable):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_depth": 0}
-
-
-def in_backward() -> bool:
-    """Whether autograd is running in this thread: a forward pass is then a checkpoint's."""
-    return torch._C._current_graph_task_id() != -1
-
-
-def _is_compiled(own: dict[str, Any]) -> bool:
-    """Whether a module with these attributes is compiled: in place, as what torch.compile returned, or its forward."""
-    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
-        return True
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
-
-
-def _is_looked_into(model: nn.Module) -> bool:
-    """Whether anybody else has hooks on a module, or has compiled one.
-
-    Hooks may want to be called back when gradients pass by. In a compiled module a tap would be compiled again whenever
-    its layer goes to rest, and would not note that it did.
-    """
-    if _global_hooks._has_any_global_hook():
-        return True
-    modules: list[Any] = [model]
-    for module in modules:  # several times as fast as model.modules()
-        if module is None:
-            continue
-        own = module.__dict__
-        if own["_backward_hooks"] or own["_backward_pre_hooks"] or _is_compiled(own):
-            return True
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
-            if hooks and not all(isinstance(hook, (TapHook, Anchor, Calls)) for hook in hooks.values()):
-                return True
-        if own["_modules"]:
-            modules.extend(own["_modules"].values())
-    return False

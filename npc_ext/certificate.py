@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .calls import Calls, in_backward
+from ._torch import in_backward, version_of, versions_of
+from .calls import Calls
 from .frozen_rows import PartialForward, Rows, rows_to_compute
 
 if TYPE_CHECKING:
@@ -196,8 +197,8 @@ class Watch:
 
     def _versions(self, importance: Tensor) -> tuple[Any, ...]:
         group, parameters = self._group, self.layer.parameters
-        versions = [own.parameter._version for own in parameters]
-        return importance._version, versions, group["beta"], group["delta"]
+        versions = versions_of([own.parameter for own in parameters])
+        return version_of(importance), versions, group["beta"], group["delta"]
 
     def record(self) -> None:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
@@ -412,8 +413,8 @@ class Certificates:
         return [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
 
     def _versions(self, importances: list[Tensor | None]) -> list[int]:
-        versions = [parameter._version for parameter in self._parameters]
-        return versions + [-1 if importance is None else importance._version for importance in importances]
+        versions = versions_of(self._parameters)
+        return versions + [-1 if importance is None else version_of(importance) for importance in importances]
 
     def _find_interference(self, importances: list[Tensor | None]) -> None:
         """Marks the idle watches of layers that somebody else has changed."""

@@ -12,10 +12,12 @@ vmap over grad of the model called with one sample.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +26,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
+
+from ._torch import own_buffers, tree_flatten, tree_unflatten, version_of
 
 _LABELS = ("sampled", "data", "exact")
 # What the gradients of one chunk may occupy by default, in bytes.
@@ -36,6 +40,35 @@ class NonFiniteImportanceError(ValueError):
 
 # What is differentiated for a sample: of its outputs (1, ...), and whatever else belongs to it, each (1, ...).
 _Term = Callable[..., Tensor]
+# How the user calls the model with a batch.
+_UserForward = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """A batch: its tensors, with a dimension 0 that counts samples, and how to call the model with them."""
+
+    tensors: tuple[Tensor, ...]
+    targets: Any
+    # Puts the batch together again, of as many samples as the tensors have. None: they are the model's arguments.
+    of: Callable[[Sequence[Tensor]], Any] | None
+
+    @property
+    def samples(self) -> int:
+        return self.tensors[0].shape[0]
+
+    def first(self, count: int, device: torch.device) -> _Batch:
+        """The first samples, on a device."""
+        targets = self.targets
+        if isinstance(targets, Tensor) and targets.shape[:1] == self.tensors[0].shape[:1]:
+            targets = targets[:count]
+        return _Batch(tuple(_moved(tensor[:count], device) for tensor in self.tensors), targets, self.of)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    moved = tensor.to(device, non_blocking=True)
+    # Autograd takes no tensors made in inference mode, but copies of them made outside.
+    return moved.clone() if moved.is_inference() else moved
 
 
 def fisher(
@@ -45,7 +78,8 @@ def fisher(
     parameters: Iterable[Tensor] | None = None,
     outputs: Callable[[Any], Tensor] | None = None,
     labels: Literal["sampled", "data", "exact"] = "sampled",
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Callable[[Tensor, Any], Tensor] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: int | None = None,
     chunk_size: int | None = None,
     generator: torch.Generator | None = None,
@@ -62,7 +96,7 @@ def fisher(
         model: the network; its dimension 0 counts samples. It is called with batches of one.
         batches: a DataLoader, or any iterable. A batch is the inputs, or (inputs,), or (inputs, targets); inputs are a
             tensor (B, ...), or a tuple or list of such tensors, the model's positional arguments. Moved to the device
-            of the model.
+            of the model. For any other batch, pass `forward`.
         parameters: those to measure, all of the model's by default. Those that do not require a gradient are left out.
         outputs: picks what counts of what the model returns for one sample, (1, ...): for one task's classes
             `lambda y: y[:, classes]`.
@@ -74,7 +108,11 @@ def fisher(
             not the default as EWC's derivation asks for the Fisher information. Outputs are (B, C), the logits of p,
             except with "data".
         loss: for "data", the negative log-likelihood of one sample: loss(outputs (1, ...), target (1, ...)) -> one
-            number. Default: cross-entropy, where targets count within the outputs picked by `outputs`.
+            number. Default: cross-entropy, where targets count within the outputs picked by `outputs`. With `forward`
+            it is called with the batch instead of a target, loss(outputs, batch), and there is no default.
+        forward: how to call the model with a batch of one sample: forward(model, batch) -> the model's outputs. A batch
+            is then whatever the loader gives: a dictionary, tuple or list, nested or not. Dimension 0 of every tensor
+            in it counts samples; everything else is handed on as it is. Default: model(*inputs).
         samples: how many samples to use at most. Default: all.
         chunk_size: how many samples' gradients are held at once. They occupy chunk_size times the memory of the
             parameters measured, and the largest parameter's once more; activations, what training on as many samples
@@ -103,6 +141,15 @@ def fisher(
     Example:
         >>> importance = fisher(model, loader, outputs=lambda y: y[:, 0:10])
         >>> importance[model.conv1.weight]  # of the weight's shape
+
+        A model that is called with the task, and batches (inputs, targets):
+
+        >>> fisher(model, loader, forward=lambda model, batch: model(batch[0], task=3))
+
+        Batches that are dictionaries, as of a language model, and its own loss:
+
+        >>> fisher(model, loader, labels="data", forward=lambda model, batch: model(**batch).logits,
+        ...        loss=lambda y, batch: F.cross_entropy(y, batch["labels"]))
     """
     if labels not in _LABELS:
         raise ValueError(f"labels is {labels!r}; expected one of {', '.join(map(repr, _LABELS))}")
@@ -112,21 +159,30 @@ def fisher(
         )
     if generator is not None and labels != "sampled":
         raise ValueError(f"generator draws labels, but labels is {labels!r}; use labels='sampled' or leave it out")
+    if forward is not None and labels == "data" and loss is None:
+        raise ValueError(
+            "labels is 'data' and forward is given, so that nothing says where a batch has its targets; pass "
+            "loss=lambda outputs, batch: ..., for example F.cross_entropy(outputs, batch['labels'])"
+        )
     if labels == "sampled" and generator is None:
         generator = torch.Generator()
         generator.set_state(torch.get_rng_state())
 
-    def terms(first: Tensor, count: int, targets: Any) -> tuple[list[_Term], tuple[Tensor, ...]]:
+    def terms(first: Tensor, batch: _Batch) -> tuple[list[_Term], tuple[Tensor, ...]]:
+        count = batch.samples
         if labels == "data":
-            return [F.cross_entropy if loss is None else loss], (_checked_targets(targets, count),)
+            if batch.of is not None and loss is not None:
+                return [partial(_loss_of_batch, loss, batch.of)], batch.tensors
+            return [F.cross_entropy if loss is None else loss], (_checked_targets(batch.targets, count),)
         _check_logits(first, labels)
         classes = first.shape[1]
         if labels == "exact":
             return [partial(_weighted_log_probability, label=label) for label in range(classes)], ()
         return [_log_probability_of_draw], (_exponential_noise(count, classes, first.dtype, generator),)
 
+    called = _CalledWithSamples(model, forward)
     return _mean_over_samples(
-        model, batches, parameters, outputs, terms, torch.square, samples, chunk_size, "Fisher information", progress
+        called, batches, parameters, outputs, terms, torch.square, samples, chunk_size, "Fisher information", progress
     )
 
 
@@ -136,6 +192,7 @@ def output_sensitivity(
     *,
     parameters: Iterable[Tensor] | None = None,
     outputs: Callable[[Any], Tensor] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
     samples: int | None = None,
     chunk_size: int | None = None,
     progress: bool = True,
@@ -151,6 +208,7 @@ def output_sensitivity(
         batches: as for `fisher`; targets are not looked at.
         parameters: as for `fisher`.
         outputs: picks what counts of what the model returns, as for `fisher`; any shape.
+        forward: as for `fisher`.
         samples: as for `fisher`.
         chunk_size: as for `fisher`.
         progress: as for `fisher`.
@@ -164,15 +222,29 @@ def output_sensitivity(
     Warns:
         UserWarning: as `fisher` does.
     """
+    called = _CalledWithSamples(model, forward)
     return _mean_over_samples(
-        model, batches, parameters, outputs, _squared_norm_only, torch.abs, samples, chunk_size, "sensitivity", progress
+        called,
+        batches,
+        parameters,
+        outputs,
+        _squared_norm_only,
+        torch.abs,
+        samples,
+        chunk_size,
+        "sensitivity",
+        progress,
     )
 
 
 # ------------------------------------------------------------------------------------------- what is differentiated
 
 
-def _squared_norm_only(first: Tensor, count: int, targets: Any) -> tuple[list[_Term], tuple[Tensor, ...]]:
+def _loss_of_batch(loss: _Term, of: Callable[[Sequence[Tensor]], Any], outputs: Tensor, *tensors: Tensor) -> Tensor:
+    return loss(outputs, of(tensors))
+
+
+def _squared_norm_only(first: Tensor, batch: _Batch) -> tuple[list[_Term], tuple[Tensor, ...]]:
     return [_squared_norm], ()
 
 
@@ -193,9 +265,12 @@ def _log_probability_of_draw(logits: Tensor, noise: Tensor) -> Tensor:
 
 
 def _exponential_noise(count: int, classes: int, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
-    """(count, classes). Drawn before the samples are divided into chunks, so that these do not matter."""
+    """(count, classes). Drawn before the samples are divided into chunks, so that these do not matter.
+
+    Always drawn in float64: generators may give other numbers in another dtype.
+    """
     device = "cpu" if generator is None else generator.device
-    noise = torch.empty(count, classes, dtype=dtype, device=device).exponential_(generator=generator)
+    noise = torch.empty(count, classes, dtype=torch.float64, device=device).exponential_(generator=generator).to(dtype)
     return noise.clamp_min_(torch.finfo(dtype).tiny)  # 0 for a class of probability 0 would be 0 / 0
 
 
@@ -225,12 +300,41 @@ def _checked_targets(targets: Any, count: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------- the mean of samples
 
 
+class _CalledWithSamples(nn.Module):
+    """The model as a function of a batch's tensors. A module, so that torch.func can replace the model's parameters."""
+
+    def __init__(self, model: nn.Module, forward: _UserForward | None) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+        if forward is not None and not callable(forward):
+            raise TypeError(f"forward is a {type(forward).__name__}; expected a function of a model and a batch")
+        self.model, self.call = model, forward
+        self._of: Callable[[Sequence[Tensor]], Any] | None = None
+
+    def batch(self, batch: Any) -> _Batch:
+        """Takes a batch apart; from now on the model is called with the samples of batches like it."""
+        if self.call is None:
+            return _Batch(*_inputs_and_targets(batch), None)
+        tensors, self._of = _apart(batch)
+        return _Batch(tensors, None, self._of)
+
+    def forward(self, *tensors: Tensor) -> Any:
+        if self.call is not None and self._of is not None:
+            return self.call(self.model, self._of(tensors))
+        try:
+            return self.model(*tensors)
+        except TypeError:
+            _check_takes(self.model, tensors)
+            raise
+
+
 def _mean_over_samples(
-    model: nn.Module,
+    called: _CalledWithSamples,
     batches: Iterable[Any],
     parameters: Iterable[Tensor] | None,
     outputs: Callable[[Any], Tensor] | None,
-    terms: Callable[[Tensor, int, Any], tuple[list[_Term], tuple[Tensor, ...]]],
+    terms: Callable[[Tensor, _Batch], tuple[list[_Term], tuple[Tensor, ...]]],
     magnitude: Callable[[Tensor], Tensor],
     samples: int | None,
     chunk_size: int | None,
@@ -238,8 +342,7 @@ def _mean_over_samples(
     progress: bool,
 ) -> dict[Tensor, Tensor]:
     """The mean over samples of sum over terms of magnitude(d term / d theta), for each parameter theta."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+    model = called.model
     if isinstance(batches, Tensor):
         raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):
@@ -248,25 +351,24 @@ def _mean_over_samples(
     trained = _trained_parameters(model, parameters)
     device = next(iter(trained.values())).device
     most = chunk_size or _default_chunk_size(trained)
-    importance = _Importance(model, trained, outputs, magnitude)
     counted, first = 0, None
     # Data loaders draw from the default generator, which training is to find as it was.
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
     # Gradients are asked for explicitly; no graph is to grow through parameters that are not measured.
-    with _as_used(model), random, torch.no_grad():
-        for batch in _with_progress(batches, description, progress):
-            inputs, targets = _inputs_and_targets(batch)
-            count = inputs[0].shape[0] if samples is None else min(inputs[0].shape[0], samples - counted)
+    with torch.inference_mode(False), _as_used(model), random, torch.no_grad():
+        importance = _Importance(called, trained, outputs, magnitude)
+        for one in _with_progress(batches, description, progress):
+            batch = called.batch(one)
+            count = batch.samples if samples is None else min(batch.samples, samples - counted)
             if count == 0:
                 continue
-            if targets is not None and isinstance(targets, Tensor) and targets.shape[:1] == inputs[0].shape[:1]:
-                targets = targets[:count]
-            inputs = tuple(tensor[:count].to(device, non_blocking=True) for tensor in inputs)
+            batch = batch.first(count, device)
+            inputs = batch.tensors
             if first is None:
                 first = importance.outputs_of(*(tensor[:1] for tensor in inputs))
                 importance.check_dependence([tensor[:1] for tensor in inputs])
-            functions, others = terms(first, count, targets)
-            others = tuple(tensor.to(device, non_blocking=True) for tensor in others)
+            functions, others = terms(first, batch)
+            others = tuple(_moved(tensor, device) for tensor in others)
             if counted == 0:
                 _check_one_number(functions[0](first, *(tensor[:1] for tensor in others)))
             for start in range(0, count, most):
@@ -286,12 +388,13 @@ class _Importance:
 
     def __init__(
         self,
-        model: nn.Module,
+        called: _CalledWithSamples,
         trained: dict[str, Tensor],
         outputs: Callable[[Any], Tensor] | None,
         magnitude: Callable[[Tensor], Tensor],
     ) -> None:
-        self._model, self._trained, self._outputs, self._magnitude = model, trained, outputs, magnitude
+        self._called, self._trained, self._outputs, self._magnitude = called, trained, outputs, magnitude
+        self._kind = type(called.model).__name__
         self._values = {name: parameter.detach() for name, parameter in trained.items()}
         self._sums = {
             name: torch.zeros_like(value, dtype=_accumulated(value.dtype), requires_grad=False)
@@ -301,19 +404,18 @@ class _Importance:
 
     def outputs_of(self, *inputs: Tensor) -> Tensor:
         """What counts of the model's outputs for one sample, (1, ...), in float32 or float64."""
-        return self._picked(self._model(*inputs))
+        return self._picked(self._called(*inputs))
 
     def check_dependence(self, inputs: list[Tensor]) -> None:
         """Raises ValueError if the outputs depend on none of the parameters, so that all importance would be zero."""
-        # Tensors made in inference mode cannot take part; copies made outside of it can.
-        with torch.inference_mode(False), torch.enable_grad():
-            outputs = self.outputs_of(*(tensor.clone() for tensor in inputs)).sum()
+        with torch.enable_grad():
+            outputs = self.outputs_of(*inputs).sum()
             if outputs.requires_grad:
                 gradients = torch.autograd.grad(outputs, list(self._trained.values()), allow_unused=True)
                 if any(gradient is not None for gradient in gradients):
                     return
         raise ValueError(
-            f"the outputs of {type(self._model).__name__} depend on none of the {len(self._trained)} parameters to "
+            f"the outputs of {self._kind} depend on none of the {len(self._trained)} parameters to "
             "measure: a forward pass under no_grad or with detach, outputs=... that picks what is constant, or "
             "parameters of a part that is not used"
         )
@@ -329,7 +431,7 @@ class _Importance:
             self._add_one_by_one(term, inputs, others)
             reason = str(failure).strip().split("\n")[0]
             warnings.warn(
-                f"torch.func cannot run {type(self._model).__name__} for many samples at once, so that they are taken "
+                f"torch.func cannot run {self._kind} for many samples at once, so that they are taken "
                 f"one by one, which is slower ({type(failure).__name__}: {reason[:300]})",
                 stacklevel=4,
             )
@@ -370,7 +472,7 @@ class _Importance:
         """Returns what torch.func failed with; then nothing was added."""
 
         def of_one_sample(values: dict[str, Tensor], inputs: list[Tensor], others: list[Tensor]) -> Tensor:
-            outputs = functional_call(self._model, values, tuple(tensor.unsqueeze(0) for tensor in inputs))
+            outputs = self._with(values, [tensor.unsqueeze(0) for tensor in inputs])
             return term(self._picked(outputs), *(tensor.unsqueeze(0) for tensor in others)).reshape(())
 
         try:
@@ -388,10 +490,16 @@ class _Importance:
             total += self._magnitude(gradients.pop(name).to(total.dtype)).sum(0)
         return None
 
+    def _with(self, values: dict[str, Tensor], inputs: list[Tensor]) -> Any:
+        """What the model returns with other values in place of its parameters."""
+        if self._called.call is None:
+            return functional_call(self._called.model, values, tuple(inputs))
+        return functional_call(self._called, {f"model.{name}": one for name, one in values.items()}, tuple(inputs))
+
     def _check_replaceable(self, inputs: list[Tensor]) -> None:
         """Raises if the model has a parameter by another way than its name, where torch.func cannot replace it."""
         with torch.enable_grad():
-            outputs = self._picked(functional_call(self._model, self._values, tuple(inputs))).sum()
+            outputs = self._picked(self._with(self._values, inputs)).sum()
             if not outputs.requires_grad:
                 return
             gradients = torch.autograd.grad(outputs, list(self._trained.values()), allow_unused=True)
@@ -466,15 +574,63 @@ def _inputs_and_targets(batch: Any) -> tuple[tuple[Tensor, ...], Any]:
     if is_unclear or not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
         raise TypeError(
             f"a batch is {_described(batch)}; expected inputs, (inputs,) or (inputs, targets), where inputs are a "
-            "tensor or a tuple of tensors"
+            f"tensor or a tuple of tensors. Say how to call the model with it: {_example_of_forward(batch)}"
         )
+    _check_shapes(tensors)
+    return tuple(tensors), targets
+
+
+def _apart(batch: Any) -> tuple[tuple[Tensor, ...], Callable[[Sequence[Tensor]], Any]]:
+    """The tensors of a batch of any form, and what puts others in their place."""
+    if isinstance(batch, Mapping):  # also those of a class that torch does not look into
+        batch = dict(batch)
+    leaves, structure = tree_flatten(batch)
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    tensors = tuple(leaves[place] for place in places)
+    if not tensors:
+        raise TypeError(
+            f"a batch is {_described(batch)}, in which there are no tensors; expected tensors, or tuples, lists or "
+            "dictionaries of them"
+        )
+    _check_shapes(tensors)
+
+    def together(others: Sequence[Tensor]) -> Any:
+        whole = list(leaves)
+        for place, tensor in zip(places, others, strict=True):
+            whole[place] = tensor
+        return tree_unflatten(whole, structure)
+
+    return tensors, together
+
+
+def _check_takes(model: nn.Module, inputs: Sequence[Tensor]) -> None:
+    """After a call of the model failed: raises TypeError if that was because it needs other arguments."""
+    try:
+        signature = inspect.signature(model.forward)
+    except (TypeError, ValueError):  # of a forward that is no Python
+        return
+    try:
+        signature.bind(*inputs)
+    except TypeError as error:
+        raise TypeError(
+            f"{type(model).__name__} takes {signature}, but is called with the {len(inputs)} inputs of a batch "
+            f"({error}). Say how to call it: forward=lambda model, batch: model(batch[0], ...)"
+        ) from None
+
+
+def _check_shapes(tensors: Sequence[Tensor]) -> None:
     shapes = [tuple(tensor.shape) for tensor in tensors]
     if not shapes or any(len(shape) == 0 or shape[0] != shapes[0][0] for shape in shapes):
         raise ValueError(
             f"a batch has inputs of shapes {', '.join(map(str, shapes)) or '(none)'}; expected tensors whose "
             "dimension 0 counts the same samples"
         )
-    return tuple(tensors), targets
+
+
+def _example_of_forward(batch: Any) -> str:
+    if isinstance(batch, Mapping):
+        return "forward=lambda model, batch: model(**batch).logits, or whichever entries it takes"
+    return "forward=lambda model, batch: model(batch[0], batch[1]), or whichever elements it takes"
 
 
 def _described(batch: Any) -> str:
@@ -492,9 +648,9 @@ def _as_used(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, buffer._version, buffer.clone())
+        (module, name, buffer, version_of(buffer), buffer.clone())
         for module, _ in modules
-        for name, buffer in module._buffers.items()
+        for name, buffer in own_buffers(module).items()
         if buffer is not None
     ]
     # cuDNN's recurrent layers have a backward pass in training mode only.
@@ -508,8 +664,8 @@ def _as_used(model: nn.Module) -> Iterator[None]:
             for module, training in modules:
                 module.training = training
             for module, name, buffer, version, values in buffers:
-                module._buffers[name] = buffer
-                if buffer._version != version:
+                own_buffers(module)[name] = buffer
+                if version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(values)
 

@@ -16,6 +16,7 @@ from .descent import SGD_OPTIONS, Descent, FirstMoments, Plan, check_choice, che
 from .layer_options import LayerOptions
 from .names import ByLayer
 from .neurons import weighted_layers
+from .plastic import spread
 from .protection import Protection, warn_if_little
 from .skipped import SkippedSteps
 from .succession import fitted
@@ -41,6 +42,15 @@ class ConnectionPlasticity:
     learning_rate: dict[str, Tensor]
     frozen: float
     skipped: int
+
+    def __repr__(self) -> str:
+        importance, rate = (
+            torch.cat([t.flatten() for t in one.values()]) for one in (self.importance, self.learning_rate)
+        )
+        return (
+            f"{type(self).__name__}({importance.numel()} connections, {self.frozen:.0%} frozen, importance "
+            f"{spread(importance)}, learning rate {spread(rate)})"
+        )
 
 
 class CPC(Descent):

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.algorithms.join import Join, JoinHook
-from torch.utils import _pytree as pytree
 
+from ._torch import compiled_from, tree_map_only
 from .shards import is_sharded
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
                 "the model is in nn.DataParallel, which runs copies of it that cannot be measured; use "
                 "torch.nn.parallel.DistributedDataParallel with one process for each GPU"
             )
-        inner = getattr(model, "_orig_mod", None)
+        inner = compiled_from(model)
         if isinstance(model, nn.parallel.DistributedDataParallel):
             inner = model.module
         if not isinstance(inner, nn.Module):
@@ -57,7 +57,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def _data_parallel(model: Any) -> nn.parallel.DistributedDataParallel | None:
     """The DistributedDataParallel around a model, if there is one."""
-    while isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+    while isinstance(inner := compiled_from(model), nn.Module):
         model = inner
     return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
@@ -221,7 +221,7 @@ class SinksJoinHook(JoinHook):
         distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=self._group)
         source, states = int(last), list[Any]([None])
         if own == source:
-            states = [pytree.tree_map_only(Tensor, Tensor.cpu, self._optimizer.state_dict())]
+            states = [tree_map_only(Tensor, Tensor.cpu, self._optimizer.state_dict())]
         distributed.broadcast_object_list(states, distributed.get_global_rank(self._group, source), self._group)
         if own != source:
             self._optimizer.load_state_dict(states[0])

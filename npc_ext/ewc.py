@@ -70,7 +70,8 @@ class EWC(Anchored):
         *,
         outputs: Callable[[Any], Tensor] | None = None,
         labels: Literal["sampled", "data", "exact"] = "sampled",
-        loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        loss: Callable[[Tensor, Any], Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
         samples: int | None = None,
         chunk_size: int | None = None,
         generator: torch.Generator | None = None,
@@ -79,24 +80,30 @@ class EWC(Anchored):
         """Anchors the weights where they are, by the Fisher information of the task that is over.
 
         Args:
-            batches, outputs, labels, loss, samples, chunk_size, generator, progress: as in
+            batches, outputs, labels, loss, forward, samples, chunk_size, generator, progress: as in
                 `npc_ext.consolidation.fisher`, which says how it is measured. The task's training data are the usual
-                choice; `outputs=lambda y: y[:, classes]` picks the task's outputs.
+                choice; `outputs=lambda y: y[:, classes]` picks the task's outputs. For a model that is not called with
+                a batch's inputs alone, pass forward, see below.
 
         Raises:
             ValueError, TypeError: as in `fisher`. Nothing is changed then.
+
+        Example:
+            >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
+            >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        self._anchor(
-            fisher(
+        with self._divergence_explained():
+            importance = fisher(
                 self._model,
                 batches,
                 parameters=self._trained_parameters(),
                 outputs=outputs,
                 labels=labels,
                 loss=loss,
+                forward=forward,
                 samples=samples,
                 chunk_size=chunk_size,
                 generator=generator,
                 progress=progress,
             )
-        )
+        self._anchor(importance)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
+from ._torch import reversed_padding
 from .tap import StandIn, left_out_like
 
 if TYPE_CHECKING:
@@ -406,7 +407,7 @@ class PartialForward(StandIn):
             if x.ndim == weight.ndim - 1:  # a single sample
                 return self._partial(original.unsqueeze(0), watch).squeeze(0)
             if module.padding_mode != "zeros":
-                x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+                x = F.pad(x, reversed_padding(module), mode=module.padding_mode)
         if watch.is_constant(certificate, x):
             return operation.forward(x, weight.detach(), None if bias is None else bias.detach())
         rows, kind = certificate.rows, _kind_of(x)

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from ._torch import tree_leaves, tree_map_only
 from .neurons import NeuronLayer
 from .tap import Unscriptable
 
@@ -36,11 +36,11 @@ class Anchor(Unscriptable):
         if torch.compiler.is_compiling() or not torch.is_grad_enabled():
             return None
         asleep = [layer for layer in self._layers if layer.asleep]
-        tensors = [one for one in pytree.tree_leaves(output) if isinstance(one, Tensor)]
+        tensors = [one for one in tree_leaves(output) if isinstance(one, Tensor)]
         if not asleep or any(one.requires_grad for one in tensors):
             return None
         parameter = min((layer.parameters[0].parameter for layer in asleep), key=Tensor.numel)
-        return pytree.tree_map_only(Tensor, lambda one: _anchored(one, parameter), output)
+        return tree_map_only(Tensor, lambda one: _anchored(one, parameter), output)
 
 
 def _anchored(tensor: Tensor, parameter: nn.Parameter) -> Tensor:

@@ -69,6 +69,7 @@ class MAS(Anchored):
         batches: Iterable[Any],
         *,
         outputs: Callable[[Any], Tensor] | None = None,
+        forward: Callable[[nn.Module, Any], Any] | None = None,
         samples: int | None = None,
         chunk_size: int | None = None,
         progress: bool = True,
@@ -76,20 +77,27 @@ class MAS(Anchored):
         """Anchors the weights where they are, by the sensitivity of the outputs for the task that is over.
 
         Args:
-            batches, outputs, samples, chunk_size, progress: as in `npc_ext.consolidation.output_sensitivity`, which
-                says how it is measured. `outputs=lambda y: y[:, classes]` picks the task's outputs.
+            batches, outputs, forward, samples, chunk_size, progress: as in
+                `npc_ext.consolidation.output_sensitivity`, which says how it is measured.
+                `outputs=lambda y: y[:, classes]` picks the task's outputs. For a model that is not called with a
+                batch's inputs alone, pass forward, see below.
 
         Raises:
             ValueError, TypeError: as in `output_sensitivity`. Nothing is changed then.
+
+        Example:
+            >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
+            >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        self._anchor(
-            output_sensitivity(
+        with self._divergence_explained():
+            importance = output_sensitivity(
                 self._model,
                 batches,
                 parameters=self._trained_parameters(),
                 outputs=outputs,
+                forward=forward,
                 samples=samples,
                 chunk_size=chunk_size,
                 progress=progress,
             )
-        )
+        self._anchor(importance)

@@ -11,10 +11,14 @@ _Value = TypeVar("_Value")
 
 
 class ByLayer(dict[str, _Value]):
-    """Values by the names of layers; one that is not there is answered with those it may have meant."""
+    """Values by the names of layers. A missing name is answered with close ones; each layer prints on a line."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise KeyError(f"no consolidated layer {name!r}; {close_to(str(name), self)}")
+
+    def __repr__(self) -> str:
+        lines = "".join(f"  {name!r}: {value!r},\n" for name, value in self.items())
+        return f"{{\n{lines}}}" if lines else "{}"
 
 
 def close_to(name: str, known: Iterable[str]) -> str:

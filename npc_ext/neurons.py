@@ -16,7 +16,6 @@ import contextlib
 import functools
 import inspect
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,6 +27,14 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from . import attention, ops
+from ._torch import (
+    as_written,
+    class_index_before_fully_shard,
+    compiled_from,
+    guard_hooks,
+    own_parameters,
+    version_of,
+)
 from .names import close_to
 from .nn import ReLU
 from .protection import Protection
@@ -252,7 +259,7 @@ class Neurons:
         relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked,
     ) -> None:
         """Places the taps of `layers` (default: all) in the model; they measure by the operations given."""
-        _have_hooks_guarded()
+        guard_hooks()
         for layer in self.layers if layers is None else layers:
             layer.measure, layer.relu_backward = measure, relu_backward
             weighted = model.get_submodule(layer.module)
@@ -342,17 +349,6 @@ class Neurons:
         return "\n".join([*lines, "", str(self.protection())])
 
     __repr__ = __str__
-
-
-def _have_hooks_guarded() -> None:
-    """Has torch.compile run a graph without taps only where there are none, as it should.
-
-    Equal blocks share graphs, but not always the places of their taps: the last block may be measured behind it. By
-    default Dynamo does not look whether hooks were added to the modules that it has compiled without.
-    """
-    dynamo = sys.modules.get("torch._dynamo")  # imported by the first optimizer of torch
-    if dynamo is not None and hasattr(dynamo.config, "skip_nnmodule_hook_guards"):
-        dynamo.config.skip_nnmodule_hook_guards = False
 
 
 def _remove_all(handles: list[Any]) -> None:
@@ -445,7 +441,7 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
                 )
         if not is_weighted(module):
             continue
-        if is_parametrized(module) or not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if is_parametrized(module) or not isinstance(own_parameters(module).get("weight"), nn.Parameter):
             unusable[name] = "its weight is computed from other parameters (a parametrization)"
         elif reason := _why_packed(module):
             unusable[name] = reason
@@ -456,7 +452,7 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
 
 def is_transposed_linear(module: Any) -> bool:
     """Whether a module computes x @ weight + bias with a weight (in, out), as the Conv1D of GPT-2 does."""
-    weight = module._parameters.get("weight")
+    weight = own_parameters(module).get("weight")
     is_conv1d = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return is_conv1d and weight is not None and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
 
@@ -506,7 +502,7 @@ def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
     """Whether several modules of a model have a weight in common."""
-    return sum(any(own is weight for own in m._parameters.values()) for m in model.modules()) > 1
+    return sum(any(own is weight for own in own_parameters(m).values()) for m in model.modules()) > 1
 
 
 def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
@@ -705,7 +701,7 @@ def _is_managed(module: nn.Module) -> bool:
 def _own_class(module: nn.Module) -> type:
     """The class of a module as the user made it."""
     kinds = type(module).__mro__
-    return kinds[getattr(module, "_orig_cls_mro_index", 2)] if _is_managed(module) else kinds[0]
+    return kinds[class_index_before_fully_shard(module)] if _is_managed(module) else kinds[0]
 
 
 def _check_name(option: str, name: str, known: list[str]) -> None:
@@ -759,7 +755,7 @@ class _Tracer(fx.Tracer):
         before = len(self.graph.nodes)
         if _is_managed(m) and not self.is_leaf_module(m, ""):
             forward = m.forward  # without fully_shard's hooks, which would gather the parameters
-        if isinstance(inner := getattr(m, "_orig_mod", None), nn.Module):  # of torch.compile(m)
+        if isinstance(inner := compiled_from(m), nn.Module):
             forward = inner
         try:
             return super().call_module(m, forward, args, kwargs)
@@ -1008,7 +1004,7 @@ def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
     for concrete in [defaults, None] if defaults else [None]:
         tracer = _Tracer()
         # As in `_Tracer.call_module`, whatever it raises means: not this way.
-        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path(), _uncompiled():
+        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path(), as_written():
             return tracer.trace(module, concrete_args=concrete), tracer.opaque
     return fx.Graph(), [module]
 
@@ -1018,7 +1014,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
     """Undoes what a forward pass on stand-ins leaves in modules' attributes and buffers, and in the random state."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
     containers = [(c, c.copy()) for _, own in saved for c in own.values() if isinstance(c, (dict, list, set))]
-    buffers = [(b, b._version, b.detach().clone()) for b in module.buffers()]
+    buffers = [(b, version_of(b), b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]):
         try:
             yield
@@ -1030,20 +1026,9 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(entries)
             for buffer, version, value in buffers:
-                if buffer._version != version:
+                if version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(value)
-
-
-@contextlib.contextmanager
-def _uncompiled() -> Iterator[None]:
-    """Has what `compile()` and `torch.compile` returned run as it was written, where they refuse stand-ins."""
-    dynamo = sys.modules.get("torch._dynamo")  # where it was never imported, nothing is compiled
-    if dynamo is None or not hasattr(dynamo.config, "error_on_nested_fx_trace"):
-        yield
-        return
-    with dynamo.config.patch(error_on_nested_fx_trace=False):
-        yield
 
 
 @contextlib.contextmanager

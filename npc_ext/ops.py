@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _launch, _native, reference
+from ._torch import listening_modes
 
 SIGMAS = ("sigmoid", "tanh", "erf")
 
@@ -818,7 +819,7 @@ def _is_plain_call(*tensors: Tensor) -> bool:
 
     PyTorch's dispatcher takes 5 microseconds to come back to Python, as long as the work on a small layer takes.
     """
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or listening_modes() > 0:
         return False
     for tensor in tensors:
         if type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import ops, reference
+from ._torch import version_of
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, FirstMoments, Plan, check_choice, check_plasticity_options, uncompiled
@@ -86,6 +87,20 @@ class LayerPlasticity:
     skipped: int
     frozen_for: Tensor
     gradients_skipped: float
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}({self.importance.numel()} neurons, {self.frozen:.0%} frozen, importance "
+            f"{spread(self.importance)}, learning rate {spread(self.learning_rate)})"
+        )
+
+
+def spread(values: Tensor) -> str:
+    """A tensor's least, mean and largest value, for a line of text."""
+    if not values.numel():
+        return "of none"
+    least, mean, most = values.min().item(), values.mean().item(), values.max().item()
+    return f"{least:.3g} to {most:.3g} (mean {mean:.3g})"
 
 
 class Plastic(Descent, Joinable):
@@ -617,7 +632,7 @@ class Plastic(Descent, Joinable):
         gradient and of the weight's by one; a weight whose gradient has been cleared since begins at 0 again.
         """
         gradient, measured = layer.parameters[0].parameter.grad, layer.sink.grad
-        if gradient is None or measured is None or gradient._version >= measured._version or layer.sharded:
+        if gradient is None or measured is None or version_of(gradient) >= version_of(measured) or layer.sharded:
             return
         layer.sink.grad = None
         self._warn_once(

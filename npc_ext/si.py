@@ -119,10 +119,10 @@ class SI(Anchored):
             moved = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
             own = reference.path_stiffness(state["path"], moved, group["damping"])
             if not bool(own.isfinite().all()):
-                raise NonFiniteImportanceError(
-                    f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
-                    "during the task; clip them, or lower the learning rate"
+                reason = self._divergence() or (
+                    "gradients were huge, infinite or NaN during the task; clip them, or lower the learning rate"
                 )
+                raise NonFiniteImportanceError(f"the importance of {self._name_of(parameter)} is not finite: {reason}")
             stiffness.append(state["stiffness"] + own if "stiffness" in state else own)
         for (parameter, _, state), total in zip(walked, stiffness, strict=True):
             state["stiffness"] = total

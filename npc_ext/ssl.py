@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ._torch import own_hooks, own_parameters
 from .descent import check_number
 from .inhibition import local_inhibition_gradient
 from .mas import MAS
@@ -100,7 +101,7 @@ class SSL(MAS):
 
     def _warn_of_missing_biases(self) -> None:
         without = [
-            one.name for one in self.inhibited if self._model.get_submodule(one.name)._parameters["bias"] is None
+            one.name for one in self.inhibited if own_parameters(self._model.get_submodule(one.name))["bias"] is None
         ]
         if without:
             warnings.warn(
@@ -111,7 +112,7 @@ class SSL(MAS):
 
     def _place_hooks(self) -> None:
         for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            for hooks in own_hooks(module):
                 for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
                     del hooks[key]
         for layer in self.inhibited:
@@ -139,7 +140,7 @@ class SSL(MAS):
     def _discount(self) -> None:
         """exp(-a), with a the stiffness of the bias: the derivative by a bias is that by the neuron's input."""
         for layer in self.inhibited:
-            bias = self._model.get_submodule(layer.name)._parameters.get("bias")
+            bias = own_parameters(self._model.get_submodule(layer.name)).get("bias")
             state = {} if bias is None else self.state.get(bias, {})
             if "stiffness" in state:
                 self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
@@ -149,7 +150,8 @@ class SSL(MAS):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """False. A GradScaler asks for this before it takes a step, which it must not if SSL was not told of it."""
-        caller = sys._getframe(1).f_locals.get("self")
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
         if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
             raise RuntimeError(
                 "a GradScaler takes this step, but SSL was not told of it, so that its penalty was not scaled as the "

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch import own_children, own_parameters
 from .shards import is_sharded
 
 _MOST_NAMES = 8  # in a message
@@ -83,7 +84,7 @@ class KnownModel:
         """Makes the model as it is now the one that `is_unchanged` compares with."""
         self._places: list[tuple[Mapping[str, Any], str, Any]] = []
         for module in model.modules():
-            for owned in (module._modules, module._parameters):
+            for owned in (own_children(module), own_parameters(module)):
                 self._places += [(owned, key, what) for key, what in owned.items()]
 
     def is_unchanged(self, model: nn.Module) -> bool:

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ._torch import after_backward, current_backward_pass, version_of
+
 if TYPE_CHECKING:
     from .neurons import NeuronLayer, TapPoint
 
@@ -88,7 +90,7 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
     version of the weight's gradient by one. If the version is another one, somebody has written to the gradient: set it
     to zero, or clipped or unscaled it. Then its values decide, on the device, so that nothing waits for a GPU.
     """
-    backward_pass = torch._C._current_graph_task_id()
+    backward_pass = current_backward_pass()
     if layer.last_backward_pass == backward_pass:  # the layer is used several times in it
         return
     layer.last_backward_pass = backward_pass
@@ -99,14 +101,14 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
             if layer.has_gradients:
                 layer.sink.grad = None
                 layer.forget_left_out()
-        elif not layer.sharded and gradients[0]._version != layer.expected_version:
+        elif not layer.sharded and version_of(gradients[0]) != layer.expected_version:
             with torch.no_grad():
                 kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
                 layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), -0.0)
-    layer.expected_version = 0 if gradient is None else gradient._version + 1
+    layer.expected_version = 0 if gradient is None else version_of(gradient) + 1
     if layer.sharded:
         layer.has_gradients = False
-        torch.autograd.Variable._execution_engine.queue_callback(layer.note_gradients)
+        after_backward(layer.note_gradients)
 
 
 def _is_captured(tensor: Tensor) -> bool:

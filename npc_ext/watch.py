@@ -11,11 +11,14 @@ from .names import close_to
 if TYPE_CHECKING:
     from .plastic import LayerPlasticity
 
-FULL = 0.95
+# Above this share of frozen neurons a layer is warned of. In a run whose last task was learned badly 60 % were frozen.
+FULL = 0.5
+# The momentum that is advised where there is none: few plastic neurons then move up to ten times as far in a task.
+_MOMENTUM = 0.9
 
 
 class CapacityWarning(UserWarning):
-    """There is next to no plasticity left where something is to be learned; the message names the layer."""
+    """There is little plasticity left where something is to be learned; the message names the layer."""
 
 
 class HasPlasticity(Protocol):
@@ -55,13 +58,16 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
 def check_capacity(
     optimizer: HasPlasticity, *, full: float = FULL, learning: Mapping[str, Sequence[int]] | None = None
 ) -> list[str]:
-    """Warns of layers that have next to no room for more: `CapacityWarning`.
+    """Warns of layers that have little room for more: `CapacityWarning`. Call it before a task.
+
+    The warning says what would help under the options in force.
 
     Args:
-        optimizer: whose plasticity to look at.
-        full: a layer is full if more than this share of its neurons is frozen.
-        learning: output layer -> its neurons that the task at hand has to learn; call it before that task, and any of
-            them that is frozen already is warned of, too: it would stay as it is.
+        optimizer: the optimizer with the plasticity to look at.
+        full: a layer is warned of if more than this share of its neurons is frozen.
+        learning: output layer -> its neurons that the task at hand has to learn. Any of them that is frozen already is
+            warned of: it would stay as it is. How many of the layer's other neurons are frozen, those of old tasks,
+            then does not matter.
 
     Returns:
         The names of the layers that were warned of.
@@ -72,11 +78,11 @@ def check_capacity(
     """
     layers, warned = optimizer.plasticity(), []
     for name, layer in layers.items():
-        if layer.frozen > full:
+        if layer.frozen > full and name not in (learning or {}):
             warned.append(name)
             _warn(
-                f"layer {name!r}: more than {full:.0%} of its neurons are frozen, so it has next to no room to learn; "
-                "raise beta, lower delta so that old importance fades sooner, or give it more neurons"
+                f"layer {name!r}: {layer.frozen:.0%} of its neurons are frozen, so it has little room to learn. "
+                f"To give it more: {_more_room(optimizer, name)}"
             )
     for name, neurons in (learning or {}).items():
         if name not in layers:
@@ -89,11 +95,45 @@ def check_capacity(
         if frozen := [neuron for neuron in neurons if rates[neuron] == 0]:
             warned.append(name)
             _warn(
-                f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned; "
-                f"normalize over active neurons (layers={{{name!r}: {{'normalize': 'active'}}}}), do not consolidate "
-                "the layer, or give each task a head of its own"
+                f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned. "
+                f"{_for_outputs(optimizer, name)}"
             )
     return list(dict.fromkeys(warned))
+
+
+def _more_room(optimizer: Any, name: str) -> str:
+    """What gives a layer more plasticity, and is not done already."""
+    constants = _constants(optimizer, name)
+    now = {key: f" (it is {constants[key]:g})" if key in constants else "" for key in ("beta", "delta")}
+    advice = [
+        f"raise beta{now['beta']}",
+        f"lower delta{now['delta']}, so that importance to old tasks fades sooner",
+        "give the layer more neurons",
+    ]
+    if _has_no_momentum(optimizer):
+        advice.insert(1, f"train with momentum={_MOMENTUM}, so that plastic neurons move further")
+    return f"{', '.join(advice[:-1])}, or {advice[-1]}"
+
+
+def _for_outputs(optimizer: Any, name: str) -> str:
+    """What keeps outputs plastic until they are learned, and is not done already."""
+    if _constants(optimizer, name).get("normalize") == "active":
+        return "They got gradients in earlier tasks: do not consolidate the layer, or give each task its own head"
+    return (
+        f"Normalize over active neurons (layers={{{name!r}: {{'normalize': 'active'}}}}), do not consolidate the "
+        "layer, or give each task its own head"
+    )
+
+
+def _constants(optimizer: Any, name: str) -> dict[str, Any]:
+    constants = getattr(optimizer, "constants", None)
+    return {} if constants is None else constants(name)
+
+
+def _has_no_momentum(optimizer: Any) -> bool:
+    """Whether the optimizer could have momentum, and has none."""
+    groups = getattr(optimizer, "param_groups", ())
+    return bool(groups) and all(group.get("momentum") == 0 for group in groups)
 
 
 def _warn(text: str) -> None:

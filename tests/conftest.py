@@ -1,8 +1,18 @@
-"""What all tests share: seeds, GPU selection, and the kernels to run them with."""
+"""What all tests share: threads, time limits, seeds, GPU selection, and the kernels to run them with."""
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from types import FrameType
+
+# Threads that wait for each other by spinning take forever where other processes are busy. So there is one in this
+# process and in those that tests start. Tests of several threads ask for them with torch.set_num_threads. These have to
+# be set before torch, which reads them once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
@@ -16,12 +26,37 @@ settings.register_profile("npc_ext", deadline=None, derandomize=True, max_exampl
 settings.load_profile("npc_ext")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Not in pyproject.toml: pytest would import torch for it before this file sets the number of threads.
+    config.addinivalue_line("filterwarnings", "error::npc_ext.tap.ImportanceWarning")
+    tiny = "ignore:only .* of the elements that are trained:npc_ext.tap.ImportanceWarning"  # as tests' models are
+    config.addinivalue_line("filterwarnings", tiny)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+# The slowest test, which compiles, takes a minute of an idle machine.
+MOST_SECONDS = 600
+
+
+@pytest.fixture(autouse=True)
+def _in_time() -> Iterator[None]:
+    """Fails a test that hangs, where it hangs. A child that it waits for by `subprocess.run` ends with it."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"the test has taken more than {MOST_SECONDS} seconds")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(MOST_SECONDS)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(autouse=True)

@@ -46,6 +46,15 @@ def scenario(function: Callable[[], Any]) -> Callable[[], Any]:
     return function
 
 
+# torch 2.6 has fully_shard, but runs it on GPUs only.
+HAS_SHARDS_ON_CPU = torch.__version__ >= (2, 7)
+
+
+def scenario_of_shards(function: Callable[[], Any]) -> Callable[[], Any]:
+    """A scenario where torch runs fully_shard on the CPU."""
+    return scenario(function) if HAS_SHARDS_ON_CPU else function
+
+
 def run(rank: int, processes: int, folder: str) -> None:
     """One process of a group: runs all scenarios and writes their results to a file."""
     begin(rank, processes, folder)
@@ -393,7 +402,7 @@ def in_shards(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-@scenario
+@scenario_of_shards
 def sharded() -> Any:
     model = in_shards(network())
     optimizer = NPC(model, **OPTIONS)
@@ -404,7 +413,7 @@ def sharded() -> Any:
     return {"alike": same, "numbers": numbers(optimizer), "rows": rows, "buffers": str(buffers), "table": table}
 
 
-@scenario
+@scenario_of_shards
 def sharded_with_an_optimizer_that_gets_the_shards() -> Any:
     model = network()
     optimizer = NPC(model, **OPTIONS)
@@ -413,7 +422,7 @@ def sharded_with_an_optimizer_that_gets_the_shards() -> Any:
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
-@scenario
+@scenario_of_shards
 def sharded_and_accumulated() -> Any:
     """All in one group of parameters; two micro-batches a step, the first one without synchronization."""
     model: Any = network()
@@ -456,7 +465,7 @@ def bottleneck() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3))
 
 
-@scenario
+@scenario_of_shards
 def sharded_with_empty_shards() -> Any:
     model = in_shards(bottleneck())
     optimizer = NPC(model, **OPTIONS)
@@ -464,7 +473,7 @@ def sharded_with_empty_shards() -> Any:
     return {"alike": same, "numbers": numbers(optimizer), "rows": local(model[3].weight).shape[0]}
 
 
-@scenario
+@scenario_of_shards
 def sharded_and_replicated() -> Any:
     """A mesh with two dimensions: shards in the second, copies of them in the first."""
     processes, results = distributed.get_world_size(), []
@@ -476,7 +485,7 @@ def sharded_and_replicated() -> Any:
     return results
 
 
-@scenario
+@scenario_of_shards
 def sharded_transposed() -> Any:
     """A transposed convolution counts its neurons in dimension 1, so every process has a part of all of them."""
     model = in_shards(transposed())
@@ -504,7 +513,7 @@ class Attending(nn.Module):
         return self.head(self.attention(x, x[..., :6], x[..., 3:], need_weights=False)[0].mean(1))
 
 
-@scenario
+@scenario_of_shards
 def sharded_attention() -> Any:
     model = Attending()
     fully_shard(model)
@@ -512,21 +521,21 @@ def sharded_attention() -> Any:
     return {"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)}
 
 
-@scenario
+@scenario_of_shards
 def sharded_wrapped_adamw() -> Any:
     model = in_shards(network())
     optimizer = of_kind("wrapped_adamw", model)
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
-@scenario
+@scenario_of_shards
 def sharded_npc_adamw() -> Any:
     model = in_shards(network())
     optimizer = of_kind("npc_adamw", model)
     return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
 
 
-@scenario
+@scenario_of_shards
 def sharded_and_recomputed() -> Any:
     """Activations of the first five modules are computed again in the backward pass."""
     layers = list(network())
@@ -541,7 +550,7 @@ def sharded_and_recomputed() -> Any:
     return {"alike": same, "numbers": {names.get(name, name): tensor for name, tensor in own.items()}}
 
 
-@scenario
+@scenario_of_shards
 def sharded_in_bfloat16() -> Any:
     model = in_shards(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = NPC(model, **OPTIONS)
@@ -551,7 +560,7 @@ def sharded_in_bfloat16() -> Any:
     return {"alike": same, "moved": moved, "dtypes": {tensor.dtype for tensor in after.values()}}
 
 
-@scenario
+@scenario_of_shards
 def sharded_and_rounded_at_random() -> Any:
     """Whole weights in bfloat16; returns from which seeds each process rounds its shards."""
     model = in_shards(network().to(torch.bfloat16))
@@ -565,7 +574,7 @@ def sharded_and_rounded_at_random() -> Any:
     return {"alike": alike(optimizer), "seeds": optimizer._plans[0].seeds, "steps": counted}
 
 
-@scenario
+@scenario_of_shards
 def sharded_with_a_scaler() -> Any:
     """Five steps, and one in which the last process alone has infinite gradients."""
     model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -585,7 +594,7 @@ def sharded_with_a_scaler() -> Any:
     return {"unchanged": unchanged, "numbers": after, "scale": scaler.get_scale()}
 
 
-@scenario
+@scenario_of_shards
 def refusals() -> Any:
     """What is said of models that are sharded in ways that are not supported."""
     processes = distributed.get_world_size()
@@ -665,7 +674,7 @@ def load(model: nn.Module, optimizer: Any, folder: str) -> None:
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)
 
 
-@scenario
+@scenario_of_shards
 def checkpoints() -> Any:
     """Two of the processes train and save; all of them resume. The two also go on, uninterrupted."""
     two = DeviceMesh("cpu", [0, 1])
@@ -695,7 +704,7 @@ def checkpoints() -> Any:
     return results
 
 
-@scenario
+@scenario_of_shards
 def plain_states() -> Any:
     """The state dict of one process's optimizer in one that is sharded, and the other way."""
     plain = network()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,13 +21,11 @@ from bench.networks import cnn
 from bench.timing import Case, HostTimer, measure, sets_of
 
 ROOT = Path(__file__).resolve().parents[1]
-# Threads that wait for each other by spinning take forever where other processes are busy.
-QUICK = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", *arguments]
-    result = subprocess.run(command, cwd=ROOT, env=QUICK, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
 

@@ -63,7 +63,7 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("clean")
     # None among the modules refuses an import, but not the question whether a package is there, which torch asks.
     (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)!r}))\n")
-    return {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "NPC_BENCH_COMMIT": "abc1234"}
+    return {**os.environ, "PYTHONPATH": str(folder), "NPC_BENCH_COMMIT": "abc1234"}
 
 
 def fly(flight: str, out: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -189,7 +189,7 @@ def running(text: str) -> list[str]:
 
 
 def settings(out: Path) -> Settings:
-    return Settings("a test", out, True, out, None, None, None, {**os.environ, "OMP_NUM_THREADS": "1"})
+    return Settings("a test", out, True, out, None, None, None, dict(os.environ))
 
 
 def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:

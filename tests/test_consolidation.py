@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections import UserDict
 from collections.abc import Callable, Iterable
 
 import pytest
@@ -174,6 +175,14 @@ def test_a_class_of_probability_zero_is_never_drawn_and_does_no_harm() -> None:
         assert not importance[model[2].bias][1]
 
 
+def test_labels_are_drawn_alike_in_every_dtype() -> None:
+    single, double = (
+        consolidation._exponential_noise(50, 3, dtype, torch.Generator().manual_seed(1))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert torch.equal(single, double.to(torch.float32))
+
+
 def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
     noise = consolidation._exponential_noise(1, 2, torch.float32, None)
@@ -233,6 +242,59 @@ def test_a_batch_may_be_inputs_alone_or_several_inputs() -> None:
     expected = fisher(model, [((x, z), y)], labels="exact").values()
     for batch in (((x, z),), [[x, z], ["any"] * 12], ((x, z), None)):
         assert_same(fisher(model, [batch], labels="exact"), expected)
+
+
+class ByTask(nn.Module):
+    """A head for every task, chosen by an argument: one number, or one for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(5, 4).double(), nn.Linear(4, 6).double()
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        heads = self.heads(self.body(x).tanh()).view(len(x), 2, 3)
+        return heads.gather(1, torch.as_tensor(task).expand(len(x)).view(-1, 1, 1).expand(-1, 1, 3)).squeeze(1)
+
+
+def test_a_model_that_takes_the_task_is_called_by_a_function_of_the_user() -> None:
+    model, (x, y) = ByTask(), data()
+    of_task_1 = model.register_forward_pre_hook(lambda model, inputs: (*inputs, 1))
+    expected = one_by_one(model, x, exact_terms)
+    of_task_1.remove()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.func cannot run")
+        by_number = fisher(model, [(x, y)], labels="exact", forward=lambda model, batch: model(batch[0], 1))
+        tasks = torch.ones(len(x), dtype=torch.int64)
+        by_sample = fisher(
+            model, [(x, y, tasks)], labels="exact", forward=lambda model, batch: model(batch[0], batch[2])
+        )
+    assert_same(by_number, expected)
+    assert_same(by_sample, expected)
+
+
+def test_dictionaries_are_batches_where_a_function_of_the_user_takes_them() -> None:
+    model, (x, y) = mlp(), data()
+    batches = [{"rows": {"x": x[:5]}, "y": y[:5], "name": "first"}, {"rows": {"x": x[5:]}, "y": y[5:], "name": "last"}]
+    options = {"forward": lambda model, batch: {"logits": model(batch["rows"]["x"])}, "outputs": lambda y: y["logits"]}
+    empirical = fisher(
+        model, batches, labels="data", loss=lambda out, batch: F.cross_entropy(out, batch["y"]), **options
+    )
+    assert_same(empirical, fisher(model, [(x, y)], labels="data").values())
+    assert_same(output_sensitivity(model, batches, chunk_size=2, **options), output_sensitivity(model, [x]).values())
+    assert_same(output_sensitivity(model, batches, samples=7, **options), output_sensitivity(model, [x[:7]]).values())
+
+
+def test_a_mapping_of_a_class_of_its_own_is_a_batch_like_a_dictionary() -> None:
+    model, (x, _) = mlp(), data()
+    found = output_sensitivity(model, [UserDict(x=x)], forward=lambda model, batch: model(batch["x"]))
+    assert_same(found, output_sensitivity(model, [x]).values())
+
+
+def test_a_function_of_the_user_may_call_a_model_that_torch_func_cannot_run() -> None:
+    model, x = HoldsItsWeight(), data()[0]
+    with pytest.warns(UserWarning, match="torch.func cannot run HoldsItsWeight .* one by one"):
+        found = fisher(model, [{"x": x}], labels="exact", forward=lambda model, batch: model(batch["x"]))
+    assert_same(found, one_by_one(model, x, exact_terms))
 
 
 def test_another_likelihood_and_selected_outputs() -> None:
@@ -364,8 +426,12 @@ def test_importance_that_is_zero_everywhere_is_warned_of() -> None:
 
 def test_inference_mode_is_no_obstacle() -> None:
     model = mlp()
+    inputs, labels = data()
+    expected = fisher(model, [(inputs, labels)], labels="data")
     with torch.inference_mode():
-        assert any(importance.any() for importance in fisher(model, [data()[0]]).values())
+        found = fisher(model, [(inputs.clone(), labels.clone())], labels="data")
+    assert_same(found, expected.values())
+    assert not any(importance.is_inference() for importance in found.values())
 
 
 def test_the_model_is_left_as_it_was_after_an_error() -> None:
@@ -492,6 +558,13 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         pytest.param(list, {}, ValueError, "batches has no samples", id="no batches"),
         pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
         case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
+        case({"x": X, "y": Y}, TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
+        case((X, Y, Y), TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(batch\[0\]"),
+        case(((X, X), Y), TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),
+        case({"x": 1}, TypeError, "a batch is a dict, in which there are no tensors", forward=lambda model, batch: 0),
+        case({"x": X, "y": Y[:2]}, ValueError, r"of shapes \(4, 5\), \(2,\); expected", forward=lambda model, batch: 0),
+        case(X, TypeError, "forward is a int; expected a function", forward=1),
+        case(X, ValueError, "nothing says where a batch has its targets", forward=lambda model, x: model(x), labels="data"),
         case((X, X, Y), TypeError, r"a batch is a tuple of 3 \(Tensor, Tensor, Tensor\); expected"),
         case(((X, 1), Y), TypeError, r"a batch is a tuple of 2 \(tuple, Tensor\)"),
         case(((X, X[:3]), Y), ValueError, r"inputs of shapes \(4, 5\), \(3, 5\); expected"),

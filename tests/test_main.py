@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from npc_ext import _build
 
@@ -95,3 +96,10 @@ def test_architectures_that_nvcc_does_not_know_are_reported() -> None:
     assert "for 80+PTX; TORCH_CUDA_ARCH_LIST=4.0 8.0+PTX has 40, and " in result.stdout
     result = report(TORCH_CUDA_ARCH_LIST="sometimes", NPC_EXT_ARCHS="")
     assert "nvcc      not used, so the kernels are built for the CPU only: TORCH_CUDA_ARCH_LIST=some" in result.stdout
+
+
+def test_tests_and_the_processes_that_they_start_have_one_thread_each() -> None:
+    """Where a machine is busy, threads that spin until all of them have run take a quarter of an hour for nothing."""
+    script = "import torch; print(torch.get_num_threads())"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert child.stdout.strip() == str(torch.get_num_threads()) == os.environ["OMP_NUM_THREADS"]

@@ -472,6 +472,61 @@ def test_bad_consolidations_change_nothing() -> None:
         EWC(wrong).load_state_dict(trained.state_dict())
 
 
+@pytest.mark.parametrize("method", ANCHORED)
+def test_training_that_too_much_strength_made_diverge_is_blamed_on_strength(method: Any) -> None:
+    model = network()
+    optimizer = method(model, lr=0.05, **{**OPTIONS[method], "strength": 1e12})
+    learn(model, optimizer)
+    consolidate(optimizer)
+    learn(model, optimizer, first=100, steps=30)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        consolidation.NonFiniteImportanceError, match=r"strength is too large. lr .* diverges above 1: use"
+    ):
+        consolidate(optimizer, 1)
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_the_largest_strength_that_does_not_diverge_is_the_one_named() -> None:
+    """The pull alone: its steps multiply the distance by 1 - 2 lr strength W, and with momentum by a matrix."""
+    for options, bound in (({}, 1.0), ({"momentum": 0.5}, 1.5), ({"momentum": 0.5, "nesterov": True}, 0.75)):
+        for strength, diverges in ((0.99 * bound, False), (1.01 * bound, True)):
+            model = nn.Linear(1, 1, bias=False)
+            optimizer = EWC(model, lr=0.1, strength=10 * strength, **options)
+            optimizer.state[model.weight].update(stiffness=torch.ones(1, 1), anchor=torch.zeros(1, 1))
+            model.weight.data.fill_(1.0)
+            for _ in range(500):
+                model.weight.grad = torch.zeros(1, 1)
+                optimizer.step()
+            assert (model.weight.abs().item() > 1) is diverges is bool(optimizer._divergence())
+
+
+def test_importance_that_gradients_spoiled_is_blamed_on_gradients() -> None:
+    model = network()
+    optimizer = SI(model, lr=0.05, strength=0.1)
+    learn(model, optimizer)
+    optimizer.consolidate()
+    learn(model, optimizer)
+    optimizer.state[model[7].bias]["path"][0] = torch.inf
+    with pytest.raises(consolidation.NonFiniteImportanceError, match="gradients were huge"):
+        optimizer.consolidate()
+
+
+@pytest.mark.parametrize("method", [EWC, MAS, SSL])
+def test_a_function_of_the_user_calls_the_model_to_consolidate(method: Any) -> None:
+    model, twin = network(), network()
+    optimizer, usual = (method(one, lr=0.05, **OPTIONS[method]) for one in (model, twin))
+    images, labels = batch(0)
+    torch.manual_seed(1)
+    usual.consolidate([(images, labels)], outputs=lambda y: y[:, 1:3], progress=False)
+    torch.manual_seed(1)
+    optimizer.consolidate(
+        [{"images": images}], forward=lambda model, batch: model(batch["images"])[:, 1:3], progress=False
+    )
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[mine]["stiffness"], usual.state[theirs]["stiffness"])
+
+
 def test_cpc_names_its_layers_and_reports_them() -> None:
     model = network()
     optimizer = CPC(model, lr=0.1, delta=0.5, layers={"7": {"consolidate": False}, "4": {"beta": 1e9}})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import npc_ext
 from bench.networks import cnn
 from npc_ext import CPC, EWC, MAS, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper, _native, reference
 from npc_ext.tap import TapHook
@@ -1383,3 +1384,26 @@ def test_training_on_a_gpu_follows_the_cpu() -> None:
     train(twin, NPC(twin, **ALL_OPTIONS), [(x.cuda(), y.cuda()) for x, y in data])
     for mine, theirs in zip(weights(model), weights(twin), strict=True):
         torch.testing.assert_close(mine, theirs.cpu(), rtol=1e-2, atol=1e-3)
+
+
+def test_a_star_import_brings_classes_and_functions_and_hides_nothing_of_torch() -> None:
+    names: dict[str, Any] = {}
+    exec("from torch import nn, optim\nfrom npc_ext import *", names)
+    assert names["nn"] is nn
+    assert names["NPC"] is NPC
+    public = [name for name in names if not name.startswith("_") and name not in ("nn", "optim")]
+    assert sorted(public) == sorted(npc_ext.__all__)
+    assert all(callable(names[name]) for name in public)
+    assert npc_ext.nn.ReLU is not nn.ReLU
+    assert {"consolidation", "nn", "ops", "reference"} <= set(dir(npc_ext))
+
+
+@pytest.mark.parametrize(("kind", "units"), [(NPC, "300 neurons"), (CPC, "4200 connections")])
+def test_plasticity_prints_a_line_for_each_layer(kind: Any, units: str) -> None:
+    model = nn.Sequential(nn.Linear(13, 300), nn.ReLU(), nn.Linear(300, 5))
+    plasticity = kind(model).plasticity()
+    assert len(repr(plasticity["0"])) < 160
+    assert f"({units}, 0% frozen, importance 0 to 0 (mean 0), learning rate 0.1 to 0.1" in repr(plasticity["0"])
+    lines = repr(plasticity).splitlines()
+    assert len(lines) == 4 and lines[1] == f"  '0': {plasticity['0']!r},"
+    assert plasticity == dict(plasticity)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from npc_ext import NPC, CapacityWarning, PlasticityWrapper, check_capacity, log_plasticity
+from npc_ext import NPC, CapacityWarning, NPCAdamW, PlasticityWrapper, check_capacity, log_plasticity
 
 
 def trained(importance: float = 0.3) -> tuple[nn.Module, NPC]:
@@ -48,15 +48,51 @@ def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) 
     assert len(events.Tags()["histograms"]) == 4
 
 
-@pytest.mark.parametrize("frozen", [19, 20])
-def test_a_full_layer_is_warned_of(frozen: int) -> None:
-    _, optimizer = trained()
-    optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"][:frozen] = 1.0
+@pytest.mark.parametrize("frozen", [10, 12])
+def test_a_layer_is_warned_of_while_there_is_room_left(frozen: int) -> None:
+    model, optimizer = trained()
+    optimizer.state[model[0].weight]["importance"][:frozen] = 1.0
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        assert check_capacity(optimizer) == (["0"] if frozen == 20 else [])
-    assert [one.category for one in caught] == ([CapacityWarning] if frozen == 20 else [])
-    assert all("layer '0': more than 95% of its neurons are frozen" in str(one.message) for one in caught)
+        assert check_capacity(optimizer) == (["0"] if frozen == 12 else [])
+        assert check_capacity(optimizer, full=0.95) == []
+    assert [one.category for one in caught] == ([CapacityWarning] if frozen == 12 else [])
+    assert all("layer '0': 60% of its neurons are frozen" in str(one.message) for one in caught)
+
+
+def advice(optimizer: Any, **learning: list[int]) -> str:
+    with pytest.warns(CapacityWarning) as caught:
+        check_capacity(optimizer, learning=learning)
+    assert len(caught) == 1
+    return str(caught[0].message)
+
+
+def test_what_is_advised_is_not_done_already() -> None:
+    model, optimizer = trained()
+    optimizer.state[model[0].weight]["importance"][:12] = 1.0
+    assert "raise beta (it is 0.5), train with momentum=0.9" in advice(optimizer)
+    for group in optimizer.param_groups:
+        group["momentum"], group["beta"] = 0.5, 0.25
+    optimizer.state[model[2].weight]["importance"].zero_()
+    assert "raise beta (it is 0.25), lower delta (it is 0.9998)" in advice(optimizer)
+    model, _ = trained()
+    adam = NPCAdamW(model)
+    adam.state[model[0].weight]["importance"][:12] = 1.0
+    assert "momentum" not in advice(adam)
+    model, _ = trained()
+    active = NPC(model, layers={"2": {"normalize": "active"}})
+    active.state[model[2].weight]["importance"][1] = 2.0
+    message = advice(active, **{"2": [1]})
+    assert "normalize" not in message.lower() and "give each task its own head" in message
+
+
+def test_outputs_of_old_tasks_may_be_frozen() -> None:
+    model, optimizer = trained()
+    optimizer.state[model[2].weight]["importance"].copy_(torch.tensor([2.0, 2.0, 2.0, 0.0]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert check_capacity(optimizer, learning={"2": [3]}) == []
+    assert "layer '2': 75% of its neurons are frozen" in advice(optimizer)
 
 
 def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None:
@@ -66,7 +102,9 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert check_capacity(wrapped, learning={"2": [2]}) == []
-    with pytest.warns(CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned"):
+    with pytest.warns(
+        CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned. Normalize"
+    ):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
 
 
