@@ -159,7 +159,8 @@ class CPC(Descent):
         self._index_parameters()
 
     def _index_parameters(self) -> None:
-        """Which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         modules = dict(self._model.named_modules())
         self._layer_of: dict[int, int] = {}
         self._parameters_of: list[list[Tensor]] = []
@@ -187,8 +188,7 @@ class CPC(Descent):
 
     def _constants(self, layer: int) -> dict[str, Any]:
         """The constants of a layer: its own, else those of its first parameter's group."""
-        trained = {id(parameter): group for group in self.param_groups for parameter in group["params"]}
-        groups = (trained[id(p)] for p in self._parameters_of[layer] if id(p) in trained)
+        groups = (self._group_of[id(p)] for p in self._parameters_of[layer] if id(p) in self._group_of)
         group = next(groups, self.defaults)
         return {**{name: group[name] for name in _CONSTANTS}, **self._layer_options.of(self._names[layer])}
 
@@ -252,9 +252,9 @@ class CPC(Descent):
             for parameter, state, has_momentum in zip(plan.owners, plan.states, plan.has_momentum, strict=True):
                 if (layer := self._layer_of.get(id(parameter))) is None:
                     continue
-                beta = float(self._constants(layer)["beta"])
+                beta, importance = float(self._constants(layer)["beta"]), state["importance"]
                 moment = state["momentum_buffer"] if has_momentum else None
-                self._first_moments.settle(parameter, moment, beta, partial(torch.ge, state["importance"], beta))
+                self._first_moments.settle(parameter, moment, importance, beta, partial(torch.ge, importance, beta))
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
@@ -297,21 +297,19 @@ class CPC(Descent):
     @torch.no_grad()
     def plasticity(self) -> dict[str, ConnectionPlasticity]:
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
-        lr = {id(p): float(group["lr"]) for group in self.param_groups for p in group["params"]}
         names = {id(parameter): name for name, parameter in self._model.named_parameters()}
         counts, result = self._skipped.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             own = self._constants(index)
             average, rate = {}, {}
             for parameter in self._parameters_of[index]:
-                if id(parameter) not in lr:
+                if id(parameter) not in self._group_of:
                     continue
                 name = names[id(parameter)].removeprefix(f"{layer}.")
                 known = self.state.get(parameter, {}).get("importance")
                 average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
-                rate[name] = reference.learning_rate(
-                    average[name], lr[id(parameter)], own["alpha"], own["beta"], own["sigma"]
-                )
+                lr = float(self._group_of[id(parameter)]["lr"])
+                rate[name] = reference.learning_rate(average[name], lr, own["alpha"], own["beta"], own["sigma"])
             rates = [one.flatten() for one in rate.values()]
             frozen = (torch.cat(rates) == 0).double().mean().item() if rates else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])

@@ -418,19 +418,19 @@ class Plastic(Descent, Joinable):
         for plan in self._plans:
             place = {id(owner): at for at, owner in enumerate(plan.owners)}
             for index in plan.layers:
-                beta = float(self._constants(index)["beta"])
+                beta, importance = float(self._constants(index)["beta"]), self._layer_state(index)["importance"]
                 for parameter in (own.parameter for own in self._consolidated[index].parameters):
                     at = place.get(id(parameter))
                     moment = None if at is None else self._first_moment(plan.states[at], plan.has_momentum[at])
-                    frozen = partial(self._frozen_elements, parameter, index, beta)
-                    self._first_moments.settle(parameter, moment, beta, frozen)
+                    frozen = partial(self._frozen_elements, parameter, importance, beta)
+                    self._first_moments.settle(parameter, moment, importance, beta, frozen)
 
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
         """The first moment that steps read and write in a parameter's state, as far as this process holds it."""
         return local(state["momentum_buffer"]) if has_momentum else None
 
-    def _frozen_elements(self, parameter: Tensor, layer: int, beta: float) -> Tensor:
-        return self._spread(self._layer_state(layer)["importance"] >= beta, parameter)
+    def _frozen_elements(self, parameter: Tensor, importance: Tensor, beta: float) -> Tensor:
+        return self._spread(importance >= beta, parameter)
 
     def _spread(self, of_neurons: Tensor, parameter: Tensor) -> Tensor:
         """One value per neuron of a parameter's layer, so that it broadcasts against this process's part of it."""

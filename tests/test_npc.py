@@ -801,7 +801,7 @@ def test_a_neuron_that_froze_is_not_moved_by_old_moments_when_it_thaws(kind: str
 
 
 @pytest.mark.parametrize("kind", ["NPC", "NPCAdamW", "CPC"])
-@pytest.mark.parametrize("by", ["beta", "loading", "momentum"])
+@pytest.mark.parametrize("by", ["beta", "loading", "momentum", "replaced importance", "replaced moment"])
 def test_first_moments_are_cleared_also_where_no_step_saw_a_neuron_freeze(kind: str, by: str) -> None:
     make = {
         "NPC": lambda m: NPC(m, lr=0.05, momentum=0.9, delta=0.8, beta=1e3),
@@ -818,16 +818,21 @@ def test_first_moments_are_cleared_also_where_no_step_saw_a_neuron_freeze(kind: 
         optimizer.load_state_dict(saved)
     else:
         group["beta"] = 1.0
+    own = optimizer.state[model[0].weight]
+    if by.startswith("replaced"):  # after the moments were cleared for that beta
+        learn(model, optimizer, 0, steps=1)
+        what = "importance" if by == "replaced importance" else name
+        own[what] = own[what].flip(0).contiguous()
     if by == "momentum" and kind != "NPCAdamW":  # with its buffers out of sight
         group["momentum"] = 0.0
         learn(model, optimizer, 0, steps=20)
         optimizer.param_groups[0]["momentum"] = 0.9
     learn(model, optimizer, 0, steps=1)
-    state = optimizer.state[model[0].weight]
-    frozen = state["importance"] >= 1
+    own = optimizer.state[model[0].weight]
+    frozen = own["importance"] >= 1
     assert frozen.any()
-    assert not state[name][frozen].any()
-    assert state[name][~frozen].any()
+    assert not own[name][frozen].any()
+    assert own[name][~frozen].any()
 
 
 def test_a_schedule_of_rates_or_momentum_clears_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
