@@ -131,9 +131,9 @@ class Anchored(Descent):
 
     @torch.no_grad()
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        taken = {}
+        taken: dict[Tensor, dict[str, Tensor]] = {}
         for name, parameter in self._trained_by_name().items():
-            if name in held:
+            if name in held and parameter not in taken:  # it may have several names
                 dtype = self._dtype_beside(parameter)
                 begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
                 begin["anchor"] = parameter.detach().to(dtype, copy=True)

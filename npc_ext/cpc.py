@@ -234,9 +234,9 @@ class CPC(Descent):
         return {name: one for name, one in self._trained_by_name().items() if id(one) in self._layer_of}
 
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        averages = {}
+        averages: dict[Tensor, Tensor] = {}
         for name, parameter in self._connections().items():
-            if name in held:
+            if name in held and parameter not in averages:  # it may have several names
                 begin = torch.zeros_like(parameter, dtype=torch.float32)
                 averages[parameter] = fitted(held[name]["importance"], begin, repr(name))
         for parameter, average in averages.items():

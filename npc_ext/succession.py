@@ -36,7 +36,7 @@ def holders_of_importance(model: nn.Module, kind: str) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Lost:
-    """A trained parameter that is no part of the model any more, and those that are there in its place."""
+    """A trained parameter that is not in its place in the model any more, and those that are there instead."""
 
     name: str
     parameter: Tensor
@@ -47,7 +47,7 @@ class KnownModel:
     """The parameters of a model that an optimizer trains.
 
     Attributes:
-        parameters: those trained, by name.
+        parameters: those trained, by name; one that several modules share by each of its names.
     """
 
     def __init__(self, parameters: dict[str, Tensor], names: Collection[str], model: nn.Module) -> None:
@@ -66,7 +66,7 @@ class KnownModel:
             trained: the ids of the parameters that the optimizer trains.
             before: what was known.
         """
-        now: dict[str, Tensor] = dict(model.named_parameters())
+        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         parameters = {name: parameter for name, parameter in now.items() if id(parameter) in trained}
         if before is None:
             return cls(parameters, set(now), model), []
@@ -98,16 +98,18 @@ class KnownModel:
 
     def lost(self, model: nn.Module) -> list[Lost]:
         """The trained parameters that others have replaced in the model."""
-        now: dict[str, Tensor] = dict(model.named_parameters())
+        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         present = set(map(id, now.values()))
         found = []
         for name, parameter in self.parameters.items():
-            if id(parameter) in present:
-                continue
             if name in now:
+                if now[name] is parameter:
+                    continue
                 if is_sharded(parameter) and not is_sharded(now[name]):
                     continue  # put together for the time being
                 found.append(Lost(name, parameter, {name: now[name]}))
+                continue
+            if id(parameter) in present:  # under another name
                 continue
             module = name.rpartition(".")[0]
             # A parametrization computes it from others. A module that is gone was removed on purpose.

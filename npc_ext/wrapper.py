@@ -199,6 +199,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                     f"the {type(self.optimizer).__name__} is not in training mode; call optimizer.train() before "
                     "training, and optimizer.eval() before evaluating or saving the model"
                 )
+            self._tracker.follow_groups()
             self._tracker.step()
             with torch.no_grad():
                 self._take_steps()
@@ -414,12 +415,13 @@ class _Tracker(NPC):
     def _called(self) -> str:
         return PlasticityWrapper.__name__
 
-    def _compare_with_model(self) -> bool:
+    def follow_groups(self) -> None:
+        """Goes on with the parameters that are in the wrapped optimizer's groups now."""
         trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
         if list(map(id, trained)) != self._known_ids:
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
-        return super()._compare_with_model()
+            self._compare_with_model()
 
     # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
     _frozen: dict[int, Tensor]

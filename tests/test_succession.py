@@ -162,6 +162,30 @@ def test_groups_that_hold_the_new_parameter_go_on_with_it(name: str, no_warnings
         torch.testing.assert_close(own.importance, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_weight_that_is_shared_no_longer_is_warned_of(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh())
+    model[2].weight = model[0].weight
+    optimizer = METHODS[name](model, lr=0.01)
+    learn(model, optimizer)
+    new_weight(model)
+    with pytest.warns(UserWarning, match=r"built: '2\.weight'\. .*not trained: '2\.weight'\."):
+        learn(model, optimizer, 60)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: str, no_warnings: None) -> None:
+    model = network()
+    optimizer = NEURONS[name](model, lr=0.1, beta=1e-6, delta=0.99)
+    learn(model, optimizer)
+    new_weight(model)
+    optimizer.param_groups[0]["params"][2] = model[2].weight
+    before = model[2].weight.detach().clone()
+    learn(model, optimizer)
+    assert torch.equal(model[2].weight, before)
+
+
 def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again(no_warnings: None) -> None:
     model = network()
     optimizer = NPC(model, delta=0.5, beta=100.0)
