@@ -21,7 +21,7 @@ from torch import Tensor
 from . import _launch, ops, reference
 from .consolidation import NonFiniteImportanceError
 from .descent import SGD_OPTIONS, Descent, Plan, check_number
-from .succession import fitted
+from .succession import blocks_of, fitted
 
 
 class Anchored(Descent):
@@ -137,7 +137,10 @@ class Anchored(Descent):
                 dtype = self._dtype_beside(parameter)
                 begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
                 begin["anchor"] = parameter.detach().to(dtype, copy=True)
-                taken[parameter] = {what: fitted(own, begin[what], repr(name)) for what, own in held[name].items()}
+                blocks = blocks_of(self._model, name)
+                taken[parameter] = {
+                    what: fitted(own, begin[what], repr(name), blocks) for what, own in held[name].items()
+                }
         for parameter, tensors in taken.items():
             self.state[parameter].update(tensors)
 

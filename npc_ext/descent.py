@@ -10,7 +10,7 @@ import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 import torch
@@ -30,6 +30,9 @@ BACKENDS = ("auto", "native", "reference")
 _MOST_EARLIER_PLANS = 3
 # How often the parameters are compared with the model's, apart from whenever plans are made.
 _STEPS_BETWEEN_COMPARISONS = 50
+# What the signature is made of, quickly: nothing here is Python's while a list is filled.
+_STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
+_DTYPE = attrgetter("dtype")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
 
 
@@ -267,24 +270,31 @@ class Descent(torch.optim.Optimizer):
         Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
         """
         signature: list[Any] = [self._states()]
-        sharded = self._sharded
         for group in self.param_groups:
-            lr = group["lr"]
-            signature.append((id(lr) if self._read_on_device(lr) else None, self._options_of(group)))
-            for parameter in group["params"]:
-                gradient = parameter.grad
-                if gradient is None:
-                    signature.append(None)
-                    continue
-                if gradient.is_sparse:  # it has no strides
-                    self._refuse_gradient(parameter, gradient)
-                if sharded:
-                    parameter, gradient = local(parameter), local(gradient)
-                # Another device, dtype or memory format of the parameter is another address. Strides and the number of
-                # elements tell the shape.
-                signature += (gradient.dtype, gradient.stride(), gradient.numel())
-                signature += (parameter.stride(), parameter.numel(), parameter.data_ptr())
+            lr, parameters = group["lr"], group["params"]
+            gradients = [parameter.grad for parameter in parameters]
+            without = [at for at, gradient in enumerate(gradients) if gradient is None]
+            if without:
+                parameters = [one for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+                gradients = [gradient for gradient in gradients if gradient is not None]
+            if self._sharded:
+                parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
+            signature += [id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
+            try:
+                signature += [list(map(_STRIDE, gradients)), list(map(_DTYPE, gradients))]
+            except RuntimeError:  # a sparse tensor has no strides
+                self._refuse_sparse_gradients(group["params"])
+                raise
+            # Another device, dtype or memory format of the parameter is another address. Strides and the number of
+            # elements tell the shape.
+            signature += [list(map(Tensor.numel, gradients)), list(map(Tensor.numel, parameters))]
+            signature += [list(map(_STRIDE, parameters)), list(map(Tensor.data_ptr, parameters))]
         return signature
+
+    def _refuse_sparse_gradients(self, parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
+                self._refuse_gradient(parameter, parameter.grad)
 
     def _read_on_device(self, lr: float | Tensor) -> bool:
         """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
@@ -293,10 +303,11 @@ class Descent(torch.optim.Optimizer):
         return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_not_on(lr.device.index)
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        got = "sparse" if gradient.is_sparse else f"{gradient.dtype} on {gradient.device}"
+        is_sparse = gradient.layout is not torch.strided
+        got = "sparse" if is_sparse else f"{gradient.dtype} on {gradient.device}"
         raise ValueError(
             f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
-            f"{parameter.device}" + (" (for embeddings: sparse=False)" if gradient.is_sparse else "")
+            f"{parameter.device}" + (" (for embeddings: sparse=False)" if is_sparse else "")
         )
 
     @torch.no_grad()
@@ -453,7 +464,11 @@ class Descent(torch.optim.Optimizer):
         changed = ids != self._known_ids
         if changed or self._known_model is None:
             self._learn_model()
-            self._take_up_groups()
+            try:
+                self._take_up_groups()
+            except Exception:
+                self._known_ids = []  # so that the next step does not go on without
+                raise
         assert self._known_model is not None
         if self._known_model.is_unchanged(self._model):
             return changed

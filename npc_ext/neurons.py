@@ -581,12 +581,15 @@ def _layer(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and module.weight is weight:
             notes.append(f"its weight is also the embedding {name}")
-    # Nobody reads its values, so they are one number in memory.
-    sink = torch.zeros((), dtype=torch.float32, device=weight.device).expand(neurons).requires_grad_()
-    fan_in = weight.numel() // max(neurons, 1)
+    sink, fan_in = _sink(neurons, weight.device), weight.numel() // max(neurons, 1)
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
     )
+
+
+def _sink(neurons: int, device: torch.device) -> Tensor:
+    """A leaf (N,), whose values nobody reads, so that they are one number in memory."""
+    return torch.zeros((), dtype=torch.float32, device=device).expand(neurons).requires_grad_()
 
 
 def input_projections(model: nn.Module) -> list[str]:
@@ -637,7 +640,7 @@ def _projection_layer(names: list[str], modules: Mapping[str, nn.Module], batch_
     weights = [own for own in parameters if own.parameter.ndim == 2]
     neurons = sum(len(own.parameter) for own in weights)
     fan_in = sum(own.parameter.numel() for own in weights) // max(neurons, 1)
-    sink = torch.zeros(neurons, dtype=torch.float32, device=weights[0].parameter.device, requires_grad=True)
+    sink = _sink(neurons, weights[0].parameter.device)
     note = f"its weight is shared with {', '.join(names[1:])}; importance adds up over all of them" if names[1:] else ""
     return NeuronLayer(_join(names[0], "in_proj"), neurons, fan_in, tuple(parameters), tuple(points), note, sink)
 

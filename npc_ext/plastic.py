@@ -42,7 +42,7 @@ from .resting import let_rest
 from .shards import first_row, is_sharded, local, processes_of
 from .shards import why_not as why_not_sharded
 from .skipped import SkippedSteps
-from .succession import fitted
+from .succession import blocks_of, fitted
 from .tap import ImportanceWarning
 
 _LAYER_OPTIONS = (
@@ -113,7 +113,7 @@ class Plastic(Descent, Joinable):
     # What to do where little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]); only Linear, convolution and Conv1D layers have neurons."
+        "in params=[...]); only Linear, convolution and Conv1D layers and attention's input projections have neurons."
     )
     _KIND = "importance of neurons"
 
@@ -730,7 +730,8 @@ class Plastic(Descent, Joinable):
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             if layer.name in held:
                 begin = torch.zeros(layer.neurons, dtype=torch.float32, device=key.device)
-                averages[key] = fitted(held[layer.name]["importance"], begin, f"layer {layer.name!r}")
+                blocks = blocks_of(self._model, layer.name)
+                averages[key] = fitted(held[layer.name]["importance"], begin, f"layer {layer.name!r}", blocks)
         for key, average in averages.items():
             self.state[key]["importance"] = average
 

@@ -149,8 +149,21 @@ def in_first_block(earlier: Tensor, later: Tensor) -> Tensor:
     return later
 
 
-def fitted(earlier: Tensor, later: Tensor, what: str) -> Tensor:
+def blocks_of(model: nn.Module, name: str) -> int:
+    """How many equal blocks of rows a parameter has that grow each by itself, as those of queries, keys and values."""
+    owner, _, own = name.rpartition(".")
+    module = model.get_submodule(owner)
+    if isinstance(module, nn.MultiheadAttention) and own.startswith("in_proj"):
+        return 3
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and not own.startswith("weight_hr"):
+        return 4  # gates
+    return 3 if isinstance(module, (nn.GRU, nn.GRUCell)) else 1
+
+
+def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor:
     """`later` with an earlier tensor's values, which may have fewer rows (neurons, connections) and no more.
+
+    Both consist of `blocks` of rows, of which each may have grown.
 
     Raises:
         ValueError: it does not fit.
@@ -162,4 +175,7 @@ def fitted(earlier: Tensor, later: Tensor, what: str) -> Tensor:
             "it, leave load_importance out, or pass None"
         )
     with torch.no_grad():
+        if blocks > 1:
+            in_first_block(earlier.detach().unflatten(0, (blocks, -1)), later.unflatten(0, (blocks, -1)))
+            return later
         return in_first_block(earlier.detach(), later)

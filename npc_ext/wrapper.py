@@ -408,7 +408,7 @@ class _Tracker(NPC):
 
     _ADVICE = (
         "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
-        "Linear, convolution and Conv1D layers have neurons."
+        "Linear, convolution and Conv1D layers and attention's input projections have neurons."
     )
     wrapped: torch.optim.Optimizer
 

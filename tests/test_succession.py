@@ -321,6 +321,27 @@ def test_layers_that_have_grown_keep_what_their_first_rows_had(name: str, no_war
     learn(model, later)
 
 
+def test_queries_keys_values_and_gates_grow_each_by_itself() -> None:
+    def grown(sizes: int, old: int, new: int) -> list[float]:
+        return [float(part * old + row) if row < old else 0.0 for part in range(sizes) for row in range(new)]
+
+    small, large = nn.MultiheadAttention(2, 1), nn.MultiheadAttention(3, 1)
+    earlier = NPC(small)
+    earlier.state[small.in_proj_weight]["importance"] = torch.arange(6.0)
+    later = NPC(large).load_importance(earlier)
+    assert later.plasticity()["in_proj"].importance.tolist() == grown(3, 2, 3)
+
+    small_lstm, large_lstm = nn.LSTM(2, 2), nn.LSTM(2, 3)
+    ewc = EWC(small_lstm)
+    for weight in small_lstm.parameters():
+        stiffness = torch.arange(8.0).view(-1, *[1] * (weight.ndim - 1)).expand_as(weight).contiguous()
+        ewc.state[weight].update(stiffness=stiffness, anchor=stiffness.clone())
+    larger = EWC(large_lstm).load_importance(ewc)
+    assert larger.state[large_lstm.bias_ih_l0]["stiffness"].tolist() == grown(4, 2, 3)
+    assert larger.state[large_lstm.weight_hh_l0]["stiffness"][:, 0].tolist() == grown(4, 2, 3)
+    assert not larger.state[large_lstm.weight_hh_l0]["stiffness"][:, 2].any()
+
+
 @pytest.mark.parametrize("name", ["NPC", "CPC", "EWC"])
 def test_a_grown_weight_goes_on_with_a_new_optimizer(name: str, no_warnings: None) -> None:
     model = network()
@@ -376,3 +397,16 @@ def test_the_taps_of_an_earlier_optimizer_are_gone_when_importance_was_handed_ov
     gc.collect()
     assert taps() == count
     learn(model, later)
+
+
+def test_a_replaced_layer_that_does_not_fit_its_options_is_refused_in_every_step() -> None:
+    model = network()
+    optimizer = NPC(model, layers={"4": {"alpha": 0.1}})
+    learn(model, optimizer)
+    model[4] = weight_norm(nn.Linear(12, 4))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'4'"):
+            learn(model, optimizer, 1)
+    assert all(map(torch.equal, model.parameters(), before))
