@@ -213,11 +213,11 @@ class Tables:
             self._checked[name] = addresses
         return addresses
 
-    def importance_addresses(self, importances: Sequence[Tensor]) -> list[int]:
+    def importance_addresses(self, importances: Sequence[Tensor], device: torch.device) -> list[int]:
         """The addresses of the layers' averages, checked likewise."""
         addresses = [average.data_ptr() for average in importances]
         if addresses != self._checked.get("importances"):
-            _check_of_layers("importances", self, importances)
+            _check_of_layers("importances", self, importances, device)
             self._checked["importances"] = addresses
         return addresses
 
@@ -298,14 +298,15 @@ def _check_tensor(
         )
 
 
-def _check_of_layers(name: str, tables: Tables, tensors: Sequence[Tensor | None]) -> None:
+def _check_of_layers(name: str, tables: Tables, tensors: Sequence[Tensor | None], device: torch.device) -> None:
     for tensor, neurons in zip(tensors, tables.layer_numbers[::3], strict=True):
         if tensor is None:
             continue
-        if tensor.dtype is not torch.float32 or tensor.numel() != neurons or not tensor.is_contiguous():
+        fits = tensor.dtype is torch.float32 and tensor.numel() == neurons and tensor.device == device
+        if not fits or not tensor.is_contiguous():
             raise ValueError(
-                f"one of {name} is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()}; "
-                f"expected contiguous float32 of shape ({neurons},)"
+                f"one of {name} is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on "
+                f"{tensor.device}; expected contiguous float32 of shape ({neurons},) on {device}"
             )
 
 
@@ -326,9 +327,9 @@ def _of_layers(
     """The arguments about layers of updates that have a rate for every neuron."""
     # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
     if not all(map(Tensor.is_contiguous, [sums for sums in measured if sums is not None])):
-        _check_of_layers("measured", tables, measured)
+        _check_of_layers("measured", tables, measured, skipped.device)
     return (
-        tables.importance_addresses(importances),
+        tables.importance_addresses(importances, skipped.device),
         [0 if sums is None else sums.data_ptr() for sums in measured],
         _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
         tables.layer_numbers,
@@ -345,12 +346,15 @@ def _raise_versions(
     torch.autograd.graph.increment_version(written)
 
 
-def _step_addresses(tables: Tables, steps: Sequence[Tensor | None]) -> list[int]:
+def _step_addresses(tables: Tables, steps: Sequence[Tensor | None], device: torch.device) -> list[int]:
     addresses = [0 if count is None else count.data_ptr() for count in steps]
     if addresses != tables._checked.get("steps"):
         for index, count in enumerate(steps):
-            if count is not None and (count.dtype is not torch.float32 or count.numel() != 1):
-                raise ValueError(f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)}; expected one float32")
+            if count is not None and (count.dtype is not torch.float32 or count.numel() != 1 or count.device != device):
+                raise ValueError(
+                    f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)} on {count.device}; expected one "
+                    f"float32 on {device}"
+                )
         tables._checked["steps"] = addresses
     return addresses
 
@@ -390,7 +394,7 @@ def update_(
         *_addresses(tables, parameters, gradients, momentum_buffers),
         *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
-        _step_addresses(tables, steps),
+        _step_addresses(tables, steps, skipped.device),
         seeds,
     )
     counted = (count for count in steps if count is not None)
@@ -426,7 +430,7 @@ def adam_update_(
         tables.adam_options,
         *_of_layers(tables, importances, measured, skipped, skipped_at),
         *map(_address, flags),
-        _step_addresses(tables, steps),
+        _step_addresses(tables, steps, skipped.device),
         seeds,
     )
     _raise_versions(tables, parameters, (), *first_moments, *second_moments, *steps, *importances, skipped)
@@ -529,7 +533,7 @@ def network_step_(
         skipped.device,
         inputs,
         *_addresses(tables, parameters, gradients, momentum_buffers),
-        tables.importance_addresses(importances),
+        tables.importance_addresses(importances, skipped.device),
         _counters(skipped, range(len(importances))),
         tables.layer_numbers,
         tables.layer_options,

@@ -246,8 +246,7 @@ class CPC(Descent):
         super()._forget_plans()
         self._first_moments = FirstMoments()
 
-    def _choose_plans(self, signature: list[Any]) -> None:
-        super()._choose_plans(signature)
+    def _settle(self) -> None:
         for plan in self._plans:
             for parameter, state, has_momentum in zip(plan.owners, plan.states, plan.has_momentum, strict=True):
                 if (layer := self._layer_of.get(id(parameter))) is None:

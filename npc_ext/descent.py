@@ -32,7 +32,7 @@ _MOST_EARLIER_PLANS = 3
 _STEPS_BETWEEN_COMPARISONS = 50
 # What the signature is made of, quickly: nothing here is Python's while a list is filled.
 _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
-_DTYPE = attrgetter("dtype")
+_DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
 
 
@@ -104,6 +104,7 @@ class Descent(torch.optim.Optimizer):
     _planned_for: list[Any] | None  # the signature of `_plans`
     _planned_rates: list[float | None] | None  # those of the groups that `_plans` have
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
+    _unsettled: bool  # whether `_plans` have not been launched since they were chosen
 
     def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
         if not isinstance(model, nn.Module):
@@ -237,7 +238,7 @@ class Descent(torch.optim.Optimizer):
             raise _GroupsChangedError
         self._plans = self._make_plans() if known is None else known
         signature[0] = self._states()  # planning creates what is missing
-        self._planned_for = signature
+        self._planned_for, self._unsettled = signature, True
         self._earlier_plans = [own for own in recent if own[0] != signature][:_MOST_EARLIER_PLANS]
 
     @staticmethod
@@ -254,12 +255,19 @@ class Descent(torch.optim.Optimizer):
     def _forget_plans(self) -> None:
         """To be called wherever plans hold what is no longer so."""
         self._plans, self._planned_for, self._planned_rates, self._earlier_plans = [], None, None, []
+        self._unsettled = False
 
     def _launch_all(self) -> None:
+        if self._unsettled:
+            self._settle()
+            self._unsettled = False
         for plan in self._plans:
             self._launch(plan)
             if plan.sharded:  # the launch raised the versions of the shards
                 torch.autograd.graph.increment_version(plan.owners)
+
+    def _settle(self) -> None:
+        """Called before the first launch of other plans, when nothing can stop the step any more."""
 
     def _launch(self, plan: Any) -> None:
         raise NotImplementedError
@@ -267,7 +275,7 @@ class Descent(torch.optim.Optimizer):
     def _signature(self) -> list[Any]:
         """Everything that plans depend on: which parameters have gradients, their layout, and all options but rates.
 
-        Compared on every step, so it is made of what is quick to read. Raises ValueError for bad gradients.
+        Compared on every step, so it is made of what is quick to read.
         """
         signature: list[Any] = [self._states()]
         for group in self.param_groups:
@@ -280,21 +288,13 @@ class Descent(torch.optim.Optimizer):
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
             signature += [id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
-            try:
-                signature += [list(map(_STRIDE, gradients)), list(map(_DTYPE, gradients))]
-            except RuntimeError:  # a sparse tensor has no strides
-                self._refuse_sparse_gradients(group["params"])
-                raise
+            signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
             # Another device, dtype or memory format of the parameter is another address. Strides and the number of
             # elements tell the shape.
             signature += [list(map(Tensor.numel, gradients)), list(map(Tensor.numel, parameters))]
-            signature += [list(map(_STRIDE, parameters)), list(map(Tensor.data_ptr, parameters))]
+            signature += [list(map(_STRIDE, gradients)), list(map(_STRIDE, parameters))]
+            signature.append(list(map(Tensor.data_ptr, parameters)))
         return signature
-
-    def _refuse_sparse_gradients(self, parameters: Iterable[Tensor]) -> None:
-        for parameter in parameters:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                self._refuse_gradient(parameter, parameter.grad)
 
     def _read_on_device(self, lr: float | Tensor) -> bool:
         """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
@@ -303,7 +303,7 @@ class Descent(torch.optim.Optimizer):
         return lr.dtype == torch.float32 and lr.numel() == 1 and not _native.why_not_on(lr.device.index)
 
     def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        is_sparse = gradient.layout is not torch.strided
+        is_sparse = local(gradient).layout is not torch.strided
         got = "sparse" if is_sparse else f"{gradient.dtype} on {gradient.device}"
         raise ValueError(
             f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
@@ -347,7 +347,8 @@ class Descent(torch.optim.Optimizer):
                     "numbers in other tensors; expected a plain one: call requires_grad_(False) on it, or leave it out "
                     "of the optimizer (params=[...])"
                 )
-        if gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+        is_strided = local(gradient).layout is torch.strided
+        if not is_strided or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
             self._refuse_gradient(parameter, gradient)
         if gradient.shape != parameter.shape:
             raise ValueError(
@@ -715,7 +716,7 @@ class FirstMoments:
         beta: float,
         frozen: Callable[[], Tensor],
     ) -> None:
-        """To be called whenever other plans are chosen.
+        """To be called whenever other plans are launched.
 
         Args:
             parameter: one that has a rate for each neuron or connection.

@@ -413,8 +413,7 @@ class Plastic(Descent, Joinable):
         super()._forget_plans()
         self._first_moments = FirstMoments()
 
-    def _choose_plans(self, signature: list[Any]) -> None:
-        super()._choose_plans(signature)
+    def _settle(self) -> None:
         for plan in self._plans:
             place = {id(owner): at for at, owner in enumerate(plan.owners)}
             for index in plan.layers:

@@ -835,6 +835,21 @@ def test_first_moments_are_cleared_also_where_no_step_saw_a_neuron_freeze(kind: 
     assert own[name][~frozen].any()
 
 
+@pytest.mark.parametrize("kind", [NPC, NPCAdamW])
+def test_a_step_that_raises_clears_no_first_moments(kind: Any) -> None:
+    model = head_of_two_tasks()
+    optimizer = kind(model, lr=0.01, beta=1e3, **({"momentum": 0.9} if kind is NPC else {}))
+    learn(model, optimizer, 0, steps=3)
+    before = copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.param_groups[0]["beta"] = 1e-6
+    optimizer.zero_grad()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    with pytest.raises(RuntimeError, match="no importance was measured"):
+        optimizer.step()
+    after = optimizer.state_dict()["state"]
+    assert all(torch.equal(before[at][name], own) for at, state in after.items() for name, own in state.items())
+
+
 def test_a_schedule_of_rates_or_momentum_clears_nothing_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = head_of_two_tasks()
     optimizer = NPC(model, lr=0.1, momentum=0.9, delta=0.9)

@@ -264,6 +264,17 @@ def test_state_with_other_memory_behind_it_does_not_reach_a_kernel() -> None:
         step(model, optimizer, 1)
 
 
+@pytest.mark.parametrize("tensor", ["importance", "step"])
+def test_state_that_has_gone_to_another_device_does_not_reach_a_kernel(tensor: str) -> None:
+    model = Words()
+    optimizer = NPCAdamW(model)
+    step(model, optimizer, 0)
+    state = optimizer.state[model.hidden.weight]
+    torch.utils.swap_tensors(state[tensor], torch.empty_like(state[tensor], device="meta"))
+    with pytest.raises(ValueError, match=f"{tensor}s.*on meta; expected .*on cpu"):
+        step(model, optimizer, 1)
+
+
 def test_a_state_dictionary_that_is_replaced_by_hand_is_the_one_that_steps_read() -> None:
     model = Words()
     optimizer = EWC(model, momentum=0.9)
