@@ -558,12 +558,18 @@ class Descent(torch.optim.Optimizer):
             This optimizer.
 
         Raises:
-            ValueError: a layer has fewer neurons than before, or no layer has the same name. Nothing is changed then.
+            ValueError: a layer has fewer neurons than before, no layer has the same name, or a state dict has no
+                importance. Nothing is changed then.
             TypeError: `earlier` keeps no importance, or that of another kind.
         """
         if earlier is not None:
             if isinstance(earlier, Mapping):
                 held = self._held_in(self._states_saved_in(earlier.get("plasticity", earlier)))
+                if not held and self._held():  # where there is some from the beginning on
+                    raise ValueError(
+                        f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that "
+                        f"of an optimizer that keeps it as {self._called()} does, or None"
+                    )
             else:
                 earlier = self._of_this_kind(earlier)
                 held = earlier._held()

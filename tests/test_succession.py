@@ -374,6 +374,15 @@ def test_importance_that_does_not_fit_is_refused_by_name_and_changes_nothing() -
         NPC(network()).load_importance(NPC(nn.Linear(2, 2)).state_dict())
 
 
+@pytest.mark.parametrize("name", NEURONS)
+def test_the_state_of_an_optimizer_without_importance_is_refused(name: str) -> None:
+    model = network()
+    earlier = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    learn(model, earlier)
+    with pytest.raises(ValueError, match="state dict without importance of neurons, so another optimizer saved it"):
+        NEURONS[name](model).load_importance(earlier.state_dict())
+
+
 def test_the_taps_of_an_earlier_optimizer_are_gone_when_importance_was_handed_over_or_it_is_garbage() -> None:
     model = network()
 
