@@ -113,7 +113,7 @@ class Plastic(Descent, Joinable):
     # What to do where little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]); only Linear, convolution and Conv1D layers and attention's input projections have neurons."
+        "in params=[...]). Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
     )
     _KIND = "importance of neurons"
 

@@ -130,9 +130,8 @@ def check_not_sharded(lost: Iterable[Lost]) -> None:
             raise RuntimeError(
                 f"the optimizer has a parameter {one.name!r} in whose place fully_shard has put a sharded one since, "
                 "so it would train nothing: build the optimizer after fully_shard (and not between a forward pass and "
-                "its backward pass, when parameters are put together); with Accelerate call "
-                "accelerate.utils.fsdp2_prepare_model(accelerator, model), then build the optimizer, then call "
-                "accelerator.prepare(model, optimizer)"
+                "its backward pass, when parameters are put together); with Accelerate prepare "
+                "both in one call: model, optimizer = accelerator.prepare(model, optimizer)"
             )
 
 

@@ -407,10 +407,14 @@ class _Tracker(NPC):
     """NPC that measures and averages, and moves nothing."""
 
     _ADVICE = (
-        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
-        "Linear, convolution and Conv1D layers and attention's input projections have neurons."
+        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own. "
+        "Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
     )
     wrapped: torch.optim.Optimizer
+    # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
+    _frozen: dict[int, Tensor]
+    _froze: dict[int, Tensor]
+    _inactive: dict[int, Tensor]
 
     def _called(self) -> str:
         return PlasticityWrapper.__name__
@@ -422,11 +426,6 @@ class _Tracker(NPC):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
-
-    # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
-    _frozen: dict[int, Tensor]
-    _froze: dict[int, Tensor]
-    _inactive: dict[int, Tensor]
 
     def _forget_plans(self) -> None:
         super()._forget_plans()

@@ -164,24 +164,20 @@ def accelerated(rank: int, processes: int, folder: str) -> None:
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         return accelerator.prepare(model, optimizer)
 
-    model: Any = network()
-    model, optimizer = prepare(model, NPC(model, **OPTIONS))
-    message = ""
-    try:
-        train(model, optimizer, steps=1)
-    except RuntimeError as error:
-        message = str(error)
-    model = network()
-    fsdp2_prepare_model(accelerator, model)
-    npc = NPC(model, **OPTIONS)
-    model, optimizer = prepare(model, npc)
-    for step in range(FEW):
-        x, y = map(own_part, batch(step))
-        optimizer.zero_grad()
-        accelerator.backward(F.cross_entropy(model(x), y))
-        accelerator.clip_grad_norm_(model.parameters(), 1e9)
-        optimizer.step()
-    results = {"alike": alike(npc, shards=True), "numbers": numbers(npc), "message": message}
+    results = {}
+    for way in ("together", "sharded before"):
+        model: Any = network()
+        if way == "sharded before":
+            fsdp2_prepare_model(accelerator, model)
+        npc = NPC(model, **OPTIONS)
+        model, optimizer = prepare(model, npc)
+        for step in range(FEW):
+            x, y = map(own_part, batch(step))
+            optimizer.zero_grad()
+            accelerator.backward(F.cross_entropy(model(x), y))
+            accelerator.clip_grad_norm_(model.parameters(), 1e9)
+            optimizer.step()
+        results[way] = {"alike": alike(npc, shards=True), "numbers": numbers(npc)}
     end(rank, folder, results)
 
 
