@@ -98,8 +98,8 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-# Whether Dynamo traces a module whose forward is a bound method, which it guards by its code. That of torch 2.6 does not.
-# Callable objects work everywhere, but are guarded by their identity, so that equal blocks do not share a graph.
+# Whether Dynamo traces a module whose forward is a bound method, which it guards by its code. That of torch 2.6 does
+# not. Callable objects work everywhere, but are guarded by their identity, so that equal blocks do not share a graph.
 TRACES_BOUND_FORWARDS = version_tuple(torch.__version__) >= (2, 13)
 
 
