@@ -13,6 +13,13 @@ class LayerOptions:
     """What a user wrote as `layers={"head*": {"normalize": "active"}}`."""
 
     def __init__(self, options: Mapping[str, Mapping[str, Any]] | None, known: Sequence[str]) -> None:
+        if not isinstance(options or {}, Mapping) or not all(
+            isinstance(name, str) and isinstance(own, Mapping) for name, own in (options or {}).items()
+        ):
+            raise TypeError(
+                f"layers is {options!r}; expected the options of layers by name or pattern, as in "
+                "{'output': {'consolidate': False}}"
+            )
         self._options = {name: dict(own) for name, own in (options or {}).items()}
         self._known = known
 

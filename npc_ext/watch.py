@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ._warn import warn
 from .names import close_to
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def check_capacity(
     for name, neurons in (learning or {}).items():
         if name not in layers:
             raise KeyError(f"no consolidated layer {name!r}; {close_to(name, layers)}")
-        rates = layers[name].learning_rate
+        rates, neurons = layers[name].learning_rate, [int(neuron) for neuron in neurons]
         if outside := [neuron for neuron in neurons if not 0 <= neuron < len(rates)]:
             raise IndexError(
                 f"layer {name!r} has {len(rates)} neurons, expected those to learn among them; got {outside}"
@@ -137,4 +137,4 @@ def _has_no_momentum(optimizer: Any) -> bool:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, CapacityWarning, stacklevel=3)
+    warn(text, CapacityWarning)

@@ -1272,6 +1272,20 @@ def test_layers_that_are_not_consolidated_train_also_where_others_are_frozen() -
         assert not same(model.output, before)
 
 
+def test_parameters_outside_of_the_model_are_in_the_table() -> None:
+    model, head = nn.Linear(4, 3), nn.Linear(3, 2)
+    optimizer = NPC(model)
+    assert "not in the model" not in str(optimizer.neurons)
+    optimizer.add_param_group({"params": head.parameters()})
+    assert "not in the model, trained at plain learning rate: 2 parameters, 8 elements" in str(optimizer.neurons)
+
+
+@pytest.mark.parametrize("layers", [["0"], {"0": False}, {nn.ReLU(): {"beta": 1.0}}])
+def test_options_of_layers_that_are_no_mapping_by_name_are_refused(layers: Any) -> None:
+    with pytest.raises(TypeError, match=r"layers is .*; expected the options of layers by name or pattern"):
+        NPC(nn.Sequential(nn.Linear(4, 3)), layers=layers)
+
+
 def test_the_table_says_which_layers_are_protected() -> None:
     def row(optimizer: Any, name: str) -> str:
         return next(" ".join(line.split()) for line in str(optimizer.neurons).splitlines() if line.startswith(name))

@@ -106,6 +106,8 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
         CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned. Normalize"
     ):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
+    with pytest.warns(CapacityWarning, match="its neurons 1, 3 are frozen"):
+        check_capacity(wrapped, learning={"2": torch.tensor([1, 2, 3])})  # type: ignore[dict-item]
 
 
 def test_layers_and_neurons_that_are_not_there() -> None:
