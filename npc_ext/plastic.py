@@ -113,7 +113,7 @@ class Plastic(Descent, Joinable):
     # What to do where little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]); only Linear, convolution and Conv1D layers have neurons."
+        "in params=[...]). Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
     )
     _KIND = "importance of neurons"
 
@@ -477,11 +477,11 @@ class Plastic(Descent, Joinable):
                 f"{layer.neurons} when the optimizer was built; build a new one, {self._built_as()}"
                 ".load_importance(optimizer), which keeps the importance of the first neurons"
             )
-        if not isinstance(average, Tensor) or average.shape != (neurons,):
+        if not isinstance(average, Tensor) or average.shape != (layer.neurons,):
             got = f"shape {tuple(average.shape)}" if isinstance(average, Tensor) else f"type {type(average).__name__}"
             raise ValueError(
-                f"layer {layer.name!r} has {neurons} neurons, but the importance in the optimizer's state has {got}; "
-                f"expected shape ({neurons},): put such a tensor there, or begin at zero: "
+                f"layer {layer.name!r} has {layer.neurons} neurons, but the importance in the optimizer's state has "
+                f"{got}; expected shape ({layer.neurons},): put such a tensor there, or begin at zero: "
                 f"del optimizer.state[parameter]['importance'], of {self._name_of(self._keys[index])}"
             )
 

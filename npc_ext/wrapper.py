@@ -234,6 +234,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                     shares[id(parameter)].take_back_(local(parameter), was)
                 for parameter, was, second_was in zip(bucket, before, second_before, strict=bool(second_before)):
                     self._take_back_second_(parameter, was if second_was is None else second_was, shares[id(parameter)])
+        self._tracker.clear_first_moments_(self.optimizer.state)
 
     def _second_weights(self, parameter: Tensor) -> Tensor | None:
         """Those of a schedule-free optimizer; they begin as the parameter in its first step."""
@@ -250,7 +251,6 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             )
         share.take_back_(second, before)
         share.tie_(second, local(parameter))
-        self._tracker.clear_first_moments_(self.optimizer.state)
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -406,8 +406,8 @@ class _Tracker(NPC):
     """NPC that measures and averages, and moves nothing."""
 
     _ADVICE = (
-        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
-        "Linear, convolution and Conv1D layers have neurons."
+        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own. "
+        "Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
     )
     wrapped: torch.optim.Optimizer
 
