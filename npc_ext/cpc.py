@@ -34,7 +34,7 @@ class ConnectionPlasticity:
         importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4; its mean over the
             layer tends to 1.
         learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
-        frozen: the share of the layer's connections, from 0 to 1, whose learning rate is 0.
+        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, whatever the learning rate.
         skipped: in how many steps the measured importance was not finite and was left out.
     """
 
@@ -311,8 +311,8 @@ class CPC(Descent):
                 rate[name] = reference.learning_rate(
                     average[name], lr[id(parameter)], own["alpha"], own["beta"], own["sigma"]
                 )
-            rates = [one.flatten() for one in rate.values()]
-            frozen = (torch.cat(rates) == 0).double().mean().item() if rates else 0.0
+            of_all = [one.flatten() for one in average.values()]
+            frozen = (torch.cat(of_all) >= own["beta"]).double().mean().item() if of_all else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])
         return result
 

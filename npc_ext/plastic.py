@@ -73,7 +73,7 @@ class LayerPlasticity:
         importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1. With `measure_every` as of the
             layer's last measurement.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
-        frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
+        frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, whatever the learning rate of the group.
         skipped: in how many steps the measured importance was not finite and was left out.
         frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
             constants in force; 0 where that is not certain, at most a million.
@@ -690,7 +690,7 @@ class Plastic(Descent, Joinable):
                 torch.zeros(layer.neurons, dtype=torch.float32, device=key.device) if known is None else known.clone()
             )
             rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
-            frozen = (rate == 0).double().mean().item()
+            frozen = (average >= float(constants["beta"])).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
             certain = (certain - (0 if watch is None else watch.delay)).clamp(min=0)
