@@ -616,12 +616,15 @@ class Plastic(Descent, Joinable):
         for index in unmeasured:
             if shared and self._consolidated[index].checked:  # by other processes perhaps
                 continue
+            layer = self._consolidated[index]
             self._warn_once(
-                self._consolidated[index].name,
+                layer.name,
                 "unmeasured",
                 "received gradients, but its importance was not measured; it trains at the rates of its importance so "
-                "far (its tap did not run: print(optimizer.neurons) shows where it is, layers={...: {'measure_at': "
-                "...}} moves it; if it was compiled before the optimizer was built, call torch.compiler.reset())",
+                f"far. It is measured at the {' and the '.join(map(str, layer.points))}, which did not run, as happens "
+                "where that belongs to one of several heads: make the function before it a module; or, if no "
+                f"normalization follows the layer, write layers={{{layer.name!r}: {{'measure_at': {layer.name!r}}}}}. "
+                "If the model was compiled before the optimizer was built, call torch.compiler.reset()",
             )
 
     def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:

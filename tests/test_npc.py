@@ -719,6 +719,40 @@ def test_options_of_single_layers_by_name_and_pattern() -> None:
     )
 
 
+class HeadOfEachTask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(2))
+
+    def forward(self, x: Tensor, task: int = 0) -> Tensor:
+        y: Tensor = self.heads[task](F.gelu(self.body(x)))
+        return y
+
+
+def test_a_body_that_is_measured_at_one_of_several_heads_is_warned_of_with_advice_that_works() -> None:
+    advice: dict[str, Any] = {"body": {"measure_at": "body"}}
+    model = HeadOfEachTask()
+    optimizer = NPC(model)
+    model(torch.randn(4, 6), 1).sum().backward()
+    with pytest.warns(ImportanceWarning, match="at the input of heads.0, which did not run") as told:
+        optimizer.step()
+    assert f"layers={advice}" in str(told[0].message)
+    model = HeadOfEachTask()
+    optimizer = NPC(model, layers=advice)
+    model(torch.randn(4, 6), 1).sum().backward()
+    optimizer.step()
+    assert optimizer.plasticity()["body"].importance.any()
+
+
+def test_options_of_a_layer_are_put_together_from_its_name_and_all_patterns_that_fit() -> None:
+    layers = {"*": {"delta": 0.5, "beta": 2.0}, "h*": {"delta": 0.4, "alpha": 0.3}, "hidden": {"beta": 3.0}}
+    optimizer = NPC(paper_cnn(), layers=layers)
+    taken = {name: optimizer.constants("hidden")[name] for name in ("beta", "delta", "alpha")}
+    assert taken == {"beta": 3.0, "delta": 0.5, "alpha": 0.3}
+    assert optimizer.constants("output")["beta"] == 2.0
+
+
 def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
     model, (x, y) = paper_cnn(), batches(1)[0]
     optimizer = NPC(model, delta=0.0, layers={"output": {"normalize": "active"}})
