@@ -43,7 +43,8 @@ class NPC(Plastic):
             bit-identical under all of them, and that its momentum is cleared when it freezes.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
         stochastic_rounding: rounds bfloat16 weights stochastically, so that steps too small for bfloat16 count on
-            average. The random bits depend on step, parameter, shard and element only: runs repeat, and processes that train one model stay alike.
+            average. The random bits depend on step, parameter, shard and element only: runs repeat, and processes that
+            train one model stay alike.
         params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
             Default: all of the model's.
         normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones,

@@ -620,11 +620,12 @@ class Plastic(Descent, Joinable):
             self._warn_once(
                 layer.name,
                 "unmeasured",
-                "received gradients, but its importance was not measured; it trains at the rates of its importance so "
-                f"far. It is measured at the {' and the '.join(map(str, layer.points))}, which did not run, as happens "
-                "where that belongs to one of several heads: make the function before it a module; or, if no "
-                f"normalization follows the layer, write layers={{{layer.name!r}: {{'measure_at': {layer.name!r}}}}}. "
-                "If the model was compiled before the optimizer was built, call torch.compiler.reset()",
+                "received gradients, but its importance was not measured, so it trains at the rates of its importance "
+                f"so far. It is measured in training mode, at the {' and the '.join(map(str, layer.points))}. If the "
+                "layer is in eval mode, call train(). If that place belongs to one of several heads, make the function "
+                "before it a module, or, if no normalization follows the layer, write "
+                f"layers={{{layer.name!r}: {{'measure_at': {layer.name!r}}}}}. If the model was compiled before the "
+                "optimizer was built, call torch.compiler.reset()",
             )
 
     def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:

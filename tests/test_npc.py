@@ -735,7 +735,7 @@ def test_a_body_that_is_measured_at_one_of_several_heads_is_warned_of_with_advic
     model = HeadOfEachTask()
     optimizer = NPC(model)
     model(torch.randn(4, 6), 1).sum().backward()
-    with pytest.warns(ImportanceWarning, match="at the input of heads.0, which did not run") as told:
+    with pytest.warns(ImportanceWarning, match=r"at the input of heads.0\. .* one of several heads") as told:
         optimizer.step()
     assert f"layers={advice}" in str(told[0].message)
     model = HeadOfEachTask()
