@@ -8,7 +8,6 @@ module, checkpointing and torch.compile follow it, and clearing it is clearing a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from types import CodeType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pass, version_of
+from ._warn import warn
 
 if TYPE_CHECKING:
     from .neurons import NeuronLayer, TapPoint
@@ -275,12 +275,11 @@ def _check_not_before_normalization(
         # 1 / sqrt(terms) of the absolute sum; that all channels stay below a part of that is improbable.
         zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
         if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
-            warnings.warn(
+            warn(
                 f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
                 f"zero but for rounding, as it is before {kind}; measure it behind that: "
                 f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
                 ImportanceWarning,
-                stacklevel=2,
             )
             return
 

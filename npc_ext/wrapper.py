@@ -414,6 +414,9 @@ class _Tracker(NPC):
     def _called(self) -> str:
         return PlasticityWrapper.__name__
 
+    def _built_as(self) -> str:
+        return f"{self._called()}(optimizer, model)"
+
     def _compare_with_model(self) -> bool:
         trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
         if list(map(id, trained)) != self._known_ids:
