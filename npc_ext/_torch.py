@@ -19,6 +19,7 @@ from torch.utils import _pytree
 
 __all__ = [
     "INPUT_PROJECTIONS",
+    "TRACES_BOUND_FORWARDS",
     "after_backward",
     "as_written",
     "class_index_before_fully_shard",
@@ -41,6 +42,13 @@ __all__ = [
     "version_of",
     "versions_of",
 ]
+
+
+def version_tuple(version: str) -> tuple[int, int]:
+    """The first two numbers of a version."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
 
 # The functions that project the inputs of attention, for weights of one piece and for separate ones, as they are called
 # in torch.nn.functional.multi_head_attention_forward.
@@ -88,6 +96,11 @@ def version_of(tensor: Tensor) -> int:
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
     """The versions of several tensors, for one call from the step."""
     return [tensor._version for tensor in tensors]
+
+
+# Whether Dynamo traces a module whose forward is a bound method, which it guards by its code. That of torch 2.6 does
+# not. Callable objects work everywhere, but are guarded by their identity, so that equal blocks do not share a graph.
+TRACES_BOUND_FORWARDS = version_tuple(torch.__version__) >= (2, 13)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:

@@ -10,7 +10,6 @@ new ones. Needs `avalanche-lib`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +24,7 @@ except ImportError as error:
     ) from error
 from torch import Tensor, nn
 
+from ._warn import warn
 from .distributed import unwrapped
 from .plastic import Plastic
 from .succession import in_first_block
@@ -139,11 +139,10 @@ class PlasticityPlugin(SupervisedPlugin):
             if state:
                 optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
         if anew:
-            warnings.warn(
+            warn(
                 f"{', '.join(map(repr, anew))}: replaced by parameters that do not begin with their values, "
                 "so their importance and momentum begin at zero",
                 ImportanceWarning,
-                stacklevel=3,
             )
         return importance
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
 
 from ._torch import own_buffers, tree_flatten, tree_unflatten, version_of
+from ._warn import warn
 
 _LABELS = ("sampled", "data", "exact")
 # What the gradients of one chunk may occupy by default, in bytes.
@@ -345,6 +345,8 @@ def _mean_over_samples(
     model = called.model
     if isinstance(batches, Tensor):
         raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
+    if outputs is not None and not callable(outputs):
+        raise TypeError(f"outputs is {outputs!r}; expected a function that picks outputs, as in lambda y: y[:, 2:4]")
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} is {value!r}; expected an integer of at least 1, or None")
@@ -430,10 +432,9 @@ class _Importance:
             # If the model cannot be run at all, the loop's error is the one to see; then there is nothing to warn of.
             self._add_one_by_one(term, inputs, others)
             reason = str(failure).strip().split("\n")[0]
-            warnings.warn(
+            warn(
                 f"torch.func cannot run {self._kind} for many samples at once, so that they are taken "
                 f"one by one, which is slower ({type(failure).__name__}: {reason[:300]})",
-                stacklevel=4,
             )
             return
         self._add_one_by_one(term, inputs, others)
@@ -453,10 +454,9 @@ class _Importance:
                     "the model's outputs or their gradients are nan or infinite, or overflow when squared"
                 )
         if not any(bool(total.any()) for total in self._sums.values()):
-            warnings.warn(
+            warn(
                 "the importance of every parameter is zero, so that nothing will be kept: the outputs do not move with "
                 "the parameters in any of the samples (outputs that are zero, or probabilities that are exactly 1)",
-                stacklevel=4,
             )
         return {parameter: self._sums[name] for name, parameter in self._trained.items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, ops, reference
+from ._warn import warn
 from .descent import SGD_OPTIONS, Descent, FirstMoments, Plan, check_choice, check_plasticity_options
 from .layer_options import LayerOptions
 from .names import ByLayer
@@ -34,7 +34,7 @@ class ConnectionPlasticity:
         importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4; its mean over the
             layer tends to 1.
         learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
-        frozen: the share of the layer's connections, from 0 to 1, whose learning rate is 0.
+        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, whatever the learning rate.
         skipped: in how many steps the measured importance was not finite and was left out.
     """
 
@@ -138,7 +138,7 @@ class CPC(Descent):
             "Other parameters can be kept as they are (others='freeze') or learn more slowly (groups of their own in "
             "params=[...]); only Linear, convolution and Conv1D layers are protected."
         )
-        warn_if_little(self._protection(), self._model, unprotected, "connections", advice, stacklevel=2)
+        warn_if_little(self._protection(), self._model, unprotected, "connections", advice)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters with options of their own, for example those of a head that the model has just been given."""
@@ -197,11 +197,10 @@ class CPC(Descent):
         for name, count in zip(self._names, self._skipped.news() or (), strict=False):
             if count and name not in self._warned:
                 self._warned.add(name)
-                warnings.warn(
+                warn(
                     f"layer {name!r} had an importance that is not finite (inf or nan in weights or gradients); such "
                     "steps leave its importance as it was and are counted in plasticity()[...].skipped",
                     ImportanceWarning,
-                    stacklevel=4,
                 )
 
     def _trains(self, parameter: Tensor) -> bool:
@@ -296,7 +295,8 @@ class CPC(Descent):
     @torch.no_grad()
     def plasticity(self) -> dict[str, ConnectionPlasticity]:
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
-        names = {id(parameter): name for name, parameter in self._model.named_parameters()}
+        # Replaced parameters have no name in the model any more; of several names the first one counts.
+        names = {id(parameter): name for name, parameter in reversed(self._trained_by_name().items())}
         counts, result = self._skipped.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             own = self._constants(index)
@@ -309,8 +309,8 @@ class CPC(Descent):
                 average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
                 lr = float(self._group_of[id(parameter)]["lr"])
                 rate[name] = reference.learning_rate(average[name], lr, own["alpha"], own["beta"], own["sigma"])
-            rates = [one.flatten() for one in rate.values()]
-            frozen = (torch.cat(rates) == 0).double().mean().item() if rates else 0.0
+            of_all = [one.flatten() for one in average.values()]
+            frozen = (torch.cat(of_all) >= own["beta"]).double().mean().item() if of_all else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])
         return result
 

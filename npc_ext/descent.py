@@ -7,7 +7,6 @@ method adds to SGD is in its plans.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, is_, itemgetter
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, _native, ops, reference
+from ._warn import warn
 from .distributed import unwrapped
 from .shards import has_no_memory, is_sharded, like, local
 from .succession import KnownModel, check_not_sharded, holders_of_importance, listed, note_importance
@@ -124,7 +124,7 @@ class Descent(torch.optim.Optimizer):
         self._known_ids: list[int] = []  # of all parameters in the groups
         self._lost: set[str] = set()  # names of replaced parameters that were warned of
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
-        self._predecessors = holders_of_importance(self._model, self._KIND)
+        self._may_begin_without = False  # importance, where another optimizer of the model holds it
         self._has_begun = False
         self._forget_plans()
         if backend == "native":
@@ -368,7 +368,7 @@ class Descent(torch.optim.Optimizer):
                 raise ValueError(
                     f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
                     f"optimizer's state has {got}; they must agree. If the parameter has grown, go on with a new "
-                    f"optimizer, {self._called()}(model, ...).load_importance(optimizer); or begin anew with "
+                    f"optimizer, {self._built_as()}.load_importance(optimizer); or begin anew with "
                     f"del optimizer.state[parameter][{name!r}]"
                 )
 
@@ -439,6 +439,10 @@ class Descent(torch.optim.Optimizer):
         """The class that users built."""
         return type(self).__name__
 
+    def _built_as(self) -> str:
+        """How users build such an optimizer, for messages."""
+        return f"{self._called()}(model, ...)"
+
     def _learn_model(self) -> None:
         """Remembers where the parameters of the groups are in the model; state follows those that were replaced."""
         self._known_ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
@@ -483,14 +487,13 @@ class Descent(torch.optim.Optimizer):
         news = [one for one in news if any(own.requires_grad for own in one.replacements.values())]
         if news:
             instead = dict.fromkeys(name for one in news for name in one.replacements)
-            warnings.warn(
+            warn(
                 "parameters of the model were replaced after the optimizer was built: "
                 f"{listed(one.name for one in news)}. Those in their place are not trained: {listed(instead)}. "
                 "Build the optimizer after such changes (new modules, load_state_dict(assign=True), parametrizations); "
-                f"to keep what this one knows: {self._called()}(model, ...).load_importance(optimizer). Or put the new "
+                f"to keep what this one knows: {self._built_as()}.load_importance(optimizer). Or put the new "
                 "parameters into optimizer.param_groups, in the place of the old ones",
                 UserWarning,
-                stacklevel=5,
             )
         return changed
 
@@ -520,20 +523,19 @@ class Descent(torch.optim.Optimizer):
             note_importance(self._model, self._KIND, names, self._called())
 
     def _warn_if_importance_is_lost(self) -> None:
-        earlier, self._predecessors = self._predecessors, {}
+        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
         if not earlier or any(bool(own.any()) for tensors in self._held().values() for own in tensors.values()):
             return
         here = self._may_hold()
         names = [name for name in earlier if name in here]
         if not names:
             return
-        warnings.warn(
+        warn(
             f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, and this "
             f"{self._called()} begins without, so that what was learned is not protected. Use one optimizer for all "
-            f"tasks, or hand importance over: {self._called()}(model, ...).load_importance(earlier), where `earlier` "
+            f"tasks, or hand importance over: {self._built_as()}.load_importance(earlier), where `earlier` "
             "is the optimizer or its state_dict(); load_importance(None) begins at zero on purpose",
             ImportanceWarning,
-            stacklevel=4,
         )
 
     def _may_hold(self) -> Collection[str]:
@@ -583,7 +585,7 @@ class Descent(torch.optim.Optimizer):
             self._forget_plans()
             if isinstance(earlier, Descent) and earlier is not self and earlier._model is self._model:
                 earlier._leave_model()
-        self._predecessors = {}
+        self._may_begin_without = True
         return self
 
     def _of_this_kind(self, earlier: Any) -> Descent:
@@ -660,7 +662,7 @@ class Descent(torch.optim.Optimizer):
                 )
         super().load_state_dict(state_dict)
         self._take_over(saved)
-        self._predecessors = {}
+        self._may_begin_without = True
         for parameter in filter(is_sharded, parameters):
             if parameter in self.state:
                 self._lay_out_state(parameter)

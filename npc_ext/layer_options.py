@@ -13,14 +13,25 @@ class LayerOptions:
     """What a user wrote as `layers={"head*": {"normalize": "active"}}`."""
 
     def __init__(self, options: Mapping[str, Mapping[str, Any]] | None, known: Sequence[str]) -> None:
+        if not isinstance(options or {}, Mapping) or not all(
+            isinstance(name, str) and isinstance(own, Mapping) for name, own in (options or {}).items()
+        ):
+            raise TypeError(
+                f"layers is {options!r}; expected the options of layers by name or pattern, as in "
+                "{'output': {'consolidate': False}}"
+            )
         self._options = {name: dict(own) for name, own in (options or {}).items()}
         self._known = known
 
     def of(self, name: str) -> dict[str, Any]:
-        """Options of one layer: those under its own name before those under patterns, in the order given."""
-        if name in self._options:
-            return self._options[name]
-        return next((options for pattern, options in self._options.items() if fnmatchcase(name, pattern)), {})
+        """Options of one layer. Those under its own name win, then those under the pattern that was given first."""
+        under_patterns = [
+            own for pattern, own in self._options.items() if pattern != name and fnmatchcase(name, pattern)
+        ]
+        merged: dict[str, Any] = {}
+        for own in reversed([self._options.get(name, {}), *under_patterns]):
+            merged.update(own)
+        return merged
 
     def names(self, name: str) -> bool:
         """Whether a layer has options under its own name, not under a pattern."""

@@ -346,6 +346,11 @@ class Neurons:
                 if not frozen and id(other.parameter) not in trained:
                     frozen = "; not trained by this optimizer"
                 lines.append(f"  {other.name.ljust(width)}  {other.reason}{frozen}")
+        of_model = {id(own.parameter) for layer in self.layers for own in layer.parameters}
+        of_model.update(id(other.parameter) for other in self.others)
+        if outside := [parameter.numel() for parameter in self.trained() if id(parameter) not in of_model]:
+            size = f"{len(outside)} parameters, {sum(outside):,} elements"
+            lines += ["", f"not in the model, trained at plain learning rate: {size}"]
         return "\n".join([*lines, "", str(self.protection())])
 
     __repr__ = __str__

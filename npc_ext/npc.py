@@ -29,7 +29,7 @@ class NPC(Plastic):
     activations: it places taps (hooks) in it. `print(optimizer.neurons)` shows where, and what happens to every
     parameter. Parameters that belong to no neuron train at plain `lr`.
 
-    How long a memory lasts is delta's affair: of the importance gathered in one task, delta ** steps is left after
+    `delta` sets how long importance lasts: of the importance gathered in one task, delta ** steps is left after
     another of that many steps. Choose delta so that this is about a half or more.
 
     Args:
@@ -42,19 +42,20 @@ class NPC(Plastic):
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
             bit-identical under all of them, and that its momentum is cleared when it freezes.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
-        stochastic_rounding: rounds bfloat16 weights at random, up or down, the nearer the likelier, so that steps too
-            small for bfloat16 count on average. The random bits depend on step, parameter, shard and element only:
-            runs repeat, and processes that train one model stay alike.
+        stochastic_rounding: rounds bfloat16 weights stochastically, so that steps too small for bfloat16 count on
+            average. The random bits depend on step, parameter, shard and element only: runs repeat, and processes that
+            train one model stay alike.
         params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
             Default: all of the model's.
         normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones,
             which received a gradient. Then a neuron that received none takes no part in the step: its importance,
             weights and moments stay as they are, also under weight decay, as those of a parameter whose gradient is
             None do. Use "active" for output layers that hold the outputs of several tasks.
-        layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. Options
-            are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
-            measure_at="module" (where the layer's activation is measured); batch_dim=1 (dimension 1 counts samples, as
-            in sequence-first activations, and the tokens of packed sequences).
+        layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. All
+            that fit count: those under the name win, then those under the pattern given first. Options are alpha,
+            beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr); measure_at="module"
+            (where the layer's activation is measured); batch_dim=1 (dimension 1 counts samples, as in sequence-first
+            activations, and the tokens of packed sequences).
         others: "train" parameters outside neurons at plain lr, or "freeze" them.
         skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else

@@ -7,7 +7,6 @@ once), the plain PyTorch of `npc_ext.reference` does, which has the same functio
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from . import _launch, _native, reference
 from ._torch import listening_modes
+from ._warn import warn
 
 SIGMAS = ("sigmoid", "tanh", "erf")
 
@@ -806,11 +806,10 @@ def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
 
 @cache
 def _warn_without_native(kernels: str, reason: str) -> None:
-    warnings.warn(
+    warn(
         f"npc_ext's {kernels} kernels are not available, plain PyTorch is used instead, which is slower: {reason} "
         "('python -m npc_ext' says how to fix it)",
         RuntimeWarning,
-        stacklevel=4,
     )
 
 

@@ -6,7 +6,6 @@ and leave out gradients that are certain not to be needed. How a weight moves un
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from . import ops, reference
 from ._torch import version_of
+from ._warn import warn
 from .calls import Calls
 from .certificate import Certificates, Watch, frozen_for
 from .descent import Descent, FirstMoments, Plan, check_choice, check_plasticity_options, uncompiled
@@ -73,7 +73,7 @@ class LayerPlasticity:
         importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1. With `measure_every` as of the
             layer's last measurement.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
-        frozen: the share of neurons, from 0 to 1, whose learning rate is 0.
+        frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, whatever the learning rate of the group.
         skipped: in how many steps the measured importance was not finite and was left out.
         frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
             constants in force; 0 where that is not certain, at most a million.
@@ -246,7 +246,7 @@ class Plastic(Descent, Joinable):
     def _warn_if_little_is_protected(self) -> None:
         known = {*self._place, *self._plain}
         unprotected = [parameter for parameter in self.neurons.trained() if id(parameter) not in known]
-        warn_if_little(self.neurons.protection(), self._model, unprotected, "neurons", self._ADVICE, stacklevel=4)
+        warn_if_little(self.neurons.protection(), self._model, unprotected, "neurons", self._ADVICE)
 
     def _watch_layers(self, trained: set[int]) -> None:
         """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
@@ -442,12 +442,11 @@ class Plastic(Descent, Joinable):
         """Warns where steps move nothing, because another model is trained than the optimizer's."""
         self._empty_steps = 0 if self._plans else self._empty_steps + 1
         if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
-            warnings.warn(
+            warn(
                 f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the "
                 "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and "
                 "step()",
                 ImportanceWarning,
-                stacklevel=5,
             )
 
     def _trains(self, parameter: Tensor) -> bool:
@@ -474,7 +473,7 @@ class Plastic(Descent, Joinable):
         if self._first.get(id(parameter), 0) + neurons not in ends:
             raise ValueError(
                 f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but the layer had "
-                f"{layer.neurons} when the optimizer was built; build a new one, {self._called()}(model, ...)"
+                f"{layer.neurons} when the optimizer was built; build a new one, {self._built_as()}"
                 ".load_importance(optimizer), which keeps the importance of the first neurons"
             )
         if not isinstance(average, Tensor) or average.shape != (layer.neurons,):
@@ -609,19 +608,23 @@ class Plastic(Descent, Joinable):
                 f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
                 f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
                 "a forward pass in training mode, by hooks in the model that the optimizer was given: build it on the "
-                "model that is trained (not on a copy), keep its hooks, and call backward() between zero_grad() and "
-                "step(). A compiled model that was trained before the optimizer was built has to be compiled again: "
-                "call torch.compiler.reset()."
+                "model that is trained (not on a copy), keep its hooks, and call backward(), not torch.autograd.grad, "
+                "between zero_grad() and step(). A compiled model that was trained before the optimizer was built has "
+                "to be compiled again: call torch.compiler.reset()."
             )
         for index in unmeasured:
             if shared and self._consolidated[index].checked:  # by other processes perhaps
                 continue
+            layer = self._consolidated[index]
             self._warn_once(
-                self._consolidated[index].name,
+                layer.name,
                 "unmeasured",
-                "received gradients, but its importance was not measured; it trains at the rates of its importance so "
-                "far (its tap did not run: print(optimizer.neurons) shows where it is, layers={...: {'measure_at': "
-                "...}} moves it; if it was compiled before the optimizer was built, call torch.compiler.reset())",
+                "received gradients, but its importance was not measured, so it trains at the rates of its importance "
+                f"so far. It is measured in training mode, at the {' and the '.join(map(str, layer.points))}. If the "
+                "layer is in eval mode, call train(). If that place belongs to one of several heads, make the function "
+                "before it a module, or, if no normalization follows the layer, write "
+                f"layers={{{layer.name!r}: {{'measure_at': {layer.name!r}}}}}. If the model was compiled before the "
+                "optimizer was built, call torch.compiler.reset()",
             )
 
     def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:
@@ -664,7 +667,7 @@ class Plastic(Descent, Joinable):
     def _warn_once(self, layer: str, kind: str, text: str) -> None:
         if (layer, kind) not in self._warned:
             self._warned.add((layer, kind))
-            warnings.warn(f"layer {layer!r} {text}", ImportanceWarning, stacklevel=4)
+            warn(f"layer {layer!r} {text}", ImportanceWarning)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
@@ -690,7 +693,7 @@ class Plastic(Descent, Joinable):
                 torch.zeros(layer.neurons, dtype=torch.float32, device=key.device) if known is None else known.clone()
             )
             rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
-            frozen = (rate == 0).double().mean().item()
+            frozen = (average >= float(constants["beta"])).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
             certain = (certain - (0 if watch is None else watch.delay)).clamp(min=0)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ._warn import warn
 from .tap import ImportanceWarning
 
 _LEAST_SHARE = 0.5
@@ -52,7 +52,7 @@ class Protection:
 
 
 def warn_if_little(
-    protection: Protection, model: nn.Module, unprotected: Iterable[Tensor], units: str, advice: str, stacklevel: int
+    protection: Protection, model: nn.Module, unprotected: Iterable[Tensor], units: str, advice: str
 ) -> None:
     """Warns, naming where most of the rest is, if more than half of the trained elements are unprotected.
 
@@ -62,16 +62,14 @@ def warn_if_little(
         unprotected: trained parameters that are not protected, apart from those for which that was chosen.
         units: what is protected, "neurons" or "connections".
         advice: what can be done, a part of a sentence.
-        stacklevel: as in `warnings.warn`, counted from the caller.
     """
     if not protection.is_little():
         return
     rest = ", ".join(_largest(model, unprotected, protection.trained))
-    warnings.warn(
+    warn(
         f"only {_percent(protection.share)} of the elements that are trained belong to {units} that are protected; "
         f"the rest forgets: {rest}. {advice}",
         ImportanceWarning,
-        stacklevel=stacklevel + 1,
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._torch import own_hooks, own_parameters
+from ._warn import warn
 from .descent import check_number
 from .inhibition import local_inhibition_gradient
 from .mas import MAS
@@ -104,10 +104,9 @@ class SSL(MAS):
             one.name for one in self.inhibited if own_parameters(self._model.get_submodule(one.name))["bias"] is None
         ]
         if without:
-            warnings.warn(
+            warn(
                 f"the neurons of {', '.join(map(repr, without))} have no bias, whose importance is theirs, so that "
                 "those which earlier tasks need are not discounted; give them a bias, or name other layers",
-                stacklevel=3,
             )
 
     def _place_hooks(self) -> None:

@@ -8,14 +8,15 @@ module, checkpointing and torch.compile follow it, and clearing it is clearing a
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
+from types import CodeType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ._torch import after_backward, current_backward_pass, version_of
+from ._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pass, version_of
+from ._warn import warn
 
 if TYPE_CHECKING:
     from .neurons import NeuronLayer, TapPoint
@@ -183,25 +184,27 @@ class Unscriptable:
 
 
 class StandIn:
-    """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module.
-
-    The attribute is a method: Dynamo guards that by its code, and a callable object by its identity, so that it would
-    compile a block anew for each of its copies.
-    """
+    """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module."""
 
     _module: Any
+    _usual: Callable[..., Any]  # the class's own
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Takes what the module's forward takes."""
         raise NotImplementedError
 
+    @property
+    def __code__(self) -> CodeType:  # torch.export looks for the names of arguments
+        return self._usual.__code__
+
     @staticmethod
     def of(module: nn.Module) -> Any:
-        """The object whose method the module's attribute `forward` is; None without such an attribute."""
-        return getattr(module.__dict__.get("forward"), "__self__", None)
+        """The object that stands in for a module's `forward`, or whose method does; None without such an attribute."""
+        forward = module.__dict__.get("forward")
+        return forward if isinstance(forward, StandIn) else getattr(forward, "__self__", None)
 
     def _enter(self) -> None:
-        self._module.forward = self.__call__
+        self._module.forward = self.__call__ if TRACES_BOUND_FORWARDS else self
         self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
 
     def _exit(self) -> None:
@@ -272,12 +275,11 @@ def _check_not_before_normalization(
         # 1 / sqrt(terms) of the absolute sum; that all channels stay below a part of that is improbable.
         zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
         if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
-            warnings.warn(
+            warn(
                 f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
                 f"zero but for rounding, as it is before {kind}; measure it behind that: "
                 f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
                 ImportanceWarning,
-                stacklevel=2,
             )
             return
 

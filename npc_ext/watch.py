@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from ._warn import warn
 from .names import close_to
 
 if TYPE_CHECKING:
@@ -87,12 +87,14 @@ def check_capacity(
     for name, neurons in (learning or {}).items():
         if name not in layers:
             raise KeyError(f"no consolidated layer {name!r}; {close_to(name, layers)}")
-        rates = layers[name].learning_rate
-        if outside := [neuron for neuron in neurons if not 0 <= neuron < len(rates)]:
+        importance, neurons = layers[name].importance, [int(neuron) for neuron in neurons]
+        if outside := [neuron for neuron in neurons if not 0 <= neuron < len(importance)]:
             raise IndexError(
-                f"layer {name!r} has {len(rates)} neurons, expected those to learn among them; got {outside}"
+                f"layer {name!r} has {len(importance)} neurons, expected those to learn among them; got {outside}"
             )
-        if frozen := [neuron for neuron in neurons if rates[neuron] == 0]:
+        beta = _constants(optimizer, name).get("beta")
+        still = layers[name].learning_rate == 0 if beta is None else importance >= beta
+        if frozen := [neuron for neuron in neurons if still[neuron]]:
             warned.append(name)
             _warn(
                 f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned. "
@@ -137,4 +139,4 @@ def _has_no_momentum(optimizer: Any) -> bool:
 
 
 def _warn(text: str) -> None:
-    warnings.warn(text, CapacityWarning, stacklevel=3)
+    warn(text, CapacityWarning)

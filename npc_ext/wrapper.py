@@ -411,6 +411,7 @@ class _Tracker(NPC):
         "Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
     )
     wrapped: torch.optim.Optimizer
+
     # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
     _frozen: dict[int, Tensor]
     _froze: dict[int, Tensor]
@@ -418,6 +419,9 @@ class _Tracker(NPC):
 
     def _called(self) -> str:
         return PlasticityWrapper.__name__
+
+    def _built_as(self) -> str:
+        return f"{self._called()}(optimizer, model)"
 
     def follow_groups(self) -> None:
         """Goes on with the parameters that are in the wrapped optimizer's groups now."""

@@ -558,6 +558,7 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         pytest.param(list, {}, ValueError, "batches has no samples", id="no batches"),
         pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
         case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
+        case(X, TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
         case({"x": X, "y": Y}, TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
         case((X, Y, Y), TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(batch\[0\]"),
         case(((X, X), Y), TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),

@@ -719,6 +719,40 @@ def test_options_of_single_layers_by_name_and_pattern() -> None:
     )
 
 
+class HeadOfEachTask(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(6, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(2))
+
+    def forward(self, x: Tensor, task: int = 0) -> Tensor:
+        y: Tensor = self.heads[task](F.gelu(self.body(x)))
+        return y
+
+
+def test_a_body_that_is_measured_at_one_of_several_heads_is_warned_of_with_advice_that_works() -> None:
+    advice: dict[str, Any] = {"body": {"measure_at": "body"}}
+    model = HeadOfEachTask()
+    optimizer = NPC(model)
+    model(torch.randn(4, 6), 1).sum().backward()
+    with pytest.warns(ImportanceWarning, match=r"at the input of heads.0\. .* one of several heads") as told:
+        optimizer.step()
+    assert f"layers={advice}" in str(told[0].message)
+    model = HeadOfEachTask()
+    optimizer = NPC(model, layers=advice)
+    model(torch.randn(4, 6), 1).sum().backward()
+    optimizer.step()
+    assert optimizer.plasticity()["body"].importance.any()
+
+
+def test_options_of_a_layer_are_put_together_from_its_name_and_all_patterns_that_fit() -> None:
+    layers = {"*": {"delta": 0.5, "beta": 2.0}, "h*": {"delta": 0.4, "alpha": 0.3}, "hidden": {"beta": 3.0}}
+    optimizer = NPC(paper_cnn(), layers=layers)
+    taken = {name: optimizer.constants("hidden")[name] for name in ("beta", "delta", "alpha")}
+    assert taken == {"beta": 3.0, "delta": 0.5, "alpha": 0.3}
+    assert optimizer.constants("output")["beta"] == 2.0
+
+
 def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
     model, (x, y) = paper_cnn(), batches(1)[0]
     optimizer = NPC(model, delta=0.0, layers={"output": {"normalize": "active"}})
@@ -1290,6 +1324,20 @@ def test_layers_that_are_not_consolidated_train_also_where_others_are_frozen() -
         before = weights(model.output)
         train(model, optimizer, batches(1))
         assert not same(model.output, before)
+
+
+def test_parameters_outside_of_the_model_are_in_the_table() -> None:
+    model, head = nn.Linear(4, 3), nn.Linear(3, 2)
+    optimizer = NPC(model)
+    assert "not in the model" not in str(optimizer.neurons)
+    optimizer.add_param_group({"params": head.parameters()})
+    assert "not in the model, trained at plain learning rate: 2 parameters, 8 elements" in str(optimizer.neurons)
+
+
+@pytest.mark.parametrize("layers", [["0"], {"0": False}, {nn.ReLU(): {"beta": 1.0}}])
+def test_options_of_layers_that_are_no_mapping_by_name_are_refused(layers: Any) -> None:
+    with pytest.raises(TypeError, match=r"layers is .*; expected the options of layers by name or pattern"):
+        NPC(nn.Sequential(nn.Linear(4, 3)), layers=layers)
 
 
 def test_the_table_says_which_layers_are_protected() -> None:

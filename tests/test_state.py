@@ -321,6 +321,8 @@ def test_the_default_dtype_does_not_matter(name: str, backend: str, dtype: torch
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_default_device_does_not_matter(name: str, backend: str) -> None:
     usual = trained(name, backend, lambda: None)
+    if name == "PlasticityWrapper" and torch.__version__.startswith("2.6."):
+        pytest.skip("AdamW of torch 2.6 counts its steps on the default device")
     try:
         words = [torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
         torch.manual_seed(0)

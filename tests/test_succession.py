@@ -106,9 +106,18 @@ def test_replaced_parameters_are_warned_of_once_by_name(name: str, replace: Any,
         warnings.simplefilter("always")
         learn(model, optimizer, 12)
     told = [str(one.message) for one in caught if "not trained" in str(one.message)]
-    assert len(told) == 1
+    assert len(told) == 1 and {one.filename for one in caught} == {__file__}
     with pytest.warns(UserWarning, match=REPLACEMENTS[replace]):
         warnings.warn(told[0], UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("name", [*NEURONS, "CPC"])
+def test_plasticity_can_be_looked_at_after_a_parameter_was_replaced(name: str) -> None:
+    model = network()
+    optimizer = METHODS[name](model, lr=0.01)
+    learn(model, optimizer)
+    new_weight(model)
+    assert optimizer.plasticity()["2"].frozen == 0
 
 
 def test_a_replaced_parameter_is_noticed_also_where_gradients_are_kept_as_zeros() -> None:
@@ -226,11 +235,22 @@ def test_a_new_optimizer_without_the_earlier_importance_is_warned_of(name: str, 
         del earlier
         gc.collect()
     optimizer = METHODS[name](model, lr=0.01)
-    with pytest.warns(ImportanceWarning, match=rf"an earlier {name} of this model held.*{name}.*load_importance"):
+    arguments = r"\(optimizer, model\)" if name == "PlasticityWrapper" else r"\(model, ...\)"
+    told = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
+    with pytest.warns(ImportanceWarning, match=told) as caught:
         learn(model, optimizer, 1)
+    assert [one.filename for one in caught] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         learn(model, optimizer)
+
+
+def test_two_optimizers_of_the_same_layers_that_were_both_built_before_training_are_warned_of() -> None:
+    model = network()
+    first, second = NPC(model), NPC(model)
+    learn(model, first)
+    with pytest.warns(ImportanceWarning, match="an earlier NPC of this model held"):
+        learn(model, second, 1)
 
 
 @pytest.mark.parametrize("name", METHODS)

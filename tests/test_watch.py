@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from npc_ext import NPC, CapacityWarning, NPCAdamW, PlasticityWrapper, check_capacity, log_plasticity
+from npc_ext import CPC, NPC, CapacityWarning, NPCAdamW, PlasticityWrapper, check_capacity, log_plasticity
 
 
 def trained(importance: float = 0.3) -> tuple[nn.Module, NPC]:
@@ -106,6 +106,18 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
         CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned. Normalize"
     ):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
+    with pytest.warns(CapacityWarning, match="its neurons 1, 3 are frozen"):
+        check_capacity(wrapped, learning={"2": torch.tensor([1, 2, 3])})  # type: ignore[dict-item]
+
+
+def test_a_learning_rate_of_zero_is_no_lack_of_capacity() -> None:
+    model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4))
+    for optimizer in (NPC(model, lr=0.0), NPCAdamW(model, lr=0.0), CPC(model, lr=0.0)):  # as where a warm-up begins
+        assert [layer.frozen for layer in optimizer.plasticity().values()] == [0.0, 0.0]
+        if not isinstance(optimizer, CPC):
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert check_capacity(optimizer, learning={"2": [0, 1]}) == []
 
 
 def test_layers_and_neurons_that_are_not_there() -> None:
