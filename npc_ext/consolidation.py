@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.nn import functional as F
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.data import Dataset, IterableDataset
 
 from ._torch import own_buffers, tree_flatten, tree_unflatten, version_of
 from ._warn import warn
@@ -345,6 +346,15 @@ def _mean_over_samples(
     model = called.model
     if isinstance(batches, Tensor):
         raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
+    if isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches):
+        raise TypeError(
+            "batches is a tuple of tensors; expected an iterable of batches: for a single one write [(x, y)]"
+        )
+    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which gives single samples; expected batches: "
+            "torch.utils.data.DataLoader(dataset, batch_size=64)"
+        )
     if outputs is not None and not callable(outputs):
         raise TypeError(f"outputs is {outputs!r}; expected a function that picks outputs, as in lambda y: y[:, 2:4]")
     for name, value in (("samples", samples), ("chunk_size", chunk_size)):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, SupportsFloat
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from . import _launch, _native, ops, reference
 from ._warn import warn
@@ -138,6 +139,10 @@ class Descent(torch.optim.Optimizer):
         """Adds parameters with options of their own, for example those of a head that the model has just been given."""
         self._check_options({**self.defaults, **param_group})
         for parameter in _parameters_of(param_group):
+            if isinstance(parameter, UninitializedParameter):
+                raise ValueError(
+                    f"{self._name_of(parameter)} is not initialized yet: pass one batch through the model first"
+                )
             if parameter.is_complex():
                 raise ValueError(
                     f"a parameter is complex ({parameter.dtype}, shape {tuple(parameter.shape)}); "
@@ -320,6 +325,10 @@ class Descent(torch.optim.Optimizer):
                 if parameter.grad is not None and self._trains(parameter):
                     members.setdefault(parameter.device, []).append((parameter, group))
         everything = [pair for own in members.values() for pair in own]
+        for (
+            group
+        ) in self.param_groups:  # options may be changed between steps; a rate in device memory is not looked at
+            self._check_options({**self.defaults, **group, "lr": 0.0})
         for parameter, _ in everything:  # before anything is changed
             self._check_fits(parameter)
         for parameter, group in everything:
@@ -680,8 +689,10 @@ class Descent(torch.optim.Optimizer):
                     self.state[parameter][name] = tensor.to(parameter.device, dtype, copy=True)
 
     def _name_of(self, parameter: Tensor) -> str:
-        names = (name for name, own in self._model.named_parameters() if own is parameter)
-        return next((f"{name!r}" for name in names), f"a parameter of shape {tuple(parameter.shape)}")
+        for name, known in self._model.named_parameters():
+            if known is parameter:
+                return repr(name)
+        return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: value for name, value in self.__dict__.items() if name != "_known_ids"}

@@ -395,7 +395,7 @@ def find_neurons(
         _check_name("batch_dim", name, [*weighted, *projections])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
-        if dim == 1 and not is_linear(weighted[name]):
+        if dim == 1 and name in weighted and not is_linear(weighted[name]):
             raise ValueError(
                 f"batch_dim of {name!r} is 1, but dimension 1 counts the neurons of a convolution; expected 0 (a "
                 "pattern in layers may name the linear layers alone)"
@@ -555,6 +555,11 @@ def _layer(
         module: Any = modules[name]
         scales: list[str] = []
         if name in measure_at:
+            if not graphs.leads_to(name, measure_at[name]):
+                raise ValueError(
+                    f"measure_at of {name!r} is {measure_at[name]!r}, which comes before the layer or beside it; "
+                    "expected a module behind it, whose output holds the layer's activation"
+                )
             found: list[tuple[str, str, bool]] | str = [
                 (measure_at[name], "output", graphs.needs_copy(measure_at[name]))
             ]
@@ -865,6 +870,19 @@ class _Graphs:
         """Whether what follows a value works in place, or is out of sight."""
         users = self.consumers(value)
         return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
+
+    def leads_to(self, name: str, target: str) -> bool:
+        """Whether what a module returns reaches another one; True also where their way was not traced."""
+        starts, ends = self.calls.get(name, []), self.calls.get(target, [])
+        if not {node.graph for node in ends} <= {node.graph for node in starts}:
+            return True
+        reached = dict.fromkeys(starts)
+        waiting = list(reached)
+        while waiting:
+            users = [user for user in waiting.pop().users if user not in reached]
+            reached.update(dict.fromkeys(users))
+            waiting += users
+        return not ends or any(node in reached for node in ends)
 
     def needs_copy(self, name: str) -> bool:
         """Whether the output of a module is overwritten in any of its calls, or may be."""

@@ -73,9 +73,15 @@ def check_capacity(
         The names of the layers that were warned of.
 
     Raises:
+        TypeError: the optimizer has no `plasticity()`.
         KeyError: `learning` names a layer that is not consolidated.
         IndexError: or a neuron that the layer does not have.
     """
+    if not hasattr(optimizer, "plasticity"):
+        raise TypeError(
+            f"the optimizer is of class {type(optimizer).__name__}, which has no plasticity(); expected NPC, NPCAdamW "
+            "or PlasticityWrapper: other methods freeze no neurons"
+        )
     layers, warned = optimizer.plasticity(), []
     for name, layer in layers.items():
         if layer.frozen > full and name not in (learning or {}):

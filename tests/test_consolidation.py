@@ -557,6 +557,10 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case(X[:0], ValueError, "batches has no samples"),
         pytest.param(list, {}, ValueError, "batches has no samples", id="no batches"),
         pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
+        pytest.param(lambda: (X, Y), {}, TypeError, r"write \[\(x, y\)\]", id="a tuple for batches"),
+        pytest.param(
+            lambda: torch.utils.data.TensorDataset(X, Y), {}, TypeError, r"DataLoader\(dataset", id="a data set for batches"
+        ),
         case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
         case(X, TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
         case({"x": X, "y": Y}, TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import find_neurons
+from npc_ext import NPC, find_neurons
 from npc_ext.neurons import Neurons
 from npc_ext.nn import ReLU
 
@@ -705,6 +705,7 @@ def tied_across_dimensions() -> nn.Module:
         (paper_cnn, {"measure_at": {"conv1": "pool9"}}, "measure_at names 'pool9', which is not in the model; close to it: 'pool"),
         (paper_cnn, {"measure_at": {"convv": "pool1"}}, "measure_at names 'convv', which is not in the model; close to it: 'conv"),
         (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope', .*; there are 'conv1', 'conv2', 'hidden', 'output'"),
+        (paper_cnn, {"measure_at": {"conv2": "norm1"}}, "measure_at of 'conv2' is 'norm1', which comes before the layer"),
         (paper_cnn, {"measure_at": {"conv1": "xyz"}}, "names 'xyz', .*; there are 'conv1', 'norm1', .* and [0-9]+ more"),
         (paper_cnn, {"batch_dim": {"conv1": 1}}, "batch_dim of 'conv1' is 1, but dimension 1 counts the neurons"),
         (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
@@ -834,3 +835,9 @@ def test_convolutions_in_a_sequence_first_transformer_have_their_samples_first()
     layer.conv = nn.Conv1d(8, 8, 3)
     dims = {one.name: one.points[0].batch_dim for one in find_neurons(layer)}
     assert dims["conv"] == 0 and dims["linear1"] == 1
+
+
+def test_the_dimension_of_samples_may_be_given_for_attention_with_everything_else() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    optimizer = NPC(model, layers={"*": {"batch_dim": 1}})
+    assert {point.batch_dim for layer in optimizer.neurons for point in layer.points} == {1}

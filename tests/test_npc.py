@@ -1475,3 +1475,26 @@ def test_plasticity_prints_a_line_for_each_layer(kind: Any, units: str) -> None:
     lines = repr(plasticity).splitlines()
     assert len(lines) == 4 and lines[1] == f"  '0': {plasticity['0']!r},"
     assert plasticity == dict(plasticity)
+
+
+def test_options_of_groups_that_were_set_out_of_range_are_refused_by_the_next_step() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = NPC(model, lr=0.1)
+    x = torch.randn(4, 6)
+    for beta in (0.5, -1.0):
+        optimizer.param_groups[0]["beta"] = beta
+        optimizer.zero_grad()
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        model(x).logsumexp(1).mean().backward()
+        if beta > 0:
+            optimizer.step()
+            continue
+        with pytest.raises(ValueError, match=r"beta is -1.0; expected a finite number above 0"):
+            optimizer.step()
+        assert all(map(torch.equal, before, model.parameters()))
+
+
+def test_a_model_without_shapes_yet_is_refused_with_what_to_do() -> None:
+    for make in (NPC, EWC):
+        with pytest.raises(ValueError, match="pass one batch through the model first"):
+            make(nn.Sequential(nn.LazyLinear(3), nn.ReLU(), nn.Linear(3, 2)))

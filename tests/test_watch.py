@@ -126,3 +126,9 @@ def test_layers_and_neurons_that_are_not_there() -> None:
         check_capacity(optimizer, learning={"head": [0]})
     with pytest.raises(IndexError, match=r"layer '2' has 4 neurons.*got \[4\]"):
         check_capacity(optimizer, learning={"2": [3, 4]})
+
+
+def test_capacity_of_what_freezes_nothing_is_refused() -> None:
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(TypeError, match=r"class SGD, which has no plasticity\(\); expected NPC"):
+        check_capacity(torch.optim.SGD(model.parameters()))  # type: ignore[arg-type]
