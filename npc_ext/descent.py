@@ -454,7 +454,7 @@ class Descent(torch.optim.Optimizer):
 
     def _learn_model(self) -> None:
         """Remembers where the parameters of the groups are in the model; state follows those that were replaced."""
-        self._known_ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
+        self._known_ids = self._ids()
         self._known_model, replaced = KnownModel.of(self._model, set(self._known_ids), self._known_model)
         for old, new in replaced:
             if old in self.state:
@@ -471,11 +471,17 @@ class Descent(torch.optim.Optimizer):
         if old.shape == new.shape:
             self.state[new] = state
 
+    def _ids(self) -> list[int]:
+        return [id(parameter) for group in self.param_groups for parameter in group["params"]]
+
+    def _groups_changed(self) -> bool:
+        """Whether the groups have other parameters than plans, layers and taps were made for."""
+        return self._ids() != self._known_ids
+
     def _compare_with_model(self) -> bool:
         """Warns of parameters that were replaced in the model; returns whether the groups have others than before."""
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
-        ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
-        changed = ids != self._known_ids
+        changed = self._groups_changed()
         if changed or self._known_model is None:
             self._learn_model()
             try:
@@ -487,7 +493,7 @@ class Descent(torch.optim.Optimizer):
         if self._known_model.is_unchanged(self._model):
             return changed
         lost = self._known_model.lost(self._model)
-        trained = set(ids)
+        trained = set(self._known_ids)
         lost = [one for one in lost if any(id(own) not in trained for own in one.replacements.values())]
         check_not_sharded(lost)
         self._known_model.look_again(self._model)
@@ -702,7 +708,7 @@ class Descent(torch.optim.Optimizer):
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._forget_plans()
         if "_known_ids" not in self.__dict__:
-            self._known_ids = [id(parameter) for group in self.param_groups for parameter in group["params"]]
+            self._known_ids = self._ids()
 
 
 class _GroupsChangedError(Exception):

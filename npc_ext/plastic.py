@@ -352,6 +352,8 @@ class Plastic(Descent, Joinable):
         return super().step(closure)
 
     def _step(self) -> None:
+        if self._shared_sinks.shared and self._groups_changed():
+            self._compare_with_model()  # now, because processes that join in expect to meet once in a step
         unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
         for layer in self._consolidated:
             if layer.last_backward_pass == NO_BACKWARD_PASS and layer.sink.grad is not None:
