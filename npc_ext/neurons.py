@@ -390,7 +390,7 @@ def find_neurons(
         _check_name("batch_dim", name, [*weighted, *projections])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
-        if dim == 1 and not is_linear(weighted[name]):
+        if dim == 1 and name in weighted and not is_linear(weighted[name]):
             raise ValueError(
                 f"batch_dim of {name!r} is 1, but dimension 1 counts the neurons of a convolution; expected 0 (a "
                 "pattern in layers may name the linear layers alone)"
@@ -581,12 +581,16 @@ def _layer(
     for name, module in modules.items():
         if isinstance(module, nn.Embedding) and module.weight is weight:
             notes.append(f"its weight is also the embedding {name}")
-    # Nobody reads its values, so they are one number in memory.
-    sink = torch.zeros((), dtype=torch.float32, device=weight.device).expand(neurons).requires_grad_()
+    sink = _sink(neurons, weight.device)
     fan_in = weight.numel() // max(neurons, 1)
     return NeuronLayer(
         names[0], neurons, fan_in, tuple(parameters), tuple(dict.fromkeys(points)), "; ".join(notes), sink
     )
+
+
+def _sink(neurons: int, device: torch.device) -> Tensor:
+    # Nobody reads its values, so they are one number in memory.
+    return torch.zeros((), dtype=torch.float32, device=device).expand(neurons).requires_grad_()
 
 
 def input_projections(model: nn.Module) -> list[str]:
@@ -637,7 +641,7 @@ def _projection_layer(names: list[str], modules: Mapping[str, nn.Module], batch_
     weights = [own for own in parameters if own.parameter.ndim == 2]
     neurons = sum(len(own.parameter) for own in weights)
     fan_in = sum(own.parameter.numel() for own in weights) // max(neurons, 1)
-    sink = torch.zeros(neurons, dtype=torch.float32, device=weights[0].parameter.device, requires_grad=True)
+    sink = _sink(neurons, weights[0].parameter.device)
     note = f"its weight is shared with {', '.join(names[1:])}; importance adds up over all of them" if names[1:] else ""
     return NeuronLayer(_join(names[0], "in_proj"), neurons, fan_in, tuple(parameters), tuple(points), note, sink)
 
@@ -669,7 +673,7 @@ def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
 def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[str, str]) -> str:
     owner, _, own = name.rpartition(".")
     for layer, reason in unusable.items():
-        if owner == layer or owner.startswith(f"{layer}.parametrizations"):
+        if owner == layer or owner.startswith(_join(layer, "parametrizations")):
             return reason
     module = modules[owner]
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

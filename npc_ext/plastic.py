@@ -478,11 +478,11 @@ class Plastic(Descent, Joinable):
                 f"{layer.neurons} when the optimizer was built; build a new one, {self._called()}(model, ...)"
                 ".load_importance(optimizer), which keeps the importance of the first neurons"
             )
-        if not isinstance(average, Tensor) or average.shape != (neurons,):
+        if not isinstance(average, Tensor) or average.shape != (layer.neurons,):
             got = f"shape {tuple(average.shape)}" if isinstance(average, Tensor) else f"type {type(average).__name__}"
             raise ValueError(
-                f"layer {layer.name!r} has {neurons} neurons, but the importance in the optimizer's state has {got}; "
-                f"expected shape ({neurons},): put such a tensor there, or begin at zero: "
+                f"layer {layer.name!r} has {layer.neurons} neurons, but the importance in the optimizer's state has "
+                f"{got}; expected shape ({layer.neurons},): put such a tensor there, or begin at zero: "
                 f"del optimizer.state[parameter]['importance'], of {self._name_of(self._keys[index])}"
             )
 
