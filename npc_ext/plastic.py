@@ -113,7 +113,7 @@ class Plastic(Descent, Joinable):
     # What to do where little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]); only Linear, convolution and Conv1D layers have neurons."
+        "in params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
     )
     _KIND = "importance of neurons"
 

@@ -123,7 +123,8 @@ def descend_(
 
 
 def _clear_(first_moment: Tensor, cleared: Tensor | bool) -> None:
-    first_moment.copy_(torch.where(torch.as_tensor(cleared, device=first_moment.device), 0, first_moment))
+    cleared = torch.as_tensor(cleared, dtype=torch.bool, device=first_moment.device)
+    first_moment.copy_(torch.where(cleared, 0, first_moment))
 
 
 def bias_correction(decay: float, steps: int) -> float:
