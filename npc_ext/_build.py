@@ -674,7 +674,7 @@ def _compile(folder: Path, plan: Cuda, lock: int | None) -> None:
         try:
             process = subprocess.Popen(
                 [*ninja, "-C", str(folder)],
-                env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
+                env={**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"},  # messages that are understood below
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

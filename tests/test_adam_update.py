@@ -137,9 +137,7 @@ def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: b
 @pytest.mark.parametrize("count", [3, 400])
 def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(count: int, device: str) -> None:
     """And a neuron without a gradient, the last one, takes no part in any of them."""
-    weights, gradients, firsts, seconds = (
-        [torch.ones(4, 2, device=device) for _ in range(count)] for _ in range(4)
-    )
+    weights, gradients, firsts, seconds = ([torch.ones(4, 2, device=device) for _ in range(count)] for _ in range(4))
     average, measured = (
         torch.tensor(values, device=device) for values in ([0.4, 0.6, 0.0, 0.4], [2.0, 2.0, 0.0, -0.0])
     )

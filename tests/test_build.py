@@ -186,6 +186,13 @@ def test_a_full_disk_is_named_and_tried_again(tmp_path: Path, words: str) -> Non
     assert not list(tmp_path.rglob("failed.txt"))
 
 
+def test_compilers_are_asked_to_speak_english(tmp_path: Path) -> None:
+    words = '[ "$LC_ALL" = C ] && echo "No space left on device" || echo "Kein Platz mehr verfügbar"; exit 1'
+    compiler = imitated_compiler(tmp_path / "c++", words)
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler), LC_ALL="de_DE.UTF-8"))
+    assert "no space left on device" in output
+
+
 @pytest.mark.parametrize(
     "end",
     [
