@@ -704,7 +704,8 @@ class Plastic(Descent, Joinable):
     def _inherit(self, old: Tensor, new: Tensor) -> None:
         importance = self.state[old].get("importance")
         super()._inherit(old, new)
-        if importance is not None and new.shape[: importance.ndim] == importance.shape:
+        _, dim, _ = self._place.get(id(old), (0, 0, 1))
+        if importance is not None and new.ndim == old.ndim and new.shape[dim] == old.shape[dim]:
             self.state[new]["importance"] = importance
 
     def _take_up_groups(self) -> None:
