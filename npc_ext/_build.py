@@ -44,6 +44,11 @@ _LAUNCHERS = {"ccache", "sccache", "distcc", "icecc", "buildcache", "env", "nice
 # What compilers read from the environment.
 _VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
 
+# What compilers say that were killed, by the kernel when memory runs out for example: the next attempt may go well.
+_KILLED = re.compile(
+    r"Killed|Terminated|signal 9|[Oo]ut of memory|Cannot allocate memory|memory exhausted|interrupted by user"
+)
+
 MODULE_FILE = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 _PACKAGE = Path(__file__).resolve().parent
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -669,7 +674,7 @@ def _compile(folder: Path, plan: Cuda, lock: int | None) -> None:
         try:
             process = subprocess.Popen(
                 [*ninja, "-C", str(folder)],
-                env={**os.environ, "NINJA_STATUS": "[%f/%t] "},
+                env={**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"},  # messages that are understood below
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -694,10 +699,15 @@ def _compile(folder: Path, plan: Cuda, lock: int | None) -> None:
         status = process.returncode
     if status != 0:
         said = "".join(output)
-        if "No space left on device" in said:
-            raise _DiskFullError(f"no space left on device: free some there or in {tempfile.gettempdir()}")
+        if full := re.search(r"No space left on device|Disk quota exceeded", said):
+            raise _DiskFullError(f"{full[0].lower()}: free some there or in {tempfile.gettempdir()}")
         failed = re.findall(r"^FAILED: (?:\[code=-?\d+\] )?(\S+)", said, re.MULTILINE)
         only_cuda = bool(plan.nvcc and failed) and all(one.startswith("cuda_") or one == MODULE_FILE for one in failed)
+        if not only_cuda and (status < 0 or status > 128 or _KILLED.search(said)):  # by a signal
+            raise BuildError(
+                f"the C++ compiler was killed, or ran out of memory (exit status {status}); try again, if need be with "
+                f"more free memory:\n{said}"
+            )
         kind = _CudaError if only_cuda else CompileError
         raise kind(f"the {'CUDA' if only_cuda else 'C++'} compiler failed (exit status {status}):\n{said}")
     _check_that_it_loads(folder / MODULE_FILE, _CudaError if plan.nvcc else CompileError)

@@ -15,7 +15,7 @@ from ._warn import warn
 from .descent import SGD_OPTIONS, Descent, FirstMoments, Plan, check_choice, check_plasticity_options
 from .layer_options import LayerOptions
 from .names import ByLayer
-from .neurons import weighted_layers
+from .neurons import connections
 from .plastic import spread
 from .protection import Protection, warn_if_little
 from .skipped import SkippedSteps
@@ -66,7 +66,7 @@ class CPC(Descent):
     Plasticity Control", AAAI 2020, arXiv 1907.13322.
 
     Use it as `torch.optim.SGD`; nothing else in the training loop changes. Layers are the model's Linear, Conv and
-    ConvTranspose modules; other parameters train at plain `lr`.
+    ConvTranspose modules, and the input projections of attention; other parameters train at plain `lr`.
 
     Args:
         model: the network.
@@ -136,7 +136,7 @@ class CPC(Descent):
         unprotected = [parameter for parameter in self._moved() if id(parameter) not in known]
         advice = (
             "Other parameters can be kept as they are (others='freeze') or learn more slowly (groups of their own in "
-            "params=[...]); only Linear, convolution and Conv1D layers are protected."
+            "params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
         )
         warn_if_little(self._protection(), self._model, unprotected, "connections", advice)
 
@@ -152,24 +152,23 @@ class CPC(Descent):
             raise
 
     def _find_layers(self) -> None:
-        modules = weighted_layers(self._model)
-        self._layer_options.check(modules, self._check_own_options)
-        self._names = [name for name in modules if self._layer_options.of(name).get("consolidate", True)]
+        layers = connections(self._model)
+        self._layer_options.check(layers, self._check_own_options)
+        self._names = [name for name in layers if self._layer_options.of(name).get("consolidate", True)]
         self._skipped = SkippedSteps(len(self._names))
         self._index_parameters()
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        modules = dict(self._model.named_modules())
+        layers = connections(self._model)
         self._layer_of: dict[int, int] = {}
-        self._parameters_of: list[list[Tensor]] = []
+        self._parameters_of: list[list[nn.Parameter]] = []
         for index, name in enumerate(self._names):
-            own = [p for p in modules[name].parameters(recurse=False) if id(p) not in self._layer_of]
+            own = [parameter for parameter in layers[name] if id(parameter) not in self._layer_of]
             self._layer_of.update((id(parameter), index) for parameter in own)
             self._parameters_of.append(own)
-        plain = (name for name in weighted_layers(self._model) if name not in self._names)
-        self._plain = {id(own) for name in plain for own in modules[name].parameters(recurse=False)}
+        self._plain = {id(own) for name in layers.keys() - set(self._names) for own in layers[name]}
         self._plain -= self._layer_of.keys()
 
     def _moved(self) -> list[Tensor]:
@@ -304,7 +303,7 @@ class CPC(Descent):
             for parameter in self._parameters_of[index]:
                 if id(parameter) not in self._group_of:
                     continue
-                name = names[id(parameter)].removeprefix(f"{layer}.")
+                name = names[id(parameter)].rpartition(".")[2]
                 known = self.state.get(parameter, {}).get("importance")
                 average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
                 lr = float(self._group_of[id(parameter)]["lr"])

@@ -492,17 +492,28 @@ def _why_packed(module: Any) -> str:
     return "" if got == expected else f"its weight has the shape {tuple(weight.shape)}, which is not that of {module}"
 
 
-def weighted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers of a model that have neurons, by name: Linear, Conv and ConvTranspose with a weight of their own.
+def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """The parameters of the layers that have neurons, by the layer's name, whether or not they can be measured.
+
+    Layers are Linear, Conv, ConvTranspose and Conv1D with a weight of their own, and the input projections of
+    attention.
 
     Raises:
         ValueError: there is none; parameters are uninitialized or complex.
     """
-    weighted, unusable = _weighted_layers(dict(model.named_modules()))
-    if not weighted:
+    modules = dict(model.named_modules())
+    weighted, unusable = _weighted_layers(modules)
+    found: dict[str, list[nn.Parameter]] = {}
+    for name, module in modules.items():
+        if name in weighted:
+            found[name] = list(module.parameters(recurse=False))
+        elif isinstance(module, nn.MultiheadAttention) and not _why_no_projection(module):
+            own = (getattr(module, each) for each in (*_projection_weights(module), "in_proj_bias"))
+            found[_join(name, "in_proj")] = [parameter for parameter in own if parameter is not None]
+    if not found:
         reasons = "".join(f"; {name!r}: {reason}" for name, reason in unusable.items())
         raise ValueError(f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{reasons}")
-    return weighted
+    return found
 
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
@@ -614,16 +625,22 @@ def _by_projection(
     groups: dict[int, list[str]] = {}
     for owner in (name.rpartition(".")[0] for name in projections):
         module: Any = modules[owner]
-        own = [getattr(module, name) for name in _projection_weights(module)]
-        if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in own):
-            unusable[owner] = "its weight is computed from other parameters (a parametrization)"
-        elif not all(weight.is_floating_point() for weight in own):
-            unusable[owner] = f"its weight is {own[0].dtype}, no floating-point numbers"
+        if reason := _why_no_projection(module):
+            unusable[owner] = reason
         elif reason := attention.why_not(module):
             unusable[owner] = f"attention's input projection: {reason}"
         else:
-            groups.setdefault(id(own[0]), []).append(owner)
+            groups.setdefault(id(getattr(module, _projection_weights(module)[0])), []).append(owner)
     return groups
+
+
+def _why_no_projection(module: nn.MultiheadAttention) -> str:
+    """Why the weights of an input projection are no parameters that can be trained; empty if they are."""
+    own = [getattr(module, name) for name in _projection_weights(module)]
+    if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in own):
+        return "its weight is computed from other parameters (a parametrization)"
+    packed = next((weight for weight in own if weight.dtype not in _TRAINABLE), None)
+    return "" if packed is None else f"its weight is {packed.dtype}, packed or quantized"
 
 
 def _projection_weights(module: nn.MultiheadAttention) -> list[str]:
@@ -682,7 +699,7 @@ def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
 def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[str, str]) -> str:
     owner, _, own = name.rpartition(".")
     for layer, reason in unusable.items():
-        if owner == layer or owner.startswith(f"{layer}.parametrizations"):
+        if owner == layer or owner.startswith(_join(layer, "parametrizations")):
             return reason
     module = modules[owner]
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):

@@ -113,7 +113,7 @@ class Plastic(Descent, Joinable):
     # What to do where little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]). Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
+        "in params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
     )
     _KIND = "importance of neurons"
 
@@ -708,7 +708,8 @@ class Plastic(Descent, Joinable):
     def _inherit(self, old: Tensor, new: Tensor) -> None:
         importance = self.state[old].get("importance")
         super()._inherit(old, new)
-        if importance is not None and new.shape[: importance.ndim] == importance.shape:
+        _, dim, _ = self._place.get(id(old), (0, 0, 1))
+        if importance is not None and new.ndim == old.ndim and new.shape[dim] == old.shape[dim]:
             self.state[new]["importance"] = importance
 
     def _take_up_groups(self) -> None:

@@ -407,8 +407,8 @@ class _Tracker(NPC):
     """NPC that measures and averages, and moves nothing."""
 
     _ADVICE = (
-        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own. "
-        "Linear, convolution and Conv1D layers have neurons, and so has attention's input projection."
+        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
+        "Linear, convolution, Conv1D and attention layers have neurons."
     )
     wrapped: torch.optim.Optimizer
 

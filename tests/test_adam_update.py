@@ -134,6 +134,26 @@ def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: b
     )
 
 
+@pytest.mark.parametrize("count", [3, 400])
+def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(count: int, device: str) -> None:
+    """And a neuron without a gradient, the last one, takes no part in any of them."""
+    weights, gradients, firsts, seconds = ([torch.ones(4, 2, device=device) for _ in range(count)] for _ in range(4))
+    average, measured = (
+        torch.tensor(values, device=device) for values in ([0.4, 0.6, 0.0, 0.4], [2.0, 2.0, 0.0, -0.0])
+    )
+    skipped = torch.zeros(1, dtype=torch.int64, device=device)
+    steps = [torch.zeros((), device=device) for _ in range(count)]
+    places = ([0] * count, [0] * count, [1] * count)
+    options = ([0.1] * count, [0.9] * count, [0.99] * count, [1e-8] * count, [0.0] * count, [False] * count)
+    rest = (skipped, *places, *options, [0.05], [0.5], [0.5], ["sigmoid"], [True])
+    ops.adam_update_(weights, gradients, firsts, seconds, steps, [average], [measured], *rest)
+    torch.testing.assert_close(average.cpu(), torch.tensor([0.95, 1.05, 0.0, 0.4]))
+    for weight, first, second, step in zip(weights, firsts, seconds, steps, strict=True):
+        moved = (weight != 1).any(1).tolist()
+        assert moved == [False, False, True, False]
+        assert first[:, 0].tolist() == [0, 1, 1, 1] and second[:, 0].tolist() == [1, 1, 1, 1] and step == 1
+
+
 @given(st.data())
 def test_adam_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw

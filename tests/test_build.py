@@ -178,10 +178,33 @@ def test_a_build_that_failed_is_remembered_and_not_tried_again(tmp_path: Path) -
     assert len(calls(compiler)) > tried
 
 
-def test_a_full_disk_is_named_and_tried_again(tmp_path: Path) -> None:
-    compiler = imitated_compiler(tmp_path / "c++", "echo 'c++: error: No space left on device'; exit 1")
+@pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
+def test_a_full_disk_is_named_and_tried_again(tmp_path: Path, words: str) -> None:
+    compiler = imitated_compiler(tmp_path / "c++", f"echo 'c++: error: {words}'; exit 1")
     output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
-    assert f"cannot write to {tmp_path / 'cache'} (no space left on device: free some there or in /" in output
+    assert f"cannot write to {tmp_path / 'cache'} ({words.lower()}: free some there or in /" in output
+    assert not list(tmp_path.rglob("failed.txt"))
+
+
+def test_compilers_are_asked_to_speak_english(tmp_path: Path) -> None:
+    words = '[ "$LC_ALL" = C ] && echo "No space left on device" || echo "Kein Platz mehr verfügbar"; exit 1'
+    compiler = imitated_compiler(tmp_path / "c++", words)
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler), LC_ALL="de_DE.UTF-8"))
+    assert "no space left on device" in output
+
+
+@pytest.mark.parametrize(
+    "end",
+    [
+        "echo 'c++: fatal error: Killed signal terminated program cc1plus'; exit 1",
+        "echo 'cc1plus: out of memory allocating 65536 bytes'; exit 1",
+        "kill -9 $PPID",  # the shell that ninja runs it in
+    ],
+)
+def test_a_compiler_that_was_killed_is_not_taken_for_one_that_fails(tmp_path: Path, end: str) -> None:
+    compiler = imitated_compiler(tmp_path / "c++", end)
+    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    assert "the C++ compiler was killed, or ran out of memory" in output
     assert not list(tmp_path.rglob("failed.txt"))
 
 

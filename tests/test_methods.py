@@ -543,6 +543,28 @@ def test_cpc_names_its_layers_and_reports_them() -> None:
         CPC(nn.Sequential(nn.PReLU()))
 
 
+@pytest.mark.parametrize("options", [{}, {"kdim": 4, "vdim": 6, "bias": False}], ids=str)
+def test_cpc_protects_attentions_input_projection(options: dict[str, Any]) -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, **options)
+    inputs = [torch.randn(3, 5, size) for size in (8, model.kdim, model.vdim)]
+    optimizer = CPC(model, lr=0.1, delta=0.5, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*inputs)[0].sin().sum().backward()
+        optimizer.step()
+    plasticity = optimizer.plasticity()
+    assert list(plasticity) == ["in_proj", "out_proj"]
+    own = [name for name, _ in model.named_parameters() if name.startswith("in_proj") or "_proj_weight" in name]
+    assert list(plasticity["in_proj"].importance) == own and len(own) in (2, 3)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, rate in optimizer.plasticity()["in_proj"].learning_rate.items():
+        assert torch.equal(model.get_parameter(name)[rate == 0], before[name][rate == 0])
+    assert 0 < optimizer.plasticity()["in_proj"].frozen < 1
+    assert not torch.equal(model.in_proj_bias if options == {} else model.v_proj_weight, before[own[-1]])
+    assert not torch.equal(model.bias_k, before["bias_k"])
+
+
 def test_cpc_counts_and_reports_importance_that_is_not_finite() -> None:
     model = network()
     optimizer = CPC(model, lr=0.1)

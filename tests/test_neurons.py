@@ -824,10 +824,31 @@ def test_tokens_count_as_samples_where_dimension_1_does() -> None:
     assert (as_one["0"] < by_token["0"]).all()
 
 
-def test_sinks_take_no_memory_before_they_are_measured() -> None:
-    neurons, got = measured(nn.Linear(4, 500), torch.randn(2, 4))
-    assert neurons[""].sink.untyped_storage().nbytes() == 4
-    assert got[""].shape == (500,) and got[""].is_contiguous()
+def test_tokens_count_as_samples_also_in_attentions_input_projection() -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 9, 8)
+    _, by_token = measured(model, x, x, x, batch_dim={"in_proj": 1}, loss=lambda y: y[0].sin().sum())
+    projected, (output, _) = attention(model, [x, x, x], None)
+    gradients = torch.autograd.grad(output.sin().sum(), projected)
+    want = [eq_2(n.detach(), g, channel_dim=2, batch_dim=1) for n, g in zip(projected, gradients, strict=True)]
+    assert_same({"in_proj": by_token["in_proj"]}, {"in_proj": torch.cat(want)})
+
+
+@pytest.mark.parametrize("model", [nn.Linear(16, 48), nn.MultiheadAttention(16, 2)], ids=["linear", "attention"])
+def test_sinks_take_no_memory_before_they_are_measured(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 16)
+    neurons, got = measured(model, *[x] * (1 if isinstance(model, nn.Linear) else 3), loss=lambda y: y[0].sin().sum())
+    first = neurons.layers[0]
+    assert first.sink.untyped_storage().nbytes() == 4
+    assert got[first.name].shape == (48,) and got[first.name].is_contiguous()
+
+
+def test_a_parametrized_input_projection_of_the_model_itself_says_why_it_is_no_layer() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight")
+    reasons = {other.name.rpartition(".")[2]: other.reason for other in find_neurons(model).others}
+    assert reasons == dict.fromkeys(
+        ("original0", "original1", "in_proj_bias"), "its weight is computed from other parameters (a parametrization)"
+    )
 
 
 def test_convolutions_in_a_sequence_first_transformer_have_their_samples_first() -> None:

@@ -1394,8 +1394,15 @@ def test_tensors_that_keep_their_numbers_in_others_are_refused_where_they_are_tr
     assert same(model[2], before)
 
 
-def test_a_pattern_for_options_of_measuring_may_match_other_modules_too() -> None:
-    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 2)))
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Sequential(nn.Linear(8, 2))),
+        nn.Sequential(nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 3)),
+    ],
+    ids=["container", "attention"],
+)
+def test_a_pattern_for_options_of_measuring_may_match_other_modules_too(model: nn.Module) -> None:
     optimizer = NPC(model, layers={"*": {"batch_dim": 1}})
     assert {point.batch_dim for layer in optimizer.neurons for point in layer.points} == {1}
 

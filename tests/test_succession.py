@@ -19,6 +19,8 @@ from torch.nn.utils.parametrizations import weight_norm
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW, PlasticityWrapper
 from npc_ext.tap import TapHook
 
+from .models import Conv1D
+
 
 def network(outputs: int = 4) -> nn.Sequential:
     torch.manual_seed(0)
@@ -208,6 +210,38 @@ def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again(no
     learn(model, optimizer, 1)
     assert not torch.equal(optimizer.plasticity()["4"].importance, kept)
     assert not torch.equal(model[4].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "wider"),
+    [
+        (nn.Linear(4, 6), nn.Linear(5, 6)),
+        (Conv1D(6, 4), Conv1D(6, 5)),
+        (nn.ConvTranspose1d(4, 6, 1), nn.ConvTranspose1d(5, 6, 1)),
+    ],
+    ids=["linear", "conv1d", "transposed"],
+)
+def test_neurons_keep_their_importance_when_their_inputs_grow(layer: Any, wider: Any) -> None:
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
+    optimizer = NPC(model, delta=0.5)
+
+    def step(features: int) -> Tensor:
+        x = torch.randn(8, features, generator=torch.Generator().manual_seed(features))
+        optimizer.zero_grad()
+        model(x.unsqueeze(2) if isinstance(layer, nn.ConvTranspose1d) else x).sin().sum().backward()
+        optimizer.step()
+        return optimizer.plasticity()["0"].importance
+
+    before = step(4)
+    layer.weight = nn.Parameter(wider.weight.detach().clone())
+    if hasattr(layer, "in_features"):
+        layer.in_features = 5
+    if hasattr(layer, "in_channels"):
+        layer.in_channels = 5
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    after = step(5)
+    torch.testing.assert_close(before.mean(), torch.tensor(0.5))  # each step brings (1 - delta) * 1 on average
+    torch.testing.assert_close(after.mean(), torch.tensor(0.75))
 
 
 def test_copies_and_pickles_know_their_own_model(no_warnings: None) -> None:

@@ -13,8 +13,9 @@
 // Where there are too few samples, too, a sample's positions are cut into `chunks`; then scratch holds sums with their
 // sign, and the absolute value is taken by the last block.
 //
-// On the way each thread notes whether it saw a gradient that is not zero, one comparison a number. Sums without such a
-// gradient are -0.0, all other zeros +0.0. Adding up keeps the two apart, if sums of sums begin at -0.0.
+// On the way each thread notes whether it saw a gradient that is not zero, by an "or" of their bits, in one register for
+// each neuron. Sums without such a gradient are -0.0, all other zeros +0.0. Adding up keeps the two apart, if sums of
+// sums begin at -0.0.
 //
 // Traffic: (2 * B * N * P) * sizeof(T) read, N floats written; with ReLU's backward pass B * N * P * sizeof(T) more
 // written, which that pass writes anyway.
@@ -99,30 +100,29 @@ __device__ __forceinline__ int64_t end_of(const ImportanceWork& w, int64_t slice
   return end < items ? end : items;
 }
 
-// A sum of products, and whether any of their gradients was not zero.
-struct Products {
-  float sum = 0.0f;
-  bool any_gradient = false;
+// Whether one of the gradients was not zero whose bits were put together; a zero may have a sign.
+__device__ __forceinline__ bool any_gradient(unsigned bits) { return bits << 1 != 0; }
 
-  // The sum, a zero with the sign that tells whether there was a gradient.
-  __device__ __forceinline__ float marked() const {
-    return sum == 0.0f ? (any_gradient ? 0.0f : kNoGradient) : sum;
-  }
-};
+// A sum of products; a zero gets the sign that tells whether there was a gradient.
+__device__ __forceinline__ float marked(float sum, bool any) {
+  return sum == 0.0f ? (any ? 0.0f : kNoGradient) : sum;
+}
 
 // The absolute value of a sum that is marked, with its mark.
 __device__ __forceinline__ float magnitude(float marked) { return marked == 0.0f ? marked : fabsf(marked); }
 
-// Adds n * dL/dn of one pack to `sums`, and writes ReLU's gradient where `kRelu`: dL/dn where n > 0, else 0.
-template <bool kRelu, class P, class T>
+// Adds n * dL/dn of one pack to `sums` and the bits of dL/dn to `bits`, of one neuron or as many as the pack has numbers.
+// Writes ReLU's gradient where `kRelu`: dL/dn where n > 0, else 0.
+template <bool kRelu, class P, class T, int kNeurons>
 __device__ __forceinline__ void take(const ImportanceParams& p, int64_t place_n, int64_t place_g,
-                                     Products (&sums)[P::size]) {
+                                     float (&sums)[P::size], unsigned (&bits)[kNeurons]) {
+  static_assert(kNeurons == 1 || kNeurons == P::size);
   const P n = load<P>(static_cast<const T*>(p.activation) + place_n);
   const P g = load<P>(static_cast<const T*>(p.gradient) + place_g);
   for (int k = 0; k < P::size; ++k) {
     const float gradient = to_float(g.at[k]);
-    sums[k].sum += to_float(n.at[k]) * gradient;
-    sums[k].any_gradient |= gradient != 0.0f;
+    sums[k] += to_float(n.at[k]) * gradient;
+    bits[k % kNeurons] |= __float_as_uint(gradient);
   }
   if constexpr (kRelu) {
     P out;
@@ -170,16 +170,17 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   const int column = group % w.tile, row = group / w.tile, rows = groups / w.tile;
   const int64_t neuron = first + column;
   const int64_t end = end_of(w, slice);
-  Products all;  // of absolute values
+  float absolute = 0.0f;
+  unsigned bits[1] = {};
   // Every thread goes through the loop equally often, because a warp's threads meet in the sum over lanes.
   for (int64_t base = slice * w.slice; base < end; base += rows) {
     const int64_t item = base + row;
-    Products sums[P::size];
+    float sums[P::size] = {};
     if (item < end && neuron < p.neurons) {
       const Item part = item_of(w, item);
       const int64_t n = part.sample * p.activation_batch_stride + neuron * p.activation_neuron_stride;
       const int64_t g = part.sample * p.gradient_batch_stride + neuron * p.gradient_neuron_stride;
-      const auto visit = [&](int64_t at_n, int64_t at_g) { take<kRelu, P, T>(p, n + at_n, g + at_g, sums); };
+      const auto visit = [&](int64_t at_n, int64_t at_g) { take<kRelu, P, T>(p, n + at_n, g + at_g, sums, bits); };
       if constexpr (P::size > 1) {  // dense
 #pragma unroll 4
         for (int64_t at = part.from + lane * P::size; at < part.to; at += w.lanes * P::size) visit(at, at);
@@ -187,23 +188,20 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
         for_positions(p, part.from + lane, part.to, w.lanes, visit);
       }
     }
-    Products own = sums[0];
-    for (int k = 1; k < P::size; ++k) {
-      own.sum += sums[k].sum;
-      own.any_gradient |= sums[k].any_gradient;
-    }
-    own.sum = sum_over_lanes(own.sum, w.lanes);
+    float sum = sums[0];
+    for (int k = 1; k < P::size; ++k) sum += sums[k];
+    sum = sum_over_lanes(sum, w.lanes);
     if (w.chunks > 1) {
-      own.any_gradient = any_of_lanes(own.any_gradient, w.lanes);
-      if (lane == 0 && item < end && neuron < p.neurons) leave(w, neuron, item, own.marked());
+      const bool any = any_of_lanes(any_gradient(bits[0]), w.lanes);
+      bits[0] = 0;
+      if (lane == 0 && item < end && neuron < p.neurons) leave(w, neuron, item, marked(sum, any));
     } else {
-      all.sum += fabsf(own.sum);
-      all.any_gradient |= own.any_gradient;
+      absolute += fabsf(sum);
     }
   }
   if (w.chunks > 1) return;
-  all.any_gradient = any_of_lanes(all.any_gradient, w.lanes);
-  if (lane == 0) shared.sums[group] = all.marked();
+  const bool any = any_of_lanes(any_gradient(bits[0]), w.lanes);
+  if (lane == 0) shared.sums[group] = marked(absolute, any);
   __syncthreads();
   if (thread() < w.tile && first + thread() < p.neurons) {
     float sum = kNoGradient;
@@ -219,27 +217,31 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   const int member = group % w.team, row = group / w.team, rows = groups / w.team;
   const int64_t neuron = first + column;
   const int64_t end = end_of(w, slice);
-  Products all[P::size];  // of absolute values, where each thread has neurons of its own
+  float absolute[P::size] = {};  // where each thread has neurons of its own
+  unsigned all_bits[P::size] = {};
   float sum_of_samples = kNoGradient;  // else
   for (int64_t base = slice * w.slice; base < end; base += rows) {
     const int64_t item = base + row;
-    Products sums[P::size];
+    float sums[P::size] = {};
+    unsigned bits[P::size] = {};
     if (item < end && neuron < p.neurons) {
       const Item part = item_of(w, item);
       const int64_t n = part.sample * p.activation_batch_stride + neuron;
       const int64_t g = part.sample * p.gradient_batch_stride + neuron;
       for_positions(p, part.from + member, part.to, w.team, [&](int64_t at_n, int64_t at_g) {
-        take<kRelu, P, T>(p, n + at_n, g + at_g, sums);
+        take<kRelu, P, T>(p, n + at_n, g + at_g, sums, bits);
       });
     }
     if (w.team == 1) {
       for (int k = 0; k < P::size; ++k) {
-        all[k].sum += fabsf(sums[k].sum);
-        all[k].any_gradient |= sums[k].any_gradient;
+        absolute[k] += fabsf(sums[k]);
+        all_bits[k] |= bits[k];
       }
       continue;
     }
-    for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = sums[k].marked();
+    for (int k = 0; k < P::size; ++k) {
+      shared.sums[group * w.tile + column + k] = marked(sums[k], any_gradient(bits[k]));
+    }
     __syncthreads();
     if (thread() < w.tile) {
       float sum = kNoGradient;
@@ -254,7 +256,9 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
     if (thread() < w.tile && first + thread() < p.neurons) leave(w, first + thread(), slice, sum_of_samples);
     return;
   }
-  for (int k = 0; k < P::size; ++k) shared.sums[group * w.tile + column + k] = all[k].marked();
+  for (int k = 0; k < P::size; ++k) {
+    shared.sums[group * w.tile + column + k] = marked(absolute[k], any_gradient(all_bits[k]));
+  }
   __syncthreads();
   if (thread() < w.tile && first + thread() < p.neurons) {
     float sum = kNoGradient;
