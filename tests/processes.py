@@ -368,7 +368,7 @@ def each_for_itself() -> Any:
     return train(model, optimizer, steps=3)
 
 
-@scenario
+@scenario_of_shards
 def group_that_was_named() -> Any:
     """Gradients are averaged by hand, importance by the optimizer."""
     model = network()
@@ -436,7 +436,7 @@ def sharded_and_accumulated() -> Any:
     return {"alike": same and alike(optimizer, shards=True), "numbers": numbers(optimizer)}
 
 
-@scenario
+@scenario_of_shards
 def sharded_and_cleared() -> Any:
     """The model clears the gradients of a loss that is thrown away, and with them what was measured."""
     results = []
