@@ -359,12 +359,14 @@ def _step_addresses(tables: Tables, steps: Sequence[Tensor | None], device: torc
     return addresses
 
 
-def _flags(device: torch.device, *flags: Tensor | None) -> list[Tensor | None]:
+def _flags(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor | None]:
     """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
-    for flag in flags:
+    if grad_scale is None and found_inf is None:
+        return [None, None]
+    for flag in (grad_scale, found_inf):
         if flag is not None and flag.numel() != 1:
             raise ValueError(f"grad_scale or found_inf has shape {tuple(flag.shape)}; expected one number")
-    return [None if flag is None else flag.to(device, torch.float32) for flag in flags]
+    return [None if flag is None else flag.to(device, torch.float32) for flag in (grad_scale, found_inf)]
 
 
 def update_(

@@ -354,9 +354,11 @@ class Plastic(Descent, Joinable):
     def _step(self) -> None:
         if self._shared_sinks.shared and self._groups_changed():
             self._compare_with_model()  # now, because processes that join in expect to meet once in a step
-        unmeasured = {index for index, layer in enumerate(self._consolidated) if layer.sink.grad is None}
-        for layer in self._consolidated:
-            if layer.last_backward_pass == NO_BACKWARD_PASS and layer.sink.grad is not None:
+        unmeasured = set()
+        for index, layer in enumerate(self._consolidated):
+            if layer.sink.grad is None:
+                unmeasured.add(index)
+            elif layer.last_backward_pass == NO_BACKWARD_PASS:
                 self._drop_compiled_leftovers(layer)
         shared = self._shared_sinks.shared
         if shared:  # layers sleep in all processes alike

@@ -96,13 +96,14 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
         return
     layer.last_backward_pass = backward_pass
     gradient = layer.parameters[0].parameter.grad
-    if layer.sink.grad is not None:
+    expected = gradient is not None and version_of(gradient) == layer.expected_version
+    if not expected and layer.sink.grad is not None:
         gradients = [one.grad for one in layer.trained() if one.grad is not None]
         if not gradients:
             if layer.has_gradients:
                 layer.sink.grad = None
                 layer.forget_left_out()
-        elif not layer.sharded and version_of(gradients[0]) != layer.expected_version:
+        elif not layer.sharded:
             with torch.no_grad():
                 kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
                 layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), -0.0)
