@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from types import CodeType, FunctionType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._torch import INPUT_PROJECTIONS
-from .tap import StandIn, TapHook, check_device, drop_what_was_cleared, like
+from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_what_was_cleared, like
 
 if TYPE_CHECKING:
     from .neurons import NeuronLayer
@@ -50,31 +49,18 @@ class _Tap(torch.autograd.Function):
         return *gradients, torch.cat(parts).to(torch.float32), None, None
 
 
-class AttentionForward(StandIn):
+class AttentionForward(SharedStandIn):
     """Stands in for the `forward` of a MultiheadAttention, as the module's attribute of that name; picklable with it.
 
     It calls the class's own `forward` unless the module trains.
     """
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
-        self._module = module
-        self._usual = type(module).forward
-        self._taps: list[TapHook] = []  # of each optimizer of the model
+        super().__init__(module)
         self._measured = self._tapped_forward()
 
-    def join(self, tap: TapHook) -> None:
-        """Puts it into the module for one more tap."""
-        self._taps.append(tap)
-        self._enter()
-
-    def leave(self, tap: TapHook) -> None:
-        """Takes it out of the module with the last tap, if it is still there."""
-        self._taps.remove(tap)
-        if not self._taps:
-            self._exit()
-
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        if not self._taps or not self._module.training or not torch.is_grad_enabled():
+        if not self._users or not self._module.training or not torch.is_grad_enabled():
             return self._usual(self._module, *arguments, **options)
         return self._measured(self._module, *arguments, **options)
 
@@ -87,7 +73,7 @@ class AttentionForward(StandIn):
     def _tapped(self, project: Callable[..., _Projected]) -> Callable[..., _Projected]:
         def tapped(*arguments: Any) -> _Projected:
             query, key, value = project(*arguments)
-            for hook in self._taps:
+            for hook in self._users:  # the taps of each optimizer of the model
                 if hook.measures(query) or hook.measures(key) or hook.measures(value):
                     check_device(query, hook.layer)
                     batch_dim = hook.point.batch_dim
@@ -106,16 +92,7 @@ class AttentionForward(StandIn):
         self._measured = self._tapped_forward()
 
 
-@dataclass(frozen=True)
-class _Handle:
-    forward: AttentionForward
-    tap: TapHook
-
-    def remove(self) -> None:
-        self.forward.leave(self.tap)
-
-
-def tap_projection(module: Any, tap: TapHook) -> Any:
+def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
     """Measures a module's input projection from now on; returns a handle that undoes it by `remove()`.
 
     Raises:
@@ -123,9 +100,8 @@ def tap_projection(module: Any, tap: TapHook) -> Any:
     """
     if reason := why_not(module):
         raise ValueError(f"the input projection of {module} cannot be measured: {reason}")
-    forward = StandIn.of(module) or AttentionForward(module)
-    forward.join(tap)
-    return _Handle(forward, tap)
+    forward: AttentionForward = StandIn.of(module) or AttentionForward(module)
+    return forward.join(tap)
 
 
 def why_not(module: nn.MultiheadAttention) -> str:

@@ -325,9 +325,8 @@ class Descent(torch.optim.Optimizer):
                 if parameter.grad is not None and self._trains(parameter):
                     members.setdefault(parameter.device, []).append((parameter, group))
         everything = [pair for own in members.values() for pair in own]
-        for (
-            group
-        ) in self.param_groups:  # options may be changed between steps; a rate in device memory is not looked at
+        # Options may have been changed since the last step. A rate in device memory is not looked at: that would wait.
+        for group in self.param_groups:
             self._check_options({**self.defaults, **group, "lr": 0.0})
         for parameter, _ in everything:  # before anything is changed
             self._check_fits(parameter)

@@ -320,8 +320,7 @@ class PartialForward(StandIn):
         operation = _operation_of(module)
         if isinstance(operation, str):
             raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
-        self._module: Any = module
-        self._usual = type(module).forward
+        super().__init__(module)
         self.all_or_nothing = isinstance(operation, _Convolution) and operation.groups > 1
         self._watch: weakref.ReferenceType[Watch] | None = None
         self._users: set[weakref.ReferenceType[Watch]] = set()

@@ -10,42 +10,25 @@ have had.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from .neurons import NeuronLayer
-from .tap import StandIn
+from .tap import SharedStandIn, StandIn
 
 
-class ConstantScales(StandIn):
+class ConstantScales(SharedStandIn):
     """Its `__call__` stands in for the forward of a normalization whose scales are a layer's: constants at times.
 
     Each optimizer of the model has a layer of its own for them. Picklable with the model.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module: Any = module
-        self._usual = type(module).forward
-        self._layers: list[NeuronLayer] = []
-
-    def join(self, layer: NeuronLayer) -> None:
-        """Puts it into the module for one more layer."""
-        self._layers.append(layer)
-        self._enter()
-
-    def leave(self, layer: NeuronLayer) -> None:
-        """Takes it out of the module with the last layer, if it is still there."""
-        self._layers.remove(layer)
-        if not self._layers:
-            self._exit()
-
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._usual(self._module, *arguments, **options)
-        constant = [layer for layer in self._layers if layer.resting or layer.asleep]
+        constant = [layer for layer in self._users if layer.resting or layer.asleep]
         if not constant:
             return self._usual(self._module, *arguments, **options)
         parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]
@@ -59,15 +42,6 @@ class ConstantScales(StandIn):
         finally:
             for one in parameters:
                 one.requires_grad_(True)
-
-
-@dataclass(frozen=True)
-class _Handle:
-    forward: ConstantScales
-    layer: NeuronLayer
-
-    def remove(self) -> None:
-        self.forward.leave(self.layer)
 
 
 def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:
@@ -86,6 +60,5 @@ def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collectio
             forward = StandIn.of(module) if "forward" in module.__dict__ else ConstantScales(module)
             # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
             if ours and isinstance(forward, ConstantScales):
-                forward.join(layer)
-                handles.append(_Handle(forward, layer))
+                handles.append(forward.join(layer))
     return handles

@@ -9,6 +9,7 @@ module, checkpointing and torch.compile follow it, and clearing it is clearing a
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType
 from typing import TYPE_CHECKING, Any
 
@@ -187,8 +188,9 @@ class Unscriptable:
 class StandIn:
     """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module."""
 
-    _module: Any
-    _usual: Callable[..., Any]  # the class's own
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._usual: Callable[..., Any] = type(module).forward  # the class's own
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """Takes what the module's forward takes."""
@@ -212,6 +214,38 @@ class StandIn:
         """Takes itself out of the module, if it is still there."""
         if StandIn.of(self._module) is self:
             del self._module.forward, self._module.__prepare_scriptable__
+
+
+class SharedStandIn(StandIn):
+    """A stand-in for what each of its users adds, a tap or a layer of each optimizer of the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._users: list[Any] = []  # it is in the module as long as there are some
+
+    def join(self, user: Any) -> StandInHandle:
+        """Puts it into the module for one more user; the handle's `remove()` undoes that."""
+        self._users.append(user)
+        self._enter()
+        return StandInHandle(self, user)
+
+    def leave(self, user: Any) -> None:
+        """Takes it out of the module with the last user, if it is still there."""
+        self._users.remove(user)
+        if not self._users:
+            self._exit()
+
+
+@dataclass(frozen=True)
+class StandInHandle:
+    """One user's part in a stand-in."""
+
+    stand_in: SharedStandIn
+    user: Any
+
+    def remove(self) -> None:
+        """Ends it."""
+        self.stand_in.leave(self.user)
 
 
 class TapHook(Unscriptable):
