@@ -181,6 +181,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         Raises:
             RuntimeError: gradients are there, but no importance was measured at all; or a schedule-free optimizer is
                 not in training mode.
+
+        If the wrapped optimizer's own step raises, importance is updated already, and some weights may have moved.
         """
         if torch.compiler.is_dynamo_compiling():
             return uncompiled(PlasticityWrapper._step, self, closure)

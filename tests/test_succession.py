@@ -17,6 +17,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW, PlasticityWrapper
+from npc_ext.distributed import SharedSinks
 from npc_ext.tap import TapHook
 
 from .models import Conv1D
@@ -473,3 +474,26 @@ def test_a_replaced_layer_that_does_not_fit_its_options_is_refused_in_every_step
         with pytest.raises(ValueError, match="'4'"):
             learn(model, optimizer, 1)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that have no more batches (Join) add nothing once a step; meeting twice would hang."""
+    meetings: list[int] = []
+    monkeypatch.setattr(SharedSinks, "shared", True)
+    monkeypatch.setattr(SharedSinks, "notify_join", lambda sinks, optimizer: None)
+    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(layers)))
+    model = network()
+    optimizer = NPC(model, lr=0.1)
+    for replaced in (False, True):
+        if replaced:
+            new_weight(model)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer.zero_grad()
+        model(torch.randn(8, model[0].in_features)).square().mean().backward()
+        before = model[2].weight.detach().clone()
+        meetings.clear()
+        optimizer.step()
+        assert len(meetings) == 1
+        assert not torch.equal(model[2].weight, before)
