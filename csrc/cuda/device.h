@@ -1,52 +1,12 @@
-// What every kernel uses: numbers and 16-byte packs of them, sums over warps and blocks, and the last block to arrive.
+// What every kernel uses: sums over warps and blocks, and the last block to arrive.
 #pragma once
 
 #include <cstdint>
 
 #include "launch.h"
-#include "runtime.h"
+#include "packs.h"
 
 namespace npc::cuda {
-
-__device__ __forceinline__ float to_float(float value) { return value; }
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
-
-__device__ __forceinline__ void from_float(float value, float& out) { out = value; }
-__device__ __forceinline__ void from_float(float value, __half& out) { out = __float2half_rn(value); }
-__device__ __forceinline__ void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
-
-// The number rounded up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of
-// ones, are not moved.
-__device__ __forceinline__ void from_float_at_random(float value, uint32_t random, __nv_bfloat16& out) {
-  const uint32_t bits = __float_as_uint(value);
-  if ((bits & 0x7f800000u) == 0x7f800000u) return from_float(value, out);
-  out = __ushort_as_bfloat16(static_cast<unsigned short>((bits + (random & 0xffffu)) >> 16));
-}
-
-// As many numbers as one 16-byte access moves.
-template <class T>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(T);
-  T at[size];
-};
-
-// One number, where 16-byte accesses are not allowed.
-template <class T>
-struct Single {
-  static constexpr int size = 1;
-  T at[1];
-};
-
-template <class P, class T>
-__device__ __forceinline__ P load(const T* from) {
-  return *reinterpret_cast<const P*>(from);
-}
-
-template <class P, class T>
-__device__ __forceinline__ void store(T* to, const P& pack) {
-  *reinterpret_cast<P*>(to) = pack;
-}
 
 // The sum over `lanes` neighbouring threads of a warp (a power of two), in all of them. All threads of the warp call it.
 template <class T>

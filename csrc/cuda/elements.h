@@ -124,12 +124,6 @@ __device__ __forceinline__ float moved(const Step& step, float value, float grad
   return moved_along(step, value, d, rate, has_momentum, velocity);
 }
 
-// As many floats as a pack has numbers, read and written with as wide accesses as the pack.
-template <class P>
-struct alignas(P::size == 1 ? 4 : 16) Floats {
-  float at[P::size];
-};
-
 // Calls move(pack, at) for every pack of an item's elements, as wide as the parameter allows; `pack` says by its type
 // how wide: Pack<T> or Single<T>.
 template <class T, class Move>

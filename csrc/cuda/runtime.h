@@ -26,6 +26,26 @@ __device__ __forceinline__ T& shared_memory() {
   return memory;
 }
 
+// 16 bytes, as one access moves them between memory and registers.
+struct alignas(16) Words {
+  uint32_t at[4];
+};
+
+// Reads if `wanted`; else `words` stays as it is. An access that the compiler can neither split nor move past another.
+__device__ __forceinline__ void load_16_bytes_if(bool wanted, const void* from, Words& words) {
+  asm volatile(
+      "{ .reg .pred wanted; setp.ne.u32 wanted, %4, 0; @wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+      : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3])
+      : "r"(static_cast<uint32_t>(wanted)), "l"(__cvta_generic_to_global(from))
+      : "memory");
+}
+
+__device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]),
+               "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
+               : "memory");
+}
+
 // Waits until every thread of a cooperative launch is here; what they wrote before is visible after.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 

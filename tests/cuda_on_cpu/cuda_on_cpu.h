@@ -116,6 +116,14 @@ T& shared_memory() {
   return *reinterpret_cast<T*>(block.shared.get());
 }
 
+struct __attribute__((may_alias, aligned(16))) Words {
+  uint32_t at[4];
+};
+inline void load_16_bytes_if(bool wanted, const void* from, Words& words) {
+  if (wanted) words = *static_cast<const Words*>(from);
+}
+inline void store_16_bytes(void* to, const Words& words) { *static_cast<Words*>(to) = words; }
+
 inline void grid_barrier() {
   if (!::cuda_on_cpu::skipped("grid_barrier")) ::cuda_on_cpu::grid->arrive_and_wait();
 }

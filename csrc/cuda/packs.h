@@ -1,0 +1,100 @@
+// How numbers move between memory and registers: in packs of 16 bytes, several of them in flight at a time.
+//
+// A multiprocessor reaches the memory's bandwidth only if enough loads are outstanding (docs/kernels.md), so a thread
+// loads all packs of a batch before it uses the first: load_many(). The accesses are written in PTX
+// (load_16_bytes_if(), store_16_bytes()), because the compiler splits copies of structs into words and halves.
+// tests/test_machine_code.py holds the compiled kernels to that.
+#pragma once
+
+#include <cstring>
+
+#include "runtime.h"
+
+namespace npc::cuda {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void from_float(float value, float& out) { out = value; }
+__device__ __forceinline__ void from_float(float value, __half& out) { out = __float2half_rn(value); }
+__device__ __forceinline__ void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
+
+// Stochastic rounding: up with the probability of the part that is cut off. Infinities and NaN, which have an exponent
+// of ones, are not moved.
+__device__ __forceinline__ void from_float_at_random(float value, uint32_t random, __nv_bfloat16& out) {
+  const uint32_t bits = __float_as_uint(value);
+  if ((bits & 0x7f800000u) == 0x7f800000u) return from_float(value, out);
+  out = __ushort_as_bfloat16(static_cast<unsigned short>((bits + (random & 0xffffu)) >> 16));
+}
+
+constexpr int kPackBytes = 16;
+
+// As many numbers as one access moves.
+template <class T_>
+struct alignas(kPackBytes) Pack {
+  using T = T_;
+  static constexpr int size = kPackBytes / sizeof(T);
+  T at[size];
+};
+
+// One number, where 16-byte accesses are not allowed.
+template <class T_>
+struct Single {
+  using T = T_;
+  static constexpr int size = 1;
+  T at[1];
+};
+
+// As many floats as P has numbers: one pack, or two.
+template <class P>
+struct alignas(P::size == 1 ? sizeof(float) : kPackBytes) Floats {
+  using T = float;
+  static constexpr int size = P::size;
+  float at[size];
+};
+
+// The pack that begins at `from`, if it is wanted; else `pack` keeps its bits, and nothing is read.
+template <class P>
+__device__ __forceinline__ void load_if(bool wanted, const typename P::T* from, P& pack) {
+  if constexpr (P::size == 1) {
+    if (wanted) pack.at[0] = *from;
+  } else {
+    constexpr int words = sizeof(P) / sizeof(Words);
+    Words bits[words];
+    memcpy(bits, &pack, sizeof(P));
+    for (int word = 0; word < words; ++word) {
+      load_16_bytes_if(wanted, reinterpret_cast<const char*>(from) + word * sizeof(Words), bits[word]);
+    }
+    memcpy(&pack, bits, sizeof(P));
+  }
+}
+
+template <class P>
+__device__ __forceinline__ P load(const typename P::T* from) {
+  P pack = {};
+  load_if(true, from, pack);
+  return pack;
+}
+
+// Loads packs[0], packs[1], ... from place(0), place(1), ..., those that are wanted, so that all are in flight together.
+template <class P, int kPacks, class Place>
+__device__ __forceinline__ void load_many(P (&packs)[kPacks], const bool (&wanted)[kPacks], const Place& place) {
+  for (int pack = 0; pack < kPacks; ++pack) load_if(wanted[pack], place(pack), packs[pack]);
+}
+
+template <class P>
+__device__ __forceinline__ void store(typename P::T* to, const P& pack) {
+  if constexpr (P::size == 1) {
+    *to = pack.at[0];
+  } else {
+    constexpr int words = sizeof(P) / sizeof(Words);
+    Words bits[words];
+    memcpy(bits, &pack, sizeof(P));
+    for (int word = 0; word < words; ++word) {
+      store_16_bytes(reinterpret_cast<char*>(to) + word * sizeof(Words), bits[word]);
+    }
+  }
+}
+
+}  // namespace npc::cuda
