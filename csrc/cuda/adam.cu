@@ -34,69 +34,104 @@ void fill(AdamParameter& parameter, const ParameterParams& from) {
 using SmallNetwork = Network<24, 12, AdamParameter>;
 using LargeNetwork = Network<160, 60, AdamParameter>;
 
-// What every element of a parameter has in common.
-struct AdamStep {
+// A visitor as elements.h says.
+template <class Kind>
+struct Adam {
+  using T = typename Kind::T;
+  static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
+
+  template <class P>
+  struct Packs {
+    P value, gradient;
+    Floats<P> first_moment, second_moment;
+  };
+
+  T* value;
+  const T* gradient;
+  float* first_moment;
+  float* second_moment;
   float lr, factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
   float per_first_bias, per_root_of_second_bias, epsilon;
+  Rounding<Kind> rounding;
 
-  __device__ __forceinline__ float largest_rate() const { return 1.0f; }  // rates are shares of lr
+  __device__ __forceinline__ Adam(const AdamParameter& p, int64_t begin, const float* grad_scale)
+      : value(static_cast<T*>(p.value) + begin),
+        gradient(static_cast<const T*>(p.gradient) + begin),
+        first_moment(p.first_moment + begin),
+        second_moment(p.second_moment + begin),
+        weight_decay(p.weight_decay),
+        one_minus_first_decay(p.one_minus_first_decay),
+        second_decay(p.second_decay),
+        one_minus_second_decay(p.one_minus_second_decay),
+        epsilon(p.epsilon),
+        rounding(p, begin) {
+    const Step plain = step_of(p, grad_scale);
+    const float steps = *p.steps + 1.0f;
+    lr = plain.lr;
+    factor = plain.factor;
+    per_first_bias = 1.0f / bias_correction(p.log_first_decay, steps);
+    per_root_of_second_bias = 1.0f / sqrtf(bias_correction(p.log_second_decay, steps));
+  }
+
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
+    load_if(wanted, first_moment + at, packs.first_moment);
+    load_if(wanted, second_moment + at, packs.second_moment);
+  }
+
+  __device__ __forceinline__ void prefetch(int at) const {
+    ::npc::cuda::prefetch(value + at);
+    ::npc::cuda::prefetch(gradient + at);
+    ::npc::cuda::prefetch(first_moment + at);
+    ::npc::cuda::prefetch(second_moment + at);
+  }
+
+  template <class P>
+  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&plasticity)[P::size]) const {
+#pragma unroll
+    for (int k = 0; k < P::size; ++k) {
+      const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]) * factor;
+      float& first = packs.first_moment.at[k];
+      float& second = packs.second_moment.at[k];
+      const float new_first = first + one_minus_first_decay * (d - first);
+      const float new_second = second_decay * second + one_minus_second_decay * d * d;
+      const float direction =
+          adam_direction(new_first, sqrtf(new_second), per_first_bias, per_root_of_second_bias, epsilon);
+      const float share = fminf(plasticity[k], 1.0f);
+      const float after = before - share * lr * (direction + weight_decay * before);
+      if (plasticity[k] > 0.0f) {
+        packs.value.at[k] = rounding(after, at + k);
+        second = new_second;
+      }
+      if (plasticity[k] != 0.0f) first = plasticity[k] > 0.0f ? new_first : 0.0f;
+    }
+    store(value + at, packs.value);
+    store(first_moment + at, packs.first_moment);
+    store(second_moment + at, packs.second_moment);
+  }
 };
 
-__device__ __forceinline__ AdamStep step_of(const AdamParameter& p, const float* grad_scale) {
-  const Step plain = step_of(static_cast<const Elements&>(p), grad_scale);
-  const float steps = *p.steps + 1.0f;
-  return {plain.lr,
-          plain.factor,
-          p.weight_decay,
-          p.one_minus_first_decay,
-          p.second_decay,
-          p.one_minus_second_decay,
-          1.0f / bias_correction(p.log_first_decay, steps),
-          1.0f / sqrtf(bias_correction(p.log_second_decay, steps)),
-          p.epsilon};
-}
-
-// Moves the numbers of one pack, all of one neuron.
-template <class P, class T>
-__device__ __forceinline__ void move(const AdamParameter& p, const AdamStep& step, const Rounding& rounding, int64_t at,
-                                     float share) {
-  using F = Floats<P>;
-  T* value = static_cast<T*>(p.value) + at;
-  P values = load<P>(value);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  F first = load<F>(p.first_moment + at), second = load<F>(p.second_moment + at);
-  for (int k = 0; k < P::size; ++k) {
-    const float before = to_float(values.at[k]), d = to_float(gradients.at[k]) * step.factor;
-    first.at[k] += step.one_minus_first_decay * (d - first.at[k]);
-    second.at[k] = step.second_decay * second.at[k] + step.one_minus_second_decay * d * d;
-    const float direction = adam_direction(first.at[k], sqrtf(second.at[k]), step.per_first_bias,
-                                           step.per_root_of_second_bias, step.epsilon);
-    const float result = before - share * step.lr * (direction + step.weight_decay * before);
-    round_value(result, rounding, at + k, values.at[k]);
-  }
-  store(value, values);
-  store(p.first_moment + at, first);
-  store(p.second_moment + at, second);
-}
-
-template <class P, class T>
-__device__ __forceinline__ void clear_first_moment(const AdamParameter& p, int64_t at) {
-  store(p.first_moment + at, Floats<P>{});
-}
-
-template <class N>
-__global__ void __launch_bounds__(kThreads, 2) adam_update_kernel(const __grid_constant__ N network) {
+template <class Kind, class N>
+__global__ void __launch_bounds__(kThreads, 3) adam_update_kernel(const __grid_constant__ N network) {
   if (overflowed(network)) return;
-  update_item(network, blockIdx.x, shared_memory<UpdateShared>());
+  update_item<Adam, Kind>(network, blockIdx.x, shared_memory<UpdateShared>());
 }
+
+struct AdamKernels {
+  static constexpr bool kMomentum = false;
+  template <class Kind, class N>
+  static Kernel<N> get() {
+    return adam_update_kernel<Kind, N>;
+  }
+};
 
 }  // namespace
 
 void launch_adam_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  launch_parts<SmallNetwork, LargeNetwork>(params, stream, [&](const auto& network) {
-    launch(adam_update_kernel<std::decay_t<decltype(network)>>, network.items, false, stream, network);
-  });
+  launch_parts<AdamKernels, SmallNetwork, LargeNetwork>(params, stream);
 }
 
 }  // namespace npc::cuda

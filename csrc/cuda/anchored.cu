@@ -35,51 +35,74 @@ using SmallNetwork = AnchoredNetwork<24>;
 using LargeNetwork = AnchoredNetwork<256>;
 static_assert(sizeof(LargeNetwork) <= kMostArguments);
 
-template <class P, class T>
-__device__ __forceinline__ void move(const AnchoredParameter& p, const Step& step, int64_t at) {
-  using F = Floats<P>;
-  T* value = static_cast<T*>(p.value) + at;
-  P values = load<P>(value);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  const bool has_momentum = p.momentum != nullptr, has_anchor = p.stiffness != nullptr, has_path = p.path != nullptr;
-  P velocities = {};
-  F stiffness = {}, anchor = {}, path = {};
-  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
-  if (has_anchor) {
-    stiffness = load<F>(p.stiffness + at);
-    anchor = load<F>(p.anchor + at);
-  }
-  if (has_path) path = load<F>(p.path + at);
-  for (int k = 0; k < P::size; ++k) {
-    const float before = to_float(values.at[k]), loss_gradient = to_float(gradients.at[k]) * step.factor;
-    float d = loss_gradient, velocity = to_float(velocities.at[k]);
-    if (step.weight_decay != 0.0f) d += step.weight_decay * before;
-    if (has_anchor) d += anchor_gradient<float>(before, anchor.at[k], stiffness.at[k], p.twice_strength);
-    from_float(moved_along(step, before, d, step.lr, has_momentum, velocity), values.at[k]);
-    from_float(velocity, velocities.at[k]);
-    path.at[k] -= loss_gradient * (to_float(values.at[k]) - before);
-  }
-  store(value, values);
-  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
-  if (has_path) store(p.path + at, path);
-}
+// A visitor as elements.h says.
+template <class Kind>
+struct Anchored {
+  using T = typename Kind::T;
+  static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
 
-template <class T>
-__device__ __forceinline__ void move_item(const AnchoredParameter& p, const Step& step, const Interval& item) {
-  for_each_pack<T>(p, item, [&](auto pack, int64_t at) { move<decltype(pack), T>(p, step, at); });
-}
+  template <class P>
+  struct Packs {
+    P value, gradient, momentum;
+    Floats<P> stiffness, anchor, path;
+  };
 
-template <class N>
+  T* value;
+  const T* gradient;
+  T* momentum;
+  const float* stiffness;
+  const float* anchor;
+  float* path;
+  float twice_strength;
+  Step step;
+
+  __device__ __forceinline__ Anchored(const AnchoredParameter& p, int64_t begin, const float* grad_scale)
+      : value(static_cast<T*>(p.value) + begin),
+        gradient(static_cast<const T*>(p.gradient) + begin),
+        momentum(from(static_cast<T*>(p.momentum), begin)),
+        stiffness(from(p.stiffness, begin)),
+        anchor(from(p.anchor, begin)),
+        path(from(p.path, begin)),
+        twice_strength(p.twice_strength),
+        step(step_of(p, grad_scale)) {}
+
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
+    load_if(wanted && momentum != nullptr, momentum + at, packs.momentum);
+    load_if(wanted && stiffness != nullptr, stiffness + at, packs.stiffness);
+    load_if(wanted && stiffness != nullptr, anchor + at, packs.anchor);
+    load_if(wanted && path != nullptr, path + at, packs.path);
+  }
+
+  template <class P>
+  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&)[P::size]) const {
+#pragma unroll
+    for (int k = 0; k < P::size; ++k) {
+      const float before = to_float(packs.value.at[k]), loss_gradient = to_float(packs.gradient.at[k]) * step.factor;
+      float d = loss_gradient, velocity = to_float(packs.momentum.at[k]);
+      if (step.weight_decay != 0.0f) d += step.weight_decay * before;
+      if (stiffness != nullptr) {
+        d += anchor_gradient<float>(before, packs.anchor.at[k], packs.stiffness.at[k], twice_strength);
+      }
+      from_float(moved_along(step, before, d, step.lr, momentum != nullptr, velocity), packs.value.at[k]);
+      from_float(velocity, packs.momentum.at[k]);
+      packs.path.at[k] -= loss_gradient * (to_float(packs.value.at[k]) - before);
+    }
+    store(value + at, packs.value);
+    if (momentum != nullptr) store(momentum + at, packs.momentum);
+    if (path != nullptr) store(path + at, packs.path);
+  }
+};
+
+template <class T, class N>
 __global__ void __launch_bounds__(kThreads, 2) anchored_update_kernel(const __grid_constant__ N network) {
   if (overflowed(network)) return;
   const AnchoredParameter& p = parameter_of(network, blockIdx.x);
   const Interval item = elements_of(p, blockIdx.x);
-  const Step step = step_of(p, network.grad_scale);
-  switch (p.dtype) {
-    case DType::float32: move_item<float>(p, step, item); break;
-    case DType::float16: move_item<__half>(p, step, item); break;
-    default: move_item<__nv_bfloat16>(p, step, item); break;
-  }
+  Anchored<Kind<T, true, false>> visitor(p, item.begin, network.grad_scale);
+  use_elements(p, visitor, static_cast<int>(item.end - item.begin), Everywhere{});
 }
 
 template <class N>
@@ -98,27 +121,31 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
     network.items += (p.size + item - 1) / item;
     network.parameters[network.parameter_count++] = p;
   }
-  launch(anchored_update_kernel<N>, network.items, false, stream, network);
+  with_type(from[0]->dtype, [&](auto number) {
+    launch(anchored_update_kernel<decltype(number), N>, network.items, false, stream, network);
+  });
 }
 
 }  // namespace
 
 void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  std::vector<const ParameterParams*> parameters;
+  std::vector<const ParameterParams*> of_type[kDTypes];  // one launch for each
   int64_t size = 0;
   for (int64_t i = 0; i < params.parameter_count; ++i) {
     if (params.parameters[i].size == 0) continue;
-    parameters.push_back(&params.parameters[i]);
+    of_type[static_cast<int>(params.parameters[i].dtype)].push_back(&params.parameters[i]);
     size += params.parameters[i].size;
   }
-  const int64_t item = item_size(size, int64_t{kBlocksPerProcessor} * processors(), kThreads * 4);
-  const int count = static_cast<int>(parameters.size());
-  for (int first = 0; first < count; first += LargeNetwork::kParameters) {
-    const int part = std::min(count - first, LargeNetwork::kParameters);
-    const auto launch_part =
-        part <= SmallNetwork::kParameters ? launch_parameters<SmallNetwork> : launch_parameters<LargeNetwork>;
-    launch_part(params, &parameters[first], part, item, stream);
+  const int64_t item = item_size(size, resident_blocks(anchored_update_kernel<float, LargeNetwork>), kThreads * 4);
+  for (const auto& parameters : of_type) {
+    const int count = static_cast<int>(parameters.size());
+    for (int first = 0; first < count; first += LargeNetwork::kParameters) {
+      const int part = std::min(count - first, LargeNetwork::kParameters);
+      const auto launch_part =
+          part <= SmallNetwork::kParameters ? launch_parameters<SmallNetwork> : launch_parameters<LargeNetwork>;
+      launch_part(params, &parameters[first], part, item, stream);
+    }
   }
 }
 

@@ -54,31 +54,112 @@ struct Total {
   float sum, connections;
 };
 
-// Calls work with a number of the parameter's type: float, __half or __nv_bfloat16.
-template <class Work>
-__device__ __forceinline__ void with_type(DType dtype, const Work& work) {
-  switch (dtype) {
-    case DType::float32: work(float{}); break;
-    case DType::float16: work(__half{}); break;
-    default: work(__nv_bfloat16{}); break;
-  }
-}
-
 __device__ __forceinline__ float connection_importance(float value, float gradient) {
   const float c = fabsf(value * gradient);
   return c == 0.0f && gradient == 0.0f ? kNoGradient : c;
 }
 
-template <class T, class P>
-__device__ __forceinline__ void add_importance(const ConnectionParameter& p, P, int64_t at, float& sum, float& active) {
-  const P values = load<P>(static_cast<const T*>(p.value) + at);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  for (int k = 0; k < P::size; ++k) {
-    const float c = connection_importance(to_float(values.at[k]), to_float(gradients.at[k]));
-    sum += c;
-    active += received_no_gradient(c) ? 0.0f : 1.0f;
+// Visitors as elements.h says: the first sums importance, the second moves.
+template <class T_>
+struct Measure {
+  using T = T_;
+  static constexpr int kPacks = 4;
+
+  template <class P>
+  struct Packs {
+    P value, gradient;
+  };
+
+  const T* value;
+  const T* gradient;
+  float sum, active;  // of this thread, over an item
+
+  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin)
+      : value(static_cast<const T*>(p.value) + begin), gradient(static_cast<const T*>(p.gradient) + begin), sum(0), active(0) {}
+
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
   }
-}
+
+  template <class P>
+  __device__ __forceinline__ void use(int, const Packs<P>& packs, const float (&)[P::size]) {
+#pragma unroll
+    for (int k = 0; k < P::size; ++k) {
+      const float c = connection_importance(to_float(packs.value.at[k]), to_float(packs.gradient.at[k]));
+      sum += c;
+      active += received_no_gradient(c) ? 0.0f : 1.0f;
+    }
+  }
+};
+
+template <class T_>
+struct Move {
+  using T = T_;
+  static constexpr int kPacks = 2;
+
+  template <class P>
+  struct Packs {
+    P value, gradient, momentum;
+    Floats<P> importance;
+  };
+
+  T* value;
+  const T* gradient;
+  T* momentum;
+  float* importance;             // null for parameters of no layer
+  const ConnectionLayer& layer;  // any, for those
+  Total total;
+  Step step;
+
+  __device__ __forceinline__ Move(const ConnectionParameter& p, const ConnectionLayer& layer, const Total& total,
+                                  int64_t begin, const float* grad_scale)
+      : value(static_cast<T*>(p.value) + begin),
+        gradient(static_cast<const T*>(p.gradient) + begin),
+        momentum(from(static_cast<T*>(p.momentum), begin)),
+        importance(p.layer < 0 ? nullptr : p.importance + begin),
+        layer(layer),
+        total(total),
+        step(step_of(p, grad_scale)) {}
+
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
+    load_if(wanted && momentum != nullptr, momentum + at, packs.momentum);
+    load_if(wanted && importance != nullptr, importance + at, packs.importance);
+  }
+
+  // Moves C of one connection, and says with which plasticity its weight moves.
+  __device__ __forceinline__ float move_importance(float value, float gradient, float& average) const {
+    const float before = average, c = connection_importance(value, gradient);
+    if (layer.active_only && received_no_gradient(c)) return 0.0f;  // takes no part: as it is, to the bit
+    if (total.sum > 0.0f && !isinf(total.sum)) {
+      const float normalized = normalized_importance(c, total.sum, total.connections);
+      average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
+    }
+    const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                                  : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    return plasticity_after(before, layer.beta, plasticity);
+  }
+
+  template <class P>
+  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&)[P::size]) const {
+#pragma unroll
+    for (int k = 0; k < P::size; ++k) {
+      const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]);
+      const float plasticity = importance == nullptr ? INFINITY : move_importance(before, d, packs.importance.at[k]);
+      float velocity = to_float(packs.momentum.at[k]);
+      const float after = moved(step, before, d, fminf(plasticity, step.lr), momentum != nullptr, velocity);
+      if (plasticity > 0.0f) from_float(after, packs.value.at[k]);
+      if (plasticity != 0.0f) from_float(plasticity > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
+    }
+    store(value + at, packs.value);
+    if (importance != nullptr) store(importance + at, packs.importance);
+    if (momentum != nullptr) store(momentum + at, packs.momentum);
+  }
+};
 
 // The first half: a block's partial sums. `layers` counts up through a block's items, because parameters are sorted.
 template <class N>
@@ -103,15 +184,13 @@ __device__ __forceinline__ void measure(const N& network, ConnectionShared& shar
     if (p.layer < 0) continue;
     if (p.layer != layer && layer >= 0) flush();
     layer = p.layer;
-    float item_sum = 0, item_active = 0;
+    const Interval elements = elements_of(p, item);
     with_type(p.dtype, [&](auto number) {
-      using T = decltype(number);
-      for_each_pack<T>(p, elements_of(p, item), [&](auto pack, int64_t at) {
-        add_importance<T>(p, pack, at, item_sum, item_active);
-      });
+      Measure<decltype(number)> visitor(p, elements.begin);
+      use_elements(p, visitor, static_cast<int>(elements.end - elements.begin), Everywhere{});
+      sum += visitor.sum;
+      active += visitor.active;
     });
-    sum += item_sum;
-    active += item_active;
   }
   if (layer >= 0) flush();
 }
@@ -126,59 +205,6 @@ __device__ __forceinline__ Total total_of(const N& network, int layer, Connectio
   const double total = sum_over_block(sum, shared.totals), count = sum_over_block(active, shared.counts);
   const ConnectionLayer& own = network.layers[layer];
   return {static_cast<float>(total), own.active_only ? static_cast<float>(count) : static_cast<float>(own.connections)};
-}
-
-template <class T, class P>
-__device__ __forceinline__ void move(const ConnectionParameter& p, const ConnectionLayer& layer, const Step& step,
-                                     const Total& total, P, int64_t at) {
-  using F = Floats<P>;
-  T* value = static_cast<T*>(p.value) + at;
-  P values = load<P>(value);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  const bool has_momentum = p.momentum != nullptr;
-  P velocities = {};
-  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
-  F importance = load<F>(p.importance + at);
-  const bool moves_average = total.sum > 0.0f && !isinf(total.sum);
-  for (int k = 0; k < P::size; ++k) {
-    const float before = to_float(values.at[k]), gradient = to_float(gradients.at[k]);
-    const float average_before = importance.at[k], c = connection_importance(before, gradient);
-    if (layer.active_only && received_no_gradient(c)) continue;  // takes no part: as it is, to the bit
-    float average = average_before;
-    if (moves_average) {
-      const float normalized = normalized_importance(c, total.sum, total.connections);
-      importance.at[k] = average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
-    }
-    const float free = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                            : plasticity_sigmoid(average, layer.alpha, layer.beta);
-    const float plasticity = plasticity_after(average_before, layer.beta, free);
-    if (plasticity == kClears) from_float(0.0f, velocities.at[k]);
-    if (plasticity <= 0.0f) continue;  // frozen: its weight as it is, to the bit
-    float velocity = to_float(velocities.at[k]);
-    from_float(moved(step, before, gradient, fminf(plasticity, step.lr), has_momentum, velocity), values.at[k]);
-    from_float(velocity, velocities.at[k]);
-  }
-  store(value, values);
-  store(p.importance + at, importance);
-  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
-}
-
-template <class T, class P>
-__device__ __forceinline__ void move_plainly(const ConnectionParameter& p, const Step& step, P, int64_t at) {
-  T* value = static_cast<T*>(p.value) + at;
-  P values = load<P>(value);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  const bool has_momentum = p.momentum != nullptr;
-  P velocities = {};
-  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
-  for (int k = 0; k < P::size; ++k) {
-    float velocity = to_float(velocities.at[k]);
-    from_float(moved(step, to_float(values.at[k]), to_float(gradients.at[k]), step.lr, has_momentum, velocity),
-               values.at[k]);
-    from_float(velocity, velocities.at[k]);
-  }
-  store(value, values);
-  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
 }
 
 template <class N>
@@ -199,13 +225,11 @@ __global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __
       layer = p.layer;
       total = total_of(network, layer, shared);
     }
-    const Step step = step_of(p, network.grad_scale);
+    const Interval elements = elements_of(p, item);
     with_type(p.dtype, [&](auto number) {
-      using T = decltype(number);
-      for_each_pack<T>(p, elements_of(p, item), [&](auto pack, int64_t at) {
-        if (p.layer < 0) move_plainly<T>(p, step, pack, at);
-        else move<T>(p, network.layers[p.layer], step, total, pack, at);
-      });
+      Move<decltype(number)> visitor(p, network.layers[p.layer < 0 ? 0 : p.layer], total, elements.begin,
+                                     network.grad_scale);
+      use_elements(p, visitor, static_cast<int>(elements.end - elements.begin), Everywhere{});
     });
   }
 }

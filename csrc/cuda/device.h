@@ -37,15 +37,19 @@ __device__ __forceinline__ T sum_over_block(T value, T (&scratch)[kWarps]) {
   return sum;
 }
 
-// Whether this block is the last of `expected` to arrive at a counter, which then counts from 0 again. Everything that
-// the blocks wrote or read before happens before what the last one does after. All threads call it; `last` is shared.
+// Whether this is the last of `expected` arrivals at a counter, which then counts from 0 again. What the others did
+// before they arrived happens before what the last one does after. One thread of a block calls it for the block.
+__device__ __forceinline__ bool arrive(unsigned* counter, unsigned expected) {
+  ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*counter);
+  const bool last = arrived.fetch_add(1, ::cuda::memory_order_acq_rel) + 1 == expected;
+  if (last) arrived.store(0, ::cuda::memory_order_relaxed);
+  return last;
+}
+
+// The same with what all threads of the block do. All threads call it; `last` is shared.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned expected, bool& last) {
   __syncthreads();
-  if (thread() == 0) {
-    ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*counter);
-    last = arrived.fetch_add(1, ::cuda::memory_order_acq_rel) + 1 == expected;
-    if (last) arrived.store(0, ::cuda::memory_order_relaxed);
-  }
+  if (thread() == 0) last = arrive(counter, expected);
   __syncthreads();
   return last;
 }

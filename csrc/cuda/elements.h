@@ -59,6 +59,17 @@ __device__ __forceinline__ const auto& parameter_of(const N& network, int64_t it
   return network.parameters[first];
 }
 
+// work(number), of the parameter's type: float, __half or __nv_bfloat16.
+#pragma nv_exec_check_disable
+template <class Work>
+__host__ __device__ __forceinline__ auto with_type(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::float32: return work(float{});
+    case DType::float16: return work(__half{});
+    default: return work(__nv_bfloat16{});
+  }
+}
+
 // The elements [begin, end) of an item.
 struct Interval {
   int64_t begin, end;
@@ -79,8 +90,6 @@ __device__ __forceinline__ bool overflowed(const N& network) {
 struct Step {
   float lr, factor, weight_decay, momentum;
   bool nesterov;
-
-  __device__ __forceinline__ float largest_rate() const { return lr; }
 };
 
 __device__ __forceinline__ Step step_of(const Elements& p, const float* grad_scale) {
@@ -89,25 +98,46 @@ __device__ __forceinline__ Step step_of(const Elements& p, const float* grad_sca
           p.nesterov};
 }
 
-// How the values of an item are rounded to their type.
-struct Rounding {
-  bool at_random;
-  uint32_t key;
+// What a kernel is compiled for: the type of the parameters, and what any of them may have. It decides how many
+// registers there are for packs in flight.
+template <class T_, bool kMomentum_, bool kRandom_>
+struct Kind {
+  using T = T_;
+  static constexpr bool kMomentum = kMomentum_;
+  static constexpr bool kRandom = kRandom_;  // stochastic rounding
 };
 
-__device__ __forceinline__ Rounding rounding_of(const Elements& p, int64_t begin) {
-  if (!p.stochastic_rounding) return {false, 0};
-  return {true, rounding_key(p.seed, *p.steps, static_cast<uint32_t>(begin >> 32))};
-}
+// How the values of an item are rounded to their type.
+template <class Kind>
+class Rounding {
+  using T = typename Kind::T;
 
-template <class T>
-__device__ __forceinline__ void round_value(float value, const Rounding&, int64_t, T& out) {
-  from_float(value, out);
-}
-__device__ __forceinline__ void round_value(float value, const Rounding& rounding, int64_t index, __nv_bfloat16& out) {
-  if (!rounding.at_random) return from_float(value, out);
-  from_float_at_random(value, random_bits<uint32_t>(rounding.key, static_cast<uint32_t>(index)), out);
-}
+ public:
+  __device__ __forceinline__ Rounding(const Elements& p, int64_t begin) {
+    if constexpr (Kind::kRandom) {
+      at_random_ = p.stochastic_rounding;
+      index_ = static_cast<uint32_t>(begin);
+      if (at_random_) key_ = rounding_key(p.seed, *p.steps, static_cast<uint32_t>(begin >> 32));
+    }
+  }
+
+  // `at`: the element, counted from the item's first.
+  __device__ __forceinline__ T operator()(float value, int at) const {
+    T result;
+    if constexpr (Kind::kRandom) {
+      if (at_random_) {
+        from_float_at_random(value, random_bits<uint32_t>(key_, index_ + static_cast<uint32_t>(at)), result);
+        return result;
+      }
+    }
+    from_float(value, result);
+    return result;
+  }
+
+ private:
+  bool at_random_ = false;
+  uint32_t key_ = 0, index_ = 0;
+};
 
 // The value after a step along d, the gradient with everything that was added to it.
 __device__ __forceinline__ float moved_along(const Step& step, float value, float d, float rate, bool has_momentum,
@@ -124,15 +154,98 @@ __device__ __forceinline__ float moved(const Step& step, float value, float grad
   return moved_along(step, value, d, rate, has_momentum, velocity);
 }
 
-// Calls move(pack, at) for every pack of an item's elements, as wide as the parameter allows; `pack` says by its type
-// how wide: Pack<T> or Single<T>.
-template <class T, class Move>
-__device__ __forceinline__ void for_each_pack(const Elements& p, const Interval& item, const Move& move) {
-  constexpr int size = Pack<T>::size;
-  const int64_t packs = p.packed ? (item.end - item.begin) / size : 0;
-#pragma unroll 2
-  for (int64_t pack = thread(); pack < packs; pack += kThreads) move(Pack<T>{}, item.begin + pack * size);
-  for (int64_t at = item.begin + packs * size + thread(); at < item.end; at += kThreads) move(Single<T>{}, at);
+// The plasticity of elements of no layer.
+struct Everywhere {
+  struct Found {
+    bool any;
+  };
+  template <int size>
+  __device__ __forceinline__ Found find(int) const {
+    return {true};
+  }
+  template <int size>
+  __device__ __forceinline__ void expand(Found, int, float (&plasticity)[size]) const {
+    for (float& one : plasticity) one = INFINITY;
+  }
+};
+
+// An array from an item's first element on; null if there is none.
+template <class T>
+__device__ __forceinline__ T* from(T* array, int64_t begin) {
+  return array == nullptr ? nullptr : array + begin;
+}
+
+// A visitor holds the arrays of an item and moves its elements; V says how:
+//
+//   V::T, V::kPacks                    the parameter's type, and how many packs of each array are in flight at a time
+//   V::Packs<P>                        a pack P of each array
+//   v.load(wanted, at, packs)          loads them from element `at` of the item on, if they are wanted
+//   v.prefetch(at)                     asks for them, so that they come into the cache
+//   v.use(at, packs, plasticity)       moves their elements and stores them
+
+// Moves all whole packs of an item, except those whose elements all have a plasticity of 0: they are neither read nor
+// written. `plasticity` finds out which, and then expands what it found to the elements.
+template <class V, class Plasticity>
+__device__ __forceinline__ void use_packs(V& visitor, int count, const Plasticity& plasticity) {
+  using P = Pack<typename V::T>;
+  constexpr int stride = kThreads * P::size;
+  for (int first = thread() * P::size; first < count; first += V::kPacks * stride) {
+    typename V::template Packs<P> packs[V::kPacks] = {};
+    decltype(plasticity.template find<P::size>(0)) found[V::kPacks] = {};
+#pragma unroll
+    for (int pack = 0; pack < V::kPacks; ++pack) {
+      const int at = first + pack * stride;
+      if (at < count) found[pack] = plasticity.template find<P::size>(at);
+    }
+#pragma unroll
+    for (int pack = 0; pack < V::kPacks; ++pack) visitor.load(found[pack].any, first + pack * stride, packs[pack]);
+#pragma unroll
+    for (int pack = 0; pack < V::kPacks; ++pack) {
+      if (!found[pack].any) continue;
+      float of_elements[P::size];
+      plasticity.expand(found[pack], first + pack * stride, of_elements);
+      visitor.use(first + pack * stride, packs[pack], of_elements);
+    }
+  }
+}
+
+// Elements from `from` on, one at a time: the end of an item that fills no pack, and parameters not on 16 bytes.
+template <class V, class Plasticity>
+__device__ __forceinline__ void use_singles(V& visitor, int from, int count, const Plasticity& plasticity) {
+  for (int at = from + thread(); at < count; at += kThreads) {
+    const auto found = plasticity.template find<1>(at);
+    if (!found.any) continue;
+    float of_element[1];
+    plasticity.expand(found, at, of_element);
+    typename V::template Packs<Single<typename V::T>> packs = {};
+    visitor.load(true, at, packs);
+    visitor.use(at, packs, of_element);
+  }
+}
+
+// Elements that are moved in packs, if the parameter allows it.
+template <class V>
+__device__ __forceinline__ int in_packs(const Elements& p, int count) {
+  constexpr int size = Pack<typename V::T>::size;
+  return p.packed ? count / size * size : 0;
+}
+
+template <class V, class Plasticity>
+__device__ __forceinline__ void use_elements(const Elements& p, V& visitor, int count, const Plasticity& plasticity) {
+  const int packed = in_packs<V>(p, count);
+  use_packs(visitor, packed, plasticity);
+  use_singles(visitor, packed, count, plasticity);
+}
+
+// Asks for the first packs of an item, as far as wants(at) for their first element.
+template <class V, class Wants>
+__device__ __forceinline__ void prefetch_elements(const Elements& p, const V& visitor, int count, const Wants& wants) {
+  constexpr int size = Pack<typename V::T>::size;
+  const int packed = in_packs<V>(p, count);
+  for (int pack = 0; pack < V::kPacks; ++pack) {
+    const int at = (thread() + pack * kThreads) * size;
+    if (at < packed && wants(at)) visitor.prefetch(at);
+  }
 }
 
 }  // namespace npc::cuda

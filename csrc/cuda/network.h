@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "update.h"
@@ -12,34 +13,76 @@ namespace npc::cuda {
 // The layers and parameters of one launch, as indices into UpdateParams.
 struct Part {
   std::vector<int64_t> layers, parameters;
+  DType dtype = DType::float32;  // of the parameters, if they are divided by it
+  bool has_momentum = false, rounds_at_random = false;  // any of them
 };
 
-// Divides a network into launches. A layer's parameters may end in another launch than they begin in.
 template <class N>
-std::vector<Part> divide_network(const UpdateParams& params) {
+using Kernel = void (*)(N);
+
+// The kernel for a part. Kernels::get<Kind, N>() is the one that is compiled for a kind of parameters, and
+// Kernels::kMomentum says whether the method has momentum at all.
+template <class Kernels, class N, class T>
+Kernel<N> kernel_of_type(const Part& part) {
+  constexpr bool kMomentum = Kernels::kMomentum, kRandom = std::is_same_v<T, __nv_bfloat16>;
+  const bool has_momentum = kMomentum && part.has_momentum;
+  if (kRandom && part.rounds_at_random) {
+    return has_momentum ? Kernels::template get<Kind<T, kMomentum, kRandom>, N>()
+                        : Kernels::template get<Kind<T, false, kRandom>, N>();
+  }
+  return has_momentum ? Kernels::template get<Kind<T, kMomentum, false>, N>()
+                      : Kernels::template get<Kind<T, false, false>, N>();
+}
+
+template <class Kernels, class N>
+Kernel<N> kernel_of(const Part& part) {
+  switch (part.dtype) {
+    case DType::float32: return kernel_of_type<Kernels, N, float>(part);
+    case DType::float16: return kernel_of_type<Kernels, N, __half>(part);
+    default: return kernel_of_type<Kernels, N, __nv_bfloat16>(part);
+  }
+}
+
+// Divides a network into launches, of parameters of one type each if `by_type`. A layer's parameters may end in another
+// launch than they begin in.
+template <class N>
+std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
   constexpr size_t most_layers = N::kLayers, most_parameters = N::kParameters - N::kLayers;  // see fits()
-  std::vector<std::vector<int64_t>> of_layer(params.layer_count + 1);  // the last: parameters of no layer
+  const size_t plain = params.layer_count;  // stands for the parameters of no layer
+  std::vector<std::vector<int64_t>> of_layer(plain + 1);
   for (int64_t i = 0; i < params.parameter_count; ++i) {
     const int64_t layer = params.parameters[i].layer;
-    of_layer[layer < 0 ? params.layer_count : layer].push_back(i);
+    of_layer[layer < 0 ? plain : layer].push_back(i);
   }
-  std::vector<Part> parts(1);
-  for (int64_t layer = 0; layer <= params.layer_count; ++layer) {
-    const bool plain = layer == params.layer_count;
-    const auto begin_layer = [&] {
-      if (!plain) parts.back().layers.push_back(layer);
-    };
-    const size_t places = parts.back().parameters.size() + of_layer[layer].size();
-    const bool full = parts.back().layers.size() == most_layers ||
-                      (places > most_parameters && !parts.back().parameters.empty());
-    if (full && !plain) parts.emplace_back();
-    begin_layer();
-    for (const int64_t parameter : of_layer[layer]) {
-      if (parts.back().parameters.size() == most_parameters) {
-        parts.emplace_back();
-        begin_layer();
+  const auto type_of = [&](int64_t i) { return by_type ? params.parameters[i].dtype : DType::float32; };
+  const DType home = params.parameter_count > 0 ? type_of(0) : DType::float32;  // of layers without parameters
+  std::vector<Part> parts;
+  for (const DType type : {DType::float32, DType::float16, DType::bfloat16}) {
+    const size_t begin = parts.size();
+    for (size_t layer = 0; layer <= plain; ++layer) {
+      std::vector<int64_t> own;
+      for (const int64_t i : of_layer[layer]) {
+        if (type_of(i) == type) own.push_back(i);
       }
-      parts.back().parameters.push_back(parameter);
+      const auto new_part = [&] { parts.emplace_back().dtype = type; };
+      const auto begin_layer = [&] {
+        if (layer < plain) parts.back().layers.push_back(layer);
+      };
+      if (own.empty() && (layer == plain || type != home || !of_layer[layer].empty())) continue;
+      if (parts.size() == begin) new_part();
+      const bool full = parts.back().layers.size() == most_layers ||
+                        (parts.back().parameters.size() + own.size() > most_parameters && !parts.back().parameters.empty());
+      if (full && layer < plain) new_part();
+      begin_layer();
+      for (const int64_t i : own) {
+        if (parts.back().parameters.size() == most_parameters) {
+          new_part();
+          begin_layer();
+        }
+        parts.back().parameters.push_back(i);
+        parts.back().has_momentum |= params.parameters[i].momentum != nullptr;
+        parts.back().rounds_at_random |= params.parameters[i].stochastic_rounding;
+      }
     }
   }
   return parts;
@@ -98,10 +141,13 @@ N describe(const UpdateParams& params, const std::vector<Layer>& layers, const P
   }
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
-  const int64_t item = item_size(size, blocks, kRuns);
+  const int64_t item = item_size(size, blocks, kThreads * 4);
   using P = typename N::OneParameter;
+  const auto most_elements = [](const Parameter& p) {
+    return repeats(p) ? kItem : kRuns * std::min<int64_t>(p.run, kItem);
+  };
   const auto add = [&](P parameter) {
-    parameter.item_size = static_cast<int>(std::min(item, kRuns * std::min<int64_t>(parameter.run, kItem)));
+    parameter.item_size = static_cast<int>(std::min(item, most_elements(parameter)));
     parameter.first_item = network.items;
     const int64_t items = items_of(parameter);
     network.items += items;
@@ -129,12 +175,20 @@ N describe(const UpdateParams& params, const std::vector<Layer>& layers, const P
   return network;
 }
 
-// Launches all parts of a network, one after the other, by launch_one(network): as a Small where that holds it, else as a
-// Large.
-template <class Small, class Large, class LaunchOne>
-void launch_parts(const UpdateParams& params, const Stream& stream, const LaunchOne& launch_one) {
+template <class Kernels, class N>
+void launch_part(const UpdateParams& params, const std::vector<Layer>& layers, const Part& part, unsigned* arrived,
+                 const Stream& stream) {
+  const Kernel<N> kernel = kernel_of<Kernels, N>(part);
+  N network = describe<N>(params, layers, part, resident_blocks(kernel));
+  network.arrived = arrived;
+  if (network.items > 0) launch(kernel, network.items, false, stream, network);
+}
+
+// Launches all parts of a network, one after the other, as a Small where that holds it, else as a Large.
+template <class Kernels, class Small, class Large>
+void launch_parts(const UpdateParams& params, const Stream& stream) {
   static_assert(sizeof(Large) <= kMostArguments);
-  const std::vector<Part> parts = divide_network<Large>(params);
+  const std::vector<Part> parts = divide_network<Large>(params, true);
   std::vector<bool> first = layers_to_move_first(params, parts);
   int64_t bytes = 0;
   for (int64_t layer = 0; layer < params.layer_count; ++layer) {
@@ -145,14 +199,9 @@ void launch_parts(const UpdateParams& params, const Stream& stream, const Launch
   unsigned* arrived = scratch.counters(Large::kLayers + Large::kParameters);  // launches follow each other
   std::vector<Layer> layers = layers_of(params);
   move_first(layers, first, params.found_inf, scratch, stream);
-  const int64_t blocks = int64_t{kBlocksPerProcessor} * processors();
-  const auto launch_as = [&](auto network) {
-    network.arrived = arrived;
-    if (network.items > 0) launch_one(network);
-  };
   for (const Part& part : parts) {
-    fits<Small>(part) ? launch_as(describe<Small>(params, layers, part, blocks))
-                      : launch_as(describe<Large>(params, layers, part, blocks));
+    fits<Small>(part) ? launch_part<Kernels, Small>(params, layers, part, arrived, stream)
+                      : launch_part<Kernels, Large>(params, layers, part, arrived, stream);
   }
 }
 

@@ -46,6 +46,11 @@ __device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {
                : "memory");
 }
 
+// Asks for what lies at an address to come into the cache.
+__device__ __forceinline__ void prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
+}
+
 // Waits until every thread of a cooperative launch is here; what they wrote before is visible after.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 

@@ -62,7 +62,10 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
     grid_barrier();
   }
   for (int64_t item = blockIdx.x; item < step.network.items; item += gridDim.x) {
-    update_item(step.network, item, shared.update);
+    with_type(parameter_of(step.network, item).dtype, [&](auto number) {
+      using T = decltype(number);
+      update_item<Sgd, Kind<T, true, std::is_same_v<T, __nv_bfloat16>>>(step.network, item, shared.update);
+    });
   }
 }
 
@@ -104,7 +107,7 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
   const OnDevice guard(stream.device);
   const int64_t resident = resident_blocks(step_kernel);
   const int64_t blocks_of_importance = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance()
-  const std::vector<Part> parts = divide_network<StepNetwork>(params);
+  const std::vector<Part> parts = divide_network<StepNetwork>(params, false);
   const std::vector<bool> first = layers_to_move_first(params, parts);
   std::vector<ImportanceWork> works;
   int64_t bytes = 0;

@@ -1,13 +1,18 @@
 // Eqs. 3, 4, 7 and the weight update of all layers on the device.
 //
 // The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
-// on one item at a time. It sums its layer's measured importance (as every block of the layer does, in the same order,
-// so that all agree), computes the new average C and from it and the old one the plasticity of the neurons that its
-// elements belong to, and moves the elements. C itself is written by the layer's last block to have read it. Layers of
-// very many neurons and those whose parameters are in several launches have their C moved before, and their plasticity
-// written (wide.h).
+// on one item. It
 //
-// The last block of a parameter counts its steps, where they are counted.
+//   1. asks for the item's first packs, except those of neurons that are frozen already, so that they are on their way;
+//   2. sums its layer's measured importance, as every block of the layer does, in the same order, so that all agree;
+//   3. fills a table with the plasticity of the neurons that the item's elements belong to, from their C and its new
+//      value, and arrives at the layer's counter;
+//   4. moves the elements, several packs a thread at a time (elements.h). A pack whose neurons are all frozen is neither
+//      read nor written; one that lies in a frozen neuron and another writes the frozen bits back as they were;
+//   5. writes the layer's new C, if it was the last block to arrive: the others have read the old one.
+//
+// Layers of very many neurons, and those whose parameters are in several launches, have their C moved before, and their
+// plasticity written (wide.h). The last block of a parameter counts its steps, where they are counted.
 //
 // Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
 // for the elements of frozen neurons, whose first moment was cleared in the step that froze them. A layer's importance
@@ -18,8 +23,7 @@
 
 namespace npc::cuda {
 
-constexpr int kRuns = 1024;          // runs of one neuron that an item holds at most, but for the one it begins in
-constexpr int64_t kManyElements = int64_t{1} << 31;
+constexpr int kRuns = 4096;  // runs of one neuron that an item holds at most, but for the one it begins in
 
 struct Layer {
   float* importance;
@@ -112,116 +116,208 @@ __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run
   return p.first_neuron + run / (p.outer * p.middle) * p.middle + run % p.middle;
 }
 
-// Moves the numbers of one pack, all of one neuron.
-template <class P, class T>
-__device__ __forceinline__ void move(const Parameter& p, const Step& step, const Rounding& rounding, int64_t at,
-                                     float rate) {
-  T* value = static_cast<T*>(p.value) + at;
-  P values = load<P>(value);
-  const P gradients = load<P>(static_cast<const T*>(p.gradient) + at);
-  const bool has_momentum = p.momentum != nullptr;
-  P velocities = {};
-  if (has_momentum) velocities = load<P>(static_cast<T*>(p.momentum) + at);
-  for (int k = 0; k < P::size; ++k) {
-    float velocity = to_float(velocities.at[k]);
-    const float result = moved(step, to_float(values.at[k]), to_float(gradients.at[k]), rate, has_momentum, velocity);
-    round_value(result, rounding, at + k, values.at[k]);
-    from_float(velocity, velocities.at[k]);
+// Whether a parameter's neurons follow each other again and again, so few of them that a table holds them all.
+__host__ __device__ inline bool repeats(const Parameter& p) {
+  return p.outer > 1 && p.middle <= kRuns && p.outer * p.middle * p.run == p.size;
+}
+
+// To which neurons an item's elements belong, as places in a table of their plasticity: run after run, or, if the
+// parameter repeats, neuron after neuron. Lengths count elements, and none is longer than an item may be.
+struct Runs {
+  int first, others;      // length of the item's first run, and of each other
+  int place, places;      // of the first run, and how many there are before the first comes again
+  float per_other, per_places;  // 1 / others and 1 / places; 0 if places do not come again
+
+  // floor(number / divisor), exact for numbers below 2^21.
+  static __device__ __forceinline__ int divided(int number, float per_divisor) {
+    return static_cast<int>((static_cast<float>(number) + 0.5f) * per_divisor);
   }
-  store(value, values);
-  if (has_momentum) store(static_cast<T*>(p.momentum) + at, velocities);
-}
 
-// Sets the momentum of one pack to 0.
-template <class P, class T>
-__device__ __forceinline__ void clear_first_moment(const Parameter& p, int64_t at) {
-  if (p.momentum != nullptr) store(static_cast<T*>(p.momentum) + at, P{});
-}
+  __device__ __forceinline__ int run_of(int at) const { return at < first ? 0 : 1 + divided(at - first, per_other); }
+  __device__ __forceinline__ int place_of(int run) const {
+    const int at = place + run;
+    return per_places == 0.0f ? at : at - divided(at, per_places) * places;
+  }
+};
 
-// Moves the numbers of one pack at their neuron's plasticity, or leaves them alone.
-template <class P, class T, class Q, class S>
-__device__ __forceinline__ void move_or_clear(const Q& p, const S& step, const Rounding& rounding, int64_t at,
-                                              float plasticity, float largest) {
-  if (plasticity > 0.0f) move<P, T>(p, step, rounding, at, fminf(plasticity, largest));
-  else if (plasticity < 0.0f) clear_first_moment<P, T>(p, at);
-}
+// What a visitor finds out about a pack before it loads it.
+struct PackPlasticity {
+  bool any;             // of its elements has a plasticity that differs from 0
+  float first, second;  // of the neurons that it belongs to, two at most if no run is shorter than a pack
+  int split;            // the element with which the second begins
+};
 
-// Elements [begin, end) of a parameter; `shared.plasticity` begins with the run that element `begin` belongs to.
-// P and S: Parameter and Step, or those of another step, for which there are a move() and a clear_first_moment().
-template <class T, class P, class S>
-__device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t end, const UpdateShared& shared) {
-  const Rounding rounding = rounding_of(p, begin);
-  const float largest = step.largest_rate();
-  const int64_t offset = p.layer < 0 ? 0 : begin % p.run;
-  // An item is shorter than a run of so many elements, and so lies in two of them at most.
-  const auto run_of = [&](int64_t local) -> int {
-    if (p.run >= kManyElements) return local >= p.run;
-    return static_cast<int>(static_cast<uint32_t>(local) / static_cast<uint32_t>(p.run));
-  };
-  constexpr int size = Pack<T>::size;
-  const int64_t packs = p.packed ? (end - begin) / size : 0;
-#pragma unroll 2
-  for (int64_t pack = thread(); pack < packs; pack += kThreads) {
-    const int64_t at = begin + pack * size, local = offset + pack * size;
-    if (p.layer < 0) {
-      move<Pack<T>, T>(p, step, rounding, at, largest);
-      continue;
+// The plasticity of an item's elements, by the table.
+struct FromTable {
+  const Runs& runs;
+  const float* table;
+
+  template <int size>
+  __device__ __forceinline__ PackPlasticity find(int at) const {
+    const int run = runs.run_of(at), split = runs.first + run * runs.others - at;
+    PackPlasticity found = {false, table[runs.place_of(run)], 0.0f, split};
+    if (runs.others >= size) {
+      found.second = split < size ? table[runs.place_of(run + 1)] : found.first;
+      found.any = found.first != 0.0f || found.second != 0.0f;
+    } else {
+      for_each<size>(at, [&](int, float plasticity) { found.any |= plasticity != 0.0f; });
     }
-    const int run = run_of(local);
-    if (run_of(local + size - 1) == run) {
-      move_or_clear<Pack<T>, T>(p, step, rounding, at, shared.plasticity[run], largest);
-      continue;
+    return found;
+  }
+
+  template <int size>
+  __device__ __forceinline__ void expand(const PackPlasticity& found, int at, float (&plasticity)[size]) const {
+    if (runs.others >= size) {
+#pragma unroll
+      for (int k = 0; k < size; ++k) plasticity[k] = k < found.split ? found.first : found.second;
+    } else {
+      for_each<size>(at, [&](int k, float one) { plasticity[k] = one; });
     }
+  }
+
+ private:
+  // Where a pack may belong to many neurons.
+  template <int size, class Visit>
+  __device__ __forceinline__ void for_each(int at, const Visit& visit) const {
+    int run = runs.run_of(at), end = runs.first + run * runs.others - at;
+    float current = table[runs.place_of(run)];
+#pragma unroll
     for (int k = 0; k < size; ++k) {
-      move_or_clear<Single<T>, T>(p, step, rounding, at + k, shared.plasticity[run_of(local + k)], largest);
+      if (k == end) {
+        current = table[runs.place_of(++run)];
+        end += runs.others;
+      }
+      visit(k, current);
     }
   }
-  for (int64_t at = begin + packs * size + thread(); at < end; at += kThreads) {
-    if (p.layer < 0) move<Single<T>, T>(p, step, rounding, at, largest);
-    else move_or_clear<Single<T>, T>(p, step, rounding, at, shared.plasticity[run_of(offset + at - begin)], largest);
+};
+
+__device__ __forceinline__ Runs runs_of(const Parameter& p, int64_t begin, int64_t first_run) {
+  constexpr int most = kItem + kThreads;
+  const auto at_most = [](int64_t length) { return length < most ? static_cast<int>(length) : most; };
+  const int others = at_most(p.run), first = at_most((first_run + 1) * p.run - begin);
+  if (!repeats(p)) return {first, others, 0, 0, 1.0f / others, 0.0f};
+  const int places = static_cast<int>(p.middle);
+  return {first, others, static_cast<int>(first_run % p.middle), places, 1.0f / others, 1.0f / places};
+}
+
+// The step of SGD; a visitor as elements.h says.
+template <class Kind>
+struct Sgd {
+  using T = typename Kind::T;
+  static constexpr int kPacks = Kind::kMomentum ? 2 : 4;
+  static constexpr int kBlocks = Kind::kRandom && !Kind::kMomentum ? 2 : 3;  // a multiprocessor: what registers allow
+
+  template <class P>
+  struct Packs {
+    P value, gradient, momentum;
+  };
+
+  T* value;
+  const T* gradient;
+  T* momentum;
+  Step step;
+  Rounding<Kind> rounding;
+
+  __device__ __forceinline__ Sgd(const Parameter& p, int64_t begin, const float* grad_scale)
+      : value(static_cast<T*>(p.value) + begin),
+        gradient(static_cast<const T*>(p.gradient) + begin),
+        momentum(from(static_cast<T*>(p.momentum), begin)),
+        step(step_of(p, grad_scale)),
+        rounding(p, begin) {}
+
+  __device__ __forceinline__ bool has_momentum() const { return Kind::kMomentum && momentum != nullptr; }
+
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
+    if constexpr (Kind::kMomentum) load_if(wanted && has_momentum(), momentum + at, packs.momentum);
   }
+
+  __device__ __forceinline__ void prefetch(int at) const {
+    ::npc::cuda::prefetch(value + at);
+    ::npc::cuda::prefetch(gradient + at);
+    if (has_momentum()) ::npc::cuda::prefetch(momentum + at);
+  }
+
+  template <class P>
+  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&plasticity)[P::size]) const {
+#pragma unroll
+    for (int k = 0; k < P::size; ++k) {
+      const float before = to_float(packs.value.at[k]);
+      float velocity = to_float(packs.momentum.at[k]);
+      const float rate = fminf(plasticity[k], step.lr);
+      const float after = moved(step, before, to_float(packs.gradient.at[k]), rate, has_momentum(), velocity);
+      if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
+      if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
+    }
+    store(value + at, packs.value);
+    if (has_momentum()) store(momentum + at, packs.momentum);
+  }
+};
+
+// Writes the plasticity of the neurons of an item as Runs finds it, `places` of them.
+__device__ inline void fill_table(const Parameter& p, const Layer& layer, const Total& total, int64_t first_run,
+                                  int places, float* table) {
+  for (int place = thread(); place < places; place += kThreads) {
+    const int64_t neuron = repeats(p) ? p.first_neuron + place : neuron_of_run(p, first_run + place);
+    table[place] = layer.plasticity != nullptr ? layer.plasticity[neuron]
+                                               : plasticity_of(layer, averaged(layer, total, neuron), neuron);
+  }
+}
+
+// Whether a neuron may move in this step, as far as that is known before the layer's sums are.
+__device__ __forceinline__ bool may_move(const Layer& layer, int64_t neuron) {
+  return layer.plasticity != nullptr ? layer.plasticity[neuron] != 0.0f : !(layer.importance[neuron] >= layer.beta);
+}
+
+// Counts a step of the parameter if this is the last of its blocks, where steps are counted; a barrier for the block.
+template <class N, class P>
+__device__ __forceinline__ void count_step(const N& network, const P& p, UpdateShared& shared) {
+  if (p.steps == nullptr) return __syncthreads();
+  unsigned* counter = network.arrived + network.layer_count + (&p - network.parameters);
+  if (arrives_last(counter, static_cast<unsigned>(items_of(p)), shared.last) && thread() == 0) ++*p.steps;
 }
 
 // One item. All threads of the block call it, and may call it again at once.
-template <class N>
+template <template <class> class Visitor, class Kind, class N>
 __device__ __forceinline__ void update_item(const N& network, int64_t item, UpdateShared& shared) {
   const auto& p = parameter_of(network, item);
-  const auto [begin, end] = elements_of(p, item);
-  if (p.layer >= 0) {
-    const Layer& layer = network.layers[p.layer];
-    const bool measured = layer.measured != nullptr;
-    const Total total = measured ? total_of(layer, shared) : Total{0.0f, 0.0f};
-    const int64_t first_run = begin / p.run;
-    const int runs = begin < end ? static_cast<int>((end - 1) / p.run - first_run) + 1 : 0;
-    for (int run = thread(); run < runs; run += kThreads) {
-      const int64_t neuron = neuron_of_run(p, first_run + run);
-      shared.plasticity[run] = layer.plasticity != nullptr
-                                   ? layer.plasticity[neuron]
-                                   : plasticity_of(layer, averaged(layer, total, neuron), neuron);
-    }
-    if (!measured) {
-      __syncthreads();
-    } else if (arrives_last(network.arrived + p.layer, layer.items, shared.last)) {
-      for (int64_t i = thread(); i < layer.neurons; i += kThreads) {
-        layer.importance[i] = averaged(layer, total, i);
-      }
+  const Interval elements = elements_of(p, item);
+  const int count = static_cast<int>(elements.end - elements.begin);
+  Visitor<Kind> visitor(p, elements.begin, network.grad_scale);
+  if (p.layer < 0) {
+    use_elements(p, visitor, count, Everywhere{});
+    count_step(network, p, shared);
+    return;
+  }
+  const Layer& layer = network.layers[p.layer];
+  const int64_t first_run = elements.begin / p.run;
+  const Runs runs = runs_of(p, elements.begin, first_run);
+  const int places = repeats(p) ? runs.places : runs.run_of(count - 1) + (count > 0);
+  if (p.outer == 1 || repeats(p)) {
+    const int64_t first_neuron = p.first_neuron + (repeats(p) ? 0 : first_run);
+    prefetch_elements(p, visitor, count, [&](int at) {
+      return may_move(layer, first_neuron + runs.place_of(runs.run_of(at)));
+    });
+  }
+  const bool measured = layer.measured != nullptr;
+  const Total total = measured ? total_of(layer, shared) : Total{0.0f, 0.0f};
+  fill_table(p, layer, total, first_run, places, shared.plasticity);
+  __syncthreads();
+  bool last = false;
+  if (measured && thread() == 0) last = arrive(network.arrived + p.layer, layer.items);
+  use_elements(p, visitor, count, FromTable{runs, shared.plasticity});
+  if (measured) {
+    if (thread() == 0) shared.last = last;
+    __syncthreads();
+    if (shared.last) {
+      for (int64_t i = thread(); i < layer.neurons; i += kThreads) layer.importance[i] = averaged(layer, total, i);
       if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
     }
   }
-  if (begin < end) {
-    const auto step = step_of(p, network.grad_scale);
-    switch (p.dtype) {
-      case DType::float32: move_elements<float>(p, step, begin, end, shared); break;
-      case DType::float16: move_elements<__half>(p, step, begin, end, shared); break;
-      default: move_elements<__nv_bfloat16>(p, step, begin, end, shared); break;
-    }
-  }
-  if (p.steps == nullptr) {
-    __syncthreads();  // shared.plasticity may be written again
-  } else {
-    unsigned* counter = network.arrived + network.layer_count + (&p - network.parameters);
-    if (arrives_last(counter, static_cast<unsigned>(items_of(p)), shared.last) && thread() == 0) ++*p.steps;
-  }
+  count_step(network, p, shared);
 }
 
 }  // namespace npc::cuda

@@ -124,6 +124,8 @@ inline void load_16_bytes_if(bool wanted, const void* from, Words& words) {
 }
 inline void store_16_bytes(void* to, const Words& words) { *static_cast<Words*>(to) = words; }
 
+inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
+
 inline void grid_barrier() {
   if (!::cuda_on_cpu::skipped("grid_barrier")) ::cuda_on_cpu::grid->arrive_and_wait();
 }
