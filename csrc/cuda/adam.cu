@@ -1,7 +1,7 @@
 // Eqs. 3, 4, 7 and Adam's step of a whole network in one launch; update.h says how its blocks share the work.
 //
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
-//   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i = min(1, eq. 7)
+//   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i of eq. 7
 //
 // with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
 // in the step that freezes them, m is set to 0.
@@ -38,8 +38,6 @@ using LargeNetwork = Network<160, 60, AdamParameter>;
 struct AdamStep {
   float lr, factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
   float per_first_bias, per_root_of_second_bias, epsilon;
-
-  __device__ __forceinline__ float largest_rate() const { return 1.0f; }  // rates are shares of lr
 };
 
 __device__ __forceinline__ AdamStep step_of(const AdamParameter& p, const float* grad_scale) {
@@ -59,7 +57,7 @@ __device__ __forceinline__ AdamStep step_of(const AdamParameter& p, const float*
 // Moves the numbers of one pack, all of one neuron.
 template <class P, class T>
 __device__ __forceinline__ void move(const AdamParameter& p, const AdamStep& step, const Rounding& rounding, int64_t at,
-                                     float share) {
+                                     float rate) {
   using F = Floats<P>;
   T* value = static_cast<T*>(p.value) + at;
   P values = load<P>(value);
@@ -71,7 +69,7 @@ __device__ __forceinline__ void move(const AdamParameter& p, const AdamStep& ste
     second.at[k] = step.second_decay * second.at[k] + step.one_minus_second_decay * d * d;
     const float direction = adam_direction(first.at[k], sqrtf(second.at[k]), step.per_first_bias,
                                            step.per_root_of_second_bias, step.epsilon);
-    const float result = before - share * step.lr * (direction + step.weight_decay * before);
+    const float result = before - rate * (direction + step.weight_decay * before);
     round_value(result, rounding, at + k, values.at[k]);
   }
   store(value, values);

@@ -149,13 +149,13 @@ __device__ __forceinline__ void move(const ConnectionParameter& p, const Connect
       const float normalized = normalized_importance(c, total.sum, total.connections);
       importance.at[k] = average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
     }
-    const float free = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                            : plasticity_sigmoid(average, layer.alpha, layer.beta);
-    const float plasticity = plasticity_after(average_before, layer.beta, free);
+    const float share = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                             : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    const float plasticity = plasticity_after(average_before, layer.beta, share);
     if (plasticity == kClears) from_float(0.0f, velocities.at[k]);
     if (plasticity <= 0.0f) continue;  // frozen: its weight as it is, to the bit
     float velocity = to_float(velocities.at[k]);
-    from_float(moved(step, before, gradient, fminf(plasticity, step.lr), has_momentum, velocity), values.at[k]);
+    from_float(moved(step, before, gradient, plasticity * step.lr, has_momentum, velocity), values.at[k]);
     from_float(velocity, velocities.at[k]);
   }
   store(value, values);

@@ -79,8 +79,6 @@ __device__ __forceinline__ bool overflowed(const N& network) {
 struct Step {
   float lr, factor, weight_decay, momentum;
   bool nesterov;
-
-  __device__ __forceinline__ float largest_rate() const { return lr; }
 };
 
 __device__ __forceinline__ Step step_of(const Elements& p, const float* grad_scale) {

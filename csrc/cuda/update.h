@@ -141,8 +141,8 @@ __device__ __forceinline__ void clear_first_moment(const Parameter& p, int64_t a
 // Moves the numbers of one pack at their neuron's plasticity, or leaves them alone.
 template <class P, class T, class Q, class S>
 __device__ __forceinline__ void move_or_clear(const Q& p, const S& step, const Rounding& rounding, int64_t at,
-                                              float plasticity, float largest) {
-  if (plasticity > 0.0f) move<P, T>(p, step, rounding, at, fminf(plasticity, largest));
+                                              float plasticity) {
+  if (plasticity > 0.0f) move<P, T>(p, step, rounding, at, plasticity * step.lr);
   else if (plasticity < 0.0f) clear_first_moment<P, T>(p, at);
 }
 
@@ -151,7 +151,6 @@ __device__ __forceinline__ void move_or_clear(const Q& p, const S& step, const R
 template <class T, class P, class S>
 __device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t end, const UpdateShared& shared) {
   const Rounding rounding = rounding_of(p, begin);
-  const float largest = step.largest_rate();
   const int64_t offset = p.layer < 0 ? 0 : begin % p.run;
   // An item is shorter than a run of so many elements, and so lies in two of them at most.
   const auto run_of = [&](int64_t local) -> int {
@@ -164,21 +163,21 @@ __device__ void move_elements(const P& p, const S& step, int64_t begin, int64_t 
   for (int64_t pack = thread(); pack < packs; pack += kThreads) {
     const int64_t at = begin + pack * size, local = offset + pack * size;
     if (p.layer < 0) {
-      move<Pack<T>, T>(p, step, rounding, at, largest);
+      move<Pack<T>, T>(p, step, rounding, at, step.lr);
       continue;
     }
     const int run = run_of(local);
     if (run_of(local + size - 1) == run) {
-      move_or_clear<Pack<T>, T>(p, step, rounding, at, shared.plasticity[run], largest);
+      move_or_clear<Pack<T>, T>(p, step, rounding, at, shared.plasticity[run]);
       continue;
     }
     for (int k = 0; k < size; ++k) {
-      move_or_clear<Single<T>, T>(p, step, rounding, at + k, shared.plasticity[run_of(local + k)], largest);
+      move_or_clear<Single<T>, T>(p, step, rounding, at + k, shared.plasticity[run_of(local + k)]);
     }
   }
   for (int64_t at = begin + packs * size + thread(); at < end; at += kThreads) {
-    if (p.layer < 0) move<Single<T>, T>(p, step, rounding, at, largest);
-    else move_or_clear<Single<T>, T>(p, step, rounding, at, shared.plasticity[run_of(offset + at - begin)], largest);
+    if (p.layer < 0) move<Single<T>, T>(p, step, rounding, at, step.lr);
+    else move_or_clear<Single<T>, T>(p, step, rounding, at, shared.plasticity[run_of(offset + at - begin)]);
   }
 }
 
