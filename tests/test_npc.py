@@ -246,7 +246,7 @@ def test_named_parameters_can_be_given_as_to_any_torch_optimizer() -> None:
 @pytest.mark.parametrize("kind", [NPC, NPCAdamW])
 def test_learning_rate_schedulers_scale_the_rates_of_all_neurons_alike(kind: type[Plastic]) -> None:
     model, data = paper_cnn(), batches(4)
-    optimizer = kind(model, lr=0.25, delta=0.8)  # type: ignore[call-arg]
+    optimizer = kind(model, lr=0.25, delta=0.9)  # type: ignore[call-arg]
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0 if epoch == 0 else 0.5**epoch)
     for step, (x, y) in enumerate(data):
         before = weights(model)
