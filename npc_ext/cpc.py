@@ -89,6 +89,7 @@ class CPC(Descent):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
+    _STATES_ALPHA_UNIT: ClassVar[bool] = True
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
     _KIND = "importance of connections"

@@ -89,6 +89,7 @@ class NPC(Plastic):
         ...     optimizer.step()
     """
 
+    _STATES_ALPHA_UNIT: ClassVar[bool] = True
     _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, *PLASTIC_OPTIONS)
 
     def __init__(

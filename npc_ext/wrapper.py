@@ -411,6 +411,7 @@ class _Tracker(NPC):
         "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
         "Linear, convolution, Conv1D and attention layers have neurons."
     )
+    _STATES_ALPHA_UNIT = False  # its lr is 1
     wrapped: torch.optim.Optimizer
 
     # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
