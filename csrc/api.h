@@ -32,7 +32,7 @@ struct LayerParams {
   const float* measured;  // a  [neurons], or null: not measured in this step, C stays; -0.0: received no gradient
   int64_t* skipped;       // counts the steps whose measured importance was not finite and did not enter C
   int64_t neurons;
-  double alpha, beta, delta;
+  double alpha, beta, delta;  // alpha in units of the learning rate
   bool error_function;  // eq. 7 for the error function instead of sigmoid and tanh
   bool active_only;     // neurons that received no gradient take no part: neither eq. 3's mean nor any change
 };
@@ -111,7 +111,7 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
 void launch_anchored_update(const UpdateParams& params, int threads);
 
 // launch_update with Adam's step, decoupled weight decay included: w <- w - s_i lr (m' / (sqrt(v') + epsilon) + decay w),
-// with s_i = min(1, eq. 7). The moments of frozen neurons stay as they are, too, once the first was cleared.
+// with s_i of eq. 7 in rules.h. The moments of frozen neurons stay as they are, too, once the first was cleared.
 void launch_adam_update(const UpdateParams& params, int threads);
 
 // CPC: c = |value * gradient| of every element in place of eq. 2, then eqs. 3, 4, 7 and the weight update, an importance

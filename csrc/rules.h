@@ -25,8 +25,9 @@ NPC_RULE bool received_no_gradient(R measured) {
   return measured == 0 && signbit(measured);
 }
 
-// A neuron's plasticity says what a step does with it: above 0 its weights move, at 0 weights and moments stay as they
-// are, and at kClears weights stay and the first moment becomes 0, because this step freezes the neuron.
+// A neuron's plasticity says what a step does with it: above 0 it is the share of the learning rate at which its weights
+// move, 1 at most; at 0 weights and moments stay as they are; and at kClears weights stay and the first moment becomes
+// 0, because this step freezes the neuron.
 constexpr float kClears = -1.0f;
 
 // Eq. 7's value for a neuron after its C was moved from `before`; frozen means that C >= beta.
@@ -45,16 +46,20 @@ NPC_RULE float moving_average(float average, float normalized, float delta, floa
   return delta * average + one_minus_delta * normalized;
 }
 
-// Eq. 7 before its minimum with the largest learning rate: alpha sqrt(max(beta / C - 1, 0)), infinite where C = 0.
-NPC_RULE float plasticity_sigmoid(float average, float alpha, float beta) {
-  const float surplus = beta / average - 1.0f;
-  return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+// min(1, alpha sqrt(max(surplus, 0))), which is 1 where the surplus is infinite (C = 0).
+NPC_RULE float share_of_rate(float surplus, float alpha) {
+  const float share = alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+  return share < 1.0f ? share : 1.0f;
 }
 
-// The same for the error function: alpha sqrt(max(ln(beta / C), 0)).
+// Eq. 7 as a share of the learning rate: min(1, alpha sqrt(max(beta / C - 1, 0))). A neuron's rate is lr times that.
+NPC_RULE float plasticity_sigmoid(float average, float alpha, float beta) {
+  return share_of_rate(beta / average - 1.0f, alpha);
+}
+
+// The same for the error function: min(1, alpha sqrt(max(ln(beta / C), 0))).
 NPC_RULE float plasticity_erf(float average, float alpha, float beta) {
-  const float surplus = logf(beta / average);
-  return alpha * sqrtf(surplus > 0.0f ? surplus : 0.0f);
+  return share_of_rate(logf(beta / average), alpha);
 }
 
 // 1 - decay^steps, by which a moving average that began at 0 is too small after so many steps; decay as its logarithm,

@@ -59,7 +59,7 @@ class CPC(Descent):
     As `NPC`, but for single connections: importance is |w * dL/dw|, divided by its mean over all connections of the
     layer (weights and biases), averaged over time into C (eq. 4), and connection ij learns at the rate
 
-        eta_ij = min(lr, alpha * sqrt(max(beta / C_ij - 1, 0)))                                           (eq. 7)
+        eta_ij = lr * min(1, alpha * sqrt(max(beta / C_ij - 1, 0)))                                       (eq. 7)
 
     It is the NPC paper's own control experiment: one float for each connection instead of one for each neuron, and what
     was learned is kept worse. Source: Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level
@@ -70,7 +70,7 @@ class CPC(Descent):
 
     Args:
         model: the network.
-        lr: eta_max, the largest learning rate.
+        lr: the largest learning rate, as in `NPC`.
         alpha, beta, delta, sigma: the constants of eqs. 4 and 7, as in `NPC`.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen connection stays
             bit-identical under all of them, and that its momentum is cleared when it freezes.
@@ -89,6 +89,7 @@ class CPC(Descent):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
+    _STATES_ALPHA_UNIT: ClassVar[bool] = True
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
     _KIND = "importance of connections"
@@ -97,7 +98,7 @@ class CPC(Descent):
         self,
         model: nn.Module,
         lr: float = 0.1,
-        alpha: float = 0.05,
+        alpha: float = 0.5,
         beta: float = 0.5,
         delta: float = 1 - 2e-4,
         momentum: float = 0.0,

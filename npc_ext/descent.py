@@ -35,6 +35,8 @@ _STEPS_BETWEEN_COMPARISONS = 50
 _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
+# In each group, and so in what is saved: the unit of its alpha, which is the group's "lr".
+ALPHA_UNIT = "alpha_unit"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Descent(torch.optim.Optimizer):
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
+    # Whether groups say in which unit alpha is. Where they should and do not, alpha is an absolute learning rate.
+    _STATES_ALPHA_UNIT: ClassVar[bool] = False
     # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
     _KIND: ClassVar[str] = ""
 
@@ -132,7 +136,8 @@ class Descent(torch.optim.Optimizer):
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
-        super().__init__(model.parameters() if params is None else params, defaults)
+        unit = {ALPHA_UNIT: "lr"} if self._STATES_ALPHA_UNIT else {}
+        super().__init__(model.parameters() if params is None else params, {**defaults, **unit})
         self._learn_model()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -674,6 +679,12 @@ class Descent(torch.optim.Optimizer):
                     f"the state dict's parameter groups have no {', '.join(missing)}; it was saved by another "
                     f"optimizer than {type(self).__name__}"
                 )
+        self._check_alpha_unit(
+            saved_groups,
+            "the state dict",
+            "divide it in each group of state_dict['param_groups'] by the lr that it was chosen for, and say so: "
+            f"group['alpha'] /= group.get('initial_lr', group['lr']); group[{ALPHA_UNIT!r}] = 'lr'",
+        )
         super().load_state_dict(state_dict)
         self._take_over(saved)
         self._may_begin_without = True
@@ -683,6 +694,15 @@ class Descent(torch.optim.Optimizer):
 
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Raises ValueError if the saved states (by the id of their parameter) do not fit this optimizer."""
+
+    def _check_alpha_unit(self, groups: Iterable[Mapping[str, Any]], what: str, fix: str) -> None:
+        """Raises ValueError if saved groups have an alpha that is not in units of lr."""
+        for group in groups:
+            if self._STATES_ALPHA_UNIT and group.get(ALPHA_UNIT) != "lr":
+                raise ValueError(
+                    f"{what} has alpha {float(group['alpha']):g} at lr {float(group['lr']):g} as an absolute learning "
+                    f"rate (no {ALPHA_UNIT!r} in its parameter groups); expected alpha in units of lr: {fix}"
+                )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Takes from the saved states what torch would cast to the parameter's dtype."""
@@ -704,6 +724,12 @@ class Descent(torch.optim.Optimizer):
         return {**kept, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        self._check_alpha_unit(
+            state["param_groups"],
+            f"the pickled {type(self).__name__}",
+            "build the optimizer with alpha divided by lr, and load the importance, which does not depend on it, from "
+            "the state dict: load_importance(state_dict)",
+        )
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._forget_plans()
         if "_known_ids" not in self.__dict__:

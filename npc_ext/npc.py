@@ -19,7 +19,7 @@ class NPC(Plastic):
     During back-propagation each neuron's importance |n * dL/dn| is measured (eq. 2), divided by its layer's mean
     (eq. 3) and averaged over time into C (eq. 4). Neuron i then learns at the rate
 
-        eta_i = min(lr, alpha * sqrt(max(beta / C_i - 1, 0)))                                             (eq. 7)
+        eta_i = lr * min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                         (eq. 7)
 
     with all its incoming weights and its bias (Algorithm 1), so what mattered stays and the rest is free to learn.
     No data of old tasks, no copies of weights, no notion of a task: one float per neuron. Source: Paik, Oh, Kwak, Kim,
@@ -34,14 +34,16 @@ class NPC(Plastic):
 
     Args:
         model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
-        lr: eta_max, the largest learning rate, of neurons without importance and of other parameters. A float32 tensor
-            in GPU memory is read there at each step, so that replays of a CUDA graph see it change.
-        alpha: scale of eq. 7; greater is more plastic.
+        lr: the largest learning rate, of neurons without importance and of other parameters; a schedule of it scales
+            the rates of all neurons alike. A float32 tensor in GPU memory is read there at each step, so that replays
+            of a CUDA graph see it change.
+        alpha: scale of eq. 7, in units of the learning rate; greater is more plastic. 0.5 is the paper's 0.05 at its
+            largest rate, 0.1.
         beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
         delta: decay of the moving average per step, in [0, 1).
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
             bit-identical under all of them, and that its momentum is cleared when it freezes.
-        sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": alpha * sqrt(ln(beta / C)).
+        sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": ln(beta / C) in place of beta / C - 1.
         stochastic_rounding: rounds bfloat16 weights stochastically, so that steps too small for bfloat16 count on
             average. The random bits depend on step, parameter, shard and element only: runs repeat, and processes that
             train one model stay alike.
@@ -87,13 +89,14 @@ class NPC(Plastic):
         ...     optimizer.step()
     """
 
+    _STATES_ALPHA_UNIT: ClassVar[bool] = True
     _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, *PLASTIC_OPTIONS)
 
     def __init__(
         self,
         model: nn.Module,
         lr: float = 0.1,
-        alpha: float = 0.05,
+        alpha: float = 0.5,
         beta: float = 0.5,
         delta: float = 1 - 2e-4,
         momentum: float = 0.0,

@@ -20,11 +20,11 @@ class NPCAdamW(Plastic):
     Importance is measured and averaged as in `NPC` (eqs. 2 to 4). Of AdamW's step, weight decay included, neuron i
     takes the share
 
-        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0))),
+        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                                (eq. 7)
 
-    eq. 7 in units of the learning rate, because Adam's rates have another scale than SGD's. Where s_i is 0 the neuron
-    is frozen: its weights and their moments stay bit-identical. When it freezes, its first moment is cleared, so that
-    nothing old moves it once it thaws. The whole step is one call of a compiled kernel.
+    as in `NPC`. Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. When it freezes,
+    its first moment is cleared, so that nothing old moves it once it thaws. The whole step is one call of a compiled
+    kernel.
     Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
     1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 
@@ -35,9 +35,7 @@ class NPCAdamW(Plastic):
         model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen, measure_every,
             process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments are float32 also for half-precision weights.
-        alpha: scale of s_i, in units of the learning rate; 0.5 is the paper's 0.05 in units of its largest rate, 0.1.
-        beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1. Not one of `betas`.
-        delta: decay of the importance's moving average per step, in [0, 1); see `NPC`.
+        alpha, beta, delta: as in `NPC`; `beta` is not one of `betas`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
@@ -126,9 +124,6 @@ class NPCAdamW(Plastic):
 
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
         return local(state["exp_avg"])
-
-    def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
-        return lr * super()._learning_rate(average, 1.0, constants)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
         common, groups = self._common(device, members), [group for _, group in members]

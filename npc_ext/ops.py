@@ -51,7 +51,7 @@ _SCHEMAS = (
     "layer_step_(Tensor activation, Tensor activation_gradient, Tensor(a!)[] parameters, Tensor[] gradients, "
     "Tensor(b!)[] momentum_buffers, Tensor(c!) importance, Tensor(d!) skipped, int[] neuron_dim, int[] groups, "
     "int channel_dim=1, int batch_dim=0, float lr=0.1, float momentum=0.0, bool nesterov=False, "
-    "float weight_decay=0.0, bool maximize=False, float alpha=0.05, float beta=0.5, float delta=0.9998, "
+    "float weight_decay=0.0, bool maximize=False, float alpha=0.5, float beta=0.5, float delta=0.9998, "
     'str sigma="sigmoid", bool active_only=False, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()',
 )
 for _schema in _SCHEMAS:
@@ -151,7 +151,8 @@ def update_(
     Lists over parameters (P of them) and over layers (L of them) run side by side.
 
     Args:
-        parameters: P tensors, changed in place: w <- w - eta_i (dw + weight_decay w), with momentum as in
+        parameters: P tensors, changed in place: w <- w - lr s_i (dw + weight_decay w), with eq. 7's share
+            s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0))) of the neuron, and with momentum as in
             `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; long ones are neither
             read nor written, nor is their momentum.
         gradients: P tensors like the parameters.
@@ -165,8 +166,8 @@ def update_(
         layer: for each parameter its layer, or -1 for a parameter that trains at plain `lr`.
         neuron_dim: for each parameter the dimension that counts neurons.
         groups: for each parameter 1, or the groups of a grouped transposed convolution's weight.
-        lr, momentum, nesterov, weight_decay, maximize: for each parameter; `lr` is the largest rate eta_max.
-        alpha, beta, delta: for each layer the constants of eqs. 4 and 7.
+        lr, momentum, nesterov, weight_decay, maximize: for each parameter.
+        alpha, beta, delta: for each layer the constants of eqs. 4 and 7; alpha is in units of lr.
         sigma: for each layer "sigmoid", "tanh" or "erf".
         active_only: for each layer, whether neurons whose measured sum is -0.0 (they received no gradient) take no
             part: eq. 3's mean is over the others, and their importance, weights and momentum stay as they are.
@@ -246,9 +247,10 @@ def adam_update_(
 ) -> None:
     """`update_` with the step of `torch.optim.AdamW`, of which each neuron takes a share, in one call, in place.
 
-        w <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight_decay w),      s_i = min(1, eq. 7)
+        w <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight_decay w)
 
-    with the moving averages m of the gradient and v of its square, m' and v' freed of their bias.
+    with the share s_i as in `update_`, the moving averages m of the gradient and v of its square, m' and v' freed of
+    their bias.
 
     Args:
         parameters, gradients: as in `update_`. Rows of frozen neurons (C_i >= beta) stay bit-identical, and so do
@@ -258,7 +260,7 @@ def adam_update_(
         importances, measured, skipped, layer, neuron_dim, groups: as in `update_`.
         lr, weight_decay, maximize: for each parameter, as in `torch.optim.AdamW`.
         first_decay, second_decay, epsilon: for each parameter AdamW's betas and eps.
-        alpha, beta, delta, sigma, active_only: for each layer the constants of eqs. 4 and 7, alpha in units of lr.
+        alpha, beta, delta, sigma, active_only: as in `update_`.
         grad_scale, found_inf, first_neuron, seeds: as in `update_`.
 
     Raises:
@@ -538,7 +540,7 @@ def layer_step_(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
-    alpha: float = 0.05,
+    alpha: float = 0.5,
     beta: float = 0.5,
     delta: float = 1 - 2e-4,
     sigma: str = "sigmoid",
@@ -997,7 +999,7 @@ def _layer_step(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
-    alpha: float = 0.05,
+    alpha: float = 0.5,
     beta: float = 0.5,
     delta: float = 1 - 2e-4,
     sigma: str = "sigmoid",

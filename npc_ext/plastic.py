@@ -696,7 +696,8 @@ class Plastic(Descent, Joinable):
             average = (
                 torch.zeros(layer.neurons, dtype=torch.float32, device=key.device) if known is None else known.clone()
             )
-            rate = self._learning_rate(average, float(self._group_of[id(key)]["lr"]), constants)
+            lr = float(self._group_of[id(key)]["lr"])
+            rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
             watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
@@ -745,10 +746,6 @@ class Plastic(Descent, Joinable):
     def _leave_model(self) -> None:
         self.neurons.detach()
         self._drop_measured()
-
-    def _learning_rate(self, average: Tensor, lr: float, constants: Mapping[str, Any]) -> Tensor:
-        """Eq. 7: the rate of each neuron of a layer."""
-        return reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
 
     def _gradients_skipped(self, layer: str) -> float:
         watch = self._certificates.watches.get(layer)

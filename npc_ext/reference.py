@@ -76,19 +76,20 @@ def moving_average(importance: Tensor, normalized: Tensor, delta: float) -> Tens
 
 
 def plasticity(importance: Tensor, alpha: float, beta: float, sigma: str = "sigmoid") -> Tensor:
-    """Eq. 7 before its minimum with the largest learning rate; infinite where C_i = 0.
+    """Eq. 7 as a share of the learning rate: s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0))), and 1 where C_i = 0.
 
+    `alpha` is in units of the learning rate: the paper's 0.05 at its largest rate, 0.1, is 0.5.
     `sigma` is the function that eq. 5 assumes between a weight's change and the loss. Sigmoid and tanh share the form
     alpha sqrt(beta / C - 1) (their alpha differs), the error function gives alpha sqrt(ln(beta / C)).
     """
     ratio = importance.new_full((), beta) / importance  # a plain number would be multiplied by a rounded 1 / C
     surplus = ratio.log() if sigma == "erf" else ratio - 1
-    return alpha * surplus.clamp(min=0).sqrt()
+    return (alpha * surplus.clamp(min=0).sqrt()).clamp(max=1)
 
 
 def learning_rate(importance: Tensor, lr: float, alpha: float, beta: float, sigma: str = "sigmoid") -> Tensor:
-    """Eq. 7: eta_i = min(lr, alpha sqrt(max(beta / C_i - 1, 0))), and lr where C_i = 0."""
-    return plasticity(importance, alpha, beta, sigma).clamp(max=lr)
+    """Eq. 7: eta_i = lr * s_i, with the share s_i of `plasticity`."""
+    return lr * plasticity(importance, alpha, beta, sigma)
 
 
 def descend_(
@@ -138,9 +139,8 @@ def adam_(
     first_moment: Tensor,
     second_moment: Tensor,
     steps: int,
-    share: Tensor | float,
+    rate: Tensor | float,
     frozen: Tensor | bool,
-    lr: float,
     first_decay: float,
     second_decay: float,
     epsilon: float,
@@ -149,10 +149,10 @@ def adam_(
     rounding_key: int | None = None,
     cleared: Tensor | bool = False,
 ) -> None:
-    """The step of `torch.optim.AdamW`, of which each element takes its share; frozen elements and moments stay.
+    """The step of `torch.optim.AdamW`, each element at its rate; frozen elements and moments stay.
 
     Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv
-    1711.05101. `steps` counts this one. `share`, `frozen` and `cleared` broadcast against `parameter`. The first moment
+    1711.05101. `steps` counts this one. `rate`, `frozen` and `cleared` broadcast against `parameter`. The first moment
     of a frozen element becomes 0 where it is `cleared`.
     """
     dtype = compute_dtype(parameter.dtype)
@@ -162,7 +162,7 @@ def adam_(
     second = second_decay * second_moment + (1 - second_decay) * d * d
     first_bias, second_bias = bias_correction(first_decay, steps), bias_correction(second_decay, steps)
     direction = first / first_bias / (second.sqrt() / math.sqrt(second_bias) + epsilon)
-    result = value - share * lr * (direction + weight_decay * value)
+    result = value - rate * (direction + weight_decay * value)
     first_moment.copy_(torch.where(frozen, first_moment, first))
     _clear_(first_moment, cleared)
     second_moment.copy_(torch.where(frozen, second_moment, second))
@@ -305,7 +305,7 @@ class _Neurons(NamedTuple):
     """What a step does with the neurons, or connections, of a layer.
 
     Attributes:
-        plasticity: eq. 7 without its minimum; 0 where weights and moments stay as they are.
+        plasticity: each one's share of the learning rate (eq. 7); 0 where weights and moments stay as they are.
         cleared: of those, the ones whose first moment becomes 0: they were not frozen before this step, and are now.
     """
 
@@ -332,8 +332,8 @@ def _move_layer(
     active = ~received_no_gradient(measured) if active_only else torch.ones_like(measured, dtype=torch.bool)
     if counts:
         average.copy_(torch.where(active, moving_average(average, normalized, delta), average))
-    free = plasticity(average, alpha, beta, sigma)
-    return _Neurons(torch.where(active, free, 0), active & was_free & (free == 0))
+    share = plasticity(average, alpha, beta, sigma)
+    return _Neurons(torch.where(active, share, 0), active & was_free & (share == 0))
 
 
 def _move_layers(
@@ -368,21 +368,21 @@ def _rate(
     layer: int,
     neuron_dim: int,
     groups: int,
-    most: float,
+    lr: float,
     first_neuron: int | None,
 ) -> tuple[Tensor | float, Tensor | bool, Tensor | bool]:
-    """Eq. 7 for the elements of a parameter, which are frozen, and which lose their first moment; `most`: largest rate.
+    """Eq. 7 for the elements of a parameter, which are frozen, and which lose their first moment.
 
     A shard's rows begin with the neuron `first_neuron`; None for whole parameters.
     """
     if layer < 0:
-        return most, False, False
-    free, cleared = neurons[layer]
+        return lr, False, False
+    share, cleared = neurons[layer]
     if first_neuron is not None:
         rows = parameter.shape[neuron_dim] * groups
-        free, cleared = free.narrow(0, first_neuron, rows), cleared.narrow(0, first_neuron, rows)
-    free = per_element(free.to(compute_dtype(parameter.dtype)), parameter, neuron_dim, groups)
-    return free.clamp(max=most), free == 0, per_element(cleared, parameter, neuron_dim, groups)
+        share, cleared = share.narrow(0, first_neuron, rows), cleared.narrow(0, first_neuron, rows)
+    share = per_element(share.to(compute_dtype(parameter.dtype)), parameter, neuron_dim, groups)
+    return lr * share, share == 0, per_element(cleared, parameter, neuron_dim, groups)
 
 
 def _unscaled(gradient: Tensor, grad_scale: Tensor | None) -> Tensor:
@@ -428,16 +428,15 @@ def adam_update_(
     for index, parameter in enumerate(parameters):
         where = (layer[index], neuron_dim[index], groups[index])
         first = None if first_neuron is None else first_neuron[index]
-        share, frozen, cleared = _rate(parameter, neurons, *where, 1.0, first)
+        rate, frozen, cleared = _rate(parameter, neurons, *where, lr[index], first)
         adam_(
             parameter,
             _unscaled(gradients[index], grad_scale),
             first_moments[index],
             second_moments[index],
             int(steps[index]) + 1,
-            share,
+            rate,
             frozen,
-            lr[index],
             first_decay[index],
             second_decay[index],
             epsilon[index],
@@ -527,8 +526,8 @@ def connection_update_(
         frozen: Tensor | bool = False
         cleared: Tensor | bool = False
         if index in connections:
-            free, cleared = connections[index]
-            rate, frozen = free.to(compute_dtype(parameter.dtype)).clamp(max=lr[index]), free == 0
+            share, cleared = connections[index]
+            rate, frozen = lr[index] * share.to(compute_dtype(parameter.dtype)), share == 0
         buffer = momentum_buffers[index] if momentum[index] != 0 else None
         options = (momentum[index], nesterov[index], weight_decay[index], maximize[index])
         descend_(parameter, _unscaled(gradient, grad_scale), buffer, rate, frozen, *options, cleared=cleared)
@@ -607,7 +606,7 @@ def layer_step_(
     nesterov: bool = False,
     weight_decay: float = 0.0,
     maximize: bool = False,
-    alpha: float = 0.05,
+    alpha: float = 0.5,
     beta: float = 0.5,
     delta: float = 1 - 2e-4,
     sigma: str = "sigmoid",

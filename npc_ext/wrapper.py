@@ -36,11 +36,10 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
         w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
 
-    with C_i as `NPC` measures it (eqs. 2 to 4). s_i is eq. 7 in units of the learning rate, because those of other
-    optimizers have other scales; alpha = 0.5 is the paper's, 0.05, in units of its largest rate, 0.1. Neurons with
-    s_i = 0 stay bit-identical. The optimizer's own state follows the gradients of all of them, but when a neuron
-    freezes, its part of `momentum_buffer` or `exp_avg` is set to 0, once. With normalize="active" the weights of a
-    neuron that received no gradient stay, but its state changes as the optimizer changes it.
+    with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's own state
+    follows the gradients of all of them, but when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set
+    to 0, once. With normalize="active" the weights of a neuron that received no gradient stay, but its state changes as
+    the optimizer changes it.
 
     It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
     bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
@@ -53,8 +52,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     Args:
         optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
         model: the network.
-        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`, alpha in units of the
-            optimizer's learning rate. Models may be sharded by `fully_shard`, too, before both are built.
+        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`. Models may be
+            sharded by `fully_shard`, too, before both are built.
         bucket_bytes: the most bytes of weights that are copied at a time, except for larger single parameters.
 
     Raises:
@@ -412,6 +411,7 @@ class _Tracker(NPC):
         "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
         "Linear, convolution, Conv1D and attention layers have neurons."
     )
+    _STATES_ALPHA_UNIT = False  # its lr is 1
     wrapped: torch.optim.Optimizer
 
     # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
@@ -495,12 +495,12 @@ class _Tracker(NPC):
             return None
         index, dim, groups = self._place[id(parameter)]
         constants, average = self._constants(index), self._layer_state(index)["importance"]
-        rates = reference.learning_rate(average, 1.0, constants["alpha"], constants["beta"], constants["sigma"])
+        shares = reference.plasticity(average, constants["alpha"], constants["beta"], constants["sigma"])
         if index in self._inactive:
-            rates = rates.masked_fill(self._inactive[index], 0)
-        if not rates.is_cuda and bool((rates == 1).all()):  # a GPU is not waited for
+            shares = shares.masked_fill(self._inactive[index], 0)
+        if not shares.is_cuda and bool((shares == 1).all()):  # a GPU is not waited for
             return None
-        return _Share(rates, dim, groups, self._first_neuron(parameter))
+        return _Share(shares, dim, groups, self._first_neuron(parameter))
 
 
 def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:

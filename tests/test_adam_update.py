@@ -53,8 +53,7 @@ def network(
         "epsilon": [1e-8] * (count - 1) + [1e-3],
         "weight_decay": [weight_decay] * count,
         "maximize": [maximize] * count,
-        "alpha": [0.5, 0.4, 0.6, 0.5, 0.5],
-        **{name: plain[name] for name in ("beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")},
+        **{name: plain[name] for name in ("alpha", "beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")},
         "seeds": [],
     }
 
@@ -93,6 +92,24 @@ def check(arguments: dict[str, Any]) -> None:
         assert bool(((arguments["first_moments"][index].double() - first).abs() <= 6 * u * moment).all())
         assert bool(((arguments["second_moments"][index].double() - second).abs() <= 8 * u * second).all())
         assert arguments["steps"][index] == steps
+
+
+def test_adam_update_scales_every_neurons_step_with_lr_and_a_warm_up_may_begin_at_zero(device: str) -> None:
+    importance = torch.cat([torch.zeros(3), torch.rand(61)]).to(device)
+    unmeasured, skipped = torch.empty(0, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+
+    def moved(lr: float) -> Tensor:
+        weight = torch.zeros(64, 2, device=device)
+        first, second, steps = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros(1, device=device)
+        of_neurons = ([importance], [unmeasured], skipped, [0], [0], [1])
+        options = ([lr], [0.9], [0.999], [1e-8], [0.01], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
+        ops.adam_update_([weight], [torch.ones_like(weight)], [first], [second], [steps], *of_neurons, *options)
+        return weight
+
+    full = moved(0.125)
+    for share in (0.5, 2**-7, 0.0):  # without rounding
+        assert torch.equal(moved(0.125 * share), share * full)
+    assert 0 < int((full == 0).all(1).sum()) < 61
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -145,7 +162,7 @@ def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(count:
     steps = [torch.zeros((), device=device) for _ in range(count)]
     places = ([0] * count, [0] * count, [1] * count)
     options = ([0.1] * count, [0.9] * count, [0.99] * count, [1e-8] * count, [0.0] * count, [False] * count)
-    rest = (skipped, *places, *options, [0.05], [0.5], [0.5], ["sigmoid"], [True])
+    rest = (skipped, *places, *options, [0.5], [0.5], [0.5], ["sigmoid"], [True])
     ops.adam_update_(weights, gradients, firsts, seconds, steps, [average], [measured], *rest)
     torch.testing.assert_close(average.cpu(), torch.tensor([0.95, 1.05, 0.0, 0.4]))
     for weight, first, second, step in zip(weights, firsts, seconds, steps, strict=True):

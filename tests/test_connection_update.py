@@ -67,7 +67,7 @@ def network(
         "nesterov": [nesterov] * count,
         "weight_decay": [weight_decay] * count,
         "maximize": [maximize] * count,
-        "alpha": [0.05] * layers,
+        "alpha": [0.5] * layers,
         "beta": [0.5] * layers,
         "delta": [0.9, 0.99, 0.5, 0.98][:layers] + [0.9] * (layers - 4),
         "sigma": [sigma] * layers,
@@ -93,11 +93,11 @@ def check(arguments: dict[str, Any]) -> None:
         value, gradient = double["parameters"], double["g"] / (before["grad_scale"] or 1)
         rate, frozen, alpha = before["lr"][index], False, 0.0
         if (layer := before["layer"][index]) >= 0:
-            alpha = before["alpha"][layer]
-            average = arguments["importances"][index].double()
-            rate = reference.learning_rate(average, rate, alpha, before["beta"][layer], before["sigma"][layer])
+            constants = free_constants(before, layer)
+            alpha = rate * constants[0]
+            rate = reference.learning_rate(arguments["importances"][index].double(), rate, *constants)
             frozen = rate == 0
-            was_free = reference.plasticity(before["importances"][index], *free_constants(before, layer)) != 0
+            was_free = reference.plasticity(before["importances"][index], *constants) != 0
             inactive = double["g"] == 0 if before["active_only"][layer] else torch.zeros_like(frozen)
             rate = rate.masked_fill(inactive, 0)
             cleared = frozen & was_free & ~inactive
@@ -121,6 +121,25 @@ def check(arguments: dict[str, Any]) -> None:
 
 def free_constants(arguments: dict[str, Any], layer: int) -> tuple[float, float, str]:
     return arguments["alpha"][layer], arguments["beta"][layer], arguments["sigma"][layer]
+
+
+@pytest.mark.parametrize("sigma", ["sigmoid", "erf"])
+def test_connections_move_at_the_papers_rates_and_these_scale_with_lr_down_to_zero(sigma: str, device: str) -> None:
+    importance = torch.cat([torch.zeros(3), torch.rand(600)]).to(device)
+
+    def moved(lr: float) -> Tensor:  # from zero, so that |w dL/dw| leaves C as it is
+        weight, skipped = torch.zeros(603, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+        options = ([lr], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], [sigma], [False])
+        ops.connection_update_([weight], [torch.ones_like(weight)], [], [importance], skipped, [0], *options)
+        return weight
+
+    ratio = 0.5 / importance.double()
+    surplus = (ratio.log() if sigma == "erf" else ratio - 1).clamp(min=0)
+    eta = (0.05 * surplus.sqrt()).clamp(max=0.1)  # eq. 7 as in the paper, with alpha = 0.05 and eta_max = 0.1
+    assert_stepped(moved(0.1), -eta, torch.ones_like(eta), 0.05)
+    full = moved(0.125)
+    for share in (0.5, 2**-7, 0.0):  # without rounding
+        assert torch.equal(moved(0.125 * share), share * full)
 
 
 OPTIONS: list[dict[str, Any]] = [

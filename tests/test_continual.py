@@ -317,6 +317,7 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
         assert len(finalists) == 3
         best = max(finalists, key=lambda one: one["validation accuracy"])
         assert best["settings"] == searched[method]["best"]
+        assert best["settings"].get("alpha_unit") == ("lr" if method == "npc" else None)
     assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 3)
     assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
     monkeypatch.setattr(report, "SEARCH", tmp_path)
@@ -527,6 +528,30 @@ def test_searches_with_smaller_last_batches_are_kept_apart_from_others(
     assert "measure after pooling (from a search" in text
 
 
+def test_alpha_that_was_recorded_as_a_learning_rate_is_read_in_units_of_lr(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (methods, report):
+        monkeypatch.setattr(module, "SEARCH", tmp_path)
+    recorded = {**METHODS["npc"].paper, "lr": 0.03, "alpha": 0.05}
+    del recorded["alpha_unit"]
+    tried = [{"settings": recorded, "validation accuracy": 0.9, "seeds": 1}]
+    entry = {"best": recorded, "protocol": {"batches": "whole", "tasks": 0}, "tried": tried}
+    searched = {"experiment": "idigits", "size": "small", "methods": {"npc": entry}}
+    (tmp_path / "idigits-small.json").write_text(json.dumps(searched))
+    now = defaults("npc", "idigits", "small")
+    assert (now["lr"], now["alpha"]) == (0.03, pytest.approx(1.67, abs=0.01))
+    store, new = Store(tmp_path / "runs"), stored("npc", 0, [[1.0, 0.5], [0.8, 0.6]])
+    old = replace(new, settings={**new.settings, "method": recorded})
+    assert old.hyperparameters == new.hyperparameters == now
+    store.save(old, {})
+    assert store.load(new) == (new, None), "the old run is not taken for the new one"
+    text = report.write(store, tmp_path / "out")
+    assert text.count("lr 0.03, alpha 1.6667 (0.05 / lr), beta 0.5") == 2  # of the search, and of the run
+    assert "Other settings" not in text
+    assert "alpha_unit" not in text
+
+
 def test_a_search_decides_the_defaults_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "SEARCH", tmp_path)
     for size, rate in (("small", 0.5), ("paper", 0.25)):
@@ -543,6 +568,7 @@ def test_a_search_decides_the_defaults_of_its_own_size(tmp_path: Path, monkeypat
         (["--set", "batches=cut"], "--set has 'batches'; the protocol has channels"),
         (["--methods", "foo"], "--methods has 'foo'; expected some of npc, cpc"),
         (["--set", "npc.foo=1"], "--set has 'npc.foo'; npc has lr, alpha, beta"),
+        (["--set", "npc.alpha_unit=rate"], "--set has 'npc.alpha_unit'; npc has lr, alpha, beta"),
         (["--set", "foo.lr=1"], "'foo' is no method"),
         (["--set", "foo=1"], "--set has 'foo'; the protocol has channels"),
         (["--set", "epochs=many"], "expected a value such as 30"),

@@ -323,7 +323,7 @@ def test_update_of_more_than_two_to_the_31_elements() -> None:
     gradient = torch.ones_like(weight)
     average, skipped = torch.zeros(2**15 + 1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
     average[5] = 1
-    rest = ([0], [0], [1], [0.5], [0.0], [False], [0.0], [False], [0.05], [0.5], [0.9], ["sigmoid"], [False])
+    rest = ([0], [0], [1], [0.5], [0.0], [False], [0.0], [False], [0.1], [0.5], [0.9], ["sigmoid"], [False])
     ops.update_([weight], [gradient], [], [average], [torch.empty(0, device="cuda")], skipped, *rest)
     assert bool((weight[5] == 0).all())
     assert bool((weight[:5] == -0.5).all())

@@ -58,7 +58,7 @@ def test_a_neuron_that_freezes_loses_its_momentum(
     parameter, gradient, buffer = torch.ones(2, 1), torch.ones(2, 1), torch.full((2, 1), 3.0)
     averages, sums = torch.tensor([before, 0.0]), torch.tensor([measured, 2.0])
     skipped = torch.zeros(1, dtype=torch.int64)
-    rest = (skipped, [0], [0], [1], [0.1], [0.9], [False], [0.5], [False], [0.05], [0.5], [0.8], ["erf"], [False])
+    rest = (skipped, [0], [0], [1], [0.1], [0.9], [False], [0.5], [False], [0.5], [0.5], [0.8], ["erf"], [False])
     reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest)
     assert averages[0].item() == pytest.approx(after)
     assert parameter[0].item() == pytest.approx(weight)
@@ -69,7 +69,7 @@ def test_a_neuron_without_a_gradient_takes_no_part_among_the_active() -> None:
     parameter, gradient, buffer = (torch.full((3, 1), value) for value in (1.0, 0.0, 3.0))
     averages, sums = torch.tensor([0.4, 0.4, 0.0]), torch.tensor([-0.0, 0.0, 2.0])
     skipped = torch.zeros(1, dtype=torch.int64)
-    rest = (skipped, [0], [0], [1], [0.1], [0.5], [False], [0.5], [False], [0.05], [0.5], [0.8], ["erf"])
+    rest = (skipped, [0], [0], [1], [0.1], [0.5], [False], [0.5], [False], [0.5], [0.5], [0.8], ["erf"])
     reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest, [True])
     torch.testing.assert_close(averages, torch.tensor([0.4, 0.32, 0.4]))
     assert parameter[0] == 1
@@ -87,13 +87,31 @@ def test_moving_average() -> None:
     ("importance", "rate"), [(0.0, 0.1), (0.05, 0.1), (0.1, 0.1), (0.25, 0.05), (0.4, 0.025), (0.5, 0.0), (0.7, 0.0)]
 )
 def test_learning_rate_at_the_check_values_of_the_paper(importance: float, rate: float) -> None:
-    got = reference.learning_rate(torch.tensor([importance], dtype=torch.double), lr=0.1, alpha=0.05, beta=0.5)
+    got = reference.learning_rate(torch.tensor([importance], dtype=torch.double), lr=0.1, alpha=0.5, beta=0.5)
     assert got.item() == pytest.approx(rate, abs=1e-15)
 
 
 def test_learning_rate_for_the_error_function_is_the_root_of_the_logarithm() -> None:
-    got = reference.learning_rate(torch.tensor([0.0, 0.25, 0.5, 1.0]), lr=0.1, alpha=0.05, beta=0.5, sigma="erf")
+    got = reference.learning_rate(torch.tensor([0.0, 0.25, 0.5, 1.0]), lr=0.1, alpha=0.5, beta=0.5, sigma="erf")
     torch.testing.assert_close(got, torch.tensor([0.1, 0.05 * math.sqrt(math.log(2)), 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("sigma", ["sigmoid", "erf"])
+def test_at_the_papers_constants_alpha_in_units_of_lr_gives_the_rates_of_the_papers_form(sigma: str) -> None:
+    importance = torch.linspace(0, 1, 501, dtype=torch.double)
+    ratio = 0.5 / importance
+    surplus = (ratio.log() if sigma == "erf" else ratio - 1).clamp(min=0)
+    paper = (0.05 * surplus.sqrt()).clamp(max=0.1)
+    ours = reference.learning_rate(importance, lr=0.1, alpha=0.5, beta=0.5, sigma=sigma)
+    torch.testing.assert_close(ours, paper, rtol=1e-15, atol=0)
+
+
+def test_the_share_of_the_learning_rate_is_one_at_most_and_does_not_depend_on_it() -> None:
+    importance = torch.tensor([0.0, 0.01, 0.3, 0.5, 1.0], dtype=torch.double)
+    share = reference.plasticity(importance, 0.5, 0.5)
+    assert share[:2].tolist() == [1, 1] and 0 < share[2] < 1 and share[3:].tolist() == [0, 0]
+    for lr in (0.0, 1e-3, 10.0):
+        assert torch.equal(reference.learning_rate(importance, lr, 0.5, 0.5), lr * share)
 
 
 @pytest.mark.parametrize(
@@ -163,4 +181,4 @@ def test_fact_4_a_frozen_neuron_stays_frozen_as_long_as_its_average_can_decay() 
     average = torch.tensor([beta / delta**steps], dtype=torch.double) * (1 + 1e-12)
     for _ in range(steps):
         average = reference.moving_average(average, torch.zeros(1, dtype=torch.double), delta)
-        assert reference.plasticity(average, 0.05, beta).item() == 0
+        assert reference.plasticity(average, 0.5, beta).item() == 0

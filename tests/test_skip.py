@@ -185,12 +185,12 @@ def run_from_the_bound(
         measured = torch.rand(neurons, generator=generator) * (torch.rand(neurons, generator=generator) > quiet)
         if worst:
             measured = torch.eye(neurons)[-1]
-        lists: Any = [[0], [0], [1], [0.1], [0.9], [False], [0.01], [False], [0.05], [beta], [delta], [sigma], [False]]
+        lists: Any = [[0], [0], [1], [0.1], [0.9], [False], [0.01], [False], [0.5], [beta], [delta], [sigma], [False]]
         buffers = [torch.ones_like(weight)]
         update([weight], [torch.ones_like(weight)], buffers, [average], [measured.to(device)], skipped, *lists)
         still = (certain > step).to(device)
         assert bool((weight[still] == 1).all()), (average, certain, step)
-        rate = reference.learning_rate(average, 0.1, 0.05, beta, sigma)
+        rate = reference.learning_rate(average, 0.1, 0.5, beta, sigma)
         assert bool((rate[still] == 0).all())
 
 

@@ -81,7 +81,7 @@ def network(
         "nesterov": [nesterov] * count,
         "weight_decay": [weight_decay] * count,
         "maximize": [maximize] * count,
-        "alpha": [0.05, 0.04, 0.06, 0.05, 0.05],
+        "alpha": [0.5, 0.4, 0.6, 0.5, 0.5],
         "beta": [0.5, 0.6, 0.5, 0.4, 0.5],
         "delta": [0.99, 0.9, 0.0, 0.98, 0.99],
         "sigma": [sigma] * layers,
@@ -128,7 +128,7 @@ def check(arguments: dict[str, Any]) -> None:
         if before["momentum"][index]:
             step = 2 * step + before["momentum"][index] * before["momentum_buffers"][index].double().abs()
         layer = before["layer"][index]
-        alpha = before["alpha"][layer] if layer >= 0 else 0.0
+        alpha = before["lr"][index] * before["alpha"][layer] if layer >= 0 else 0.0
         assert_stepped(got, given_average["parameters"][index], step, alpha)
         if before["momentum"][index]:
             assert_stepped(arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0)
@@ -156,6 +156,38 @@ def expected_exceptions(before: dict[str, Any], averages: list[Tensor]) -> dict[
             for one in (free_before & ~free & ~inactive, inactive)
         )
     return exceptions  # type: ignore[return-value]
+
+
+def one_layer(importance: Tensor, lr: float, sigma: str) -> tuple[Tensor, tuple[Any, ...]]:
+    """Weights of zero, two to each neuron, and the arguments of `update_` for them, with the paper's alpha and beta."""
+    weight, device = torch.zeros(importance.numel(), 2, device=importance.device), importance.device
+    unmeasured, skipped = torch.empty(0, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    options = ([0], [0], [1], [lr], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], [sigma], [False])
+    return weight, ([weight], [torch.ones_like(weight)], [], [importance], [unmeasured], skipped, *options)
+
+
+@pytest.mark.parametrize("sigma", ["sigmoid", "tanh", "erf"])
+def test_update_moves_weights_at_the_rates_that_the_paper_states_for_its_constants(sigma: str, device: str) -> None:
+    importance = torch.tensor([0.0, 1e-30, 0.05, 0.1, 0.25, 0.4, 0.499, 0.5, 0.7, 1e30], device=device)
+    weight, arguments = one_layer(importance, 0.1, sigma)
+    ops.update_(*arguments)
+    ratio = 0.5 / importance.double()
+    surplus = (ratio.log() if sigma == "erf" else ratio - 1).clamp(min=0)
+    eta = (0.05 * surplus.sqrt()).clamp(max=0.1)  # eq. 7 as in the paper, with alpha = 0.05 and eta_max = 0.1
+    assert_stepped(weight, -eta.unsqueeze(1).expand(-1, 2), torch.ones_like(weight).double(), 0.05)
+    assert bool((weight[7:] == 0).all())
+
+
+@pytest.mark.parametrize("sigma", ["sigmoid", "erf"])
+def test_update_scales_every_rate_with_lr_and_a_warm_up_may_begin_at_zero(sigma: str, device: str) -> None:
+    importance = torch.cat([torch.zeros(3), torch.rand(61)]).to(device)
+    full, arguments = one_layer(importance, 0.125, sigma)
+    ops.update_(*arguments)
+    for share in (0.5, 2**-7, 0.0):  # without rounding
+        weight, arguments = one_layer(importance, 0.125 * share, sigma)
+        ops.update_(*arguments)
+        assert torch.equal(weight, share * full)
+    assert 0 < int((full == 0).all(1).sum()) < 61
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -217,7 +249,7 @@ def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> N
     weight, gradient, buffer = cut(240), cut(240), cut(240)
     exact, velocity = weight.double(), buffer.double()
     average, skipped = torch.rand(10).to(device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
-    rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
+    rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
     none = [torch.empty(0, device=device)]
     ops.update_([weight], [gradient], [buffer], [average], none, skipped, *rest)
     reference.update_([exact], [gradient.double()], [velocity], [average.double()], none, skipped, *rest)
@@ -284,7 +316,7 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
     exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
     layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
     per_parameter = ([0] * count, [1] * count, [0.1] * count, [0.0] * count, [False] * count, [0.1] * count)
-    per_layer = ([0.05] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
+    per_layer = ([0.5] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
     rest = (skipped, layer, *per_parameter, [False] * count, *per_layer)
     ops.update_(weights, gradients, [], averages, measured, *rest)
     in_double = ([g.double() for g in gradients], [], exact_averages, [one.double() for one in measured])
@@ -324,7 +356,7 @@ def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, de
         "nesterov": [False] * count,
         "weight_decay": [0.0] * count,
         "maximize": [False] * count,
-        "alpha": [0.05] * 3,
+        "alpha": [0.5] * 3,
         "beta": [0.5] * 3,
         "delta": [0.9, 0.99, 0.8],
         "sigma": ["sigmoid"] * 3,
@@ -375,7 +407,7 @@ def test_any_number_of_layers_of_very_many_neurons(device: str) -> None:
     averages, measured = ([torch.rand(neurons).to(device) for _ in range(layers)] for _ in range(2))
     exact, skipped = [average.double() for average in averages], torch.zeros(layers, dtype=torch.int64, device=device)
     weight, gradient = (torch.randn(neurons, 1).to(device) for _ in range(2))
-    per_layer = ([0.05] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
+    per_layer = ([0.5] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
     rest = (skipped, [33], [0], [1], [0.1], [0.0], [False], [0.0], [False], *per_layer)
     exact_weight = weight.double()
     ops.update_([weight], [gradient], [], averages, measured, *rest)
@@ -397,7 +429,7 @@ def check_one_parameter(groups: int, rows: int, run: int, dim: int, dtype: torch
         parameter.double(),
         ([], [importance], [torch.empty(0, device=device)], torch.zeros(1, dtype=torch.int64, device=device)),
     )
-    scalars = ([0], [dim], [groups], [0.1], [0.0], [False], [0.0], [False], [0.05], [0.5], [0.99], ["sigmoid"], [False])
+    scalars = ([0], [dim], [groups], [0.1], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
     ops.update_([parameter], [gradient], *options, *scalars)
     reference.update_([exact], [gradient.double()], [], [importance.double()], *options[2:], *scalars)
     assert_stepped(parameter, exact, gradient.double().abs(), 0.05)
@@ -421,7 +453,7 @@ def test_update_does_not_depend_on_the_number_of_threads(threads: int) -> None:
             [True] * 2,
             [0.01] * 2,
             [False] * 2,
-            [0.05],
+            [0.5],
             [0.5],
             [0.9],
             ["sigmoid"],
@@ -498,7 +530,7 @@ def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(
     n, measured = torch.tensor([[2.0, 2.0, 0.0]], device=device), torch.tensor([2.0, 2.0, 0.0], device=device)
     places = ([0] * count, [0] * count, [1] * count)
     options = ([0.1] * count, [0.9] * count, [False] * count, [0.0] * count, [False] * count)
-    rest = (skipped, *places, *options, [0.05], [0.5], [0.5], ["sigmoid"], [False])
+    rest = (skipped, *places, *options, [0.5], [0.5], [0.5], ["sigmoid"], [False])
     if at_once:
         ones = [torch.ones_like(n)]
         ops.network_step_([n], ones, [1], [0], weights, gradients, buffers, [average], *rest)
@@ -690,14 +722,14 @@ def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
 
     def by_network(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
         two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
-        one = ([0.05], [0.5], [1 - 2e-4], ["sigmoid"], [False])
+        one = ([0.5], [0.5], [1 - 2e-4], ["sigmoid"], [False])
         inputs = ([activation], [gradient], [channel_dim], [batch_dim])
         ops.network_step_(*inputs, weights, gradients, velocities, [importance], nothing, *two, *one)
 
     def by_parts(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
         measured = ops.importance(activation, gradient, channel_dim, batch_dim).float()
         two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
-        one = ([0.05], [0.5], [1 - 2e-4], ["sigmoid"], [False])
+        one = ([0.5], [0.5], [1 - 2e-4], ["sigmoid"], [False])
         ops.update_(weights, gradients, velocities, [importance], [measured], nothing, *two, *one)
 
     want = run(by_parts)
@@ -712,7 +744,7 @@ def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
     gradients = [torch.randn_like(one.cpu()).to(device) for one in (weight, bias)]
     mine = [weight.clone(), bias.clone(), average.clone()]
     exact = [tensor.double() for tensor in mine]
-    options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.04, "beta": 0.6}
+    options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.2, "beta": 0.6}
     ops.layer_step_(n, g, mine[:2], gradients, [], mine[2], skipped, [0, 0], [1, 1], **options)
     gradients = [gradient.double() for gradient in gradients]
     reference.layer_step_(

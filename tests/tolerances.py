@@ -31,7 +31,7 @@ def assert_average(got: Tensor, want: Tensor, neurons: int) -> None:
 
 
 def assert_stepped(got: Tensor, want: Tensor, step: Tensor, alpha: float) -> None:
-    """A weight after w - eta d, from the same C; `alpha` is 0 for a plain rate.
+    """A weight after w - eta d, from the same C; `alpha` is in units of d, lr times that of eq. 7, and 0 for a plain rate.
 
     eta = alpha sqrt(beta / C - 1) in float32: the difference under the root is off by about 4 u at most, so near C =
     beta the root is off by up to sqrt(4 u) and eta by alpha times that; elsewhere by a few u of itself, which is at

@@ -22,7 +22,7 @@ from .plan import PLANS
 from .pool import Outcome, parallel
 from .race import race
 from .runs import Run, execute
-from .store import STORE, Record, Store, StoreError
+from .store import ALPHA_UNIT, STORE, Record, Store, StoreError
 from .training import Machine
 
 
@@ -198,6 +198,7 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
     if method not in METHODS:
         raise ValueError(f"--set has {key!r}; {method!r} is no method, expected one of {', '.join(METHODS)}")
     known = {**METHODS[method].paper, **METHODS[method].more}
+    known.pop(ALPHA_UNIT, None)
     if name not in known:
         raise ValueError(f"--set has {key!r}; {method} has {', '.join(known)}")
     if isinstance(known[name], str) != isinstance(value, str) or not isinstance(value, (str, int, float)):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import npc_ext
 
-from .store import completed
+from .store import ALPHA_UNIT, completed, in_units_of_lr
 
 SEARCH = Path("bench/results/continual/search")
 Settings = Mapping[str, Any]
@@ -108,12 +108,13 @@ def _strength(*more: Coordinate) -> tuple[tuple[Coordinate, ...], ...]:
 # layer is normalized, or "free": not consolidated.
 _PLASTIC = {
     "lr": 0.1,
-    "alpha": 0.05,
+    "alpha": 0.5,
     "beta": 0.5,
     "delta": 1 - 2e-4,
     "survive": None,
     "output": "all",
     "sigma": "sigmoid",
+    ALPHA_UNIT: "lr",
 }
 _PLASTIC_SEARCH = (
     (
@@ -183,7 +184,7 @@ def searched(method: str, experiment: str, size: str) -> tuple[dict[str, Any], s
     for path in (SEARCH / f"{name}.json", SEARCH / f"{name}-cut.json"):
         entry = json.loads(path.read_text())["methods"].get(method) if path.exists() else None
         if entry is not None:
-            return entry["best"], completed(entry["protocol"])["batches"]
+            return in_units_of_lr(entry["best"]), completed(entry["protocol"])["batches"]
     return {}, "whole"
 
 

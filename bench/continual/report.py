@@ -15,9 +15,13 @@ from . import figures
 from .experiments import EXPERIMENTS, SIZES, Experiment
 from .methods import BOUNDS, METHODS, SEARCH, defaults, searched
 from .metrics import average_accuracy, backward_transfer, forgetting, forward_transfer
-from .store import Record, Store, completed
+from .store import ALPHA_UNIT, Record, Store, completed, in_units_of_lr
 
 _WITHOUT = "-"
+_ABOUT_ALPHA = (
+    "alpha is in units of lr. Where a run or a search recorded it as a learning rate, it is divided by lr here: "
+    "0.5 (0.05 / lr)."
+)
 _FIGURES = {
     "icifar100": "Figure 2",
     "imnist": "Figure 3",
@@ -33,7 +37,7 @@ def write(store: Store, out: Path) -> str:
     """Writes report.md and the figures to a folder; returns the text."""
     out.mkdir(parents=True, exist_ok=True)
     stored = list(store.records())
-    parts = ["# Learning tasks in a row"]
+    parts = ["# Learning tasks in a row", _ABOUT_ALPHA]
     missing: list[str] = []
     for name, experiment in EXPERIMENTS.items():
         for size in SIZES:
@@ -96,7 +100,7 @@ def _searches(folder: Path) -> Iterator[str]:
             entry = recorded["methods"][method]
             scores = [tried["validation accuracy"] for tried in entry["tried"]]
             finite = [score for score in scores if score is not None]
-            best = ", ".join(f"{name} {value}" for name, value in entry["best"].items() if value is not None)
+            best = _listed(entry["best"])
             row = [method, len(scores), len(scores) - len(finite), _WITHOUT, _WITHOUT]
             if finite:
                 chosen = next(tried for tried in entry["tried"] if tried["settings"] == entry["best"])
@@ -157,7 +161,7 @@ def _changes_of(record: Record, datasets: Sequence[str], batches: str) -> Iterat
     protocol = asdict(replace(getattr(EXPERIMENTS[record.experiment], record.size), datasets=tuple(datasets)))
     for prefix, own, usual in (
         ("", record.protocol, protocol | {"batches": batches}),
-        (f"{record.method}.", record.settings["method"], defaults(record.method, record.experiment, record.size)),
+        (f"{record.method}.", record.hyperparameters, defaults(record.method, record.experiment, record.size)),
     ):
         for key, value in own.items():
             expected = usual.get(key)
@@ -248,8 +252,7 @@ def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
     lines = {}
     for label, repeated in groups.items():
         if not label.changes:
-            own = repeated[0].settings["method"]
-            lines[label.method] = ", ".join(f"{name} {value}" for name, value in own.items() if value is not None)
+            lines[label.method] = _listed(repeated[0].settings["method"])
             _, batches = searched(repeated[0].method, repeated[0].experiment, repeated[0].size)
             if (repeated[0].protocol["batches"], batches) == ("whole", "cut"):
                 lines[label.method] += " (from a search in which the last batch of each epoch was smaller)"
@@ -258,6 +261,14 @@ def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
     return "\n".join(
         [*(f"* {method}: {text}" for method, text in lines.items()), f"* on {', '.join(devices + processors)}"]
     )
+
+
+def _listed(recorded: Mapping[str, Any]) -> str:
+    """Hyperparameters as they are in force, alpha in units of lr."""
+    own = in_units_of_lr(recorded)
+    own.pop(ALPHA_UNIT, None)
+    note = {} if ALPHA_UNIT in recorded else {"alpha": f" ({recorded.get('alpha')} / lr)"}
+    return ", ".join(f"{name} {value}{note.get(name, '')}" for name, value in own.items() if value is not None)
 
 
 def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:

@@ -20,6 +20,7 @@ import torch
 from filelock import FileLock
 
 STORE = Path("bench/results/continual/runs")
+ALPHA_UNIT = "alpha_unit"  # a hyperparameter beside alpha, which is "lr"
 
 
 @dataclass
@@ -64,6 +65,11 @@ class Record:
         return completed(self.settings["protocol"])
 
     @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """Those of the method, alpha in units of lr."""
+        return in_units_of_lr(self.settings["method"])
+
+    @property
     def path(self) -> Path:
         """Its place in a store, without suffix."""
         return Path(f"{self.experiment}-{self.size}") / self.method / hash_of(self.settings) / f"seed{self.seed}"
@@ -77,6 +83,14 @@ def hash_of(settings: dict[str, Any]) -> str:
 def completed(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """A recorded protocol: "cut" are the batches of those that are older than this field of `Protocol`."""
     return {"batches": "cut", **protocol}
+
+
+def in_units_of_lr(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded hyperparameters, with alpha / lr in place of alpha where its unit is not stated: there it is a rate."""
+    own = dict(hyperparameters)
+    if "alpha" in own and ALPHA_UNIT not in own:
+        own |= {"alpha": round(own["alpha"] / own["lr"], 4), ALPHA_UNIT: "lr"}
+    return own
 
 
 def write(path: Path, content: str | bytes) -> None:

@@ -5,8 +5,7 @@
 
 In the first form the Trainer builds the optimizer, when the model is on its device; for the second move it there
 before. Neither goes with `model_init`, which makes another model for every trial. `arguments.learning_rate` and weight
-decay are not passed on; schedules are (for NPC, whose `alpha` no schedule scales, take "constant"), and
-`max_grad_norm`, accumulation and resuming work as ever. With several processes add
+decay are not passed on; schedules, `max_grad_norm`, accumulation and resuming work as ever. With several processes add
 `process_group=torch.distributed.group.WORLD`.
 """
 
@@ -65,14 +64,13 @@ def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from
         per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
         max_grad_norm=1.0,
-        lr_scheduler_type="constant",
         save_steps=10,
         logging_steps=10,
         report_to=[],
         use_cpu=True,
         disable_tqdm=True,
     )
-    options: dict[str, Any] = {"lr": 0.5, "alpha": 0.25, "delta": 0.99}
+    options: dict[str, Any] = {"lr": 0.5, "delta": 0.99}
     how: dict[str, Any] = {"optimizers": (NPC(model, **options), None)}
     if by_the_trainer:
         how = {"optimizer_cls_and_kwargs": (NPC, {"model": model, **options})}

@@ -111,7 +111,7 @@ class ForeachCPC:
             torch._foreach_sub_(rates, 1)
             torch._foreach_clamp_min_(rates, 0)
             torch._foreach_sqrt_(rates)
-            torch._foreach_mul_(rates, 0.05)
+            torch._foreach_mul_(rates, 0.5 * LR)
             torch._foreach_clamp_max_(rates, LR)
             torch._foreach_addcmul_(layer, gradients, rates, value=-1)
 

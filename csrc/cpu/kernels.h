@@ -18,9 +18,8 @@ struct Kernels {
   void (*importance[kDTypes])(const ImportanceParams& params, int64_t batch_begin, int64_t batch_end,
                               int64_t neuron_begin, int64_t neuron_end, void* out);
 
-  // Eqs. 3, 4 and 7 without its minimum: out[i] is what happens to neuron i (kClears in rules.h). `average` moves by
-  // `measured` unless that is null (not measured) or its total does not count (zero, not finite); `active`: how many
-  // neurons the mean is over.
+  // Eqs. 3, 4 and 7: out[i] is what happens to neuron i (kClears in rules.h). `average` moves by `measured` unless that
+  // is null (not measured) or its total does not count (zero, not finite); `active`: how many neurons the mean is over.
   void (*plasticity)(const LayerParams& layer, float* average, const float* measured, float* out, int64_t neurons,
                      float total, float active);
 
@@ -28,7 +27,7 @@ struct Kernels {
   void (*descend[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
                            int64_t begin, int64_t end);
 
-  // The same with Adam's step; rates are shares of lr, 1 at most.
+  // The same with Adam's step.
   void (*descend_adam[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
                                 int64_t begin, int64_t end);
 

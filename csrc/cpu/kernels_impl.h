@@ -457,11 +457,10 @@ static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_
 // In place of an element's rate: it stays as it is (kClears: all but its first moment, which becomes 0).
 constexpr float kStays = -2.0f;
 
-// What happens to an element, by its neuron's plasticity: its rate, `top` at most, kStays or kClears.
-template <class R> static inline R rate_of(float plasticity, R top) {
+// What happens to an element, by its neuron's plasticity: its rate, kStays or kClears.
+template <class R> static inline R rate_of(float plasticity, R lr) {
   if (plasticity <= 0) return R(plasticity == 0 ? kStays : kClears);
-  const R rate = plasticity;
-  return rate < top ? rate : top;
+  return plasticity * lr;
 }
 
 // `count` elements with a rate each, as of rate_of().
@@ -495,11 +494,11 @@ static void descend_elements(const Step<T>& step, T* value, const T* gradient, T
 // lose their first moment, or, where runs are shorter than `short_run`, on_tile(at, count, rates) for tiles of at most
 // kTile elements with a rate each, as of rate_of(), and kStays for a vector's worth beyond the last.
 template <class R, class OnRun, class Clear, class OnTile>
-static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R top, int64_t short_run,
+static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R lr, int64_t short_run,
                                  int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,
                                  const OnTile& on_tile) {
   if (plasticity == nullptr) {
-    on_run(begin, end - begin, top);
+    on_run(begin, end - begin, lr);
     return;
   }
   const int64_t runs_per_group = p.outer * p.middle;
@@ -517,7 +516,7 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
   int64_t left_in_run = p.run - begin % p.run;
   if (p.run >= short_run) {
     // Neighbours with one rate, as most have it while little is important, are one run.
-    const auto rate = [&] { return rate_of<R>(plasticity[group_base + row], top); };
+    const auto rate = [&] { return rate_of<R>(plasticity[group_base + row], lr); };
     for (int64_t at = begin; at < end;) {
       const R own = rate();
       int64_t to = at;
@@ -536,7 +535,7 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
     const int64_t count = end - at < kTile ? end - at : kTile;
     R rates[kTile + kLanes<R>];
     for (int64_t i = 0; i < count;) {
-      const R rate = rate_of<R>(plasticity[group_base + row], top);
+      const R rate = rate_of<R>(plasticity[group_base + row], lr);
       const int64_t length = left_in_run < count - i ? left_in_run : count - i;
       for (int64_t k = 0; k < length; ++k) rates[i + k] = rate;
       i += length;
@@ -643,11 +642,11 @@ static void descend(const ParameterParams& p, const float* plasticity, double gr
 
 template <class T> struct AdamStep {
   using R = Real<T>;
-  R lr, gradient_factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
+  R gradient_factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
   R per_first_bias, per_root_of_second_bias, epsilon;
 
   AdamStep(const ParameterParams& p, double factor)
-      : lr(largest_rate<R>(p)), gradient_factor(static_cast<R>(factor)), weight_decay(static_cast<R>(p.weight_decay)),
+      : gradient_factor(static_cast<R>(factor)), weight_decay(static_cast<R>(p.weight_decay)),
         one_minus_first_decay(static_cast<R>(1 - p.first_decay)), second_decay(static_cast<R>(p.second_decay)),
         one_minus_second_decay(static_cast<R>(1 - p.second_decay)),
         per_first_bias(static_cast<R>(1 / bias(p.first_decay, p))),
@@ -661,30 +660,30 @@ template <class T> struct AdamStep {
 
 template <class T>
 static inline Vector<Real<T>> adam_moved(const AdamStep<T>& step, Vector<Real<T>> value, Vector<Real<T>> gradient,
-                                         Vector<Real<T>> share, Vector<Real<T>>& first, Vector<Real<T>>& second) {
+                                         Vector<Real<T>> rate, Vector<Real<T>>& first, Vector<Real<T>>& second) {
   using R = Real<T>;
   const Vector<R> d = gradient * step.gradient_factor;
   first += step.one_minus_first_decay * (d - first);
   second = step.second_decay * second + step.one_minus_second_decay * d * d;
   const Vector<R> direction = adam_direction<Vector<R>, R>(first, square_root<R>(second), step.per_first_bias,
                                                            step.per_root_of_second_bias, step.epsilon);
-  return value - share * step.lr * (direction + step.weight_decay * value);
+  return value - rate * (direction + step.weight_decay * value);
 }
 
-// `count` elements; share_of(i) is the share of lr of those from i on, as of rate_of().
-template <class T, class ShareOf, class Put>
+// `count` elements; rate_at(i) are the rates of those from i on, as of rate_of().
+template <class T, class RateAt, class Put>
 static inline void adam_elements(const AdamStep<T>& step, T* value, const T* gradient, Real<T>* first, Real<T>* second,
-                                 int64_t count, const ShareOf& share_of, const Put& put) {
+                                 int64_t count, const RateAt& rate_at, const Put& put) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const auto move = [&](int64_t i, auto read, int64_t rest) {
-    const Vector<R> share = share_of(i), old = read(value + i), old_first = read(first + i),
+    const Vector<R> rate = rate_at(i), old = read(value + i), old_first = read(first + i),
                     old_second = read(second + i);
-    const Mask<R> moves = share >= R(0);
+    const Mask<R> moves = rate >= R(0);
     Vector<R> new_first = old_first, new_second = old_second;
-    const Vector<R> result = adam_moved<T>(step, old, read(gradient + i), share, new_first, new_second);
+    const Vector<R> result = adam_moved<T>(step, old, read(gradient + i), rate, new_first, new_second);
     put_some(put, value + i, blend<R>(moves, result, old), i, rest);
-    new_first = keep<R>(share != R(kClears), blend<R>(moves, new_first, old_first));
+    new_first = keep<R>(rate != R(kClears), blend<R>(moves, new_first, old_first));
     put_some(ToNearest{}, first + i, new_first, i, rest);
     put_some(ToNearest{}, second + i, blend<R>(moves, new_second, old_second), i, rest);
   };
@@ -702,18 +701,18 @@ static inline void descend_adam_with(const ParameterParams& p, const float* plas
   R* first = static_cast<R*>(p.first_moment);
   R* second = static_cast<R*>(p.second_moment);
   const AdamStep<T> step(p, gradient_factor);
-  const auto move = [&](int64_t at, int64_t count, const auto& share_of) {
-    adam_elements<T>(step, value + at, gradient + at, first + at, second + at, count, share_of, put_from(at));
+  const auto move = [&](int64_t at, int64_t count, const auto& rate_at) {
+    adam_elements<T>(step, value + at, gradient + at, first + at, second + at, count, rate_at, put_from(at));
   };
-  const auto on_run = [&](int64_t at, int64_t count, R share) {
-    const Vector<R> shares = broadcast<R>(share);
-    move(at, count, [&](int64_t) { return shares; });
+  const auto on_run = [&](int64_t at, int64_t count, R rate) {
+    const Vector<R> rates = broadcast<R>(rate);
+    move(at, count, [&](int64_t) { return rates; });
   };
-  const auto on_tile = [&](int64_t at, int64_t count, const R* shares) {
-    move(at, count, [&](int64_t i) { return load(shares + i); });
+  const auto on_tile = [&](int64_t at, int64_t count, const R* rates) {
+    move(at, count, [&](int64_t i) { return load(rates + i); });
   };
   const auto clear = [&](int64_t at, int64_t count) { set_to_zero(first + at, count); };
-  for_each_rate(p, plasticity, R(1), kTile, begin, end, on_run, clear, on_tile);
+  for_each_rate(p, plasticity, largest_rate<R>(p), kTile, begin, end, on_run, clear, on_tile);
 }
 
 template <class T>
@@ -854,13 +853,13 @@ static void descend_connections_with(const ParameterParams& p, const LayerParams
                      static_cast<R>(p.momentum_factor)};
   const R lr = largest_rate<R>(p);
   R measured[kTile + L], rates[kTile + L];
-  float as_float[kTile], free_rate[kTile];
+  float as_float[kTile], share[kTile];
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
     connection_importance(value + at, gradient + at, count, measured);
     for (int64_t i = 0; i < count; ++i) as_float[i] = static_cast<float>(measured[i]);
-    plasticity(layer, p.importance + at, as_float, free_rate, count, total, connections);
-    for (int64_t i = 0; i < count; ++i) rates[i] = rate_of<R>(free_rate[i], lr);
+    plasticity(layer, p.importance + at, as_float, share, count, total, connections);
+    for (int64_t i = 0; i < count; ++i) rates[i] = rate_of<R>(share[i], lr);
     for (int k = 0; k < L; ++k) rates[count + k] = R(kStays);
     descend_elements<O, T>(step, value + at, gradient + at, O::has_momentum ? momentum + at : nullptr, count, rates,
                            ToNearest{});

@@ -1,7 +1,7 @@
 // Eqs. 3, 4, 7 and Adam's step of a whole network in one launch; update.h says how its blocks share the work.
 //
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
-//   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i = min(1, eq. 7)
+//   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i of eq. 7
 //
 // with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
 // in the step that freezes them, m is set to 0.
@@ -99,8 +99,7 @@ struct Adam {
       const float new_second = second_decay * second + one_minus_second_decay * d * d;
       const float direction =
           adam_direction(new_first, sqrtf(new_second), per_first_bias, per_root_of_second_bias, epsilon);
-      const float share = fminf(plasticity[k], 1.0f);
-      const float after = before - share * lr * (direction + weight_decay * before);
+      const float after = before - plasticity[k] * lr * (direction + weight_decay * before);
       if (plasticity[k] > 0.0f) {
         packs.value.at[k] = rounding(after, at + k);
         second = new_second;

@@ -139,9 +139,9 @@ struct Move {
       const float normalized = normalized_importance(c, total.sum, total.connections);
       average = moving_average(average, normalized, layer.delta, layer.one_minus_delta);
     }
-    const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                                  : plasticity_sigmoid(average, layer.alpha, layer.beta);
-    return plasticity_after(before, layer.beta, plasticity);
+    const float share = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
+                                             : plasticity_sigmoid(average, layer.alpha, layer.beta);
+    return plasticity_after(before, layer.beta, share);
   }
 
   template <class P>
@@ -149,9 +149,9 @@ struct Move {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
       const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]);
-      const float plasticity = importance == nullptr ? INFINITY : move_importance(before, d, packs.importance.at[k]);
+      const float plasticity = importance == nullptr ? 1.0f : move_importance(before, d, packs.importance.at[k]);
       float velocity = to_float(packs.momentum.at[k]);
-      const float after = moved(step, before, d, fminf(plasticity, step.lr), momentum != nullptr, velocity);
+      const float after = moved(step, before, d, plasticity * step.lr, momentum != nullptr, velocity);
       if (plasticity > 0.0f) from_float(after, packs.value.at[k]);
       if (plasticity != 0.0f) from_float(plasticity > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }

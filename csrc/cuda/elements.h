@@ -165,7 +165,7 @@ struct Everywhere {
   }
   template <int size>
   __device__ __forceinline__ void expand(Found, int, float (&plasticity)[size]) const {
-    for (float& one : plasticity) one = INFINITY;
+    for (float& one : plasticity) one = 1.0f;
   }
 };
 

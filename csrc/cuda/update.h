@@ -247,7 +247,7 @@ struct Sgd {
     for (int k = 0; k < P::size; ++k) {
       const float before = to_float(packs.value.at[k]);
       float velocity = to_float(packs.momentum.at[k]);
-      const float rate = fminf(plasticity[k], step.lr);
+      const float rate = plasticity[k] * step.lr;
       const float after = moved(step, before, to_float(packs.gradient.at[k]), rate, has_momentum(), velocity);
       if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
       if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
