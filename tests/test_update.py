@@ -14,6 +14,7 @@ from torch.library import opcheck
 
 from npc_ext import ops, reference
 
+from . import cuda_on_cpu
 from .test_importance import strided_pairs
 from .tolerances import DTYPES, assert_average, assert_stepped
 
@@ -206,6 +207,44 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
     check(network(dtype, **options, device=device))
+
+
+MIXED = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def mixed_network(device: str) -> dict[str, Any]:
+    """A network whose parameters have three dtypes, also those of one layer."""
+    arguments = network(momentum=0.9, weight_decay=0.1, device=device)
+    for name in ("parameters", "gradients", "momentum_buffers"):
+        arguments[name] = [one.to(MIXED[index % 3]) for index, one in enumerate(arguments[name])]
+    return arguments
+
+
+def test_update_of_parameters_of_several_dtypes(device: str) -> None:
+    check(mixed_network(device))
+
+
+@pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
+def test_an_update_is_one_launch_and_one_more_for_each_further_dtype(device: str) -> None:
+    one_dtype, mixed = network(momentum=0.9, device=device), mixed_network(device)
+    assert cuda_on_cpu.launches(lambda: ops.update_(**one_dtype)) == 1
+    assert cuda_on_cpu.launches(lambda: ops.update_(**mixed)) == 4, "three dtypes, and layers that have two of them"
+    mixed["layer"] = [-1] * len(mixed["layer"])
+    assert cuda_on_cpu.launches(lambda: ops.update_(**mixed)) == 3
+
+
+LONG_RUNS = [  # rows, run, dimension of neurons, groups; the other dimension is 4
+    *((3000, 1, 0, 1), (1000, 2, 0, 1), (1000, 3, 0, 1), (300, 7, 0, 1), (40, 300, 0, 1), (2, 20_000, 0, 1)),
+    *((3000, 1, 1, 1), (5000, 1, 1, 1), (700, 3, 1, 1), (9, 1000, 1, 1), (500, 2, 1, 3), (5, 3000, 1, 2)),
+]
+
+
+@pytest.mark.parametrize(("rows", "run", "dim", "groups"), LONG_RUNS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_update_of_runs_of_any_length(
+    rows: int, run: int, dim: int, groups: int, dtype: torch.dtype, device: str
+) -> None:
+    check_one_parameter(groups, rows, run, dim, dtype, device)
 
 
 @given(st.data())

@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import os
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
@@ -84,12 +84,24 @@ def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) 
     getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 
 
+def _variable(name: str) -> Any:
+    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong}
+    library = ctypes.CDLL(str(module().__file__))
+    return kinds.get(name, ctypes.c_int).in_dll(library, f"cuda_on_cpu_{name}")
+
+
+def launches(function: Callable[[], object]) -> int:
+    """How many kernels a call launches."""
+    counter = _variable("launches")
+    before = counter.value
+    function()
+    return int(counter.value - before)
+
+
 @contextmanager
 def state(**values: int) -> Iterator[None]:
     """Sets variables of the "GPU" for a while: capture, free_bytes, driver, kernel_error (see cuda_on_cpu.h)."""
-    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong}
-    library = ctypes.CDLL(str(module().__file__))
-    variables = {name: kinds.get(name, ctypes.c_int).in_dll(library, f"cuda_on_cpu_{name}") for name in values}
+    variables = {name: _variable(name) for name in values}
     before = {name: variable.value for name, variable in variables.items()}
     for name, variable in variables.items():
         variable.value = values[name]

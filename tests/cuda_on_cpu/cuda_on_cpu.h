@@ -175,6 +175,7 @@ CUDA_ON_CPU_STATE unsigned long long cuda_on_cpu_capture = 0;  // the id of the 
 CUDA_ON_CPU_STATE long long cuda_on_cpu_free_bytes = -1;       // device memory that is left, -1: any amount
 CUDA_ON_CPU_STATE int cuda_on_cpu_driver = 13000;              // the CUDA version that the driver supports
 CUDA_ON_CPU_STATE int cuda_on_cpu_kernel_error = 0;            // a cudaError_t: looking for a kernel fails so
+CUDA_ON_CPU_STATE int cuda_on_cpu_launches = 0;                // how many kernels were launched
 
 #define CUDART_VERSION 13000
 using cudaStream_t = void*;
@@ -304,6 +305,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const int blocks = static_cast<int>(config->gridDim.x), threads = static_cast<int>(config->blockDim.x);
   const int at_a_time = cooperative ? blocks : std::min(blocks, cuda_on_cpu::kBlocksAtATime);
   if (cooperative && blocks > 2 * cuda_on_cpu::kProcessors) return cudaErrorCooperativeLaunchTooLarge;
+  ++cuda_on_cpu_launches;
   const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
   std::barrier<> grid(at_a_time * threads);
   std::vector<std::unique_ptr<cuda_on_cpu::Block>> slots;
