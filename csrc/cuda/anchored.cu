@@ -1,7 +1,8 @@
 // The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a network in one launch.
 //
-//   d     = dL/dw + weight decay * w + 2 strength * stiffness * (w - anchor)
+//   d     = dL/dw + weight decay * w                      (+ 2 strength * stiffness * (w - anchor), if explicit)
 //   w    <- w - lr * d                                    (or with momentum, as in SGD)
+//   w    <- (w + c * anchor) / (1 + c)                    (if implicit, with c = lr * pull * stiffness)
 //   path <- path - dL/dw * (the movement of w)
 //
 // A block works on one item of at most kItem elements of one parameter, a thread on packs of 16 bytes.
@@ -18,7 +19,8 @@ struct AnchoredParameter : Elements {
   const float* stiffness;
   const float* anchor;
   float* path;
-  float twice_strength;
+  float pull;  // as in anchor_pull()
+  bool implicit;
 };
 
 // By value in the kernel's arguments.
@@ -50,12 +52,15 @@ __device__ __forceinline__ void move(const AnchoredParameter& p, const Step& ste
     anchor = load<F>(p.anchor + at);
   }
   if (has_path) path = load<F>(p.path + at);
+  const float compliance = 1.0f / (step.lr * p.pull);
   for (int k = 0; k < P::size; ++k) {
     const float before = to_float(values.at[k]), loss_gradient = to_float(gradients.at[k]) * step.factor;
     float d = loss_gradient, velocity = to_float(velocities.at[k]);
     if (step.weight_decay != 0.0f) d += step.weight_decay * before;
-    if (has_anchor) d += anchor_gradient<float>(before, anchor.at[k], stiffness.at[k], p.twice_strength);
-    from_float(moved_along(step, before, d, step.lr, has_momentum, velocity), values.at[k]);
+    if (has_anchor && !p.implicit) d += anchor_gradient<float>(before, anchor.at[k], stiffness.at[k], p.pull);
+    float after = moved_along(step, before, d, step.lr, has_momentum, velocity);
+    if (has_anchor && p.implicit) after = towards_anchor<float>(after, anchor.at[k], stiffness.at[k], compliance);
+    from_float(after, values.at[k]);
     from_float(velocity, velocities.at[k]);
     path.at[k] -= loss_gradient * (to_float(values.at[k]) - before);
   }
@@ -89,9 +94,10 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
   for (int i = 0; i < count; ++i) {
+    const double pull = anchor_pull(from[i]->strength, from[i]->momentum_factor, from[i]->implicit);
     AnchoredParameter p{elements(*from[i]), static_cast<const float*>(from[i]->stiffness),
                         static_cast<const float*>(from[i]->anchor), static_cast<float*>(from[i]->path),
-                        static_cast<float>(2 * from[i]->strength)};
+                        static_cast<float>(pull), from[i]->implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
     p.first_item = network.items;
     p.item_size = static_cast<int>(item);
