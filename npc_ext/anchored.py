@@ -7,32 +7,6 @@ Each old task k pulls every weight back to where the task left it, theta_k, as s
 A sum of parabolas is a parabola. So the sum W of all W_k and the mean of all theta_k weighted by them, the anchor,
 hold all tasks exactly, but for a constant: two numbers a weight, however many tasks there were. The methods differ in
 what W_k is. The pull is added where the weights are updated, in the same pass over memory.
-
-By default the pull is implicit, a proximal step (Moreau 1965; Parikh and Boyd, "Proximal Algorithms", 2014; with
-stochastic gradients: Toulis and Airoldi, arXiv 1408.2923). The explicit part of the step comes first. It is SGD's,
-along the loss's gradient g and the weight decay, and only these enter the momentum buffer v:
-
-    d <- g + weight_decay * theta
-    v <- momentum * v + d
-    x  = theta - lr * v    (Nesterov: theta - lr * (d + momentum * v))
-
-The implicit part minimizes the penalty plus the squared distance from x:
-
-    theta <- argmin over y of strength * W (y - anchor)^2 + (y - x)^2 / (2 eta)    with eta = lr / (1 - momentum)
-           = (x + c * anchor) / (1 + c)                                            with c = 2 * eta * strength * W
-
-For every strength the result lies between x and the anchor, so the pull neither overshoots the anchor nor diverges. It
-is a gradient step whose gradient is taken where the step ends: y = x - eta * 2 * strength * W (y - anchor). To first
-order in lr it agrees with the explicit pull.
-
-Why eta and not lr: the buffer turns a constant gradient g into steps of lr * g / (1 - momentum). The pull does not go
-through the buffer, so it needs the same factor. Steps then come to rest at the minimum of the loss plus the penalty, as
-explicit ones do; with lr it would be the minimum for a strength of (1 - momentum) * strength. Where W is 0 the implicit
-part changes no bit. `maximize` changes the sign of g only.
-
-With `implicit=False` the penalty's gradient at theta is added to g and goes through the buffer, as in the papers. This
-overshoots the anchor where lr * strength * W exceeds 1/2 for a weight, and diverges where it exceeds 1 (with momentum
-mu: 1 + mu; with Nesterov's: (1 + mu) / (1 + 2 mu)). The loss's curvature lowers these bounds.
 """
 
 from __future__ import annotations
@@ -53,6 +27,32 @@ class Anchored(Descent):
 
     A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, both of its shape, float32 (float64 for float64
     parameters), from the first `consolidate` on. Parameters added later have none until the next one.
+
+    By default the pull is implicit, a proximal step (Moreau 1965; Parikh and Boyd, "Proximal Algorithms", 2014; with
+    stochastic gradients: Toulis and Airoldi, arXiv 1408.2923). The explicit part of the step comes first. It is SGD's,
+    along the loss's gradient g and the weight decay, and only these enter the momentum buffer v:
+
+        d <- g + weight_decay * theta
+        v <- momentum * v + d
+        x  = theta - lr * v    (Nesterov: theta - lr * (d + momentum * v))
+
+    The implicit part minimizes the penalty plus the squared distance from x:
+
+        theta <- argmin over y of strength * W (y - anchor)^2 + (y - x)^2 / (2 eta)    with eta = lr / (1 - momentum)
+               = (x + c * anchor) / (1 + c)                                            with c = 2 * eta * strength * W
+
+    For every strength the result lies between x and the anchor, so the pull neither overshoots the anchor nor
+    diverges. It is a gradient step whose gradient is taken where the step ends,
+    y = x - eta * 2 * strength * W (y - anchor), and agrees with the explicit pull to first order in lr.
+
+    Why eta and not lr: the buffer turns a constant gradient g into steps of lr * g / (1 - momentum). The pull does not
+    go through the buffer, so it needs the same factor. Steps then come to rest at the minimum of the loss plus the
+    penalty, as explicit ones do; with lr it would be the minimum for a strength of (1 - momentum) * strength. Where W
+    is 0 the implicit part changes no bit. `maximize` changes the sign of g only.
+
+    With `implicit=False` the penalty's gradient at theta is added to g and goes through the buffer, as in the papers.
+    This overshoots the anchor where lr * strength * W exceeds 1/2 for a weight, and diverges where it exceeds 1 (with
+    momentum mu: 1 + mu; with Nesterov's: (1 + mu) / (1 + 2 mu)). The loss's curvature lowers these bounds.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
@@ -73,7 +73,7 @@ class Anchored(Descent):
     def penalty(self) -> Tensor:
         """The penalty on the weights as they are, sum of strength * W (theta - anchor)^2, for logging: one number.
 
-        Steps descend the loss and it. With several old tasks it is the sum of their penalties less a
+        Steps minimize the loss plus this penalty. With several old tasks it is the sum of their penalties less a
         constant, so that it is 0 at the anchor.
         """
         total: Tensor | None = None

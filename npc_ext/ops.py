@@ -331,7 +331,7 @@ def anchored_update_(
 
     Args:
         parameters: changed in place. An implicit pull is a proximal step after the step that `torch.optim.SGD` takes
-            along dL/dw, see `npc_ext.anchored`. An explicit one adds the penalty's gradient to dL/dw.
+            along dL/dw, see `npc_ext.anchored.Anchored`. An explicit one adds the penalty's gradient to dL/dw.
         gradients: dL/dw, like the parameters, without the penalty's.
         momentum_buffers: as in `update_`.
         stiffness, anchors: like the parameters, but float32 for halves; empty tensors where there is no penalty.
