@@ -56,11 +56,12 @@ struct ParameterParams {
 
   // For launch_anchored_update: the penalty strength * stiffness * (value - anchor)^2 of EWC, MAS and SI, or null both,
   // and SI's path integral, from which gradient * movement is taken, or null. All [size], in the memory order of value,
-  // float64 if the value is, else float32.
+  // float64 if the value is, else float32. An implicit pull is a proximal step after the loss's, else it is a gradient.
   const void* stiffness;
   const void* anchor;
   void* path;
   double strength;
+  bool implicit;
 
   // For launch_connection_update: C of every element [size], in the memory order of value.
   float* importance;

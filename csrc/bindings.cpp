@@ -254,19 +254,20 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
   target.adam_update(network.params);
 }
 
-// stiffness, anchors and paths: an address or 0 for each parameter.
+// stiffness, anchors and paths: an address or 0 for each parameter. anchor_options: rows of strength, implicit.
 template <class Target>
 void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
                      const Addresses& momentum, const Addresses& lr,
                      const py::buffer& parameter_numbers, const py::buffer& parameter_options,
                      const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
-                     const std::vector<double>& strength, const py::buffer& layer_numbers,
+                     const py::buffer& anchor_options, const py::buffer& layer_numbers,
                      const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
                   layer_options, grad_scale, found_inf);
   const size_t count = values.size();
-  check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count && strength.size() == count,
-              "every parameter needs a stiffness, an anchor, a path and a strength entry");
+  check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count,
+              "every parameter needs a stiffness, an anchor and a path entry");
+  const Table<double> options(anchor_options, count, 2, "anchor_options");
   for (size_t i = 0; i < count; ++i) {
     ParameterParams& p = network.parameters[i];
     check_sizes(p.layer < 0, "a parameter with an anchor belongs to no layer");
@@ -274,7 +275,7 @@ void anchored_update(const Target& target, const Addresses& values, const Addres
     p.stiffness = pointer<const void>(stiffness[i]);
     p.anchor = pointer<const void>(anchors[i]);
     p.path = pointer<void>(paths[i]);
-    p.strength = strength[i];
+    p.strength = options.row(i)[0], p.implicit = options.row(i)[1] != 0;
   }
   const py::gil_scoped_release released;
   target.anchored_update(network.params);

@@ -5,6 +5,7 @@
 // and the linker must not merge a copy made for a newer processor into code that an older one runs.
 #pragma once
 
+#include <float.h>
 #include <math.h>
 #include <stdint.h>
 
@@ -91,11 +92,28 @@ NPC_RULE uint32_t rounding_key(uint32_t seed, float steps, uint32_t block) {
   return random_bits<uint32_t>(of_step, random_bits<uint32_t>(0x85ebca6bu, seed) + block);
 }
 
-// The gradient of an anchor's penalty, strength * stiffness * (value - anchor)^2: what EWC, MAS, SI and SSL add to the
-// loss's gradient.
+// EWC, MAS, SI and SSL add the penalty strength * stiffness * (value - anchor)^2 to the loss, which pulls to the anchor
+// with pull * stiffness * distance. An explicit pull goes through the momentum buffer. An implicit one does not, so it
+// gets the factor 1 / (1 - momentum) that the buffer has; it is finite, so that lr = 0 means no step.
+NPC_RULE double anchor_pull(double strength, double momentum, bool implicit) {
+  if (!implicit) return 2 * strength;
+  const double pull = 2 * strength / (1 - momentum);
+  return pull < double{FLT_MAX} ? pull : double{FLT_MAX};
+}
+
+// Explicit: the gradient of the penalty, which is added to the loss's.
 template <class R>
-NPC_RULE R anchor_gradient(R value, R anchor, R stiffness, R twice_strength) {
-  return twice_strength * stiffness * (value - anchor);
+NPC_RULE R anchor_gradient(R value, R anchor, R stiffness, R pull) {
+  return pull * stiffness * (value - anchor);
+}
+
+// Implicit: the penalty's proximal step, (value + c * anchor) / (1 + c) with c = lr * pull * stiffness, from the value
+// that the loss's step has reached. `compliance` is 1 / (lr * pull); 0 and infinity are allowed. An element whose
+// stiffness is not above 0 has no anchor.
+template <class R>
+NPC_RULE R towards_anchor(R value, R anchor, R stiffness, R compliance) {
+  const R moved = value + stiffness / (stiffness + compliance) * (anchor - value);
+  return stiffness <= R{} ? value : moved;
 }
 
 }  // namespace npc

@@ -250,6 +250,28 @@ class AdamTables(Tables):
             self.adam_options.extend(row)
 
 
+class AnchoredTables(Tables):
+    """The same for steps with anchors. Rows of `anchor_options`: strength and whether the pull is implicit."""
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        strength: Sequence[float],
+        implicit: Sequence[bool],
+        lr: Sequence[float | Tensor],
+        momentum: Sequence[float],
+        nesterov: Sequence[bool],
+        weight_decay: Sequence[float],
+        maximize: Sequence[bool],
+    ) -> None:
+        count = len(parameters)
+        outside = ([-1] * count, [0] * count, [1] * count)  # of all layers
+        super().__init__(parameters, [], *outside, lr, momentum, nesterov, weight_decay, maximize)
+        self.anchor_options = array("d")
+        for row in zip(strength, implicit, strict=True):
+            self.anchor_options.extend(row)
+
+
 def _addresses(
     tables: Tables,
     parameters: Sequence[Tensor],
@@ -439,14 +461,13 @@ def adam_update_(
 
 
 def anchored_update_(
-    tables: Tables,
+    tables: AnchoredTables,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     stiffness: Sequence[Tensor | None],
     anchors: Sequence[Tensor | None],
     paths: Sequence[Tensor | None],
-    strength: Sequence[float],
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
 ) -> None:
@@ -463,7 +484,7 @@ def anchored_update_(
         tables.addresses("stiffness", stiffness, parameters, compute_dtype),
         tables.addresses("anchors", anchors, parameters, compute_dtype),
         tables.addresses("paths", paths, parameters, compute_dtype),
-        strength,
+        tables.anchor_options,
         tables.layer_numbers,
         tables.layer_options,
         *map(_address, flags),

@@ -11,16 +11,14 @@ what W_k is. The pull is added where the weights are updated, in the same pass o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from . import _launch, ops, reference
-from .consolidation import NonFiniteImportanceError
-from .descent import SGD_OPTIONS, Descent, Plan, check_number
+from .descent import SGD_OPTIONS, Descent, Plan, check_choice, check_number
 from .succession import blocks_of, fitted
 
 
@@ -29,21 +27,53 @@ class Anchored(Descent):
 
     A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, both of its shape, float32 (float64 for float64
     parameters), from the first `consolidate` on. Parameters added later have none until the next one.
+
+    By default the pull is implicit, a proximal step (Moreau 1965; Parikh and Boyd, "Proximal Algorithms", 2014; with
+    stochastic gradients: Toulis and Airoldi, arXiv 1408.2923). The explicit part of the step comes first. It is SGD's,
+    along the loss's gradient g and the weight decay, and only these enter the momentum buffer v:
+
+        d <- g + weight_decay * theta
+        v <- momentum * v + d
+        x  = theta - lr * v    (Nesterov: theta - lr * (d + momentum * v))
+
+    The implicit part minimizes the penalty plus the squared distance from x:
+
+        theta <- argmin over y of strength * W (y - anchor)^2 + (y - x)^2 / (2 eta)    with eta = lr / (1 - momentum)
+               = (x + c * anchor) / (1 + c)                                            with c = 2 * eta * strength * W
+
+    For every strength the result lies between x and the anchor, so the pull neither overshoots the anchor nor
+    diverges. It is a gradient step whose gradient is taken where the step ends,
+    y = x - eta * 2 * strength * W (y - anchor), and agrees with the explicit pull to first order in lr.
+
+    Why eta and not lr: the buffer turns a constant gradient g into steps of lr * g / (1 - momentum). The pull does not
+    go through the buffer, so it needs the same factor. Steps then come to rest at the minimum of the loss plus the
+    penalty, as explicit ones do; with lr it would be the minimum for a strength of (1 - momentum) * strength. Where W
+    is 0 the implicit part changes no bit. `maximize` changes the sign of g only.
+
+    With `implicit=False` the penalty's gradient at theta is added to g and goes through the buffer, as in the papers.
+    This overshoots the anchor where lr * strength * W exceeds 1/2 for a weight, and diverges where it exceeds 1 (with
+    momentum mu: 1 + mu; with Nesterov's: (1 + mu) / (1 + 2 mu)). The loss's curvature lowers these bounds.
     """
 
-    _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", *SGD_OPTIONS)
+    _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
         check_number("strength", options["strength"], where)
+        check_choice(f"{where}implicit", options["implicit"], (True, False))
+        if options["implicit"] and not options["momentum"] < 1:
+            raise ValueError(
+                f"{where}momentum is {options['momentum']}; implicit anchors need a momentum below 1, as any SGD needs "
+                "to converge (or implicit=False)"
+            )
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
         """The penalty on the weights as they are, sum of strength * W (theta - anchor)^2, for logging: one number.
 
-        Its gradient is what steps add to the loss's. With several old tasks it is the sum of their penalties less a
+        Steps minimize the loss plus this penalty. With several old tasks it is the sum of their penalties less a
         constant, so that it is 0 at the anchor.
         """
         total: Tensor | None = None
@@ -55,39 +85,6 @@ class Anchored(Descent):
                     own = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
                     total = own if total is None else total + own.to(total.device)
         return torch.zeros((), dtype=torch.float32, device="cpu") if total is None else total
-
-    @contextmanager
-    def _divergence_explained(self) -> Iterator[None]:
-        """Has errors of an importance that is not finite say so if the anchors make training diverge."""
-        try:
-            yield
-        except NonFiniteImportanceError as error:
-            if reason := self._divergence():
-                raise NonFiniteImportanceError(f"{error}. The likely cause: {reason}") from error
-            raise
-
-    def _divergence(self) -> str:
-        """Why the pull to the anchors makes training diverge, as a sentence; empty if it does not.
-
-        A step with momentum mu multiplies the distance to an anchor by a matrix whose eigenvalues are below 1 while
-        lr * strength * W < 1 + mu, and with Nesterov's momentum < (1 + mu) / (1 + 2 mu).
-        """
-        for group in self.param_groups:
-            lr = max(float(group["lr"]), float(group.get("initial_lr", 0.0)))  # schedules may have lowered it since
-            momentum = group["momentum"]
-            bound = (1 + momentum) / (1 + 2 * momentum if group["nesterov"] else 1)
-            for parameter in group["params"]:
-                stiffness = self.state.get(parameter, {}).get("stiffness")
-                if stiffness is None or not stiffness.numel():
-                    continue
-                most = stiffness.max().item()
-                if lr * group["strength"] * most > bound:
-                    return (
-                        f"strength is too large. lr * strength * W comes to {lr * group['strength'] * most:.3g} in "
-                        f"{self._name_of(parameter)}, with W its importance to old tasks, and training diverges above "
-                        f"{bound:.3g}: use a strength below {bound / (lr * most):.2g}, or a lower lr"
-                    )
-        return ""
 
     def _trained_parameters(self) -> list[Tensor]:
         parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
@@ -146,11 +143,12 @@ class Anchored(Descent):
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
         parameters, groups = [p for p, _ in members], [group for _, group in members]
-        count, common = len(parameters), self._common(device, members)
+        common = self._common(device, members)
+        strength = [float(group["strength"]) for group in groups]
+        implicit = [bool(group["implicit"]) for group in groups]
         sgd = (common["rates"], *([group[name] for group in groups] for name in SGD_OPTIONS))
-        outside = ([-1] * count, [0] * count, [1] * count)  # of all layers
-        tables = _launch.Tables(parameters, [], *outside, *sgd) if self._takes(parameters) else None
-        options = ([float(group["strength"]) for group in groups], *sgd)
+        options = (strength, implicit, *sgd)
+        tables = _launch.AnchoredTables(parameters, *options) if self._takes(parameters) else None
         return Plan(**common, options=options, tables=tables)
 
     def _launch(self, plan: Plan) -> None:
@@ -162,9 +160,8 @@ class Anchored(Descent):
         ]
         network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
         if plan.tables is not None:
-            strength = plan.options[0]
-            tables = plan.tables
-            _launch.anchored_update_(tables, *network, stiffness, anchors, paths, strength, None, None)
+            assert isinstance(plan.tables, _launch.AnchoredTables)
+            _launch.anchored_update_(plan.tables, *network, stiffness, anchors, paths)
             return
         beside = (_or_empty(each, plan.device) for each in (stiffness, anchors, paths))
         update: Callable[..., None] = ops.anchored_update_

@@ -15,7 +15,7 @@ from .consolidation import fisher
 class EWC(Anchored):
     """SGD that pulls weights back to where old tasks left them, by the Fisher information of the tasks.
 
-    To the loss belongs strength * sum over old tasks k of F_k (theta - theta_k)^2, where F_k is the diagonal of the
+    Adds strength * sum over old tasks k of F_k (theta - theta_k)^2 to the loss, where F_k is the diagonal of the
     Fisher information at the end of task k. All old tasks together take two numbers a weight, exactly. Source:
     Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796, eq. 3,
     whose lambda / 2 is `strength`, and whose Fisher information is a mean over samples as here.
@@ -25,9 +25,10 @@ class EWC(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty. Where lr * strength * F, F summed over all old tasks, is above 1 for any
-            weight, training diverges.
+        strength: the factor of the penalty.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * F nears 1.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
@@ -50,6 +51,7 @@ class EWC(Anchored):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         *,
+        implicit: bool = True,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
@@ -57,6 +59,7 @@ class EWC(Anchored):
         options = {
             "lr": lr,
             "strength": strength,
+            "implicit": implicit,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -92,18 +95,17 @@ class EWC(Anchored):
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        with self._divergence_explained():
-            importance = fisher(
-                self._model,
-                batches,
-                parameters=self._trained_parameters(),
-                outputs=outputs,
-                labels=labels,
-                loss=loss,
-                forward=forward,
-                samples=samples,
-                chunk_size=chunk_size,
-                generator=generator,
-                progress=progress,
-            )
+        importance = fisher(
+            self._model,
+            batches,
+            parameters=self._trained_parameters(),
+            outputs=outputs,
+            labels=labels,
+            loss=loss,
+            forward=forward,
+            samples=samples,
+            chunk_size=chunk_size,
+            generator=generator,
+            progress=progress,
+        )
         self._anchor(importance)

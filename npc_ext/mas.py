@@ -14,7 +14,7 @@ from .consolidation import output_sensitivity
 class MAS(Anchored):
     """SGD that pulls weights back to where old tasks left them, by how much they moved the network's outputs.
 
-    To the loss belongs strength * sum over old tasks k of W_k (theta - theta_k)^2, where W_k is the mean over task k's
+    Adds strength * sum over old tasks k of W_k (theta - theta_k)^2 to the loss, where W_k is the mean over task k's
     samples of |d ||f(x)||^2 / d theta|. No labels are needed. All old tasks together take two numbers a weight,
     exactly. Source: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware Synapses: Learning what (not) to
     forget", ECCV 2018, arXiv 1711.09601, eqs. 2 to 4; there the weights after the latest task are the only anchor,
@@ -25,9 +25,10 @@ class MAS(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty, lambda of eq. 4. Where lr * strength * W, W summed over all old tasks, is
-            above 1 for any weight, training diverges.
+        strength: the factor of the penalty, lambda of eq. 4.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W nears 1.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
@@ -50,6 +51,7 @@ class MAS(Anchored):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         *,
+        implicit: bool = True,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
@@ -57,6 +59,7 @@ class MAS(Anchored):
         options = {
             "lr": lr,
             "strength": strength,
+            "implicit": implicit,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -89,15 +92,14 @@ class MAS(Anchored):
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        with self._divergence_explained():
-            importance = output_sensitivity(
-                self._model,
-                batches,
-                parameters=self._trained_parameters(),
-                outputs=outputs,
-                forward=forward,
-                samples=samples,
-                chunk_size=chunk_size,
-                progress=progress,
-            )
+        importance = output_sensitivity(
+            self._model,
+            batches,
+            parameters=self._trained_parameters(),
+            outputs=outputs,
+            forward=forward,
+            samples=samples,
+            chunk_size=chunk_size,
+            progress=progress,
+        )
         self._anchor(importance)

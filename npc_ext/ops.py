@@ -40,8 +40,8 @@ _SCHEMAS = (
     "float[] delta, str[] sigma, bool[] active_only, Tensor? grad_scale=None, Tensor? found_inf=None, "
     "int[]? first_neuron=None, int[] seeds=[]) -> ()",
     "anchored_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, Tensor[] stiffness, "
-    "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, float[] lr, float[] momentum, bool[] nesterov, "
-    "float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
+    "Tensor[] anchors, Tensor(c!)[] paths, float[] strength, bool[] implicit, float[] lr, float[] momentum, "
+    "bool[] nesterov, float[] weight_decay, bool[] maximize, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()",
     "connection_update_(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] momentum_buffers, "
     "Tensor(c!)[] importances, Tensor(d!) skipped, int[] layer, float[] lr, float[] momentum, bool[] nesterov, "
     "float[] weight_decay, bool[] maximize, float[] alpha, float[] beta, float[] delta, str[] sigma, "
@@ -318,6 +318,7 @@ def anchored_update_(
     anchors: Sequence[Tensor],
     paths: Sequence[Tensor],
     strength: Sequence[float],
+    implicit: Sequence[bool],
     lr: Sequence[float],
     momentum: Sequence[float],
     nesterov: Sequence[bool],
@@ -328,16 +329,19 @@ def anchored_update_(
 ) -> None:
     """The weight update of EWC, MAS, SI and SSL for a whole network in one call, in place: SGD with anchors.
 
-    To the loss belongs the penalty strength * stiffness * (w - anchor)^2 of every weight w. Lists run over parameters.
+    Adds the penalty strength * stiffness * (w - anchor)^2 of every weight w to the loss. Lists run over parameters.
 
     Args:
-        parameters: changed in place, as `torch.optim.SGD` changes them by dL/dw + the penalty's gradient.
+        parameters: changed in place. An implicit pull is a proximal step after the step that `torch.optim.SGD` takes
+            along dL/dw, see `npc_ext.anchored.Anchored`. An explicit one adds the penalty's gradient to dL/dw.
         gradients: dL/dw, like the parameters, without the penalty's.
         momentum_buffers: as in `update_`.
         stiffness, anchors: like the parameters, but float32 for halves; empty tensors where there is no penalty.
+            Implicit anchors ignore elements whose stiffness is not above 0.
         paths: like `stiffness`, changed in place: SI's path integral, from which dL/dw times the weight's movement is
             taken; empty tensors where none is wanted.
         strength: the penalties' factors.
+        implicit: whether the pull to the anchors is implicit, which takes a momentum below 1.
         lr, momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         grad_scale, found_inf: as in `update_`.
 
@@ -346,6 +350,7 @@ def anchored_update_(
     """
     count = len(parameters)
     _check_lengths(count, gradients=gradients, stiffness=stiffness, anchors=anchors, paths=paths, strength=strength)
+    _check_lengths(count, implicit=implicit)
     _check_parameters(parameters, gradients, momentum_buffers, momentum)
     for index, parameter in enumerate(parameters):
         for name, tensors in (("stiffness", stiffness), ("anchors", anchors), ("paths", paths)):
@@ -353,6 +358,8 @@ def anchored_update_(
                 _check_beside(f"{name}[{index}]", tensors[index], parameter, reference.compute_dtype(parameter.dtype))
         if stiffness[index].numel() != anchors[index].numel():
             raise ValueError(f"stiffness[{index}] and anchors[{index}] go together, but one of them is empty")
+        if implicit[index] and not momentum[index] < 1:
+            raise ValueError(f"momentum[{index}] is {momentum[index]}; implicit anchors need a momentum below 1")
     torch.ops.npc_ext.anchored_update_.default(
         parameters,
         gradients,
@@ -361,6 +368,7 @@ def anchored_update_(
         anchors,
         paths,
         strength,
+        implicit,
         lr,
         momentum,
         nesterov,
@@ -920,20 +928,18 @@ def _anchored_update(
     stiffness: list[Tensor],
     anchors: list[Tensor],
     paths: list[Tensor],
-    strength: list[float],
     *options: Any,
 ) -> None:
     if not parameters:
         return
     if native_takes(parameters):
-        constants, flags = options[:5], options[5:]
-        outside = ([-1] * len(parameters), [0] * len(parameters), [1] * len(parameters))
-        tables = _launch.Tables(parameters, [], *outside, *constants)
+        constants, flags = options[:7], options[7:]
+        tables = _launch.AnchoredTables(parameters, *constants)
         ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        network = (parameters, ordered, momentum_buffers, _given(stiffness), _given(anchors), _given(paths), strength)
+        network = (parameters, ordered, momentum_buffers, _given(stiffness), _given(anchors), _given(paths))
         _launch.anchored_update_(tables, *network, *flags)
     else:
-        beside = (stiffness, anchors, paths, strength)
+        beside = (stiffness, anchors, paths)
         reference.anchored_update_(parameters, gradients, momentum_buffers, *beside, *options)
 
 

@@ -216,6 +216,20 @@ def anchor_gradient(value: Tensor, anchor: Tensor, stiffness: Tensor, strength: 
     return 2 * strength * stiffness * (value - anchor)
 
 
+def towards_anchor(
+    value: Tensor, anchor: Tensor, stiffness: Tensor, strength: float, lr: float, momentum: float = 0.0
+) -> Tensor:
+    """The proximal step of `anchor_penalty`: (value + c * anchor) / (1 + c), for implicit anchors.
+
+    c = 2 * lr / (1 - momentum) * strength * stiffness, see `npc_ext.anchored.Anchored`. It may be infinite. Elements
+    whose stiffness is not above 0 have no anchor.
+    """
+    pull = 2 * lr * strength / (1 - momentum)
+    compliance = 1 / pull if pull > 0 else math.inf
+    moved = value + stiffness / (stiffness + compliance) * (anchor - value)
+    return torch.where(stiffness <= 0, value, moved)
+
+
 def merged_anchors(
     stiffness: Tensor, anchor: Tensor, new_stiffness: Tensor, new_anchor: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -457,6 +471,7 @@ def anchored_update_(
     anchors: Sequence[Tensor],
     paths: Sequence[Tensor],
     strength: Sequence[float],
+    implicit: Sequence[bool],
     lr: Sequence[float],
     momentum: Sequence[float],
     nesterov: Sequence[bool],
@@ -473,12 +488,16 @@ def anchored_update_(
         loss_gradient = gradient.to(before.dtype) * (-1 if maximize[index] else 1)
         if grad_scale is not None:
             loss_gradient = loss_gradient / grad_scale
-        whole = loss_gradient
-        if stiffness[index].numel():
+        has_anchor, whole, moved = stiffness[index].numel() > 0, loss_gradient, before.clone()
+        if has_anchor and not implicit[index]:
             whole = whole + anchor_gradient(before, anchors[index], stiffness[index], strength[index])
         buffer = momentum_buffers[index] if momentum[index] != 0 else None
         options = (momentum[index], nesterov[index], weight_decay[index])
-        descend_(parameter, whole, buffer, lr[index], False, *options)
+        descend_(moved, whole, buffer, lr[index], False, *options)
+        if has_anchor and implicit[index]:
+            scales = (strength[index], lr[index], momentum[index])
+            moved = towards_anchor(moved, anchors[index], stiffness[index], *scales)
+        parameter.copy_(moved)
         if paths[index].numel():
             paths[index].sub_(loss_gradient * (parameter.to(before.dtype) - before))
 

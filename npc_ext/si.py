@@ -22,7 +22,7 @@ class SI(Anchored):
 
         W <- W + max(omega, 0) / (distance moved in this task ^ 2 + damping),    anchor <- theta,    omega <- 0
 
-    and to the loss of later tasks belongs strength * sum of W (theta - anchor)^2. No data are needed at the end of a
+    and later tasks add strength * sum of W (theta - anchor)^2 to their loss. No data are needed at the end of a
     task. Three numbers a weight. Source: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic Intelligence",
     ICML 2017, arXiv 1703.04200, eqs. 3 to 5, whose c is `strength` and xi `damping`.
 
@@ -32,10 +32,11 @@ class SI(Anchored):
     Args:
         model: the network.
         lr: learning rate.
-        strength: the factor of the penalty. Where lr * strength * W, W summed over all old tasks, is above 1 for
-            any weight, training diverges.
+        strength: the factor of the penalty.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         damping: keeps weights that hardly moved from an importance without bounds; above 0.
+        implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W nears 1.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
@@ -63,6 +64,7 @@ class SI(Anchored):
         weight_decay: float = 0.0,
         damping: float = 1e-3,
         *,
+        implicit: bool = True,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
@@ -70,6 +72,7 @@ class SI(Anchored):
         options = {
             "lr": lr,
             "strength": strength,
+            "implicit": implicit,
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -119,10 +122,10 @@ class SI(Anchored):
             moved = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
             own = reference.path_stiffness(state["path"], moved, group["damping"])
             if not bool(own.isfinite().all()):
-                reason = self._divergence() or (
-                    "gradients were huge, infinite or NaN during the task; clip them, or lower the learning rate"
+                raise NonFiniteImportanceError(
+                    f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
+                    "during the task; clip them, or lower the learning rate"
                 )
-                raise NonFiniteImportanceError(f"the importance of {self._name_of(parameter)} is not finite: {reason}")
             stiffness.append(state["stiffness"] + own if "stiffness" in state else own)
         for (parameter, _, state), total in zip(walked, stiffness, strict=True):
             state["stiffness"] = total

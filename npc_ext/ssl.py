@@ -41,6 +41,7 @@ class SSL(MAS):
         strength: the factor of MAS's penalty.
         sparsity: the factor of the penalty on activations.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: as in `MAS`; of its penalty only, as that on activations acts through the loss's gradient.
         scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's.
         layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
             connected layer with something (an activation, dropout) behind it.
@@ -71,6 +72,7 @@ class SSL(MAS):
         nesterov: bool = False,
         weight_decay: float = 0.0,
         *,
+        implicit: bool = True,
         scale: float | None = None,
         layers: Iterable[str] | None = None,
         scaler: torch.amp.GradScaler | None = None,
@@ -79,7 +81,16 @@ class SSL(MAS):
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         super().__init__(
-            model, lr, strength, momentum, nesterov, weight_decay, params=params, maximize=maximize, backend=backend
+            model,
+            lr,
+            strength,
+            momentum,
+            nesterov,
+            weight_decay,
+            implicit=implicit,
+            params=params,
+            maximize=maximize,
+            backend=backend,
         )
         check_number("sparsity", sparsity)
         if scale is not None:

@@ -25,6 +25,7 @@ def network(
     *,
     anchors: bool = True,
     paths: bool = True,
+    implicit: bool = True,
     momentum: float = 0.0,
     nesterov: bool = False,
     weight_decay: float = 0.0,
@@ -57,6 +58,7 @@ def network(
         "anchors": tensors(real, anchors),
         "paths": tensors(real, paths),
         "strength": [0.1 + 0.05 * index for index in range(count)],
+        "implicit": [implicit] * count,
         "lr": [0.1 + 0.01 * index for index in range(count)],
         "momentum": [momentum] * count,
         "nesterov": [nesterov] * count,
@@ -75,14 +77,18 @@ def check(arguments: dict[str, Any]) -> None:
         scale = before["grad_scale"] or 1
         loss_gradient, value = before["gradients"][index].abs() / scale, before["parameters"][index]
         step = loss_gradient + before["weight_decay"][index] * value.abs()
-        if before["stiffness"][index].numel():
+        has_anchor, implicit = before["stiffness"][index].numel() > 0, before["implicit"][index]
+        if has_anchor and not implicit:
             distance = value.abs() + before["anchors"][index].abs()
             step = step + 2 * before["strength"][index] * before["stiffness"][index] * distance
         if before["momentum"][index]:
             step = 2 * step + before["momentum"][index] * before["momentum_buffers"][index].abs()
-        assert_stepped(got, exact["parameters"][index], 2 * step, 0.0)
-        if before["momentum"][index]:
             assert_stepped(arguments["momentum_buffers"][index], exact["momentum_buffers"][index], 2 * step, 0.0)
+        if has_anchor and implicit:
+            step = (
+                step + value.abs() + before["anchors"][index].abs()
+            )  # the pull's share of their distance is at most 1
+        assert_stepped(got, exact["parameters"][index], 2 * step, 0.0)
         if before["paths"][index].numel():
             # The movement is that of the weight as stored, whose rounding the float64 reference does not know.
             path, moved = before["paths"][index], got.double() - value
@@ -95,6 +101,8 @@ def check(arguments: dict[str, Any]) -> None:
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"paths": False},
+    {"implicit": False},
+    {"implicit": False, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "paths": False},
     {"anchors": False},
     {"anchors": False, "paths": False, "momentum": 0.9},
     {"momentum": 0.9, "weight_decay": 0.01, "channels_last": True},
@@ -119,6 +127,7 @@ def test_anchored_update_of_any_network(data: st.DataObject) -> None:
             draw(st.sampled_from(DTYPES)),
             anchors=draw(st.booleans()),
             paths=draw(st.booleans()),
+            implicit=draw(st.booleans()),
             momentum=momentum,
             nesterov=momentum > 0 and draw(st.booleans()),
             weight_decay=draw(st.sampled_from([0.0, 0.1])),
@@ -158,6 +167,151 @@ def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
     assert all(map(torch.equal, arguments["parameters"], plain["parameters"]))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"momentum": 0.9, "weight_decay": 0.1},
+        {"momentum": 0.5, "nesterov": True, "maximize": True, "grad_scale": 3.0},
+    ],
+    ids=str,
+)
+def test_implicit_anchors_change_no_bit_where_there_is_no_stiffness_nor_of_the_buffer(
+    options: dict[str, Any], device: str
+) -> None:
+    """Beside the same kernel without strength: where compilers fuse products with sums differs between kernels."""
+    arguments = network(**options, paths=False, device=device, shapes=[(40, 30), (1,)])
+    sgd = copied(arguments)
+    sgd["strength"] = [0.0, 0.0]
+    stiffness = arguments["stiffness"][0]
+    stiffness[2] *= -1
+    stiffness[::4] = 0
+    arguments["anchors"][0][4] = torch.inf
+    ops.anchored_update_(**arguments)
+    ops.anchored_update_(**sgd)
+    same = arguments["parameters"][0] == sgd["parameters"][0]
+    assert torch.equal(same, stiffness <= 0)
+    assert all(map(torch.equal, arguments["momentum_buffers"], sgd["momentum_buffers"]))
+
+
+def test_a_negative_zero_without_stiffness_stays_one(device: str) -> None:
+    arguments = on(device, one_weight(-0.0, 0.0))
+    ops.anchored_update_(**arguments)
+    assert bool(arguments["parameters"][0].signbit())
+
+
+def one_weight(
+    value: float, stiffness: float, *, gradient: float = 0.0, velocity: float = 0.0, path: bool = False, **options: Any
+) -> dict[str, Any]:
+    """Arguments for one weight whose anchor is at 1."""
+    numbers = {"parameters": value, "gradients": gradient, "momentum_buffers": velocity, "stiffness": stiffness}
+    tensors = {name: [torch.full((1,), number)] for name, number in {**numbers, "anchors": 1.0}.items()}
+    paths = {"paths": [torch.zeros(1) if path else torch.empty(0)]}
+    scalars = {"strength": 1.0, "implicit": True, "lr": 0.5, "momentum": 0.0, "nesterov": False}
+    scalars |= {"weight_decay": 0.0, "maximize": False, **options}
+    return {**tensors, **paths, **{name: [scalar] for name, scalar in scalars.items()}}
+
+
+def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: [one.to(device) if isinstance(one, Tensor) else one for one in own] for name, own in arguments.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "weight", "velocity"),
+    [
+        # SGD moves 3 to 3 - 0.5 * 2 = 2; c = 2 * 0.5 * 1 * 3 = 3, and (2 + 3 * 1) / (1 + 3) = 1.25.
+        ({}, 1.25, 0.0),
+        ({"implicit": False}, 3 - 0.5 * (2 + 2 * 3 * (3 - 1)), 0.0),
+        # Maximized, SGD moves it to 4: (4 + 3) / 4. The pull keeps its sign.
+        ({"maximize": True}, 1.75, 0.0),
+        # With weight decay to 3 - 0.5 * (2 + 3) = 0.5: (0.5 + 3) / 4.
+        ({"weight_decay": 1.0}, 0.875, 0.0),
+        # The buffer becomes 0.5 * 4 + 2 = 4, SGD moves to 3 - 0.5 * 4 = 1; c = 3 / (1 - 0.5) = 6.
+        ({"momentum": 0.5, "velocity": 4.0}, 1.0, 4.0),
+        ({"momentum": 0.5, "velocity": 4.0, "weight_decay": 1.0}, (-0.5 + 6) / 7, 7.0),
+        # Nesterov: the buffer becomes 2, SGD moves to 3 - 0.5 * (2 + 0.5 * 2) = 1.5.
+        ({"momentum": 0.5, "nesterov": True}, (1.5 + 6) / 7, 2.0),
+    ],
+    ids=str,
+)
+def test_a_step_of_one_weight_is_the_one_done_by_hand(
+    options: dict[str, Any], weight: float, velocity: float, device: str
+) -> None:
+    for update in (ops.anchored_update_, reference.anchored_update_):
+        arguments = on(device, one_weight(3.0, 3.0, gradient=2.0, path=True, **options))
+        update(**arguments)
+        assert arguments["parameters"][0].item() == pytest.approx(weight, rel=1e-6)
+        assert arguments["momentum_buffers"][0].item() == pytest.approx(velocity)
+        # The path integral takes the loss's gradient times the whole movement, the pull's part of it, too.
+        sign = -1 if options.get("maximize") else 1
+        assert arguments["paths"][0].item() == pytest.approx(-sign * 2 * (weight - 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explicit_ones_do(
+    implicit: bool, device: str
+) -> None:
+    strengths = (1e-30, 1e-3, 1.0, 10.0, 1e3, 1e9, 1e30, 1e300)
+    sgd: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
+    diverged, overshot = [], []
+    for options in sgd:
+        for strength in strengths:
+            arguments = network(implicit=implicit, paths=False, **options, device=device, shapes=[(7, 9), (1,)])
+            for gradient, velocity in zip(arguments["gradients"], arguments["momentum_buffers"], strict=True):
+                gradient.zero_(), velocity.zero_()
+            arguments["strength"] = [strength] * 2
+            weight, anchor = arguments["parameters"][0], arguments["anchors"][0]
+            side = (weight - anchor).sign()
+            scale = 2**-23 * (weight.abs() + anchor.abs())
+            for _ in range(4):
+                before = (weight - anchor).abs()
+                ops.anchored_update_(**arguments)
+                diverged.append(bool(((weight - anchor).abs() > before + scale).any() | ~weight.isfinite().all()))
+                overshot.append(bool(((weight - anchor) * side < -scale).any()))
+            if implicit and strength >= 1e9:
+                assert bool(((weight - anchor).abs() <= scale).all())
+    assert any(diverged) is any(overshot) is not implicit
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(options: dict[str, Any]) -> None:
+    apart = []
+    for steps in (50, 500):  # of a tenth of the length
+        ends = []
+        for implicit in (True, False):
+            torch.manual_seed(0)
+            arguments = network(torch.float64, implicit=implicit, paths=False, **options, shapes=[(50,), (1,)])
+            arguments["momentum_buffers"][0].zero_()
+            arguments["lr"] = [(1 - arguments["momentum"][0]) / steps] * 2
+            arguments["strength"] = [1.0] * 2
+            for _ in range(steps):
+                ops.anchored_update_(**arguments)
+            ends.append(arguments["parameters"][0])
+        apart.append((ends[0] - ends[1]).abs().max().item())
+    assert apart[1] < 0.12 * apart[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("implicit", [True, False])
+def test_steps_come_to_rest_at_the_minimum_of_loss_and_penalty(implicit: bool, options: dict[str, Any]) -> None:
+    """Of (w + 2)^2 / 2 + 3 (w - 1)^2, with momentum or without: strength means the same."""
+    arguments = one_weight(5.0, 3.0, implicit=implicit, **{"lr": 0.05, **options})
+    for _ in range(400):
+        arguments["gradients"][0].copy_(arguments["parameters"][0] + 2)
+        ops.anchored_update_(**arguments)
+    assert arguments["parameters"][0].item() == pytest.approx((3 * 2 * 1 - 2) / (3 * 2 + 1), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [{"lr": 0.0}, {"strength": 0.0}, {"lr": 0.0, "strength": 1e300}], ids=str)
+def test_no_rate_and_no_strength_are_no_pull(scale: dict[str, float], device: str) -> None:
+    for update in (ops.anchored_update_, reference.anchored_update_):
+        arguments = on(device, one_weight(3.0, 3.0, **scale))
+        update(**arguments)
+        assert arguments["parameters"][0].item() == 3.0
+
+
 def test_an_overflow_changes_nothing(device: str) -> None:
     arguments = network(momentum=0.9, device=device)
     arguments["found_inf"] = torch.ones(1, device=device)
@@ -172,6 +326,10 @@ def test_the_pull_is_the_gradient_of_the_penalty() -> None:
     stiffness = torch.rand(7, dtype=torch.float64)
     reference.anchor_penalty(value, anchor, stiffness, 1.7).backward()
     torch.testing.assert_close(value.grad, reference.anchor_gradient(value.detach(), anchor, stiffness, 1.7))
+    # The implicit pull is the same gradient, where it ends.
+    start = value.detach()
+    end = reference.towards_anchor(start, anchor, stiffness, 1.7, lr=0.3)
+    torch.testing.assert_close(start - end, 0.3 * reference.anchor_gradient(end, anchor, stiffness, 1.7))
 
 
 def test_anchored_update_passes_opcheck() -> None:
@@ -187,6 +345,12 @@ def test_anchored_update_passes_opcheck() -> None:
         ("anchors", lambda a: [torch.empty(0), *a["anchors"][1:]], r"stiffness\[0\] and anchors\[0\] go together"),
         ("paths", lambda a: [torch.randn(7, 10).t(), *a["paths"][1:]], r"paths\[0\] has strides \(1, 10\)"),
         ("gradients", lambda a: [a["gradients"][0].half(), *a["gradients"][1:]], r"gradients\[0\] is torch.float16"),
+        ("implicit", lambda a: a["implicit"][:-1], "implicit has 6 entries, expected 7"),
+        (
+            "momentum",
+            lambda a: [*a["momentum"][:-1], 1.0],
+            r"momentum\[6\] is 1.0; implicit anchors need a momentum below",
+        ),
     ],
 )
 def test_anchored_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:

@@ -287,7 +287,7 @@ def test_metrics_of_a_known_table() -> None:
 
 @pytest.mark.parametrize("method", ["mas", "ssl"])
 def test_a_run_whose_importance_overflows_counts_as_diverged(method: str, tmp_path: Path) -> None:
-    changes = ["tasks=4", f"{method}.strength=1e9"]
+    changes = ["tasks=4", f"{method}.strength=1e9", f"{method}.implicit=False"]
     assert main(["run", *TINY, *changes, "--methods", method, "--seeds", "1", "--store", str(tmp_path)]) == 0
     assert only_record(tmp_path).diverged_in is not None
     assert len(only_record(tmp_path).accuracy) == 4
@@ -550,6 +550,29 @@ def test_alpha_that_was_recorded_as_a_learning_rate_is_read_in_units_of_lr(
     assert text.count("lr 0.03, alpha 1.6667 (0.05 / lr), beta 0.5") == 2  # of the search, and of the run
     assert "Other settings" not in text
     assert "alpha_unit" not in text
+
+
+def test_settings_of_a_search_with_explicit_anchors_are_run_with_explicit_anchors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (methods, report):
+        monkeypatch.setattr(module, "SEARCH", tmp_path)
+    explicit: dict[str, Any] = {"lr": 0.01, "strength": 5.0}
+    record = stored("ewc", 0, [[1.0, 0.5], [0.8, 0.6]])
+    store = Store(tmp_path / "runs")
+    store.save(replace(record, settings={**record.settings, "method": explicit}), {})
+    for best in ({}, explicit, {**explicit, "implicit": True}):
+        entry = {"best": best, "protocol": {"batches": "whole", "tasks": 0}, "tried": []}
+        recorded = {"experiment": "idigits", "size": "small", "methods": {"ewc": entry}}
+        (tmp_path / "idigits-small.json").write_text(json.dumps(recorded))
+        own = defaults("ewc", "idigits", "small")
+        assert not best or own == best  # so that recorded runs are found
+        optimizer = METHODS["ewc"].optimizer(torch.nn.Linear(2, 2), own, 1)
+        assert optimizer.param_groups[0]["implicit"] is (best is not explicit)
+        assert defaults("ewc", "idigits", "small", tuned=False)["implicit"] is True
+        text = report.write(store, tmp_path / "out")
+        assert text.count("The anchors of ewc pulled explicitly (implicit=False).") == 2 * (best is explicit)
+        assert ("ewc.implicit=False" in text) is (best is not explicit)
 
 
 def test_a_search_decides_the_defaults_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,41 +75,55 @@ def weights(model: nn.Module) -> Tensor:
 # ------------------------------------------------------------------------------------------------- their definitions
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_kernels_and_plain_pytorch_walk_the_same_way(method: Any) -> None:
-    native, _ = two_tasks(method, **OPTIONS[method], **SGD)
-    plain, _ = two_tasks(method, **OPTIONS[method], **SGD, backend="reference")
-    exact, _ = two_tasks(method, torch.float64, **OPTIONS[method], **SGD)
+EXPLICIT = {"implicit": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "pull"), [*((method, {}) for method in METHODS), *((method, EXPLICIT) for method in ANCHORED)]
+)
+def test_kernels_and_plain_pytorch_walk_the_same_way(method: Any, pull: dict[str, Any]) -> None:
+    options = {**OPTIONS[method], **SGD, **pull}
+    native, _ = two_tasks(method, **options)
+    plain, _ = two_tasks(method, **options, backend="reference")
+    exact, _ = two_tasks(method, torch.float64, **options)
     scale = weights(exact).abs().max()
     assert (weights(native).double() - weights(exact)).abs().max() < TRAJECTORY * scale
     assert (weights(plain).double() - weights(exact)).abs().max() < TRAJECTORY * scale
 
 
+@pytest.mark.parametrize("implicit", [True, False])
 @pytest.mark.parametrize("method", ANCHORED)
-def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method: Any) -> None:
-    """A step without a loss: what moves the weights is the gradient of the penalty, by finite differences."""
-    model, optimizer = two_tasks(method, torch.float64, **OPTIONS[method])
+def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method: Any, implicit: bool) -> None:
+    """A step without a loss: what moves the weights is the gradient of the penalty, by finite differences.
+
+    The gradient where the step ends if the pull is implicit, else where it begins.
+    """
+    model, optimizer = two_tasks(method, torch.float64, **OPTIONS[method], implicit=implicit)
     assert optimizer.penalty() > 1e-8
     parameter = model[4].weight
     stiff = optimizer.state[parameter]["stiffness"]
     assert (stiff > 0).double().mean() > 0.3
     at = [int(index) for index in stiff.flatten().argsort(descending=True)[:5]]
-    slopes = []
-    for index in at:
-        ends = []
-        for move in (1e-4, -1e-4):
-            with torch.no_grad():
-                parameter.view(-1)[index] += move
-                ends.append(optimizer.penalty().item())
-                parameter.view(-1)[index] -= move
-        slopes.append((ends[0] - ends[1]) / 2e-4)
-    before = parameter.detach().clone()
+
+    def slopes() -> Tensor:
+        found = []
+        for index in at:
+            ends = []
+            for move in (1e-4, -1e-4):
+                with torch.no_grad():
+                    parameter.view(-1)[index] += move
+                    ends.append(optimizer.penalty().item())
+                    parameter.view(-1)[index] -= move
+            found.append((ends[0] - ends[1]) / 2e-4)
+        return torch.tensor(found, dtype=torch.float64)
+
+    before, slopes_before = parameter.detach().clone(), slopes()
     optimizer.zero_grad()
     for own in model.parameters():
         own.grad = torch.zeros_like(own)
     optimizer.step()
     moved = (parameter.detach() - before).view(-1)[at] / -0.05
-    torch.testing.assert_close(moved, torch.tensor(slopes, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(moved, slopes() if implicit else slopes_before, rtol=1e-6, atol=1e-9)
     assert moved.abs().min() > 1e-6
 
 
@@ -147,14 +161,21 @@ def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
     model = network(torch.float64)
     optimizer = SI(model, lr=0.05, strength=0.1, damping=1e-2, **SGD)
     parameter = model[4].weight
-    path, start = torch.zeros_like(parameter), parameter.detach().clone()
-    for number in range(8):
-        optimizer.zero_grad()
-        images, labels = batch(number, torch.float64)
-        F.cross_entropy(model(images), labels).backward()
-        gradient, before = parameter.grad.clone(), parameter.detach().clone()
-        optimizer.step()
-        path -= gradient * (parameter.detach() - before)
+    start = parameter.detach().clone()
+
+    def walked(first: int) -> Tensor:
+        """The gradients of the task's loss times the whole movements, over 8 steps."""
+        path = torch.zeros_like(parameter)
+        for number in range(first, first + 8):
+            optimizer.zero_grad()
+            images, labels = batch(number, torch.float64)
+            F.cross_entropy(model(images), labels).backward()
+            gradient, before = parameter.grad.clone(), parameter.detach().clone()
+            optimizer.step()
+            path -= gradient * (parameter.detach() - before)
+        return path
+
+    path = walked(0)
     torch.testing.assert_close(optimizer.state[parameter]["path"], path, rtol=1e-10, atol=1e-14)
     optimizer.consolidate()
     want = path.clamp(min=0) / ((parameter.detach() - start) ** 2 + 1e-2)
@@ -162,10 +183,11 @@ def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
     state = optimizer.state[parameter]
     assert torch.equal(state["anchor"], parameter.detach())
     assert not state["path"].any()
-    # The anchor is a place and not the live weight: training moves away from it.
-    learn(model, optimizer, first=100)
+    # The anchor is a place and not the live weight: training moves away from it, and is pulled back.
+    path = walked(100)
     assert not torch.equal(state["anchor"], parameter.detach())
     assert optimizer.penalty() > 0
+    torch.testing.assert_close(state["path"], path, rtol=1e-10, atol=1e-14)
 
 
 def test_ssl_descends_the_loss_and_the_inhibition_of_hidden_neurons() -> None:
@@ -473,32 +495,81 @@ def test_bad_consolidations_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("method", ANCHORED)
-def test_training_that_too_much_strength_made_diverge_is_blamed_on_strength(method: Any) -> None:
-    model = network()
-    optimizer = method(model, lr=0.05, **{**OPTIONS[method], "strength": 1e12})
-    learn(model, optimizer)
-    consolidate(optimizer)
-    learn(model, optimizer, first=100, steps=30)
-    before = copy.deepcopy(optimizer.state_dict())
-    with pytest.raises(
-        consolidation.NonFiniteImportanceError, match=r"strength is too large. lr .* diverges above 1: use"
-    ):
+def test_weights_stay_at_their_anchors_however_large_the_strength_is_and_explicit_anchors_diverge(method: Any) -> None:
+    for implicit in (True, False):
+        model = network()
+        optimizer = method(model, lr=0.05, momentum=0.9, **{**OPTIONS[method], "strength": 1e30}, implicit=implicit)
+        learn(model, optimizer)
+        consolidate(optimizer)
+        learn(model, optimizer, first=100, steps=30)
+        if not implicit:
+            assert not weights(model).isfinite().all()
+            with pytest.raises(consolidation.NonFiniteImportanceError):
+                consolidate(optimizer, 1)
+            continue
+        for parameter in model.parameters():
+            state = optimizer.state[parameter]
+            stiff = state["stiffness"] > 1e-20
+            torch.testing.assert_close(parameter[stiff], state["anchor"][stiff], rtol=1e-5, atol=1e-5)
         consolidate(optimizer, 1)
-    assert str(optimizer.state_dict()) == str(before)
+        assert weights(model).isfinite().all()
 
 
-def test_the_largest_strength_that_does_not_diverge_is_the_one_named() -> None:
-    """The pull alone: its steps multiply the distance by 1 - 2 lr strength W, and with momentum by a matrix."""
-    for options, bound in (({}, 1.0), ({"momentum": 0.5}, 1.5), ({"momentum": 0.5, "nesterov": True}, 0.75)):
-        for strength, diverges in ((0.99 * bound, False), (1.01 * bound, True)):
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [({}, 1.0), ({"momentum": 0.5}, 1.5), ({"momentum": 0.5, "nesterov": True}, 0.75)],
+    ids=str,
+)
+def test_explicit_anchors_diverge_above_a_bound_and_implicit_ones_do_not(options: dict[str, Any], bound: float) -> None:
+    """The explicit pull alone multiplies the distance by 1 - 2 lr strength W, or with momentum by a matrix."""
+    for implicit in (True, False):
+        for of_bound, diverges in ((0.99, False), (1.01, not implicit)):
             model = nn.Linear(1, 1, bias=False)
-            optimizer = EWC(model, lr=0.1, strength=10 * strength, **options)
+            optimizer = EWC(model, lr=0.1, strength=10 * bound * of_bound, **options, implicit=implicit)
             optimizer.state[model.weight].update(stiffness=torch.ones(1, 1), anchor=torch.zeros(1, 1))
             model.weight.data.fill_(1.0)
             for _ in range(500):
                 model.weight.grad = torch.zeros(1, 1)
                 optimizer.step()
-            assert (model.weight.abs().item() > 1) is diverges is bool(optimizer._divergence())
+            assert (model.weight.abs().item() > 1) is diverges
+
+
+def test_every_group_pulls_as_it_says() -> None:
+    model, twin = network(), network()
+    groups = [{"params": model[0].parameters(), "implicit": False}, {"params": model[4:].parameters()}]
+    optimizers = EWC(model, params=groups, strength=10.0), EWC(twin, strength=10.0)
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        learn(net, optimizer, steps=2)
+        consolidate(optimizer)
+        learn(net, optimizer, steps=1, first=2)  # from the anchor, where nothing pulls
+        optimizer.step()
+    assert not torch.equal(model[0].weight, twin[0].weight)
+    assert torch.equal(model[4].weight, twin[4].weight)
+    optimizers[0].param_groups[0]["implicit"] = True  # from the next step on
+    model.load_state_dict(twin.state_dict())
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        for parameter, own in zip(model.parameters(), twin.parameters(), strict=True):
+            optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[own])
+        learn(net, optimizer, steps=2, first=9)
+    assert torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_how_anchors_pull_is_saved_and_never_guessed(method: Any) -> None:
+    model = network()
+    optimizer = method(model, **OPTIONS[method], implicit=False)
+    saved = optimizer.state_dict()
+    other = method(network(), **OPTIONS[method])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["implicit"] is False
+    del saved["param_groups"][0]["implicit"]
+    with pytest.raises(ValueError, match="the state dict's parameter groups have no implicit"):
+        other.load_state_dict(saved)
+    with pytest.raises(ValueError, match="implicit is None; expected one of True, False"):
+        method(network(), implicit=None)
+    with pytest.raises(ValueError, match=r"momentum is 1.0; implicit anchors need a momentum below 1"):
+        method(network(), momentum=1.0)
+    method(network(), momentum=1.0, implicit=False)
 
 
 def test_importance_that_gradients_spoiled_is_blamed_on_gradients() -> None:

@@ -83,7 +83,8 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
 
 
 def _anchored(kind: Callable[..., Optimizer]) -> Builder:
-    return lambda model, settings, steps: kind(model, **settings)
+    # Settings without `implicit` were recorded when the pull of anchors was explicit.
+    return lambda model, settings, steps: kind(model, **{"implicit": False, **settings})
 
 
 def _from_samples(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
@@ -95,9 +96,9 @@ def _from_path(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
 
 
 def _strength(*more: Coordinate) -> tuple[tuple[Coordinate, ...], ...]:
-    """Powers of ten, then one significant digit; twice, because lr * strength is bounded: strong anchors diverge.
+    """Powers of ten, then one significant digit; twice, because lr and strength trade off against each other.
 
-    One walk makes the anchors' room by a lower learning rate, the other one by weaker anchors.
+    One walk varies the learning rate first, the other one the strength.
     """
     lr, strength = (Coordinate(name, factors=(0.1, 10), walk=True) for name in ("lr", "strength"))
     then = (*more, Coordinate("lr", factors=(0.3, 3)), Coordinate("strength", factors=(0.5, 2, 3)))
@@ -141,11 +142,11 @@ METHODS = {
         more={"measure_every": 1, "skip_frozen": "layers"},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
-    "ewc": Method({"lr": 0.1, "strength": 900.0}, _anchored(npc_ext.EWC), _from_samples, _strength()),
-    "mas": Method({"lr": 0.1, "strength": 3.0}, _anchored(npc_ext.MAS), _from_samples, _strength()),
-    "si": Method({"lr": 0.1, "strength": 0.08}, _anchored(npc_ext.SI), _from_path, _strength()),
+    "ewc": Method({"lr": 0.1, "strength": 900.0, "implicit": True}, _anchored(npc_ext.EWC), _from_samples, _strength()),
+    "mas": Method({"lr": 0.1, "strength": 3.0, "implicit": True}, _anchored(npc_ext.MAS), _from_samples, _strength()),
+    "si": Method({"lr": 0.1, "strength": 0.08, "implicit": True}, _anchored(npc_ext.SI), _from_path, _strength()),
     "ssl": Method(
-        {"lr": 0.1, "strength": 3.0, "sparsity": 2e-6},
+        {"lr": 0.1, "strength": 3.0, "sparsity": 2e-6, "implicit": True},
         _anchored(npc_ext.SSL),
         _from_samples,
         _strength(Coordinate("sparsity", factors=(0.1, 10))),
@@ -164,7 +165,8 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
     """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
 
     Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
-    Without `tuned` no search is looked at, so that a repeated search starts where the first one did.
+    Without `tuned` no search is looked at, so that a repeated search starts where the first one did. What a search with
+    explicit anchors chose is run with explicit anchors.
     """
     settings = dict(METHODS[method].paper)
     if "delta" in settings:
@@ -172,7 +174,10 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
             settings |= {"delta": None, "survive": 0.5}
         elif experiment == "imnist":
             settings["delta"] = 1 - 1e-3
-    return settings | searched(method, experiment, size)[0] if tuned else settings
+    chosen = searched(method, experiment, size)[0] if tuned else {}
+    if chosen and "implicit" not in chosen:
+        settings.pop("implicit", None)
+    return settings | chosen
 
 
 def searched(method: str, experiment: str, size: str) -> tuple[dict[str, Any], str]:

@@ -65,6 +65,7 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
             f"{', '.join(map(str, protocol['channels']))}, hidden {protocol['hidden']}, images shrunk by "
             f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
             + _about_batches(protocol)
+            + _about_anchors({method: repeated[0].settings["method"] for method, repeated in standard.items()})
         )
         yield _command("run", name, size, standard)
         if name == "activation":
@@ -91,6 +92,18 @@ def _about_batches(protocol: Mapping[str, Any]) -> str:
     return " The last batch of each epoch was smaller than the others; runs now train in whole batches."
 
 
+def _about_anchors(settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """A sentence about methods whose anchors pulled explicitly, by the settings of each (with its precision)."""
+    explicit = [
+        method
+        for method, own in settings.items()
+        if own and "implicit" in METHODS[method.split()[0]].paper and not own.get("implicit", False)
+    ]
+    if not explicit:
+        return ""
+    return f" The anchors of {', '.join(explicit)} pulled explicitly (implicit=False)."
+
+
 def _searches(folder: Path) -> Iterator[str]:
     """What every recorded search tried: how many configurations, their spread on validation samples, and the best."""
     for path in sorted(folder.glob("*.json")):
@@ -115,6 +128,7 @@ def _searches(folder: Path) -> Iterator[str]:
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
             f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
             + _about_batches(protocol)
+            + _about_anchors({method: entry["best"] for method, entry in recorded["methods"].items()})
         )
         limit = ["--tasks", str(protocol["tasks"])] if protocol["tasks"] else []
         yield _command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
@@ -167,6 +181,8 @@ def _changes_of(record: Record, datasets: Sequence[str], batches: str) -> Iterat
             expected = usual.get(key)
             if value != (list(expected) if isinstance(expected, tuple) else expected) and value is not None:
                 yield f"{prefix}{key}={value}"
+        if usual.get("implicit", False) and "implicit" not in own:
+            yield f"{prefix}implicit=False"
 
 
 def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[str, float]) -> str:

@@ -1,6 +1,7 @@
 """Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method's walks.
 
-A method whose hyperparameters bound each other has two walks (methods.py); none of NPC's rivals gets less than NPC.
+A method whose hyperparameters trade off against each other has two walks (methods.py); none of NPC's rivals gets less
+than NPC.
 
 Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
 samples are never looked at. The search itself looks at one seed; the best three are then run from the others, too, and

@@ -44,6 +44,12 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
+def _pull(parameters: list[Tensor], stiffness: list[Tensor], anchors: list[Tensor]) -> None:
+    """The implicit pull of one anchor, strength 1."""
+    share = torch._foreach_div(stiffness, torch._foreach_add(stiffness, 1 / (2 * LR)))
+    torch._foreach_lerp_(parameters, anchors, share)
+
+
 class ForeachAnchors:
     """The plain way to write EWC, MAS and SSL well: foreach operations, an anchor for every entry of `tasks`.
 
@@ -55,18 +61,21 @@ class ForeachAnchors:
 
     @torch.no_grad()
     def step(self) -> None:
-        """SGD's step along dL/dw + 2 strength * sum of stiffness (w - anchor), strength 1."""
+        """SGD's step, then w <- (w + sum of c * anchor) / (1 + sum of c) with c = 2 LR * stiffness, strength 1."""
+        torch._foreach_add_(self.parameters, _gradients(self.parameters), alpha=-LR)
+        if len(self.tasks) == 1:
+            _pull(self.parameters, *self.tasks[0])
+            return
         total: list[Tensor] | None = None
         for stiffness, anchors in self.tasks:
-            pull = torch._foreach_sub(self.parameters, anchors)
-            torch._foreach_mul_(pull, stiffness)
+            torch._foreach_addcmul_(self.parameters, stiffness, anchors, value=2 * LR)
             if total is None:
-                total = list(pull)
+                total = list(torch._foreach_mul(stiffness, 2 * LR))
             else:
-                torch._foreach_add_(total, pull)
-        gradients = _gradients(self.parameters)
-        direction = gradients if total is None else torch._foreach_add(gradients, total, alpha=2)
-        torch._foreach_add_(self.parameters, direction, alpha=-LR)
+                torch._foreach_add_(total, stiffness, alpha=2 * LR)
+        if total is not None:
+            torch._foreach_add_(total, 1)
+            torch._foreach_div_(self.parameters, total)
 
 
 class ForeachSI:
@@ -80,12 +89,11 @@ class ForeachSI:
     @torch.no_grad()
     def step(self) -> None:
         """The step with the anchor's pull, and the path integral; strength 1."""
-        pull = torch._foreach_sub(self.parameters, self.anchors)
-        torch._foreach_mul_(pull, self.stiffness)
         gradients = _gradients(self.parameters)
-        moved = torch._foreach_add(gradients, pull, alpha=2)
-        torch._foreach_mul_(moved, -LR)
-        torch._foreach_add_(self.parameters, moved)
+        before = torch._foreach_add(self.parameters, 0)
+        torch._foreach_add_(self.parameters, gradients, alpha=-LR)
+        _pull(self.parameters, self.stiffness, self.anchors)
+        moved = torch._foreach_sub(self.parameters, before)
         torch._foreach_addcmul_(self.paths, gradients, moved, value=-1)
 
 

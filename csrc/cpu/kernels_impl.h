@@ -742,21 +742,28 @@ static void descend_anchored_with(const ParameterParams& p, double gradient_fact
   const R factor = static_cast<R>(gradient_factor), weight_decay = static_cast<R>(p.weight_decay);
   const R momentum_factor = static_cast<R>(p.momentum_factor);
   const R lr = largest_rate<R>(p);
-  const Vector<R> twice_strength = broadcast<R>(static_cast<R>(2 * p.strength));
-  const bool nesterov = p.nesterov;
+  const double pull = anchor_pull(p.strength, p.momentum_factor, p.implicit);
+  const Vector<R> explicit_pull = broadcast<R>(static_cast<R>(pull));
+  const Vector<R> compliance = broadcast<R>(static_cast<R>(1 / (lr * pull)));
+  const bool nesterov = p.nesterov, implicit = p.implicit;
   const auto move = [&](int64_t at, auto read, auto write) {
     const Vector<R> value = read(values + at);
     const Vector<R> loss_gradient = read(gradients + at) * factor;
-    Vector<R> d = loss_gradient + weight_decay * value;
+    Vector<R> d = loss_gradient + weight_decay * value, stiff = {}, target = {};
     if constexpr (has_anchor) {
-      d += anchor_gradient<Vector<R>>(value, read(anchor + at), read(stiffness + at), twice_strength);
+      stiff = read(stiffness + at), target = read(anchor + at);
+      if (!implicit) d += anchor_gradient<Vector<R>>(value, target, stiff, explicit_pull);
     }
     if constexpr (has_momentum) {
       const Vector<R> velocity = momentum_factor * read(momentum + at) + d;
       write(momentum + at, velocity);
       d = nesterov ? d + momentum_factor * velocity : velocity;
     }
-    write(values + at, value - lr * d);
+    Vector<R> result = value - lr * d;
+    if constexpr (has_anchor) {
+      if (implicit) result = towards_anchor<Vector<R>>(result, target, stiff, compliance);
+    }
+    write(values + at, result);
     // The movement is that of the value as it is stored, rounded to its type.
     if constexpr (has_path) write(path + at, read(path + at) - loss_gradient * (read(values + at) - value));
   };

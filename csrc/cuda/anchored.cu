@@ -1,7 +1,8 @@
 // The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a network in one launch.
 //
-//   d     = dL/dw + weight decay * w + 2 strength * stiffness * (w - anchor)
+//   d     = dL/dw + weight decay * w                      (+ 2 strength * stiffness * (w - anchor), if explicit)
 //   w    <- w - lr * d                                    (or with momentum, as in SGD)
+//   w    <- (w + c * anchor) / (1 + c)                    (if implicit, with c = lr * pull * stiffness)
 //   path <- path - dL/dw * (the movement of w)
 //
 // A block works on one item of at most kItem elements of one parameter, a thread on packs of 16 bytes.
@@ -18,7 +19,8 @@ struct AnchoredParameter : Elements {
   const float* stiffness;
   const float* anchor;
   float* path;
-  float twice_strength;
+  float pull;  // as in anchor_pull()
+  bool implicit;
 };
 
 // By value in the kernel's arguments.
@@ -53,7 +55,8 @@ struct Anchored {
   const float* stiffness;
   const float* anchor;
   float* path;
-  float twice_strength;
+  float pull, compliance;
+  bool implicit;
   Step step;
 
   __device__ __forceinline__ Anchored(const AnchoredParameter& p, int64_t begin, const float* grad_scale)
@@ -63,8 +66,11 @@ struct Anchored {
         stiffness(from(p.stiffness, begin)),
         anchor(from(p.anchor, begin)),
         path(from(p.path, begin)),
-        twice_strength(p.twice_strength),
-        step(step_of(p, grad_scale)) {}
+        pull(p.pull),
+        implicit(p.implicit),
+        step(step_of(p, grad_scale)) {
+    compliance = 1.0f / (step.lr * pull);
+  }
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
@@ -83,10 +89,11 @@ struct Anchored {
       const float before = to_float(packs.value.at[k]), loss_gradient = to_float(packs.gradient.at[k]) * step.factor;
       float d = loss_gradient, velocity = to_float(packs.momentum.at[k]);
       if (step.weight_decay != 0.0f) d += step.weight_decay * before;
-      if (stiffness != nullptr) {
-        d += anchor_gradient<float>(before, packs.anchor.at[k], packs.stiffness.at[k], twice_strength);
-      }
-      from_float(moved_along(step, before, d, step.lr, momentum != nullptr, velocity), packs.value.at[k]);
+      const float anchor_k = packs.anchor.at[k], stiffness_k = packs.stiffness.at[k];
+      if (stiffness != nullptr && !implicit) d += anchor_gradient<float>(before, anchor_k, stiffness_k, pull);
+      float after = moved_along(step, before, d, step.lr, momentum != nullptr, velocity);
+      if (stiffness != nullptr && implicit) after = towards_anchor<float>(after, anchor_k, stiffness_k, compliance);
+      from_float(after, packs.value.at[k]);
       from_float(velocity, packs.momentum.at[k]);
       packs.path.at[k] -= loss_gradient * (to_float(packs.value.at[k]) - before);
     }
@@ -112,9 +119,10 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
   for (int i = 0; i < count; ++i) {
+    const double pull = anchor_pull(from[i]->strength, from[i]->momentum_factor, from[i]->implicit);
     AnchoredParameter p{elements(*from[i]), static_cast<const float*>(from[i]->stiffness),
                         static_cast<const float*>(from[i]->anchor), static_cast<float*>(from[i]->path),
-                        static_cast<float>(2 * from[i]->strength)};
+                        static_cast<float>(pull), from[i]->implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
     p.first_item = network.items;
     p.item_size = static_cast<int>(item);
