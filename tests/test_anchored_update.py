@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from npc_ext import ops, reference
+from npc_ext import _launch, ops, reference
 
 from .test_update import copied
 from .tolerances import DTYPES, U, assert_stepped
@@ -247,6 +247,20 @@ def test_a_step_of_one_weight_is_the_one_done_by_hand(
         # The path integral takes the loss's gradient times the whole movement, the pull's part of it, too.
         sign = -1 if options.get("maximize") else 1
         assert arguments["paths"][0].item() == pytest.approx(-sign * 2 * (weight - 3), rel=1e-5)
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+def test_a_rate_in_memory_scales_the_pull_as_well(implicit: bool, device: str) -> None:
+    """As CUDA graphs have it: the kernel reads the rate when it runs."""
+    rate, usual = torch.ones((), device=device), on(device, one_weight(3.0, 3.0, gradient=2.0, implicit=implicit))
+    inputs = {name: usual[name] for name in ("parameters", "gradients", "momentum_buffers", "stiffness", "anchors")}
+    read = {name: [tensor.clone() for tensor in tensors] for name, tensors in inputs.items()}
+    rest = [usual[name] for name in ("momentum", "nesterov", "weight_decay", "maximize")]
+    tables = _launch.AnchoredTables(read["parameters"], usual["strength"], usual["implicit"], [rate], *rest)
+    rate.fill_(0.5)
+    _launch.anchored_update_(tables, *read.values(), [None])
+    ops.anchored_update_(**usual)
+    assert torch.equal(read["parameters"][0], usual["parameters"][0])
 
 
 @pytest.mark.parametrize("implicit", [True, False])

@@ -52,6 +52,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "NPCAdamW": lambda model, **options: NPCAdamW(model, lr=0.01, delta=0.9, **options),
     "CPC": lambda model, **options: CPC(model, delta=0.9, **SGD, **options),
     "EWC": lambda model, **options: EWC(model, strength=1.0, **SGD, **options),
+    "EWC, explicit": lambda model, **options: EWC(model, strength=1.0, implicit=False, **SGD, **options),
     "MAS": lambda model, **options: MAS(model, strength=0.05, **SGD, **options),
     "SI": lambda model, **options: SI(model, strength=0.05, **SGD, **options),
     "SSL": lambda model, **options: SSL(model, strength=0.05, sparsity=0.01, **SGD, **options),
