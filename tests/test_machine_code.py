@@ -41,8 +41,8 @@ class Least:
 # anchor and path, or C. Updates have a loop for parameters of neurons, and one for others.
 PACKED = {
     r"importance_kernel<.*\bPack<.*>": Least(loads=8),
-    r"update_kernel<Kind<\w+, false\b.*": Least(loads=8, loops=2),
-    r"update_kernel\b.*": Least(loads=6, loops=2),
+    r"update_kernel<\w+, momentum\b.*": Least(loads=6, loops=2),
+    r"update_kernel\b.*": Least(loads=8, loops=2),
     r"adam_update_kernel\b.*": Least(loads=6, loops=2),
     r"anchored_update_kernel\b.*": Least(loads=6),
     r"connection_update_kernel\b.*": Least(loads=6),
