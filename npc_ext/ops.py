@@ -476,6 +476,10 @@ def network_step_(
 ) -> None:
     """A whole NPC step in one call: `importance` of every layer from its activation, then `update_`, in place.
 
+    On CUDA it is a single cooperative launch. It saves launches, which is what small networks spend their time on. For
+    large ones `importance` for each layer and `update_` should be faster: this kernel is compiled for every layout and
+    dtype at once, so it has fewer loads in flight (docs/kernels.md). Where the one overtakes the other is not measured.
+
     Args:
         activations, activation_gradients, channel_dim, batch_dim: for each layer what `importance` takes.
         parameters, ...: as in `update_`.

@@ -39,6 +39,7 @@ template <class Kind>
 struct Adam {
   using T = typename Kind::T;
   static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
+  static constexpr int kBlocks = 3;
 
   template <class P>
   struct Packs {
@@ -113,7 +114,7 @@ struct Adam {
 };
 
 template <class Kind, class N>
-__global__ void __launch_bounds__(kThreads, 3) adam_update_kernel(const __grid_constant__ N network) {
+__global__ void __launch_bounds__(kThreads, Adam<Kind>::kBlocks) adam_update_kernel(const __grid_constant__ N network) {
   if (overflowed(network)) return;
   update_item<Adam, Kind>(network, blockIdx.x, shared_memory<UpdateShared>());
 }

@@ -145,7 +145,7 @@ void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
     of_type[static_cast<int>(params.parameters[i].dtype)].push_back(&params.parameters[i]);
     size += params.parameters[i].size;
   }
-  const int64_t item = item_size(size, resident_blocks(anchored_update_kernel<float, LargeNetwork>), kThreads * 4);
+  const int64_t item = item_size(size, resident_blocks(anchored_update_kernel<float, LargeNetwork>));
   for (const auto& parameters : of_type) {
     const int count = static_cast<int>(parameters.size());
     for (int first = 0; first < count; first += LargeNetwork::kParameters) {

@@ -284,7 +284,7 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
   const int64_t resident = resident_blocks(connection_update_kernel<N>);
-  const int64_t item = item_size(size, resident, kThreads * 4);
+  const int64_t item = item_size(size, resident);
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
     ConnectionParameter p{elements(from), from.importance, from.layer < 0 ? -1 : place[from.layer]};

@@ -43,9 +43,11 @@ __host__ __device__ inline int64_t items_of(const Elements& p) {
   return items > 0 ? items : 1;
 }
 
-// Small networks are cut smaller, so that all of the device works on them: the elements of an item, a multiple of `unit`.
-inline int64_t item_size(int64_t all_elements, int64_t blocks, int64_t unit) {
-  return std::clamp<int64_t>(all_elements / blocks / unit * unit, unit, kItem);
+// The elements of an item of a network that `blocks` blocks work on at a time. Small networks are cut smaller, so that all
+// of the device works on them.
+inline int64_t item_size(int64_t all_elements, int64_t blocks) {
+  constexpr int64_t least = kThreads * 4;
+  return std::clamp<int64_t>(all_elements / blocks / least * least, least, kItem);
 }
 
 template <class N>

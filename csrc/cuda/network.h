@@ -141,7 +141,7 @@ N describe(const UpdateParams& params, const std::vector<Layer>& layers, const P
   }
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
-  const int64_t item = item_size(size, blocks, kThreads * 4);
+  const int64_t item = item_size(size, blocks);
   using P = typename N::OneParameter;
   const auto most_elements = [](const Parameter& p) {
     return repeats(p) ? kItem : kRuns * std::min<int64_t>(p.run, kItem);

@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
   importance_of_all(step, shared.importance);
   grid_barrier();
   if (step.wide.layer_count > 0) {
-    sum_chunks(step.wide, shared.update);
+    sum_chunks(step.wide, shared.update.sums);
     grid_barrier();
-    average_chunks(step.wide, shared.update);
+    average_chunks(step.wide, shared.update.sums);
     grid_barrier();
   }
   for (int64_t item = blockIdx.x; item < step.network.items; item += gridDim.x) {

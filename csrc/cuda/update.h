@@ -19,27 +19,9 @@
 // comes out of the cache for all blocks but the first.
 #pragma once
 
-#include "elements.h"
+#include "runs.h"
 
 namespace npc::cuda {
-
-constexpr int kRuns = 4096;  // runs of one neuron that an item holds at most, but for the one it begins in
-
-struct Layer {
-  float* importance;
-  const float* measured;
-  float* plasticity;  // [neurons], in scratch, of layers whose C is moved before; else null
-  int64_t* skipped;
-  int64_t neurons;
-  float alpha, beta, delta, one_minus_delta;
-  bool error_function, active_only;
-  unsigned items;  // that read the layer's importance
-};
-
-struct Parameter : Elements {
-  int64_t outer, middle, run;
-  int layer, first_neuron;
-};
 
 // The whole network, by value in the kernel's arguments. P: Parameter, or what another step needs beside it.
 template <int kParameters_, int kLayers_, class P = Parameter>
@@ -57,149 +39,9 @@ struct Network {
 
 struct UpdateShared {
   float plasticity[kRuns + 2];  // of the neurons that an item's runs belong to
-  double totals[kWarps];
-  int64_t counts[kWarps];
+  SumShared sums;
   bool last;
 };
-
-// The sum over measured importance of some neurons of a layer, and how many of them count in eq. 3's mean.
-struct ChunkSum {
-  double sum;
-  int64_t active;
-};
-
-// The same of a whole layer.
-struct Total {
-  float sum, neurons;
-};
-
-// The sum over neurons [begin, end), in all threads of the block.
-__device__ inline ChunkSum sum_of(const Layer& layer, int64_t begin, int64_t end, UpdateShared& shared) {
-  double sum = 0;
-  int64_t active = 0;
-  for (int64_t i = begin + thread(); i < end; i += kThreads) {
-    sum += layer.measured[i];
-    active += !received_no_gradient(layer.measured[i]);
-  }
-  const double total = sum_over_block(sum, shared.totals);
-  return {total, layer.active_only ? sum_over_block(active, shared.counts) : end - begin};
-}
-
-__device__ inline Total total_of(const Layer& layer, UpdateShared& shared) {
-  const ChunkSum all = sum_of(layer, 0, layer.neurons, shared);
-  return {static_cast<float>(all.sum), static_cast<float>(all.active)};
-}
-
-// Whether a neuron takes part in the step; a layer that was not measured has all of them do so.
-__device__ __forceinline__ bool takes_part(const Layer& layer, int64_t neuron) {
-  return !layer.active_only || layer.measured == nullptr || !received_no_gradient(layer.measured[neuron]);
-}
-
-// C_i after eqs. 3 and 4. Sums that are zero or not finite leave it as it is.
-__device__ __forceinline__ float averaged(const Layer& layer, const Total& total, int64_t neuron) {
-  const float average = layer.importance[neuron];
-  if (!(total.sum > 0.0f) || isinf(total.sum) || !takes_part(layer, neuron)) return average;
-  const float normalized = normalized_importance(layer.measured[neuron], total.sum, total.neurons);
-  return moving_average(average, normalized, layer.delta, layer.one_minus_delta);
-}
-
-// Eq. 7 of a neuron whose C moves to `average` and is not written yet, as rules.h says what it tells.
-__device__ __forceinline__ float plasticity_of(const Layer& layer, float average, int64_t neuron) {
-  if (!takes_part(layer, neuron)) return 0.0f;
-  const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)
-                                                : plasticity_sigmoid(average, layer.alpha, layer.beta);
-  return plasticity_after(layer.importance[neuron], layer.beta, plasticity);
-}
-
-__device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run) {
-  if (p.outer == 1) return p.first_neuron + run;
-  return p.first_neuron + run / (p.outer * p.middle) * p.middle + run % p.middle;
-}
-
-// Whether a parameter's neurons follow each other again and again, so few of them that a table holds them all.
-__host__ __device__ inline bool repeats(const Parameter& p) {
-  return p.outer > 1 && p.middle <= kRuns && p.outer * p.middle * p.run == p.size;
-}
-
-// To which neurons an item's elements belong, as places in a table of their plasticity: run after run, or, if the
-// parameter repeats, neuron after neuron. Lengths count elements, and none is longer than an item may be.
-struct Runs {
-  int first, others;      // length of the item's first run, and of each other
-  int place, places;      // of the first run, and how many there are before the first comes again
-  float per_other, per_places;  // 1 / others and 1 / places; 0 if places do not come again
-
-  // floor(number / divisor), exact for numbers below 2^21.
-  static __device__ __forceinline__ int divided(int number, float per_divisor) {
-    return static_cast<int>((static_cast<float>(number) + 0.5f) * per_divisor);
-  }
-
-  __device__ __forceinline__ int run_of(int at) const { return at < first ? 0 : 1 + divided(at - first, per_other); }
-  __device__ __forceinline__ int place_of(int run) const {
-    const int at = place + run;
-    return per_places == 0.0f ? at : at - divided(at, per_places) * places;
-  }
-};
-
-// What a visitor finds out about a pack before it loads it.
-struct PackPlasticity {
-  bool any;             // of its elements has a plasticity that differs from 0
-  float first, second;  // of the neurons that it belongs to, two at most if no run is shorter than a pack
-  int split;            // the element with which the second begins
-};
-
-// The plasticity of an item's elements, by the table.
-struct FromTable {
-  const Runs& runs;
-  const float* table;
-
-  template <int size>
-  __device__ __forceinline__ PackPlasticity find(int at) const {
-    const int run = runs.run_of(at), split = runs.first + run * runs.others - at;
-    PackPlasticity found = {false, table[runs.place_of(run)], 0.0f, split};
-    if (runs.others >= size) {
-      found.second = split < size ? table[runs.place_of(run + 1)] : found.first;
-      found.any = found.first != 0.0f || found.second != 0.0f;
-    } else {
-      for_each<size>(at, [&](int, float plasticity) { found.any |= plasticity != 0.0f; });
-    }
-    return found;
-  }
-
-  template <int size>
-  __device__ __forceinline__ void expand(const PackPlasticity& found, int at, float (&plasticity)[size]) const {
-    if (runs.others >= size) {
-#pragma unroll
-      for (int k = 0; k < size; ++k) plasticity[k] = k < found.split ? found.first : found.second;
-    } else {
-      for_each<size>(at, [&](int k, float one) { plasticity[k] = one; });
-    }
-  }
-
- private:
-  // Where a pack may belong to many neurons.
-  template <int size, class Visit>
-  __device__ __forceinline__ void for_each(int at, const Visit& visit) const {
-    int run = runs.run_of(at), end = runs.first + run * runs.others - at;
-    float current = table[runs.place_of(run)];
-#pragma unroll
-    for (int k = 0; k < size; ++k) {
-      if (k == end) {
-        current = table[runs.place_of(++run)];
-        end += runs.others;
-      }
-      visit(k, current);
-    }
-  }
-};
-
-__device__ __forceinline__ Runs runs_of(const Parameter& p, int64_t begin, int64_t first_run) {
-  constexpr int most = kItem + kThreads;
-  const auto at_most = [](int64_t length) { return length < most ? static_cast<int>(length) : most; };
-  const int others = at_most(p.run), first = at_most((first_run + 1) * p.run - begin);
-  if (!repeats(p)) return {first, others, 0, 0, 1.0f / others, 0.0f};
-  const int places = static_cast<int>(p.middle);
-  return {first, others, static_cast<int>(first_run % p.middle), places, 1.0f / others, 1.0f / places};
-}
 
 // The step of SGD; a visitor as elements.h says.
 template <class Kind>
@@ -257,21 +99,6 @@ struct Sgd {
   }
 };
 
-// Writes the plasticity of the neurons of an item as Runs finds it, `places` of them.
-__device__ inline void fill_table(const Parameter& p, const Layer& layer, const Total& total, int64_t first_run,
-                                  int places, float* table) {
-  for (int place = thread(); place < places; place += kThreads) {
-    const int64_t neuron = repeats(p) ? p.first_neuron + place : neuron_of_run(p, first_run + place);
-    table[place] = layer.plasticity != nullptr ? layer.plasticity[neuron]
-                                               : plasticity_of(layer, averaged(layer, total, neuron), neuron);
-  }
-}
-
-// Whether a neuron may move in this step, as far as that is known before the layer's sums are.
-__device__ __forceinline__ bool may_move(const Layer& layer, int64_t neuron) {
-  return layer.plasticity != nullptr ? layer.plasticity[neuron] != 0.0f : !(layer.importance[neuron] >= layer.beta);
-}
-
 // Counts a step of the parameter if this is the last of its blocks, where steps are counted; a barrier for the block.
 template <class N, class P>
 __device__ __forceinline__ void count_step(const N& network, const P& p, UpdateShared& shared) {
@@ -303,7 +130,7 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
     });
   }
   const bool measured = layer.measured != nullptr;
-  const Total total = measured ? total_of(layer, shared) : Total{0.0f, 0.0f};
+  const Total total = measured ? total_of(layer, shared.sums) : Total{0.0f, 0.0f};
   fill_table(p, layer, total, first_run, places, shared.plasticity);
   __syncthreads();
   bool last = false;

@@ -15,7 +15,7 @@ struct WideNetwork {
 
 __global__ void __launch_bounds__(kThreads, 2) wide_average_kernel(const __grid_constant__ WideNetwork network) {
   if (overflowed(network)) return;
-  UpdateShared& shared = shared_memory<UpdateShared>();
+  SumShared& shared = shared_memory<SumShared>();
   sum_chunks(network.wide, shared);
   grid_barrier();
   average_chunks(network.wide, shared);

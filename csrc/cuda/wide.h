@@ -16,7 +16,8 @@
 
 #include <vector>
 
-#include "update.h"
+#include "elements.h"
+#include "layer.h"
 #include "workspace.h"
 
 namespace npc::cuda {
@@ -50,7 +51,7 @@ __device__ __forceinline__ Interval neurons_of(const W& wide, int layer, int64_t
 
 // The first half, before the grid's barrier.
 template <class W>
-__device__ __forceinline__ void sum_chunks(const W& wide, UpdateShared& shared) {
+__device__ __forceinline__ void sum_chunks(const W& wide, SumShared& shared) {
   int layer = 0;
   for (int64_t chunk = blockIdx.x; chunk < wide.chunks(); chunk += gridDim.x) {
     while (chunk >= wide.first_chunk[layer + 1]) ++layer;
@@ -61,7 +62,7 @@ __device__ __forceinline__ void sum_chunks(const W& wide, UpdateShared& shared) 
 }
 
 template <class W>
-__device__ __forceinline__ Total total_of_chunks(const W& wide, int layer, UpdateShared& shared) {
+__device__ __forceinline__ Total total_of_chunks(const W& wide, int layer, SumShared& shared) {
   double sum = 0;
   int64_t active = 0;
   for (int64_t chunk = wide.first_chunk[layer] + thread(); chunk < wide.first_chunk[layer + 1]; chunk += kThreads) {
@@ -75,7 +76,7 @@ __device__ __forceinline__ Total total_of_chunks(const W& wide, int layer, Updat
 
 // The second half, behind the barrier.
 template <class W>
-__device__ __forceinline__ void average_chunks(const W& wide, UpdateShared& shared) {
+__device__ __forceinline__ void average_chunks(const W& wide, SumShared& shared) {
   Total total = {0.0f, 0.0f};
   int layer = 0, summed = -1;
   for (int64_t chunk = blockIdx.x; chunk < wide.chunks(); chunk += gridDim.x) {
