@@ -2,8 +2,9 @@
 
 * A loop is *packed* if it has global accesses of 16 bytes. All its global accesses should be as wide. Accesses of a
   loop inside it belong to that loop alone.
-* The *loads in flight* of a loop are the most 16-byte loads that a thread has issued without having used one of them,
-  or a later one, over the ways through the loop's body. What an iteration loads for the next one counts, too.
+* The *loads in flight* of a loop are the most 16-byte loads that a thread has outstanding at once on a way through the
+  loop's body. A load is outstanding until its result, or that of a later load, is used. What an iteration loads for the
+  next one counts, too.
 """
 
 from __future__ import annotations
