@@ -35,7 +35,7 @@ _STEPS_BETWEEN_COMPARISONS = 50
 _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
-# In each group, and so in what is saved: the unit of its alpha, which is the group's "lr".
+# Groups of NPC and CPC, and so what is saved of them, state the unit of alpha under this key: "lr", the group's own.
 ALPHA_UNIT = "alpha_unit"
 
 
