@@ -84,6 +84,11 @@ def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) 
     getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 
 
+def loads() -> int:
+    """How many times the kernels have loaded 16 bytes in one access."""
+    return ctypes.c_longlong.in_dll(ctypes.CDLL(str(module().__file__)), "cuda_on_cpu_loads").value
+
+
 @contextmanager
 def state(**values: int) -> Iterator[None]:
     """Sets variables of the "GPU" for a while: capture, free_bytes, driver, kernel_error (see cuda_on_cpu.h)."""
