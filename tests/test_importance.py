@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import random
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from npc_ext import ops, reference
+from npc_ext import _launch, ops, reference
 
+from . import cuda_on_cpu
 from .tolerances import DTYPES, assert_importance
 
 SHAPES = [
@@ -35,9 +38,13 @@ def layouts(tensor: Tensor) -> dict[str, Tensor]:
         "contiguous": tensor,
         "cut": cut.copy_(tensor),
         "every other": every_other.copy_(tensor),
-        "channels last": tensor.movedim(1, -1).contiguous().movedim(-1, 1),
+        "channels last": channels_last(tensor),
         "transposed": tensor.transpose(0, -1).contiguous().transpose(0, -1),
     }
+
+
+def channels_last(tensor: Tensor) -> Tensor:
+    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> None:
@@ -100,6 +107,61 @@ def test_importance_agrees_with_the_reference_in_every_layout(
     for name, activation in activations.items():
         check(activation, gradients[name])
         check(activation, gradients["contiguous"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("positions", [1, 2, 3, 4, 7, 9, 16, 25, 49, 50, 64, 196, 256, 1024, 1025])
+def test_importance_of_any_number_of_positions_alone_and_with_relu(
+    positions: int, dtype: torch.dtype, device: str
+) -> None:
+    """Rows that begin and end inside packs, few and many packs a row, batches that go on in the next sample's row."""
+    for batch, neurons in [(1 + positions % 5, 8), (16 if positions < 256 else 2, 5 + positions % 2)]:
+        activation = torch.randn(batch, neurons, positions).relu().to(device, dtype)
+        gradient = torch.randn(batch, neurons, positions).to(device, dtype)
+        gradient[:, 1] = 0
+        activation[0, 2, 0] = torch.inf  # stays in its row
+        gradient[0, 2, 0] = 1
+        n, g = activation.double(), gradient.double()
+        want, absolute = reference.importance(n, g), (n * g).abs().sum((0, 2))
+        for output, its_gradient in [(activation, gradient), (channels_last(activation), channels_last(gradient))]:
+            gradient_in, measured = ops.relu_backward_importance(output, its_gradient)
+            assert torch.equal(gradient_in, reference.relu_backward_importance(output, its_gradient)[0])
+            for got in (measured, ops.importance(output, its_gradient)):
+                finite = want.isfinite()
+                assert torch.equal(got[~finite].double(), want[~finite])
+                assert_importance(got[finite], want[finite], absolute[finite], batch * positions, dtype)
+                assert torch.equal(got.signbit(), want.signbit())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 49), (5, 16, 7), (2, 8, 14, 14), (2, 8, 1025), (1, 1, 64), (16, 40), (2, 8, 3)], ids=str
+)
+def test_cuda_kernels_read_contiguous_tensors_in_packs_of_16_bytes_only(
+    shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every pack once, and those that two rows share twice."""
+    monkeypatch.setattr(_launch, "_launch", cuda_on_cpu.launch)
+    activation, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    rows, packs = shape[0] * shape[1], 2 * activation.numel() * dtype.itemsize // 16
+    loads = partial(cuda_on_cpu.counted, "loads")
+    assert packs <= loads(lambda: check(activation, gradient)) <= packs + (2 * rows if len(shape) > 2 else 0)
+    assert loads(lambda: check(channels_last(activation), channels_last(gradient))) == packs
+    assert loads(lambda: check(activation[..., 1:], gradient[..., 1:])) == 0, "not aligned"
+
+
+def test_samples_may_lie_further_apart_than_32_bits_count(device: str) -> None:
+    if device == "cuda":
+        pytest.skip("a GPU has no memory to promise and not to use")
+    stride, shape = 2**33 + 8, (5, 64, 4)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    try:
+        memory = mmap.mmap(-1, 4 * (4 * stride + 256), flags)
+    except OSError:
+        pytest.skip("the machine does not lend addresses without memory behind them")
+    activation = torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, (stride, 4, 1))
+    activation.copy_(torch.randn(shape))
+    check(activation, torch.randn(shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

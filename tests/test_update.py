@@ -227,10 +227,12 @@ def test_update_of_parameters_of_several_dtypes(device: str) -> None:
 @pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
 def test_an_update_is_one_launch_and_one_more_for_each_further_dtype(device: str) -> None:
     one_dtype, mixed = network(momentum=0.9, device=device), mixed_network(device)
-    assert cuda_on_cpu.launches(lambda: ops.update_(**one_dtype)) == 1
-    assert cuda_on_cpu.launches(lambda: ops.update_(**mixed)) == 4, "three dtypes, and layers that have two of them"
+    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**one_dtype)) == 1
+    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**mixed)) == 4, (
+        "three dtypes, and layers that have two of them"
+    )
     mixed["layer"] = [-1] * len(mixed["layer"])
-    assert cuda_on_cpu.launches(lambda: ops.update_(**mixed)) == 3
+    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**mixed)) == 3
 
 
 LONG_RUNS = [  # rows, run, dimension of neurons, groups; the other dimension is 4

@@ -15,11 +15,6 @@ __device__ __forceinline__ T sum_over_lanes(T value, int lanes) {
   return value;
 }
 
-// Whether it holds for any of `lanes` neighbouring threads of a warp, in all of them. All threads of the warp call it.
-__device__ __forceinline__ bool any_of_lanes(bool value, int lanes) {
-  return sum_over_lanes(value ? 1 : 0, lanes) != 0;
-}
-
 constexpr int kWarps = kThreads / kWarp;
 
 // This thread's number in its block.

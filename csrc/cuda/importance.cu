@@ -4,18 +4,44 @@
 #include "workspace.h"
 
 #include <algorithm>
+#include <iterator>
+#include <numeric>
 
 namespace npc::cuda {
 namespace {
 
-constexpr int kPackBytes = 16;
-constexpr int64_t kFewTiles = 8;       // fewer leave too much to the last blocks; narrower tiles avoid that
-constexpr int kLineLanes = 8;          // 16 bytes for each of so many threads fill a line of the cache
-constexpr int64_t kPacksPerLane = 4;   // a chunk of positions gives every thread at least so much to do
+constexpr int kBlocks = 3;        // of a multiprocessor at least: 96 KiB in flight, at 80 registers a thread
+constexpr int64_t kWaves = 4;     // blocks, in units of what runs at a time: part of the device idles for the last only
+constexpr int64_t kFewTiles = 8;  // fewer leave too much to the last blocks; narrower tiles avoid that
+constexpr int kLineLanes = 8;     // 16 bytes for each of so many threads fill a line of the cache
+constexpr int64_t kMost = (int64_t{1} << 30) - kThreads;  // positions of an item, items of a block: counted in 32 bits
 
-template <Layout layout, bool kRelu, class P, class T>
-__global__ void __launch_bounds__(kThreads, 2) importance_kernel(const __grid_constant__ ImportanceWork work) {
-  importance_block<layout, kRelu, P, T>(work, blockIdx.x, shared_memory<ImportanceShared>());
+template <Layout layout, bool kRelu, class P>
+__global__ void __launch_bounds__(kThreads, kBlocks) importance_kernel(const __grid_constant__ ImportanceWork work) {
+  importance_block<layout, kRelu, P>(work, blockIdx.x, shared_memory<ImportanceShared>());
+}
+
+using Kernel = void (*)(ImportanceWork);
+
+template <bool kRelu, class P>
+Kernel kernel_of_access(const ImportanceWork& work) {
+  return work.layout == Layout::rows ? importance_kernel<Layout::rows, kRelu, P>
+                                     : importance_kernel<Layout::columns, kRelu, P>;
+}
+
+template <bool kRelu, class T>
+Kernel kernel_of_type(const ImportanceWork& work) {
+  return work.packed ? kernel_of_access<kRelu, Pack<T>>(work) : kernel_of_access<kRelu, Single<T>>(work);
+}
+
+template <bool kRelu>
+Kernel kernel_of(const ImportanceWork& work) {
+  switch (work.params.dtype) {
+    case DType::float32: return kernel_of_type<kRelu, float>(work);
+    case DType::float16: return kernel_of_type<kRelu, __half>(work);
+    case DType::bfloat16: return kernel_of_type<kRelu, __nv_bfloat16>(work);
+    default: throw std::invalid_argument("importance: the CUDA kernels take float32, float16 and bfloat16");
+  }
 }
 
 // `value`, but at least 1 and at most `most` if that is more.
@@ -30,16 +56,40 @@ int power_of_two(int64_t value, int most) {
   return power;
 }
 
-int element_bytes(DType dtype) { return dtype == DType::float32 ? 4 : 2; }
+int pack_size(const ImportanceParams& p) { return kPackBytes / (p.dtype == DType::float32 ? 4 : 2); }
+
+// How many numbers one access moves.
+int access_size(const ImportanceWork& w) { return w.packed ? pack_size(w.params) : 1; }
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kPackBytes == 0; }
 
-// Whether every pack that begins at a multiple of its size along the dense dimension lies on a multiple of 16 bytes.
-// `along` is that dimension's size, `others` are the strides of all others.
+// Whether every pack that begins at a multiple of its size in a range of elements without gaps lies on a multiple of 16
+// bytes. `along` is the range's size, `others` are the strides from range to range.
 bool may_pack(const ImportanceParams& p, int64_t along, std::initializer_list<int64_t> others) {
-  const int64_t size = kPackBytes / element_bytes(p.dtype);
+  const int64_t size = pack_size(p);
   if (along % size != 0 || !aligned(p.activation) || !aligned(p.gradient) || !aligned(p.gradient_in)) return false;
   return std::all_of(others.begin(), others.end(), [&](int64_t stride) { return stride % size == 0; });
+}
+
+// The strides of samples, where there are several.
+int64_t activation_batch_stride(const ImportanceParams& p) { return p.batch > 1 ? p.activation_batch_stride : 0; }
+int64_t gradient_batch_stride(const ImportanceParams& p) { return p.batch > 1 ? p.gradient_batch_stride : 0; }
+
+bool may_pack_columns(const ImportanceParams& p) {
+  const auto stride_of = [&](const int64_t* strides) { return p.position_dims == 1 ? strides[0] : 0; };
+  return p.position_dims <= 1 && may_pack(p, p.neurons, {activation_batch_stride(p), gradient_batch_stride(p),
+                                                         stride_of(p.activation_position_stride),
+                                                         stride_of(p.gradient_position_stride)});
+}
+
+// Packs lie in one row, or, where a sample's rows lie behind each other in both tensors, in all of them together.
+bool may_pack_rows(const ImportanceParams& p, int64_t positions) {
+  if (p.position_dims != 1 || p.activation_position_stride[0] != 1 || p.gradient_position_stride[0] != 1) return false;
+  const int64_t n = p.neurons > 1 ? p.activation_neuron_stride : positions;
+  const int64_t g = p.neurons > 1 ? p.gradient_neuron_stride : positions;
+  const int64_t of_batch_n = activation_batch_stride(p), of_batch_g = gradient_batch_stride(p);
+  return may_pack(p, positions, {of_batch_n, of_batch_g, n, g}) ||
+         (n == positions && g == positions && may_pack(p, positions * p.neurons, {of_batch_n, of_batch_g}));
 }
 
 bool has_columns(const ImportanceParams& p) {
@@ -48,106 +98,115 @@ bool has_columns(const ImportanceParams& p) {
   return true;
 }
 
-// Cuts positions into chunks and items into slices, given about how many. A block works on `at_once` items at a time;
-// chunks begin at multiples of `unit`.
-void divide_items(ImportanceWork& w, int64_t at_once, int64_t unit, int64_t blocks) {
-  w.chunk = std::max<int64_t>(ceil_div(ceil_div(w.positions, w.chunks), unit) * unit, 1);
-  w.chunks = std::max<int64_t>(ceil_div(w.positions, w.chunk), 1);
-  const int64_t items = w.params.batch * w.chunks;
-  w.slice = std::max<int64_t>(ceil_div(items, at_most(ceil_div(items, at_once), ceil_div(blocks, w.tiles))), 1);
-  w.slices = std::max<int64_t>(ceil_div(items, w.slice), 1);
+// Blocks to divide the work among: as many as run at a time, and more as long as each has a batch of slots to read.
+int64_t blocks_for(const ImportanceWork& w) {
+  const int64_t resident = resident_blocks(kernel_of<false>(w));
+  const int64_t elements = w.params.batch * w.params.neurons * w.positions;
+  return std::clamp(elements / (int64_t{kThreads} * kBatch * access_size(w)), resident, kWaves * resident);
 }
 
-void divide_rows(ImportanceWork& w, int64_t blocks) {
+// Cuts `length` positions into about so many chunks, which begin at multiples of `unit`, and items into slices.
+void divide_items(ImportanceWork& w, int64_t length, int64_t chunks, int64_t unit, int64_t blocks) {
+  chunks = std::max(chunks, ceil_div(length, kMost));
+  w.chunk = static_cast<int>(std::max<int64_t>(ceil_div(ceil_div(length, chunks), unit) * unit, unit));
+  w.chunks = std::max<int64_t>(ceil_div(length, w.chunk), 1);
+  w.slots = static_cast<int>(ceil_div(w.chunk, w.step));
+  const int64_t passes = std::max<int64_t>(ceil_div(w.items(), w.rows), 1);  // if one block did them all
+  const int64_t slices = std::max(ceil_div(blocks, w.tiles), ceil_div(w.items(), kMost));
+  w.slice = static_cast<int>(w.rows * (w.chunks > 1 ? 1 : ceil_div(passes, at_most(passes, slices))));
+  w.slices = static_cast<int>(std::max<int64_t>(ceil_div(w.items(), w.slice), 1));
+  const int size = access_size(w);
+  if (w.packed && w.positions > 1) {
+    w.step_n = w.step * w.params.activation_position_stride[0] / size;
+    w.step_g = w.step * w.params.gradient_position_stride[0] / size;
+  }
+  w.next_n = w.rows * activation_batch_stride(w.params) / size - (w.slots - 1) * w.step_n;
+  w.next_g = w.rows * gradient_batch_stride(w.params) / size - (w.slots - 1) * w.step_g;
+}
+
+// Into how many chunks a sample is cut if `parts` pieces of work are to become `wanted`: into one if they are half of
+// that, because chunks have to be added up. Each has `least` positions.
+int64_t chunks_for(const ImportanceWork& w, int64_t parts, int64_t wanted, int64_t least) {
+  return 2 * parts <= wanted ? at_most(w.positions / least, wanted / std::max<int64_t>(parts, 1)) : 1;
+}
+
+// As many lanes as leave the fewest of them idle at the end of a row of so many packs; the more, the better.
+int lanes_for(int64_t packs) {
+  const auto slots = [&](int lanes) { return ceil_div(packs, lanes) * lanes; };
+  int best = power_of_two(packs, kWarp);
+  for (int lanes = best / 2; lanes >= kLineLanes; lanes /= 2) {
+    if (slots(lanes) < slots(best)) best = lanes;
+  }
+  return best;
+}
+
+void divide_rows(ImportanceWork& w) {
   const ImportanceParams& p = w.params;
-  const bool dense = p.position_dims == 1 && p.activation_position_stride[0] == 1 && p.gradient_position_stride[0] == 1;
-  w.packed = dense && may_pack(p, w.positions,
-                               {p.batch > 1 ? p.activation_batch_stride : 0, p.batch > 1 ? p.gradient_batch_stride : 0,
-                                p.neurons > 1 ? p.activation_neuron_stride : 0,
-                                p.neurons > 1 ? p.gradient_neuron_stride : 0});
-  const int64_t size = w.packed ? kPackBytes / element_bytes(p.dtype) : 1;
-  w.lanes = power_of_two(ceil_div(w.positions, size), kWarp);
+  w.packed = w.packed && may_pack_rows(p, w.positions);
+  const int size = access_size(w);
+  const int64_t blocks = blocks_for(w);
+  const int64_t length = w.positions + size - std::gcd<int64_t>(w.positions, size);  // from the pack that a row begins in
+  w.lanes = lanes_for(ceil_div(length, size));
+  w.step = w.lanes * size;
   const int groups = kThreads / w.lanes;
   w.tile = power_of_two(p.neurons, groups);
-  w.tiles = ceil_div(p.neurons, w.tile);
-  const int64_t rows = p.batch * p.neurons, wanted = blocks * groups;
-  if (rows < wanted) {
-    w.chunks = at_most(ceil_div(wanted, std::max<int64_t>(rows, 1)), w.positions / (w.lanes * size * kPacksPerLane));
-  }
-  divide_items(w, groups / w.tile, size, blocks);
+  w.tiles = static_cast<int>(ceil_div(p.neurons, w.tile));
+  w.rows = groups / w.tile;
+  const int64_t chunks = chunks_for(w, p.batch * w.tiles * w.tile, blocks * groups, int64_t{kBatch} * w.step);
+  divide_items(w, length, chunks, size, blocks);
 }
 
-void divide_columns(ImportanceWork& w, int64_t blocks) {
+void divide_columns(ImportanceWork& w) {
   const ImportanceParams& p = w.params;
-  bool packed = may_pack(p, p.neurons, {p.batch > 1 ? p.activation_batch_stride : 0,
-                                        p.batch > 1 ? p.gradient_batch_stride : 0});
-  for (int dim = 0; dim < p.position_dims; ++dim) {
-    packed = packed && may_pack(p, p.neurons, {p.activation_position_stride[dim], p.gradient_position_stride[dim]});
-  }
-  w.packed = packed;
-  const int size = packed ? kPackBytes / element_bytes(p.dtype) : 1;
+  w.packed = w.packed && may_pack_columns(p);
+  const int size = access_size(w);
+  const int64_t blocks = blocks_for(w);
   w.lanes = power_of_two(ceil_div(p.neurons, size), std::min(kWarp, kThreads / size));  // a tile is at most a block
-  w.team = w.positions > 1 && p.batch * p.neurons / size < blocks * kThreads ? 0 : 1;  // 0: all groups, see below
+  const bool together = w.positions > 1 && p.batch * p.neurons / size < blocks * kThreads;
   const auto tiles = [&] { return ceil_div(p.neurons, w.lanes * size); };
-  while (w.lanes > kLineLanes && (tiles() < kFewTiles || (w.team == 0 && tiles() * p.batch < blocks))) w.lanes /= 2;
+  while (w.lanes > kLineLanes && (tiles() < kFewTiles || (together && tiles() * p.batch < blocks))) w.lanes /= 2;
   const int groups = kThreads / w.lanes;
   w.tile = w.lanes * size;
-  w.tiles = tiles();
-  if (w.team == 0) {
-    w.team = groups;
-    if (w.tiles * p.batch < blocks) {
-      w.chunks = at_most(ceil_div(blocks, std::max<int64_t>(w.tiles * p.batch, 1)),
-                         w.positions / (groups * kPacksPerLane));
-    }
-  }
-  divide_items(w, groups / w.team, 1, blocks);
+  w.tiles = static_cast<int>(tiles());
+  w.team = w.step = together ? groups : 1;
+  w.rows = groups / w.team;
+  const int64_t chunks = together ? chunks_for(w, p.batch * w.tiles, blocks, int64_t{kBatch} * groups) : 1;
+  divide_items(w, w.positions, chunks, 1, blocks);
 }
 
-template <Layout layout, bool kRelu, class T>
-void launch_layout(const ImportanceWork& work, const Stream& stream) {
-  const auto kernel = work.packed ? importance_kernel<layout, kRelu, Pack<T>, T>
-                                  : importance_kernel<layout, kRelu, Single<T>, T>;
-  launch(kernel, work.blocks(), false, stream, work);
-}
-
-template <bool kRelu, class T>
-void launch_typed(const ImportanceWork& work, const Stream& stream) {
-  work.layout == Layout::rows ? launch_layout<Layout::rows, kRelu, T>(work, stream)
-                              : launch_layout<Layout::columns, kRelu, T>(work, stream);
-}
-
-template <bool kRelu>
-void launch_kernel(const ImportanceWork& work, const Stream& stream) {
-  switch (work.params.dtype) {
-    case DType::float32: return launch_typed<kRelu, float>(work, stream);
-    case DType::float16: return launch_typed<kRelu, __half>(work, stream);
-    case DType::bfloat16: return launch_typed<kRelu, __nv_bfloat16>(work, stream);
-    default: throw std::invalid_argument("importance: the CUDA kernels take float32, float16 and bfloat16");
-  }
-}
-
-}  // namespace
-
-ImportanceWork divide_importance(const ImportanceParams& params, int64_t blocks) {
+ImportanceWork divide(const ImportanceParams& params, bool packed) {
   ImportanceWork w{};
   w.params = params;
+  w.packed = packed;
   w.positions = 1;
   for (int dim = 0; dim < params.position_dims; ++dim) w.positions *= params.position_size[dim];
   w.chunks = w.team = 1;
   w.layout = has_columns(params) ? Layout::columns : Layout::rows;
-  w.layout == Layout::columns ? divide_columns(w, blocks) : divide_rows(w, blocks);
+  w.layout == Layout::columns ? divide_columns(w) : divide_rows(w);
   return w;
+}
+
+}  // namespace
+
+ImportanceWork divide_importance(const ImportanceParams& params) {
+  const ImportanceWork w = divide(params, true);
+  const int64_t distances[] = {w.step_n, w.step_g, w.next_n, w.next_g};  // packs count them in 32 bits
+  const bool near = std::all_of(std::begin(distances), std::end(distances), [](int64_t distance) {
+    return distance == static_cast<int>(distance);
+  });
+  return near || !w.packed ? w : divide(params, false);
 }
 
 void launch_importance(const ImportanceParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
-  ImportanceWork work = divide_importance(params, int64_t{kBlocksPerProcessor} * processors());
+  ImportanceWork work = divide_importance(params);
   if (const int64_t sums = work.partial_sums(); sums > 0) {
     Scratch scratch(stream, Scratch::bytes_of<float>(sums));
     work.arrived = scratch.counters(work.tiles);
     work.partial = scratch.array<float>(sums);
   }
-  params.gradient_in == nullptr ? launch_kernel<false>(work, stream) : launch_kernel<true>(work, stream);
+  launch(params.gradient_in == nullptr ? kernel_of<false>(work) : kernel_of<true>(work), work.blocks(), false, stream,
+         work);
 }
 
 }  // namespace npc::cuda

@@ -4,21 +4,25 @@
 // busy; each leaves its sums in scratch, and the last to arrive adds them up in a fixed order. A block's threads form
 // groups of `lanes` neighbours that read along the dimension without gaps:
 //
-//   rows      (B, N, P) contiguous: a group sums the positions of one neuron of one sample, and then moves on to
-//             another sample. The sum over the group is a few shuffles.
+//   rows      (B, N, P) contiguous: a group sums the positions of one neuron of one sample, the neuron's row. The sum
+//             over the group is a few shuffles. Where P is odd, rows begin and end inside packs of 16 bytes: the groups
+//             of both neighbours read such a pack, and each leaves out what belongs to the other.
 //   columns   (B, N), channels-last, sequences: each thread of a group has neurons of its own, one or one 16-byte pack
 //             of them, and sums the positions of one sample (`team` = 1), or the block's groups share a sample's
 //             positions (`team` = all) and add them up in shared memory before the absolute value.
 //
-// Where there are too few samples, too, a sample's positions are cut into `chunks`; then scratch holds sums with their
-// sign, and the absolute value is taken by the last block.
+// The items that a block goes through are samples. Where there are too few, a sample's positions are cut into `chunks`;
+// then a group has a single chunk as its item, scratch holds sums with their sign, and the last block takes the absolute
+// values.
 //
-// On the way each thread notes whether it saw a gradient that is not zero, by an "or" of their bits, in one register for
-// each neuron. Sums without such a gradient are -0.0, all other zeros +0.0. Adding up keeps the two apart, if sums of
-// sums begin at -0.0.
+// What a thread reads is a sequence of slots (class Slots): pack by pack through an item, and on into the next item. It
+// loads kBatch slots of n and of dL/dn, 8 x 16 bytes, before it uses the first, also where they belong to several items.
+//
+// A neuron that received no gradient has the importance -0.0, all other zeros are +0.0. marked_product() tells the two
+// apart, and sums that begin at -0.0 keep them apart.
 //
 // Traffic: (2 * B * N * P) * sizeof(T) read, N floats written; with ReLU's backward pass B * N * P * sizeof(T) more
-// written, which that pass writes anyway.
+// written, which that pass writes anyway. Packs that two rows share are read from memory once, from the cache twice.
 #pragma once
 
 #include "../api.h"
@@ -27,254 +31,351 @@
 
 namespace npc::cuda {
 
-enum class Layout : int32_t { rows, columns };
+constexpr int kBatch = 4;  // slots that are loaded together
+
+enum class Layout : int8_t { rows, columns };
 
 // How eq. 2 of one layer is divided among blocks. Blocks are numbered tile * slices + slice.
 struct ImportanceWork {
   ImportanceParams params;
   Layout layout;
-  bool packed;           // 16-byte accesses are allowed
-  int lanes;             // threads of a group, a power of two up to 32
-  int tile;              // neurons of a tile, a power of two
-  int team;              // columns: how many groups share a sample's positions
-  int64_t positions;
-  int64_t chunks, chunk; // parts of a sample's positions, and how many positions each has
-  int64_t tiles;
-  int64_t slices, slice; // blocks of a tile, and how many of the batch * chunks items each has
-  float* partial;        // scratch: sums of [slices][neurons], or of [batch * chunks][neurons] if chunks > 1
-  unsigned* arrived;     // [tiles], zero
+  bool packed;              // 16-byte accesses are allowed
+  int lanes;                // threads of a group, a power of two up to 32
+  int tile;                 // neurons of a tile, a power of two
+  int team;                 // columns: how many groups share a sample's positions
+  int rows;                 // items that a block works on at a time
+  int step;                 // positions from one slot of an item to the next
+  int slots;                // of an item
+  int chunk;                // positions of an item, or fewer; in rows a multiple of a pack
+  int slice;                // how many of the batch * chunks items each block has; `rows` if chunks > 1
+  int tiles;
+  int slices;               // blocks of a tile
+  int64_t positions;        // of a sample
+  int64_t chunks;           // items of a sample
+  int64_t step_n, step_g;   // packs from one slot of an item to the next; without packs 0
+  int64_t next_n, next_g;   // packs, or elements, from an item's last slot to the first one of the thread's next item
+  float* partial;           // scratch: sums of [slices][neurons], or of [batch * chunks][neurons] if chunks > 1
+  unsigned* arrived;        // [tiles], zero
 
-  int64_t blocks() const { return tiles * slices; }
+  __host__ __device__ int64_t items() const { return params.batch * chunks; }
+  int64_t blocks() const { return int64_t{tiles} * slices; }
   __host__ __device__ int64_t partial_sums() const {
     if (slices == 1 && chunks == 1) return 0;
-    return (chunks > 1 ? params.batch * chunks : slices) * params.neurons;
+    return (chunks > 1 ? items() : slices) * params.neurons;
   }
 };
 
-// Divides the work for a device that runs `blocks` blocks at a time.
-ImportanceWork divide_importance(const ImportanceParams& params, int64_t blocks);
+// Divides the work for the current device, in the same way with and without ReLU's backward pass, and for a launch of its
+// own and inside a network's step, so that the sums have the same bits.
+ImportanceWork divide_importance(const ImportanceParams& params);
 
 struct ImportanceShared {
   float sums[kThreads * 8];  // [groups][tile] for the widest pack
+  int tile, slice;           // of the block; registers are for packs
   bool last;
 };
 
-// Calls visit(where n lies, where dL/dn lies) for positions from, from + step, ... below `to`, counted from position 0.
-template <class Visit>
-__device__ __forceinline__ void for_positions(const ImportanceParams& p, int64_t from, int64_t to, int64_t step,
-                                              const Visit& visit) {
-  if (p.position_dims <= 1) {  // one stride for all positions, as in most layouts, or a single position
-    const int64_t n = p.activation_position_stride[0], g = p.gradient_position_stride[0];
-#pragma unroll 2
-    for (int64_t at = from; at < to; at += step) visit(at * n, at * g);
-    return;
-  }
-#pragma unroll 1
-  for (int64_t at = from; at < to; at += step) {
-    int64_t n = 0, g = 0, rest = at;
-#pragma unroll 1
-    for (int dim = p.position_dims - 1; dim >= 0; --dim) {
-      const int64_t index = rest % p.position_size[dim];
-      rest /= p.position_size[dim];
-      n += index * p.activation_position_stride[dim];
-      g += index * p.gradient_position_stride[dim];
-    }
-    visit(n, g);
-  }
-}
-
-// The positions of one sample, or a chunk of them, that a block's item stands for.
-struct Item {
-  int64_t sample, from, to;
+// Where one pack of n and one of dL/dn lie.
+template <class T>
+struct Slot {
+  const T *n, *g;
+  int at;       // the first position, counted from the item's first
+  bool wanted;  // else there is nothing to read
+  bool last;    // of its item; the same in all threads of a block
 };
 
-__device__ __forceinline__ Item item_of(const ImportanceWork& w, int64_t item) {
-  if (w.chunks == 1) return {item, 0, w.positions};  // a division takes longer than a short row
-  const int64_t sample = item / w.chunks, from = (item - sample * w.chunks) * w.chunk;
-  return {sample, from, from + w.chunk < w.positions ? from + w.chunk : w.positions};
-}
+// The slots of one thread: packs `step` positions apart through an item, and then through the item that comes `rows`
+// later, as long as the block's slice has items. What changes from slot to slot is the same for all threads of a block.
+template <Layout layout, class P>
+class Slots {
+  using T = typename P::T;
+  static constexpr bool kPacked = P::size > 1;  // positions have one stride, which is 1 in rows
 
-// The end of a slice's items.
-__device__ __forceinline__ int64_t end_of(const ImportanceWork& w, int64_t slice) {
-  const int64_t items = w.params.batch * w.chunks, end = (slice + 1) * w.slice;
-  return end < items ? end : items;
-}
-
-// Whether one of the gradients was not zero whose bits were put together; a zero may have a sign.
-__device__ __forceinline__ bool any_gradient(unsigned bits) { return bits << 1 != 0; }
-
-// A sum of products; a zero gets the sign that tells whether there was a gradient.
-__device__ __forceinline__ float marked(float sum, bool any) {
-  return sum == 0.0f ? (any ? 0.0f : kNoGradient) : sum;
-}
-
-// The absolute value of a sum that is marked, with its mark.
-__device__ __forceinline__ float magnitude(float marked) { return marked == 0.0f ? marked : fabsf(marked); }
-
-// Adds n * dL/dn of one pack to `sums` and the bits of dL/dn to `bits`, of one neuron or as many as the pack has numbers.
-// Writes ReLU's gradient where `kRelu`: dL/dn where n > 0, else 0.
-template <bool kRelu, class P, class T, int kNeurons>
-__device__ __forceinline__ void take(const ImportanceParams& p, int64_t place_n, int64_t place_g,
-                                     float (&sums)[P::size], unsigned (&bits)[kNeurons]) {
-  static_assert(kNeurons == 1 || kNeurons == P::size);
-  const P n = load<P>(static_cast<const T*>(p.activation) + place_n);
-  const P g = load<P>(static_cast<const T*>(p.gradient) + place_g);
-  for (int k = 0; k < P::size; ++k) {
-    const float gradient = to_float(g.at[k]);
-    sums[k] += to_float(n.at[k]) * gradient;
-    bits[k % kNeurons] |= __float_as_uint(gradient);
-  }
-  if constexpr (kRelu) {
-    P out;
-    for (int k = 0; k < P::size; ++k) {
-      out.at[k] = g.at[k];
-      if (to_float(n.at[k]) <= 0.0f) from_float(0.0f, out.at[k]);
+ public:
+  // row: of the `rows` items that the block works on at a time; used: whether the thread has a neuron; first: its first
+  // position in an item; length: positions of a sample; n and g: where position 0 of the neuron lies in sample 0.
+  __device__ __forceinline__ Slots(const ImportanceWork& w, int slice, int row, bool used, int first, int64_t length,
+                                   int64_t n, int64_t g)
+      : work_(w), row_(used ? row : kNoRow), first_(first), at_(first) {
+    const ImportanceParams& p = w.params;
+    const int64_t block_item = int64_t{slice} * w.slice;
+    left_ = static_cast<int>(least(w.slice, w.items() - block_item));
+    int64_t sample = block_item + row;
+    if (w.chunks > 1) {
+      sample = (block_item + row) / w.chunks;
+      from_ = (block_item + row - sample * w.chunks) * w.chunk;
     }
-    store(static_cast<T*>(p.gradient_in) + place_n, out);
+    end_ = static_cast<int>(least(w.chunk, length - from_));
+    n_ = static_cast<const T*>(p.activation) + n + sample * p.activation_batch_stride;
+    g_ = static_cast<const T*>(p.gradient) + g + sample * p.gradient_batch_stride;
+    if constexpr (kPacked) {
+      n_ += (from_ + first) * (layout == Layout::rows ? 1 : p.activation_position_stride[0]);
+      g_ += (from_ + first) * (layout == Layout::rows ? 1 : p.gradient_position_stride[0]);
+    }
   }
+
+  // The same for all threads of a block, because they meet in sums.
+  __device__ __forceinline__ bool more() const { return left_ > 0; }
+
+  // Whether the thread's items begin where their samples do, and the end of an item's positions.
+  __device__ __forceinline__ bool at_begin() const { return from_ == 0; }
+  __device__ __forceinline__ int end() const { return end_; }
+
+  // After the last one come slots that are not wanted.
+  __device__ __forceinline__ Slot<T> next() {
+    Slot<T> slot{n_, g_, at_, row_ < left_ && at_ < end_, ++index_ == work_.slots};
+    if constexpr (!kPacked) add_position(slot);
+    at_ = slot.last ? first_ : at_ + work_.step;
+    advance(n_, slot.last ? work_.next_n : work_.step_n);
+    advance(g_, slot.last ? work_.next_g : work_.step_g);
+    left_ -= slot.last ? work_.rows : 0;
+    index_ = slot.last ? 0 : index_;
+    return slot;
+  }
+
+ private:
+  static constexpr int kNoRow = 1 << 30;  // more items than a block has
+
+  static __device__ __forceinline__ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+  static __device__ __forceinline__ void advance(const T*& from, int64_t accesses) {
+    from += kPacked ? P::size * int64_t{static_cast<int>(accesses)} : accesses;
+  }
+
+  // Where positions may have several dimensions that no common stride merges.
+  __device__ __forceinline__ void add_position(Slot<T>& slot) const {
+    const ImportanceParams& p = work_.params;
+    int64_t rest = from_ + at_;
+#pragma unroll 1
+    for (int dim = p.position_dims - 1; dim >= 0; --dim) {
+      const int64_t outer = dim == 0 ? 0 : rest / p.position_size[dim], index = rest - outer * p.position_size[dim];
+      slot.n += index * p.activation_position_stride[dim];
+      slot.g += index * p.gradient_position_stride[dim];
+      rest = outer;
+    }
+  }
+
+  const ImportanceWork& work_;
+  const int row_, first_;
+  int end_;
+  int64_t from_ = 0;      // the item's first position in its sample
+  const T *n_, *g_;       // where the next slot lies, or, without packs, where its sample does
+  int left_, index_ = 0;  // items that the block still has; the next slot's number in its item
+  int at_;                // the next slot's position
+};
+
+// Loads the next slots, as zeros where they are not wanted.
+template <Layout layout, class P>
+__device__ __forceinline__ void load_batch(Slots<layout, P>& slots, P (&n)[kBatch], P (&g)[kBatch]) {
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+    const auto slot = slots.next();
+    n[k] = g[k] = {};
+    load_if(slot.wanted, slot.n, n[k]);
+    load_if(slot.wanted, slot.g, g[k]);
+  }
+}
+
+// ReLU's gradient of a pack: dL/dn where n > 0, else 0. It lies in memory as n does, which was loaded from `from`.
+template <class P>
+__device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n, const P& g) {
+  using T = typename P::T;
+  P out = g;
+  for (int k = 0; k < P::size; ++k) {
+    if (to_float(n.at[k]) <= 0.0f) from_float(0.0f, out.at[k]);
+  }
+  store(static_cast<T*>(p.gradient_in) + (from - static_cast<const T*>(p.activation)), out);
+}
+
+// Sets the elements of a pack to 0 that come before `begin` or from `end` on.
+template <class P>
+__device__ __forceinline__ void keep(P& pack, int begin, int end) {
+  for (int k = 0; k < P::size; ++k) {
+    if (k < begin || k >= end) from_float(0.0f, pack.at[k]);
+  }
+}
+
+// n * dL/dn, where a zero is -0.0 if dL/dn is zero, else +0.0. So a sum that begins at kNoGradient is kNoGradient exactly
+// if no gradient came, and keeps infinities and NaN.
+__device__ __forceinline__ float marked_product(float n, float g) {
+  const float product = n * g;
+  return g == 0.0f ? -fabsf(product) : product + 0.0f;
+}
+
+// The absolute value of a sum; a zero keeps its sign.
+__device__ __forceinline__ float magnitude(float sum) { return sum == 0.0f ? sum : fabsf(sum); }
+
+// What the sum of an item adds to the total of a group's items.
+__device__ __forceinline__ float share(const ImportanceWork& w, float sum) { return w.chunks > 1 ? sum : magnitude(sum); }
+
+// What `rows` rows of groups left in shared memory for one of the tile's neurons, added up.
+__device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, int rows, int tile, int column) {
+  float sum = kNoGradient;
+#pragma unroll 4
+  for (int row = 0; row < rows; ++row) sum += shared.sums[row * tile + column];
+  return sum;
+}
+
+// Leaves in shared memory, for each row of groups and each neuron of the tile, the total of the row's items.
+template <bool kRelu, class P>
+__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+  const ImportanceParams& p = w.params;
+  const int lane = thread() % w.lanes, group = thread() / w.lanes;
+  const int64_t neuron = first + group % w.tile;
+  // Positions are counted from the pack in which the row begins, as many elements before the row in n and in dL/dn.
+  const int64_t row_n = neuron * p.activation_neuron_stride, row_g = neuron * p.gradient_neuron_stride;
+  const int before = static_cast<int>(row_n & (P::size - 1));
+  Slots<Layout::rows, P> slots(w, slice, group / w.tile, neuron < p.neurons, lane * P::size, w.positions + before,
+                               row_n - before, row_g - before);
+  Slots<Layout::rows, P> loaded = slots;  // a batch ahead
+  const int begin = slots.at_begin() ? before : 0;
+  float sum = kNoGradient, total = kNoGradient;
+  while (loaded.more()) {
+    P n[kBatch], g[kBatch];
+    load_batch(loaded, n, g);
+    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const auto slot = slots.next();
+      if constexpr (kRelu) {  // a pack of several rows is written once
+        if (slot.wanted && slot.at >= begin) store_relu(p, slot.n, n[k], g[k]);
+      }
+      if (P::size > 1 && slot.wanted && (slot.at < begin || slot.at + P::size > slots.end())) {
+        keep(n[k], begin - slot.at, slots.end() - slot.at);
+        keep(g[k], begin - slot.at, slots.end() - slot.at);
+      }
+      float products[P::size];
+      for (int i = 0; i < P::size; ++i) products[i] = marked_product(to_float(n[k].at[i]), to_float(g[k].at[i]));
+      for (int half = P::size / 2; half > 0; half /= 2) {
+        for (int i = 0; i < half; ++i) products[i] += products[i + half];
+      }
+      sum += products[0];
+      if (slot.last) {
+        total += share(w, sum_over_lanes(sum, w.lanes));
+        sum = kNoGradient;
+      }
+    }
+  }
+  if (lane == 0) shared.sums[group] = total;
+}
+
+// The same, where neurons lie behind each other.
+template <bool kRelu, class P>
+__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+  const ImportanceParams& p = w.params;
+  const int column = thread() % w.lanes * P::size, group = thread() / w.lanes;
+  const int64_t neuron = first + column;
+  Slots<Layout::columns, P> slots(w, slice, group / w.team, neuron < p.neurons, group % w.team, w.positions, neuron,
+                                  neuron);
+  Slots<Layout::columns, P> loaded = slots;  // a batch ahead
+  float sums[P::size];    // of the thread's neurons
+  float totals[P::size];  // the same, or, where groups share a sample, the first is of the tile's neuron thread()
+  for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = kNoGradient;
+  const auto leave = [&](const float(&values)[P::size]) {
+    for (int i = 0; i < P::size; ++i) shared.sums[group * w.tile + column + i] = values[i];
+  };
+  while (loaded.more()) {
+    P n[kBatch], g[kBatch];
+    load_batch(loaded, n, g);
+    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const auto slot = slots.next();
+      for (int i = 0; i < P::size; ++i) sums[i] += marked_product(to_float(n[k].at[i]), to_float(g[k].at[i]));
+      if constexpr (kRelu) {
+        if (slot.wanted) store_relu(p, slot.n, n[k], g[k]);
+      }
+      if (!slot.last) continue;
+      if (w.team == 1) {
+        for (int i = 0; i < P::size; ++i) totals[i] += magnitude(sums[i]);
+      } else {
+        leave(sums);
+        __syncthreads();
+        if (thread() < w.tile) totals[0] += share(w, sum_over_rows(shared, w.team, w.tile, thread()));
+        __syncthreads();
+      }
+      for (int i = 0; i < P::size; ++i) sums[i] = kNoGradient;
+    }
+  }
+  if (w.team == 1) leave(totals);
+  else if (thread() < w.tile) shared.sums[thread()] = totals[0];
+}
+
+// Writes what the block found, shared.sums[rows][tile]: the result if no other block works on the tile, else a part of
+// it, into scratch.
+__device__ __forceinline__ void leave_sums(const ImportanceWork& w, const ImportanceShared& shared) {
+  __syncthreads();
+  const int column = thread() % w.tile, row = thread() / w.tile;
+  const int64_t neuron = int64_t{shared.tile} * w.tile + column, neurons = w.params.neurons;
+  const int64_t item = int64_t{shared.slice} * w.slice + row;
+  if (neuron >= neurons) return;
+  if (w.chunks > 1) {
+    if (row < w.rows && item < w.items()) w.partial[item * neurons + neuron] = shared.sums[thread()];
+  } else if (row == 0) {
+    const float sum = sum_over_rows(shared, w.rows, w.tile, column);
+    if (w.slices == 1) static_cast<float*>(w.params.out)[neuron] = sum;
+    else w.partial[int64_t{shared.slice} * neurons + neuron] = sum;
+  }
+}
+
+// The sum of `count` numbers that lie `stride` apart; 8 loads are in flight together.
+__device__ __forceinline__ float add_up(const float* from, int64_t count, int64_t stride) {
+  constexpr int together = 8;
+  float sum = kNoGradient;
+  for (int64_t at = 0; at < count; at += together) {
+    float values[together];
+#pragma unroll
+    for (int k = 0; k < together; ++k) values[k] = at + k < count ? from[(at + k) * stride] : kNoGradient;
+#pragma unroll
+    for (int k = 0; k < together; ++k) sum += values[k];
+  }
+  return sum;
 }
 
 // The last block of a tile adds up what all of them left, neuron by neuron in the same order each time.
-__device__ inline void finish_tile(const ImportanceWork& w, int64_t first, ImportanceShared& shared) {
+__device__ inline void finish_tile(const ImportanceWork& w, ImportanceShared& shared) {
   const int column = thread() % w.tile, row = thread() / w.tile, rows = kThreads / w.tile;
-  const int64_t neuron = first + column, neurons = w.params.neurons;
-  const int64_t samples = w.chunks > 1 ? w.params.batch : w.slices;
+  const int64_t neuron = int64_t{shared.tile} * w.tile + column, neurons = w.params.neurons;
+  const float* partial = w.partial + neuron;
   float sum = kNoGradient;
-  if (neuron < neurons) {
-    for (int64_t sample = row; sample < samples; sample += rows) {
-      const float* partial = w.partial + sample * w.chunks * neurons + neuron;
-      float signed_sum = kNoGradient;
-      for (int64_t chunk = 0; chunk < w.chunks; ++chunk) signed_sum += partial[chunk * neurons];
-      sum += magnitude(signed_sum);
+  int shares = 1;  // threads that share the chunks of a sample, where there are fewer samples than threads
+  if (w.chunks > 1) {
+    while (2 * shares * w.params.batch <= rows) shares *= 2;
+    for (int64_t sample = row / shares; sample < w.params.batch; sample += rows / shares) {
+      const int64_t chunk = row % shares, of_sample = sample * w.chunks;
+      if (neuron >= neurons) break;
+      const float signed_sum = add_up(partial + (of_sample + chunk) * neurons, (w.chunks - chunk + shares - 1) / shares,
+                                      shares * neurons);
+      sum = shares > 1 ? signed_sum : sum + magnitude(signed_sum);
     }
+  } else if (neuron < neurons) {
+    sum = add_up(partial + row * neurons, (w.slices - row + rows - 1) / rows, rows * neurons);
   }
   shared.sums[thread()] = sum;
   __syncthreads();
   if (row == 0 && neuron < neurons) {
-    for (int other = 1; other < rows; ++other) sum += shared.sums[other * w.tile + column];
-    static_cast<float*>(w.params.out)[neuron] = sum;
+    float total = kNoGradient;
+    for (int other = 0; other < rows; other += shares) {
+      float of_sample = kNoGradient;
+      for (int part = 0; part < shares; ++part) of_sample += shared.sums[(other + part) * w.tile + column];
+      total += magnitude(of_sample);
+    }
+    static_cast<float*>(w.params.out)[neuron] = total;
   }
   __syncthreads();
-}
-
-// What a block found for one neuron: the result if no other block works on it, else a part of it, into scratch.
-__device__ __forceinline__ void leave(const ImportanceWork& w, int64_t neuron, int64_t row, float sum) {
-  if (w.partial_sums() == 0) static_cast<float*>(w.params.out)[neuron] = sum;
-  else w.partial[row * w.params.neurons + neuron] = sum;
-}
-
-template <bool kRelu, class P, class T>
-__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int64_t slice, ImportanceShared& shared) {
-  const ImportanceParams& p = w.params;
-  const int lane = thread() % w.lanes, group = thread() / w.lanes, groups = kThreads / w.lanes;
-  const int column = group % w.tile, row = group / w.tile, rows = groups / w.tile;
-  const int64_t neuron = first + column;
-  const int64_t end = end_of(w, slice);
-  float absolute = 0.0f;
-  unsigned bits[1] = {};
-  // Every thread goes through the loop equally often, because a warp's threads meet in the sum over lanes.
-  for (int64_t base = slice * w.slice; base < end; base += rows) {
-    const int64_t item = base + row;
-    float sums[P::size] = {};
-    if (item < end && neuron < p.neurons) {
-      const Item part = item_of(w, item);
-      const int64_t n = part.sample * p.activation_batch_stride + neuron * p.activation_neuron_stride;
-      const int64_t g = part.sample * p.gradient_batch_stride + neuron * p.gradient_neuron_stride;
-      const auto visit = [&](int64_t at_n, int64_t at_g) { take<kRelu, P, T>(p, n + at_n, g + at_g, sums, bits); };
-      if constexpr (P::size > 1) {  // dense
-#pragma unroll 4
-        for (int64_t at = part.from + lane * P::size; at < part.to; at += w.lanes * P::size) visit(at, at);
-      } else {
-        for_positions(p, part.from + lane, part.to, w.lanes, visit);
-      }
-    }
-    float sum = sums[0];
-    for (int k = 1; k < P::size; ++k) sum += sums[k];
-    sum = sum_over_lanes(sum, w.lanes);
-    if (w.chunks > 1) {
-      const bool any = any_of_lanes(any_gradient(bits[0]), w.lanes);
-      bits[0] = 0;
-      if (lane == 0 && item < end && neuron < p.neurons) leave(w, neuron, item, marked(sum, any));
-    } else {
-      absolute += fabsf(sum);
-    }
-  }
-  if (w.chunks > 1) return;
-  const bool any = any_of_lanes(any_gradient(bits[0]), w.lanes);
-  if (lane == 0) shared.sums[group] = marked(absolute, any);
-  __syncthreads();
-  if (thread() < w.tile && first + thread() < p.neurons) {
-    float sum = kNoGradient;
-    for (int other = 0; other < rows; ++other) sum += shared.sums[other * w.tile + thread()];
-    leave(w, first + thread(), slice, sum);
-  }
-}
-
-template <bool kRelu, class P, class T>
-__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int64_t slice, ImportanceShared& shared) {
-  const ImportanceParams& p = w.params;
-  const int column = thread() % w.lanes * P::size, group = thread() / w.lanes, groups = kThreads / w.lanes;
-  const int member = group % w.team, row = group / w.team, rows = groups / w.team;
-  const int64_t neuron = first + column;
-  const int64_t end = end_of(w, slice);
-  float absolute[P::size] = {};  // where each thread has neurons of its own
-  unsigned all_bits[P::size] = {};
-  float sum_of_samples = kNoGradient;  // else
-  for (int64_t base = slice * w.slice; base < end; base += rows) {
-    const int64_t item = base + row;
-    float sums[P::size] = {};
-    unsigned bits[P::size] = {};
-    if (item < end && neuron < p.neurons) {
-      const Item part = item_of(w, item);
-      const int64_t n = part.sample * p.activation_batch_stride + neuron;
-      const int64_t g = part.sample * p.gradient_batch_stride + neuron;
-      for_positions(p, part.from + member, part.to, w.team, [&](int64_t at_n, int64_t at_g) {
-        take<kRelu, P, T>(p, n + at_n, g + at_g, sums, bits);
-      });
-    }
-    if (w.team == 1) {
-      for (int k = 0; k < P::size; ++k) {
-        absolute[k] += fabsf(sums[k]);
-        all_bits[k] |= bits[k];
-      }
-      continue;
-    }
-    for (int k = 0; k < P::size; ++k) {
-      shared.sums[group * w.tile + column + k] = marked(sums[k], any_gradient(bits[k]));
-    }
-    __syncthreads();
-    if (thread() < w.tile) {
-      float sum = kNoGradient;
-      for (int other = 0; other < groups; ++other) sum += shared.sums[other * w.tile + thread()];
-      if (w.chunks == 1) sum_of_samples += magnitude(sum);
-      else if (first + thread() < p.neurons) leave(w, first + thread(), item, sum);
-    }
-    __syncthreads();
-  }
-  if (w.chunks > 1) return;
-  if (w.team > 1) {
-    if (thread() < w.tile && first + thread() < p.neurons) leave(w, first + thread(), slice, sum_of_samples);
-    return;
-  }
-  for (int k = 0; k < P::size; ++k) {
-    shared.sums[group * w.tile + column + k] = marked(absolute[k], any_gradient(all_bits[k]));
-  }
-  __syncthreads();
-  if (thread() < w.tile && first + thread() < p.neurons) {
-    float sum = kNoGradient;
-    for (int other = 0; other < groups; ++other) sum += shared.sums[other * w.tile + thread()];
-    leave(w, first + thread(), slice, sum);
-  }
 }
 
 // One block's part of eq. 2 for one layer.
-template <Layout layout, bool kRelu, class P, class T>
+template <Layout layout, bool kRelu, class P>
 __device__ __forceinline__ void importance_block(const ImportanceWork& w, int64_t block, ImportanceShared& shared) {
-  const int64_t tile = block / w.slices, slice = block % w.slices, first = tile * w.tile;
-  if constexpr (layout == Layout::rows) rows_block<kRelu, P, T>(w, first, slice, shared);
-  else columns_block<kRelu, P, T>(w, first, slice, shared);
+  const int tile = static_cast<int>(block) / w.slices, slice = static_cast<int>(block) % w.slices;
+  const int64_t first = int64_t{tile} * w.tile;
+  if (thread() == 0) shared.tile = tile, shared.slice = slice;
+  if constexpr (layout == Layout::rows) rows_block<kRelu, P>(w, first, slice, shared);
+  else columns_block<kRelu, P>(w, first, slice, shared);
+  leave_sums(w, shared);
   if (w.partial_sums() == 0) return;
-  if (arrives_last(w.arrived + tile, static_cast<unsigned>(w.slices), shared.last)) finish_tile(w, first, shared);
+  if (arrives_last(w.arrived + shared.tile, static_cast<unsigned>(w.slices), shared.last)) finish_tile(w, shared);
 }
 
 }  // namespace npc::cuda

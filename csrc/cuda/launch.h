@@ -1,8 +1,11 @@
 // The one way a kernel is launched: on the given device and stream, checked, with 64-bit arguments by value.
 #pragma once
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "../api.h"
 #include "runtime.h"
@@ -65,12 +68,26 @@ inline int processors() {
   return count;
 }
 
-// How many blocks of a kernel the current device runs at the same time, which a cooperative launch may not exceed.
+// How many blocks of a kernel the current device runs at the same time, which a cooperative launch may not exceed. Asking
+// takes microseconds, so the answers are kept. Thread safe.
+inline int resident_blocks(const void* kernel) {
+  static std::mutex& mutex = *new std::mutex;  // never destroyed: host threads may still launch while the process ends
+  static auto& known = *new std::map<std::pair<int, const void*>, int>;
+  int device = 0;
+  check(cudaGetDevice(&device), "reading the current device");
+  const std::lock_guard<std::mutex> lock(mutex);
+  int& blocks = known[{device, kernel}];
+  if (blocks == 0) {
+    int per_processor = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0), "reading a kernel's size");
+    blocks = per_processor * processors();
+  }
+  return blocks;
+}
+
 template <class... Parameters>
 int resident_blocks(void (*kernel)(Parameters...)) {
-  int per_processor = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0), "reading a kernel's size");
-  return per_processor * processors();
+  return resident_blocks(reinterpret_cast<const void*>(kernel));
 }
 
 // `cooperative`: all blocks run at the same time and may meet in grid_barrier().

@@ -7,7 +7,7 @@
 namespace npc::cuda {
 namespace {
 
-using StepNetwork = Network<116, 36>;
+using StepNetwork = Network<114, 34>;
 
 struct NetworkStep {
   StepNetwork network;
@@ -27,11 +27,11 @@ struct StepShared {
 template <class T>
 __device__ __forceinline__ void importance_typed(const ImportanceWork& w, int64_t block, ImportanceShared& shared) {
   if (w.layout == Layout::rows) {
-    if (w.packed) importance_block<Layout::rows, false, Pack<T>, T>(w, block, shared);
-    else importance_block<Layout::rows, false, Single<T>, T>(w, block, shared);
+    if (w.packed) importance_block<Layout::rows, false, Pack<T>>(w, block, shared);
+    else importance_block<Layout::rows, false, Single<T>>(w, block, shared);
   } else {
-    if (w.packed) importance_block<Layout::columns, false, Pack<T>, T>(w, block, shared);
-    else importance_block<Layout::columns, false, Single<T>, T>(w, block, shared);
+    if (w.packed) importance_block<Layout::columns, false, Pack<T>>(w, block, shared);
+    else importance_block<Layout::columns, false, Single<T>>(w, block, shared);
   }
 }
 
@@ -106,13 +106,12 @@ NetworkStep describe_step(const std::vector<ImportanceWork>& works, const Update
 void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
   const int64_t resident = resident_blocks(step_kernel);
-  const int64_t blocks_of_importance = int64_t{kBlocksPerProcessor} * processors();  // as in launch_importance()
   const std::vector<Part> parts = divide_network<StepNetwork>(params, false);
   const std::vector<bool> first = layers_to_move_first(params, parts);
   std::vector<ImportanceWork> works;
   int64_t bytes = 0;
   for (int64_t layer = 0; layer < params.layer_count; ++layer) {
-    works.push_back(divide_importance(inputs[layer], blocks_of_importance));
+    works.push_back(divide_importance(inputs[layer]));
     bytes += scratch_bytes(params.layers[layer], works.back(), first[layer]);
   }
 

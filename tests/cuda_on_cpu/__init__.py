@@ -85,14 +85,14 @@ def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) 
 
 
 def _variable(name: str) -> Any:
-    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong}
+    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong, "loads": ctypes.c_longlong}
     library = ctypes.CDLL(str(module().__file__))
     return kinds.get(name, ctypes.c_int).in_dll(library, f"cuda_on_cpu_{name}")
 
 
-def launches(function: Callable[[], object]) -> int:
-    """How many kernels a call launches."""
-    counter = _variable("launches")
+def counted(what: str, function: Callable[[], object]) -> int:
+    """How many "launches" of kernels there are in a call, or "loads" of 16 bytes in one access."""
+    counter = _variable(what)
     before = counter.value
     function()
     return int(counter.value - before)

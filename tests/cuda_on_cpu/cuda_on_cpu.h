@@ -98,6 +98,10 @@ T shuffle_xor(T value, int offset) {
 #define __syncthreads() cuda_on_cpu::syncthreads(__func__)
 #define __shfl_xor_sync(mask, value, offset) cuda_on_cpu::shuffle_xor(value, offset)
 
+// "State", as tests set and read it; more of it below.
+#define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
+CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_loads = 0;  // of 16 bytes, so far
+
 namespace npc::cuda {
 
 constexpr int kThreads = 64;  // two warps: enough for what goes on between warps
@@ -120,7 +124,9 @@ struct __attribute__((may_alias, aligned(16))) Words {
   uint32_t at[4];
 };
 inline void load_16_bytes_if(bool wanted, const void* from, Words& words) {
-  if (wanted) words = *static_cast<const Words*>(from);
+  if (!wanted) return;
+  words = *static_cast<const Words*>(from);
+  cuda_on_cpu_loads.fetch_add(1, std::memory_order_relaxed);
 }
 inline void store_16_bytes(void* to, const Words& words) { *static_cast<Words*>(to) = words; }
 
@@ -169,8 +175,6 @@ inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; 
 
 // ------------------------------------------------------------------------------------------------------------- runtime
 
-// "State", as tests set it.
-#define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
 CUDA_ON_CPU_STATE unsigned long long cuda_on_cpu_capture = 0;  // the id of the capture that all streams are in, or 0
 CUDA_ON_CPU_STATE long long cuda_on_cpu_free_bytes = -1;       // device memory that is left, -1: any amount
 CUDA_ON_CPU_STATE int cuda_on_cpu_driver = 13000;              // the CUDA version that the driver supports
