@@ -33,7 +33,7 @@ class Least:
     loads: int
     loops: int = 1
     blocks: int = 2
-    kib: int = 48
+    kib: int = 64
 
 
 # The first name that fits counts. A batch is four packs of importance's n and dL/dn and of the update's value and

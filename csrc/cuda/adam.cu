@@ -51,8 +51,8 @@ struct Adam {
   const T* gradient;
   float* first_moment;
   float* second_moment;
-  float lr, factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
-  float per_first_bias, per_root_of_second_bias, epsilon;
+  const AdamParameter& constants;
+  float lr, factor, per_first_bias, per_root_of_second_bias;
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Adam(const AdamParameter& p, int64_t begin, const float* grad_scale)
@@ -60,11 +60,7 @@ struct Adam {
         gradient(static_cast<const T*>(p.gradient) + begin),
         first_moment(p.first_moment + begin),
         second_moment(p.second_moment + begin),
-        weight_decay(p.weight_decay),
-        one_minus_first_decay(p.one_minus_first_decay),
-        second_decay(p.second_decay),
-        one_minus_second_decay(p.one_minus_second_decay),
-        epsilon(p.epsilon),
+        constants(p),
         rounding(p, begin) {
     const Step plain = step_of(p, grad_scale);
     const float steps = *p.steps + 1.0f;
@@ -96,11 +92,11 @@ struct Adam {
       const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]) * factor;
       float& first = packs.first_moment.at[k];
       float& second = packs.second_moment.at[k];
-      const float new_first = first + one_minus_first_decay * (d - first);
-      const float new_second = second_decay * second + one_minus_second_decay * d * d;
+      const float new_first = first + constants.one_minus_first_decay * (d - first);
+      const float new_second = constants.second_decay * second + constants.one_minus_second_decay * d * d;
       const float direction =
-          adam_direction(new_first, sqrtf(new_second), per_first_bias, per_root_of_second_bias, epsilon);
-      const float after = before - plasticity[k] * lr * (direction + weight_decay * before);
+          adam_direction(new_first, sqrtf(new_second), per_first_bias, per_root_of_second_bias, constants.epsilon);
+      const float after = before - plasticity[k] * lr * (direction + constants.weight_decay * before);
       if (plasticity[k] > 0.0f) {
         packs.value.at[k] = rounding(after, at + k);
         second = new_second;
