@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from npc_ext import CPC, EWC, NPC, SI, NPCAdamW, ops, reference
 
@@ -54,7 +54,7 @@ def _layer_step(device: str) -> None:
             check("layer_step_'s importance", average, exact_average, 1e-4)
 
 
-def _cnn() -> nn.Module:
+def _cnn() -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(576, 10))
 
 
@@ -70,13 +70,26 @@ def _wide() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(192, WIDE), nn.ReLU(), nn.Linear(WIDE, 10))
 
 
+class _Float32(nn.Linear):
+    """A head that stays in float32, whatever its network is moved to."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32:
+        return super()._apply(lambda tensor: fn(tensor).float(), recurse)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
+
+
+def _two_dtypes() -> nn.Module:
+    return nn.Sequential(*list(_cnn())[:-1], _Float32(576, 10))
+
+
 def _twins(
-    kind: Any, make: Callable[[], nn.Module] = _cnn, half: bool = False, **options: Any
+    kind: Any, make: Callable[[], nn.Module] = _cnn, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Callable[[str], None]:
     """A few steps by the kernels and by the reference move the weights alike."""
 
     def train(device: str) -> None:
-        dtype = torch.bfloat16 if half else torch.float32
         model = make().to(device, dtype)
         x, y = torch.randn(8, 3, 8, 8, device=device, dtype=dtype), torch.randint(10, (8,), device=device)
         before, twins = copy.deepcopy(model), [model, copy.deepcopy(model)]
@@ -89,7 +102,7 @@ def _twins(
                 nn.functional.cross_entropy(network(x), y).backward()
                 optimizer.step()
         for got, want, start in zip(*(one.parameters() for one in (*twins, before)), strict=True):
-            check(kind.__name__, got.double() - start, want.double() - start, 0.2 if half else 1e-2)
+            check(kind.__name__, got.double() - start, want.double() - start, 1e-2 if dtype == torch.float32 else 0.2)
 
     return train
 
@@ -100,14 +113,29 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "NPC": _twins(NPC, momentum=0.9),
     "NPC, many layers": _twins(NPC, _many_layers),
     "NPC, a wide layer": _twins(NPC, _wide),
-    "NPC, bfloat16 rounded stochastically": _twins(NPC, half=True, lr=1e-3, stochastic_rounding=True),
+    "NPC, float16": _twins(NPC, dtype=torch.float16),
+    "NPC, float16, momentum": _twins(NPC, dtype=torch.float16, momentum=0.9),
+    "NPC, bfloat16": _twins(NPC, dtype=torch.bfloat16),
+    "NPC, bfloat16, momentum": _twins(NPC, dtype=torch.bfloat16, momentum=0.9),
+    "NPC, bfloat16 rounded stochastically": _twins(NPC, dtype=torch.bfloat16, lr=1e-3, stochastic_rounding=True),
+    "NPC, bfloat16 rounded stochastically, momentum": _twins(
+        NPC, dtype=torch.bfloat16, lr=1e-3, momentum=0.9, stochastic_rounding=True
+    ),
+    "NPC, bfloat16 and float32": _twins(NPC, _two_dtypes, dtype=torch.bfloat16),
     "NPCAdamW": _twins(NPCAdamW, lr=1e-4),
     "NPCAdamW, many layers": _twins(NPCAdamW, _many_layers, lr=1e-4),
-    "NPCAdamW, bfloat16 rounded stochastically": _twins(NPCAdamW, half=True, lr=1e-4, stochastic_rounding=True),
+    "NPCAdamW, float16": _twins(NPCAdamW, dtype=torch.float16, lr=1e-4),
+    "NPCAdamW, bfloat16": _twins(NPCAdamW, dtype=torch.bfloat16, lr=1e-4),
+    "NPCAdamW, bfloat16 rounded stochastically": _twins(
+        NPCAdamW, dtype=torch.bfloat16, lr=1e-4, stochastic_rounding=True
+    ),
     "CPC": _twins(CPC, lr=1e-2),
     "CPC, many layers": _twins(CPC, _many_layers, lr=1e-2),
     "EWC": _twins(EWC, lr=1e-3, strength=0.1),
+    "EWC, bfloat16": _twins(EWC, dtype=torch.bfloat16, lr=1e-3, strength=0.1),
+    "EWC, explicit anchors": _twins(EWC, lr=1e-3, strength=0.1, implicit=False),
     "SI": _twins(SI, lr=1e-3, strength=0.1),
+    "SI, float16, momentum": _twins(SI, dtype=torch.float16, momentum=0.9, lr=1e-3, strength=0.1),
 }
 
 

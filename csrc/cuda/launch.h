@@ -13,7 +13,6 @@
 namespace npc::cuda {
 
 constexpr int kWarp = 32;
-constexpr int kBlocksPerProcessor = 8;  // as many as work is divided for, on each multiprocessor
 
 // Empty, or why the installed driver cannot run the kernels and how to fix that.
 std::string why_not_with_this_driver();
