@@ -123,7 +123,7 @@ def test_the_sanitizer_objects_to_a_kernel_that_reads_one_element_too_many(cache
 def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one(cache: Path, tmp_path: Path) -> None:
     csrc = shutil.copytree(cuda_on_cpu.CSRC, tmp_path / "csrc")
     kernel = csrc / "cuda" / "importance.h"
-    sound, broken = "(p.activation) + slot.n,", "(p.activation) + slot.n + 1,"
+    sound, broken = "load_if(slot.wanted, slot.n, n[k])", "load_if(slot.wanted, slot.n + 1, n[k])"
     assert sound in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(sound, broken))
     tests = [KERNEL_TESTS[0], "-qs", "-p", "no:cacheprovider", "-k", "cuda_on_cpu and repeats"]
