@@ -32,7 +32,7 @@ KERNEL_TESTS = [
 FEW_LAUNCHES = (
     "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
     "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round "
-    "or (many_neurons and 4097)"
+    "or (many_neurons and 4097) or (any_number_of_positions and 49)"
 )
 
 
