@@ -32,7 +32,7 @@ KERNEL_TESTS = [
 FEW_LAUNCHES = (
     "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
     "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round "
-    "or (many_neurons and 4097)"
+    "or (many_neurons and 4097) or (any_number_of_positions and 49)"
 )
 
 
@@ -123,7 +123,7 @@ def test_the_sanitizer_objects_to_a_kernel_that_reads_one_element_too_many(cache
 def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one(cache: Path, tmp_path: Path) -> None:
     csrc = shutil.copytree(cuda_on_cpu.CSRC, tmp_path / "csrc")
     kernel = csrc / "cuda" / "importance.h"
-    sound, broken = "(p.activation) + slot.n,", "(p.activation) + slot.n + 1,"
+    sound, broken = "load_if(slot.wanted, slot.n, n[k])", "load_if(slot.wanted, slot.n + 1, n[k])"
     assert sound in kernel.read_text()
     kernel.write_text(kernel.read_text().replace(sound, broken))
     tests = [KERNEL_TESTS[0], "-qs", "-p", "no:cacheprovider", "-k", "cuda_on_cpu and repeats"]

@@ -10,11 +10,11 @@
 namespace npc::cuda {
 namespace {
 
-constexpr int kBlocks = 3;        // of a multiprocessor at least: 96 KiB in flight, at 80 registers a thread
-constexpr int64_t kWaves = 4;     // blocks, in units of what runs at a time: part of the device idles for the last only
-constexpr int64_t kFewTiles = 8;  // fewer leave too much to the last blocks; narrower tiles avoid that
-constexpr int kLineLanes = 8;     // 16 bytes for each of so many threads fill a line of the cache
-constexpr int64_t kMost = (int64_t{1} << 30) - kThreads;  // positions of an item, items of a block: counted in 32 bits
+constexpr int kBlocks = 3;            // of a multiprocessor at least: 96 KiB in flight, at 80 registers a thread
+constexpr int64_t kWaves = 4;         // blocks, in units of those that run at a time, so that the last ones are short
+constexpr int64_t kTileBytes = 1024;  // that a tile reads from one place at least, where there are enough neurons
+constexpr int kLineLanes = 8;         // 16 bytes for each of so many threads fill a line of the cache
+constexpr int64_t kMost = int64_t{1} << 29;  // positions of an item, items of a block: counted in 32 bits
 
 template <Layout layout, bool kRelu, class P>
 __global__ void __launch_bounds__(kThreads, kBlocks) importance_kernel(const __grid_constant__ ImportanceWork work) {
@@ -105,6 +105,12 @@ int64_t blocks_for(const ImportanceWork& w) {
   return std::clamp(elements / (int64_t{kThreads} * kBatch * access_size(w)), resident, kWaves * resident);
 }
 
+// As many passes, or a few more, that fill the batches of each thread.
+int64_t whole_batches(const ImportanceWork& w, int64_t passes) {
+  const int unit = kBatch / std::gcd(kBatch, w.slots);
+  return passes > unit ? ceil_div(passes, unit) * unit : passes;
+}
+
 // Cuts `length` positions into about so many chunks, which begin at multiples of `unit`, and items into slices.
 void divide_items(ImportanceWork& w, int64_t length, int64_t chunks, int64_t unit, int64_t blocks) {
   chunks = std::max(chunks, ceil_div(length, kMost));
@@ -113,7 +119,7 @@ void divide_items(ImportanceWork& w, int64_t length, int64_t chunks, int64_t uni
   w.slots = static_cast<int>(ceil_div(w.chunk, w.step));
   const int64_t passes = std::max<int64_t>(ceil_div(w.items(), w.rows), 1);  // if one block did them all
   const int64_t slices = std::max(ceil_div(blocks, w.tiles), ceil_div(w.items(), kMost));
-  w.slice = static_cast<int>(w.rows * (w.chunks > 1 ? 1 : ceil_div(passes, at_most(passes, slices))));
+  w.slice = static_cast<int>(w.rows * (w.chunks > 1 ? 1 : whole_batches(w, ceil_div(passes, at_most(passes, slices)))));
   w.slices = static_cast<int>(std::max<int64_t>(ceil_div(w.items(), w.slice), 1));
   const int size = access_size(w);
   if (w.packed && w.positions > 1) {
@@ -149,7 +155,7 @@ void divide_rows(ImportanceWork& w) {
   w.lanes = lanes_for(ceil_div(length, size));
   w.step = w.lanes * size;
   const int groups = kThreads / w.lanes;
-  w.tile = power_of_two(p.neurons, groups);
+  w.tile = power_of_two(std::min(p.neurons, ceil_div(kTileBytes * size, w.positions * kPackBytes)), groups);
   w.tiles = static_cast<int>(ceil_div(p.neurons, w.tile));
   w.rows = groups / w.tile;
   const int64_t chunks = chunks_for(w, p.batch * w.tiles * w.tile, blocks * groups, int64_t{kBatch} * w.step);
@@ -164,7 +170,8 @@ void divide_columns(ImportanceWork& w) {
   w.lanes = power_of_two(ceil_div(p.neurons, size), std::min(kWarp, kThreads / size));  // a tile is at most a block
   const bool together = w.positions > 1 && p.batch * p.neurons / size < blocks * kThreads;
   const auto tiles = [&] { return ceil_div(p.neurons, w.lanes * size); };
-  while (w.lanes > kLineLanes && (tiles() < kFewTiles || (together && tiles() * p.batch < blocks))) w.lanes /= 2;
+  // Narrow tiles are many, which leaves less to the last blocks.
+  while (w.lanes > kLineLanes && (tiles() < w.lanes || (together && tiles() * p.batch < blocks))) w.lanes /= 2;
   const int groups = kThreads / w.lanes;
   w.tile = w.lanes * size;
   w.tiles = static_cast<int>(tiles());

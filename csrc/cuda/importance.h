@@ -35,7 +35,8 @@ constexpr int kBatch = 4;  // slots that are loaded together
 
 enum class Layout : int8_t { rows, columns };
 
-// How eq. 2 of one layer is divided among blocks. Blocks are numbered tile * slices + slice.
+// How eq. 2 of one layer is divided among blocks. Blocks are numbered slice * tiles + tile, so that those which run at the
+// same time read from memory that lies together.
 struct ImportanceWork {
   ImportanceParams params;
   Layout layout;
@@ -355,7 +356,7 @@ __device__ inline void finish_tile(const ImportanceWork& w, ImportanceShared& sh
   __syncthreads();
   if (row == 0 && neuron < neurons) {
     float total = kNoGradient;
-    for (int other = 0; other < rows; other += shares) {
+    for (int other = 0; other < rows && (w.chunks > 1 || other < w.slices); other += shares) {
       float of_sample = kNoGradient;
       for (int part = 0; part < shares; ++part) of_sample += shared.sums[(other + part) * w.tile + column];
       total += magnitude(of_sample);
@@ -368,7 +369,7 @@ __device__ inline void finish_tile(const ImportanceWork& w, ImportanceShared& sh
 // One block's part of eq. 2 for one layer.
 template <Layout layout, bool kRelu, class P>
 __device__ __forceinline__ void importance_block(const ImportanceWork& w, int64_t block, ImportanceShared& shared) {
-  const int tile = static_cast<int>(block) / w.slices, slice = static_cast<int>(block) % w.slices;
+  const int slice = static_cast<int>(block) / w.tiles, tile = static_cast<int>(block) % w.tiles;
   const int64_t first = int64_t{tile} * w.tile;
   if (thread() == 0) shared.tile = tile, shared.slice = slice;
   if constexpr (layout == Layout::rows) rows_block<kRelu, P>(w, first, slice, shared);
