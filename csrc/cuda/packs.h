@@ -1,9 +1,8 @@
 // How numbers move between memory and registers: in packs of 16 bytes, several of them in flight at a time.
 //
 // A multiprocessor reaches the memory's bandwidth only if enough loads are outstanding (docs/kernels.md), so a thread
-// loads all packs of a batch before it uses the first: load_many(). The accesses are written in PTX
-// (load_16_bytes_if(), store_16_bytes()), because the compiler splits copies of structs into words and halves.
-// tests/test_machine_code.py holds the compiled kernels to that.
+// loads all packs of a batch before it uses the first. The accesses are written in PTX (runtime.h), because the compiler
+// splits copies of structs into words and halves. tests/test_machine_code.py holds the compiled kernels to that.
 #pragma once
 
 #include <cstring>
@@ -70,14 +69,7 @@ __device__ __forceinline__ void load_if(bool wanted, const typename P::T* from, 
   }
 }
 
-template <class P>
-__device__ __forceinline__ P load(const typename P::T* from) {
-  P pack = {};
-  load_if(true, from, pack);
-  return pack;
-}
-
-// Loads packs[0], packs[1], ... from place(0), place(1), ..., those that are wanted, so that all are in flight together.
+// A batch: loads packs[0], packs[1], ... from place(0), place(1), ..., those that are wanted.
 template <class P, int kPacks, class Place>
 __device__ __forceinline__ void load_many(P (&packs)[kPacks], const bool (&wanted)[kPacks], const Place& place) {
   for (int pack = 0; pack < kPacks; ++pack) load_if(wanted[pack], place(pack), packs[pack]);
