@@ -92,7 +92,9 @@ def compiled(source: Path, arch: str, folder: Path) -> Path:
     out = folder / f"{source.stem}.{arch}.cubin"
     flags = [flag for flag in _build.nvcc_flags(_build.Cuda(archs=())) if not flag.startswith("-Xptxas")]
     command = [_build.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
-    subprocess.run([str(one) for one in command], check=True)
+    done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(f"{source} does not compile:\n{done.stderr.strip()}")
     return out
 
 
@@ -107,7 +109,7 @@ def _kernels(file: Path, arch: str) -> list[Kernel]:
         command = [str(cuobjdump()), "-arch", f"sm_{arch}", *what, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if "fatal" in done.stderr:  # its exit status also tells of a file without code for the GPU
-            raise RuntimeError(f"{' '.join(command)} failed: {done.stderr.strip()}")
+            raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
         return done.stdout
 
     usage = re.findall(r"Function (\w+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", run("-res-usage"))
@@ -160,6 +162,30 @@ def compiler_version() -> str:
     return f"nvcc {found[1]}" if (found := re.search(r"\bV([\d.]+)", words)) else ""
 
 
+def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kernel]:
+    """The kernels of files, or of the build, whose name has a match. Raises ValueError if there are none."""
+    if cuobjdump() is None:
+        raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
+    if absent := [str(one) for one in files if not one.exists()]:
+        raise ValueError(f"there is no {', '.join(absent)}")
+    if any(one.suffix == ".cu" for one in files) and _build.nvcc() is None:
+        raise ValueError("there is no nvcc to compile with")
+    if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
+        raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
+    if OBJECTS in files[0].parents and (why := _why_stale()):
+        raise ValueError(f"the objects in {OBJECTS} are older than the sources beside them ({why}); call make first")
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [compiled(one, arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
+        if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:
+            return found
+    raise ValueError(f"no such kernel with code for sm_{arch} in {', '.join(map(str, files))}")
+
+
+def _why_stale() -> str:
+    built = Path(_build.__file__).with_name(_build.MODULE_FILE)
+    return _build.why_stale(built.read_bytes()) if built.exists() else "there is no module"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
     parser.add_argument(
@@ -169,14 +195,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--kernel", default="", help="only kernels whose name has this regular expression")
     parser.add_argument("--loops", action="store_true", help="each packed loop, instead of the table")
     options = parser.parse_args(arguments)
-    if cuobjdump() is None:
-        parser.error(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
-    with tempfile.TemporaryDirectory() as folder:
-        files = options.files or sorted(OBJECTS.glob("cuda_*.o"))
-        objects = [compiled(one, options.arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
-        found = [kernel for kernel in kernels(objects, options.arch) if re.search(options.kernel, kernel.name)]
-    if not found:
-        parser.error(f"no such kernel with code for sm_{options.arch} in {', '.join(map(str, files)) or OBJECTS}")
+    try:
+        found = _found(options.files, options.arch, re.compile(options.kernel))
+    except (ValueError, re.error, _build.BuildError) as error:
+        parser.error(str(error))
     if not options.loops:
         print(f"{table(found)}\n\nCompiled for sm_{options.arch} by {compiler_version()}.")
         return

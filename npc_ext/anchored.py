@@ -25,8 +25,9 @@ from .succession import blocks_of, fitted
 class Anchored(Descent):
     """The base class of EWC, MAS, SI and SSL.
 
-    A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, both of its shape, float32 (float64 for float64
-    parameters), from the first `consolidate` on. Parameters added later have none until the next one.
+    A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, each with the parameter's shape, float32
+    (float64 for float64 parameters), from the first `consolidate` on. Parameters added later have none until the next
+    one.
 
     By default the pull is implicit, a proximal step (Moreau 1965; Parikh and Boyd, "Proximal Algorithms", 2014; with
     stochastic gradients: Toulis and Airoldi, arXiv 1408.2923). The explicit part of the step comes first. It is SGD's,
@@ -51,13 +52,20 @@ class Anchored(Descent):
     is 0 the implicit part changes no bit. `maximize` changes the sign of g only.
 
     With `implicit=False` the penalty's gradient at theta is added to g and goes through the buffer, as in the papers.
-    This overshoots the anchor where lr * strength * W exceeds 1/2 for a weight, and diverges where it exceeds 1 (with
-    momentum mu: 1 + mu; with Nesterov's: (1 + mu) / (1 + 2 mu)). The loss's curvature lowers these bounds.
+    This diverges where lr * strength * W exceeds 1 for a weight (with momentum mu: 1 + mu; with Nesterov's:
+    (1 + mu) / (1 + 2 mu)). Without momentum it overshoots the anchor from 1/2 on, with momentum earlier. The loss's
+    curvature lowers these bounds.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
+        "implicit": (
+            "their anchors pulled explicitly. In each group, set group['implicit'] = False to go on like that, or True "
+            "for the proximal step, which is stable for every strength"
+        )
+    }
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -65,8 +73,8 @@ class Anchored(Descent):
         check_choice(f"{where}implicit", options["implicit"], (True, False))
         if options["implicit"] and not options["momentum"] < 1:
             raise ValueError(
-                f"{where}momentum is {options['momentum']}; implicit anchors need a momentum below 1, as any SGD needs "
-                "to converge (or implicit=False)"
+                f"{where}momentum is {options['momentum']}; implicit anchors need a momentum below 1; lower it, or "
+                "pass implicit=False"
             )
 
     @torch.no_grad()

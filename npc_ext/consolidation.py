@@ -461,7 +461,8 @@ class _Importance:
                 wrong = int((~total.isfinite()).sum())
                 raise NonFiniteImportanceError(
                     f"the importance of parameter {name!r} is not finite in {wrong} of {total.numel()} elements: "
-                    "the model's outputs or their gradients are nan or infinite, or overflow when squared"
+                    "the model's outputs or their gradients are nan or infinite, or overflow when squared (training "
+                    "may have diverged; with implicit=False it does if lr * strength is too large)"
                 )
         if not any(bool(total.any()) for total in self._sums.values()):
             warn(

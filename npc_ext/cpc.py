@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from . import _launch, ops, reference
 from ._warn import warn
-from .descent import SGD_OPTIONS, Descent, FirstMoments, Plan, check_choice, check_plasticity_options
+from .descent import (
+    ALPHA_IN_UNITS_OF_LR,
+    SGD_OPTIONS,
+    Descent,
+    FirstMoments,
+    Plan,
+    check_choice,
+    check_plasticity_options,
+)
 from .layer_options import LayerOptions
 from .names import ByLayer
 from .neurons import connections
@@ -89,7 +97,7 @@ class CPC(Descent):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
-    _STATES_ALPHA_UNIT: ClassVar[bool] = True
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
     _KIND = "importance of connections"

@@ -37,6 +37,12 @@ _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
 # Groups of NPC and CPC, and so what is saved of them, state the unit of alpha under this key: "lr", the group's own.
 ALPHA_UNIT = "alpha_unit"
+ALPHA_IN_UNITS_OF_LR = {
+    ALPHA_UNIT: (
+        "their alpha, {alpha:g}, is an absolute learning rate. Expected alpha in units of lr: in each group, divide it "
+        "by the lr that it was chosen for (0.05 at lr 0.1 becomes 0.5), and set group['alpha_unit'] = 'lr'"
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,8 @@ class Descent(torch.optim.Optimizer):
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
-    # Whether groups say in which unit alpha is. Where they should and do not, alpha is an absolute learning rate.
-    _STATES_ALPHA_UNIT: ClassVar[bool] = False
+    # Keys that groups did not always have: what groups without them mean, and how to convert them.
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
     # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
     _KIND: ClassVar[str] = ""
 
@@ -136,7 +142,7 @@ class Descent(torch.optim.Optimizer):
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
-        unit = {ALPHA_UNIT: "lr"} if self._STATES_ALPHA_UNIT else {}
+        unit = {ALPHA_UNIT: "lr"} if ALPHA_UNIT in self._ADDED_KEYS else {}
         super().__init__(model.parameters() if params is None else params, {**defaults, **unit})
         self._learn_model()
 
@@ -674,17 +680,13 @@ class Descent(torch.optim.Optimizer):
                     )
         self._check_saved(saved)
         for group in saved_groups:
-            if missing := [name for name in ("lr", *self._OPTIONS) if name not in group]:
+            expected = (name for name in ("lr", *self._OPTIONS) if name not in self._ADDED_KEYS)
+            if missing := [name for name in expected if name not in group]:
                 raise ValueError(
                     f"the state dict's parameter groups have no {', '.join(missing)}; it was saved by another "
                     f"optimizer than {type(self).__name__}"
                 )
-        self._check_alpha_unit(
-            saved_groups,
-            "the state dict",
-            "divide it in each group of state_dict['param_groups'] by the lr that it was chosen for, and say so: "
-            f"group['alpha'] /= group.get('initial_lr', group['lr']); group[{ALPHA_UNIT!r}] = 'lr'",
-        )
+        self._check_added_keys(saved_groups, "the state dict")
         super().load_state_dict(state_dict)
         self._take_over(saved)
         self._may_begin_without = True
@@ -695,14 +697,15 @@ class Descent(torch.optim.Optimizer):
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Raises ValueError if the saved states (by the id of their parameter) do not fit this optimizer."""
 
-    def _check_alpha_unit(self, groups: Iterable[Mapping[str, Any]], what: str, fix: str) -> None:
-        """Raises ValueError if saved groups have an alpha that is not in units of lr."""
+    def _check_added_keys(self, groups: Iterable[Mapping[str, Any]], what: str, more: str = "") -> None:
+        """Raises ValueError if groups were saved without a key that says how to read them."""
         for group in groups:
-            if self._STATES_ALPHA_UNIT and group.get(ALPHA_UNIT) != "lr":
-                raise ValueError(
-                    f"{what} has alpha {float(group['alpha']):g} at lr {float(group['lr']):g} as an absolute learning "
-                    f"rate (no {ALPHA_UNIT!r} in its parameter groups); expected alpha in units of lr: {fix}"
-                )
+            for key, meaning in self._ADDED_KEYS.items():
+                if key not in group:
+                    raise ValueError(
+                        f"{what} was saved by an earlier version: its parameter groups have no {key!r}, and "
+                        f"{meaning.format(**group)}{more}"
+                    )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Takes from the saved states what torch would cast to the parameter's dtype."""
@@ -724,11 +727,10 @@ class Descent(torch.optim.Optimizer):
         return {**kept, **super().__getstate__()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._check_alpha_unit(
+        self._check_added_keys(
             state["param_groups"],
             f"the pickled {type(self).__name__}",
-            "build the optimizer with alpha divided by lr, and load the importance, which does not depend on it, from "
-            "the state dict: load_importance(state_dict)",
+            ". A pickle cannot be changed: let the version that wrote it save optimizer.state_dict(); convert that",
         )
         super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
         self._forget_plans()

@@ -28,7 +28,8 @@ class EWC(Anchored):
         strength: the factor of the penalty.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
-            gradient is added to the loss's, as in the paper; training diverges where lr * strength * F nears 1.
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * F is too
+            large for any weight (`Anchored` says where).
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 

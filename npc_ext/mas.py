@@ -28,7 +28,8 @@ class MAS(Anchored):
         strength: the factor of the penalty, lambda of eq. 4.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
-            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W nears 1.
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W is too
+            large for any weight (`Anchored` says where).
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 

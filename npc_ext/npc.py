@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _launch, ops, reference
-from .descent import SGD_OPTIONS
+from .descent import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS
 from .plastic import PLASTIC_OPTIONS, Plastic, PlasticPlan
 
 
@@ -89,7 +89,7 @@ class NPC(Plastic):
         ...     optimizer.step()
     """
 
-    _STATES_ALPHA_UNIT: ClassVar[bool] = True
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
     _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, *PLASTIC_OPTIONS)
 
     def __init__(

@@ -341,7 +341,7 @@ def anchored_update_(
         paths: like `stiffness`, changed in place: SI's path integral, from which dL/dw times the weight's movement is
             taken; empty tensors where none is wanted.
         strength: the penalties' factors.
-        implicit: whether the pull to the anchors is implicit, which takes a momentum below 1.
+        implicit: whether the pull to the anchors is implicit, which requires a momentum below 1.
         lr, momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         grad_scale, found_inf: as in `update_`.
 
@@ -478,7 +478,8 @@ def network_step_(
 
     On CUDA it is a single cooperative launch. It saves launches, which is what small networks spend their time on. For
     large ones `importance` for each layer and `update_` should be faster: this kernel is compiled for every layout and
-    dtype at once, so it has fewer loads in flight (docs/kernels.md). Where the one overtakes the other is not measured.
+    dtype at once, so fewer of its blocks fit on a multiprocessor (docs/kernels.md). Where the one overtakes the other
+    is not measured.
 
     Args:
         activations, activation_gradients, channel_dim, batch_dim: for each layer what `importance` takes.

@@ -36,7 +36,8 @@ class SI(Anchored):
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         damping: keeps weights that hardly moved from an importance without bounds; above 0.
         implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
-            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W nears 1.
+            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W is too
+            large for any weight (`Anchored` says where).
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
@@ -124,7 +125,8 @@ class SI(Anchored):
             if not bool(own.isfinite().all()):
                 raise NonFiniteImportanceError(
                     f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
-                    "during the task; clip them, or lower the learning rate"
+                    "during the task; clip them, or lower the learning rate (with implicit=False also strength: "
+                    "weights diverge if lr * strength is too large)"
                 )
             stiffness.append(state["stiffness"] + own if "stiffness" in state else own)
         for (parameter, _, state), total in zip(walked, stiffness, strict=True):

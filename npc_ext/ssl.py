@@ -41,7 +41,7 @@ class SSL(MAS):
         strength: the factor of MAS's penalty.
         sparsity: the factor of the penalty on activations.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
-        implicit: as in `MAS`; of its penalty only, as that on activations acts through the loss's gradient.
+        implicit: as in `MAS`, for its penalty. The penalty on activations enters through the loss's gradient.
         scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's.
         layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
             connected layer with something (an activation, dropout) behind it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -411,7 +411,7 @@ class _Tracker(NPC):
         "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
         "Linear, convolution, Conv1D and attention layers have neurons."
     )
-    _STATES_ALPHA_UNIT = False  # its lr is 1
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}  # its lr is 1
     wrapped: torch.optim.Optimizer
 
     # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.

@@ -563,8 +563,15 @@ def test_how_anchors_pull_is_saved_and_never_guessed(method: Any) -> None:
     other.load_state_dict(saved)
     assert other.param_groups[0]["implicit"] is False
     del saved["param_groups"][0]["implicit"]
-    with pytest.raises(ValueError, match="the state dict's parameter groups have no implicit"):
+    with pytest.raises(
+        ValueError, match=r"its parameter groups have no 'implicit', .*, set group\['implicit'\] = False"
+    ):
         other.load_state_dict(saved)
+    saved["param_groups"][0]["implicit"] = False
+    other.load_state_dict(saved)
+    del optimizer.param_groups[0]["implicit"]
+    with pytest.raises(ValueError, match=f"the pickled {method.__name__} was saved by an earlier version"):
+        pickle.loads(pickle.dumps(optimizer))
     with pytest.raises(ValueError, match="implicit is None; expected one of True, False"):
         method(network(), implicit=None)
     with pytest.raises(ValueError, match=r"momentum is 1.0; implicit anchors need a momentum below 1"):

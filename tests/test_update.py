@@ -344,9 +344,9 @@ def test_shards_outside_of_their_layer_are_refused(device: str) -> None:
         ops.update_(**arguments)
 
 
-@pytest.mark.parametrize(("layers", "each"), [(130, 2), (1, 400), (90, 1), (3, 0)])
-def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
-    count = layers * each + 3  # the last three belong to no layer
+def many_layers(layers: int, each: int, device: str = "cpu") -> tuple[Any, ...]:
+    """Positional arguments of `update_` for layers of 4 neurons, and 3 parameters of no layer."""
+    count = layers * each + 3
 
     def tensors(number: int) -> list[Tensor]:
         return [torch.randn(4, 5).to(device) for _ in range(number)]
@@ -354,11 +354,23 @@ def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int,
     weights, gradients = tensors(count), tensors(count)
     averages, measured = ([torch.rand(4).to(device) for _ in range(layers)] for _ in range(2))
     skipped = torch.zeros(layers, dtype=torch.int64, device=device)
-    exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
     layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
     per_parameter = ([0] * count, [1] * count, [0.1] * count, [0.0] * count, [False] * count, [0.1] * count)
     per_layer = ([0.5] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
-    rest = (skipped, layer, *per_parameter, [False] * count, *per_layer)
+    return weights, gradients, [], averages, measured, skipped, layer, *per_parameter, [False] * count, *per_layer
+
+
+@pytest.mark.parametrize(("layers", "each", "launches"), [(7, 3, 1), (69, 3, 1), (70, 3, 2), (71, 1, 2), (70, 0, 1)])
+@pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
+def test_a_launch_holds_210_parameters_and_70_layers(layers: int, each: int, launches: int, device: str) -> None:
+    arguments = many_layers(layers, each, device)
+    assert cuda_on_cpu.counted("launches", lambda: ops.update_(*arguments)) == launches
+
+
+@pytest.mark.parametrize(("layers", "each"), [(130, 2), (69, 3), (1, 400), (90, 1), (3, 0)])
+def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
+    weights, gradients, _, averages, measured, *rest = many_layers(layers, each, device)
+    exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
     ops.update_(weights, gradients, [], averages, measured, *rest)
     in_double = ([g.double() for g in gradients], [], exact_averages, [one.double() for one in measured])
     reference.update_(exact, *in_double, *rest)

@@ -15,6 +15,14 @@ struct Part {
   std::vector<int64_t> layers, parameters;
   DType dtype = DType::float32;  // of the parameters, if they are divided by it
   bool has_momentum = false, rounds_at_random = false;  // any of them
+  size_t places = 0;  // of parameters that it takes: one for each, and for each layer without any, see describe()
+
+  void add(int64_t index, const ParameterParams& parameter) {
+    parameters.push_back(index);
+    ++places;
+    has_momentum |= parameter.momentum != nullptr;
+    rounds_at_random |= parameter.stochastic_rounding;
+  }
 };
 
 template <class N>
@@ -47,7 +55,7 @@ Kernel<N> kernel_of(const Part& part) {
 // launch than they begin in.
 template <class N>
 std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
-  constexpr size_t most_layers = N::kLayers, most_parameters = N::kParameters - N::kLayers;  // see fits()
+  constexpr size_t most_layers = N::kLayers, most_places = N::kParameters;
   const size_t plain = params.layer_count;  // stands for the parameters of no layer
   std::vector<std::vector<int64_t>> of_layer(plain + 1);
   for (int64_t i = 0; i < params.parameter_count; ++i) {
@@ -64,24 +72,24 @@ std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
       for (const int64_t i : of_layer[layer]) {
         if (type_of(i) == type) own.push_back(i);
       }
+      const bool empty = of_layer[layer].empty();
+      if (own.empty() && (layer == plain || type != home || !empty)) continue;
       const auto new_part = [&] { parts.emplace_back().dtype = type; };
       const auto begin_layer = [&] {
         if (layer < plain) parts.back().layers.push_back(layer);
       };
-      if (own.empty() && (layer == plain || type != home || !of_layer[layer].empty())) continue;
       if (parts.size() == begin) new_part();
-      const bool full = parts.back().layers.size() == most_layers ||
-                        (parts.back().parameters.size() + own.size() > most_parameters && !parts.back().parameters.empty());
+      const size_t places = parts.back().places + (empty ? 1 : own.size());
+      const bool full = parts.back().layers.size() == most_layers || (places > most_places && parts.back().places > 0);
       if (full && layer < plain) new_part();
       begin_layer();
+      if (empty) ++parts.back().places;
       for (const int64_t i : own) {
-        if (parts.back().parameters.size() == most_parameters) {
+        if (parts.back().places == most_places) {
           new_part();
           begin_layer();
         }
-        parts.back().parameters.push_back(i);
-        parts.back().has_momentum |= params.parameters[i].momentum != nullptr;
-        parts.back().rounds_at_random |= params.parameters[i].stochastic_rounding;
+        parts.back().add(i, params.parameters[i]);
       }
     }
   }
@@ -101,10 +109,9 @@ inline std::vector<bool> layers_to_move_first(const UpdateParams& params, const 
   return first;
 }
 
-// Whether a launch holds a part; each of its layers may need the place of a parameter more, see describe().
 template <class N>
 bool fits(const Part& part) {
-  return part.layers.size() <= N::kLayers && part.parameters.size() + part.layers.size() <= N::kParameters;
+  return part.layers.size() <= N::kLayers && part.places <= N::kParameters;
 }
 
 // What another step needs beside a Parameter is filled in by an overload.

@@ -85,7 +85,7 @@ def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) 
 
 
 def _variable(name: str) -> Any:
-    kinds = {"capture": ctypes.c_ulonglong, "free_bytes": ctypes.c_longlong, "loads": ctypes.c_longlong}
+    kinds = {"capture": ctypes.c_ulonglong, **dict.fromkeys(("free_bytes", "loads", "launches"), ctypes.c_longlong)}
     library = ctypes.CDLL(str(module().__file__))
     return kinds.get(name, ctypes.c_int).in_dll(library, f"cuda_on_cpu_{name}")
 

@@ -100,7 +100,8 @@ T shuffle_xor(T value, int offset) {
 
 // "State", as tests set and read it; more of it below.
 #define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
-CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_loads = 0;  // of 16 bytes, so far
+CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_loads = 0;     // of 16 bytes, so far
+CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_launches = 0;  // of kernels, so far
 
 namespace npc::cuda {
 
@@ -179,7 +180,6 @@ CUDA_ON_CPU_STATE unsigned long long cuda_on_cpu_capture = 0;  // the id of the 
 CUDA_ON_CPU_STATE long long cuda_on_cpu_free_bytes = -1;       // device memory that is left, -1: any amount
 CUDA_ON_CPU_STATE int cuda_on_cpu_driver = 13000;              // the CUDA version that the driver supports
 CUDA_ON_CPU_STATE int cuda_on_cpu_kernel_error = 0;            // a cudaError_t: looking for a kernel fails so
-CUDA_ON_CPU_STATE int cuda_on_cpu_launches = 0;                // how many kernels were launched
 
 #define CUDART_VERSION 13000
 using cudaStream_t = void*;
