@@ -240,6 +240,17 @@ def test_frozen_rows_and_their_moments_stay_bit_identical_but_for_the_first_once
     assert seen > 20
 
 
+def test_importance_of_a_layer_without_parameters_moves(device: str) -> None:
+    arguments = network(device=device)
+    gone = [at for at, layer in enumerate(arguments["layer"]) if layer == 0]
+    for name, value in arguments.items():
+        if isinstance(value, list) and len(value) == len(PARAMETERS):
+            arguments[name] = [one for at, one in enumerate(value) if at not in gone]
+    before = copied(arguments)
+    check(arguments)
+    assert not torch.equal(arguments["importances"][0], before["importances"][0])
+
+
 def test_parameters_without_elements_count_their_steps(device: str) -> None:
     """As shards may be, also where a layer has no others: C moves all the same."""
     arguments = network(device=device)

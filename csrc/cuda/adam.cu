@@ -63,7 +63,7 @@ struct Adam {
         constants(p),
         rounding(p, begin) {
     const Step plain = step_of(p, grad_scale);
-    const float steps = *p.steps + 1.0f;
+    const float steps = p.steps == nullptr ? 1.0f : *p.steps + 1.0f;  // null: a layer without parameters, see describe()
     lr = plain.lr;
     factor = plain.factor;
     per_first_bias = 1.0f / bias_correction(p.log_first_decay, steps);
