@@ -752,6 +752,29 @@ def test_network_step_of_very_many_neurons_is_importance_and_then_update(
     assert not torch.equal(whole["importances"][0], nothing["importances"][0])
 
 
+@pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 0, 4), (2, 0), (2, 0, 4, 4)], ids=str)
+def test_a_network_step_with_an_empty_activation_leaves_its_layer_as_unmeasured(
+    shape: tuple[int, ...], device: str
+) -> None:
+    inputs, whole = activations(device=device), network(device=device)
+    del whole["measured"]
+    for name in ("activations", "activation_gradients"):
+        inputs[name].append(torch.empty(shape, device=device))
+    inputs["channel_dim"].append(1)
+    inputs["batch_dim"].append(0)
+    whole["importances"].append(torch.rand(shape[1]).to(device))
+    whole["skipped"] = torch.zeros(6, dtype=torch.int64, device=device)
+    for name in ("alpha", "beta", "delta", "sigma", "active_only"):
+        whole[name].append(whole[name][0])
+    parts = copied(whole)
+    ops.network_step_(**inputs, **whole)
+    measured = [ops.importance(*one).float() for one in zip(*inputs.values(), strict=True)]
+    ops.update_(**parts, measured=measured)
+    for name in ("parameters", "importances"):
+        assert all(map(torch.equal, whole[name], parts[name]))
+    assert whole["skipped"].tolist() == [0] * 6
+
+
 @given(st.data())
 def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
     draw = data.draw

@@ -118,7 +118,7 @@ void divide_items(ImportanceWork& w, int64_t length, int64_t chunks, int64_t uni
   w.chunks = std::max<int64_t>(ceil_div(length, w.chunk), 1);
   w.slots = static_cast<int>(ceil_div(w.chunk, w.step));
   const int64_t passes = std::max<int64_t>(ceil_div(w.items(), w.rows), 1);  // if one block did them all
-  const int64_t slices = std::max(ceil_div(blocks, w.tiles), ceil_div(w.items(), kMost));
+  const int64_t slices = std::max(ceil_div(blocks, std::max(w.tiles, 1)), ceil_div(w.items(), kMost));
   w.slice = static_cast<int>(w.rows * (w.chunks > 1 ? 1 : whole_batches(w, ceil_div(passes, at_most(passes, slices)))));
   w.slices = static_cast<int>(std::max<int64_t>(ceil_div(w.items(), w.slice), 1));
   const int size = access_size(w);
@@ -187,8 +187,12 @@ ImportanceWork divide(const ImportanceParams& params, bool packed) {
   w.packed = packed;
   w.positions = 1;
   for (int dim = 0; dim < params.position_dims; ++dim) w.positions *= params.position_size[dim];
+  if (w.positions == 0) {  // the same as no samples
+    w.params.batch = w.params.position_dims = 0;
+    w.positions = 1;
+  }
   w.chunks = w.team = 1;
-  w.layout = has_columns(params) ? Layout::columns : Layout::rows;
+  w.layout = has_columns(w.params) ? Layout::columns : Layout::rows;
   w.layout == Layout::columns ? divide_columns(w) : divide_rows(w);
   return w;
 }
