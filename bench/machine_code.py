@@ -133,7 +133,7 @@ def readable(names: Sequence[str]) -> list[str]:
     """Demangled names, as short as in importance_kernel<rows, relu, Pack<half>> and update_kernel<float, momentum>."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     text = re.sub(r"npc::cuda::|\(anonymous namespace\)::|^void ", "", text, flags=re.MULTILINE)
-    text = text.replace("(Layout)0", "rows").replace("(Layout)1", "columns").replace("(Layout)2", "staged")
+    text = text.replace("(Layout)0", "rows").replace("(Layout)1", "columns")
     text = text.replace("__nv_bfloat16", "bfloat16").replace("__half", "half").replace("> >", ">>").replace("> >", ">>")
     text = re.sub(r"Kind<(\w+), (\w+), (\w+)>", r"\1, momentum=\2, stochastic rounding=\3", text)
     text = re.sub(r"importance_kernel<(\w+), (true|false)", r"importance_kernel<\1, relu=\2", text)

@@ -44,8 +44,8 @@ PACKED = {
     r"update_kernel<\w+, momentum\b.*": Least(loads=6, loops=2),
     r"update_kernel\b.*": Least(loads=8, loops=2),
     r"adam_update_kernel\b.*": Least(loads=6, loops=2),
-    r"anchored_update_kernel\b.*": Least(loads=6),
-    r"connection_update_kernel\b.*": Least(loads=6),
+    r"anchored_update_kernel\b.*": Least(loads=9),
+    r"connection_update_kernel\b.*": Least(loads=8, loops=6),  # for each of three types: a sum, and the update
     r"step_kernel\b.*": Least(loads=6, loops=12),  # for each of three types: importance by rows, by columns, the update
 }
 NOT_PACKED = {
