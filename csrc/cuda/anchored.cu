@@ -6,6 +6,7 @@
 //   path <- path - dL/dw * (the movement of w)
 //
 // A block works on one item of at most kItem elements of one parameter, a thread on packs of 16 bytes.
+// Where no parameter has an anchor or a path, as in the first task of EWC, this is SGD's step, and its kernel takes it.
 // Traffic for float32: 12 bytes an element as for SGD, 8 more with an anchor, 8 more with a path, 8 with momentum.
 
 #include <vector>
@@ -137,6 +138,11 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
 }  // namespace
 
 void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
+  const ParameterParams* end = params.parameters + params.parameter_count;
+  const bool plain = std::all_of(params.parameters, end, [](const ParameterParams& p) {
+    return p.stiffness == nullptr && p.path == nullptr;
+  });
+  if (plain) return launch_update(params, stream);  // the same step, with more loads in flight
   const OnDevice guard(stream.device);
   std::vector<const ParameterParams*> of_type[kDTypes];  // one launch for each
   int64_t size = 0;
