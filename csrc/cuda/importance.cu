@@ -111,9 +111,18 @@ int64_t whole_batches(const ImportanceWork& w, int64_t passes) {
   return passes > unit ? ceil_div(passes, unit) * unit : passes;
 }
 
+// As many chunks of a sample's slots, or more that have whole batches of them, if fewer places of batches stay empty then.
+int64_t whole_chunks(int64_t slots, int64_t chunks) {
+  const auto batches = [&](int64_t count) { return count * ceil_div(ceil_div(slots, count), kBatch); };
+  const int64_t whole = ceil_div(slots, chunks) / kBatch * kBatch;
+  if (chunks == 1 || whole == 0) return chunks;
+  const int64_t more = ceil_div(slots, whole);
+  return batches(more) < batches(chunks) ? more : chunks;
+}
+
 // Cuts `length` positions into about so many chunks, which begin at multiples of `unit`, and items into slices.
 void divide_items(ImportanceWork& w, int64_t length, int64_t chunks, int64_t unit, int64_t blocks) {
-  chunks = std::max(chunks, ceil_div(length, kMost));
+  chunks = std::max(whole_chunks(ceil_div(length, w.step), chunks), ceil_div(length, kMost));
   w.chunk = static_cast<int>(std::max<int64_t>(ceil_div(ceil_div(length, chunks), unit) * unit, unit));
   w.chunks = std::max<int64_t>(ceil_div(length, w.chunk), 1);
   w.slots = static_cast<int>(ceil_div(w.chunk, w.step));
