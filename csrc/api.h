@@ -74,8 +74,8 @@ struct ParameterParams {
 
   // How many steps the parameter has taken [1], raised by one; Adam needs it, stochastic rounding too, else null.
   float* steps;
-  // Values are rounded to bfloat16 at random, up or down, the nearer the likelier, with bits drawn from `seed`, the
-  // number of steps and the element's index. For launch_update and launch_adam_update.
+  // Values are rounded to bfloat16 stochastically, with bits drawn from `seed`, the number of steps and the element's
+  // index. For launch_update and launch_adam_update.
   bool stochastic_rounding;
   uint32_t seed;
 };

@@ -178,8 +178,7 @@ def update_(
         steps: empty, or for each parameter one float32, how many steps it has taken, raised by one; an empty tensor
             where nobody counts.
         seeds: empty, or for each parameter -1, or for a bfloat16 one whose steps are counted a seed: its values are
-            then rounded at random, up or down, the nearer the likelier. The random bits depend on the seed, the steps
-            and the element only.
+            then rounded stochastically. The random bits depend on the seed, the steps and the element only.
 
     Raises:
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.

@@ -192,7 +192,7 @@ def rounding_key(seed: int, steps: int) -> int:
 def rounded(value: Tensor, parameter: Tensor, key: int | None = None) -> Tensor:
     """A value in its parameter's dtype: the nearest one, or with a key, for bfloat16, at random the one above or below.
 
-    The nearer the likelier, so that the mean over many steps is the value itself. The random bits depend on the key and
+    The probabilities are such that the mean over many steps is the value itself. The random bits depend on the key and
     the element's place in memory only.
     """
     if key is None:

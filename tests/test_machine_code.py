@@ -43,8 +43,9 @@ PACKED = {
     r"importance_kernel<.*\bPack<.*>": Least(loads=8),
     r"update_kernel<\w+, momentum\b.*": Least(loads=6, loops=2),
     r"update_kernel\b.*": Least(loads=8, loops=2),
+    r"adam_update_kernel<float\b.*": Least(loads=8, loops=2),
     r"adam_update_kernel\b.*": Least(loads=6, loops=2),
-    r"anchored_update_kernel\b.*": Least(loads=9),
+    r"anchored_update_kernel\b.*": Least(loads=12),
     r"connection_update_kernel\b.*": Least(loads=8, loops=6),  # for each of three types: a sum, and the update
     r"step_kernel\b.*": Least(loads=6, loops=12),  # for each of three types: importance by rows, by columns, the update
 }

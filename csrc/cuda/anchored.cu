@@ -42,7 +42,7 @@ static_assert(sizeof(LargeNetwork) <= kMostArguments);
 template <class Kind>
 struct Anchored {
   using T = typename Kind::T;
-  static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
+  static constexpr int kPacks = 2;
 
   template <class P>
   struct Packs {

@@ -263,7 +263,7 @@ std::vector<Part> divide(const UpdateParams& params) {
   return parts;
 }
 
-// What a part needs of scratch, on a device that runs so many blocks at a time.
+// The scratch that a part needs, on a device that runs so many blocks at a time.
 int64_t scratch_bytes(const Part& part, int64_t resident) {
   return 2 * Scratch::bytes_of<float>(static_cast<int64_t>(part.layers.size()) * resident);
 }

@@ -44,10 +44,10 @@ __host__ __device__ inline int64_t items_of(const Elements& p) {
 }
 
 // The elements of an item of a network that `blocks` blocks work on at a time. Small networks are cut smaller, so that all
-// of the device works on them.
+// of the device works on them, in one turn.
 inline int64_t item_size(int64_t all_elements, int64_t blocks) {
-  constexpr int64_t least = kThreads * 4;
-  return std::clamp<int64_t>(all_elements / blocks / least * least, least, kItem);
+  constexpr int64_t unit = kThreads * 4;
+  return std::clamp<int64_t>((all_elements + blocks * unit - 1) / (blocks * unit) * unit, unit, kItem);
 }
 
 template <class N>
@@ -182,7 +182,7 @@ __device__ __forceinline__ T* from(T* array, int64_t begin) {
 //   V::T, V::kPacks                    the parameter's type, and how many packs of each array are in flight at a time
 //   V::Packs<P>                        a pack P of each array
 //   v.load(wanted, at, packs)          loads them from element `at` of the item on, if they are wanted
-//   v.prefetch(at)                     asks for them, so that they come into the cache
+//   v.prefetch(at)                     starts to bring them into the L2 cache
 //   v.use(at, packs, plasticity)       moves their elements and stores them
 
 // Moves all whole packs of an item, except those whose elements all have a plasticity of 0: they are neither read nor
@@ -239,7 +239,7 @@ __device__ __forceinline__ void use_elements(const Elements& p, V& visitor, int 
   use_singles(visitor, packed, count, plasticity);
 }
 
-// Asks for the first packs of an item, as far as wants(at) for their first element.
+// Starts to bring the first packs of an item into the L2 cache, if wants(at) holds for their first element.
 template <class V, class Wants>
 __device__ __forceinline__ void prefetch_elements(const Elements& p, const V& visitor, int count, const Wants& wants) {
   constexpr int size = Pack<typename V::T>::size;

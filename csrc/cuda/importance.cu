@@ -179,7 +179,7 @@ void divide_columns(ImportanceWork& w) {
   w.lanes = power_of_two(ceil_div(p.neurons, size), std::min(kWarp, kThreads / size));  // a tile is at most a block
   const bool together = w.positions > 1 && p.batch * p.neurons / size < blocks * kThreads;
   const auto tiles = [&] { return ceil_div(p.neurons, w.lanes * size); };
-  // Narrow tiles are many, which leaves less to the last blocks.
+  // Narrow tiles are many, which leaves less to the last blocks: at least as many as each has lanes.
   while (w.lanes > kLineLanes && (tiles() < w.lanes || (together && tiles() * p.batch < blocks))) w.lanes /= 2;
   const int groups = kThreads / w.lanes;
   w.tile = w.lanes * size;

@@ -42,7 +42,7 @@ __device__ inline ChunkSum sum_of(const Layer& layer, int64_t begin, int64_t end
     Single<float> measured[kBatch] = {};
     bool wanted[kBatch];
     for (int k = 0; k < kBatch; ++k) wanted[k] = first + k * kThreads < end;
-    load_many(measured, wanted, [&](int k) { return layer.measured + first + k * kThreads; });
+    for (int k = 0; k < kBatch; ++k) load_if(wanted[k], layer.measured + first + k * kThreads, measured[k]);
     for (int k = 0; k < kBatch; ++k) {
       sum += measured[k].at[0];
       active += wanted[k] && !received_no_gradient(measured[k].at[0]);
@@ -70,7 +70,7 @@ __device__ __forceinline__ float averaged(const Layer& layer, const Total& total
   return moving_average(average, normalized, layer.delta, layer.one_minus_delta);
 }
 
-// Eq. 7 of a neuron whose C moves to `average` and is not written yet, as rules.h says what it tells.
+// Eq. 7 of a neuron whose C moves to `average` and is not written yet, as rules.h defines it.
 __device__ __forceinline__ float plasticity_of(const Layer& layer, float average, int64_t neuron) {
   if (!takes_part(layer, neuron)) return 0.0f;
   const float plasticity = layer.error_function ? plasticity_erf(average, layer.alpha, layer.beta)

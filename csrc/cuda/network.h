@@ -57,18 +57,23 @@ template <class N>
 std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
   constexpr size_t most_layers = N::kLayers, most_places = N::kParameters;
   const size_t plain = params.layer_count;  // stands for the parameters of no layer
+  const auto type_of = [&](int64_t i) { return by_type ? params.parameters[i].dtype : DType::float32; };
+  const DType home = params.parameter_count > 0 ? type_of(0) : DType::float32;  // of layers without parameters
   std::vector<std::vector<int64_t>> of_layer(plain + 1);
+  bool present[kDTypes] = {};
+  present[static_cast<int>(home)] = true;
   for (int64_t i = 0; i < params.parameter_count; ++i) {
     const int64_t layer = params.parameters[i].layer;
     of_layer[layer < 0 ? plain : layer].push_back(i);
+    present[static_cast<int>(type_of(i))] = true;
   }
-  const auto type_of = [&](int64_t i) { return by_type ? params.parameters[i].dtype : DType::float32; };
-  const DType home = params.parameter_count > 0 ? type_of(0) : DType::float32;  // of layers without parameters
   std::vector<Part> parts;
+  std::vector<int64_t> own;  // of a layer, and of a type
   for (const DType type : {DType::float32, DType::float16, DType::bfloat16}) {
+    if (!present[static_cast<int>(type)]) continue;
     const size_t begin = parts.size();
     for (size_t layer = 0; layer <= plain; ++layer) {
-      std::vector<int64_t> own;
+      own.clear();
       for (const int64_t i : of_layer[layer]) {
         if (type_of(i) == type) own.push_back(i);
       }

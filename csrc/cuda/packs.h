@@ -69,12 +69,6 @@ __device__ __forceinline__ void load_if(bool wanted, const typename P::T* from, 
   }
 }
 
-// A batch: loads packs[0], packs[1], ... from place(0), place(1), ..., those that are wanted.
-template <class P, int kPacks, class Place>
-__device__ __forceinline__ void load_many(P (&packs)[kPacks], const bool (&wanted)[kPacks], const Place& place) {
-  for (int pack = 0; pack < kPacks; ++pack) load_if(wanted[pack], place(pack), packs[pack]);
-}
-
 template <class P>
 __device__ __forceinline__ void store(typename P::T* to, const P& pack) {
   if constexpr (P::size == 1) {

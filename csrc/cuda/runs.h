@@ -2,7 +2,8 @@
 //
 // The elements of one run lie behind each other and belong to one neuron (api.h). A block keeps the plasticity of its
 // item's neurons in a table in shared memory; a pack finds out from it what its elements do. If no run is shorter than a
-// pack, the pack belongs to two neurons at most. In biases and transposed linear layers every element has another one.
+// pack, the pack belongs to two neurons at most. In biases and transposed linear layers each element belongs to a
+// different neuron.
 #pragma once
 
 #include "elements.h"

@@ -1,5 +1,5 @@
-// The CUDA runtime, and the few things of it that a host compiler can be taught: the tests compile the kernels for the
-// CPU too, with a header of theirs in its place (tests/cuda_on_cpu).
+// The CUDA runtime, and the few things that a host compiler needs in its place: the tests also compile the kernels for
+// the CPU, with the header of tests/cuda_on_cpu.
 #pragma once
 
 #if defined(NPC_CUDA_ON_CPU)
@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {
                : "memory");
 }
 
-// Asks for what lies at an address to come into the cache.
+// Starts to bring the data at an address into the L2 cache.
 __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }

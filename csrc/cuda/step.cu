@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
   }
 }
 
-// What a layer needs of scratch.
+// The scratch that a layer needs.
 int64_t scratch_bytes(const LayerParams& layer, const ImportanceWork& work, bool moves_first) {
   return Scratch::bytes_of<float>(work.partial_sums()) + Scratch::bytes_of<float>(work.params.neurons) +
          (moves_first ? wide_scratch_bytes(layer) : 0);

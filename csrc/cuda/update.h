@@ -3,7 +3,7 @@
 // The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
 // on one item. It
 //
-//   1. asks for the item's first packs, except those of neurons that are frozen already, so that they are on their way;
+//   1. starts to bring the item's first packs into the L2 cache, except those of neurons that are frozen already;
 //   2. sums its layer's measured importance, as every block of the layer does, in the same order, so that all agree;
 //   3. fills a table with the plasticity of the neurons that the item's elements belong to, from their C and its new
 //      value, and arrives at the layer's counter;

@@ -96,7 +96,7 @@ __device__ __forceinline__ void average_chunks(const W& wide, SumShared& shared)
 
 inline bool is_wide(const LayerParams& layer) { return layer.neurons > kWide; }
 
-// What a layer whose C is moved before needs of scratch.
+// The scratch that a layer needs whose C is moved before.
 inline int64_t wide_scratch_bytes(const LayerParams& layer) {
   return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) +
          Scratch::bytes_of<float>(layer.neurons);
