@@ -145,12 +145,12 @@ int64_t chunks_for(const ImportanceWork& w, int64_t parts, int64_t wanted, int64
   return 2 * parts <= wanted ? at_most(w.positions / least, wanted / std::max<int64_t>(parts, 1)) : 1;
 }
 
-// As many lanes as leave the fewest of them idle at the end of a row of so many packs; the more, the better.
+// The lanes for a row of so many packs: many, unless fewer leave out clearly less at the row's end.
 int lanes_for(int64_t packs) {
   const auto slots = [&](int lanes) { return ceil_div(packs, lanes) * lanes; };
   int best = power_of_two(packs, kWarp);
   for (int lanes = best / 2; lanes >= kLineLanes; lanes /= 2) {
-    if (slots(lanes) < slots(best)) best = lanes;
+    if (16 * slots(lanes) < 15 * slots(best)) best = lanes;
   }
   return best;
 }
