@@ -729,7 +729,9 @@ static void descend_adam(const ParameterParams& p, const float* plasticity, doub
 
 // -------------------------------------------------------------------------------- weights with an anchor: EWC, MAS, SI
 
-template <bool has_momentum, bool has_anchor, bool has_path, class T>
+enum class Pull { none, is_explicit, implicit };
+
+template <bool has_momentum, Pull kind, bool has_path, class T>
 static void descend_anchored_with(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
@@ -745,7 +747,8 @@ static void descend_anchored_with(const ParameterParams& p, double gradient_fact
   const double pull = anchor_pull(p.strength, p.momentum_factor, p.implicit);
   const Vector<R> explicit_pull = broadcast<R>(static_cast<R>(pull));
   const Vector<R> compliance = broadcast<R>(static_cast<R>(1 / (lr * pull)));
-  const bool nesterov = p.nesterov, implicit = p.implicit;
+  const bool nesterov = p.nesterov;
+  constexpr bool has_anchor = kind != Pull::none, implicit = kind == Pull::implicit;
   const auto move = [&](int64_t at, auto read, auto write) {
     const Vector<R> value = read(values + at);
     const Vector<R> loss_gradient = read(gradients + at) * factor;
@@ -780,15 +783,21 @@ static void descend_anchored_with(const ParameterParams& p, double gradient_fact
        [rest](auto* to, Vector<R> vector) { store_partial(to, vector, rest); });
 }
 
+template <bool has_momentum, Pull kind, class T>
+static void descend_anchored_with_pull(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
+  if (p.path != nullptr) descend_anchored_with<has_momentum, kind, true, T>(p, gradient_factor, begin, end);
+  else descend_anchored_with<has_momentum, kind, false, T>(p, gradient_factor, begin, end);
+}
+
 template <bool has_momentum, class T>
 static void descend_anchored_with_momentum(const ParameterParams& p, double gradient_factor, int64_t begin,
                                            int64_t end) {
-  if (p.stiffness != nullptr && p.path != nullptr) {
-    descend_anchored_with<has_momentum, true, true, T>(p, gradient_factor, begin, end);
-  } else if (p.stiffness != nullptr) {
-    descend_anchored_with<has_momentum, true, false, T>(p, gradient_factor, begin, end);
+  if (p.stiffness == nullptr) {
+    descend_anchored_with_pull<has_momentum, Pull::none, T>(p, gradient_factor, begin, end);
+  } else if (p.implicit) {
+    descend_anchored_with_pull<has_momentum, Pull::implicit, T>(p, gradient_factor, begin, end);
   } else {
-    descend_anchored_with<has_momentum, false, true, T>(p, gradient_factor, begin, end);
+    descend_anchored_with_pull<has_momentum, Pull::is_explicit, T>(p, gradient_factor, begin, end);
   }
 }
 
