@@ -47,8 +47,7 @@ struct Adam {
     Floats<P> first_moment, second_moment;
   };
 
-  T* value;
-  const T* gradient;
+  Weights<T, false> weights;
   float* first_moment;
   float* second_moment;
   const AdamParameter& constants;
@@ -56,8 +55,7 @@ struct Adam {
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Adam(const AdamParameter& p, int64_t begin, const float* grad_scale)
-      : value(static_cast<T*>(p.value) + begin),
-        gradient(static_cast<const T*>(p.gradient) + begin),
+      : weights(p, begin),
         first_moment(p.first_moment + begin),
         second_moment(p.second_moment + begin),
         constants(p),
@@ -72,15 +70,13 @@ struct Adam {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    load_if(wanted, value + at, packs.value);
-    load_if(wanted, gradient + at, packs.gradient);
+    weights.load(wanted, at, packs);
     load_if(wanted, first_moment + at, packs.first_moment);
     load_if(wanted, second_moment + at, packs.second_moment);
   }
 
   __device__ __forceinline__ void prefetch(int at) const {
-    ::npc::cuda::prefetch(value + at);
-    ::npc::cuda::prefetch(gradient + at);
+    weights.prefetch(at);
     ::npc::cuda::prefetch(first_moment + at);
     ::npc::cuda::prefetch(second_moment + at);
   }
@@ -103,7 +99,7 @@ struct Adam {
       }
       if (plasticity[k] != 0.0f) first = plasticity[k] > 0.0f ? new_first : 0.0f;
     }
-    store(value + at, packs.value);
+    weights.write(at, packs);
     store(first_moment + at, packs.first_moment);
     store(second_moment + at, packs.second_moment);
   }

@@ -50,9 +50,7 @@ struct Anchored {
     Floats<P> stiffness, anchor, path;
   };
 
-  T* value;
-  const T* gradient;
-  T* momentum;
+  Weights<T, true> weights;
   const float* stiffness;
   const float* anchor;
   float* path;
@@ -61,9 +59,7 @@ struct Anchored {
   Step step;
 
   __device__ __forceinline__ Anchored(const AnchoredParameter& p, int64_t begin, const float* grad_scale)
-      : value(static_cast<T*>(p.value) + begin),
-        gradient(static_cast<const T*>(p.gradient) + begin),
-        momentum(from(static_cast<T*>(p.momentum), begin)),
+      : weights(p, begin),
         stiffness(from(p.stiffness, begin)),
         anchor(from(p.anchor, begin)),
         path(from(p.path, begin)),
@@ -75,9 +71,7 @@ struct Anchored {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    load_if(wanted, value + at, packs.value);
-    load_if(wanted, gradient + at, packs.gradient);
-    load_if(wanted && momentum != nullptr, momentum + at, packs.momentum);
+    weights.load(wanted, at, packs);
     load_if(wanted && stiffness != nullptr, stiffness + at, packs.stiffness);
     load_if(wanted && stiffness != nullptr, anchor + at, packs.anchor);
     load_if(wanted && path != nullptr, path + at, packs.path);
@@ -92,14 +86,13 @@ struct Anchored {
       if (step.weight_decay != 0.0f) d += step.weight_decay * before;
       const float anchor_k = packs.anchor.at[k], stiffness_k = packs.stiffness.at[k];
       if (stiffness != nullptr && !implicit) d += anchor_gradient<float>(before, anchor_k, stiffness_k, pull);
-      float after = moved_along(step, before, d, step.lr, momentum != nullptr, velocity);
+      float after = moved_along(step, before, d, step.lr, weights.has_momentum(), velocity);
       if (stiffness != nullptr && implicit) after = towards_anchor<float>(after, anchor_k, stiffness_k, compliance);
       from_float(after, packs.value.at[k]);
       from_float(velocity, packs.momentum.at[k]);
       packs.path.at[k] -= loss_gradient * (to_float(packs.value.at[k]) - before);
     }
-    store(value + at, packs.value);
-    if (momentum != nullptr) store(momentum + at, packs.momentum);
+    weights.write(at, packs);
     if (path != nullptr) store(path + at, packs.path);
   }
 };

@@ -70,17 +70,14 @@ struct Measure {
     P value, gradient;
   };
 
-  const T* value;
-  const T* gradient;
-  float sum, active;  // of this thread, over an item
+  Weights<T, false> weights;
+  float sum = 0, active = 0;  // of this thread, over an item
 
-  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin)
-      : value(static_cast<const T*>(p.value) + begin), gradient(static_cast<const T*>(p.gradient) + begin), sum(0), active(0) {}
+  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin) : weights(p, begin) {}
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    load_if(wanted, value + at, packs.value);
-    load_if(wanted, gradient + at, packs.gradient);
+    weights.load(wanted, at, packs);
   }
 
   template <class P>
@@ -105,9 +102,7 @@ struct Move {
     Floats<P> importance;
   };
 
-  T* value;
-  const T* gradient;
-  T* momentum;
+  Weights<T, true> weights;
   float* importance;             // null for parameters of no layer
   const ConnectionLayer& layer;  // any, for those
   Total total;
@@ -115,9 +110,7 @@ struct Move {
 
   __device__ __forceinline__ Move(const ConnectionParameter& p, const ConnectionLayer& layer, const Total& total,
                                   int64_t begin, const float* grad_scale)
-      : value(static_cast<T*>(p.value) + begin),
-        gradient(static_cast<const T*>(p.gradient) + begin),
-        momentum(from(static_cast<T*>(p.momentum), begin)),
+      : weights(p, begin),
         importance(p.layer < 0 ? nullptr : p.importance + begin),
         layer(layer),
         total(total),
@@ -125,9 +118,7 @@ struct Move {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    load_if(wanted, value + at, packs.value);
-    load_if(wanted, gradient + at, packs.gradient);
-    load_if(wanted && momentum != nullptr, momentum + at, packs.momentum);
+    weights.load(wanted, at, packs);
     load_if(wanted && importance != nullptr, importance + at, packs.importance);
   }
 
@@ -151,13 +142,12 @@ struct Move {
       const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]);
       const float plasticity = importance == nullptr ? 1.0f : move_importance(before, d, packs.importance.at[k]);
       float velocity = to_float(packs.momentum.at[k]);
-      const float after = moved(step, before, d, plasticity * step.lr, momentum != nullptr, velocity);
+      const float after = moved(step, before, d, plasticity * step.lr, weights.has_momentum(), velocity);
       if (plasticity > 0.0f) from_float(after, packs.value.at[k]);
       if (plasticity != 0.0f) from_float(plasticity > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    store(value + at, packs.value);
+    weights.write(at, packs);
     if (importance != nullptr) store(importance + at, packs.importance);
-    if (momentum != nullptr) store(momentum + at, packs.momentum);
   }
 };
 

@@ -177,6 +177,43 @@ __device__ __forceinline__ T* from(T* array, int64_t begin) {
   return array == nullptr ? nullptr : array + begin;
 }
 
+// The arrays that all visitors have, of an item; packs: a struct of P value, gradient and momentum. kMomentum: whether
+// there may be a momentum.
+template <class T, bool kMomentum>
+struct Weights {
+  T* value;
+  const T* gradient;
+  T* momentum;  // or null
+
+  __device__ __forceinline__ Weights(const Elements& p, int64_t begin)
+      : value(static_cast<T*>(p.value) + begin),
+        gradient(static_cast<const T*>(p.gradient) + begin),
+        momentum(from(static_cast<T*>(p.momentum), begin)) {}
+
+  __device__ __forceinline__ bool has_momentum() const { return kMomentum && momentum != nullptr; }
+
+  template <class Packs>
+  __device__ __forceinline__ void load(bool wanted, int at, Packs& packs) const {
+    load_if(wanted, value + at, packs.value);
+    load_if(wanted, gradient + at, packs.gradient);
+    if constexpr (kMomentum) load_if(wanted && has_momentum(), momentum + at, packs.momentum);
+  }
+
+  __device__ __forceinline__ void prefetch(int at) const {
+    ::npc::cuda::prefetch(value + at);
+    ::npc::cuda::prefetch(gradient + at);
+    if (has_momentum()) ::npc::cuda::prefetch(momentum + at);
+  }
+
+  template <class Packs>
+  __device__ __forceinline__ void write(int at, const Packs& packs) const {
+    store(value + at, packs.value);
+    if constexpr (kMomentum) {
+      if (has_momentum()) store(momentum + at, packs.momentum);
+    }
+  }
+};
+
 // A visitor holds the arrays of an item and moves its elements; V says how:
 //
 //   V::T, V::kPacks                    the parameter's type, and how many packs of each array are in flight at a time

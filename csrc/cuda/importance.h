@@ -217,6 +217,19 @@ __device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, i
   return sum;
 }
 
+// Calls use(slot, n, dL/dn) for all slots of a thread, in turn; a batch is loaded before its first is used.
+template <Layout layout, class P, class Use>
+__device__ __forceinline__ void for_each_slot(Slots<layout, P> slots, const Use& use) {
+  Slots<layout, P> loaded = slots;  // a batch ahead
+  while (loaded.more()) {
+    P n[kBatch], g[kBatch];
+    load_batch(loaded, n, g);
+    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) use(slots.next(), n[k], g[k]);
+  }
+}
+
 // Leaves in shared memory, for each row of groups and each neuron of the tile, the total of the row's items.
 template <bool kRelu, class P>
 __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
@@ -226,37 +239,29 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   // Positions are counted from the pack in which the row begins, as many elements before the row in n and in dL/dn.
   const int64_t row_n = neuron * p.activation_neuron_stride, row_g = neuron * p.gradient_neuron_stride;
   const int before = static_cast<int>(row_n & (P::size - 1));
-  Slots<Layout::rows, P> slots(w, slice, group / w.tile, neuron < p.neurons, lane * P::size, w.positions + before,
-                               row_n - before, row_g - before);
-  Slots<Layout::rows, P> loaded = slots;  // a batch ahead
-  const int begin = slots.at_begin() ? before : 0;
+  const Slots<Layout::rows, P> slots(w, slice, group / w.tile, neuron < p.neurons, lane * P::size, w.positions + before,
+                                     row_n - before, row_g - before);
+  const int begin = slots.at_begin() ? before : 0, end = slots.end();
   float sum = kNoGradient, total = kNoGradient;
-  while (loaded.more()) {
-    P n[kBatch], g[kBatch];
-    load_batch(loaded, n, g);
-    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const auto slot = slots.next();
-      if constexpr (kRelu) {  // a pack of several rows is written once
-        if (slot.wanted && slot.at >= begin) store_relu(p, slot.n, n[k], g[k]);
-      }
-      if (P::size > 1 && slot.wanted && (slot.at < begin || slot.at + P::size > slots.end())) {
-        keep(n[k], begin - slot.at, slots.end() - slot.at);
-        keep(g[k], begin - slot.at, slots.end() - slot.at);
-      }
-      float products[P::size];
-      for (int i = 0; i < P::size; ++i) products[i] = marked_product(to_float(n[k].at[i]), to_float(g[k].at[i]));
-      for (int half = P::size / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) products[i] += products[i + half];
-      }
-      sum += products[0];
-      if (slot.last) {
-        total += share(w, sum_over_lanes(sum, w.lanes));
-        sum = kNoGradient;
-      }
+  for_each_slot(slots, [&](const Slot<typename P::T>& slot, P& n, P& g) {
+    if constexpr (kRelu) {  // a pack of several rows is written once
+      if (slot.wanted && slot.at >= begin) store_relu(p, slot.n, n, g);
     }
-  }
+    if (P::size > 1 && slot.wanted && (slot.at < begin || slot.at + P::size > end)) {
+      keep(n, begin - slot.at, end - slot.at);
+      keep(g, begin - slot.at, end - slot.at);
+    }
+    float products[P::size];
+    for (int i = 0; i < P::size; ++i) products[i] = marked_product(to_float(n.at[i]), to_float(g.at[i]));
+    for (int half = P::size / 2; half > 0; half /= 2) {
+      for (int i = 0; i < half; ++i) products[i] += products[i + half];
+    }
+    sum += products[0];
+    if (slot.last) {
+      total += share(w, sum_over_lanes(sum, w.lanes));
+      sum = kNoGradient;
+    }
+  });
   if (lane == 0) shared.sums[group] = total;
 }
 
@@ -266,38 +271,30 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   const ImportanceParams& p = w.params;
   const int column = thread() % w.lanes * P::size, group = thread() / w.lanes;
   const int64_t neuron = first + column;
-  Slots<Layout::columns, P> slots(w, slice, group / w.team, neuron < p.neurons, group % w.team, w.positions, neuron,
-                                  neuron);
-  Slots<Layout::columns, P> loaded = slots;  // a batch ahead
+  const Slots<Layout::columns, P> slots(w, slice, group / w.team, neuron < p.neurons, group % w.team, w.positions,
+                                        neuron, neuron);
   float sums[P::size];    // of the thread's neurons
   float totals[P::size];  // the same, or, where groups share a sample, the first is of the tile's neuron thread()
   for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = kNoGradient;
   const auto leave = [&](const float(&values)[P::size]) {
     for (int i = 0; i < P::size; ++i) shared.sums[group * w.tile + column + i] = values[i];
   };
-  while (loaded.more()) {
-    P n[kBatch], g[kBatch];
-    load_batch(loaded, n, g);
-    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const auto slot = slots.next();
-      for (int i = 0; i < P::size; ++i) sums[i] += marked_product(to_float(n[k].at[i]), to_float(g[k].at[i]));
-      if constexpr (kRelu) {
-        if (slot.wanted) store_relu(p, slot.n, n[k], g[k]);
-      }
-      if (!slot.last) continue;
-      if (w.team == 1) {
-        for (int i = 0; i < P::size; ++i) totals[i] += magnitude(sums[i]);
-      } else {
-        leave(sums);
-        __syncthreads();
-        if (thread() < w.tile) totals[0] += share(w, sum_over_rows(shared, w.team, w.tile, thread()));
-        __syncthreads();
-      }
-      for (int i = 0; i < P::size; ++i) sums[i] = kNoGradient;
+  for_each_slot(slots, [&](const Slot<typename P::T>& slot, const P& n, const P& g) {
+    for (int i = 0; i < P::size; ++i) sums[i] += marked_product(to_float(n.at[i]), to_float(g.at[i]));
+    if constexpr (kRelu) {
+      if (slot.wanted) store_relu(p, slot.n, n, g);
     }
-  }
+    if (!slot.last) return;
+    if (w.team == 1) {
+      for (int i = 0; i < P::size; ++i) totals[i] += magnitude(sums[i]);
+    } else {
+      leave(sums);
+      __syncthreads();
+      if (thread() < w.tile) totals[0] += share(w, sum_over_rows(shared, w.team, w.tile, thread()));
+      __syncthreads();
+    }
+    for (int i = 0; i < P::size; ++i) sums[i] = kNoGradient;
+  });
   if (w.team == 1) leave(totals);
   else if (thread() < w.tile) shared.sums[thread()] = totals[0];
 }

@@ -55,47 +55,32 @@ struct Sgd {
     P value, gradient, momentum;
   };
 
-  T* value;
-  const T* gradient;
-  T* momentum;
+  Weights<T, Kind::kMomentum> weights;
   Step step;
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Sgd(const Parameter& p, int64_t begin, const float* grad_scale)
-      : value(static_cast<T*>(p.value) + begin),
-        gradient(static_cast<const T*>(p.gradient) + begin),
-        momentum(from(static_cast<T*>(p.momentum), begin)),
-        step(step_of(p, grad_scale)),
-        rounding(p, begin) {}
-
-  __device__ __forceinline__ bool has_momentum() const { return Kind::kMomentum && momentum != nullptr; }
+      : weights(p, begin), step(step_of(p, grad_scale)), rounding(p, begin) {}
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    load_if(wanted, value + at, packs.value);
-    load_if(wanted, gradient + at, packs.gradient);
-    if constexpr (Kind::kMomentum) load_if(wanted && has_momentum(), momentum + at, packs.momentum);
+    weights.load(wanted, at, packs);
   }
 
-  __device__ __forceinline__ void prefetch(int at) const {
-    ::npc::cuda::prefetch(value + at);
-    ::npc::cuda::prefetch(gradient + at);
-    if (has_momentum()) ::npc::cuda::prefetch(momentum + at);
-  }
+  __device__ __forceinline__ void prefetch(int at) const { weights.prefetch(at); }
 
   template <class P>
   __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&plasticity)[P::size]) const {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
-      const float before = to_float(packs.value.at[k]);
+      const float before = to_float(packs.value.at[k]), rate = plasticity[k] * step.lr;
       float velocity = to_float(packs.momentum.at[k]);
-      const float rate = plasticity[k] * step.lr;
-      const float after = moved(step, before, to_float(packs.gradient.at[k]), rate, has_momentum(), velocity);
+      const float after =
+          moved(step, before, to_float(packs.gradient.at[k]), rate, weights.has_momentum(), velocity);
       if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
       if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    store(value + at, packs.value);
-    if (has_momentum()) store(momentum + at, packs.momentum);
+    weights.write(at, packs);
   }
 };
 
