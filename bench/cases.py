@@ -18,6 +18,8 @@ from .timing import Call
 
 # A beta so large that every neuron learns at full rate: the most work that NPC can have.
 PLASTIC = 1e9
+FROZEN = 10.0  # an importance far above beta
+SLOW = 1 - 1e-6  # a delta: nothing freezes or thaws within a benchmark
 Maker = Callable[[nn.Module], Any]
 
 
@@ -127,15 +129,30 @@ class Steps:
         self.optimizers[name][index].step()
 
     def freeze(self, share: float) -> None:
-        """Gives a random share of each layer's neurons so great an importance that they do not move."""
+        """Freezes a random share of each layer's neurons."""
         for optimizer in self._measuring():
-            generator = torch.Generator().manual_seed(1)
             for group in optimizer.param_groups:
-                group.update(beta=0.5, delta=1 - 1e-6)  # so slow a decay that nothing else freezes meanwhile
-            for layer in optimizer.neurons:
-                importance = optimizer.state[layer.parameters[0].parameter]["importance"]
-                chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
-                importance.zero_()[chosen.to(importance.device)] = PLASTIC
+                group.update(beta=0.5, delta=SLOW)
+            freeze(optimizer, share)
+
+
+def freeze(optimizer: Any, share: float) -> None:
+    """Gives a random share of each layer's neurons so great an importance that they do not move, and the others none.
+
+    With `delta=SLOW` the share stays what it is, whatever is measured.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for layer in optimizer.neurons:
+        importance = optimizer.state[layer.parameters[0].parameter]["importance"]
+        chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
+        importance.zero_()[chosen.to(importance.device)] = FROZEN
+
+
+def share_skipped(optimizer: Any) -> float:
+    """The share of all neurons whose gradients the last step left out."""
+    layers = optimizer.plasticity().values()
+    skipped = sum(float(layer.gradients_skipped) * len(layer.importance) for layer in layers)
+    return skipped / sum(len(layer.importance) for layer in layers)
 
 
 def training(

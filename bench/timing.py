@@ -31,7 +31,6 @@ class Case:
         check: raises AssertionError if a peer, by name, does not compute what it should.
         turns: how often each function is timed.
         seconds_per_turn: a function is called as often in a turn as fits this time.
-        units: how many units of work a call of each function does; seconds and ratios are those of one unit.
         goals: by peer, how many times as long as ours it should take at least.
         bytes: that ours reads and writes.
         facts: more about the case; or a function that finds them out after the case was timed.
@@ -45,7 +44,6 @@ class Case:
     check: Callable[[str], None] | None = None
     turns: int = 21
     seconds_per_turn: float = 0.01
-    units: Mapping[str, int] = field(default_factory=dict)
     goals: Mapping[str, float] = field(default_factory=dict)
     bytes: int | None = None
     facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
@@ -137,8 +135,7 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
     order = list(case.peers)
     for turn in range(turns or case.turns):
         for name in order if turn % 2 else reversed(order):
-            seconds = timer.seconds(case, name, turn * calls[name], calls[name])
-            samples[name].append(seconds / case.units.get(name, 1))
+            samples[name].append(timer.seconds(case, name, turn * calls[name], calls[name]))
     row = summary(case.part or part, case.name, samples)
     row.goals, row.bytes = dict(case.goals), case.bytes
     row.facts = {**timer.finish(), **(case.facts() if callable(case.facts) else case.facts)}

@@ -57,8 +57,7 @@ def _answers(
             request = yield _described(part, found, timer)
         else:
             assert case is not None
-            seconds = timer.seconds(case, OURS, request["first"], request["calls"])
-            request = yield {"seconds": seconds / case.units.get(OURS, 1)}
+            request = yield {"seconds": timer.seconds(case, OURS, request["first"], request["calls"])}
 
 
 def _cases(module: Any, parts: list[str], quick: bool) -> Iterator[tuple[str, Case | Exception]]:

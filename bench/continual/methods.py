@@ -74,7 +74,6 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
             layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
-        options |= {option: settings[option] for option in ("measure_every",) if option in settings}
         if kind is npc_ext.NPC:
             options["skip_frozen"] = _SKIPPING[settings.get("skip_frozen", "layers")]
         return kind(model, **options, delta=delta, layers=layers)
@@ -139,7 +138,7 @@ METHODS = {
         {**_PLASTIC, "measure": "after pooling"},
         _plastic(npc_ext.NPC),
         search=_PLASTIC_SEARCH,
-        more={"measure_every": 1, "skip_frozen": "layers"},
+        more={"skip_frozen": "layers"},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0, "implicit": True}, _anchored(npc_ext.EWC), _from_samples, _strength()),

@@ -22,21 +22,18 @@ def _run(experiment: str, methods: str, *settings: str) -> list[str]:
 
 
 # What the paper leaves open, on NPC.
-_OPEN: tuple[tuple[str, ...], ...] = (
-    ("npc.measure=before pooling",),
-    ("npc.sigma=erf",),
-    ("npc.output=all",),
-    ("npc.output=free",),
-    ("npc.output=active",),
-    ("npc.survive=0.2",),
-    ("npc.survive=0.8",),
-    ("npc.measure_every=8",),
-    ("npc.survive=0.2", "npc.measure_every=8"),
-    ("npc.beta=0.2",),
-    ("npc.beta=0.2", "npc.measure_every=8"),
-    ("batch_size=16",),
-    ("batch_size=128",),
-    ("channels=(64, 128, 128)",),
+_OPEN = (
+    "npc.measure=before pooling",
+    "npc.sigma=erf",
+    "npc.output=all",
+    "npc.output=free",
+    "npc.output=active",
+    "npc.survive=0.2",
+    "npc.survive=0.8",
+    "npc.beta=0.2",
+    "batch_size=16",
+    "batch_size=128",
+    "channels=(64, 128, 128)",
 )
 PLANS: dict[str, list[list[str]]] = {
     "small": [
@@ -47,8 +44,8 @@ PLANS: dict[str, list[list[str]]] = {
         _search("ifashion", f"npc,{_RIVALS}"),
         _run("ifashion", _ALL),
         _run("activation", "npc,sgd"),
-        *(_run("ifashion", "npc", *settings) for settings in _OPEN),
-        *(_run("idigits", "npc", *settings) for settings in ((), ("npc.measure_every=8",))),
+        *(_run("ifashion", "npc", setting) for setting in _OPEN),
+        _run("idigits", "npc"),
     ],
     "paper": [
         _run("icifar100", "npc"),

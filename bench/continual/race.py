@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 import npc_ext
 
 from .. import environment
+from ..cases import share_skipped
 from ..tables import markdown
 from . import experiments, runs
 from .experiments import EXPERIMENTS
@@ -64,9 +65,7 @@ class _Contestant:
         self.consolidation_seconds.append(time.perf_counter() - started)
         self.accuracy.append([accuracy_of(self.model, task, self._run.machine) for task in self._tasks])
         if isinstance(self.optimizer, npc_ext.NPC):
-            layers = self.optimizer.plasticity().values()
-            rows = sum(layer.gradients_skipped * len(layer.importance) for layer in layers)
-            self.skipped.append(rows / sum(len(layer.importance) for layer in layers))
+            self.skipped.append(share_skipped(self.optimizer))
 
 
 def race(entries: Mapping[str, Run], out: Path, command: str) -> str:

@@ -208,7 +208,7 @@ def frozen(quick: bool) -> Iterator[Case]:
 
             def facts(certified: Certified = certified) -> dict[str, Any]:
                 kept = {peer: saved_for_backward(model, certified.inputs) for peer, model in certified.models.items()}
-                peak = {peer: peak_memory(cycle) for peer, cycle in certified.cycles.items()}
+                peak = {peer: peak_memory(step) for peer, step in certified.steps.items()}
                 return {**certified.facts(), "saved for backward, bytes": kept, "peak memory, bytes": peak}
 
             yield certified.timed(seconds_per_turn=0.1, facts=facts)
