@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..revision import RevisionError, checkout
+from ..against.revision import RevisionError, checkout
 from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
 from .flights import FLIGHTS, Part

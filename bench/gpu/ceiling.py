@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..revision import ROOT
+from .. import ROOT
 from ..timing import Case
 from .device import Device
 from .prepare import build_stream, stream_library

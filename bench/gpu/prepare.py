@@ -15,7 +15,8 @@ from pathlib import Path
 
 from npc_ext import _build
 
-from ..revision import ROOT, RevisionError, checkout
+from .. import ROOT
+from ..against.revision import RevisionError, checkout
 
 # How the kernels of a flight are built: for Hopper alone, with line numbers for compute-sanitizer and Nsight Compute.
 ENVIRONMENT = {"NPC_EXT_ARCHS": "90", "NVCC_APPEND_FLAGS": "-lineinfo"}

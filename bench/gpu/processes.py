@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-from ..revision import ROOT
+from .. import ROOT
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_DIE = 3

@@ -15,7 +15,8 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import environment
-from ..against import AGAINST, RevisionError, against
+from ..against.revision import RevisionError
+from ..against.turns import AGAINST, against
 from ..rows import Row, Writer, read
 from ..tables import write
 from ..timing import HostTimer, measure

@@ -27,6 +27,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+from bench import ROOT
 from bench.continual import datasets, shards
 from bench.continual.datasets import DatasetError, MissingDatasetError, load
 from bench.continual.store import Store
@@ -589,9 +590,8 @@ def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_pa
     folders = ["--data", str(tmp_path / "data"), "--store", str(tmp_path / "store")]
 
     def run() -> subprocess.CompletedProcess[str]:
-        root = Path(__file__).resolve().parents[1]
         alone = [sys.executable, "-c", ALONE, *arguments, *folders]
-        return subprocess.run(alone, cwd=root, capture_output=True, text=True, check=False)
+        return subprocess.run(alone, cwd=ROOT, capture_output=True, text=True, check=False)
 
     result = run()
     assert result.returncode == 0, result.stderr

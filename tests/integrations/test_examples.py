@@ -25,7 +25,7 @@ def importance(optimizer: Any) -> list[torch.Tensor]:
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from bench.examples import hugging_face
+    from examples import hugging_face
 
     whole = hugging_face.train(tmp_path / "whole", 20)
     losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
@@ -44,7 +44,7 @@ def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     from transformers import Trainer, TrainingArguments
 
-    from bench.examples import hugging_face
+    from examples import hugging_face
 
     models = []
     for resume_from in (None, tmp_path / "whole" / "checkpoint-4"):
@@ -63,7 +63,7 @@ def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path) -> None:
 
 def test_accelerate() -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
-    from bench.examples import accelerated
+    from examples import accelerated
 
     accuracy, optimizer = accelerated.train(3)
     assert accuracy > 0.9
@@ -94,7 +94,7 @@ def test_lightning_clips_gradients_under_mixed_precision(tmp_path: Path, precisi
     pytest.importorskip("lightning", reason="lightning is not installed")
     from lightning.pytorch.plugins import MixedPrecision
 
-    from bench.examples import lightning_module
+    from examples import lightning_module
 
     options: dict[str, Any] = {"precision": precision}
     if precision == "16-mixed":  # for which Lightning makes a scaler on GPUs only
@@ -106,7 +106,7 @@ def test_lightning_clips_gradients_under_mixed_precision(tmp_path: Path, precisi
 
 def test_lightning(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed")
-    from bench.examples import lightning_module
+    from examples import lightning_module
 
     whole = lightning_module.train(tmp_path, 3)
     assert whole.logged_metrics["accuracy"] > 0.9
@@ -123,7 +123,7 @@ def test_lightning(tmp_path: Path) -> None:
 
 def test_language_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers", reason="transformers is not installed")
-    from bench.examples import language_model
+    from bench.continual import language_model
 
     settings = [
         language_model.Setting("AdamW", 1e-3),
@@ -198,7 +198,7 @@ AVALANCHE_OPTIMIZERS = {
 
 def test_avalanche_example_learns_and_measures_all_heads() -> None:
     needs_avalanche()
-    from bench.examples import avalanche_strategy
+    from examples import avalanche_strategy
     from npc_ext.avalanche import PlasticityPlugin
 
     accuracies, strategy = avalanche_strategy.train(avalanche_strategy.npc, [PlasticityPlugin()], 4)

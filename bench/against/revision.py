@@ -6,7 +6,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from .. import ROOT
+
 _SOURCES = ("npc_ext", "csrc")
 
 

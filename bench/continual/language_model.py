@@ -1,6 +1,6 @@
 """A language model that learns English, and then Python, with AdamW and with NPCAdamW. Needs `transformers`.
 
-    python -m bench.examples.language_model
+    python -m bench.continual.language_model
 
 A small Llama reads bytes: first the prose of Python's own documentation, then the standard library's source, without
 its docstrings and comments. What is left of the prose in the end? A smaller learning rate forgets less, too, so a pair
@@ -335,7 +335,7 @@ def run_all(settings: Sequence[Setting], seeds: int, size: Size, jobs: int) -> d
 
 def main() -> None:
     """Runs the comparison."""
-    parser = argparse.ArgumentParser(prog="python -m bench.examples.language_model", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.continual.language_model", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (at least 2, default 3)")
     parser.add_argument(
         "--jobs", type=int, default=2, help="processes of one thread each (default 2); 1: this one alone"
@@ -359,7 +359,7 @@ def main() -> None:
     table = table_of(runs)
     print(f"\nPerplexity per byte, {arguments.seeds} seeds, ± standard error:\n\n{table}")
     save(trade_off(runs), arguments.out / "trade-off")
-    command = " ".join(["python -m bench.examples.language_model", *sys.argv[1:]])
+    command = " ".join(["python -m bench.continual.language_model", *sys.argv[1:]])
     (arguments.out / "results.md").write_text(f"{table}\n\n`{command}`, {seconds:.0f} s\n")
     numbers = {
         "command": command,

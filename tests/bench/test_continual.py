@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bench import ROOT
 from bench.continual import datasets, experiments, methods, metrics, report, runs, training
 from bench.continual.__main__ import _parser, main
 from bench.continual.experiments import EXPERIMENTS
@@ -32,7 +33,6 @@ from bench.continual.training import Augmentation, Batches, loss_of
 
 pytest.importorskip("sklearn", reason="scikit-learn, which holds the digits, is not installed")
 
-ROOT = Path(__file__).resolve().parents[1]
 TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
 # To be added to TINY: epochs that end within a batch of 16.
 UNEVEN = ("epochs=3", "epoch_samples=40")

@@ -20,14 +20,14 @@ import torch
 
 from npc_ext import _native
 
-from .answers import serve
-from .rows import OURS
-from .timing import Case, HostTimer, Timer, calls_per_turn, warm_up
+from ..answers import serve
+from ..rows import OURS
+from ..timing import Case, HostTimer, Timer, calls_per_turn, warm_up
 
 
 def main() -> None:
     """Answers until the input ends."""
-    parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.against.worker", description=__doc__)
     parser.add_argument("module", help="has the parts")
     parser.add_argument("parts", nargs="+")
     parser.add_argument("--quick", action="store_true")

@@ -81,7 +81,7 @@ def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from
 
 def main() -> None:
     """Trains and prints the loss and how plastic the layers are."""
-    parser = argparse.ArgumentParser(prog="python -m bench.examples.hugging_face", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.hugging_face", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
     steps = parser.parse_args().steps
     with TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""What the kernels' machine code says about their memory traffic: `python -m bench.machine_code` prints a table.
+"""The kernels of compiled files: what each has of registers, memory, and bytes in flight.
 
 A kernel that is limited by memory reaches the memory's bandwidth only if enough bytes are in flight at any time, and if
 each access moves many of them. Both can be read off the machine code, without a GPU; sass.py says how.
@@ -8,11 +8,9 @@ each access moves many of them. Both can be read off the machine code, without a
 
 from __future__ import annotations
 
-import argparse
 import re
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,19 +19,12 @@ from pathlib import Path
 
 from npc_ext import _build
 
-from .rows import NOT_MEASURED
+from .. import ROOT
 from .sass import Loop, packed_loops, parse
-from .tables import markdown
 
-ROOT = Path(__file__).resolve().parents[1]
 OBJECTS = ROOT / "build" / _build.MODULE_FILE
-PACKAGES = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
 THREADS = 256  # kThreads of csrc/cuda
 SHARED_KIB = {"80": 164, "90": 228, "100": 228}  # shared memory of a multiprocessor
-# KiB in flight a multiprocessor that saturate a card's memory, and the memory's peak bandwidth in TB/s. The former are
-# those that NVIDIA tuned cub::DeviceTransform with (cub/device/dispatch/tuning/tuning_transform.cuh). By Little's law
-# they stand for a latency of 1.3 microseconds under load, on 132 multiprocessors.
-CARDS = {"H100": (32, 3.35), "H200": (48, 4.8)}
 
 
 @dataclass(frozen=True)
@@ -141,75 +132,8 @@ def readable(names: Sequence[str]) -> list[str]:
     return [line.split("(")[0] for line in text.splitlines()]
 
 
-def table(found: Sequence[Kernel]) -> str:
-    """The table of docs/kernels.md: kernels with packed loops, and what their loads in flight allow."""
-    rows: list[list[str]] = []
-    for kernel in found:
-        name = re.sub(r"(, )?\w*Network<[^<>]*>", "", kernel.name).replace("<>", "")  # for any number of parameters
-        allowed = [min(1, kernel.kib_in_flight / needed) * peak for needed, peak in CARDS.values()]
-        numbers = [kernel.loads_in_flight, kernel.registers, kernel.blocks, kernel.kib_in_flight]
-        row = [f"`{name}`", *map(str, numbers), *(f"{bandwidth:.2f}" for bandwidth in allowed), NOT_MEASURED]
-        if kernel.loops and row not in rows:
-            rows.append(row)
-    header = ["kernel", "loads in flight", "registers", "blocks", "KiB in flight"]
-    return markdown([*header, *(f"TB/s, {card}" for card in CARDS), "measured share"], rows)
-
-
 def compiler_version() -> str:
     """As in "nvcc 13.0.88"; empty without nvcc."""
     compiler = _build.nvcc()
     words = subprocess.run([str(compiler), "--version"], capture_output=True, text=True).stdout if compiler else ""
     return f"nvcc {found[1]}" if (found := re.search(r"\bV([\d.]+)", words)) else ""
-
-
-def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kernel]:
-    """The kernels of files, or of the build, whose name has a match. Raises ValueError if there are none."""
-    if cuobjdump() is None:
-        raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
-    if absent := [str(one) for one in files if not one.exists()]:
-        raise ValueError(f"there is no {', '.join(absent)}")
-    if any(one.suffix == ".cu" for one in files) and _build.nvcc() is None:
-        raise ValueError("there is no nvcc to compile with")
-    if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
-        raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
-    if OBJECTS in files[0].parents and (why := _why_stale()):
-        raise ValueError(f"the objects in {OBJECTS} are older than the sources beside them ({why}); call make first")
-    with tempfile.TemporaryDirectory() as folder:
-        objects = [compiled(one, arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
-        if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:
-            return found
-    raise ValueError(f"no such kernel with code for sm_{arch} in {', '.join(map(str, files))}")
-
-
-def _why_stale() -> str:
-    built = Path(_build.__file__).with_name(_build.MODULE_FILE)
-    return _build.why_stale(built.read_bytes()) if built.exists() else "there is no module"
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "files", nargs="*", type=Path, help=".cu files, objects or cubins; default: the build's objects"
-    )
-    parser.add_argument("--arch", default="90", choices=SHARED_KIB, help="default: 90, of H100 and H200")
-    parser.add_argument("--kernel", default="", help="only kernels whose name has this regular expression")
-    parser.add_argument("--loops", action="store_true", help="each packed loop, instead of the table")
-    options = parser.parse_args(arguments)
-    try:
-        found = _found(options.files, options.arch, re.compile(options.kernel))
-    except (ValueError, re.error, _build.BuildError) as error:
-        parser.error(str(error))
-    if not options.loops:
-        print(f"{table(found)}\n\nCompiled for sm_{options.arch} by {compiler_version()}.")
-        return
-    for kernel in found:
-        print(
-            f"{kernel.name}: {kernel.registers} registers, {kernel.blocks} blocks, {kernel.kib_in_flight} KiB in "
-            f"flight, {kernel.spills} spills, {kernel.stack} bytes of stack, {kernel.instructions} instructions"
-        )
-        for loop in kernel.loops:
-            print(f"  {loop}", *(f"    narrow: 0x{one.address:04x} {one.text}" for one in loop.narrow[:8]), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

@@ -6,8 +6,6 @@ timed. Both belong to one process group, and end with it.
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import json
 import os
 import subprocess
@@ -18,9 +16,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from .revision import ROOT, RevisionError, checkout
-from .rows import OURS, Row, Writer
-from .timing import summary
+from .. import ROOT
+from ..rows import OURS, Row, Writer
+from ..timing import summary
+from .revision import RevisionError, checkout
 
 BEFORE, AGAINST = "before", "revisions"
 
@@ -31,7 +30,7 @@ class _Worker:
     def __init__(
         self, folder: Path, module: str, parts: Sequence[str], quick: bool, environment: Mapping[str, str]
     ) -> None:
-        command = [sys.executable, "-m", "bench.worker", module, *parts, *(["--quick"] if quick else [])]
+        command = [sys.executable, "-m", "bench.against.worker", module, *parts, *(["--quick"] if quick else [])]
         self._process = subprocess.Popen(
             command,
             cwd=folder,
@@ -130,24 +129,3 @@ def _in_turns(workers: dict[str, _Worker], part: str, case: str, answers: dict[s
     row.bytes = answers[OURS]["bytes"]
     row.goals = {BEFORE: 1.0}
     return row
-
-
-def main() -> int:
-    """Measures all parts of a module, which has nothing but comparable ones."""
-    parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__)
-    parser.add_argument("revision", help="what git calls it, or a folder in which it is checked out")
-    parser.add_argument("module", help="has the parts, as bench.gpu.revisions does")
-    parser.add_argument("--quick", action="store_true", help="fewer cases")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
-    arguments = parser.parse_args()
-    parts = list(importlib.import_module(arguments.module).PARTS)
-    try:
-        slower = against(arguments.revision, arguments.module, parts, arguments.quick, Writer(arguments.out))
-    except RevisionError as error:
-        parser.error(str(error))
-    print("slower than before, beyond the spread: " + ("; ".join(slower) or "nothing"))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

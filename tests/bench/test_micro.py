@@ -13,14 +13,12 @@ import pytest
 import torch
 from torch.nn.utils import parameters_to_vector
 
-from bench import compare, rows, tables
+from bench import ROOT, compare, rows, tables
 from bench.continual import metrics
 from bench.continual.tasks import digits, split
 from bench.micro.methods import Method
 from bench.networks import cnn
 from bench.timing import Case, HostTimer, measure, sets_of
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def run(*arguments: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import rows, tables
+from bench import ROOT, rows, tables
 from bench.gpu import commands, worker
 from bench.gpu.device import Device
 from bench.gpu.flights import FLIGHTS, SECONDS
@@ -28,7 +28,6 @@ from npc_ext import find_neurons
 
 from .test_datasets import write_small_cifar100
 
-ROOT = Path(__file__).resolve().parents[1]
 # What a GPU machine has, apart from what these need themselves.
 PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybind11", "matplotlib", "tqdm", "npc_ext")
 
@@ -76,7 +75,7 @@ def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
-    files = set(re.findall(r"^tests/(\w+)\.py::", result.stdout, re.MULTILINE))
+    files = set(re.findall(r"^tests/([\w/]+)\.py::", result.stdout, re.MULTILINE))
     assert files == {*commands.TESTS, *commands.COMPILE_TESTS}
 
 

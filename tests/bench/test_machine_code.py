@@ -1,6 +1,6 @@
 """What the CUDA kernels' machine code does with memory: wide accesses only, and enough loads in flight.
 
-bench/sass.py says what a packed loop is and which loads are in flight.
+bench/machine_code/sass.py says what a packed loop is and which loads are in flight.
 """
 
 from __future__ import annotations
@@ -13,16 +13,25 @@ from pathlib import Path
 
 import pytest
 
-from bench import machine_code, sass
-from bench.machine_code import Kernel
+from bench import ROOT
+from bench.machine_code import sass
+from bench.machine_code.__main__ import PACKAGES, table
+from bench.machine_code.kernels import (
+    OBJECTS,
+    SHARED_KIB,
+    Kernel,
+    compiled,
+    compiler_version,
+    cuobjdump,
+    kernels,
+)
 from npc_ext import _build
 
-from .test_build import needs_nvcc
+from ..test_build import needs_nvcc
 
-ROOT = Path(__file__).resolve().parents[1]
 needs_cuobjdump = pytest.mark.skipif(
-    machine_code.cuobjdump() is None,
-    reason=f"there is no cuobjdump with nvdisasm (pip install {machine_code.PACKAGES})",
+    cuobjdump() is None,
+    reason=f"there is no cuobjdump with nvdisasm (pip install {PACKAGES})",
 )
 
 
@@ -86,15 +95,15 @@ def expected(kernel: Kernel) -> Least | None:
 
 @lru_cache
 def built(arch: str) -> list[Kernel]:
-    return machine_code.kernels(sorted(machine_code.OBJECTS.glob("cuda_*.o")), arch)
+    return kernels(sorted(OBJECTS.glob("cuda_*.o")), arch)
 
 
 @needs_nvcc
 @needs_cuobjdump
-@pytest.mark.parametrize("arch", machine_code.SHARED_KIB)
+@pytest.mark.parametrize("arch", SHARED_KIB)
 def test_packed_kernels_move_16_bytes_at_a_time_with_enough_loads_in_flight(arch: str) -> None:
     if not built(arch):
-        pytest.skip(f"{machine_code.OBJECTS} has no code for sm_{arch}")
+        pytest.skip(f"{OBJECTS} has no code for sm_{arch}")
     packed = [(kernel, least) for kernel in built(arch) if (least := expected(kernel))]
     found = [f"{kernel.name}: {fault}" for kernel, least in packed for fault in faults(kernel, least)]
     command = f"python -m bench.machine_code --arch {arch} --loops"
@@ -113,7 +122,7 @@ def broken_kernels(tmp_path: Path, file: str, function: str, body: str) -> list[
     text, count = re.subn(pattern, lambda match: match[1] + body + match[2], header.read_text(), flags=re.DOTALL)
     assert count == 1, f"{file} has {count} functions {function}()"
     header.write_text(text)
-    return machine_code.kernels([machine_code.compiled(csrc / "cuda" / "anchored.cu", "90", tmp_path)], "90")
+    return kernels([compiled(csrc / "cuda" / "anchored.cu", "90", tmp_path)], "90")
 
 
 # What compilers made of a copy of a struct in larger loops.
@@ -123,9 +132,9 @@ IN_PIECES = "  for (int k = 0; k < P::size; ++k) to[k] = pack.at[k];"
 @needs_nvcc
 @needs_cuobjdump
 def test_a_store_that_falls_apart_is_found(tmp_path: Path) -> None:
-    kernels = broken_kernels(tmp_path, "packs.h", "store", IN_PIECES)
-    assert kernels
-    for kernel in kernels:
+    broken = broken_kernels(tmp_path, "packs.h", "store", IN_PIECES)
+    assert broken
+    for kernel in broken:
         found = "\n".join(faults(kernel, Least(loads=1)))
         assert re.search(r"accesses of less than 16 bytes in a packed loop: STG\.E", found)
 
@@ -139,9 +148,9 @@ USED_AT_ONCE = """
 @needs_nvcc
 @needs_cuobjdump
 def test_loads_that_are_used_one_by_one_are_found(tmp_path: Path) -> None:
-    kernels = broken_kernels(tmp_path, "runtime.h", "load_16_bytes_if", USED_AT_ONCE)
-    assert kernels
-    for kernel in kernels:
+    broken = broken_kernels(tmp_path, "runtime.h", "load_16_bytes_if", USED_AT_ONCE)
+    assert broken
+    for kernel in broken:
         assert kernel.loads_in_flight == 1
         assert any("loads in flight in packed loops" in fault for fault in faults(kernel, Least(loads=2)))
 
@@ -237,10 +246,8 @@ def test_the_page_about_kernels_shows_this_machine_code() -> None:
     page = PAGE.read_text()
     named = re.search(r"Compiled for sm_90 by (nvcc [\d.]+)\.", page)
     assert named
-    if named[1] != machine_code.compiler_version():
-        pytest.skip(f"the page was made with {named[1]}, and this is {machine_code.compiler_version()}")
+    if named[1] != compiler_version():
+        pytest.skip(f"the page was made with {named[1]}, and this is {compiler_version()}")
     if not built("90"):
-        pytest.skip(f"{machine_code.OBJECTS} has no code for sm_90")
-    assert machine_code.table(built("90")) in page, (
-        "put what `python -m bench.machine_code` prints into docs/kernels.md"
-    )
+        pytest.skip(f"{OBJECTS} has no code for sm_90")
+    assert table(built("90")) in page, "put what `python -m bench.machine_code` prints into docs/md"

@@ -81,7 +81,7 @@ def train(folder: Path, epochs: int, *, resume_from: Path | None = None, **optio
 
 def main() -> None:
     """Trains and prints what was logged."""
-    parser = argparse.ArgumentParser(prog="python -m bench.examples.lightning_module", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.lightning_module", description=__doc__)
     parser.add_argument("--epochs", type=int, default=5, help="passes over the data (default 5)")
     with TemporaryDirectory() as folder:
         trainer = train(Path(folder), parser.parse_args().epochs)

@@ -65,7 +65,7 @@ def train(epochs: int) -> tuple[float, NPC]:
 
 def main() -> None:
     """Trains and prints the accuracy."""
-    parser = argparse.ArgumentParser(prog="python -m bench.examples.accelerated", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.accelerated", description=__doc__)
     parser.add_argument("--epochs", type=int, default=5, help="passes over the data (default 5)")
     accuracy, optimizer = train(parser.parse_args().epochs)
     print(f"accuracy on the training samples: {accuracy:.1%}")

@@ -86,7 +86,7 @@ def npc(model: nn.Module) -> NPC:
 
 def main() -> None:
     """Trains with SGD and with NPC, and prints the accuracies."""
-    parser = argparse.ArgumentParser(prog="python -m bench.examples.avalanche_strategy", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m examples.avalanche_strategy", description=__doc__)
     parser.add_argument("--epochs", type=int, default=10, help="passes over the data of each task (default 10)")
     epochs = parser.parse_args().epochs
     plain, _ = train(lambda model: torch.optim.SGD(model.parameters(), lr=0.1), [], epochs)

@@ -1,0 +1,1 @@
+"""This checkout against another revision. Nothing is imported here: `revision` has to do without torch."""
