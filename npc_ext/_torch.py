@@ -37,7 +37,6 @@ __all__ = [
     "own_parameters",
     "reversed_padding",
     "tree_flatten",
-    "tree_leaves",
     "tree_map_only",
     "tree_unflatten",
     "version_of",
@@ -54,8 +53,7 @@ def version_tuple(version: str) -> tuple[int, int]:
 # The functions that project the inputs of attention, for weights of one piece and for separate ones, as they are called
 # in torch.nn.functional.multi_head_attention_forward.
 INPUT_PROJECTIONS = ("_in_projection_packed", "_in_projection")
-# The leaves of nested tuples, lists and dictionaries; the same nesting with some leaves, or all, replaced.
-tree_leaves: Callable[[Any], list[Any]] = _pytree.tree_leaves
+# Nested tuples, lists and dictionaries: the same nesting with some leaves, or all, replaced.
 tree_map_only: Callable[..., Any] = _pytree.tree_map_only
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
 tree_unflatten: Callable[[list[Any], Any], Any] = _pytree.tree_unflatten

@@ -1,6 +1,6 @@
 """When parameters may count as constants: within a call of the whole model, and nowhere else.
 
-Layers rest and sleep (resting.py, lazy.py): what they compute then requires no gradient. Whoever calls the model as a
+Layers rest (resting.py): what they compute then requires no gradient. Whoever calls the model as a
 whole sees that in none of its outputs. Whoever calls it part by part takes a loss, or registers a hook, anywhere in
 between, and so do hooks of others on its modules. There every layer computes something that requires a gradient, as
 ever (its weight gradients are left out nevertheless, see frozen_rows.py).
@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from ._torch import after_backward, is_looked_into
-from .lazy import Anchor
 from .neurons import NeuronLayer
 from .tap import TapHook, Unscriptable
 
@@ -26,7 +25,7 @@ class Calls(Unscriptable):
     """Forward pre-hook and forward hook of the whole model; picklable with it.
 
     Args:
-        layers: those that may rest or sleep; none of them does so any more when a call is over.
+        layers: those that may rest; none of them does so any more when a call is over.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[NeuronLayer]) -> None:
@@ -34,7 +33,7 @@ class Calls(Unscriptable):
         self._layers = layers
         self._depth = 0  # a model may call itself
         self._is_looked_into: bool | None = None  # not known yet in this call
-        self._asked = False  # whether layers may have gone to rest or sleep
+        self._asked = False  # whether layers may have gone to rest
 
     def attach(self) -> list[Any]:
         """Puts it into the model; returns handles that undo it by `remove()`."""
@@ -60,7 +59,7 @@ class Calls(Unscriptable):
             return False
         self._asked = True
         if self._is_looked_into is None:
-            self._is_looked_into = is_looked_into(self._model, (TapHook, Anchor, Calls))
+            self._is_looked_into = is_looked_into(self._model, (TapHook, Calls))
         return not self._is_looked_into
 
     def end(self) -> None:

@@ -89,14 +89,14 @@ def steps_between_issues(delta: float) -> int:
 
 
 class Clock:
-    """How many steps an optimizer has taken, and in which it issues certificates and measures layers that sleep.
+    """How many steps an optimizer has taken, and in which it issues certificates.
 
     Attributes:
         between: the steps from one issue to the next. Certificates are valid twice as long.
     """
 
-    def __init__(self, measure_every: int) -> None:
-        self.steps, self.measure_every, self.between = 0, measure_every, MOST_STEPS_BETWEEN_ISSUES
+    def __init__(self) -> None:
+        self.steps, self.between = 0, MOST_STEPS_BETWEEN_ISSUES
 
     def issues(self) -> bool:
         """Whether certificates are issued after the step that was just taken."""
@@ -110,13 +110,9 @@ class Clock:
         """
         return self.steps % self.between == self.between // 4
 
-    def steps_to_measurement(self) -> int:
-        """0 if the coming step measures all layers, else how many steps come before that one."""
-        return -(self.steps + 1) % self.measure_every
-
     def validity(self) -> int:
-        """For how many steps certificates are issued: a measurement is always in sight."""
-        return 2 * self.between + self.measure_every - 1
+        """For how many steps certificates are issued."""
+        return 2 * self.between
 
 
 class Watch:
@@ -125,17 +121,10 @@ class Watch:
     A certificate is worth something only as long as nobody but the optimizer changes importance, constants and weights
     (whoever changes the weights trains them by rules of their own, and needs all gradients).
 
-    A layer that is certified wholly may be asleep until it is measured again (lazy.py). Its importance owes the decay
-    of those steps, which certificates reckon with.
-
     Attributes:
         all_or_nothing: whether only the whole layer's gradients are left out.
         weight, bias: those the certificates are about; a call with others knows nothing of them.
-        delay: how many steps the layer slept since it was last measured.
     """
-
-    delay: int
-    _cleared: bool
 
     def __init__(
         self,
@@ -150,9 +139,7 @@ class Watch:
         self.forward, self.layer, self.key, self.all_or_nothing = forward, layer, key, all_or_nothing
         self.weight, self.bias = layer.parameters[0].parameter, forward.bias
         self._own, self._calls = own, calls
-        # Since the last step: what gradients were left out by, in backward passes and by sleeping.
-        self._used: set[Certificate] = set()
-        self._slept_by: set[Certificate] = set()
+        self._used: set[Certificate] = set()  # what backward passes since the last step left gradients out by
         self._forget()
 
     def bind(self, clock: Clock, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
@@ -164,8 +151,7 @@ class Watch:
 
     def go_on_from(self, before: Watch) -> None:
         """Takes over what the coming step must know from a watch of the same neurons, whose certificates are void."""
-        self._used, self._slept_by, self._cleared = before._used, before._slept_by, before._cleared
-        self.delay, self.layer.slept = before.delay, before.layer.slept
+        self._used = before._used
         self.layer.forget_left_out = self._used.clear
 
     def remove(self) -> None:
@@ -175,15 +161,10 @@ class Watch:
     def _forget(self) -> None:
         self.certificate: Certificate | None = None
         self.interfered = False  # since the last issue
-        self.delay = 0
         self.layer.gradients_skipped = 0.0
         self._importance: Tensor | None = None
         self._seen: tuple[Any, ...] = ()
-        self._begin_step()
-
-    def _begin_step(self) -> None:
-        self._must_measure = self._allowed_constants = self._cleared = False
-        self.layer.slept = False
+        self._allowed_constants = False
 
     def constants(self) -> tuple[float, float]:
         """Beta and delta in force. Alpha and sigma do not matter to whether eq. 7 is zero."""
@@ -204,24 +185,18 @@ class Watch:
         """Called after a step of ours: whatever changes from now on, somebody else did."""
         left_out = [used.rows.share_left_out() for used in self._used]
         self.layer.gradients_skipped = min(left_out, default=0.0)
-        measured = self.layer.sink.grad is not None
-        if self.layer.slept and not measured:
-            self.layer.gradients_skipped = 1.0
-        self.delay = 0 if measured else self.delay + self.layer.slept
         self._used.clear()
-        self._slept_by.clear()
         self.look()
 
     def look(self) -> None:
         """Remembers importance, constants and weights as they are: as the last step left them."""
         importance = self._importance = self.importance()
         self._seen = () if importance is None else self._versions(importance)
-        self._begin_step()
+        self._allowed_constants = False
 
     def is_idle(self) -> bool:
         """Whether nothing is certified or was left out, so that the coming step needs nothing of it."""
-        busy = self.certificate or self._used or self._slept_by or self.delay or self.layer.slept
-        return not (busy or self.layer.gradients_skipped)
+        return not (self.certificate or self._used or self.layer.gradients_skipped)
 
     def is_untouched(self) -> bool:
         """Whether importance, constants and weights are as the last step left them."""
@@ -236,48 +211,21 @@ class Watch:
         return certificate
 
     def is_constant(self, certificate: Certificate, x: Tensor) -> bool:
-        """Whether the layer's parameters are constants in this call: it rests or sleeps; remembers that for its taps.
+        """Whether the layer's parameters are constants in this call: it rests; remembers that for its taps.
 
         Args:
             certificate: the one in force.
             x: the layer's input.
         """
-        self._drop_what_was_cleared()
         again = in_backward()
         if not again:
             self._allowed_constants = self._calls.allow_constants() and not self.forward.is_shared()
-        if not (self._allowed_constants and len(certificate.rows) == 0):
-            self.stays_awake()
+        if not self._allowed_constants or len(certificate.rows) > 0 or x.requires_grad:
             return False
-        wait = self._clock.steps_to_measurement()
-        if wait > 0 and certificate.until > self._clock.steps + wait and not self._must_measure:
-            self.layer.asleep = self.layer.slept = True
-            self._slept_by.add(certificate)
-        else:
-            self.stays_awake()
-        rests = not x.requires_grad
-        if rests:
-            self.layer.resting, self.layer.note_rest = True, self.note_use_of(certificate)
-        constant = rests or self.layer.asleep
-        if again and constant:
+        self.layer.resting, self.layer.note_rest = True, self.note_use_of(certificate)
+        if again:
             self._calls.end_after_backward()
-        return constant
-
-    def stays_awake(self) -> None:
-        """Notes that the layer is measured in this call, and so in all calls until the next step."""
-        self._drop_what_was_cleared()
-        self._must_measure, self.layer.slept = True, False
-
-    def _drop_what_was_cleared(self) -> None:
-        if self._cleared and not in_backward():  # a new call: the one before was dropped with its gradients
-            self._slept_by.clear()
-            self._cleared = False
-
-    def delayed(self) -> int:
-        """By how many steps the importance measured for the coming step is late; 0 where none was measured."""
-        if self.layer.sink.grad is None or (self.weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return 0  # a CUDA graph would be late by that much in every replay
-        return self.delay
+        return True
 
     def note_use_of(self, certificate: Certificate) -> Callable[[], None]:
         """What a backward pass is to call that leaves gradients out on the strength of a certificate."""
@@ -290,7 +238,7 @@ class Watch:
             RuntimeError: gradients were left out of neurons that may move in this step.
         """
         untouched = self.is_untouched()
-        for certificate in (*self._used, *self._slept_by):
+        for certificate in self._used:
             if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
                 raise RuntimeError(
                     f"layer {self.layer.name!r}: gradients were left out of neurons that could not move in the coming "
@@ -306,15 +254,15 @@ class Watch:
         importance = self.importance()
         if importance is None:
             return False
-        certain = importance >= least_importance(*self.constants(), steps=1 + self.delay)
+        certain = importance >= least_importance(*self.constants(), steps=1)
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
-    def issue(self, importance: Tensor, issued_at: int, delay: int) -> None:
-        """Certifies from C and the delay of step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
+    def issue(self, importance: Tensor, issued_at: int) -> None:
+        """Certifies from C of step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
         if self.interfered:
             return
         validity = self._clock.validity()
-        certain = importance >= least_importance(*self.constants(), steps=validity + delay)
+        certain = importance >= least_importance(*self.constants(), steps=validity)
         rows = rows_to_compute(certain, self.all_or_nothing)
         if rows is None:
             self.certificate = None
@@ -335,12 +283,8 @@ class Watch:
         self.certificate = None
 
     def gradients_dropped(self) -> None:
-        """Called when gradients are cleared: nothing that was left out matters any more.
-
-        A layer that is asleep in a call whose backward pass is still to come leaves its gradients out of that.
-        """
+        """Called when gradients are cleared: nothing that was left out matters any more."""
         self._used.clear()
-        self._cleared = True
 
     def gradients_skipped(self) -> float:
         """The share of rows whose gradients the last step did without; 0 where that is over."""
@@ -350,8 +294,7 @@ class Watch:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
         places = ("_clock", "_states", "_group")
         kept = {name: value for name, value in self.__dict__.items() if name not in places}
-        empty = {"_used": set[Certificate](), "_slept_by": set[Certificate]()}
-        return {**kept, **empty, "certificate": None, "_importance": None, "_seen": ()}
+        return {**kept, "_used": set[Certificate](), "certificate": None, "_importance": None, "_seen": ()}
 
 
 class Certificates:
@@ -361,10 +304,10 @@ class Certificates:
     changed is compared for all of them at once.
     """
 
-    def __init__(self, watches: Mapping[str, Watch], calls: Calls, measure_every: int) -> None:
+    def __init__(self, watches: Mapping[str, Watch], calls: Calls) -> None:
         self.watches, self._calls = dict(watches), calls
         # An object of its own: without cycles, watches die with their optimizer.
-        self.clock = Clock(measure_every)
+        self.clock = Clock()
         self._captured = False
         self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
         self._arriving: list[_Arriving] = []
@@ -396,7 +339,7 @@ class Certificates:
     def before_step(self) -> None:
         """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
         for watch in self._idle:
-            if watch._used or watch._slept_by:  # in a backward pass whose certificates were voided before it
+            if watch._used:  # in a backward pass whose certificates were voided before it
                 self.sort()
                 break
         for watch in self._busy:
@@ -475,7 +418,7 @@ class Certificates:
             if importance is not None and undisturbed:
                 on_device.setdefault(importance.device, []).append((watch, importance))
         for device, members in on_device.items():
-            looks = [_Look(watch, importance, self.clock.steps, watch.delay) for watch, importance in members]
+            looks = [_Look(watch, importance, self.clock.steps) for watch, importance in members]
             if device.type == "cuda":
                 self._arriving.append(_Arriving(device, looks))
                 continue
@@ -499,16 +442,15 @@ class Certificates:
 
 @dataclass(frozen=True)
 class _Look:
-    """A layer's importance after a step, and its delay then."""
+    """A layer's importance after a step."""
 
     watch: Watch
     importance: Tensor
     step: int
-    delay: int
 
     def issue(self, on_cpu: Tensor) -> None:
         """Issues a certificate, given the importance on the CPU."""
-        self.watch.issue(on_cpu, self.step, self.delay)
+        self.watch.issue(on_cpu, self.step)
 
 
 class _Arriving:

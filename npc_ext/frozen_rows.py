@@ -395,7 +395,6 @@ class PartialForward(StandIn):
             return self._usual(module, x)
         certificate = watch.in_force()
         if certificate is None:
-            watch.stays_awake()
             return self._usual(module, x)
         operation, original = _operation_of(module), x  # strides and paddings may have changed
         if isinstance(operation, str):

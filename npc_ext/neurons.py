@@ -154,8 +154,6 @@ class NeuronLayer:
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
         resting: whether the layer is measured, but its parameters are constants, in the call that is going on
             (resting.py).
-        asleep: whether it is not even measured in that call (lazy.py).
-        slept: whether it was asleep in all calls since the last step.
     """
 
     name: str
@@ -169,8 +167,6 @@ class NeuronLayer:
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
     resting: bool = field(default=False, repr=False)
-    asleep: bool = field(default=False, repr=False)
-    slept: bool = field(default=False, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)  # to be called by what leaves gradients out
     checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
     # Of tap.drop_what_was_cleared: the last backward pass since the last step, the version of the weight's gradient
@@ -208,7 +204,7 @@ class NeuronLayer:
 
     def wake_up(self) -> None:
         """Back to usual, in the next call."""
-        self.resting, self.asleep, self.note_rest = False, False, None
+        self.resting, self.note_rest = False, None
 
     def trained(self) -> list[nn.Parameter]:
         """Those of the neurons' parameters that require a gradient."""
@@ -216,7 +212,7 @@ class NeuronLayer:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without certificates.
-        usual = {"resting": False, "asleep": False, "slept": False, "note_rest": None, "forget_left_out": _nothing}
+        usual = {"resting": False, "note_rest": None, "forget_left_out": _nothing}
         return {**self.__dict__, **usual}
 
 

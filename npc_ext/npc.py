@@ -66,10 +66,6 @@ class NPC(Plastic):
             that this is faster, and where the last bits may then differ from run to run. Where it is on, the CPU waits
             for a GPU now and then: every 8 to 32 steps if it is more than a quarter of that ahead, and while the clock
             times a layer, once in a process. With False no step waits.
-        measure_every: k > 1 measures layers whose neurons are all certain not to move in every k-th step only, with
-            eq. 4 taken k steps at once. In between back-propagation ends at the first layer that can still move, and
-            parameters of those layers get no gradients. An approximation: the measurements in between count as if they
-            had been the same.
         process_group: the processes of torch.distributed that train one model together, whose importance is added up
             over them once a step; "auto": those of the `DistributedDataParallel` that the model is in, or of the mesh
             over which `fully_shard` has sharded it. None: each process trains a model of its own.
@@ -111,7 +107,6 @@ class NPC(Plastic):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
         skip_frozen: bool | Literal["layers"] = True,
-        measure_every: int = 1,
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
@@ -136,7 +131,6 @@ class NPC(Plastic):
             layers=layers,
             others=others,
             skip_frozen=skip_frozen,
-            measure_every=measure_every,
             process_group=process_group,
         )
 

@@ -32,7 +32,7 @@ class NPCAdamW(Plastic):
     any optimizer, at the price of a copy; there, moments of frozen neurons follow their gradients.
 
     Args:
-        model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen, measure_every,
+        model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen,
             process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments are float32 also for half-precision weights.
         alpha, beta, delta: as in `NPC`; `beta` is not one of `betas`.
@@ -72,7 +72,6 @@ class NPCAdamW(Plastic):
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         others: Literal["train", "freeze"] = "train",
         skip_frozen: bool | Literal["layers"] = True,
-        measure_every: int = 1,
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
@@ -97,7 +96,6 @@ class NPCAdamW(Plastic):
             layers=layers,
             others=others,
             skip_frozen=skip_frozen,
-            measure_every=measure_every,
             process_group=process_group,
         )
 

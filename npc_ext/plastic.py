@@ -26,7 +26,6 @@ from .descent import Descent, FirstMoments, Plan, check_choice, check_plasticity
 from .distributed import SharedSinks, SinksJoinHook
 from .frozen_rows import PartialForward, why_not
 from .layer_options import LayerOptions
-from .lazy import let_sleep
 from .names import ByLayer, close_to
 from .neurons import (
     NO_BACKWARD_PASS,
@@ -70,8 +69,7 @@ class LayerPlasticity:
     """How plastic one layer is at this moment.
 
     Attributes:
-        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1. With `measure_every` as of the
-            layer's last measurement.
+        importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
         frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, whatever the learning rate of the group.
         skipped: in how many steps the measured importance was not finite and was left out.
@@ -130,21 +128,13 @@ class Plastic(Descent, Joinable):
         layers: Mapping[str, Mapping[str, Any]] | None,
         others: str,
         skip_frozen: bool | str,
-        measure_every: int,
         process_group: Any,
     ) -> None:
         check_choice("others", others, ("train", "freeze"))
         self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
         self._others = others
         check_choice("skip_frozen", skip_frozen, _SKIPPING)
-        if not isinstance(measure_every, int) or isinstance(measure_every, bool) or measure_every < 1:
-            raise ValueError(f"measure_every is {measure_every!r}; expected a whole number of steps, at least 1")
-        if measure_every > 1 and not skip_frozen:
-            raise ValueError(
-                f"measure_every is {measure_every}, but skip_frozen is False; layers that are measured now and then "
-                "are those whose gradients are skipped: leave skip_frozen on, or measure_every at 1"
-            )
-        self._skip_frozen, self._measure_every = skip_frozen, measure_every
+        self._skip_frozen = skip_frozen
         self._warned: set[tuple[str, str]] = set()
         self._empty_steps = 0
         self._ready = False
@@ -268,12 +258,11 @@ class Plastic(Descent, Joinable):
             watched.append(layer)
         handles = [*watches.values(), *let_rest(self._model, watched, trained)]
         if watched:
-            handles += [let_sleep(self._model, watched)] if self._measure_every > 1 else []
-            handles += calls.attach()  # behind the anchor, which asks who sleeps
+            handles += calls.attach()
         for handle in handles:
             self.neurons.hold(handle)
         before = self._certificates.watches if "_certificates" in self.__dict__ else {}
-        self._certificates = Certificates(watches, calls, self._measure_every)
+        self._certificates = Certificates(watches, calls)
         self._certificates.bind(self.state, self._group_of)
         for name in before.keys() & watches.keys():
             watches[name].go_on_from(before[name])
@@ -361,9 +350,9 @@ class Plastic(Descent, Joinable):
             elif layer.last_backward_pass == NO_BACKWARD_PASS:
                 self._drop_compiled_leftovers(layer)
         shared = self._shared_sinks.shared
-        if shared:  # layers sleep in all processes alike
+        if shared:
             self._shared_sinks.notify_join(self)
-            self._shared_sinks.start([layer for layer in self._consolidated if not layer.slept])
+            self._shared_sinks.start(self._consolidated)
         try:
             self._prepare()
             if unmeasured and not self._just_found:
@@ -382,16 +371,7 @@ class Plastic(Descent, Joinable):
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """What this process does within `torch.distributed.algorithms.Join` when it has no more batches.
-
-        Raises:
-            ValueError: `measure_every` is above 1, so that this process could not know which layers others measure.
-        """
-        if self._measure_every > 1:
-            raise ValueError(
-                f"measure_every is {self._measure_every}, which does not go with join(): a process without batches "
-                "does not know which layers the others measure; expected 1"
-            )
+        """What this process does within `torch.distributed.algorithms.Join` when it has no more batches."""
         return SinksJoinHook(self, self.join_process_group, self._add_nothing)
 
     @property
@@ -445,7 +425,7 @@ class Plastic(Descent, Joinable):
     def _count_empty_steps(self) -> None:
         """Warns where steps move nothing, because another model is trained than the optimizer's."""
         self._empty_steps = 0 if self._plans else self._empty_steps + 1
-        if self._empty_steps == _SUSPICIOUS and self._measure_every == 1:  # sleeping layers have no gradients
+        if self._empty_steps == _SUSPICIOUS:
             warn(
                 f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the "
                 "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and "
@@ -514,16 +494,13 @@ class Plastic(Descent, Joinable):
         layers = sorted({layer for layer, _, _ in places if layer >= 0})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
         constants = [self._constants(layer) for layer in layers]
-        delays = self._delays()
         of_parameters = (
             [position[layer] for layer, _, _ in places],
             [dim for _, dim, _ in places],
             [count for _, _, count in places],
         )
         of_layers = (
-            *([own[name] for own in constants] for name in ("alpha", "beta")),
-            [own["delta"] ** (1 + delays.get(layer, 0)) for layer, own in zip(layers, constants, strict=True)],
-            [own["sigma"] for own in constants],
+            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
             [own["normalize"] == "active" for own in constants],
         )
         return layers, of_parameters, of_layers
@@ -579,17 +556,6 @@ class Plastic(Descent, Joinable):
         row = first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
         return self._first.get(id(parameter), 0) + row
 
-    def _signature(self) -> list[Any]:
-        return [*super()._signature(), self._delays()]
-
-    def _delays(self) -> dict[int, int]:
-        """By how many steps the measured importance of a layer is late, for those for which it is."""
-        if self._measure_every == 1:
-            return {}
-        watches = self._certificates.watches
-        layers = enumerate(layer.name for layer in self._consolidated)
-        return {index: late for index, name in layers if name in watches and (late := watches[name].delayed())}
-
     def _layer_state(self, index: int) -> dict[str, Any]:
         """Where a layer's importance is kept; it is zero at first."""
         state, key = self.state[self._keys[index]], self._keys[index]
@@ -601,12 +567,11 @@ class Plastic(Descent, Joinable):
     def _check_measured(self, unmeasured_layers: set[int], shared: bool) -> None:
         """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
         planned = [index for plan in self._plans for index in plan.layers]
-        indices = [index for index in planned if not self._consolidated[index].slept]
-        unmeasured = [index for index in indices if index in unmeasured_layers]
+        unmeasured = [index for index in planned if index in unmeasured_layers]
         if not unmeasured:
             return
-        if len(unmeasured) == len(indices):
-            layer = self._consolidated[indices[0]]
+        if len(unmeasured) == len(planned):
+            layer = self._consolidated[planned[0]]
             training = "" if self._model.training else " The model is in eval mode now: call model.train()."
             raise RuntimeError(
                 f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
@@ -699,9 +664,7 @@ class Plastic(Descent, Joinable):
             lr = float(self._group_of[id(key)]["lr"])
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
-            watch = self._certificates.watches.get(layer.name)
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
-            certain = (certain - (0 if watch is None else watch.delay)).clamp(min=0)
             left_out = self._gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result

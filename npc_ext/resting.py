@@ -28,7 +28,7 @@ class ConstantScales(SharedStandIn):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._usual(self._module, *arguments, **options)
-        constant = [layer for layer in self._users if layer.resting or layer.asleep]
+        constant = [layer for layer in self._users if layer.resting]
         if not constant:
             return self._usual(self._module, *arguments, **options)
         parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]

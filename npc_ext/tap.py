@@ -263,7 +263,7 @@ class TapHook(Unscriptable):
             return False
         if not value.requires_grad and not self.layer.resting:
             return False
-        if not self.weighted.training or self.layer.asleep or not self.layer.trains():
+        if not self.weighted.training or not self.layer.trains():
             return False
         return not torch.jit.is_tracing()  # its graphs have no place for importance
 

@@ -224,11 +224,6 @@ def uneven_and_refused() -> Any:
                 messages.append(str(error))
             after = numbers(optimizer)
             assert all(torch.equal(before[name], after[name]) for name in before)
-    try:
-        model = DistributedDataParallel(network())
-        Join([model, NPC(model, measure_every=4)])
-    except ValueError as error:
-        messages.append(str(error))
     return messages
 
 
@@ -473,7 +468,7 @@ def sharded_with_empty_shards() -> Any:
 def sharded_and_replicated() -> Any:
     """A mesh with two dimensions: shards in the second, copies of them in the first."""
     processes, results = distributed.get_world_size(), []
-    for shape, options in (((processes, 1), {"backend": "reference"}), ((1, processes), {"measure_every": 4})):
+    for shape, options in (((processes, 1), {"backend": "reference"}), ((1, processes), {})):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         model = in_shards(network(), mesh=mesh)
         optimizer = NPC(model, **OPTIONS, **options)

@@ -100,9 +100,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
 # ------------------------------------------------------------------------------------------- an optimizer for each task
 
 
-@pytest.mark.parametrize("measure_every", [1, 4])
-def test_an_optimizer_that_is_gone_leaves_nothing_in_the_model(measure_every: int) -> None:
-    model, optimizer = frozen("0", measure_every=measure_every)
+def test_an_optimizer_that_is_gone_leaves_nothing_in_the_model() -> None:
+    model, optimizer = frozen("0")
     gone = weakref.ref(optimizer)
     assert hooks(model) > 0
     del optimizer
@@ -156,28 +155,14 @@ def test_taps_that_are_placed_without_an_optimizer_stay() -> None:
 
 @pytest.mark.parametrize("call", [lambda m, x: m[4:](m[:4](x)), lambda m, x: m.forward(x)], ids=["parts", "forward"])
 def test_a_model_that_is_called_by_parts_is_measured_in_every_step(call: Callable[[Any, Tensor], Tensor]) -> None:
-    model, optimizer = frozen("0", "4", "7", count=8, measure_every=4)
+    model, optimizer = frozen("0", "4", "7", count=8)
     before = copy.deepcopy(model)
     for seed in range(8):
         optimizer.zero_grad()
         loss_of(lambda x: call(model, x), seed).backward()
         assert all(layer.sink.grad is not None for layer in optimizer.neurons)
         optimizer.step()
-        assert all(watch.delay == 0 for watch in optimizer._certificates.watches.values())
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before.parameters(), strict=True))
-
-
-def test_a_layer_that_slept_in_one_call_and_not_in_another_is_measured_late() -> None:
-    model, optimizer = frozen("0", "4", "7", count=8, measure_every=4)
-    loss_of(model).backward()
-    assert optimizer.neurons["0"].sink.grad is None
-    optimizer.step()
-    assert optimizer._certificates.watches["0"].delay == 1
-    optimizer.zero_grad()
-    (loss_of(model) + loss_of(model.forward)).backward()
-    assert optimizer.neurons["0"].sink.grad is not None and not optimizer.neurons["0"].slept
-    optimizer.step()
-    assert optimizer._certificates.watches["0"].delay == 0
 
 
 def test_a_loss_and_hooks_before_the_tap_of_a_first_layer() -> None:
@@ -191,9 +176,8 @@ def test_a_loss_and_hooks_before_the_tap_of_a_first_layer() -> None:
     model[0](x).retain_grad()
 
 
-@pytest.mark.parametrize("measure_every", [1, 4])
-def test_hooks_of_others_are_called(measure_every: int) -> None:
-    model, optimizer = frozen("0", count=8, measure_every=measure_every)
+def test_hooks_of_others_are_called() -> None:
+    model, optimizer = frozen("0", count=8)
     kept, called = [], []
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
@@ -276,15 +260,14 @@ class Checkpointed(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
-@pytest.mark.parametrize("measure_every", [1, 4])
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_checkpoint_does_as_its_call_did(reentrant: bool, measure_every: int) -> None:
+def test_a_checkpoint_does_as_its_call_did(reentrant: bool) -> None:
     model = Checkpointed(reentrant)
-    model, optimizer = frozen("body.0", "body.4", model=model, count=12, measure_every=measure_every)
+    model, optimizer = frozen("body.0", "body.4", model=model, count=12)
     assert optimizer.plasticity()["body.0"].gradients_skipped == 1.0
     loss_of(model).backward()
     layer = optimizer.neurons["body.0"]
-    assert not layer.resting and not layer.asleep  # that, too, is over
+    assert not layer.resting  # that, too, is over
     model.eval()
     model.zero_grad()
     loss_of(model).backward()
@@ -346,8 +329,8 @@ def test_a_state_that_is_loaded_under_a_layers_feet_is_refused_if_it_matters(aft
     steps(model, optimizer, 2)
 
 
-def test_a_change_while_a_layer_sleeps_is_refused_if_it_matters() -> None:
-    model, optimizer = frozen("0", "4", count=8, measure_every=4)
+def test_a_change_while_a_layer_rests_is_refused_if_it_matters() -> None:
+    model, optimizer = frozen("0", "4", count=8)
     loss = loss_of(model)
     optimizer.zero_grad()  # after the forward pass, as some write it
     loss.backward()
@@ -360,8 +343,8 @@ def test_a_change_while_a_layer_sleeps_is_refused_if_it_matters() -> None:
     assert not torch.equal(before, model[0].weight)
 
 
-def test_a_change_after_a_layer_slept_is_fine_where_its_gradients_were_dropped() -> None:
-    model, optimizer = frozen("0", "4", count=8, measure_every=4)
+def test_a_change_after_a_layer_rested_is_fine_where_its_gradients_were_dropped() -> None:
+    model, optimizer = frozen("0", "4", count=8)
     loss_of(model).backward()
     optimizer.zero_grad()
     optimizer.param_groups[0]["beta"] = 50.0
@@ -369,10 +352,9 @@ def test_a_change_after_a_layer_slept_is_fine_where_its_gradients_were_dropped()
     optimizer.step()
 
 
-@pytest.mark.parametrize("measure_every", [1, 4])
 @pytest.mark.parametrize("after", ["forward", "backward"])
-def test_a_group_that_is_added_under_a_layers_feet_changes_nothing(after: str, measure_every: int) -> None:
-    model, optimizer = frozen("0", "4", count=8, measure_every=measure_every)
+def test_a_group_that_is_added_under_a_layers_feet_changes_nothing(after: str) -> None:
+    model, optimizer = frozen("0", "4", count=8)
     loss = loss_of(model)
     if after == "backward":
         loss.backward()
@@ -383,14 +365,6 @@ def test_a_group_that_is_added_under_a_layers_feet_changes_nothing(after: str, m
     optimizer.param_groups[0]["beta"] = 50.0
     with pytest.raises(RuntimeError, match="left out of neurons that could not move"):
         optimizer.step()
-
-
-def test_a_group_that_is_added_while_a_layer_sleeps_keeps_its_delay() -> None:
-    model, optimizer = frozen("0", "4", count=10, measure_every=4)
-    assert optimizer._certificates.watches["0"].delay == 2
-    model.append(nn.Linear(10, 10))
-    optimizer.add_param_group({"params": model[8].parameters()})
-    assert optimizer._certificates.watches["0"].delay == 2
 
 
 # ------------------------------------------------------------------------------------------------------- other optimizers
@@ -407,8 +381,8 @@ def test_another_optimizer_of_biases_and_scales_gets_its_gradients(names: tuple[
     assert all(moved) or names == ("0.bias",)  # which batch norm takes out again
 
 
-def test_a_second_optimizer_sees_no_layer_asleep() -> None:
-    model, optimizer = frozen("0", "4", "7", count=8, measure_every=4)
+def test_a_second_optimizer_measures_every_layer() -> None:
+    model, optimizer = frozen("0", "4", "7", count=8)
     second = NPC(model, lr=0.05, delta=0.9999)
     for seed in range(8):
         optimizer.zero_grad()
@@ -416,29 +390,6 @@ def test_a_second_optimizer_sees_no_layer_asleep() -> None:
         loss_of(model, seed).backward()
         assert all(layer.sink.grad is not None for layer in second.neurons)
         optimizer.step()
-
-
-# --------------------------------------------------------------------------------------------------------------- scaling
-
-
-def test_a_measurement_that_overflowed_is_repeated_in_the_next_pass() -> None:
-    model, optimizer = frozen("0", "4", count=8, measure_every=4)
-    watch = optimizer._certificates.watches["0"]
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-
-    def scaled_step(factor: float) -> int:
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model) * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        return watch.delay
-
-    assert [scaled_step(1.0) for _ in range(3)] == [1, 2, 3]
-    before = optimizer.plasticity()["0"].importance
-    assert scaled_step(float("inf")) == 3  # it would have been measured
-    assert torch.equal(before, optimizer.plasticity()["0"].importance)
-    assert [scaled_step(1.0) for _ in range(5)] == [0, 1, 2, 3, 0]
-    assert not torch.equal(before, optimizer.plasticity()["0"].importance)
 
 
 # ----------------------------------------------------------------------------------------------------------- extra passes

@@ -239,7 +239,7 @@ def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("options", [{}, {"skip_frozen": False}, {"measure_every": 4}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"skip_frozen": False}], ids=str)
 @pytest.mark.parametrize("part", ["", "conv1", "norm1", "hidden"])
 def test_scripting_a_model_with_taps_says_to_take_them_out(part: str, options: dict[str, Any]) -> None:
     model = paper_cnn()
