@@ -13,6 +13,8 @@ import torch
 import npc_ext
 from npc_ext import _native
 
+from . import ROOT
+
 
 def describe() -> dict[str, str | int]:
     """Everything that another run has to share for its numbers to be comparable."""
@@ -42,10 +44,9 @@ def _commit() -> str:
     """The revision; NPC_BENCH_COMMIT says it where the repository is not at hand."""
     if named := os.environ.get("NPC_BENCH_COMMIT"):
         return named
-    root = Path(__file__).resolve().parent
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/**/*.py", "setup.py")

@@ -18,6 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 NAME = "rows.jsonl"
 OURS = "npc_ext"  # the peer that others are compared with
 NOT_MEASURED = "not measured"
@@ -47,6 +49,24 @@ class Row:
     goals: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def summary(part: str, name: str, samples: Mapping[str, list[float]]) -> Row:
+    """The row of seconds that were sampled turn by turn; ours comes first."""
+    ours, *others = samples
+    quartiles = {peer: _quartiles(times) for peer, times in samples.items()}
+    return Row(
+        part,
+        name,
+        seconds={peer: median for peer, (_, median, _) in quartiles.items()},
+        quartiles={peer: (low, high) for peer, (low, _, high) in quartiles.items()},
+        ratio={peer: _quartiles(np.array(samples[peer]) / samples[ours]) for peer in others},
+    )
+
+
+def _quartiles(values: Any) -> tuple[float, float, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)
 
 
 class Writer:

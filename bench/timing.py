@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import Row
+from .rows import Row, summary
 
 _CACHE_BYTES = 64 * 2**20
 _MOST_SETS = 256
@@ -140,24 +139,6 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
     row.goals, row.bytes = dict(case.goals), case.bytes
     row.facts = {**timer.finish(), **(case.facts() if callable(case.facts) else case.facts)}
     return row
-
-
-def summary(part: str, name: str, samples: Mapping[str, list[float]]) -> Row:
-    """The row of seconds that were sampled turn by turn; ours comes first."""
-    ours, *others = samples
-    quartiles = {peer: _quartiles(times) for peer, times in samples.items()}
-    return Row(
-        part,
-        name,
-        seconds={peer: median for peer, (_, median, _) in quartiles.items()},
-        quartiles={peer: (low, high) for peer, (low, _, high) in quartiles.items()},
-        ratio={peer: _quartiles(np.array(samples[peer]) / samples[ours]) for peer in others},
-    )
-
-
-def _quartiles(values: Any) -> tuple[float, float, float]:
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return float(low), float(median), float(high)
 
 
 def check(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:

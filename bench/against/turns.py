@@ -17,8 +17,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .. import ROOT
-from ..rows import OURS, Row, Writer
-from ..timing import summary
+from ..rows import OURS, Row, Writer, summary
 from .revision import RevisionError, checkout
 
 BEFORE, AGAINST = "before", "revisions"
@@ -83,7 +82,7 @@ def against(
     Args:
         revision: what git calls it, or a folder in which it is checked out (and may be built already).
         module: has the parts, by name, in `PARTS`, and makes its timer by `timer()` unless that is the host's.
-        parts: which of them to measure.
+        parts: which of them to measure; none: all.
         quick: whether they yield fewer cases.
         writer: of the rows; their peer is "before".
         environment: variables for both processes.

@@ -29,13 +29,13 @@ def main() -> None:
     """Answers until the input ends."""
     parser = argparse.ArgumentParser(prog="python -m bench.against.worker", description=__doc__)
     parser.add_argument("module", help="has the parts")
-    parser.add_argument("parts", nargs="+")
+    parser.add_argument("parts", nargs="*", help="default: all")
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     module = importlib.import_module(arguments.module)
     timer: Timer = module.timer() if hasattr(module, "timer") else HostTimer()
-    answers = _answers(module, arguments.parts, arguments.quick, timer)
+    answers = _answers(module, arguments.parts or list(module.PARTS), arguments.quick, timer)
     next(answers)
     serve(answers.send)
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .. import command_line
 from . import experiments, methods, metrics, search
 from .experiments import EXPERIMENTS, SIZES, Protocol
 from .methods import METHODS
@@ -28,7 +29,7 @@ from .training import Machine
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the program; returns its exit status."""
-    parser = _parser()
+    parser = command_line_parser()
     options = parser.parse_args(arguments)
     if options.command == "report":
         from . import report
@@ -46,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.command == "race":
-        command = shlex.join(["python", "-m", "bench.continual", *(sys.argv[1:] if arguments is None else arguments)])
-        print(race(entries, options.out, command))
+        print(race(entries, options.out, command_line("bench.continual", arguments)))
         return 0
     return _search(options, runs) if options.command == "search" else _run(options, runs)
 
@@ -221,7 +221,7 @@ def _with_field(protocol: Protocol, name: str, value: Any) -> Protocol:
     return replace(protocol, **{name: value})
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.continual", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="learn tasks in a row and store every task's results")

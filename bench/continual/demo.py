@@ -6,8 +6,6 @@ Prints a table and writes it, the figures and all numbers to bench/results/demo.
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,10 +17,10 @@ from tqdm.auto import tqdm
 
 from npc_ext import NPC, plot_plasticity
 
-from .. import environment
+from .. import command_line
 from ..networks import cnn
-from ..tables import markdown, mean_and_error, percent, save
-from . import figures
+from ..tables import markdown, mean_and_error, percent
+from . import figures, results
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
 from .training import Batches, accuracy_of, steps_of, train
@@ -122,7 +120,7 @@ def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
     return markdown(["", *tasks, "average", "forgetting", "ms per step"], rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the demonstration."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of each method (at least 2, default 3)")
@@ -130,31 +128,30 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the results")
-    arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")
     tasks = digits()
     try:
         for task in tasks:
-            steps_of(arguments.epochs, len(task.train_labels), arguments.batch_size)
+            steps_of(options.epochs, len(task.train_labels), options.batch_size)
     except ValueError as error:
         parser.error(str(error))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
 
     names = [" or ".join(map(str, task.classes)) for task in tasks]
     started = time.perf_counter()
     runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}
-    for seed in range(arguments.seeds):
+    for seed in range(options.seeds):
         for method in runs:
-            result, optimizer = run(method, seed, tasks, arguments.lr, arguments.epochs, arguments.batch_size)
+            result, optimizer = run(method, seed, tasks, options.lr, options.epochs, options.batch_size)
             runs[method].append(result)
     assert isinstance(optimizer, NPC)
 
     table = table_of(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
-    print(
-        f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n"
-    )
+    print(f"\nAccuracy after the last of five tasks on handwritten digits, {options.seeds} seeds, ± standard error:\n")
     print(table)
     accuracy = {method: [one.accuracy for one in repeated] for method, repeated in runs.items()}
     drawn = {
@@ -162,19 +159,9 @@ def main() -> None:
         "per-task": figures.per_task(accuracy, names),
         "plasticity": plot_plasticity(optimizer),
     }
-    for name, figure in drawn.items():
-        save(figure, arguments.out / name)
-    command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])
-    (arguments.out / "results.md").write_text(f"{table}\n\n`{command.strip()}`, {seconds:.0f} s\n")
-    numbers = {
-        "command": command.strip(),
-        "seconds": seconds,
-        "environment": environment.describe(),
-        "tasks": names,
-        "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()},
-    }
-    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\n{seconds:.0f} s. Figures and numbers: {arguments.out}/")
+    numbers = {"tasks": names, "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()}}
+    command = command_line("bench.continual.demo", arguments)
+    results.write(options.out, command, seconds, table, drawn, numbers)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -144,7 +145,7 @@ def available(experiment: Experiment, folder: str | None) -> tuple[tuple[str, ..
     missing = {}
     for name in experiment.datasets:
         try:
-            _load(name, folder)
+            load(name, folder)
         except datasets.DatasetError as error:
             missing[name] = str(error)
     return tuple(name for name in experiment.datasets if name not in missing), missing
@@ -159,7 +160,7 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
     tasks: list[Task] = []
     outputs = 0
     for name in protocol.datasets:
-        data = _load(name, folder)
+        data = load(name, folder)
         train_images, train_labels = _resized(data.train_images, experiment.side, protocol.shrink), data.train_labels
         if protocol.validation:
             held_out = torch.rand(len(train_labels), generator=torch.Generator().manual_seed(0)) < VALIDATION_SHARE
@@ -197,7 +198,7 @@ def epoch_samples(protocol: Protocol, experiment: Experiment, task: Task, folder
     """Samples in an epoch of a task: the protocol's, or as many as the task's whole data set has."""
     if protocol.epoch_samples:
         return protocol.epoch_samples
-    whole = _load(protocol.datasets[0], folder) if experiment.classes_per_task else task
+    whole = load(protocol.datasets[0], folder) if experiment.classes_per_task else task
     return len(whole.train_labels)
 
 
@@ -212,14 +213,10 @@ def augmentation(experiment: Experiment, protocol: Protocol) -> Augmentation:
     return replace(experiment.augmentation, padding=experiment.augmentation.padding // protocol.shrink)
 
 
-_loaded: dict[tuple[str, str | None], datasets.Dataset] = {}
-
-
-def _load(name: str, folder: str | None) -> datasets.Dataset:
+@cache
+def load(name: str, folder: str | None) -> datasets.Dataset:
     """A data set, read once in a process."""
-    if (name, folder) not in _loaded:
-        _loaded[name, folder] = datasets.load(name, Path(folder) if folder else None)
-    return _loaded[name, folder]
+    return datasets.load(name, Path(folder) if folder else None)
 
 
 def _name(classes: Tensor) -> str:

@@ -13,10 +13,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import math
 import multiprocessing
-import sys
 import sysconfig
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -35,8 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from npc_ext import NPCAdamW
 
-from .. import environment
-from ..tables import markdown, mean_and_error, save
+from .. import command_line, environment
+from ..tables import markdown, mean_and_error
+from . import results
 
 LENGTH = 64
 BATCH = 16
@@ -333,7 +332,7 @@ def run_all(settings: Sequence[Setting], seeds: int, size: Size, jobs: int) -> d
     return runs
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.language_model", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (at least 2, default 3)")
@@ -344,34 +343,30 @@ def main() -> None:
     parser.add_argument("--second-steps", type=int, default=Size.second_steps, help="steps on code (%(default)s)")
     parser.add_argument("--windows", type=int, default=Size.windows, help="pieces of validation text (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/language_model"), help="folder for the results")
-    arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
-    if arguments.second_steps < POINTS:
-        parser.error(f"--second-steps is {arguments.second_steps}; a curve needs at least {POINTS}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")
+    if options.second_steps < POINTS:
+        parser.error(f"--second-steps is {options.second_steps}; a curve needs at least {POINTS}")
 
-    size = Size(arguments.first_steps, arguments.second_steps, arguments.windows)
+    options.out.mkdir(parents=True, exist_ok=True)
+
+    size = Size(options.first_steps, options.second_steps, options.windows)
     started = time.perf_counter()
-    runs = run_all(SETTINGS, arguments.seeds, size, arguments.jobs)
+    runs = run_all(SETTINGS, options.seeds, size, options.jobs)
     seconds = time.perf_counter() - started
 
     table = table_of(runs)
-    print(f"\nPerplexity per byte, {arguments.seeds} seeds, ± standard error:\n\n{table}")
-    save(trade_off(runs), arguments.out / "trade-off")
-    command = " ".join(["python -m bench.continual.language_model", *sys.argv[1:]])
-    (arguments.out / "results.md").write_text(f"{table}\n\n`{command}`, {seconds:.0f} s\n")
+    print(f"\nPerplexity per byte, {options.seeds} seeds, ± standard error:\n\n{table}")
     numbers = {
-        "command": command,
-        "seconds": seconds,
-        "environment": {**environment.describe(), **({"threads": 1} if arguments.jobs > 1 else {})},
-        "jobs": arguments.jobs,
+        "environment": {**environment.describe(), **({"threads": 1} if options.jobs > 1 else {})},
+        "jobs": options.jobs,
         "bytes": [[len(part) for part in parts] for parts in corpora()],
         "size": {**asdict(size), "delta": size.delta},
         "runs": [asdict(run) for repeated in runs.values() for run in repeated],
     }
-    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\n{seconds:.0f} s. Figure and numbers: {arguments.out}/")
+    command = command_line("bench.continual.language_model", arguments)
+    results.write(options.out, command, seconds, table, {"trade-off": trade_off(runs)}, numbers)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import command_line
 from ..against.revision import RevisionError, checkout
 from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
@@ -130,7 +130,7 @@ def _limits() -> str:
 
 def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) -> int:
     settings = Settings(
-        command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+        command=command_line("bench.gpu"),
         out=arguments.out.resolve(),
         dry=arguments.dry,
         scratch=scratch,

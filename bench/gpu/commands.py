@@ -24,7 +24,7 @@ TESTS = (
     *("test_connection_update", "test_npc", "test_nn", "test_skip", "test_consolidation"),
 )
 COMPILE_TESTS = ("test_gpu_compile",)
-_OURS = "3npc4cuda"  # in the mangled names of all our kernels
+KERNELS = "3npc4cuda"  # in the mangled names of all our kernels
 _METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__bytes_read.sum": "bytes read",
@@ -70,23 +70,23 @@ def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
 
 def exercise(settings: Settings) -> Command:
     """Every kernel on small tensors, against the reference."""
-    program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda"]
-    return Command(program, _plain, environment={FOLDER: str(settings.out)})
+    return Command(_exercise(settings), _plain, environment={FOLDER: str(settings.out)})
+
+
+def _exercise(settings: Settings, *options: str) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", *options]
 
 
 def sanitizer(settings: Settings) -> Command | str:
     """The same under compute-sanitizer's memcheck, for kernels of ours alone."""
     if settings.dry:
         return NOT_MEASURED
-    tool = _tool("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    tool = find_tool("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
     if tool is None:
         return f"{NOT_MEASURED}: there is no compute-sanitizer"
     report = settings.out / "memcheck.txt"
-    command = [
-        *(tool, "--tool", "memcheck", "--kernel-name", f"kns={_OURS}", "--report-api-errors", "no"),
-        *("--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)),
-        *(sys.executable, "-m", "bench.gpu.exercise", "cuda"),
-    ]
+    options = ["--tool", "memcheck", "--kernel-name", f"kns={KERNELS}", "--report-api-errors", "no"]
+    options += ["--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
         text = report.read_text(errors="replace") if report.exists() else ""
@@ -99,10 +99,11 @@ def sanitizer(settings: Settings) -> Command | str:
         return {"state": "complete", **told}
 
     # Without torch's own reserve of memory every tensor ends where its allocation ends.
-    return Command(command, verdict, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Command([tool, *options, *_exercise(settings)], verdict, environment=environment)
 
 
-def _tool(name: str, *folders: str) -> str | None:
+def find_tool(name: str, *folders: str) -> str | None:
     """The path of a tool of NVIDIA's: on the PATH, or in one of the folders, whose patterns are tried in turn."""
     found = [shutil.which(name), *(path for folder in folders for path in sorted(glob.glob(f"{folder}/{name}")))]
     return next(filter(None, found), None)
@@ -119,17 +120,15 @@ def revisions(settings: Settings) -> Command | str:
 
 def counters(settings: Settings) -> Command | str:
     """What Nsight Compute counts of the four main kernels; in a dry run they run without it."""
-    program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", "--counters"]
+    program = _exercise(settings, "--counters")
     if settings.dry:
         return Command(program, _plain)
-    tool = _tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
+    tool = find_tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
     if tool is None:
         return f"{NOT_MEASURED}: there is no ncu"
     table = settings.scratch / "counters.csv"
-    command = [
-        *(tool, "--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)),
-        *("--kernel-name-base", "mangled", "--kernel-name", f"regex:{_OURS}"),
-    ]
+    options = ["--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)]
+    options += ["--kernel-name-base", "mangled", "--kernel-name", f"regex:{KERNELS}"]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
         found = rows_of_counters(table.read_text()) if table.exists() else []
@@ -137,7 +136,7 @@ def counters(settings: Settings) -> Command | str:
             Writer(settings.out).row(row)
         return _plain(status) if found else {"state": "failed", "error": "ncu counted nothing; see log.txt"}
 
-    return Command([*command, *program], verdict)
+    return Command([tool, *options, *program], verdict)
 
 
 def rows_of_counters(text: str) -> list[Row]:

@@ -125,6 +125,11 @@ class Worker:
         command += ["--dry"] if settings.dry else []
         self._process = _start(command, settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
+    @property
+    def pid(self) -> int:
+        """The number of the process."""
+        return self._process.pid
+
     def lives(self) -> bool:
         """Whether it can be asked."""
         return self._process.poll() is None

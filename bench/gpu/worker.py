@@ -37,10 +37,10 @@ def main() -> None:
     torch.manual_seed(0)
     device, writer = Device(arguments.dry), Writer(arguments.out)
     writer.run(arguments.command, {**environment.describe(), **device.describe()})
-    serve(lambda request: _measure(request["part"], request["limit"], device, writer))
+    serve(lambda request: measure_part(request["part"], request["limit"], device, writer))
 
 
-def _measure(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
+def measure_part(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
     """Measures a part as far as its time allows. A case that fails says why in its row; the next one is measured."""
     started, longest, errors = time.perf_counter(), 0.0, 0
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from bench import ROOT
 from bench.continual import datasets, experiments, methods, metrics, report, runs, training
-from bench.continual.__main__ import _parser, main
+from bench.continual.__main__ import command_line_parser, main
 from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
 from bench.continual.plan import PLANS
@@ -51,6 +52,18 @@ def numbers(record: Record) -> tuple[Any, ...]:
     return record.accuracy, record.steps, record.settings, record.tasks
 
 
+def failing(function: Callable[..., Any], number: int) -> Callable[..., Any]:
+    """The function, which fails when it is called for so many a time."""
+    calls = itertools.count(1)
+
+    def call(*positional: Any, **named: Any) -> Any:
+        if next(calls) == number:
+            raise RuntimeError("out of memory")
+        return function(*positional, **named)
+
+    return call
+
+
 def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path) -> None:
     assert main(["run", *TINY, "--methods", ",".join(METHODS), "--seeds", "1", "--store", str(tmp_path)]) == 0
     records = list(Store(tmp_path).records())
@@ -73,17 +86,8 @@ def test_a_run_that_failed_goes_on_to_the_same_numbers(
     arguments = ["run", *TINY, *UNEVEN, "--methods", method, "--seeds", "1", "--store"]
     assert main([*arguments, str(tmp_path / "whole")]) == 0
 
-    learned: list[str] = []
-    train = runs.train
-
-    def fail_in_the_third(*positional: Any, **named: Any) -> Any:
-        learned.append("")
-        if len(learned) == 3:
-            raise RuntimeError("out of memory")
-        return train(*positional, **named)
-
     with monkeypatch.context() as patched:
-        patched.setattr(runs, "train", fail_in_the_third)
+        patched.setattr(runs, "train", failing(runs.train, 3))
         assert main([*arguments, str(tmp_path / "broken")]) == 1
     assert len(only_record(tmp_path / "broken").accuracy) == 2
     assert main([*arguments, str(tmp_path / "broken")]) == 0
@@ -304,8 +308,7 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     digits = datasets.load("digits")
     nothing: Any = Untouchable()
     poisoned = replace(digits, test_images=nothing, test_labels=nothing)
-    monkeypatch.setitem(experiments._loaded, ("digits", None), poisoned)
-    monkeypatch.delenv("NPC_DATA", raising=False)
+    monkeypatch.setattr(experiments, "load", lambda name, folder: poisoned)
     options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
     assert main(["search", *TINY, "--methods", "sgd,npc", "--seeds", "2", *options]) == 0
     searched = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]
@@ -365,9 +368,10 @@ def test_damaged_files_of_a_store_are_named(tmp_path: Path, capsys: pytest.Captu
 
 def test_an_empty_name_of_the_data_folder_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
-    monkeypatch.setattr(experiments, "_loaded", {})
     monkeypatch.setattr(datasets, "load", lambda name, folder: asked.append(folder))
-    experiments._load("mnist", "")
+    experiments.load.cache_clear()
+    experiments.available(EXPERIMENTS["imnist"], "")
+    experiments.load.cache_clear()
     assert asked == [None]
 
 
@@ -382,23 +386,11 @@ def test_a_run_is_not_continued_with_other_data(
 
     with monkeypatch.context() as patched:
         patched.setattr(experiments, "tasks_of", renamed)
-        patched.setattr(runs, "_accuracies", fail_in_the_second(runs._accuracies))
+        patched.setattr(runs, "train", failing(runs.train, 2))
         assert main(arguments) == 1
     assert len(only_record(tmp_path).accuracy) == 1
     assert main(arguments) == 1
     assert "was begun with the tasks other 0, 1; other 2, 3; other 4, 5, but" in capsys.readouterr().err
-
-
-def fail_in_the_second(function: Callable[..., Any]) -> Callable[..., Any]:
-    calls: list[str] = []
-
-    def call(*positional: Any, **named: Any) -> Any:
-        calls.append("")
-        if len(calls) == 2:
-            raise RuntimeError("killed")
-        return function(*positional, **named)
-
-    return call
 
 
 def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes: Any) -> Record:
@@ -622,7 +614,7 @@ def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys:
     budgets: dict[tuple[str, str], int] = {}
     run = set()
     for line in capsys.readouterr().out.splitlines():
-        options = _parser().parse_args(shlex.split(line)[3:])
+        options = command_line_parser().parse_args(shlex.split(line)[3:])
         assert (options.size, options.jobs) == (size, 2)
         for method in options.methods.split(","):
             if options.command == "search":

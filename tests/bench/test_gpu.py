@@ -26,7 +26,7 @@ from bench.rows import Writer
 from bench.timing import Case, Later
 from npc_ext import find_neurons
 
-from .test_datasets import write_small_cifar100
+from .published import write_small_cifar100
 
 # What a GPU machine has, apart from what these need themselves.
 PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybind11", "matplotlib", "tqdm", "npc_ext")
@@ -208,7 +208,7 @@ def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
 def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path: Path) -> None:
     process = Worker(settings(tmp_path))
     assert process.measure("load", 60) == {"state": "complete"}
-    os.kill(process._process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
+    os.kill(process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
     assert process.measure("relu", 1) == {"state": KILLED}
     assert not process.lives()
     assert rows.read(tmp_path).of_part("load"), "what it had measured is kept"
@@ -218,7 +218,7 @@ def test_no_case_is_begun_for_which_time_is_short(tmp_path: Path, monkeypatch: p
     """A case that takes as long as the longest so far has to fit: what is measured is kept, and nothing is killed."""
     slow = Later("slow", lambda: Case("slow", {"npc_ext": lambda _: time.sleep(0.05)}))
     monkeypatch.setitem(worker.PARTS, "relu", lambda device: (replace(slow, name=str(n)) for n in range(9)))
-    assert worker._measure("relu", 0.6, Device(dry=True), Writer(tmp_path)) == {"state": "out of time"}
+    assert worker.measure_part("relu", 0.6, Device(dry=True), Writer(tmp_path)) == {"state": "out of time"}
     assert 1 <= len(rows.read(tmp_path).of_part("relu")) <= 3
 
 
@@ -235,7 +235,7 @@ def test_a_case_that_fails_says_why_and_the_next_is_measured(tmp_path: Path, mon
 
     sound = Later("sound", lambda: Case("sound", {"npc_ext": lambda _: None}))
     monkeypatch.setitem(worker.PARTS, "relu", lambda device: iter([Later("broken", broken), sound]))
-    answer = worker._measure("relu", 60, Device(dry=True), Writer(tmp_path))
+    answer = worker.measure_part("relu", 60, Device(dry=True), Writer(tmp_path))
     assert answer == {"state": "failed", "error": "1 cases failed"}
     broken_row, sound_row = rows.read(tmp_path).of_part("relu")
     assert broken_row.facts == {"error": "MemoryError: too large"}
@@ -277,7 +277,7 @@ def test_tests_count_only_if_some_ran(
 
 
 def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(commands, "_tool", lambda name, *folders: f"/tools/{name}")
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: f"/tools/{name}")
     on_a_gpu = settings(tmp_path)
     on_a_gpu.dry = False
     command = commands.sanitizer(on_a_gpu)
@@ -292,7 +292,7 @@ def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, m
     assert command.verdict(0) == {"state": "complete", "memory errors": 0}
     report.write_text("========= ERROR SUMMARY: 1 error\n")
     assert command.verdict(9)["state"] == "failed"
-    monkeypatch.setattr(commands, "_tool", lambda name, *folders: None)
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: None)
     assert commands.sanitizer(on_a_gpu) == "not measured: there is no compute-sanitizer"
 
 
@@ -303,7 +303,7 @@ def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
     logs = "".join(path.with_suffix(".o.log").read_text() for path in objects)
     kernels = set(re.findall(r"Compiling entry function '(\w+)'", logs))
     assert kernels
-    assert all(commands._OURS in kernel for kernel in kernels)
+    assert all(commands.KERNELS in kernel for kernel in kernels)
 
 
 def test_counters_are_rows_of_launches() -> None:
