@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
-SOURCES := setup.py pyproject.toml npc_ext/_build.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py $(shell find csrc -type f)
 
 .PHONY: demo test bench lint clean
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""Builds the extension module. What is compiled, and how, stands in npc_ext/_build.py; torch is not imported here."""
+"""Builds the extension module. npc_ext/kernels/build.py says what is compiled and how; torch is not imported here."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-_spec = importlib.util.spec_from_file_location("npc_ext_build", ROOT / "npc_ext" / "_build.py")
+_spec = importlib.util.spec_from_file_location("npc_ext_build", ROOT / "npc_ext" / "kernels" / "build.py")
 assert _spec is not None
 assert _spec.loader is not None
 _build = importlib.util.module_from_spec(_spec)
@@ -22,7 +22,7 @@ _spec.loader.exec_module(_build)
 
 
 class BuildModule(build_ext):
-    """Hands the one extension to npc_ext/_build.py."""
+    """Hands the one extension to npc_ext/kernels/build.py."""
 
     def build_extension(self, ext: Extension) -> None:
         try:

@@ -11,14 +11,14 @@ import numpy
 import torch
 
 import npc_ext
-from npc_ext import _native
+from npc_ext.kernels import native
 
 from . import ROOT
 
 
 def describe() -> dict[str, str | int]:
     """Everything that another run has to share for its numbers to be comparable."""
-    native = _native.status().module
+    module = native.status().module
     return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
@@ -27,7 +27,7 @@ def describe() -> dict[str, str | int]:
         "torch": torch.__version__,
         "numpy": numpy.__version__,
         "npc_ext": npc_ext.__version__,
-        "kernels": "none" if native is None else f"{native.isa_in_use()}, compiler {native.compiler}",
+        "kernels": "none" if module is None else f"{module.isa_in_use()}, compiler {module.compiler}",
         "commit": _commit(),
     }
 

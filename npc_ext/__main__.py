@@ -10,7 +10,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
-from . import __version__, _build, _native
+from . import __version__
+from .kernels import build, native
 
 
 def _torch() -> tuple[ModuleType | None, str]:
@@ -32,8 +33,8 @@ def _gpus(torch: ModuleType | None) -> list[tuple[str, str]]:
         except Exception as error:
             rows.append((f"GPU {index}", f"NOT USED: torch cannot use it ({type(error).__name__}: {error})"))
             continue
-        native = _native.status_on(index)
-        state = f"NOT USED: {native.reason}" if native.module is None else f"kernels {native.origin}"
+        found = native.status_on(index)
+        state = f"NOT USED: {found.reason}" if found.module is None else f"kernels {found.origin}"
         rows.append((f"GPU {index}", f"{name}, sm_{major}{minor}; {state}"))
     return rows or [("GPUs", "none that torch can use")]
 
@@ -44,7 +45,7 @@ def _gpu_count(torch: ModuleType) -> int:
 
 def _cuda(compiled: ModuleType) -> str:
     """What the CUDA kernels are compiled for, and the driver they need and find."""
-    if why := _native.why_no_cuda():
+    if why := native.why_no_cuda():
         return f"missing: {why}"
     runtime, driver, needed, needed_name = compiled.cuda.versions()
     found = f"the driver supports CUDA {_dotted(driver)}" if driver else "there is no driver"
@@ -58,7 +59,7 @@ def _dotted(version: int) -> str:
 
 def _cuda_compiler() -> str:
     try:
-        plan = _build.cuda()
+        plan = build.cuda()
     except Exception as error:
         return str(error)
     if plan.nvcc is None:
@@ -75,7 +76,7 @@ def _version(package: str) -> str:
 
 def _compiler() -> str:
     try:
-        return " ".join(_build.compiler_command())
+        return " ".join(build.compiler_command())
     except Exception as error:
         return str(error)
 
@@ -83,7 +84,7 @@ def _compiler() -> str:
 def main() -> int:
     """Prints the report; returns the exit status."""
     torch, torch_line = _torch()
-    native = _native.status()
+    found = native.status()
     rows = [
         ("npc_ext", __version__),
         ("Python", f"{platform.python_version()} on {platform.machine()}, {platform.system()}"),
@@ -92,23 +93,23 @@ def main() -> int:
         ("compiler", _compiler()),
         ("nvcc", _cuda_compiler()),
     ]
-    if native.module is not None:
-        isas = native.module.isas()
+    if found.module is not None:
+        isas = found.module.isas()
         rows += [
-            ("kernels", f"{native.origin}, by {native.module.compiler}"),
-            ("vectors", f"{native.module.isa_in_use()} in use; this processor runs {', '.join(isas)}"),
-            ("CUDA", _cuda(native.module)),
+            ("kernels", f"{found.origin}, by {found.module.compiler}"),
+            ("vectors", f"{found.module.isa_in_use()} in use; this processor runs {', '.join(isas)}"),
+            ("CUDA", _cuda(found.module)),
         ]
-        if native.why_not_prebuilt:
-            rows.insert(-2, ("", f"built just in time because {native.why_not_prebuilt}"))
+        if found.why_not_prebuilt:
+            rows.insert(-2, ("", f"built just in time because {found.why_not_prebuilt}"))
     else:
-        rows += [("kernels", f"MISSING: {native.reason}"), ("", "plain PyTorch is used instead, which is slower")]
+        rows += [("kernels", f"MISSING: {found.reason}"), ("", "plain PyTorch is used instead, which is slower")]
     rows += _gpus(torch)
     for name, text in rows:
         print(f"{name:9} {text}")
-    if torch is None or native.module is None:
+    if torch is None or found.module is None:
         return 1
-    return 1 if any(map(_native.why_not_on, range(_gpu_count(torch)))) else 0
+    return 1 if any(map(native.why_not_on, range(_gpu_count(torch)))) else 0
 
 
 if __name__ == "__main__":

@@ -25,11 +25,11 @@ except ImportError as error:
 from torch import Tensor, nn
 
 from ._warn import warn
-from .distributed import unwrapped
-from .plastic import Plastic
-from .succession import in_first_block
-from .tap import ImportanceWarning
-from .wrapper import PlasticityWrapper
+from .distributed.sinks import unwrapped
+from .neurons.tap import ImportanceWarning
+from .optim.plastic import Plastic
+from .optim.succession import in_first_block
+from .optim.wrapper import PlasticityWrapper
 
 
 class PlasticityPlugin(SupervisedPlugin):

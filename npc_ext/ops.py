@@ -14,11 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _launch, _native, reference
+from . import reference
 from ._torch import listening_modes
 from ._warn import warn
-
-SIGMAS = ("sigmoid", "tanh", "erf")
+from .kernels import launch, native
+from .kernels.checks import (
+    check_activation,
+    check_beside,
+    check_layers,
+    check_lengths,
+    check_network,
+    check_pair,
+    check_parameters,
+    check_rounding,
+    check_sigma,
+    check_skipped,
+)
 
 _library = torch.library.Library("npc_ext", "DEF")
 
@@ -78,14 +89,14 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
     Raises:
         ValueError: shapes, dtypes, devices or dimensions do not fit.
     """
-    _check_pair("activation", activation, gradient, channel_dim, batch_dim)
+    check_pair("activation", activation, gradient, channel_dim, batch_dim)
     return importance_of_checked(activation, gradient, channel_dim, batch_dim)
 
 
 def importance_of_checked(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
     """`importance` for a caller who knows that its arguments fit, as autograd does of a tensor and its gradient."""
     if _is_plain_call(activation, gradient) and native_takes((activation,)):
-        return _launch.importance(activation, gradient, channel_dim, batch_dim)
+        return launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
 
 
@@ -106,7 +117,7 @@ def relu_backward_importance(
     Raises:
         ValueError: shapes, dtypes, devices or dimensions do not fit.
     """
-    _check_pair("output", output, gradient, channel_dim, batch_dim)
+    check_pair("output", output, gradient, channel_dim, batch_dim)
     return relu_backward_importance_of_checked(output, gradient, channel_dim, batch_dim)
 
 
@@ -184,9 +195,9 @@ def update_(
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
     network = (parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
-    _check_network(*network, first_neuron)
-    _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
-    _check_rounding(parameters, steps, seeds)
+    check_network(*network, first_neuron)
+    check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
+    check_rounding(parameters, steps, seeds)
     torch.ops.npc_ext.update_.default(
         parameters,
         gradients,
@@ -205,7 +216,7 @@ def update_(
         alpha,
         beta,
         delta,
-        _check_sigma(sigma),
+        check_sigma(sigma),
         active_only,
         grad_scale,
         found_inf,
@@ -268,16 +279,16 @@ def adam_update_(
     count = len(parameters)
     no_momentum: list[Tensor] = []
     network = (parameters, gradients, no_momentum, importances, skipped, layer, neuron_dim, groups, [0.0] * count)
-    _check_network(*network, first_neuron)
-    _check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
-    _check_lengths(count, first_moments=first_moments, second_moments=second_moments, steps=steps)
-    _check_lengths(count, lr=lr, first_decay=first_decay, second_decay=second_decay, epsilon=epsilon)
+    check_network(*network, first_neuron)
+    check_layers(importances, measured, alpha=alpha, beta=beta, delta=delta, sigma=sigma)
+    check_lengths(count, first_moments=first_moments, second_moments=second_moments, steps=steps)
+    check_lengths(count, lr=lr, first_decay=first_decay, second_decay=second_decay, epsilon=epsilon)
     for index, parameter in enumerate(parameters):
         for name, moments in (("first_moments", first_moments), ("second_moments", second_moments)):
-            _check_beside(f"{name}[{index}]", moments[index], parameter, reference.compute_dtype(parameter.dtype))
+            check_beside(f"{name}[{index}]", moments[index], parameter, reference.compute_dtype(parameter.dtype))
         if steps[index].numel() != 1:
             raise ValueError(f"steps[{index}] has {steps[index].numel()} elements; Adam counts every parameter's steps")
-    _check_rounding(parameters, steps, seeds)
+    check_rounding(parameters, steps, seeds)
     torch.ops.npc_ext.adam_update_.default(
         parameters,
         gradients,
@@ -299,7 +310,7 @@ def adam_update_(
         alpha,
         beta,
         delta,
-        _check_sigma(sigma),
+        check_sigma(sigma),
         active_only,
         grad_scale,
         found_inf,
@@ -332,7 +343,8 @@ def anchored_update_(
 
     Args:
         parameters: changed in place. An implicit pull is a proximal step after the step that `torch.optim.SGD` takes
-            along dL/dw, see `npc_ext.anchored.Anchored`. An explicit one adds the penalty's gradient to dL/dw.
+            along dL/dw, see `npc_ext.baselines.anchored.Anchored`. An explicit one adds the penalty's gradient to
+            dL/dw.
         gradients: dL/dw, like the parameters, without the penalty's.
         momentum_buffers: as in `update_`.
         stiffness, anchors: like the parameters, but float32 for halves; empty tensors where there is no penalty.
@@ -348,13 +360,13 @@ def anchored_update_(
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
     count = len(parameters)
-    _check_lengths(count, gradients=gradients, stiffness=stiffness, anchors=anchors, paths=paths, strength=strength)
-    _check_lengths(count, implicit=implicit)
-    _check_parameters(parameters, gradients, momentum_buffers, momentum)
+    check_lengths(count, gradients=gradients, stiffness=stiffness, anchors=anchors, paths=paths, strength=strength)
+    check_lengths(count, implicit=implicit)
+    check_parameters(parameters, gradients, momentum_buffers, momentum)
     for index, parameter in enumerate(parameters):
         for name, tensors in (("stiffness", stiffness), ("anchors", anchors), ("paths", paths)):
             if tensors[index].numel():
-                _check_beside(f"{name}[{index}]", tensors[index], parameter, reference.compute_dtype(parameter.dtype))
+                check_beside(f"{name}[{index}]", tensors[index], parameter, reference.compute_dtype(parameter.dtype))
         if stiffness[index].numel() != anchors[index].numel():
             raise ValueError(f"stiffness[{index}] and anchors[{index}] go together, but one of them is empty")
         if implicit[index] and not momentum[index] < 1:
@@ -415,15 +427,15 @@ def connection_update_(
         ValueError: lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
     """
     count, layers = len(parameters), len(alpha)
-    _check_lengths(count, gradients=gradients, importances=importances, layer=layer)
-    _check_lengths(layers, beta=beta, delta=delta, sigma=sigma, active_only=active_only)
-    _check_skipped(skipped, layers)
-    _check_parameters(parameters, gradients, momentum_buffers, momentum, skipped=[skipped])
+    check_lengths(count, gradients=gradients, importances=importances, layer=layer)
+    check_lengths(layers, beta=beta, delta=delta, sigma=sigma, active_only=active_only)
+    check_skipped(skipped, layers)
+    check_parameters(parameters, gradients, momentum_buffers, momentum, skipped=[skipped])
     for index, parameter in enumerate(parameters):
         if layer[index] >= layers:
             raise ValueError(f"layer[{index}] is {layer[index]}, but there are {layers} layers")
         if layer[index] >= 0:
-            _check_beside(f"importances[{index}]", importances[index], parameter, torch.float32)
+            check_beside(f"importances[{index}]", importances[index], parameter, torch.float32)
     torch.ops.npc_ext.connection_update_.default(
         parameters,
         gradients,
@@ -439,7 +451,7 @@ def connection_update_(
         alpha,
         beta,
         delta,
-        _check_sigma(sigma),
+        check_sigma(sigma),
         active_only,
         grad_scale,
         found_inf,
@@ -488,8 +500,8 @@ def network_step_(
         ValueError: as in `importance` and `update_`. Nothing is changed then.
     """
     layers = len(importances)
-    _check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
-    _check_lengths(
+    check_network(parameters, gradients, momentum_buffers, importances, skipped, layer, neuron_dim, groups, momentum)
+    check_lengths(
         layers,
         activations=activations,
         activation_gradients=activation_gradients,
@@ -498,7 +510,7 @@ def network_step_(
         sigma=sigma,
     )
     for index in range(layers):
-        _check_activation(
+        check_activation(
             f"[{index}]",
             activations[index],
             activation_gradients[index],
@@ -527,7 +539,7 @@ def network_step_(
         alpha,
         beta,
         delta,
-        _check_sigma(sigma),
+        check_sigma(sigma),
         active_only,
         grad_scale,
         found_inf,
@@ -573,7 +585,7 @@ def layer_step_(
         ValueError: as in `importance` and `update_`. Nothing is changed then.
     """
     count = len(parameters)
-    _check_network(
+    check_network(
         parameters,
         gradients,
         momentum_buffers,
@@ -584,7 +596,7 @@ def layer_step_(
         groups,
         [momentum] * count,
     )
-    _check_activation("", activation, activation_gradient, channel_dim, batch_dim, importance)
+    check_activation("", activation, activation_gradient, channel_dim, batch_dim, importance)
     torch.ops.npc_ext.layer_step_.default(
         activation,
         activation_gradient,
@@ -605,214 +617,11 @@ def layer_step_(
         alpha,
         beta,
         delta,
-        _check_sigma([sigma])[0],
+        check_sigma([sigma])[0],
         active_only,
         grad_scale,
         found_inf,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ checks
-
-
-def _check_lengths(expected: int, **lists: Sequence[object]) -> None:
-    for name, values in lists.items():
-        if len(values) != expected:
-            raise ValueError(f"{name} has {len(values)} entries, expected {expected}")
-
-
-def _check_dtype(name: str, tensor: Tensor) -> None:
-    if tensor.dtype not in _launch.DTYPES:
-        raise ValueError(f"{name} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
-
-
-def _check_pair(name: str, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int) -> None:
-    if activation.shape != gradient.shape:
-        raise ValueError(
-            f"gradient has shape {tuple(gradient.shape)}, but {name} has {tuple(activation.shape)}; "
-            "they must be the same"
-        )
-    if activation.dtype != gradient.dtype or activation.device != gradient.device:
-        raise ValueError(
-            f"gradient is {gradient.dtype} on {gradient.device}, but {name} is {activation.dtype} on "
-            f"{activation.device}; they must agree"
-        )
-    _check_dtype(name, activation)
-    _check_dims(activation, channel_dim, batch_dim, name)
-
-
-def _check_dims(activation: Tensor, channel_dim: int, batch_dim: int, tensor: str = "activation") -> None:
-    ndim = activation.ndim
-    if ndim < 2:
-        raise ValueError(f"{tensor} has shape {tuple(activation.shape)}; expected samples and neurons at least, (B, N)")
-    for name, dim in (("channel_dim", channel_dim), ("batch_dim", batch_dim)):
-        if not -ndim <= dim < ndim:
-            raise ValueError(f"{name} is {dim}, but {tensor} has {ndim} dimensions")
-    if channel_dim % ndim == batch_dim % ndim:
-        raise ValueError(f"channel_dim and batch_dim are both dimension {batch_dim % ndim}; they must differ")
-
-
-def _check_per_neuron(name: str, values: Tensor, importance: Tensor) -> None:
-    fits = values.shape == importance.shape and values.dtype == torch.float32 and values.device == importance.device
-    if not fits or not values.is_contiguous():
-        raise ValueError(
-            f"{name} is {values.dtype} of shape {tuple(values.shape)} on {values.device}; expected contiguous float32 "
-            f"of shape {tuple(importance.shape)} on {importance.device}, one value for each neuron"
-        )
-
-
-def _check_activation(
-    at: str, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int, importance: Tensor
-) -> None:
-    if activation.device != importance.device or gradient.device != importance.device:
-        raise ValueError(
-            f"activation{at} is on {activation.device} and activation_gradient{at} on {gradient.device}, but "
-            f"importance is on {importance.device}; they must agree"
-        )
-    if activation.shape != gradient.shape or activation.dtype != gradient.dtype:
-        raise ValueError(
-            f"activation_gradient{at} is {gradient.dtype} of shape {tuple(gradient.shape)}, but activation{at} is "
-            f"{activation.dtype} of shape {tuple(activation.shape)}; they must be the same"
-        )
-    _check_dtype(f"activation{at}", activation)
-    _check_dims(activation, channel_dim, batch_dim)
-    if activation.shape[channel_dim] != importance.numel():
-        raise ValueError(
-            f"activation{at} has {activation.shape[channel_dim]} channels in dimension {channel_dim}, but importance "
-            f"has {importance.numel()} values; they must agree"
-        )
-
-
-def _check_sigma(sigma: Sequence[str]) -> Sequence[str]:
-    for value in sigma:
-        if value not in SIGMAS:
-            raise ValueError(f"sigma is {value!r}; expected one of {', '.join(map(repr, SIGMAS))}")
-    return sigma
-
-
-def _check_network(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    skipped: Tensor,
-    layer: Sequence[int],
-    neuron_dim: Sequence[int],
-    groups: Sequence[int],
-    momentum: Sequence[float],
-    first_neuron: Sequence[int] | None = None,
-) -> None:
-    _check_lengths(len(parameters), gradients=gradients, layer=layer, neuron_dim=neuron_dim, groups=groups)
-    if first_neuron is not None:
-        _check_lengths(len(parameters), first_neuron=first_neuron)
-    _check_skipped(skipped, len(importances))
-    _check_parameters(parameters, gradients, momentum_buffers, momentum, importances=importances, skipped=[skipped])
-    for index, average in enumerate(importances):
-        if average.ndim != 1:
-            raise ValueError(f"importances[{index}] has shape {tuple(average.shape)}; expected (neurons,)")
-        _check_per_neuron(f"importances[{index}]", average, average)
-    for index, parameter in enumerate(parameters):
-        if layer[index] < 0:
-            continue
-        if layer[index] >= len(importances):
-            raise ValueError(f"layer[{index}] is {layer[index]}, but there are {len(importances)} layers")
-        dim = neuron_dim[index]
-        if not 0 <= dim < parameter.ndim:
-            raise ValueError(f"neuron_dim[{index}] is {dim}, but parameters[{index}] has {parameter.ndim} dimensions")
-        rows, neurons = parameter.shape[dim] * groups[index], importances[layer[index]].numel()
-        if first_neuron is not None:
-            first = first_neuron[index]
-            if not 0 <= first <= neurons - rows or (groups[index] > 1 and rows != neurons):
-                raise ValueError(
-                    f"parameters[{index}] has {rows} rows from neuron {first} on, but importance has {neurons} values; "
-                    f"they must be among them, and all of them where there are groups (layer {layer[index]})"
-                )
-        elif rows != neurons:
-            raise ValueError(
-                f"parameters[{index}] has {rows} rows, but importance has {neurons} values; they must agree "
-                f"(layer {layer[index]})"
-            )
-
-
-def _check_layers(importances: Sequence[Tensor], measured: Sequence[Tensor], **constants: Sequence[object]) -> None:
-    _check_lengths(len(importances), measured=measured, **constants)
-    for index, sums in enumerate(measured):
-        if sums.numel():
-            _check_per_neuron(f"measured[{index}]", sums, importances[index])
-
-
-def _check_rounding(parameters: Sequence[Tensor], steps: Sequence[Tensor], seeds: Sequence[int]) -> None:
-    if steps or seeds:
-        _check_lengths(len(parameters), steps=steps)
-    if seeds:
-        _check_lengths(len(parameters), seeds=seeds)
-    for index, (parameter, count) in enumerate(zip(parameters, steps, strict=False)):
-        if count.numel() and (count.dtype != torch.float32 or count.numel() != 1 or count.device != parameter.device):
-            raise ValueError(
-                f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)} on {count.device}; expected one "
-                f"float32 on {parameter.device}, or nothing"
-            )
-        if seeds and seeds[index] >= 0 and (parameter.dtype != torch.bfloat16 or not count.numel()):
-            raise ValueError(
-                f"seeds[{index}] is {seeds[index]}, but parameters[{index}] is {parameter.dtype} with "
-                f"{count.numel()} steps; only bfloat16 whose steps are counted is rounded at random (else: -1)"
-            )
-
-
-def _check_skipped(skipped: Tensor, layers: int) -> None:
-    if skipped.dtype != torch.int64 or skipped.numel() != layers:
-        raise ValueError(
-            f"skipped is {skipped.dtype} of shape {tuple(skipped.shape)}; expected int64 of shape ({layers},)"
-        )
-
-
-def _check_parameters(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    momentum: Sequence[float],
-    **others: Sequence[Tensor],
-) -> None:
-    """What every update needs: gradients and momentum that fit, all on one device, and so `others`, by name."""
-    if any(momentum):
-        _check_lengths(len(parameters), momentum_buffers=momentum_buffers)
-    named = {"parameters": parameters, **others}
-    device = next((tensor.device for tensors in named.values() for tensor in tensors), None)
-    for name, tensors in named.items():
-        for tensor in tensors:
-            if tensor.device != device:
-                raise ValueError(
-                    f"{name} has a tensor on {tensor.device}, but others are on {device}; one call works on one device"
-                )
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        _check_dtype(f"parameters[{index}]", parameter)
-        _check_like(f"gradients[{index}]", gradient, parameter)
-        if momentum[index] != 0:
-            _check_like(f"momentum_buffers[{index}]", momentum_buffers[index], parameter)
-
-
-def _check_beside(name: str, tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> None:
-    """One value for each element of a parameter, in memory like it."""
-    if tensor.shape != parameter.shape or tensor.dtype != dtype or tensor.device != parameter.device:
-        raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; expected {dtype} of shape "
-            f"{tuple(parameter.shape)} on {parameter.device}, one value for each element of its parameter"
-        )
-    if tensor.stride() != parameter.stride():
-        raise ValueError(
-            f"{name} has strides {tensor.stride()}, but its parameter has {parameter.stride()}; they must lie in "
-            "memory alike"
-        )
-
-
-def _check_like(name: str, tensor: Tensor, parameter: Tensor) -> None:
-    if tensor.layout != torch.strided:
-        raise ValueError(f"{name} is sparse ({tensor.layout}); expected a dense tensor")
-    if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype or tensor.device != parameter.device:
-        raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, but its parameter is "
-            f"{parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device}; they must agree"
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- kernels
@@ -850,26 +659,26 @@ def native_takes(tensors: Iterable[Tensor]) -> bool:
     """Whether the compiled kernels do the work on these tensors; warns, once, if they would but are missing."""
     gpu = None
     for tensor in tensors:
-        if not _launch.supports(tensor):
+        if not launch.supports(tensor):
             return False
         if tensor.is_cuda:
             gpu = tensor.device.index
-    reason = _native.status().reason if gpu is None else _native.why_not_on(gpu)
+    reason = native.status().reason if gpu is None else native.why_not_on(gpu)
     if reason:
         _warn_without_native("compiled" if gpu is None else "CUDA", reason)
     return not reason
 
 
 def _importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
-    kernel = _launch.importance if native_takes((activation, gradient)) else reference.importance
+    kernel = launch.importance if native_takes((activation, gradient)) else reference.importance
     return kernel(activation, gradient, channel_dim, batch_dim)
 
 
 def _relu_backward_importance(
     output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
 ) -> tuple[Tensor, Tensor]:
-    if _launch.has_relu_backward(output) and native_takes((output, gradient)):
-        return _launch.relu_backward_importance(output, gradient, channel_dim, batch_dim)
+    if launch.has_relu_backward(output) and native_takes((output, gradient)):
+        return launch.relu_backward_importance(output, gradient, channel_dim, batch_dim)
     grad_input = torch.empty_like(output)
     torch.ops.aten.threshold_backward.grad_input(gradient, output, 0, grad_input=grad_input)
     return grad_input, _importance(output, gradient, channel_dim, batch_dim)
@@ -891,9 +700,9 @@ def _update(
     given: list[Any] = [measured, skipped, *constants, *flags, first_neuron, steps, seeds]
     if native_takes([*parameters, *importances]):
         neurons = [average.numel() for average in importances]
-        tables = _launch.Tables(parameters, neurons, *constants, first_neuron=first_neuron)
-        update = partial(_launch.update_, tables)
-        gradients = list(map(_launch.in_memory_order_of, parameters, gradients))
+        tables = launch.Tables(parameters, neurons, *constants, first_neuron=first_neuron)
+        update = partial(launch.update_, tables)
+        gradients = list(map(launch.in_memory_order_of, parameters, gradients))
         given = [_given(measured), skipped, None, *flags, _given(steps), seeds]
     update(parameters, gradients, momentum_buffers, importances, *given)
 
@@ -914,9 +723,9 @@ def _adam_update(
         constants, rest = options[:_ADAM_CONSTANTS], [*options[_ADAM_CONSTANTS:], *[None] * 3][:3]
         (*flags, first_neuron), seeds = rest, options[_ADAM_CONSTANTS + 3 :]
         neurons = [average.numel() for average in importances]
-        tables = _launch.AdamTables(parameters, neurons, *constants, first_neuron=first_neuron)
-        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
-        _launch.adam_update_(tables, parameters, ordered, *beside, _given(measured), skipped, None, *flags, *seeds)
+        tables = launch.AdamTables(parameters, neurons, *constants, first_neuron=first_neuron)
+        ordered = list(map(launch.in_memory_order_of, parameters, gradients))
+        launch.adam_update_(tables, parameters, ordered, *beside, _given(measured), skipped, None, *flags, *seeds)
     else:
         reference.adam_update_(parameters, gradients, *beside, measured, skipped, *options)
 
@@ -938,10 +747,10 @@ def _anchored_update(
         return
     if native_takes(parameters):
         constants, flags = options[:7], options[7:]
-        tables = _launch.AnchoredTables(parameters, *constants)
-        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        tables = launch.AnchoredTables(parameters, *constants)
+        ordered = list(map(launch.in_memory_order_of, parameters, gradients))
         network = (parameters, ordered, momentum_buffers, _given(stiffness), _given(anchors), _given(paths))
-        _launch.anchored_update_(tables, *network, *flags)
+        launch.anchored_update_(tables, *network, *flags)
     else:
         beside = (stiffness, anchors, paths)
         reference.anchored_update_(parameters, gradients, momentum_buffers, *beside, *options)
@@ -959,10 +768,10 @@ def _connection_update(
     if native_takes(parameters):
         constants, flags = options[:10], options[10:]
         whole = ([0] * len(parameters), [1] * len(parameters))
-        tables = _launch.Tables(parameters, [0] * skipped.numel(), layer, *whole, *constants)
-        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        tables = launch.Tables(parameters, [0] * skipped.numel(), layer, *whole, *constants)
+        ordered = list(map(launch.in_memory_order_of, parameters, gradients))
         averages = [one if at >= 0 else None for one, at in zip(importances, layer, strict=True)]
-        _launch.connection_update_(tables, parameters, ordered, momentum_buffers, averages, skipped, None, *flags)
+        launch.connection_update_(tables, parameters, ordered, momentum_buffers, averages, skipped, None, *flags)
     else:
         network = (parameters, gradients, momentum_buffers, importances, skipped, layer)
         reference.connection_update_(*network, *options)
@@ -983,10 +792,10 @@ def _network_step(
     inputs: list[Any] = [activations, activation_gradients, channel_dim, batch_dim]
     if native_takes([*activations, *parameters, *importances]):
         constants, flags = options[:_CONSTANTS], options[_CONSTANTS:]
-        tables = _launch.Tables(parameters, [average.numel() for average in importances], *constants)
-        ordered = list(map(_launch.in_memory_order_of, parameters, gradients))
+        tables = launch.Tables(parameters, [average.numel() for average in importances], *constants)
+        ordered = list(map(launch.in_memory_order_of, parameters, gradients))
         network: list[Any] = [parameters, ordered, momentum_buffers, importances, skipped]
-        _launch.network_step_(tables, *inputs, *network, *flags)
+        launch.network_step_(tables, *inputs, *network, *flags)
     else:
         network = [parameters, gradients, momentum_buffers, importances, skipped]
         reference.network_step_(*inputs, *network, *options)

@@ -221,8 +221,8 @@ def towards_anchor(
 ) -> Tensor:
     """The proximal step of `anchor_penalty`: (value + c * anchor) / (1 + c), for implicit anchors.
 
-    c = 2 * lr / (1 - momentum) * strength * stiffness, see `npc_ext.anchored.Anchored`. It may be infinite. Elements
-    whose stiffness is not above 0 have no anchor.
+    c = 2 * lr / (1 - momentum) * strength * stiffness, see `npc_ext.baselines.anchored.Anchored`. It may be
+    infinite. Elements whose stiffness is not above 0 have no anchor.
     """
     pull = 2 * lr * strength / (1 - momentum)
     compliance = 1 / pull if pull > 0 else math.inf

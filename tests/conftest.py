@@ -18,7 +18,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from npc_ext import _launch, _native
+from npc_ext.kernels import launch, native
 
 from . import cuda_on_cpu
 
@@ -28,8 +28,10 @@ settings.load_profile("npc_ext")
 
 def pytest_configure(config: pytest.Config) -> None:
     # Not in pyproject.toml: pytest would import torch for it before this file sets the number of threads.
-    config.addinivalue_line("filterwarnings", "error::npc_ext.tap.ImportanceWarning")
-    tiny = "ignore:only .* of the elements that are trained:npc_ext.tap.ImportanceWarning"  # as tests' models are
+    config.addinivalue_line("filterwarnings", "error::npc_ext.neurons.tap.ImportanceWarning")
+    tiny = (
+        "ignore:only .* of the elements that are trained:npc_ext.neurons.tap.ImportanceWarning"  # as tests' models are
+    )
     config.addinivalue_line("filterwarnings", tiny)
 
 
@@ -89,14 +91,14 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     elif request.param == "cuda_on_cpu":
         if request.node.callspec.params.get("dtype") == torch.float64:
             pytest.skip("float64 on CUDA is left to PyTorch")
-        monkeypatch.setattr(_launch, "_launch", cuda_on_cpu.launch)
-        monkeypatch.setattr(_launch, "has_relu_backward", lambda tensor: True)
+        monkeypatch.setattr(launch, "_launch", cuda_on_cpu.launch)
+        monkeypatch.setattr(launch, "has_relu_backward", lambda tensor: True)
         yield "cpu"
     else:
-        native = _native.module()
-        if request.param not in native.isas():
+        module = native.module()
+        if request.param not in module.isas():
             pytest.skip(f"this processor does not run {request.param}")
-        before = native.isa_in_use()
-        native.use_isa(request.param)
+        before = module.isa_in_use()
+        module.use_isa(request.param)
         yield "cpu"
-        native.use_isa(before)
+        module.use_isa(before)

@@ -265,10 +265,10 @@ def test_a_second_run_sets_nothing_up_again(finished: Path) -> None:
         ("tools/bootstrap.py", ["requirements", "build"]),
         ("csrc/rules.h", ["build"]),
         ("csrc/cpu/isa.cpp", ["build"]),
-        ("npc_ext/_build.py", ["build"]),
+        ("npc_ext/kernels/build.py", ["build"]),
         ("setup.py", ["build"]),
         ("pyproject.toml", ["build"]),
-        ("npc_ext/npc.py", []),
+        ("npc_ext/optim/npc.py", []),
     ],
 )
 def test_a_change_repeats_the_steps_that_read_it(finished: Path, changed: str, steps: list[str]) -> None:

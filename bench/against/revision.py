@@ -9,6 +9,13 @@ from pathlib import Path
 from .. import ROOT
 
 _SOURCES = ("npc_ext", "csrc")
+# Revisions without npc_ext/kernels have its modules beside the others: _build.py, _launch.py and _native.py.
+_KERNELS = """import importlib
+
+
+def __getattr__(name):
+    return importlib.import_module(f"npc_ext._{name}")
+"""
 
 
 class RevisionError(ValueError):
@@ -34,6 +41,10 @@ def checkout(revision: str) -> Path:
     shutil.rmtree(folder / "bench", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
     subprocess.run(["tar", "-x", "-C", str(folder)], input=_git("archive", named, *_SOURCES), check=True)
+    kernels = folder / "npc_ext" / "kernels" / "__init__.py"
+    if not kernels.exists():
+        kernels.parent.mkdir()
+        kernels.write_text(_KERNELS)
     shutil.copytree(ROOT / "bench", folder / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
     return folder
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from npc_ext import _native
+from npc_ext.kernels import native
 
 from ..answers import serve
 from ..rows import OURS
@@ -48,7 +48,7 @@ def _answers(
     case: Case | None = None
     while True:
         if request["command"] == "begin":
-            request = yield {"reason": _native.status().reason}
+            request = yield {"reason": native.status().reason}
         elif request["command"] == "next":
             case = None  # its memory is needed
             timer.finish()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import npc_ext
-from npc_ext.consolidation import NonFiniteImportanceError
+from npc_ext.baselines.consolidation import NonFiniteImportanceError
 
 from .. import environment
 from . import experiments

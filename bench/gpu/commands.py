@@ -20,10 +20,11 @@ from .processes import Command, Settings
 
 # The tests that need a GPU, those first that only a GPU can pass or fail; and those that compile.
 TESTS = (
-    *("test_gpu", "test_importance", "test_update", "test_adam_update", "test_rounding", "test_anchored_update"),
-    *("test_connection_update", "test_npc", "test_nn", "test_skip", "test_consolidation"),
+    *("kernels/test_gpu", "kernels/test_importance", "kernels/test_update", "kernels/test_adam_update"),
+    *("kernels/test_rounding", "kernels/test_anchored_update", "kernels/test_connection_update", "optim/test_npc"),
+    *("neurons/test_relu", "skipping/test_skipping", "baselines/test_consolidation"),
 )
-COMPILE_TESTS = ("test_gpu_compile",)
+COMPILE_TESTS = ("kernels/test_gpu_compile",)
 KERNELS = "3npc4cuda"  # in the mangled names of all our kernels
 _METRICS = {
     "gpu__time_duration.sum": "duration",

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from npc_ext import _native
+from npc_ext.kernels import native
 
 from ..rows import LIMITED
 from ..timing import Case, HostTimer, Timer
@@ -114,7 +114,7 @@ class Device:
         self.name = "cpu" if dry else "cuda"
         self.timer: Timer = HostTimer() if dry else DeviceTimer()
         started = time.perf_counter()
-        _native.status()
+        native.status()
         self.seconds_to_load = time.perf_counter() - started
 
     def describe(self) -> dict[str, Any]:

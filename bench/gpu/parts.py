@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npc_ext import NPC, _native, ops, reference
+from npc_ext import NPC, ops, reference
+from npc_ext.kernels import native
 
 from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, training
 from ..certified import SGD, SMALL_NETWORKS, UNSKIPPED, Certified, Network
@@ -44,17 +45,17 @@ Part = Callable[[Device], Iterator[Later | Row]]
 
 def load(device: Device) -> Iterator[Row]:
     """The kernels are there for this GPU: taken along, or built just in time."""
-    native = _native.status()
-    if native.module is None:
-        raise RuntimeError(native.reason)
+    found = native.status()
+    if found.module is None:
+        raise RuntimeError(found.reason)
     if not device.dry:
-        if reason := _native.why_not_on(0):
+        if reason := native.why_not_on(0):
             raise RuntimeError(reason)
         ones = torch.ones(4, 8, device=device.name)
         check("the first launch", ops.importance(ones, ones), torch.full((8,), 4.0, device=device.name))
     facts = {
-        "origin": native.origin.split(":")[0],
-        "architectures": getattr(native.module, "cuda_archs", "none"),
+        "origin": found.origin.split(":")[0],
+        "architectures": getattr(found.module, "cuda_archs", "none"),
         "seconds to load": device.seconds_to_load,
     }
     yield Row("load", "kernels", facts=facts)

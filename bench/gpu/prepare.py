@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from npc_ext import _build
+from npc_ext.kernels import build
 
 from .. import ROOT
 from ..against.revision import RevisionError, checkout
@@ -36,7 +36,7 @@ def main() -> int:
             other = checkout(arguments.against)
             _build_module(other)
             made.append(other)
-    except (_build.BuildError, RevisionError) as error:
+    except (build.BuildError, RevisionError) as error:
         print(f"bench.gpu.prepare: {error}", file=sys.stderr)
         return 1
     for path in made:
@@ -46,16 +46,16 @@ def main() -> int:
 
 def _build_module(folder: Path) -> Path:
     """Compiles the module of a checkout into its package, in its own way."""
-    target = folder / "npc_ext" / _build.MODULE_FILE
+    target = folder / "npc_ext" / build.MODULE_FILE
     objects = ROOT / "build" / "flight" / folder.name
     script = (
-        "import sys; from pathlib import Path; from npc_ext import _build; "
-        "_build.build(Path(sys.argv[1]), Path(sys.argv[2]))"
+        "import sys; from pathlib import Path; from npc_ext.kernels import build; "
+        "build.build(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", script, str(target), str(objects)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise _build.BuildError(f"building {folder} failed:\n{result.stderr}")
+        raise build.BuildError(f"building {folder} failed:\n{result.stderr}")
     return target
 
 
@@ -73,15 +73,15 @@ def build_stream(folder: Path) -> Path:
     target = stream_library(folder)
     if target.exists():
         return target
-    compiler = _build.nvcc()
+    compiler = build.nvcc()
     if compiler is None:
-        raise _build.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
+        raise build.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
-    command = [str(compiler), "-O3", *_build.nvcc_flags(), "-shared", str(_STREAM), "-o", str(staged)]
+    command = [str(compiler), "-O3", *build.nvcc_flags(), "-shared", str(_STREAM), "-o", str(staged)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise _build.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+        raise build.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
     os.replace(staged, target)
     return target
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from npc_ext import _build
+from npc_ext.kernels import build
 
 from .. import ROOT
 from .sass import Loop, packed_loops, parse
 
-OBJECTS = ROOT / "build" / _build.MODULE_FILE
+OBJECTS = ROOT / "build" / build.MODULE_FILE
 THREADS = 256  # kThreads of csrc/cuda
 SHARED_KIB = {"80": 164, "90": 228, "100": 228}  # shared memory of a multiprocessor
 
@@ -69,7 +69,7 @@ def cuobjdump() -> Path | None:
         files = []
     packaged = [Path(str(file.locate())) for file in files if file.name == "cuobjdump"]
     found = [Path(one)] if (one := shutil.which("cuobjdump")) else []
-    beside = [compiler.resolve().parent / "cuobjdump"] if (compiler := _build.nvcc()) else []
+    beside = [compiler.resolve().parent / "cuobjdump"] if (compiler := build.nvcc()) else []
     whole = (one for one in [*packaged, *found, *beside] if one.exists() and _has_nvdisasm(one))
     return next(whole, None)
 
@@ -81,8 +81,8 @@ def _has_nvdisasm(path: Path) -> bool:
 def compiled(source: Path, arch: str, folder: Path) -> Path:
     """Compiles a .cu file for one architecture, with the flags of the build."""
     out = folder / f"{source.stem}.{arch}.cubin"
-    flags = [flag for flag in _build.nvcc_flags(_build.Cuda(archs=())) if not flag.startswith("-Xptxas")]
-    command = [_build.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
+    flags = [flag for flag in build.nvcc_flags(build.Cuda(archs=())) if not flag.startswith("-Xptxas")]
+    command = [build.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
     done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{source} does not compile:\n{done.stderr.strip()}")
@@ -134,6 +134,6 @@ def readable(names: Sequence[str]) -> list[str]:
 
 def compiler_version() -> str:
     """As in "nvcc 13.0.88"; empty without nvcc."""
-    compiler = _build.nvcc()
+    compiler = build.nvcc()
     words = subprocess.run([str(compiler), "--version"], capture_output=True, text=True).stdout if compiler else ""
     return f"nvcc {found[1]}" if (found := re.search(r"\bV([\d.]+)", words)) else ""

@@ -17,7 +17,8 @@ from torch import Tensor, distributed, nn
 from torch.nn import functional as F
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from npc_ext import NPC, NPCAdamW, PlasticityWrapper, _launch
+from npc_ext import NPC, NPCAdamW, PlasticityWrapper
+from npc_ext.kernels import launch
 
 from ..networks import paper_cnn
 from ..rows import Row
@@ -36,18 +37,18 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 def counted() -> Iterator[tuple[Counter[str], list[int]]]:
     """Counts calls of kernels, by their names, and collects the sizes in bytes of what is all-reduced."""
     launches, sizes = Counter[str](), list[int]()
-    launch, all_reduce = _launch._launch, distributed.all_reduce
+    usual, all_reduce = launch._launch, distributed.all_reduce
 
     def counting_launch(kernel: str, *arguments: Any) -> None:
         launches[kernel] += 1
-        launch(kernel, *arguments)
+        usual(kernel, *arguments)
 
     def counting_all_reduce(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
         sizes.append(tensor.nbytes)
         return all_reduce(tensor, *arguments, **options)
 
     with (
-        mock.patch.object(_launch, "_launch", counting_launch),
+        mock.patch.object(launch, "_launch", counting_launch),
         mock.patch.object(distributed, "all_reduce", counting_all_reduce),
     ):
         yield launches, sizes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
-from npc_ext.anchored import Anchored
+from npc_ext.baselines.anchored import Anchored
 
 from ..certified import LR
 from ..rows import OURS

@@ -25,9 +25,9 @@ from bench.machine_code.kernels import (
     cuobjdump,
     kernels,
 )
-from npc_ext import _build
+from npc_ext.kernels import build
 
-from ..test_build import needs_nvcc
+from ..kernels.test_build import needs_nvcc
 
 needs_cuobjdump = pytest.mark.skipif(
     cuobjdump() is None,
@@ -116,7 +116,7 @@ def test_packed_kernels_move_16_bytes_at_a_time_with_enough_loads_in_flight(arch
 def broken_kernels(tmp_path: Path, file: str, function: str, body: str) -> list[Kernel]:
     """The updates with anchors, for sm_90, from sources in which a function of a header has another body."""
     csrc = tmp_path / "csrc"
-    shutil.copytree(_build.source_dir(), csrc)
+    shutil.copytree(build.source_dir(), csrc)
     header = csrc / "cuda" / file
     pattern = rf"(void {function}\([^{{]*\) \{{\n).*?(\n\}}\n)"
     text, count = re.subn(pattern, lambda match: match[1] + body + match[2], header.read_text(), flags=re.DOTALL)

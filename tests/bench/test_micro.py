@@ -84,7 +84,7 @@ def test_two_revisions_are_timed_in_turns(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "npc_ext", other / "npc_ext", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "csrc", other / "csrc")
     shutil.copytree(ROOT / "bench", other / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
-    launch = other / "npc_ext" / "_launch.py"
+    launch = other / "npc_ext" / "kernels" / "launch.py"
     sound = "def update_(\n"
     assert sound in launch.read_text()
     slow = launch.read_text() + "\n\n_usual = update_\n\n\ndef update_(*arguments, **options):\n"

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from npc_ext import _build, _native
+from npc_ext.kernels import build, native
 
 HERE = Path(__file__).parent
-CSRC = _build.source_dir()
+CSRC = build.source_dir()
 SOURCES = [
     *("bindings.cpp", "cpu/kernels_baseline.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
     *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
@@ -29,13 +29,13 @@ SOURCES = [
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 
 
-def build(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
+def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
     """Compiles the module with more flags, unless it is there from before, and returns its path."""
-    compiler = _build.compiler_command()
+    compiler = build.compiler_command()
     common = [
         *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
         *("-fno-math-errno", "-fno-trapping-math", "-Werror", *DEFINES, f"-I{HERE}"),
-        *(f"-I{path}" for path in (_build._python_include(), _build._pybind11_include())),
+        *(f"-I{path}" for path in (build._python_include(), build._pybind11_include())),
         *flags,
     ]
     files = [
@@ -44,7 +44,7 @@ def build(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
     key = hashlib.sha256(repr((compiler, common)).encode() + b"".join(path.read_bytes() for path in files))
     objects = HERE.parents[1] / "build" / "cuda_on_cpu"
     folder = objects / key.hexdigest()[:16]
-    target = folder / _build.MODULE_FILE
+    target = folder / build.MODULE_FILE
     folder.mkdir(parents=True, exist_ok=True)
 
     def run(*arguments: str) -> bytes:
@@ -75,11 +75,11 @@ def build(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
 def module() -> ModuleType:
     """The module, compiled with the flags in CUDA_ON_CPU_FLAGS (a sanitizer's) from CUDA_ON_CPU_CSRC (with a fault)."""
     flags = tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())
-    return _native._import_from(build(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
+    return native._import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
 def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
-    """`npc_ext._launch._launch` as it is for a GPU, with the CPU's memory and a stream of any number."""
+    """`npc_ext.kernels.launch._launch` as it is for a GPU, with the CPU's memory and a stream of any number."""
     cuda = module().cuda
     getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 

@@ -1,0 +1,1 @@
+"""The methods that NPC is compared with, as optimizers of the same form."""

@@ -1,0 +1,301 @@
+"""SSL, selfless sequential learning, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .._names import close_to
+from .._torch import own_hooks, own_parameters
+from .._warn import warn
+from ..neurons.find import find_neurons
+from ..neurons.kinds import is_linear
+from ..neurons.layer import NeuronLayer, TapPoint
+from ..neurons.tap import TapHook, checked_dims
+from ..optim.options import check_number
+from .mas import MAS
+
+
+class SSL(MAS):
+    """MAS, and a penalty that lets few neighbouring neurons be active together, so that room is left for later tasks.
+
+    To MAS's anchors comes, while a task is learned, the penalty on the activations h of hidden layers
+
+        sparsity * 1/M sum over samples and i != j of exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_i h_j
+
+    where a_i is the importance of neuron i to the tasks before: MAS's importance of its bias. Source: Aljundi,
+    Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019, arXiv 1806.05421 (SLNID). The gradient of the
+    penalty joins the loss's where it passes the layer in back-propagation, so nothing is added to the loss itself.
+    After convolutions h is the mean over positions.
+
+    Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task. Where a batch is split (gradient
+    accumulation), the penalty counts once for each part.
+
+    Args:
+        model: the network. Hooks are placed in it, instead of an earlier SSL's; they act in training mode only.
+        lr: learning rate.
+        strength: the factor of MAS's penalty.
+        sparsity: the factor of the penalty on activations.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: as in `MAS`, for its penalty. The penalty on activations enters through the loss's gradient.
+        scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's.
+        layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
+            connected layer with something (an activation, dropout) behind it.
+        scaler: the `torch.amp.GradScaler` in use, if any: the penalty's gradient has to be scaled as the loss is.
+        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Warns:
+        UserWarning: neurons have no bias, so that nothing tells how important they are.
+
+    Example:
+        >>> optimizer = SSL(model, lr=0.1, strength=1, sparsity=1e-5)
+        >>> for task in tasks:
+        ...     train(model, optimizer, task)
+        ...     optimizer.consolidate(task.loader)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        strength: float = 1.0,
+        sparsity: float = 1e-5,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        implicit: bool = True,
+        scale: float | None = None,
+        layers: Iterable[str] | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        super().__init__(
+            model,
+            lr,
+            strength,
+            momentum,
+            nesterov,
+            weight_decay,
+            implicit=implicit,
+            params=params,
+            maximize=maximize,
+            backend=backend,
+        )
+        check_number("sparsity", sparsity)
+        if scale is not None:
+            check_number("scale", scale, positive=True)
+        self.sparsity, self._scale, self._scaler = sparsity, scale, scaler
+        self._sign = -1.0 if maximize else 1.0
+        self.inhibited = _inhibited_layers(model, None if layers is None else list(layers))
+        if sparsity and not self.inhibited:
+            raise ValueError(
+                "no neurons would inhibit each other: the model has no fully connected layer with something behind it, "
+                "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
+            )
+        self._warn_of_missing_biases()
+        self._discounts = {
+            layer.name: torch.ones(layer.neurons, dtype=torch.float32, device=layer.sink.device)
+            for layer in self.inhibited
+        }
+        self._place_hooks()
+
+    def _warn_of_missing_biases(self) -> None:
+        without = [
+            one.name for one in self.inhibited if own_parameters(self._model.get_submodule(one.name))["bias"] is None
+        ]
+        if without:
+            warn(
+                f"the neurons of {', '.join(map(repr, without))} have no bias, whose importance is theirs, so that "
+                "those which earlier tasks need are not discounted; give them a bias, or name other layers",
+            )
+
+    def _place_hooks(self) -> None:
+        for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
+            for hooks in own_hooks(module):
+                for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
+                    del hooks[key]
+        for layer in self.inhibited:
+            weighted = self._model.get_submodule(layer.name)
+            for point in layer.points:
+                module, hook = self._model.get_submodule(point.module), _InhibitionHook(self, layer, point, weighted)
+                if point.where == "output":
+                    module.register_forward_hook(hook)
+                else:
+                    module.register_forward_pre_hook(hook)
+
+    def consolidate(self, batches: Iterable[Any], **options: Any) -> None:
+        """Anchors the weights where they are, as `MAS.consolidate` does, and discounts the neurons that mattered.
+
+        Args:
+            batches, options: as in `MAS.consolidate`.
+
+        Raises:
+            ValueError, TypeError: as in `MAS.consolidate`. Nothing is changed then.
+        """
+        super().consolidate(batches, **options)
+        self._discount()
+
+    @torch.no_grad()
+    def _discount(self) -> None:
+        """exp(-a), with a the stiffness of the bias: the derivative by a bias is that by the neuron's input."""
+        for layer in self.inhibited:
+            bias = own_parameters(self._model.get_submodule(layer.name)).get("bias")
+            state = {} if bias is None else self.state.get(bias, {})
+            if "stiffness" in state:
+                self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
+            else:
+                self._discounts[layer.name].fill_(1)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False. A GradScaler asks for this before it takes a step, which it must not if SSL was not told of it."""
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
+            raise RuntimeError(
+                "a GradScaler takes this step, but SSL was not told of it, so that its penalty was not scaled as the "
+                "loss was; write SSL(model, ..., scaler=scaler)"
+            )
+        return False
+
+    def _inhibition(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
+        """The gradient of the penalty, of the activation's shape and dtype."""
+        h = activation.detach().movedim((batch_dim, channel_dim), (0, 1))
+        positions = h.numel() // max(h.shape[0] * h.shape[1], 1)
+        means = (h.flatten(2).mean(2) if h.ndim > 2 else h).to(torch.float32)
+        scale = layer.neurons / 6 if self._scale is None else self._scale
+        gradient = local_inhibition_gradient(means, self._discounts[layer.name], scale)
+        gradient *= self._sign * self.sparsity / positions
+        if self._scaler is not None:
+            gradient = self._scaler.scale(gradient)
+        gradient = gradient.view(*gradient.shape, *[1] * (h.ndim - 2)).expand_as(h)
+        return gradient.movedim((0, 1), (batch_dim, channel_dim)).to(activation.dtype)
+
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        self._discount()
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        super()._take_importance(held)
+        self._discount()
+
+
+class _Inhibition(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, activation: Tensor, added: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.added = added
+        return activation.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (activation,) = ctx.saved_tensors
+        return gradient + ctx.added(activation).to(gradient.dtype), None
+
+
+class _InhibitionHook(TapHook):
+    """Adds the penalty's gradient to that of what a module returns, or takes, where the layer trains."""
+
+    def __init__(self, optimizer: SSL, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
+        super().__init__(layer, point, weighted)
+        self.optimizer = optimizer
+
+    def _tapped(self, value: Any) -> Tensor | None:
+        if self.optimizer.sparsity == 0 or not self.measures(value) or value.ndim == self.point.unbatched_ndim:
+            return None
+        dims = checked_dims(value, self.layer, self.point)
+        return _Inhibition.apply(value, lambda activation: self.optimizer._inhibition(self.layer, activation, *dims))
+
+
+def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
+    # The penalty acts on the activations of whole modules.
+    neurons = [layer for layer in find_neurons(model) if layer.name == layer.module]
+    if patterns is None:
+        linear = (layer for layer in neurons if is_linear(model.get_submodule(layer.name)))
+        return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
+    names = [layer.name for layer in neurons]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(
+                f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, names)}"
+            )
+    return [layer for layer in neurons if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+
+
+def local_inhibition(h: Tensor, discount_factors: Tensor, scale: float) -> Tensor:
+    """The penalty R of a layer's activations, to be added to the loss; differentiable in h.
+
+    Source: Aljundi, Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019.
+
+    Args:
+        h: (B, N) floating-point activations behind a ReLU. Negative ones would be rewarded; nothing checks for them.
+        discount_factors: (N,) exp(-alpha), where alpha >= 0 is the importance of each neuron to earlier tasks; ones
+            during the first task. Taken as constants.
+        scale: the Gaussian's standard deviation, in neurons. N / 6 is what the authors' scripts pass (the option that
+            they call "scale" is the divisor). The kernel has N * N elements and is computed in each call.
+
+    Returns:
+        A scalar of h's dtype; not divided by the number of neurons.
+
+    Raises:
+        ValueError: h is not (B, N) with at least one sample, or not floating-point; discount_factors is not (N,);
+            scale is not finite and above 0.
+    """
+    discount_factors = _checked(h, discount_factors, scale)
+    discounted = h * discount_factors
+    return (discounted @ _kernel(h, scale) * discounted).sum() / h.shape[0]
+
+
+def local_inhibition_gradient(h: Tensor, discount_factors: Tensor, scale: float) -> Tensor:
+    """The gradient dR/dh of `local_inhibition` in closed form, (B, N), for use without autograd.
+
+    Args:
+        h: as for `local_inhibition`.
+        discount_factors: as for `local_inhibition`.
+        scale: as for `local_inhibition`.
+
+    Raises:
+        ValueError: as `local_inhibition` does.
+    """
+    discount_factors = _checked(h, discount_factors, scale)
+    with torch.no_grad():
+        return (h * discount_factors) @ _kernel(h, scale) * discount_factors * (2 / h.shape[0])
+
+
+def _kernel(h: Tensor, scale: float) -> Tensor:
+    """K (N, N), in h's dtype and on its device."""
+    index = torch.arange(
+        h.shape[1], dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device
+    )
+    distance = (index[:, None] - index) / scale
+    return (distance.square() * -0.5).exp().fill_diagonal_(0).to(h.dtype)
+
+
+def _checked(h: Tensor, discount_factors: Tensor, scale: float) -> Tensor:
+    """The discount factors as constants, in h's dtype."""
+    if h.ndim != 2 or h.shape[0] == 0 or not h.is_floating_point():
+        raise ValueError(
+            f"h has shape {tuple(h.shape)} and dtype {h.dtype}; expected floating-point activations (samples, neurons) "
+            "of at least one sample"
+        )
+    if discount_factors.shape != h.shape[1:]:
+        raise ValueError(
+            f"h has {h.shape[1]} neurons, but discount_factors has shape {tuple(discount_factors.shape)}; "
+            f"expected ({h.shape[1]},)"
+        )
+    if not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}; expected a finite number of neurons above 0")
+    return discount_factors.detach().to(h.dtype)

@@ -1,0 +1,199 @@
+"""The compiled module: the one built ahead of time, else one built just in time, else a remembered, explained failure.
+
+Loaded when an optimizer is built, or at the first use, once per process. A module that was compiled from other sources
+or flags than those beside it (a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
+
+At the first use of a GPU the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
+second module is built just in time, for the GPUs present; it runs there, and the first one still does on the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import threading
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from types import ModuleType
+
+from . import build
+
+_NAME = "npc_ext._C"
+_PACKAGE = Path(__file__).parent.parent
+
+
+class NativeUnavailableError(RuntimeError):
+    """The compiled kernels cannot be used here; the message says why and how to fix it."""
+
+
+@dataclass(frozen=True)
+class Native:
+    """What loading came to: a module and where it is from, or the reason why there is none."""
+
+    module: ModuleType | None
+    origin: str
+    reason: str = ""
+    why_not_prebuilt: str = ""  # the module built ahead of time is not used
+
+
+@lru_cache(maxsize=1)
+def status() -> Native:
+    """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
+    why_not = ""
+    try:
+        prebuilt, why_not = _prebuilt()
+        if prebuilt is not None:
+            return Native(prebuilt, f"built ahead of time: {prebuilt.__file__}")
+        module = _just_in_time(why_not)
+        return Native(module, f"built just in time: {module.__file__}", why_not_prebuilt=why_not)
+    except Exception as error:
+        return Native(None, "none", "; ".join(filter(None, [why_not, _sentence(error)])), why_not)
+
+
+def _sentence(error: Exception) -> str:
+    expected = isinstance(error, (build.BuildError, ImportError))
+    return str(error) if expected else f"{type(error).__name__}: {error}"
+
+
+def _just_in_time(why: str = "") -> ModuleType:
+    """Imports the module built just in time, and builds it if need be. One that does not load is built once more."""
+    path = build.build_cached(why)
+    try:
+        return _import_from(path)
+    except ImportError as error:
+        build.say(f"the module {path} does not load ({error}); it is deleted and built again")
+        build.discard(path)
+    path = build.build_cached(why)
+    try:
+        return _import_from(path)
+    except ImportError as error:
+        build.discard(path)
+        raise build.BuildError(f"the module built just in time does not load, and was deleted: {error}") from error
+
+
+def _prebuilt() -> tuple[ModuleType | None, str]:
+    path = _PACKAGE / build.MODULE_FILE
+    if not path.exists():
+        return None, f"no module built ahead of time is there ({path.name} is not in {path.parent})"
+    # Found without loading it: an extension that has been loaded cannot be replaced in the same process.
+    if differs := build.why_stale(path.read_bytes()):
+        return None, (
+            f"the module built ahead of time is older than the sources beside it ({differs}; to build it anew: "
+            "'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+        )
+    try:
+        return _import_from(path), ""
+    except ImportError as error:
+        return None, f"the module built ahead of time does not load ({error})"
+
+
+def _import_from(path: Path, name: str = _NAME) -> ModuleType:
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+def available() -> bool:
+    """Whether the compiled kernels can be used."""
+    return status().module is not None
+
+
+@lru_cache(maxsize=1)  # read on every launch; a failure is remembered by status() instead
+def module() -> ModuleType:
+    """The compiled module. Raises NativeUnavailableError with the reason and the fix if there is none."""
+    native = status()
+    if native.module is None:
+        raise NativeUnavailableError(
+            f"npc_ext's compiled kernels are not available: {native.reason}\n"
+            "Fix that, or pass backend='reference' for the slower kernels in plain PyTorch "
+            "('python -m npc_ext' shows the state of this installation)."
+        )
+    return native.module
+
+
+_looking = threading.Lock()  # autograd's threads may use a GPU for the first time at the same time
+
+
+@cache
+def status_on(device: int) -> Native:
+    """What runs on the GPU of that index; looks, and builds if need be, at the first call. Never raises.
+
+    Initializes CUDA there, so it is for GPUs that are in use.
+    """
+    with _looking:
+        if reason := why_no_cuda():
+            return Native(None, "none", reason)
+        try:
+            reason, needs_other_code = module().cuda.why_not_on(device)
+            if not reason:
+                return status()
+            return _built_for_gpus(device, reason) if needs_other_code else Native(None, "none", reason)
+        except Exception as error:
+            return Native(None, "none", _sentence(error))
+
+
+def _built_for_gpus(device: int, reason: str) -> Native:
+    """A module built just in time for the GPUs present, because the first one does not run there for that reason."""
+    try:
+        if build.nvcc() is None:
+            return Native(
+                None,
+                "none",
+                f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc 12.1 or "
+                "newer), and the kernels are compiled at their next use",
+            )
+        path = build.build_cached()
+        if path != Path(str(module().__file__)):
+            built = _import_once(path)
+            if not hasattr(built, "cuda"):
+                return Native(None, "none", f"{reason}, and {_compiled_without_cuda(built)}")
+            reason, _ = built.cuda.why_not_on(device)
+            if not reason:
+                return Native(built, f"built just in time: {path}")
+        return Native(None, "none", f"{reason}; unset NPC_EXT_ARCHS, or add this GPU to it")
+    except Exception as error:
+        return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {_sentence(error)}")
+
+
+@cache
+def _import_once(path: Path) -> ModuleType:
+    return _import_from(path)
+
+
+def why_not_on(device: int) -> str:
+    """Empty if the CUDA kernels run on the GPU of that index, else the reason why not and how to fix it."""
+    return status_on(device).reason
+
+
+def module_on(device: int) -> ModuleType:
+    """The module whose CUDA kernels run on the GPU of that index. Raises NativeUnavailableError if there is none."""
+    native = status_on(device)
+    if native.module is None:
+        raise NativeUnavailableError(f"npc_ext's CUDA kernels do not run on GPU {device}: {native.reason}")
+    return native.module
+
+
+@lru_cache(maxsize=1)
+def why_no_cuda() -> str:
+    """Empty if the module has CUDA kernels, else the reason why not and how to fix it."""
+    compiled = status().module
+    if compiled is None:
+        return status().reason
+    return "" if hasattr(compiled, "cuda") else _compiled_without_cuda(compiled)
+
+
+def _compiled_without_cuda(compiled: ModuleType) -> str:
+    reason = getattr(compiled, "why_no_cuda", "")
+    because = f" ({reason})" if reason else ""
+    path = Path(str(getattr(compiled, "__file__", "")))
+    if path.parent != _PACKAGE and path.is_absolute():
+        return f"the module was compiled without CUDA{because}; fix that and delete {path.parent} to compile it again"
+    return (
+        f"the module was compiled without CUDA{because}; install the CUDA toolkit (nvcc 12.1 or newer) and compile it "
+        "again: 'make' in a checkout, else 'pip install --force-reinstall --no-deps --no-binary npc_ext npc_ext'"
+    )

@@ -1,0 +1,134 @@
+"""The tap inside `nn.MultiheadAttention`: it measures the neurons of the input projection.
+
+The module projects its inputs to queries, keys and values, n = x W^T + b, in the middle of its forward pass. No module
+begins or ends there, so no hook sees them. Its forward pass is therefore replaced by torch's own code with one change:
+the functions of torch that compute the projection return tapped tensors. Masks, dropout, attention weights and all
+other options are torch's.
+
+In that code positions come first and samples second, with `batch_first` and without, and a single sample is a batch
+of one.
+"""
+
+from __future__ import annotations
+
+import builtins
+from collections.abc import Callable, Iterator
+from types import CodeType, FunctionType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .._torch import INPUT_PROJECTIONS
+from .layer import NeuronLayer
+from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_what_was_cleared, like
+
+_Projected = tuple[Tensor, Tensor, Tensor]
+
+
+class _Tap(torch.autograd.Function):
+    """Hands on queries, keys and values; the gradient of the sink is the importance of their neurons, in this order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, sink: Tensor, layer: NeuronLayer, batch_dim: int
+    ) -> _Projected:
+        ctx.save_for_backward(query, key, value)
+        ctx.layer, ctx.batch_dim = layer, batch_dim
+        return query.view_as(query), key.view_as(key), value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.compiler.is_compiling():
+            drop_what_was_cleared(ctx.layer)
+        pairs = zip(ctx.saved_tensors, gradients, strict=True)
+        parts = [ctx.layer.measure(like(gradient, n), gradient, 2, ctx.batch_dim) for n, gradient in pairs]
+        return *gradients, torch.cat(parts).to(torch.float32), None, None
+
+
+class AttentionForward(SharedStandIn):
+    """Stands in for the `forward` of a MultiheadAttention, as the module's attribute of that name; picklable with it.
+
+    It calls the class's own `forward` unless the module trains.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        super().__init__(module)
+        self._measured = self._tapped_forward()
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if not self._users or not self._module.training or not torch.is_grad_enabled():
+            return self._usual(self._module, *arguments, **options)
+        return self._measured(self._module, *arguments, **options)
+
+    def _tapped_forward(self) -> Callable[..., Any]:
+        projections = {name: self._tapped(getattr(F, name)) for name in INPUT_PROJECTIONS}
+        attention = _with_globals(F.multi_head_attention_forward, **projections)
+        functional = SimpleNamespace(**{**_used(self._usual, vars(F)), "multi_head_attention_forward": attention})
+        return _with_globals(self._usual, F=functional)
+
+    def _tapped(self, project: Callable[..., _Projected]) -> Callable[..., _Projected]:
+        def tapped(*arguments: Any) -> _Projected:
+            query, key, value = project(*arguments)
+            for hook in self._users:  # the taps of each optimizer of the model
+                if hook.measures(query) or hook.measures(key) or hook.measures(value):
+                    check_device(query, hook.layer)
+                    batch_dim = hook.point.batch_dim
+                    if self._module.batch_first:  # the module has exchanged its first two dimensions
+                        batch_dim = 1 - batch_dim
+                    query, key, value = _Tap.apply(query, key, value, hook.layer.sink, hook.layer, batch_dim)
+            return query, key, value
+
+        return tapped
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: own for name, own in self.__dict__.items() if name != "_measured"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._measured = self._tapped_forward()
+
+
+def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
+    """Measures a module's input projection from now on; returns a handle that undoes it by `remove()`.
+
+    Raises:
+        ValueError: `why_not` has an objection to the module.
+    """
+    if reason := why_not(module):
+        raise ValueError(f"the input projection of {module} cannot be measured: {reason}")
+    forward: AttentionForward = StandIn.of(module) or AttentionForward(module)
+    return forward.join(tap)
+
+
+def why_not(module: nn.MultiheadAttention) -> str:
+    """Why a module's input projection cannot be measured; empty if it can."""
+    if type(module).forward is not nn.MultiheadAttention.forward:
+        return "its class has a forward of its own"
+    if "forward" in module.__dict__ and not isinstance(StandIn.of(module), AttentionForward):
+        return "its forward has been replaced by somebody else"
+    known = set(_names(F.multi_head_attention_forward.__code__))
+    if not known.issuperset(INPUT_PROJECTIONS) or "F" not in _names(nn.MultiheadAttention.forward.__code__):
+        return f"torch {torch.__version__} computes it in a way that is not known"
+    return ""
+
+
+def _with_globals(function: Any, **replaced: Any) -> Any:
+    """A copy of a function that sees other values of some of the names in its module."""
+    own = {"__builtins__": vars(builtins), **_used(function, function.__globals__), **replaced}
+    copy = FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _used(function: Any, names: dict[str, Any]) -> dict[str, Any]:
+    """Those of the names that a function may ask for."""
+    return {name: names[name] for name in _names(function.__code__) if name in names}
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a comprehension's, for example
+            yield from _names(constant)

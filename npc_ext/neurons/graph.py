@@ -1,0 +1,391 @@
+"""The model as a graph, and the walk from a layer downstream to the points where its neurons can be measured."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import operator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._torch import as_written, compiled_from, version_of
+from .kinds import CONVOLUTIONS, NORMALIZATION, is_linear, is_managed, is_weighted, own_class, torch_class
+from .relu import ReLU
+
+_TRACED_INTO = (
+    nn.Sequential,
+    nn.ModuleList,
+    nn.ModuleDict,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+# f(s x) = s f(x) for s > 0, within each channel.
+_HOMOGENEOUS = {
+    *("ReLU", "LeakyReLU", "PReLU", "Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d"),
+    *("relu", "relu_", "leaky_relu", "leaky_relu_", "prelu", "dropout", "dropout1d", "dropout2d", "dropout3d"),
+    *("contiguous",),
+}
+_POOLING = {
+    *(f"{kind}Pool{d}d" for kind in ("Max", "Avg", "AdaptiveMax", "AdaptiveAvg", "LP") for d in (1, 2, 3)),
+    *(f"{kind}_pool{d}d" for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp") for d in (1, 2, 3)),
+}
+_OTHER_ACTIVATIONS = {
+    *("ELU", "CELU", "SELU", "GELU", "SiLU", "Mish", "Sigmoid", "Tanh", "Softplus", "Softsign", "Hardtanh", "ReLU6"),
+    *("Hardswish", "Hardsigmoid", "LogSigmoid", "Tanhshrink", "Softshrink", "Hardshrink", "Threshold", "AlphaDropout"),
+    *("elu", "celu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh", "softplus", "softsign", "hardtanh", "relu6"),
+    *("hardswish", "hardsigmoid", "logsigmoid", "tanhshrink", "softshrink", "hardshrink", "threshold"),
+    *("alpha_dropout", "sigmoid_", "tanh_", "elu_", "selu_", "celu_", "hardtanh_", "threshold_"),
+}
+_ASKS_FOR_SHAPE = {"size", "dim", "shape", "ndim", "dtype", "device", "getattr"}
+_VIEWS = {
+    *("view", "reshape", "flatten", "permute", "transpose", "squeeze", "unsqueeze", "getitem", "chunk", "split"),
+    *("Flatten", "Unflatten", "Identity", "view_as", "expand", "movedim", "contiguous", "unbind", "narrow", "select"),
+}
+
+
+def is_measuring_relu(module: nn.Module) -> bool:
+    """Whether a module is an `npc_ext.nn.ReLU`; a class derived from it may do something else, or something more."""
+    return type(module) is ReLU
+
+
+# --------------------------------------------------------------------------------------------------------- the graphs
+
+
+_IN_PLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "setitem")
+}
+
+
+class _Value(fx.Proxy):
+    """A stand-in that keeps `x += y` apart from `x + y`, and allows `x[i] = y`."""
+
+
+for _operator in _IN_PLACE_OPERATORS:
+
+    def _record(self: _Value, *arguments: Any, _operator: Any = _operator) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", _operator, (self, *arguments), {})
+
+    setattr(_Value, f"__{_operator.__name__}__", _record)
+
+
+class _Tracer(fx.Tracer):
+    """Goes into containers and users' modules, not into layers, nor into what torch.nn computes in one piece.
+
+    A module whose forward cannot be traced is one node of its caller's graph, and is listed in `opaque`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opaque: list[nn.Module] = []
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        before = len(self.graph.nodes)
+        if is_managed(m) and not self.is_leaf_module(m, ""):
+            forward = m.forward  # without fully_shard's hooks, which would gather the parameters
+        if isinstance(inner := compiled_from(m), nn.Module):
+            forward = inner
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        # The user's forward runs on stand-ins for tensors; whatever it raises means the same: not this way.
+        except Exception:
+            for node in reversed(list(self.graph.nodes)[before:]):
+                self.graph.erase_node(node)
+            if m not in self.opaque:
+                self.opaque.append(m)
+            return self.create_proxy("call_module", self.path_of_module(m), args, kwargs)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Value(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, torch.jit.ScriptModule) or is_weighted(m) or is_measuring_relu(m):
+            return True
+        return own_class(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
+
+
+class Graphs:
+    """The traced parts of a model: where each module is called, and what becomes of what it returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules = dict(model.named_modules())
+        self.calls: dict[str, list[fx.Node]] = {}
+        self._name = {module: name for name, module in self.modules.items()}
+        self._target: dict[fx.Node, str] = {}
+        self._opaque: set[str] = set()
+        self._traced: set[nn.Module] = set()
+        self._trace(model)
+        # Branches that the forward pass did not take, as another task's head, are graphs of their own.
+        for name, module in self.modules.items():
+            if name and not any(call == name or call.startswith(f"{name}.") for call in self.calls):
+                self._trace(module)
+
+    def _trace(self, module: nn.Module) -> None:
+        if is_weighted(module) or module in self._traced:
+            return
+        self._traced.add(module)
+        graph, opaque = _symbolic_trace(module)
+        for node in graph.nodes:
+            if node.op == "call_module":
+                called = module.get_submodule(str(node.target))
+                self._target[node] = self._name[called]  # a module may have several names; this is its first
+                self.calls.setdefault(self._name[called], []).append(node)
+        for part in opaque:
+            self._opaque.add(self._name[part])
+            for child in part.children():
+                self._trace(child)
+
+    def target(self, node: fx.Node) -> str:
+        """The full name of the module that a node calls."""
+        return self._target[node]
+
+    def operation(self, node: fx.Node) -> str:
+        """What a node does, by the name of its module's class in torch.nn, its function or its method."""
+        if node.op == "call_module":
+            return torch_class(self.modules[self.target(node)])
+        if node.op == "call_function":
+            return getattr(node.target, "__name__", "").removeprefix("boolean_dispatch.")
+        return str(node.target) if node.op == "call_method" else node.op
+
+    def kind(self, node: fx.Node, convolution: bool) -> str | None:
+        """Either "normalization", "homogeneous" or "activation"; None for everything that ends a walk."""
+        name = _POOLING_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
+        name = name or self.operation(node)
+        if name in NORMALIZATION:
+            return "normalization"
+        if name in _HOMOGENEOUS:
+            return "homogeneous"
+        if name in _POOLING:
+            indices = node.op == "call_module" and getattr(self.modules[self.target(node)], "return_indices", False)
+            return "homogeneous" if convolution and not indices and not node.kwargs.get("return_indices") else None
+        return "activation" if name in _OTHER_ACTIVATIONS else None
+
+    def consumers(self, node: fx.Node) -> list[fx.Node]:
+        """Who uses a value, apart from those who only ask for its shape."""
+        return [user for user in node.users if self.operation(user) not in _ASKS_FOR_SHAPE]
+
+    def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
+        """Whether a consumer overwrites the value, directly or through a view of it."""
+        name = self.operation(node)
+        if node.op == "call_module" and (
+            self.target(node) in self._opaque or getattr(self.modules[self.target(node)], "inplace", False)
+        ):
+            return True
+        if node.kwargs.get("inplace") or (len(name) > 1 and name.endswith("_") and not name.endswith("__")):
+            return True
+        if node.op == "call_function" and node.target in _IN_PLACE_OPERATORS:
+            return bool(node.args) and node.args[0] is value
+        if name in _VIEWS:
+            return any(self.works_in_place(user, node) for user in node.users) or "output" in {
+                user.op for user in node.users
+            }
+        return False
+
+    def is_overwritten(self, value: fx.Node) -> bool:
+        """Whether what follows a value works in place, or is out of sight."""
+        users = self.consumers(value)
+        return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
+
+    def leads_to(self, name: str, target: str) -> bool:
+        """Whether what a module returns reaches another one; True also where their way was not traced."""
+        starts, ends = self.calls.get(name, []), self.calls.get(target, [])
+        if not {node.graph for node in ends} <= {node.graph for node in starts}:
+            return True
+        reached = dict.fromkeys(starts)
+        waiting = list(reached)
+        while waiting:
+            users = [user for user in waiting.pop().users if user not in reached]
+            reached.update(dict.fromkeys(users))
+            waiting += users
+        return not ends or any(node in reached for node in ends)
+
+    def needs_copy(self, name: str) -> bool:
+        """Whether the output of a module is overwritten in any of its calls, or may be."""
+        return any(map(self.is_overwritten, self.calls.get(name, []))) or name not in self.calls
+
+    def measuring_points(self, name: str) -> tuple[list[tuple[str, str, bool]] | str, list[str], str]:
+        """Where to measure a layer: (module, "output" or "input", copy) for each of its calls, or why nowhere.
+
+        Also returns the modules on the way whose per-channel parameters belong to the neurons, and a note.
+        """
+        starts, at = self.calls.get(name, []), name
+        if not starts and name.endswith("out_proj"):  # attention never calls it as a module
+            owner = name.rpartition(".")[0]
+            if isinstance(self.modules[owner], nn.MultiheadAttention):
+                starts, at = self.calls.get(owner, []), owner
+        if not starts:
+            return [(at, "output", True)], [], ""
+        convolution = not is_linear(self.modules[name])
+        walks = [_Walk(self, start, convolution) for start in starts]
+        own = {node for walk in walks for node in walk.values}
+        choices = [walk.choose(own) for walk in walks]
+        scales = [
+            self.target(node)
+            for node in walks[0].values[1:]
+            if node.op == "call_module"
+            and all(call in own for call in self.calls[self.target(node)])
+            # Behind a convolution their scales count positions.
+            and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
+        ]
+        if any(isinstance(choice, str) for choice in choices):
+            return next(choice for choice in choices if isinstance(choice, str)), [], ""
+        points = {choice[:2]: choice for choice in choices if not isinstance(choice, str)}
+        if any(
+            where == "output" and self._walks_through(module, walks) > sum(c[:2] == (module, where) for c in choices)
+            for module, where in points
+        ):
+            # A tap sees every call of its module, so a call that chose another point would count twice.
+            if any("normalization" in walk.kinds for walk in walks):
+                return (
+                    "it is called several times, and not all calls can be measured at the same place behind their "
+                    "normalization",
+                    [],
+                    "",
+                )
+            points = {(at, "output"): (at, "output", any(map(self.is_overwritten, starts)), "")}
+        copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
+        note = next((choice[3] for choice in points.values() if choice[3]), "")
+        return [(*key, copies.get(key, True) or points[key][2]) for key in points], scales, note
+
+    def _walks_through(self, module: str, walks: list[_Walk]) -> int:
+        return sum(any(call in walk.values for call in self.calls[module]) for walk in walks)
+
+
+class _Walk:
+    """The way of one call's result downstream: `values[i]` becomes `values[i + 1]` by an operation of `kinds[i]`."""
+
+    def __init__(self, graphs: Graphs, start: fx.Node, convolution: bool) -> None:
+        self.graphs = graphs
+        self.values, self.kinds = [start], list[str]()
+        while len(users := graphs.consumers(self.values[-1])) == 1 or self._is_attention():
+            if self._is_attention():  # a tuple of the output and the attention weights
+                users = [u for u in users if u.target is operator.getitem and u.args[1] == 0]
+                if len(users) != 1:
+                    return
+                self.kinds.append("homogeneous")
+                self.values.append(users[0])
+                continue
+            kind = graphs.kind(users[0], convolution)
+            if kind is None or users[0].args[:1] != (self.values[-1],):
+                return
+            self.kinds.append(kind)
+            self.values.append(users[0])
+
+    def _is_attention(self) -> bool:
+        return len(self.values) == 1 and self.graphs.operation(self.values[0]) == "MultiheadAttention"
+
+    def choose(self, own: set[fx.Node]) -> tuple[str, str, bool, str] | str:
+        """The last point that a hook can reach, or one that is equal to it; a note, or why there is none.
+
+        `own` are all values of this layer: a module that is called for another layer too is out of the question.
+        """
+        last = len(self.values) - 1
+        equal = last  # from here on every operation is homogeneous, so importance is the same
+        while equal > 0 and self.kinds[equal - 1] == "homogeneous":
+            equal -= 1
+        for at in range(last, equal - 1, -1):
+            if (point := self._output(at, own)) and not point[2] and is_measuring_relu(self.graphs.modules[point[0]]):
+                return (*point, "")
+        # A convolution's input is kept for its own backward pass: measuring there costs no memory. Another consumer's
+        # input comes second, because which head consumes it may change from task to task.
+        for at in range(last, equal - 1, -1):
+            if point := self._output(at, own) or self._input(at, own, CONVOLUTIONS):
+                return (*point, "")
+        for at in range(last, equal - 1, -1):
+            if point := self._input(at, own, nn.Module):
+                return (*point, "")
+        for at in range(equal - 1, -1, -1):
+            if self.kinds[at] == "normalization":
+                return (
+                    "a normalization follows that no module's output or input comes behind: make that normalization or "
+                    "what follows it a module that is used once, or name a place with measure_at"
+                )
+            if point := self._output(at, own) or self._input(at, own, nn.Module):
+                name = self.graphs.operation(self.values[at + 1])
+                return (*point, f"measured before {name}, which is not a module that is used once")
+        return "no module's output or input shows its activation: name a place with measure_at"
+
+    def _output(self, at: int, own: set[fx.Node]) -> tuple[str, str, bool] | None:
+        node = self.values[at]
+        if at == 1 and self._is_attention():  # its tuple's first element, which a hook can reach
+            node = self.values[0]
+        if node.op != "call_module" or not self._is_only_ours(node, own):
+            return None
+        return self.graphs.target(node), "output", self.graphs.is_overwritten(self.values[at])
+
+    def _input(self, at: int, own: set[fx.Node], consumer: Any) -> tuple[str, str, bool] | None:
+        users = self.graphs.consumers(self.values[at])
+        if len(users) != 1 or users[0].op != "call_module" or users[0].args[:1] != (self.values[at],):
+            return None
+        target = self.graphs.target(users[0])
+        if not isinstance(self.graphs.modules[target], consumer) or len(self.graphs.calls[target]) > 1:
+            return None
+        return target, "input", self.graphs.works_in_place(users[0], self.values[at])
+
+    def _is_only_ours(self, node: fx.Node, own: set[fx.Node]) -> bool:
+        calls = self.graphs.calls[self.graphs.target(node)]
+        return all(call in own for call in calls) and sum(call in self.values for call in calls) == 1
+
+
+# torch.nn.functional wraps pooling in dispatchers that do not carry the function's name.
+_POOLING_FUNCTIONS: dict[Any, str] = {
+    function: name for name in _POOLING if (function := getattr(nn.functional, name, None)) is not None
+}
+
+
+def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
+    """The module's graph, empty if it cannot be traced, and the modules in it that cannot. Leaves no trace in them."""
+    defaults: dict[str, Any] = {}
+    with contextlib.suppress(TypeError, ValueError):
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(module.forward).parameters.items()
+            if parameter.default is not inspect.Parameter.empty
+        }
+    for concrete in [defaults, None] if defaults else [None]:
+        tracer = _Tracer()
+        # As in `_Tracer.call_module`, whatever it raises means: not this way.
+        with contextlib.suppress(Exception), _unchanged(module), _no_fast_path(), as_written():
+            return tracer.trace(module, concrete_args=concrete), tracer.opaque
+    return fx.Graph(), [module]
+
+
+@contextlib.contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Undoes what a forward pass on stand-ins leaves in modules' attributes and buffers, and in the random state."""
+    saved = [(m, dict(m.__dict__)) for m in module.modules()]
+    containers = [(c, c.copy()) for _, own in saved for c in own.values() if isinstance(c, (dict, list, set))]
+    buffers = [(b, version_of(b), b.detach().clone()) for b in module.buffers()]
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for m, attributes in saved:
+                m.__dict__.clear()
+                m.__dict__.update(attributes)
+            for container, entries in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(entries)
+            for buffer, version, value in buffers:
+                if version_of(buffer) != version:
+                    with torch.no_grad():
+                        buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def _no_fast_path() -> Iterator[None]:
+    """Transformer layers choose an inference path by the shapes of their input, which stand-ins do not have."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)

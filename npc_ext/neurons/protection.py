@@ -1,0 +1,99 @@
+"""Which share of what an optimizer trains is protected, and a warning where that is little."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .._warn import warn
+from .tap import ImportanceWarning
+
+_LEAST_SHARE = 0.5
+_MOST_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Protection:
+    """How many elements of parameters an optimizer trains, and how many of them are protected.
+
+    Attributes:
+        trained: elements that require a gradient and that the optimizer moves.
+        protected: those among them that learn at their neuron's (or connection's) rate.
+        chosen: those that do not, because the user said so (consolidate=False).
+    """
+
+    trained: int
+    protected: int
+    chosen: int
+
+    @classmethod
+    def of(cls, trained: Iterable[Tensor], protected: Collection[int], chosen: Collection[int] = ()) -> Protection:
+        """Counts elements of parameters; `protected` and `chosen` are ids of them."""
+        of_all = [one for one in trained if one.requires_grad]
+        return cls(
+            sum(one.numel() for one in of_all),
+            sum(one.numel() for one in of_all if id(one) in protected),
+            sum(one.numel() for one in of_all if id(one) in chosen),
+        )
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1; 1 if nothing is trained."""
+        return self.protected / self.trained if self.trained else 1.0
+
+    def is_little(self) -> bool:
+        """Whether more than a half is not protected without anybody having said so."""
+        return self.trained - self.protected - self.chosen > (1 - _LEAST_SHARE) * self.trained
+
+    def __str__(self) -> str:
+        return f"protected: {self.protected:,} of {self.trained:,} trained elements ({_percent(self.share)})"
+
+
+def warn_if_little(
+    protection: Protection, model: nn.Module, unprotected: Iterable[Tensor], units: str, advice: str
+) -> None:
+    """Warns, naming where most of the rest is, if more than half of the trained elements are unprotected.
+
+    Args:
+        protection: the counts.
+        model: the network.
+        unprotected: trained parameters that are not protected, apart from those for which that was chosen.
+        units: what is protected, "neurons" or "connections".
+        advice: what can be done, a part of a sentence.
+    """
+    if not protection.is_little():
+        return
+    rest = ", ".join(_largest(model, unprotected, protection.trained))
+    warn(
+        f"only {_percent(protection.share)} of the elements that are trained belong to {units} that are protected; "
+        f"the rest forgets: {rest}. {advice}",
+        ImportanceWarning,
+    )
+
+
+def _largest(model: nn.Module, parameters: Iterable[Tensor], trained: int) -> list[str]:
+    """The classes of modules that hold most of the parameters, each with its share of all trained elements."""
+    owner_of: dict[int, tuple[str, str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owner_of.setdefault(id(parameter), (type(module).__name__, name))
+    sizes: dict[str, int] = {}
+    names: dict[str, dict[str, None]] = {}  # an ordered set
+    for parameter in parameters:
+        kind, name = owner_of.get(id(parameter), ("parameters outside of the model", ""))
+        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
+        names.setdefault(kind, {})[name] = None
+    largest = sorted(sizes, key=lambda kind: -sizes[kind])[:_MOST_NAMED]
+    return [f"{_named(kind, list(names[kind]))}: {_percent(sizes[kind] / trained)}" for kind in largest]
+
+
+def _named(kind: str, names: list[str]) -> str:
+    if not names[0]:
+        return kind
+    return f"{kind} {names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.{0 if share in (0, 1) or 0.01 <= share <= 0.99 else 2}f} %"

@@ -1,0 +1,100 @@
+"""Modules that measure importance in the backward pass which they have anyway.
+
+ReLU's backward pass reads its output y and the gradient dL/dy: the two tensors from which the importance at its output
+is computed, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). Taken on the way it costs no reading of its
+own, and no memory: y is kept for ReLU's backward in any case.
+
+>>> model = nn.Sequential(nn.Linear(784, 100), npc_ext.nn.ReLU(), nn.Linear(100, 10))
+>>> optimizer = NPC(model)  # measures layer "0" inside of module "1", without a tap
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .layer import NeuronLayer, TapPoint
+from .tap import TapHook, checked_dims, for_sink, like, tap
+
+
+class ReLU(nn.ReLU):
+    """`torch.nn.ReLU`, never in place, in whose backward pass an optimizer may have its layer's importance measured.
+
+    Optimizers find it by themselves, where it is used for one layer only and nothing works in place on what it returns
+    (`print(optimizer.neurons)` says "in its backward pass"); elsewhere, and without an optimizer, it is
+    `torch.nn.ReLU`.
+
+    Shape:
+        Input and output: any shape, (*).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taps: OrderedDict[int, TapHook] = OrderedDict()
+
+    def attach(self, hook: TapHook) -> _Handle:
+        """Has the hook's layer measured here, until the handle that it returns is removed."""
+        key = next(reversed(self._taps), 0) + 1
+        self._taps[key] = hook
+        return _Handle(self, key)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """max(input, 0)."""
+        if torch.jit.is_scripting():  # which knows nothing of taps
+            return F.relu(input)
+        else:
+            return self._measured(input)
+
+    def _measured(self, input: Tensor) -> Tensor:
+        hooks = [hook for hook in self._taps.values() if hook.measures(input)]
+        if not hooks:
+            return F.relu(input)
+        if hooks[0].layer.resting:  # gradients may end here
+            output = F.relu(input)
+        else:
+            output = _relu(input, hooks[0].layer, hooks[0].point)
+            hooks = hooks[1:]  # of other optimizers
+        for hook in hooks:
+            output = tap(output, hook.layer, hook.point)
+        return output
+
+
+@dataclass(frozen=True)
+class _Handle:
+    module: ReLU
+    key: int
+
+    def remove(self) -> None:
+        self.module._taps.pop(self.key, None)  # torch.export has put an equal dictionary in the place of the first one
+
+
+def _relu(input: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
+    """max(input, 0), with the measuring of `layer` in its backward pass; raises as `tap` does."""
+    if input.ndim == point.unbatched_ndim:  # a batch of one
+        return _relu(input.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
+    return _MeasuredReLU.apply(input, layer.sink, layer, *checked_dims(input, layer, point))
+
+
+class _MeasuredReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, sink: Tensor, layer: NeuronLayer, channel_dim: int, batch_dim: int) -> Tensor:
+        output = torch.relu(input)
+        ctx.save_for_backward(output)
+        ctx.layer, ctx.dims = layer, (channel_dim, batch_dim)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        layer, output = ctx.layer, like(gradient, *ctx.saved_tensors)
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated in its turn
+            output = output.detach()
+            grad_input = torch.ops.aten.threshold_backward(gradient, output, 0)
+            importance = layer.measure(output, gradient.detach(), *ctx.dims)
+        else:
+            grad_input, importance = layer.relu_backward(output, gradient, *ctx.dims)
+        return grad_input, for_sink(importance, layer, output, gradient, *ctx.dims), None, None, None

@@ -1,0 +1,323 @@
+"""The tap: an identity in the forward pass whose backward pass measures importance.
+
+A hook puts it behind a layer's measuring point. Its backward hands the gradient on unchanged and gives the importance
+a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) to the layer's sink, a small leaf tensor, as the sink's
+gradient. So importance behaves like any gradient: autograd adds it up over micro-batches and over the calls of a
+module, checkpointing and torch.compile follow it, and clearing it is clearing a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pass, version_of
+from .._warn import warn
+from .layer import NeuronLayer, TapPoint
+
+# Before a normalization the gradient sums to zero but for rounding: this share of the absolute sum in float32.
+_ZERO_GRADIENT = 1e-5
+# How often a layer may be taken for one before a normalization by chance, when its activations and gradients are as
+# unrelated as random numbers.
+_FALSE_ALARMS = 1e-6
+# Halves are so coarse that the gradients of few channels may all sum to zero by chance.
+_FEWEST_NEURONS_IN_HALVES = 5
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
+
+
+class ImportanceWarning(UserWarning):
+    """Something about the importance of a layer is not as it should be; the message names the layer."""
+
+
+class _Tap(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activation: Tensor,
+        sink: Tensor,
+        layer: NeuronLayer,
+        channel_dim: int,
+        batch_dim: int,
+        copy: bool,
+        note_rest: Callable[[], None] | None,
+        *constants: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(activation)
+        ctx.layer, ctx.dims, ctx.note_rest, ctx.constants = layer, (channel_dim, batch_dim), note_rest, constants
+        return activation.clone() if copy else activation.view_as(activation)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        activation = like(gradient, *ctx.saved_tensors)
+        importance = ctx.layer.measure(activation, gradient, *ctx.dims)
+        of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
+        if ctx.note_rest is not None:
+            ctx.note_rest()
+        return gradient, of_sink, None, None, None, None, None, *map(left_out_like, ctx.constants)
+
+
+def like(gradient: Tensor, activation: Tensor) -> Tensor:
+    """The activation in its gradient's dtype."""
+    return activation if activation.dtype == gradient.dtype else activation.to(gradient.dtype)
+
+
+def for_sink(
+    importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
+) -> Tensor:
+    """What was measured as the gradient of the layer's sink; the first time, warns if it cannot be right."""
+    if not torch.compiler.is_compiling():
+        drop_what_was_cleared(layer)
+        if not layer.checked and not _is_captured(gradient):
+            layer.checked = True
+            _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
+    return importance if importance.dtype == torch.float32 else importance.to(torch.float32)
+
+
+def left_out_like(parameter: Tensor) -> Tensor:
+    """A gradient that was not computed: negative zeros, which tell it from one that was cleared in place (0.0)."""
+    return torch.full_like(parameter, -0.0)
+
+
+def drop_what_was_cleared(layer: NeuronLayer) -> None:
+    """Drops the importance of earlier backward passes if their gradients have been cleared since, by anybody.
+
+    Called in a backward pass before the layer's sink and parameters receive anything of it. A backward pass raises the
+    version of the weight's gradient by one. If the version is another one, somebody has written to the gradient: set it
+    to zero, or clipped or unscaled it. Then its values decide, on the device, so that nothing waits for a GPU.
+    """
+    backward_pass = current_backward_pass()
+    if layer.last_backward_pass == backward_pass:  # the layer is used several times in it
+        return
+    layer.last_backward_pass = backward_pass
+    gradient = layer.parameters[0].parameter.grad
+    expected = gradient is not None and version_of(gradient) == layer.expected_version
+    if not expected and layer.sink.grad is not None:
+        gradients = [one.grad for one in layer.trained() if one.grad is not None]
+        if not gradients:
+            if layer.has_gradients:
+                layer.sink.grad = None
+                layer.forget_left_out()
+        elif not layer.sharded:
+            with torch.no_grad():
+                kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
+                layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), -0.0)
+    layer.expected_version = 0 if gradient is None else version_of(gradient) + 1
+    if layer.sharded:
+        layer.has_gradients = False
+        after_backward(layer.note_gradients)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured, in which no value can be looked at."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
+    """Returns `activation`, or a copy of it where `point.copy`, with the measuring of `layer` in its backward pass.
+
+    The parameters of a layer that rests get gradients of zeros here (skipping/constants.py).
+
+    Raises:
+        ValueError: the tensor does not hold the layer's neurons where the point says.
+        RuntimeError: it is on another device than the layer's importance.
+    """
+    if activation.ndim == point.unbatched_ndim:  # a batch of one
+        return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
+    dims = checked_dims(activation, layer, point)
+    if not layer.resting:
+        return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)
+    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *layer.trained())
+
+
+def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
+    """The dimensions of an activation, with samples, that count neurons and samples; raises as `tap` does."""
+    channel_dim = point.channel_dim % activation.ndim
+    # (B, N) has no positions, whichever dimension counts samples in longer shapes.
+    batch_dim = 0 if activation.ndim == 2 else point.batch_dim
+    if activation.ndim < 2 or activation.shape[channel_dim] != layer.neurons:
+        weight = layer.parameters[0]
+        neurons = weight.parameter.shape[weight.dim] * weight.groups
+        if neurons != layer.neurons:
+            raise ValueError(
+                f"layer {layer.name!r} has {neurons} neurons now, but had {layer.neurons} when the optimizer was "
+                "built; build a new one, which takes over the importance of the first neurons, as in "
+                "NPC(model, ...).load_importance(optimizer)"
+            )
+        raise ValueError(
+            f"the {point} gave a tensor of shape {tuple(activation.shape)}, but layer {layer.name!r} has "
+            f"{layer.neurons} neurons, expected in dimension {point.channel_dim}; name another place with "
+            f"layers={{{layer.name!r}: {{'measure_at': ...}}}}"
+        )
+    check_device(activation, layer)
+    return channel_dim, batch_dim
+
+
+def check_device(activation: Tensor, layer: NeuronLayer) -> None:
+    """Raises RuntimeError if a layer's activation is on another device than its importance."""
+    if activation.device != layer.sink.device:
+        raise RuntimeError(
+            f"layer {layer.name!r} runs on {activation.device}, but its importance is on {layer.sink.device}; "
+            "build the optimizer after moving the model"
+        )
+
+
+def _refuse_script(*_: Any) -> Any:
+    raise AttributeError(
+        "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
+        "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
+        "model that has loaded model.state_dict()"
+    )
+
+
+class Unscriptable:
+    """A hook that torch.jit.script cannot compile.
+
+    It asks hooks for `__name__`, and shows the error. To others an AttributeError says that there is no such attribute.
+    """
+
+    __name__ = property(_refuse_script)
+
+
+class StandIn:
+    """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module: Any = module
+        self._usual: Callable[..., Any] = type(module).forward  # the class's own
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """Takes what the module's forward takes."""
+        raise NotImplementedError
+
+    @property
+    def __code__(self) -> CodeType:  # torch.export looks for the names of arguments
+        return self._usual.__code__
+
+    @staticmethod
+    def of(module: nn.Module) -> Any:
+        """The object that stands in for a module's `forward`, or whose method does; None without such an attribute."""
+        forward = module.__dict__.get("forward")
+        return forward if isinstance(forward, StandIn) else getattr(forward, "__self__", None)
+
+    def _enter(self) -> None:
+        self._module.forward = self.__call__ if TRACES_BOUND_FORWARDS else self
+        self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
+
+    def _exit(self) -> None:
+        """Takes itself out of the module, if it is still there."""
+        if StandIn.of(self._module) is self:
+            del self._module.forward, self._module.__prepare_scriptable__
+
+
+class SharedStandIn(StandIn):
+    """A stand-in for what each of its users adds, a tap or a layer of each optimizer of the model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self._users: list[Any] = []  # it is in the module as long as there are some
+
+    def join(self, user: Any) -> StandInHandle:
+        """Puts it into the module for one more user; the handle's `remove()` undoes that."""
+        self._users.append(user)
+        self._enter()
+        return StandInHandle(self, user)
+
+    def leave(self, user: Any) -> None:
+        """Takes it out of the module with the last user, if it is still there."""
+        self._users.remove(user)
+        if not self._users:
+            self._exit()
+
+
+@dataclass(frozen=True)
+class StandInHandle:
+    """One user's part in a stand-in."""
+
+    stand_in: SharedStandIn
+    user: Any
+
+    def remove(self) -> None:
+        """Ends it."""
+        self.stand_in.leave(self.user)
+
+
+class TapHook(Unscriptable):
+    """Forward hook, or forward pre-hook, that taps what a module returns or takes; picklable with the model.
+
+    It measures only where gradients flow and the layer is training, so evaluation costs nothing.
+    """
+
+    def __init__(self, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
+        self.layer, self.point, self.weighted = layer, point, weighted
+
+    def measures(self, value: Any) -> bool:
+        """Whether `value` is to be tapped, at this moment."""
+        if not isinstance(value, Tensor) or not torch.is_grad_enabled():
+            return False
+        if not value.requires_grad and not self.layer.resting:
+            return False
+        if not self.weighted.training or not self.layer.trains():
+            return False
+        return not torch.jit.is_tracing()  # its graphs have no place for importance
+
+    def _tapped(self, value: Any) -> Tensor | None:
+        """The tapped tensor, or None to leave `value` as it is."""
+        return tap(value, self.layer, self.point) if self.measures(value) else None
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Any:
+        """As a forward hook it is called with the output, as a forward pre-hook without."""
+        values = output[0] if output else inputs
+        if not isinstance(values, tuple):
+            return self._tapped(values)
+        tapped = self._tapped(values[0]) if values else None
+        return None if tapped is None else (tapped, *values[1:])
+
+
+def _check_not_before_normalization(
+    layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
+) -> None:
+    """Warns if the importance is next to zero by construction, as it is before a normalization whatever the data.
+
+    Instance norm changes neither with the mean nor with the scale of one channel of one sample, so every channel's
+    gradient and importance sum to zero over positions; before batch norm they do over samples and positions. (Layer and
+    group norm do not change with those of several channels together, which sum to zero before layers far upstream of
+    any normalization too, and so say nothing.)
+    """
+    if layer.neurons == 1:  # its scale is the sample's scale, see above
+        return
+    u = torch.finfo(gradient.dtype).eps / 2
+    if u > _ZERO_GRADIENT and layer.neurons < _FEWEST_NEURONS_IN_HALVES:
+        return
+    gradient, activation = (
+        t.detach().double().movedim((batch_dim, channel_dim), (0, 1)).reshape(t.shape[batch_dim], layer.neurons, -1)
+        for t in (gradient, activation)
+    )
+    product = activation * gradient
+    if not product.any():
+        return
+    for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
+        terms = product.numel() / product.sum(dims).numel()
+        zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
+        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization hands it back to its input.
+        # The importance is zero, too, but for the eps added to the variance. Unrelated numbers leave about
+        # 1 / sqrt(terms) of the absolute sum; that all channels stay below a part of that is improbable.
+        zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
+        if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
+            warn(
+                f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
+                f"zero but for rounding, as it is before {kind}; measure it behind that: "
+                f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
+                ImportanceWarning,
+            )
+            return
+
+
+def _cancels(values: Tensor, dims: tuple[int, ...], share: float) -> bool:
+    """Whether in each channel of (B, N, P) the sums over `dims` are at most `share` of those of absolute values."""
+    signed, absolute = values.sum(dims, keepdim=True).abs().sum(0), values.abs().sum((0, 2)).unsqueeze(1)
+    return bool((signed <= share * absolute).all())

@@ -1,0 +1,1 @@
+"""NPC and its relatives, as `torch.optim.Optimizer`s."""

@@ -1,0 +1,155 @@
+"""NPC with the step of AdamW, as a `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops, reference
+from ..distributed.shards import local
+from ..kernels import launch
+from .options import PLASTIC_OPTIONS, check_number, check_plasticity_options
+from .plan import PlasticPlan
+from .plastic import Plastic
+
+
+class NPCAdamW(Plastic):
+    """AdamW whose steps shrink, neuron by neuron, with the neuron's importance to what was learned before.
+
+    Importance is measured and averaged as in `NPC` (eqs. 2 to 4). Of AdamW's step, weight decay included, neuron i
+    takes the share
+
+        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                                (eq. 7)
+
+    as in `NPC`. Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. When it freezes,
+    its first moment is cleared, so that nothing old moves it once it thaws. The whole step is one call of a compiled
+    kernel.
+    Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
+    1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+
+    Use it as `torch.optim.AdamW`, with the model in place of its parameters. `PlasticityWrapper` does the same around
+    any optimizer, at the price of a copy; there, moments of frozen neurons follow their gradients.
+
+    Args:
+        model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen,
+            process_group, backend: as in `NPC`.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments are float32 also for half-precision weights.
+        alpha, beta, delta: as in `NPC`; `beta` is not one of `betas`.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained belong to no neuron.
+
+    Example:
+        >>> optimizer = NPCAdamW(model, lr=1e-3)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
+    """
+
+    _OPTIONS: ClassVar[tuple[str, ...]] = (
+        *("alpha", "beta", "delta", "betas", "eps", "weight_decay", "maximize"),
+        *PLASTIC_OPTIONS,
+    )
+    _BESIDE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        delta: float = 1 - 2e-4,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
+        *,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        stochastic_rounding: bool = False,
+        normalize: Literal["all", "active"] = "all",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        others: Literal["train", "freeze"] = "train",
+        skip_frozen: bool | Literal["layers"] = True,
+        process_group: Any = "auto",
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "alpha": alpha,
+            "beta": beta,
+            "delta": delta,
+            "sigma": sigma,
+            "maximize": maximize,
+            "normalize": normalize,
+            "stochastic_rounding": stochastic_rounding,
+        }
+        super().__init__(
+            model,
+            params,
+            defaults,
+            backend,
+            layers=layers,
+            others=others,
+            skip_frozen=skip_frozen,
+            process_group=process_group,
+        )
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        for name in ("lr", "eps", "weight_decay"):
+            check_number(name, options[name], where)
+        betas = options["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_decay, betas)):
+            raise ValueError(f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999)")
+        check_plasticity_options(options, where)
+
+    def _has_momentum(self, group: Mapping[str, Any]) -> bool:
+        return False
+
+    def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+        return True
+
+    def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
+        state, dtype = self.state[parameter], reference.compute_dtype(parameter.dtype)
+        for name in self._BESIDE:
+            if state.get(name) is None:
+                state[name] = torch.zeros_like(parameter, dtype=dtype)
+        super()._create_state(parameter, group)
+
+    def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
+        return local(state["exp_avg"])
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
+        common, groups = self._common(device, members), [group for _, group in members]
+        layers, of_parameters, of_layers = self._neuron_options(common["owners"])
+        betas = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
+        options = (
+            *of_parameters,
+            common["rates"],
+            *betas,
+            *([group[name] for group in groups] for name in ("eps", "weight_decay", "maximize")),
+            *of_layers,
+        )
+        return self._plastic_plan(common, layers, options, launch.AdamTables)
+
+    def _launch(self, plan: PlasticPlan) -> None:
+        beside = [plan.beside(name) for name in (*self._BESIDE, "step")]
+        network = [plan.parameters, plan.gradients(), *beside, plan.importances]
+        measured = [self._consolidated[index].sink.grad for index in plan.layers]
+        if plan.tables is not None:
+            fused: Callable[..., None] = launch.adam_update_
+            fused(plan.tables, *network, measured, plan.skipped, plan.layers, None, None, plan.seeds)
+            return
+        update: Callable[..., None] = reference.adam_update_ if self._backend == "reference" else ops.adam_update_
+        with plan.without_kernels(measured) as (sums, skipped):
+            update(*network, sums, skipped, *plan.options, None, None, plan.first_neuron, plan.seeds)
+
+
+def _is_decay(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1

@@ -1,0 +1,541 @@
+"""Learning rates for every neuron around any optimizer, by scaling what it does to the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms.join import Joinable, JoinHook
+
+from .. import reference
+from ..distributed.shards import local
+from ..distributed.sinks import SinksJoinHook
+from ..kernels import launch
+from ..neurons.table import Neurons
+from .base import uncompiled
+from .npc import NPC
+from .plan import PlasticPlan
+from .plastic import Plastic
+from .plasticity import LayerPlasticity
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+BUCKET_BYTES = 64 * 2**20
+# Under this name schedule-free optimizers keep the second weights, between which and the parameters train() and eval()
+# interpolate.
+SECOND_WEIGHTS = "z"
+_FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
+
+
+class PlasticityWrapper(torch.optim.Optimizer, Joinable):
+    """Any optimizer, with a learning rate for every neuron that falls with the neuron's importance.
+
+    Each step lets the optimizer move the weights, and then takes back a part of the movement, neuron by neuron:
+
+        w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
+
+    with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's own state
+    follows the gradients of all of them, but when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set
+    to 0, once. With normalize="active" the weights of a neuron that received no gradient stay, but its state changes as
+    the optimizer changes it.
+
+    It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
+    bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
+    bucket, with only its parameters in the groups. Counters that it keeps in its groups or as numbers in itself count
+    one step.
+
+    Schedule-free optimizers, which have `train()` and `eval()`, keep two sets of weights. Neurons take their share of
+    the movement of both, and where s_i = 0 both are the same: such neurons are bit-identical in both modes.
+
+    Args:
+        optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
+        model: the network.
+        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`. Models may be
+            sharded by `fully_shard`, too, before both are built.
+        bucket_bytes: the most bytes of weights that are copied at a time, except for larger single parameters.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+
+    Warns:
+        ImportanceWarning: more than half of the elements that are trained belong to no neuron.
+
+    Example:
+        >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: nn.Module,
+        alpha: float = 0.5,
+        beta: float = 0.5,
+        delta: float = 1 - 2e-4,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
+        *,
+        normalize: Literal["all", "active"] = "all",
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        process_group: Any = "auto",
+        backend: Literal["auto", "native", "reference"] = "auto",
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(
+                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
+                "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
+            )
+        if isinstance(optimizer, tuple(_WHY_NOT)):
+            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it " + _WHY_NOT[_kind(optimizer)])
+        if bucket_bytes < 1:
+            raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
+        self.optimizer, self._bucket_bytes = optimizer, bucket_bytes
+        self._tracker = _Tracker(
+            model,
+            lr=1.0,
+            alpha=alpha,
+            beta=beta,
+            delta=delta,
+            sigma=sigma,
+            params=[parameter for group in optimizer.param_groups for parameter in group["params"]],
+            normalize=normalize,
+            layers=layers,
+            skip_frozen=False,
+            process_group=process_group,
+            backend=backend,
+        )
+        self._tracker.wrapped = optimizer
+        if not self._tracker.plasticity():
+            self._tracker.neurons.detach()
+            raise ValueError(
+                f"none of the {type(optimizer).__name__}'s parameters belongs to a neuron of the model, so nothing "
+                "would be protected; build the optimizer on the parameters of the model that is passed here and "
+                "trained (not of a copy, and after fully_shard)"
+            )
+        self._tracker.warn_if_little_is_protected()
+        super().__setstate__({})  # the hooks of torch.optim.Optimizer; groups and state are the optimizer's own
+
+    # ------------------------------------------------------------------------------------------- the optimizer's own
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those of the wrapped optimizer."""
+        return self.optimizer.param_groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """That of the wrapped optimizer; importance is in `plasticity()`."""
+        return self.optimizer.state
+
+    @property
+    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+        """Those of the wrapped optimizer."""
+        return self.optimizer.defaults
+
+    @property
+    def neurons(self) -> Neurons:
+        """Which neurons there are, and where they are measured; printing it shows a table."""
+        return self._tracker.neurons
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters with options of their own to the wrapped optimizer; the model is searched again."""
+        self.optimizer.add_param_group(param_group)
+        added = self.optimizer.param_groups[-1]["params"]
+        try:
+            self._tracker.add_param_group({"params": list(added)})
+        except Exception:
+            self.optimizer.param_groups.pop()
+            raise
+
+    @property
+    def train(self) -> Callable[[], Any]:
+        """That of the wrapped optimizer; schedule-free optimizers have one, others raise AttributeError."""
+        return self.optimizer.train  # type: ignore[attr-defined]
+
+    @property
+    def eval(self) -> Callable[[], Any]:
+        """That of the wrapped optimizer, as `train`."""
+        return self.optimizer.eval  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of all parameters, and the importance measured since the last step."""
+        if torch.compiler.is_dynamo_compiling():
+            uncompiled(PlasticityWrapper.zero_grad, self, set_to_none)
+            return
+        self.optimizer.zero_grad(set_to_none)
+        self._tracker.forget_measured()
+
+    # ------------------------------------------------------------------------------------------------------ the step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the wrapped optimizer, of which every neuron takes its share.
+
+        Args:
+            closure: evaluates the model again and returns the loss; it is called once.
+
+        Returns:
+            What `closure` returned, or None.
+
+        Raises:
+            RuntimeError: gradients are there, but no importance was measured at all; or a schedule-free optimizer is
+                not in training mode.
+
+        If the wrapped optimizer's own step raises, importance is updated already, and some weights may have moved.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return uncompiled(PlasticityWrapper._step, self, closure)
+        return self._step(closure)
+
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._only_makes_state():
+            self.optimizer.step()
+        else:
+            if self._has_modes and not all(group.get("train_mode", True) for group in self.param_groups):
+                raise RuntimeError(
+                    f"the {type(self.optimizer).__name__} is not in training mode; call optimizer.train() before "
+                    "training, and optimizer.eval() before evaluating or saving the model"
+                )
+            self._tracker.follow_groups()
+            self._tracker.step()
+            with torch.no_grad():
+                self._take_steps()
+        return loss
+
+    def _only_makes_state(self) -> bool:
+        """Whether nothing was measured and nothing can move: torch.distributed.checkpoint has states made so."""
+        unmeasured = all(layer.sink.grad is None for layer in self.neurons)
+        return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
+
+    @property
+    def _has_modes(self) -> bool:
+        """Whether the optimizer is schedule-free."""
+        return hasattr(self, "train") and hasattr(self, "eval")
+
+    def _take_steps(self) -> None:
+        """Has the optimizer move the parameters, those that are protected bucket by bucket."""
+        trained = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        shares = {id(parameter): share for parameter in trained if (share := self._tracker.share(parameter))}
+        with self._counting_one_step() as before_each:
+            unprotected = [parameter for parameter in trained if id(parameter) not in shares]
+            if unprotected or not shares:
+                before_each()
+                self._step_only(unprotected)
+            most_bytes = self._bucket_bytes // 2 if self._has_modes else self._bucket_bytes
+            for bucket in _buckets([one for one in trained if id(one) in shares], most_bytes):
+                before = [local(parameter).detach().clone() for parameter in bucket]
+                second_before = [self._second_weights(parameter) for parameter in bucket] if self._has_modes else []
+                second_before = [None if second is None else second.clone() for second in second_before]
+                before_each()
+                self._step_only(bucket)
+                for parameter, was in zip(bucket, before, strict=True):
+                    shares[id(parameter)].take_back_(local(parameter), was)
+                for parameter, was, second_was in zip(bucket, before, second_before, strict=bool(second_before)):
+                    self._take_back_second_(parameter, was if second_was is None else second_was, shares[id(parameter)])
+        self._tracker.clear_first_moments_(self.optimizer.state)
+
+    def _second_weights(self, parameter: Tensor) -> Tensor | None:
+        """Those of a schedule-free optimizer; they begin as the parameter in its first step."""
+        second: Tensor | None = local(self.optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS))
+        return second
+
+    def _take_back_second_(self, parameter: Tensor, before: Tensor, share: _Share) -> None:
+        second = self._second_weights(parameter)
+        if second is None or second.shape != before.shape:
+            raise RuntimeError(
+                f"{type(self.optimizer).__name__} has train() and eval(), but not the second weights of schedule-free "
+                f"optimizers (state[...][{SECOND_WEIGHTS!r}]), so that frozen neurons would not stay as they are in "
+                "both modes; use it without the wrapper, or wrap another optimizer"
+            )
+        share.take_back_(second, before)
+        share.tie_(second, local(parameter))
+
+    def _step_only(self, parameters: list[Tensor]) -> None:
+        chosen = {id(parameter) for parameter in parameters}
+        everything = [group["params"] for group in self.param_groups]
+        try:
+            for group, all_of_it in zip(self.param_groups, everything, strict=True):
+                group["params"] = [parameter for parameter in all_of_it if id(parameter) in chosen]
+            self.optimizer.step()
+        finally:
+            for group, all_of_it in zip(self.param_groups, everything, strict=True):
+                group["params"] = all_of_it
+
+    @contextmanager
+    def _counting_one_step(self) -> Iterator[Callable[[], None]]:
+        """Yields a function that resets what the optimizer counts outside of parameters' states, before each bucket."""
+        kept = [_numbers(group) for group in self.param_groups]
+        own = _numbers(vars(self.optimizer))
+
+        def reset() -> None:
+            for group, numbers in zip(self.param_groups, kept, strict=True):
+                _restore(group, numbers)
+            _restore(vars(self.optimizer), own)
+
+        yield reset
+
+    def load_importance(self, earlier: Any) -> Self:
+        """As `NPC.load_importance`."""
+        self._tracker.load_importance(earlier)
+        return self
+
+    # ------------------------------------------------------------------------------ different numbers of batches
+
+    @property
+    def _join_config(self) -> Any:
+        return self._tracker._join_config
+
+    @_join_config.setter
+    def _join_config(self, config: Any) -> None:
+        self._tracker._join_config = config
+
+    def join_hook(self, **kwargs: Any) -> JoinHook:
+        """As `NPC.join_hook`."""
+        return SinksJoinHook(self, self.join_process_group, self._tracker.add_nothing)
+
+    @property
+    def join_device(self) -> torch.device:
+        """As `NPC.join_device`."""
+        return self._tracker.join_device
+
+    @property
+    def join_process_group(self) -> Any:
+        """As `NPC.join_process_group`."""
+        return self._tracker.join_process_group
+
+    # ------------------------------------------------------------------------------------------------------ looking in
+
+    def plasticity(self) -> dict[str, LayerPlasticity]:
+        """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's own rate, from 0 to 1."""
+        return self._tracker.plasticity()
+
+    def constants(self, layer: str) -> dict[str, Any]:
+        """As `NPC.constants`."""
+        return self._tracker.constants(layer)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.optimizer!r}\n{self._tracker.summary()})"
+
+    # --------------------------------------------------------------------------------------------- saving and loading
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's, and under "plasticity" the importance of all neurons with its constants.
+
+        Importance is also in the states of the layers' weights, for torch.distributed.checkpoint, which knows of these
+        only.
+        """
+        own, tracked = self.optimizer.state_dict(), self._tracker.state_dict()
+        states = dict(own["state"])
+        for index, state in tracked["state"].items():
+            if "importance" in state:
+                states[index] = {**states.get(index, {}), "importance": state["importance"]}
+        return {**own, "state": states, "plasticity": tracked}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        before = self._tracker.state_dict()
+        states = state_dict.get("state", {})
+        tracked = state_dict.get("plasticity")
+        if tracked is None:  # torch.distributed.checkpoint has left it out; the constants are those of this wrapper
+            # Keys may be names; the tracker counts parameters through the groups.
+            keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])
+            own_states = ((at, states.get(key, {})) for at, key in enumerate(keys))
+            importances = {at: {"importance": own["importance"]} for at, own in own_states if "importance" in own}
+            if not importances:
+                raise ValueError(
+                    "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
+                    "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
+                )
+            tracked = {**before, "state": importances}
+        own = {name: part for name, part in state_dict.items() if name != "plasticity"}
+        own["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
+        self._tracker.load_state_dict(tracked)
+        try:
+            self.optimizer.load_state_dict(own)
+        except Exception:
+            self._tracker.load_state_dict(before)
+            raise
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+
+_WHY_NOT = {
+    torch.optim.LBFGS: "evaluates a closure several times a step, between which its movement cannot be scaled",
+    Plastic: "gives each neuron a learning rate of its own already",
+    PlasticityWrapper: "is wrapped already",
+}
+
+
+def _kind(optimizer: torch.optim.Optimizer) -> type:
+    return next(kind for kind in _WHY_NOT if isinstance(optimizer, kind))
+
+
+@dataclass(frozen=True)
+class _Share:
+    """What share of its movement each neuron of a parameter keeps."""
+
+    of_neurons: Tensor
+    neuron_dim: int
+    groups: int
+    first_neuron: int
+
+    def take_back_(self, parameter: Tensor, before: Tensor) -> None:
+        """Moves a parameter, or this process's shard of it, back towards what it was; where the share is 0, to it."""
+        share = self._of_elements(parameter)
+        dtype = reference.compute_dtype(parameter.dtype)
+        if dtype == parameter.dtype:
+            parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
+        else:
+            parameter.copy_(torch.lerp(before.to(dtype), parameter.to(dtype), share.to(dtype).expand_as(parameter)))
+        parameter.copy_(torch.where(share == 0, before, parameter))
+
+    def tie_(self, second: Tensor, parameter: Tensor) -> None:
+        """Makes second weights the same as the parameter where the share is 0."""
+        second.copy_(torch.where(self._of_elements(parameter) == 0, parameter, second))
+
+    def _of_elements(self, parameter: Tensor) -> Tensor:
+        rows = parameter.shape[self.neuron_dim] * self.groups
+        own = self.of_neurons.narrow(0, self.first_neuron, rows)
+        return reference.per_element(own, parameter, self.neuron_dim, self.groups)
+
+
+class _Tracker(NPC):
+    """NPC that measures and averages, and moves nothing."""
+
+    _ADVICE = (
+        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
+        "Linear, convolution, Conv1D and attention layers have neurons."
+    )
+    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}  # its lr is 1
+    wrapped: torch.optim.Optimizer
+
+    # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
+    _frozen: dict[int, Tensor]
+    _froze: dict[int, Tensor]
+    _inactive: dict[int, Tensor]
+
+    def _called(self) -> str:
+        return PlasticityWrapper.__name__
+
+    def _built_as(self) -> str:
+        return f"{self._called()}(optimizer, model)"
+
+    def follow_groups(self) -> None:
+        """Goes on with the parameters that are in the wrapped optimizer's groups now."""
+        trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
+        if list(map(id, trained)) != self._known_ids:
+            self.param_groups[0]["params"] = trained
+            del self.param_groups[1:]
+            self._compare_with_model()
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._frozen, self._froze, self._inactive = {}, {}, {}
+
+    def _launch_all(self) -> None:
+        self._froze, self._inactive = {}, {}
+        super()._launch_all()
+
+    @torch.no_grad()
+    def _launch(self, plan: PlasticPlan) -> None:
+        states = dict(zip(plan.layers, plan.layer_states, strict=True))
+        for index in states.keys() - self._frozen.keys():
+            self._frozen[index] = states[index]["importance"] >= float(self._constants(index)["beta"])
+        super()._launch(plan)
+        for index, state in states.items():
+            constants, measured = self._constants(index), self._consolidated[index].sink.grad
+            frozen = state["importance"] >= float(constants["beta"])
+            self._froze[index], self._frozen[index] = frozen & ~self._frozen[index], frozen
+            if constants["normalize"] == "active" and measured is not None:
+                self._inactive[index] = reference.received_no_gradient(measured)
+
+    def clear_first_moments_(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
+        """Clears the first moments of the neurons that froze in the last step, in the wrapped optimizer's states."""
+        for index, froze in self._froze.items():
+            if not froze.is_cuda and not bool(froze.any()):  # a GPU is not waited for
+                continue
+            for parameter in (own.parameter for own in self._consolidated[index].parameters):
+                state = states.get(parameter, {}) if id(parameter) in self._place else {}
+                for moment in (local(state[name]) for name in _FIRST_MOMENTS if isinstance(state.get(name), Tensor)):
+                    if type(moment) is Tensor and moment.shape == local(parameter).shape:
+                        moment.masked_fill_(self._spread(froze, parameter), 0)
+
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
+        layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
+        nothing: tuple[list[Any], ...] = ([],) * 8
+        return self._plastic_plan(self._common(device, []), layers, (*nothing, *of_layers), launch.Tables)
+
+    def _warn_if_little_is_protected(self) -> None:
+        """Leaves that to the wrapper, which has something to check first."""
+
+    def warn_if_little_is_protected(self) -> None:
+        """Warns if more than half of what is trained is not protected."""
+        super()._warn_if_little_is_protected()
+
+    def summary(self) -> str:
+        """How many neurons are consolidated, and how much of what is trained is protected."""
+        return self._summary()
+
+    def forget_measured(self) -> None:
+        """Drops what was measured since the last step."""
+        self._drop_measured()
+
+    def add_nothing(self) -> None:
+        """Takes part in a step of other processes."""
+        self._add_nothing()
+
+    def share(self, parameter: Tensor) -> _Share | None:
+        """The share s_i of each neuron that a parameter belongs to; None where all of them are 1, or in no neuron."""
+        if id(parameter) not in self._place:
+            return None
+        index, dim, groups = self._place[id(parameter)]
+        constants, average = self._constants(index), self._layer_state(index)["importance"]
+        shares = reference.plasticity(average, constants["alpha"], constants["beta"], constants["sigma"])
+        if index in self._inactive:
+            shares = shares.masked_fill(self._inactive[index], 0)
+        if not shares.is_cuda and bool((shares == 1).all()):  # a GPU is not waited for
+            return None
+        return _Share(shares, dim, groups, self._first_neuron(parameter))
+
+
+def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
+    """Parts of the parameters that have at most so many bytes, or one parameter."""
+    bucket: list[Tensor] = []
+    size = 0
+    for parameter in parameters:
+        own = local(parameter).numel() * parameter.element_size()
+        if bucket and size + own > most_bytes:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += own
+    if bucket:
+        yield bucket
+
+
+def _numbers(place: Mapping[str, Any]) -> dict[str, Any]:
+    """Numbers that may count steps: Python's, and tensors of one element."""
+    kept: dict[str, Any] = {}
+    for name, value in place.items():
+        if isinstance(value, (int, float)):
+            kept[name] = value
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            kept[name] = (value, value.detach().clone())
+    return kept
+
+
+def _restore(place: dict[str, Any], kept: Mapping[str, Any]) -> None:
+    for name, value in kept.items():
+        if isinstance(value, tuple):
+            value[0].copy_(value[1])
+            value = value[0]
+        place[name] = value

@@ -1,0 +1,1 @@
+"""Weight gradients that are not computed, because the neurons they belong to are certain not to move."""

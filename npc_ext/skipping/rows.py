@@ -1,0 +1,60 @@
+"""Which rows of a weight need a gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FEWEST_ROWS = 16
+_BUCKETS = 8
+
+
+class Rows:
+    """The rows of a layer's weight whose gradients are computed.
+
+    Attributes:
+        on_cpu: (r,) int64, ascending.
+        on_device: the same, where the layer is.
+        pays: whether computing these rows only is faster than computing all, by the kind of input.
+    """
+
+    def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
+        self.on_cpu, self.neurons = on_cpu, neurons
+        pinned = device.type == "cuda" and len(on_cpu) > 0  # so that the CPU does not wait
+        self.on_device = on_cpu.pin_memory().to(device, non_blocking=True) if pinned else on_cpu.to(device)
+        self.pays: dict[Any, bool] = {}
+
+    def __len__(self) -> int:
+        return len(self.on_cpu)
+
+    def left_out(self) -> Tensor:
+        """(N,) bool on the CPU: the rows whose gradients are not computed."""
+        return torch.ones(self.neurons, dtype=torch.bool, device="cpu").index_fill_(0, self.on_cpu, False)
+
+    def share_left_out(self) -> float:
+        """The share of rows whose gradients are not computed."""
+        return 1 - len(self) / self.neurons
+
+
+def rows_to_compute(certain: Tensor, all_or_nothing: bool) -> Tensor | None:
+    """Which rows' gradients to compute when those of `certain` need not be; None for all.
+
+    Their number is rounded up to a multiple of an eighth of the layer, and of 16 at least: so there are few shapes, and
+    such as the libraries are fast for. Some certain rows fill it up.
+
+    Args:
+        certain: (N,) bool, on the CPU.
+        all_or_nothing: whether a part of the rows cannot be computed alone.
+    """
+    moving = certain.logical_not().nonzero().flatten()
+    if len(moving) == 0:
+        return moving
+    neurons = len(certain)
+    step = max(_FEWEST_ROWS, -(-neurons // _BUCKETS))
+    count = -(-len(moving) // step) * step
+    if all_or_nothing or count >= neurons:
+        return None
+    filling = certain.nonzero().flatten()[: count - len(moving)]
+    return torch.cat([moving, filling]).sort().values

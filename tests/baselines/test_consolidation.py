@@ -1,0 +1,637 @@
+"""The weight importances of EWC and MAS against loops over single samples, finite differences and hand calculation."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections import UserDict
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import weight_norm
+from torch.utils.data import DataLoader, TensorDataset
+
+import npc_ext.nn
+from npc_ext import NPC
+from npc_ext.baselines import consolidation
+from npc_ext.baselines.consolidation import fisher, output_sensitivity
+
+from ..models import DataDependent, ResNet, paper_cnn
+
+# Both ways are sums of the same float64 products in another order: a few hundred roundings of 1e-16.
+EXACT = {"rtol": 1e-10, "atol": 1e-14}
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).double()
+
+
+def data(samples: int = 12, features: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
+    return torch.randn(samples, features, dtype=torch.float64), torch.randint(classes, (samples,))
+
+
+def images(samples: int = 6, channels: int = 3, size: int = 6) -> Tensor:
+    return torch.randn(samples, channels, size, size, dtype=torch.float64)
+
+
+def one_by_one(
+    model: nn.Module,
+    x: Tensor,
+    values: Callable[[Tensor, int], Iterable[Tensor]],
+    magnitude: Callable[[Tensor], Tensor] = torch.square,
+) -> list[Tensor]:
+    """The plain definition: a loop with batch size 1; `values(outputs, index)` are to be differentiated."""
+    model.eval()
+    parameters = list(model.parameters())
+    sums = [torch.zeros_like(parameter) for parameter in parameters]
+    for index in range(len(x)):
+        for value in values(model(x[index : index + 1]), index):
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+            for total, gradient in zip(sums, gradients, strict=True):
+                total += 0 if gradient is None else magnitude(gradient) / len(x)
+    return sums
+
+
+def assert_same(importance: dict[Tensor, Tensor], expected: Iterable[Tensor], **tolerance: float) -> None:
+    for mine, theirs in zip(importance.values(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **(tolerance or EXACT))
+
+
+def exact_terms(logits: Tensor, _: int) -> list[Tensor]:
+    log_p = F.log_softmax(logits, 1)[0]
+    return [log_p[c].exp().detach().sqrt() * log_p[c] for c in range(len(log_p))]
+
+
+def squared_norm(outputs: Tensor, _: int) -> list[Tensor]:
+    return [outputs.square().sum()]
+
+
+MODELS = {
+    "fully connected": (mlp, lambda: data()[0]),
+    "paper's, with instance norm": (lambda: paper_cnn((3, 4), 5, 3).double(), lambda: images(6, 1, 8)),
+    "residual, with batch norm, in place": (lambda: ResNet().double(), images),
+    "attention": (
+        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(12, 3)).double(),
+        lambda: torch.randn(5, 3, 4, dtype=torch.float64),
+    ),
+    "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)).double(), lambda: data()[0]),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", MODELS)
+def test_importance_is_that_of_a_loop_over_single_samples(kind: str) -> None:
+    build, inputs = MODELS[kind]
+    model, x = build(), inputs()
+    y = torch.randint(3, (len(x),))
+    model(x)  # running statistics of batch norm that are not trivial
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.func cannot run")
+        empirical = fisher(model, [(x, y)], labels="data")
+        exact = fisher(model, [x], labels="exact", chunk_size=4)
+        sensitivity = output_sensitivity(model, [x])
+    assert_same(empirical, one_by_one(model, x, lambda out, i: [F.cross_entropy(out, y[i : i + 1])]))
+    assert_same(exact, one_by_one(model, x, exact_terms))
+    assert_same(sensitivity, one_by_one(model, x, squared_norm, torch.abs))
+
+
+def test_drawn_labels_are_used_as_if_they_were_given() -> None:
+    model, (x, _) = mlp(), data()
+    noise = consolidation._exponential_noise(len(x), 3, torch.float64, torch.Generator().manual_seed(5))
+    drawn = (model(x).softmax(1) / noise).argmax(1)
+    assert len(drawn.unique()) > 1
+    sampled = fisher(model, [x], generator=torch.Generator().manual_seed(5), chunk_size=5)
+    assert_same(sampled, fisher(model, [(x, drawn)], labels="data").values())
+
+
+def test_a_linear_softmax_model_has_the_fisher_information_computed_by_hand() -> None:
+    model = nn.Linear(2, 2, bias=True).double()
+    with torch.no_grad():
+        model.weight.zero_()
+        model.bias.copy_(torch.tensor([1.0, 4.0], dtype=torch.float64).log())  # odds 1 : 4
+    x = torch.tensor([[1.0, 2.0], [3.0, 0.0]], dtype=torch.float64)
+    # d log p_c / d logit_k = [c = k] - p_k, with p = (1/5, 4/5): its mean square is p_k (1 - p_k) = 4/25 for both k;
+    # d logit_k / d w_kj = x_j, whose mean squares are (1 + 9) / 2 and (4 + 0) / 2.
+    importance = fisher(model, [x], labels="exact")
+    expected = torch.tensor([5.0, 2.0], dtype=torch.float64).expand(2, 2) * 4 / 25
+    torch.testing.assert_close(importance[model.weight], expected, **EXACT)
+    torch.testing.assert_close(importance[model.bias], torch.full((2,), 4 / 25, dtype=torch.float64), **EXACT)
+    # ||f||^2 = f_1^2 + f_2^2 with f = b = (0, log 4): d / d w_kj = 2 b_k x_j, the mean of x_j is (2, 1).
+    sensitivity = output_sensitivity(model, [x])
+    norm = torch.tensor([0.0, 4.0], dtype=torch.float64).clamp_min(1).log() * 2
+    torch.testing.assert_close(sensitivity[model.weight], norm[:, None] * torch.tensor([2.0, 1.0]).double(), **EXACT)
+    torch.testing.assert_close(sensitivity[model.bias], norm, **EXACT)
+
+
+def test_importance_agrees_with_finite_differences() -> None:
+    model, (x, y) = mlp().eval(), data(4)
+    weight, step = model[0].weight, 1e-5
+    empirical = fisher(model, [(x, y)], labels="data")[weight]
+    sensitivity = output_sensitivity(model, [x])[weight]
+
+    def values() -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return F.cross_entropy(model(x), y, reduction="none"), model(x).square().sum(1)
+
+    for i, j in ((0, 0), (3, 2), (6, 4)):
+        differences = torch.zeros(2, 4, dtype=torch.float64)
+        for sign in (1, -1):
+            with torch.no_grad():
+                weight[i, j] += sign * step
+            differences += sign * torch.stack(values()) / (2 * step)
+            with torch.no_grad():
+                weight[i, j] -= sign * step
+        # Central differences: step ** 2 from the third derivative, 1e-16 / step from rounding, both near 1e-10.
+        torch.testing.assert_close(empirical[i, j], differences[0].square().mean(), rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(sensitivity[i, j], differences[1].abs().mean(), rtol=1e-6, atol=1e-9)
+
+
+def test_sampled_labels_give_the_fisher_information_on_average() -> None:
+    model, x = nn.Linear(3, 3).double(), torch.randn(4, 3, dtype=torch.float64)
+    repeated = x.repeat(2500, 1)  # 10,000 draws
+    exact = fisher(model, [x], labels="exact")[model.bias]
+    sampled = fisher(model, [repeated])[model.bias]
+    # Squares lie in [0, 1], so their variance is at most 1/4 and the mean's deviation 0.005; 4 of these fail by chance
+    # in 1 of 5,000 seeds for the three, and the seed is fixed. Data labels, all of class 0, are far outside.
+    torch.testing.assert_close(sampled, exact, rtol=0, atol=0.02)
+    of_one_class = fisher(model, [(repeated, torch.zeros(10000, dtype=torch.long))], labels="data")[model.bias]
+    assert (of_one_class - exact).abs().max() > 0.04
+
+
+def test_a_class_of_probability_zero_is_never_drawn_and_does_no_harm() -> None:
+    model, (x, _) = mlp(), data()
+
+    def masked(y: Tensor) -> Tensor:
+        return y.masked_fill(torch.tensor([False, True, False]), -torch.inf)
+
+    drawn = fisher(model, [x], outputs=masked)
+    exact = fisher(model, [x], outputs=masked, labels="exact")
+    assert_same(exact, fisher(model, [x], outputs=lambda y: y[:, [0, 2]], labels="exact").values())
+    for importance in (drawn, exact):
+        assert all(bool(value.isfinite().all()) for value in importance.values())
+        assert not importance[model[2].bias][1]
+
+
+def test_labels_are_drawn_alike_in_every_dtype() -> None:
+    single, double = (
+        consolidation._exponential_noise(50, 3, dtype, torch.Generator().manual_seed(1))
+        for dtype in (torch.float32, torch.float64)
+    )
+    assert torch.equal(single, double.to(torch.float32))
+
+
+def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
+    noise = consolidation._exponential_noise(1, 2, torch.float32, None)
+    assert (torch.tensor([[0.0, 1.0]]) / noise).argmax().item() == 1
+
+
+# ------------------------------------------------------------------------------------- which samples, which parameters
+
+
+def test_chunks_and_batches_do_not_change_the_numbers() -> None:
+    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (images(11, 1, 8), torch.randint(3, (11,)))
+    whole = fisher(model, [(x, y)], labels="data")
+    for chunk_size in (1, 2, 4, 100):
+        assert_same(fisher(model, [(x, y)], labels="data", chunk_size=chunk_size), whole.values())
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    assert_same(fisher(model, loader, labels="data", progress=False), whole.values())
+    drawn = fisher(model, [x], generator=torch.Generator().manual_seed(1))
+    assert_same(fisher(model, [x], generator=torch.Generator().manual_seed(1), chunk_size=3), drawn.values())
+
+
+def test_the_default_chunk_fills_the_memory_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, (x, _) = mlp(), data(10)
+    seen: list[int] = []
+    add = consolidation._Importance.add
+    monkeypatch.setattr(consolidation._Importance, "add", lambda *a: (seen.append(len(a[2][0])), add(*a))[1])
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    for budget, chunks in ((elements * 8 * 4, [4, 4, 2]), (1, [1] * 10), (2**40, [10])):
+        monkeypatch.setattr(consolidation, "_CHUNK_BYTES", budget)
+        seen.clear()
+        output_sensitivity(model, [x])
+        assert seen == chunks
+
+
+def test_at_most_so_many_samples_are_used_and_no_further_batch_is_read() -> None:
+    model, (x, y) = mlp(), data(12)
+
+    def batches() -> Iterable[tuple[Tensor, Tensor]]:
+        yield x[:4], y[:4]
+        yield x[4:8], y[4:8]
+        raise AssertionError("read too far")
+
+    for samples in (6, 8):
+        limited = fisher(model, batches(), labels="data", samples=samples)
+        assert_same(limited, fisher(model, [(x[:samples], y[:samples])], labels="data").values())
+
+
+def test_a_batch_may_be_inputs_alone_or_several_inputs() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            return self.a(x) * self.b(z)
+
+    model, (x, y), z = Two().double(), data(), torch.randn(12, 2, dtype=torch.float64)
+    expected = fisher(model, [((x, z), y)], labels="exact").values()
+    for batch in (((x, z),), [[x, z], ["any"] * 12], ((x, z), None)):
+        assert_same(fisher(model, [batch], labels="exact"), expected)
+
+
+class ByTask(nn.Module):
+    """A head for every task, chosen by an argument: one number, or one for each sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.heads = nn.Linear(5, 4).double(), nn.Linear(4, 6).double()
+
+    def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
+        heads = self.heads(self.body(x).tanh()).view(len(x), 2, 3)
+        return heads.gather(1, torch.as_tensor(task).expand(len(x)).view(-1, 1, 1).expand(-1, 1, 3)).squeeze(1)
+
+
+def test_a_model_that_takes_the_task_is_called_by_a_function_of_the_user() -> None:
+    model, (x, y) = ByTask(), data()
+    of_task_1 = model.register_forward_pre_hook(lambda model, inputs: (*inputs, 1))
+    expected = one_by_one(model, x, exact_terms)
+    of_task_1.remove()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="torch.func cannot run")
+        by_number = fisher(model, [(x, y)], labels="exact", forward=lambda model, batch: model(batch[0], 1))
+        tasks = torch.ones(len(x), dtype=torch.int64)
+        by_sample = fisher(
+            model, [(x, y, tasks)], labels="exact", forward=lambda model, batch: model(batch[0], batch[2])
+        )
+    assert_same(by_number, expected)
+    assert_same(by_sample, expected)
+
+
+def test_dictionaries_are_batches_where_a_function_of_the_user_takes_them() -> None:
+    model, (x, y) = mlp(), data()
+    batches = [{"rows": {"x": x[:5]}, "y": y[:5], "name": "first"}, {"rows": {"x": x[5:]}, "y": y[5:], "name": "last"}]
+    options = {"forward": lambda model, batch: {"logits": model(batch["rows"]["x"])}, "outputs": lambda y: y["logits"]}
+    empirical = fisher(
+        model, batches, labels="data", loss=lambda out, batch: F.cross_entropy(out, batch["y"]), **options
+    )
+    assert_same(empirical, fisher(model, [(x, y)], labels="data").values())
+    assert_same(output_sensitivity(model, batches, chunk_size=2, **options), output_sensitivity(model, [x]).values())
+    assert_same(output_sensitivity(model, batches, samples=7, **options), output_sensitivity(model, [x[:7]]).values())
+
+
+def test_a_mapping_of_a_class_of_its_own_is_a_batch_like_a_dictionary() -> None:
+    model, (x, _) = mlp(), data()
+    found = output_sensitivity(model, [UserDict(x=x)], forward=lambda model, batch: model(batch["x"]))
+    assert_same(found, output_sensitivity(model, [x]).values())
+
+
+def test_a_function_of_the_user_may_call_a_model_that_torch_func_cannot_run() -> None:
+    model, x = HoldsItsWeight(), data()[0]
+    with pytest.warns(UserWarning, match="torch.func cannot run HoldsItsWeight .* one by one"):
+        found = fisher(model, [{"x": x}], labels="exact", forward=lambda model, batch: model(batch["x"]))
+    assert_same(found, one_by_one(model, x, exact_terms))
+
+
+def test_another_likelihood_and_selected_outputs() -> None:
+    model, (x, _) = mlp(), data()
+    target = torch.randn(12, 2, dtype=torch.float64)
+    importance = fisher(
+        model, [(x, target)], labels="data", outputs=lambda out: out[:, 1:], loss=lambda out, t: F.mse_loss(out, t) / 2
+    )
+    assert_same(importance, one_by_one(model, x, lambda out, i: [F.mse_loss(out[:, 1:], target[i : i + 1]) / 2]))
+    assert not importance[model[2].weight][0].any() and importance[model[2].weight][1:].all()
+
+
+def test_parameters_are_those_asked_for_that_require_a_gradient() -> None:
+    model, (x, y) = mlp(), data()
+    everything = fisher(model, [(x, y)], labels="data")
+    assert list(everything) == list(model.parameters())
+    model[0].weight.requires_grad_(False)
+    some = fisher(
+        model, [(x, y)], labels="data", parameters=(p for p in (model[2].bias, model[0].weight, model[0].bias))
+    )
+    assert list(some) == [model[2].bias, model[0].bias]
+    assert_same(some, [everything[parameter] for parameter in some])
+    assert all(not value.requires_grad for value in some.values())
+
+
+def test_parameters_that_the_outputs_do_not_depend_on_get_zeros() -> None:
+    model, (x, _) = mlp(), data()
+    model.register_module("unused", nn.Module())
+    model.unused.register_parameter("weight", nn.Parameter(torch.ones(2, 2)))
+    model.forward = lambda x: model[2](torch.tanh(model[0](x)))
+    for importance in (fisher(model, [x]), output_sensitivity(model, [x], outputs=lambda y: y[:, :1])):
+        assert importance[model.unused.weight].dtype == torch.float32
+        assert torch.equal(importance[model.unused.weight], torch.zeros(2, 2))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def test_tied_weights_count_once_with_their_whole_gradient() -> None:
+    model, x = Tied().double(), torch.randn(7, 4, dtype=torch.float64)
+    importance = output_sensitivity(model, [x])
+    assert len(importance) == 3
+    assert_same(importance, one_by_one(model, x, squared_norm, torch.abs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_are_squared_and_summed_in_float32(dtype: torch.dtype) -> None:
+    model, (x, y) = mlp().to(dtype), data(200)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-3)  # gradients of the first layer whose squares float16 does not hold
+    importance = fisher(model, [(x.to(dtype), y)], labels="data")
+    assert all(value.dtype == torch.float32 for value in importance.values())
+    reference = fisher(copy.deepcopy(model).double(), [(x.to(dtype).double(), y)], labels="data")
+    # A relative 2 ** -8 or less for each of some ten operations of a gradient, twice that for its square.
+    for mine, theirs in zip(importance.values(), reference.values(), strict=True):
+        assert (mine - theirs).abs().max() < 0.1 * theirs.max()
+
+
+# ------------------------------------------------------------------------------------------------- the model as before
+
+
+class Dropping(nn.Module):
+    """Mixed modes, dropout and statistics that a user froze."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.norm, self.drop, self.out = (
+            nn.Linear(5, 6),
+            nn.BatchNorm1d(6),
+            nn.Dropout(0.5),
+            nn.Linear(6, 3),
+        )
+        self.double()
+        self.norm.eval()
+
+    def train(self, mode: bool = True) -> Dropping:
+        raise AssertionError("train() and eval() may do more than set modes")
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(self.norm(self.hidden(x))))
+
+
+def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:
+    model, (x, _) = Dropping(), data()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    before = copy.deepcopy(model.state_dict())
+    buffers = dict(model.named_buffers())
+    modes = [module.training for module in model.modules()]
+    random = torch.get_rng_state()
+    once, twice = fisher(model, [x]), fisher(model, [x])
+    assert_same(once, twice.values(), rtol=0, atol=0)  # neither dropout nor another draw
+    sensitivity = output_sensitivity(model, [x])
+    assert torch.equal(random, torch.get_rng_state())
+    assert [module.training for module in model.modules()] == modes
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(bool((parameter.grad == 1).all()) and parameter.requires_grad for parameter in model.parameters())
+    plain = nn.Sequential(model.hidden, model.norm, model.out)
+    assert_same(sensitivity, one_by_one(plain, x, squared_norm, torch.abs))
+
+
+def test_training_goes_on_with_the_same_random_numbers_whatever_the_batches_draw() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=3, shuffle=True)
+    model = mlp()
+    random = torch.get_rng_state()
+    fisher(model, loader)
+    assert torch.equal(random, torch.get_rng_state())
+    with pytest.raises(ValueError, match="outputs are gone"):
+        output_sensitivity(model, loader, outputs=_raise)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+def _raise(outputs: Tensor) -> Tensor:
+    raise ValueError("outputs are gone")
+
+
+def test_importance_that_is_zero_everywhere_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="the importance of every parameter is zero"):
+        output_sensitivity(mlp(), [data()[0]], outputs=lambda y: 0 * y)
+
+
+def test_inference_mode_is_no_obstacle() -> None:
+    model = mlp()
+    inputs, labels = data()
+    expected = fisher(model, [(inputs, labels)], labels="data")
+    with torch.inference_mode():
+        found = fisher(model, [(inputs.clone(), labels.clone())], labels="data")
+    assert_same(found, expected.values())
+    assert not any(importance.is_inference() for importance in found.values())
+
+
+def test_the_model_is_left_as_it_was_after_an_error() -> None:
+    model = Dropping()
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fisher(model, [torch.randn(2, 9, dtype=torch.float64)])
+    assert [module.training for module in model.modules()] == modes
+
+
+def test_it_works_where_the_caller_has_switched_gradients_off() -> None:
+    model, (x, y) = mlp(), data()
+    expected = fisher(model, [(x, y)], labels="data").values()
+    with torch.no_grad():
+        assert_same(fisher(model, [(x, y)], labels="data"), expected)
+        with pytest.warns(UserWarning, match="one by one"):
+            looped = output_sensitivity(Counting(model), [x])
+    assert_same(looped, output_sensitivity(model, [x]).values())
+
+
+@pytest.mark.parametrize("relu", [nn.ReLU, npc_ext.nn.ReLU])
+def test_a_model_with_taps_is_measured_like_one_without(relu: type[nn.Module]) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), relu(), nn.Flatten(), nn.Linear(48, 3)).double()
+    x = images(4, 1)
+    expected = fisher(model, [x], labels="exact").values()
+    optimizer = NPC(model)
+    assert model.training
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        importance = fisher(model, [x], labels="exact")
+    assert_same(importance, expected)
+    assert all(layer.sink.grad is None for layer in optimizer.neurons)
+
+
+# ------------------------------------------------------------------------------------------------ one sample at a time
+
+
+class Counting(nn.Module):
+    """Changes buffers in place and by assignment, also in evaluation mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.model(x)
+        self.last = y[0].detach()
+        self.calls += 1
+        return y
+
+
+class HoldsItsWeight(nn.Module):
+    """Has its weight in a list, too, where torch.func does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 3).double()
+        self.weights = [self.linear.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weights[0], self.linear.bias)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gru, self.out = nn.GRU(5, 4, batch_first=True).double(), nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.gru(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("build", "shape"),
+    [
+        (lambda: DataDependent().double(), (5, 3, 6, 6)),
+        (lambda: Counting(mlp()), (5, 5)),
+        (HoldsItsWeight, (5, 5)),
+        (Recurrent, (5, 2, 5)),
+        (lambda: torch.jit.script(mlp()), (5, 5)),
+    ],
+    ids=["data-dependent", "buffers in place", "weight in a list", "recurrent", "scripted"],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_models_that_torch_func_cannot_run_are_measured_one_by_one_with_one_warning(
+    build: Callable[[], nn.Module], shape: tuple[int, ...]
+) -> None:
+    model, x = build(), torch.randn(shape, dtype=torch.float64)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.warns(UserWarning, match="torch.func cannot run .* one by one") as warned:
+        exact = fisher(model, [x[:2], x[2:]], labels="exact", chunk_size=1)
+    assert len(warned) == 1 and warned[0].filename == __file__
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert_same(exact, one_by_one(model, x, exact_terms))
+    generator = torch.Generator().manual_seed(3)
+    with pytest.warns(UserWarning, match="one by one"):
+        drawn = fisher(model, [x], generator=generator)
+    noise = consolidation._exponential_noise(5, model(x).shape[1], torch.float64, torch.Generator().manual_seed(3))
+    labels = (model(x).softmax(1) / noise).argmax(1)
+    assert_same(drawn, one_by_one(model, x, lambda out, i: [F.cross_entropy(out, labels[i : i + 1])]))
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def case(batch: object, error: type[Exception], words: str, **options: object) -> object:
+    return pytest.param(lambda: [batch], options, error, words, id=words[:40])
+
+
+X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "words"),
+    [
+        case(X, ValueError, "labels is 'true'; expected one of 'sampled'", labels="true"),
+        case(X, ValueError, "loss is for the targets given, but labels is 'sampled'", loss=F.mse_loss),
+        case(X, ValueError, "generator draws labels, but labels is 'exact'", labels="exact", generator=torch.Generator()),
+        case(X, ValueError, "samples is 0; expected an integer of at least 1", samples=0),
+        case(X, ValueError, "chunk_size is 2.5; expected an integer", chunk_size=2.5),
+        case(X[:0], ValueError, "batches has no samples"),
+        pytest.param(list, {}, ValueError, "batches has no samples", id="no batches"),
+        pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
+        pytest.param(lambda: (X, Y), {}, TypeError, r"write \[\(x, y\)\]", id="a tuple for batches"),
+        pytest.param(
+            lambda: torch.utils.data.TensorDataset(X, Y), {}, TypeError, r"DataLoader\(dataset", id="a data set for batches"
+        ),
+        case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
+        case(X, TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
+        case({"x": X, "y": Y}, TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
+        case((X, Y, Y), TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(batch\[0\]"),
+        case(((X, X), Y), TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),
+        case({"x": 1}, TypeError, "a batch is a dict, in which there are no tensors", forward=lambda model, batch: 0),
+        case({"x": X, "y": Y[:2]}, ValueError, r"of shapes \(4, 5\), \(2,\); expected", forward=lambda model, batch: 0),
+        case(X, TypeError, "forward is a int; expected a function", forward=1),
+        case(X, ValueError, "nothing says where a batch has its targets", forward=lambda model, x: model(x), labels="data"),
+        case((X, X, Y), TypeError, r"a batch is a tuple of 3 \(Tensor, Tensor, Tensor\); expected"),
+        case(((X, 1), Y), TypeError, r"a batch is a tuple of 2 \(tuple, Tensor\)"),
+        case(((X, X[:3]), Y), ValueError, r"inputs of shapes \(4, 5\), \(3, 5\); expected"),
+        case(torch.tensor(1.0), ValueError, r"inputs of shapes \(\); expected"),
+        case(X, TypeError, "labels is 'data', but a batch has no targets", labels="data"),
+        case((X, [0, 1, 2, 0]), TypeError, "targets that are a list", labels="data"),
+        case((X, Y[:3]), ValueError, r"4 samples, but targets of shape \(3,\)", labels="data"),
+        case((X, Y), ValueError, r"loss returned a tensor of shape \(1, 3\) for one", labels="data", loss=lambda o, t: o),
+        case(X, ValueError, r"have shape \(1,\), but labels='sampled' needs logits", outputs=lambda y: y[:, 0]),
+        case(X, ValueError, r"\(1, 1\): the softmax of fewer than two classes", outputs=lambda y: y[:, :1]),
+        case(X, TypeError, "outputs returned a tuple; expected a floating-point tensor", outputs=lambda y: (y,)),
+        case(X, TypeError, "outputs returned a tensor of torch.int64", outputs=lambda y: y.argmax(1)),
+        case(X, TypeError, r"parameters\[0\] is a str", parameters=["weight"]),
+        case(X, ValueError, r"parameters\[0\], of shape \(2,\), is no parameter of the model", parameters=[torch.ones(2)]),
+        case(X, TypeError, "parameters is a tensor", parameters=torch.ones(2)),
+        case(X, ValueError, "no parameter requires a gradient", parameters=[]),
+        case(X, ValueError, "Sequential depend on none of the 4 parameters", outputs=lambda y: y.detach()),
+        case(X / 0, consolidation.NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_refused_in_a_sentence(
+    batches: Callable[[], object], options: dict[str, object], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        fisher(mlp(), batches(), **options)
+
+
+def test_models_that_cannot_be_measured_are_refused_in_a_sentence() -> None:
+    with pytest.raises(TypeError, match="model is a function; expected"):
+        output_sensitivity(lambda x: x, [X])
+    with pytest.raises(ValueError, match=r"'0\.weight' is not initialized yet"):
+        output_sensitivity(nn.Sequential(nn.LazyLinear(3)), [X])
+    with pytest.raises(ValueError, match="'weight' is complex"):
+        output_sensitivity(nn.Linear(5, 3, dtype=torch.complex64), [X])
+
+
+def test_progress_is_shown_in_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tqdm")
+    model = mlp()
+    fisher(model, [X, X])
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    fisher(model, [X, X], progress=False)
+    assert not capsys.readouterr().err
+    fisher(model, [X, X])
+    assert "Fisher information" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_batches_are_moved_and_labels_drawn_as_on_the_cpu() -> None:
+    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (images(11, 1, 8), torch.randint(3, (11,)))
+    on_gpu = copy.deepcopy(model).cuda()
+    for labels in ("sampled", "exact", "data"):
+        mine = fisher(on_gpu, DataLoader(TensorDataset(x, y), batch_size=4, pin_memory=True), labels=labels)
+        assert all(value.is_cuda for value in mine.values())
+        assert_same(
+            {k: v.cpu() for k, v in mine.items()},
+            fisher(model, DataLoader(TensorDataset(x, y), batch_size=4), labels=labels).values(),
+        )
+    recurrent = Recurrent().cuda()
+    with pytest.warns(UserWarning, match="one by one"):
+        assert all(value.is_cuda for value in output_sensitivity(recurrent, [torch.randn(3, 2, 5).double()]).values())

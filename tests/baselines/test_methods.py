@@ -1,0 +1,656 @@
+"""What CPC, EWC, MAS, SI and SSL owe their users: their definitions, and the manners of a torch optimizer."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, reference
+from npc_ext.baselines import consolidation, ssl
+
+from ..tolerances import TRAJECTORY
+
+OPTIONS: dict[type, dict[str, Any]] = {
+    CPC: {"delta": 0.98},
+    EWC: {"strength": 1.0},
+    MAS: {"strength": 0.05},
+    SI: {"strength": 0.1},
+    SSL: {"strength": 0.05, "sparsity": 0.01},
+}
+METHODS = list(OPTIONS)
+ANCHORED = [EWC, MAS, SI, SSL]
+SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 12), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Dropout(0.1), nn.Linear(12, 4)).to(dtype)
+
+
+def batch(number: int, dtype: torch.dtype = torch.float32, size: int = 16) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(size, 1, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
+    return images, torch.randint(4, (size,), generator=generator)
+
+
+def learn(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 8, first: int = 0) -> None:
+    dtype = next(model.parameters()).dtype
+    for number in range(first, first + steps):
+        torch.manual_seed(number)
+        optimizer.zero_grad()
+        images, labels = batch(number, dtype)
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def consolidate(optimizer: Any, number: int = 0, dtype: torch.dtype = torch.float32) -> None:
+    if isinstance(optimizer, SI):
+        optimizer.consolidate()
+    elif not isinstance(optimizer, CPC):
+        optimizer.consolidate([batch(1000 + number, dtype)], progress=False)
+
+
+def two_tasks(method: Callable[..., Any], dtype: torch.dtype = torch.float32, **options: Any) -> tuple[nn.Module, Any]:
+    model = network(dtype)
+    optimizer = method(model, lr=0.05, **options)
+    learn(model, optimizer)
+    consolidate(optimizer, 0, dtype)
+    learn(model, optimizer, first=100)
+    return model, optimizer
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+
+
+# ------------------------------------------------------------------------------------------------- their definitions
+
+
+EXPLICIT = {"implicit": False}
+
+
+@pytest.mark.parametrize(
+    ("method", "pull"), [*((method, {}) for method in METHODS), *((method, EXPLICIT) for method in ANCHORED)]
+)
+def test_kernels_and_plain_pytorch_walk_the_same_way(method: Any, pull: dict[str, Any]) -> None:
+    options = {**OPTIONS[method], **SGD, **pull}
+    native, _ = two_tasks(method, **options)
+    plain, _ = two_tasks(method, **options, backend="reference")
+    exact, _ = two_tasks(method, torch.float64, **options)
+    scale = weights(exact).abs().max()
+    assert (weights(native).double() - weights(exact)).abs().max() < TRAJECTORY * scale
+    assert (weights(plain).double() - weights(exact)).abs().max() < TRAJECTORY * scale
+
+
+@pytest.mark.parametrize("implicit", [True, False])
+@pytest.mark.parametrize("method", ANCHORED)
+def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method: Any, implicit: bool) -> None:
+    """A step without a loss: what moves the weights is the gradient of the penalty, by finite differences.
+
+    The gradient where the step ends if the pull is implicit, else where it begins.
+    """
+    model, optimizer = two_tasks(method, torch.float64, **OPTIONS[method], implicit=implicit)
+    assert optimizer.penalty() > 1e-8
+    parameter = model[4].weight
+    stiff = optimizer.state[parameter]["stiffness"]
+    assert (stiff > 0).double().mean() > 0.3
+    at = [int(index) for index in stiff.flatten().argsort(descending=True)[:5]]
+
+    def slopes() -> Tensor:
+        found = []
+        for index in at:
+            ends = []
+            for move in (1e-4, -1e-4):
+                with torch.no_grad():
+                    parameter.view(-1)[index] += move
+                    ends.append(optimizer.penalty().item())
+                    parameter.view(-1)[index] -= move
+            found.append((ends[0] - ends[1]) / 2e-4)
+        return torch.tensor(found, dtype=torch.float64)
+
+    before, slopes_before = parameter.detach().clone(), slopes()
+    optimizer.zero_grad()
+    for own in model.parameters():
+        own.grad = torch.zeros_like(own)
+    optimizer.step()
+    moved = (parameter.detach() - before).view(-1)[at] / -0.05
+    torch.testing.assert_close(moved, slopes() if implicit else slopes_before, rtol=1e-6, atol=1e-9)
+    assert moved.abs().min() > 1e-6
+
+
+def weight_importance(method: Any, model: nn.Module, number: int) -> dict[Tensor, Tensor]:
+    measure = consolidation.fisher if method is EWC else consolidation.output_sensitivity
+    return measure(model, [batch(1000 + number, torch.float64)], progress=False)
+
+
+@pytest.mark.parametrize("method", [EWC, MAS, SSL])
+def test_two_buffers_hold_all_old_tasks_exactly(method: Any) -> None:
+    model = network(torch.float64)
+    optimizer = method(model, lr=0.05, **OPTIONS[method])
+    parameters = list(model.parameters())
+    tasks = []
+    for number in range(5):
+        learn(model, optimizer, first=100 * number)
+        own = weight_importance(method, model, number)
+        tasks.append([(own[p], p.detach().clone()) for p in parameters])
+        consolidate(optimizer, number, torch.float64)
+    learn(model, optimizer, first=900)
+    strength = OPTIONS[method]["strength"]
+    for index, parameter in enumerate(parameters):
+        per_task = sum(
+            reference.anchor_gradient(parameter.detach(), anchor, importance, strength)
+            for importance, anchor in (task[index] for task in tasks)
+        )
+        state = optimizer.state[parameter]
+        merged = reference.anchor_gradient(parameter.detach(), state["anchor"], state["stiffness"], strength)
+        torch.testing.assert_close(merged, per_task, rtol=1e-9, atol=1e-13)
+    names = {name for state in optimizer.state.values() for name in state}
+    assert names == {"stiffness", "anchor"}
+
+
+def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
+    model = network(torch.float64)
+    optimizer = SI(model, lr=0.05, strength=0.1, damping=1e-2, **SGD)
+    parameter = model[4].weight
+    start = parameter.detach().clone()
+
+    def walked(first: int) -> Tensor:
+        """The gradients of the task's loss times the whole movements, over 8 steps."""
+        path = torch.zeros_like(parameter)
+        for number in range(first, first + 8):
+            optimizer.zero_grad()
+            images, labels = batch(number, torch.float64)
+            F.cross_entropy(model(images), labels).backward()
+            gradient, before = parameter.grad.clone(), parameter.detach().clone()
+            optimizer.step()
+            path -= gradient * (parameter.detach() - before)
+        return path
+
+    path = walked(0)
+    torch.testing.assert_close(optimizer.state[parameter]["path"], path, rtol=1e-10, atol=1e-14)
+    optimizer.consolidate()
+    want = path.clamp(min=0) / ((parameter.detach() - start) ** 2 + 1e-2)
+    torch.testing.assert_close(optimizer.state[parameter]["stiffness"], want, rtol=1e-10, atol=1e-14)
+    state = optimizer.state[parameter]
+    assert torch.equal(state["anchor"], parameter.detach())
+    assert not state["path"].any()
+    # The anchor is a place and not the live weight: training moves away from it, and is pulled back.
+    path = walked(100)
+    assert not torch.equal(state["anchor"], parameter.detach())
+    assert optimizer.penalty() > 0
+    torch.testing.assert_close(state["path"], path, rtol=1e-10, atol=1e-14)
+
+
+def test_ssl_descends_the_loss_and_the_inhibition_of_hidden_neurons() -> None:
+    model = network(torch.float64)
+    model[6].p = 0.0
+    optimizer = SSL(model, lr=0.1, strength=1.0, sparsity=0.3)
+    assert [layer.name for layer in optimizer.inhibited] == ["4"]
+    learn(model, optimizer)
+    consolidate(optimizer, 0, torch.float64)
+    discount = torch.exp(-optimizer.state[model[4].bias]["stiffness"])
+    assert discount.min() < 0.999
+    images, labels = batch(50, torch.float64)
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    got = [parameter.grad.clone() for parameter in model.parameters()]
+    twin = copy.deepcopy(network(torch.float64))
+    twin.load_state_dict(model.state_dict())
+    twin[6].p = 0.0
+    hidden = twin[:6](images)
+    penalty = ssl.local_inhibition(hidden, discount.float().double(), 12 / 6)
+    (F.cross_entropy(twin[6:](hidden), labels) + 0.3 * penalty).backward()
+    for one, parameter in zip(got, twin.parameters(), strict=True):
+        torch.testing.assert_close(one, parameter.grad, rtol=1e-5, atol=1e-7)
+    model.eval()  # in which the hooks do nothing
+    optimizer.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    assert not torch.equal(model[0].weight.grad, got[0])
+
+
+def test_ssl_inhibits_the_layers_that_are_named_also_after_convolutions() -> None:
+    model = network()
+    optimizer = SSL(model, lr=0.1, layers=["0"], sparsity=1.0)
+    assert [layer.name for layer in optimizer.inhibited] == ["0"]
+    learn(model, optimizer, steps=1)
+    with pytest.raises(
+        ValueError, match="layers names 'head', but no layer with neurons has that name; there are '0', '4', '7'"
+    ):
+        SSL(network(), layers=["head"])
+
+
+def test_ssl_says_where_its_penalty_would_not_act() -> None:
+    flat = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
+    for model, layers in ((flat, None), (network(), [])):
+        with pytest.raises(ValueError, match="no neurons would inhibit each other"):
+            SSL(model, layers=layers)
+    assert SSL(flat, sparsity=0).inhibited == []
+    with pytest.warns(UserWarning, match="the neurons of '0' have no bias"):
+        SSL(nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 4)))
+    model, scaler = network(), torch.amp.GradScaler("cpu")
+    optimizer, before = SSL(model, lr=0.1), weights(model)
+    images, labels = batch(0)
+    scaler.scale(F.cross_entropy(model(images), labels)).backward()
+    with pytest.raises(RuntimeError, match=r"write SSL\(model, ..., scaler=scaler\)"):
+        scaler.step(optimizer)
+    assert torch.equal(weights(model), before)
+
+
+def test_ssl_counts_once_however_often_it_is_made_for_a_model() -> None:
+    gradients = []
+    for times in (1, 2):
+        model = network()
+        model[6].p = 0.0
+        for _ in range(times):
+            model = copy.deepcopy(model)  # with the hooks of an SSL of its own
+            SSL(model, sparsity=1.0)
+        learn(model, SSL(model, lr=0.0, sparsity=1.0), steps=1)
+        gradients.append(model[0].weight.grad)
+    assert torch.equal(*gradients)
+
+
+def test_ssl_discounts_by_the_state_that_it_loads() -> None:
+    model = network()
+    optimizer = SSL(model, lr=0.1)
+    learn(model, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    consolidate(optimizer)
+    assert (optimizer._discounts["4"] < 1).any()
+    optimizer.load_state_dict(before)
+    assert (optimizer._discounts["4"] == 1).all()
+
+
+def test_ssl_scales_its_penalty_with_the_loss() -> None:
+    gradients = []
+    for scale in (1.0, 1024.0):
+        model, scaler = network(), torch.amp.GradScaler("cpu", init_scale=scale)
+        optimizer = SSL(model, lr=0.1, sparsity=1.0, scaler=scaler)
+        torch.manual_seed(0)
+        images, labels = batch(0)
+        scaler.scale(F.cross_entropy(model(images), labels)).backward()
+        scaler.unscale_(optimizer)
+        gradients.append(model[4].weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+
+
+def test_cpc_is_npc_with_a_neuron_for_each_connection() -> None:
+    """One connection to each neuron: |w dL/dw| is |n dL/dn| but for the bias, so both measure the same."""
+    model = nn.Sequential(nn.Linear(1, 40, bias=False), nn.ReLU(), nn.Linear(40, 3))
+    twin = copy.deepcopy(model)
+    options = {"lr": 0.1, "delta": 0.9}
+    connections, neurons = CPC(model, **options), NPC(twin, **options)
+    for number in range(5):
+        x = torch.rand(1, 1, generator=torch.Generator().manual_seed(number)) + 0.5
+        for net, optimizer in ((model, connections), (twin, neurons)):
+            optimizer.zero_grad()
+            F.cross_entropy(net(x), torch.tensor([number % 3])).backward()
+            optimizer.step()
+        with torch.no_grad():  # the heads differ, because CPC's has three connections to a neuron
+            twin[2].load_state_dict(model[2].state_dict())
+    got, want = connections.plasticity()["0"], neurons.plasticity()["0"]
+    torch.testing.assert_close(got.importance["weight"].flatten(), want.importance, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model[0].weight, twin[0].weight, rtol=1e-4, atol=1e-6)
+    assert 0 < got.frozen < 1
+
+
+# ------------------------------------------------------------------------------------------- manners of an optimizer
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_resumed_run_has_forgotten_nothing(method: Any) -> None:
+    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD)
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    other = network()
+    resumed = method(other, lr=0.3, **OPTIONS[method])
+    other.load_state_dict(saved["model"])
+    resumed.load_state_dict(saved["optimizer"])
+    for net, one in ((model, optimizer), (other, resumed)):
+        learn(net, one, first=200)
+        consolidate(one, 1)
+        learn(net, one, first=300)
+    assert torch.equal(weights(model), weights(other))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_state_stays_float32_beside_bfloat16_weights(method: Any) -> None:
+    _, optimizer = two_tasks(method, torch.bfloat16, **OPTIONS[method])
+    other = network(torch.bfloat16)
+    resumed = method(other, lr=0.05, **OPTIONS[method])
+    resumed.load_state_dict(optimizer.state_dict())
+    for (_, state), (_, back) in zip(optimizer.state.items(), resumed.state.items(), strict=True):
+        for name, tensor in state.items():
+            assert tensor.dtype == back[name].dtype == torch.float32
+            assert torch.equal(tensor, back[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_copies_and_pickles_go_on_alike(method: Any) -> None:
+    model, optimizer = two_tasks(method, **OPTIONS[method])
+    twins = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
+    learn(model, optimizer, first=500)
+    for other, own in twins:
+        learn(other, own, first=500)
+        assert torch.equal(weights(other), weights(model))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_without_gradient_stay_as_they_are(method: Any) -> None:
+    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD)
+    model[0].requires_grad_(False)
+    model[0].weight.grad = model[0].bias.grad = None
+    before = model[0].weight.detach().clone()
+    learn(model, optimizer, first=600)
+    consolidate(optimizer, 2)
+    learn(model, optimizer, first=700)
+    assert torch.equal(model[0].weight, before)
+    model[0].requires_grad_(True)
+    learn(model, optimizer, first=800)
+    assert not torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_head_may_come_late(method: Any) -> None:
+    model, optimizer = two_tasks(method, **OPTIONS[method])
+    head = nn.Linear(4, 4)
+    model.append(head)
+    optimizer.add_param_group({"params": head.parameters(), "lr": 0.01})
+    before = head.weight.detach().clone()
+    learn(model, optimizer, first=900)
+    assert not torch.equal(head.weight, before)
+    consolidate(optimizer, 3)
+    learn(model, optimizer, first=1900)
+    if method is not CPC:
+        assert "stiffness" in optimizer.state[head.weight]
+    else:
+        assert optimizer.plasticity()["8"].importance["weight"].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_and_schedulers(method: Any) -> None:
+    model = network()
+    groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4:].parameters()}]
+    optimizer = method(model, lr=0.1, params=groups, **OPTIONS[method])
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.0)
+    before = weights(model[0]).clone(), weights(model[4]).clone()
+    learn(model, optimizer, steps=2)
+    assert torch.equal(weights(model[0]), before[0])
+    after = weights(model[4]).clone()
+    assert not torch.equal(after, before[1])
+    scheduler.step()  # to a rate of zero
+    learn(model, optimizer, steps=2)
+    assert torch.equal(weights(model[4]), after)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    told = {"scaler": scaler} if method is SSL else {}
+    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD, **told)
+    before, state = weights(model).clone(), copy.deepcopy(optimizer.state_dict())
+    for factor in (torch.inf, 1.0):
+        optimizer.zero_grad()
+        images, labels = batch(3)
+        scaler.scale(F.cross_entropy(model(images), labels) * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor != 1:
+            assert torch.equal(weights(model), before)
+            for index, old in state["state"].items():
+                for name, tensor in old.items():
+                    assert torch.equal(optimizer.state_dict()["state"][index][name], tensor)
+    assert not torch.equal(weights(model), before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_closures_maximize_and_memory_formats(method: Any) -> None:
+    model = network().to(memory_format=torch.channels_last)
+    optimizer = method(model, lr=0.01, maximize=True, **OPTIONS[method])
+    images, labels = batch(0, size=32)
+    model[6].p = 0.0
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    consolidate(optimizer)
+    losses = [optimizer.step(closure) for _ in range(5)]
+    assert losses[-1] > first
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bad_arguments_are_sentences(method: Any) -> None:
+    model = network()
+    with pytest.raises(TypeError, match=f"{method.__name__} takes the model itself, got generator"):
+        method(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match=r"lr is -1; expected a finite number of at least 0"):
+        method(model, lr=-1)
+    with pytest.raises(ValueError, match="nesterov is on, but momentum is 0"):
+        method(model, nesterov=True)
+    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of 'auto', 'native', 'reference'"):
+        method(model, backend="cuda")
+    name = "alpha" if method is CPC else "strength"
+    with pytest.raises(ValueError, match=f"{name} is nan; expected a finite number"):
+        method(model, **{name: float("nan")})
+    optimizer = method(model, **OPTIONS[method])
+    optimizer.zero_grad()
+    model[0].weight.grad = torch.zeros(6, 1, 3, 3).to_sparse()
+    with pytest.raises(ValueError, match=r"the gradient of '0.weight' is sparse; expected a dense one"):
+        optimizer.step()
+    with pytest.raises(ValueError, match="the state dict has parameter groups of"):
+        optimizer.load_state_dict(method(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), **OPTIONS[method]).state_dict())
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=f"no .*{name}.*; it was saved by another optimizer than {method.__name__}"):
+        optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.2).state_dict())
+    with pytest.raises(ValueError, match=r"the state dict has 0.weight, .*; expected state and param_groups"):
+        optimizer.load_state_dict(model.state_dict())
+    assert optimizer.state_dict() == before
+    for wrong in (None, "0.1", torch.ones(2)):
+        with pytest.raises(TypeError, match=r"lr is .*; expected a finite number of at least 0"):
+            method(model, lr=wrong)
+
+
+def test_bad_consolidations_change_nothing() -> None:
+    model = network()
+    si = SI(model, lr=0.1)
+    with pytest.raises(RuntimeError, match="no step has moved a weight since the last consolidate"):
+        si.consolidate()
+    with pytest.raises(ValueError, match="damping is 0; expected a finite number above 0"):
+        SI(model, damping=0)
+    learn(model, si)
+    si.state[model[7].bias]["path"][0] = torch.inf
+    before = copy.deepcopy(si.state_dict())
+    with pytest.raises(consolidation.NonFiniteImportanceError, match=r"the importance of '7.bias' is not finite"):
+        si.consolidate()
+    assert str(si.state_dict()) == str(before)
+    model.zero_grad()
+    ewc = EWC(model, lr=0.1)
+    with pytest.raises(ValueError, match="batches has no samples"):
+        ewc.consolidate([], progress=False)
+    images, labels = batch(0)
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="is not finite"):
+        ewc.consolidate([(images, labels)], progress=False)
+    assert not ewc.state
+    wrong = nn.Sequential(*[copy.deepcopy(layer) for layer in model])
+    wrong[0] = nn.Conv2d(1, 6, 5)
+    trained = EWC(network(), lr=0.1)
+    trained.consolidate([batch(0)], progress=False)
+    with pytest.raises(ValueError, match=r"stiffness for '0.weight' has shape \(6, 1, 3, 3\), expected \(6, 1, 5, 5\)"):
+        EWC(wrong).load_state_dict(trained.state_dict())
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_weights_stay_at_their_anchors_however_large_the_strength_is_and_explicit_anchors_diverge(method: Any) -> None:
+    for implicit in (True, False):
+        model = network()
+        optimizer = method(model, lr=0.05, momentum=0.9, **{**OPTIONS[method], "strength": 1e30}, implicit=implicit)
+        learn(model, optimizer)
+        consolidate(optimizer)
+        learn(model, optimizer, first=100, steps=30)
+        if not implicit:
+            assert not weights(model).isfinite().all()
+            with pytest.raises(consolidation.NonFiniteImportanceError):
+                consolidate(optimizer, 1)
+            continue
+        for parameter in model.parameters():
+            state = optimizer.state[parameter]
+            stiff = state["stiffness"] > 1e-20
+            torch.testing.assert_close(parameter[stiff], state["anchor"][stiff], rtol=1e-5, atol=1e-5)
+        consolidate(optimizer, 1)
+        assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "bound"),
+    [({}, 1.0), ({"momentum": 0.5}, 1.5), ({"momentum": 0.5, "nesterov": True}, 0.75)],
+    ids=str,
+)
+def test_explicit_anchors_diverge_above_a_bound_and_implicit_ones_do_not(options: dict[str, Any], bound: float) -> None:
+    """The explicit pull alone multiplies the distance by 1 - 2 lr strength W, or with momentum by a matrix."""
+    for implicit in (True, False):
+        for of_bound, diverges in ((0.99, False), (1.01, not implicit)):
+            model = nn.Linear(1, 1, bias=False)
+            optimizer = EWC(model, lr=0.1, strength=10 * bound * of_bound, **options, implicit=implicit)
+            optimizer.state[model.weight].update(stiffness=torch.ones(1, 1), anchor=torch.zeros(1, 1))
+            model.weight.data.fill_(1.0)
+            for _ in range(500):
+                model.weight.grad = torch.zeros(1, 1)
+                optimizer.step()
+            assert (model.weight.abs().item() > 1) is diverges
+
+
+def test_every_group_pulls_as_it_says() -> None:
+    model, twin = network(), network()
+    groups = [{"params": model[0].parameters(), "implicit": False}, {"params": model[4:].parameters()}]
+    optimizers = EWC(model, params=groups, strength=10.0), EWC(twin, strength=10.0)
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        learn(net, optimizer, steps=2)
+        consolidate(optimizer)
+        learn(net, optimizer, steps=1, first=2)  # from the anchor, where nothing pulls
+        optimizer.step()
+    assert not torch.equal(model[0].weight, twin[0].weight)
+    assert torch.equal(model[4].weight, twin[4].weight)
+    optimizers[0].param_groups[0]["implicit"] = True  # from the next step on
+    model.load_state_dict(twin.state_dict())
+    for net, optimizer in zip((model, twin), optimizers, strict=True):
+        for parameter, own in zip(model.parameters(), twin.parameters(), strict=True):
+            optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[own])
+        learn(net, optimizer, steps=2, first=9)
+    assert torch.equal(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_how_anchors_pull_is_saved_and_never_guessed(method: Any) -> None:
+    model = network()
+    optimizer = method(model, **OPTIONS[method], implicit=False)
+    saved = optimizer.state_dict()
+    other = method(network(), **OPTIONS[method])
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["implicit"] is False
+    del saved["param_groups"][0]["implicit"]
+    with pytest.raises(
+        ValueError, match=r"its parameter groups have no 'implicit', .*, set group\['implicit'\] = False"
+    ):
+        other.load_state_dict(saved)
+    saved["param_groups"][0]["implicit"] = False
+    other.load_state_dict(saved)
+    del optimizer.param_groups[0]["implicit"]
+    with pytest.raises(ValueError, match=f"the pickled {method.__name__} was saved by an earlier version"):
+        pickle.loads(pickle.dumps(optimizer))
+    with pytest.raises(ValueError, match="implicit is None; expected one of True, False"):
+        method(network(), implicit=None)
+    with pytest.raises(ValueError, match=r"momentum is 1.0; implicit anchors need a momentum below 1"):
+        method(network(), momentum=1.0)
+    method(network(), momentum=1.0, implicit=False)
+
+
+def test_importance_that_gradients_spoiled_is_blamed_on_gradients() -> None:
+    model = network()
+    optimizer = SI(model, lr=0.05, strength=0.1)
+    learn(model, optimizer)
+    optimizer.consolidate()
+    learn(model, optimizer)
+    optimizer.state[model[7].bias]["path"][0] = torch.inf
+    with pytest.raises(consolidation.NonFiniteImportanceError, match="gradients were huge"):
+        optimizer.consolidate()
+
+
+@pytest.mark.parametrize("method", [EWC, MAS, SSL])
+def test_a_function_of_the_user_calls_the_model_to_consolidate(method: Any) -> None:
+    model, twin = network(), network()
+    optimizer, usual = (method(one, lr=0.05, **OPTIONS[method]) for one in (model, twin))
+    images, labels = batch(0)
+    torch.manual_seed(1)
+    usual.consolidate([(images, labels)], outputs=lambda y: y[:, 1:3], progress=False)
+    torch.manual_seed(1)
+    optimizer.consolidate(
+        [{"images": images}], forward=lambda model, batch: model(batch["images"])[:, 1:3], progress=False
+    )
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(optimizer.state[mine]["stiffness"], usual.state[theirs]["stiffness"])
+
+
+def test_cpc_names_its_layers_and_reports_them() -> None:
+    model = network()
+    optimizer = CPC(model, lr=0.1, delta=0.5, layers={"7": {"consolidate": False}, "4": {"beta": 1e9}})
+    learn(model, optimizer, steps=6)
+    plasticity = optimizer.plasticity()
+    assert list(plasticity) == ["0", "4"]
+    assert set(plasticity["0"].importance) == {"weight", "bias"}
+    assert plasticity["4"].frozen == 0 < plasticity["0"].frozen
+    assert torch.equal(plasticity["0"].learning_rate["weight"] == 0, plasticity["0"].importance["weight"] >= 0.5)
+    assert optimizer.state[model[7].weight].keys() == set()
+    with pytest.raises(ValueError, match=r"layers\['4'\] has the option 'measure_at'"):
+        CPC(model, layers={"4": {"measure_at": "5"}})
+    with pytest.raises(ValueError, match="has no Linear, Conv or ConvTranspose layer"):
+        CPC(nn.Sequential(nn.PReLU()))
+
+
+@pytest.mark.parametrize("options", [{}, {"kdim": 4, "vdim": 6, "bias": False}], ids=str)
+def test_cpc_protects_attentions_input_projection(options: dict[str, Any]) -> None:
+    model = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, **options)
+    inputs = [torch.randn(3, 5, size) for size in (8, model.kdim, model.vdim)]
+    optimizer = CPC(model, lr=0.1, delta=0.5, momentum=0.9)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(*inputs)[0].sin().sum().backward()
+        optimizer.step()
+    plasticity = optimizer.plasticity()
+    assert list(plasticity) == ["in_proj", "out_proj"]
+    own = [name for name, _ in model.named_parameters() if name.startswith("in_proj") or "_proj_weight" in name]
+    assert list(plasticity["in_proj"].importance) == own and len(own) in (2, 3)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, rate in optimizer.plasticity()["in_proj"].learning_rate.items():
+        assert torch.equal(model.get_parameter(name)[rate == 0], before[name][rate == 0])
+    assert 0 < optimizer.plasticity()["in_proj"].frozen < 1
+    assert not torch.equal(model.in_proj_bias if options == {} else model.v_proj_weight, before[own[-1]])
+    assert not torch.equal(model.bias_k, before["bias_k"])
+
+
+def test_cpc_counts_and_reports_importance_that_is_not_finite() -> None:
+    model = network()
+    optimizer = CPC(model, lr=0.1)
+    learn(model, optimizer, steps=1)
+    model[0].weight.grad[0, 0, 0, 0] = torch.inf
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    assert "layer '0' had an importance that is not finite" in str(caught[0].message)
+    assert optimizer.plasticity()["0"].skipped == 1

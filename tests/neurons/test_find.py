@@ -1,0 +1,864 @@
+"""Which neurons a model has, and that what is measured of them is what eq. 2 says.
+
+Every expected importance comes from a float64 forward pass written out in the test.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from npc_ext import NPC, find_neurons
+from npc_ext.neurons.relu import ReLU
+from npc_ext.neurons.table import Neurons
+
+from ..models import Conv1D, DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, transposed_and_not, vgg
+
+
+def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
+    """a_i = sum_b |sum_p n dL/dn|, as a loop over samples and neurons."""
+    n, g = (t.movedim((batch_dim, channel_dim), (0, 1)) for t in (activation, gradient))
+    rows = [[(n[b, i] * g[b, i]).sum().abs() for i in range(n.shape[1])] for b in range(n.shape[0])]
+    return torch.tensor(rows).double().sum(0)
+
+
+def measured(
+    model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object
+) -> tuple[Neurons, dict[str, Tensor]]:
+    """Taps the model, runs it forward and backward, and returns what the sinks hold."""
+    neurons = find_neurons(model, **options)  # type: ignore[arg-type]
+    neurons.attach(model)
+    loss(model(*inputs)).backward()
+    neurons.detach()
+    return neurons, {layer.name: layer.sink.grad for layer in neurons if layer.sink.grad is not None}
+
+
+def expected(activations: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
+    """Importance from activations of a float64 graph, whose loss is the sum of the output's squares."""
+    gradients = torch.autograd.grad(output.pow(2).sum(), list(activations.values()))
+    return {name: eq_2(n.detach(), g) for (name, n), g in zip(activations.items(), gradients, strict=True)}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, importance in want.items():
+        assert importance.max() > 0
+        torch.testing.assert_close(got[name].double(), importance, rtol=1e-3, atol=1e-5 * importance.max().item())
+
+
+def through(sequence: nn.Sequential, x: Tensor, keep: dict[str, str]) -> tuple[dict[str, Tensor], Tensor]:
+    """Runs a sequence; `keep` says behind which module which layer's activation is taken."""
+    activations = {}
+    for name, module in sequence.named_children():
+        x = module(x)
+        if name in keep:
+            activations[keep[name]] = x
+    return activations, x
+
+
+def test_the_papers_network_is_measured_behind_its_pooling() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    keep = {"pool1": "conv1", "pool2": "conv2", "relu": "hidden", "output": "output"}
+    assert_same(got, expected(*through(exact, x.double(), keep)))
+    assert [str(layer.points[0]) for layer in neurons] == [
+        f"output of {m}" for m in ("pool1", "pool2", "dropout", "output")
+    ]
+
+
+def test_importance_behind_pooling_equals_importance_behind_the_norm_up_to_the_number_of_positions() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    _, pooled = measured(model, x)
+    _, normed = measured(model, x, measure_at={"conv1": "norm1", "conv2": "norm2"})
+    for name in pooled:
+        torch.testing.assert_close(pooled[name], normed[name], rtol=1e-3, atol=1e-6)
+
+
+def test_resnet_with_batch_norm_functional_and_shared_relu_and_residual_additions() -> None:
+    model, x = ResNet(), torch.randn(4, 3, 6, 6)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    acts = {"stem": exact.bn(exact.stem(x.double()))}
+    y = F.relu(acts["stem"])
+    for index, block in enumerate(exact.blocks):
+        acts[f"blocks.{index}.conv1"] = block.bn1(block.conv1(y))
+        acts[f"blocks.{index}.conv2"] = block.bn2(block.conv2(F.relu(acts[f"blocks.{index}.conv1"])))
+        y = F.relu(acts[f"blocks.{index}.conv2"] + y)
+    acts["fc"] = exact.fc(y.mean((2, 3)))
+    assert_same(got, expected(acts, acts["fc"]))
+    assert [p.name for p in neurons["blocks.0.conv1"].parameters] == [
+        "blocks.0.conv1.weight",
+        "blocks.0.bn1.weight",
+        "blocks.0.bn1.bias",
+    ]
+
+
+def test_vgg_with_in_place_relu() -> None:
+    model, x = vgg(), torch.randn(3, 3, 8, 8)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    y, features = x.double(), {}
+    for index, module in enumerate(exact[0]):
+        y = F.relu(y) if isinstance(module, nn.ReLU) else module(y)
+        if isinstance(module, nn.BatchNorm2d):
+            features[f"0.{index - 1}"] = y
+    hidden = exact[2][0](y.flatten(1))
+    out = exact[2][3](F.relu(hidden))
+    assert_same(got, expected({**features, "2.0": hidden, "2.3": out}, out))
+
+
+def test_mlp_on_three_dimensional_input_sums_over_the_middle() -> None:
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), torch.randn(4, 6, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    acts, out = through(exact, x.double(), {"1": "0", "2": "2"})
+    gradients = torch.autograd.grad(out.pow(2).sum(), list(acts.values()))
+    assert_same(got, {name: eq_2(n.detach(), g, 2) for (name, n), g in zip(acts.items(), gradients, strict=True)})
+    assert str(neurons["0"].points[0]) == "output of 1"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=batch_first)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    for parameter in model.parameters():  # the encoder copies one layer; let the copies differ
+        nn.init.normal_(parameter, std=0.3)
+    x, target = (torch.randn(3, 5, 8) for _ in range(2))
+    exact = copy.deepcopy(model).double()
+    loss = lambda y: (y * target.to(y.dtype)).sum()  # noqa: E731
+    neurons, got = measured(model, x, loss=loss)
+    acts: dict[str, Tensor] = {}
+    y = x.double()
+    for index, block in enumerate(exact.layers):
+        mixed = block.self_attn(y, y, y, need_weights=False)[0]
+        y = block.norm1(y + mixed)
+        hidden = F.gelu(block.linear1(y))
+        second = block.linear2(hidden)
+        y = block.norm2(y + second)
+        acts |= {
+            f"layers.{index}.self_attn.out_proj": mixed,
+            f"layers.{index}.linear1": hidden,
+            f"layers.{index}.linear2": second,
+        }
+    gradients = torch.autograd.grad(loss(y), list(acts.values()))
+    samples = 0 if batch_first else 1
+    assert all(got.pop(f"layers.{index}.self_attn.in_proj").min() > 0 for index in range(2))
+    assert_same(
+        got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)}
+    )
+    assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
+        f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")
+    }
+
+
+def attention(module: nn.MultiheadAttention, inputs: list[Tensor], padding: Tensor | None) -> tuple[list[Tensor], ...]:
+    """Queries, keys and values (batch, length, E), and what the module returns, by separate linear layers."""
+    weights = [module.q_proj_weight, module.k_proj_weight, module.v_proj_weight]
+    if module.in_proj_weight is not None:
+        weights = list(module.in_proj_weight.chunk(3))
+    biases = [None] * 3 if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+    batched = [x if x.ndim == 3 else x[None] for x in inputs]
+    if not module.batch_first and inputs[0].ndim == 3:
+        batched = [x.transpose(0, 1) for x in batched]
+    projected = [F.linear(x, w, b) for x, w, b in zip(batched, weights, biases, strict=True)]
+    q, k, v = projected
+    if module.bias_k is not None:
+        k, v = (torch.cat([x, b.expand(len(x), 1, -1)], 1) for x, b in ((k, module.bias_k), (v, module.bias_v)))
+    if module.add_zero_attn:
+        k, v = (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (k, v))
+    q, k, v = (x.unflatten(2, (module.num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.mT / q.shape[-1] ** 0.5
+    if padding is not None:
+        scores = scores.masked_fill(padding[:, None, None], -torch.inf)
+    weights = scores.softmax(-1)
+    output = module.out_proj((weights @ v).transpose(1, 2).flatten(2))
+    if inputs[0].ndim == 2:
+        return projected, [output[0], weights.mean(1)[0]]
+    return projected, [output if module.batch_first else output.transpose(0, 1), weights.mean(1)]
+
+
+def kinds_of_attention() -> dict[str, tuple[dict[str, object], list[Tensor], dict[str, object]]]:
+    """Options of the module, its inputs, and options of the call."""
+    x, y, z = torch.randn(4, 3, 8), torch.randn(5, 3, 8), torch.randn(5, 3, 8)
+    first = [t.transpose(0, 1) for t in (x, y, z)]
+    padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5, [False] * 4 + [True]])
+    return {
+        "self": ({}, [x, x, x], {}),
+        "self, samples first": ({"batch_first": True}, [first[0]] * 3, {}),
+        "self, no weights": ({}, [x, x, x], {"need_weights": False}),
+        "cross": ({}, [x, y, y], {}),
+        "cross, samples first": ({"batch_first": True}, [first[0], first[1], first[1]], {"need_weights": False}),
+        "all different": ({}, [x, y, z], {}),
+        "all different, samples first": ({"batch_first": True, "bias": False}, first, {"need_weights": False}),
+        "padded": ({}, [x, y, y], {"key_padding_mask": padding}),
+        "padded, no weights": (
+            {"batch_first": True}, [first[0], first[1], first[1]], {"key_padding_mask": padding, "need_weights": False},
+        ),
+        "one sample": ({}, [x[:, 0]] * 3, {}),
+        "one sample, samples first": ({"batch_first": True}, [x[:, 0], y[:, 0], y[:, 0]], {"need_weights": False}),
+        "other widths": ({"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]], {}),
+        "other widths, samples first, no bias": (
+            {"kdim": 6, "vdim": 5, "batch_first": True, "bias": False},
+            [first[0], first[1][..., :6], first[2][..., :5]], {"need_weights": False},
+        ),
+        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], {}),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", kinds_of_attention())
+def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
+    torch.manual_seed(0)
+    options, inputs, call = kinds_of_attention()[kind]
+    model = nn.MultiheadAttention(8, 2, **options)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    exact = copy.deepcopy(model).double()
+    before = model(*inputs, **call)
+    neurons = find_neurons(model)
+    neurons.attach(model)
+    tapped = model(*inputs, **call)
+    weights = torch.randn_like(before[0])
+
+    def loss(output: Tensor, probabilities: Tensor | None) -> Tensor:
+        sum_ = (weights.to(output.dtype) * output).sum()
+        return (
+            sum_ if probabilities is None or not call.get("need_weights", True) else sum_ + probabilities.pow(2).sum()
+        )
+
+    loss(*tapped).backward()
+    neurons.detach()
+    for one, other in zip(tapped, before, strict=True):
+        assert one is other or torch.equal(one, other)
+    projected, outputs = attention(exact, [x.double() for x in inputs], call.get("key_padding_mask"))  # type: ignore[arg-type]
+    torch.testing.assert_close(outputs[0].float(), before[0], rtol=1e-4, atol=1e-5)
+    gradients = torch.autograd.grad(loss(*outputs), projected)
+    want = torch.cat([eq_2(n.detach(), g, 2) for n, g in zip(projected, gradients, strict=True)])
+    assert neurons["in_proj"].neurons == 24
+    assert_same({"in_proj": neurons["in_proj"].sink.grad}, {"in_proj": want})
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("activation", ["relu", ReLU()], ids=["relu", "npc_ext.nn.ReLU"])
+def test_a_sequence_without_a_dimension_of_samples_is_one_sample(batch_first: bool, activation: str) -> None:
+    model, x = (
+        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation=activation, batch_first=batch_first),
+        torch.randn(5, 8),
+    )
+    loss = lambda y: y.sin().sum()  # noqa: E731
+    _, alone = measured(copy.deepcopy(model), x, loss=loss)
+    _, batch_of_one = measured(model, x.unsqueeze(0 if batch_first else 1), loss=loss)
+    assert alone.keys() == batch_of_one.keys() == {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    for name, importance in batch_of_one.items():
+        torch.testing.assert_close(alone[name], importance)
+
+
+def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
+            self.b.in_proj_weight = self.a.in_proj_weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x, x, x)[0]
+            return self.b(x, x, x)[0]
+
+    x = torch.randn(5, 3, 8)
+    model = Twice()
+    single, called_twice = copy.deepcopy(model), copy.deepcopy(model)
+    single.b.in_proj_weight = nn.Parameter(single.a.in_proj_weight.detach().clone())
+    called_twice.b = called_twice.a
+    neurons, got = measured(model, x)
+    _, apart = measured(single, x)
+    torch.testing.assert_close(got["a.in_proj"], apart["a.in_proj"] + apart["b.in_proj"])
+    assert [p.name for p in neurons["a.in_proj"].parameters] == ["a.in_proj_weight", "a.in_proj_bias", "b.in_proj_bias"]
+    assert "shared with b" in neurons["a.in_proj"].note
+    assert set(measured(called_twice, x)[1]) == {"a.in_proj", "a.out_proj"}
+
+
+def test_attention_that_cannot_be_measured_inside_says_why() -> None:
+    class Own(nn.MultiheadAttention):
+        def forward(self, *inputs: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
+            return super().forward(*inputs, **options)  # type: ignore[arg-type]
+
+    class Replaced(nn.MultiheadAttention):
+        def __init__(self, *sizes: int) -> None:
+            super().__init__(*sizes)
+            self.forward = super().forward
+
+    for module, reason in ((Own(8, 2), "its class has a forward of its own"), (Replaced(8, 2), "has been replaced")):
+        neurons = find_neurons(nn.Sequential(module))
+        assert [layer.name for layer in neurons] == ["0.out_proj"]
+        assert all(reason in other.reason for other in neurons.others)
+    with pytest.raises(ValueError, match=r"measure_at names '0.in_proj', the input projection of attention"):
+        find_neurons(nn.Sequential(nn.MultiheadAttention(8, 2)), measure_at={"0.in_proj": "0"})
+    extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).others
+    assert [(other.name, other.reason) for other in extra] == [
+        (name, "a key and a value that attention adds to every sequence") for name in ("bias_k", "bias_v")
+    ]
+
+
+def test_attention_is_measured_where_nothing_but_its_projection_trains() -> None:
+    model, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    model.out_proj.requires_grad_(False)
+    assert set(measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]) == {"in_proj"}
+    model.requires_grad_(False)
+    x.requires_grad_()
+    assert not measured(model, x, x, x, loss=lambda y: y[0].sin().sum())[1]
+
+
+def test_a_transformer_layer_that_is_the_model_itself_says_where_samples_are() -> None:
+    for batch_first, samples in ((True, 0), (False, 1)):
+        neurons = find_neurons(nn.TransformerEncoderLayer(8, 2, 12, batch_first=batch_first))
+        assert {point.batch_dim for layer in neurons for point in layer.points} == {samples}
+
+
+def test_two_layers_with_tied_weights_are_one_layer_whose_importance_adds_up() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
+    model[2].weight = model[0].weight
+    x = torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    first = F.relu(exact[0](x.double()))
+    second = F.relu(exact[2](first))
+    out = exact[4](second)
+    want = expected({"0": first, "2": second, "4": out}, out)
+    want["0"] += want.pop("2")
+    assert_same(got, want)
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "2.bias"]
+    assert "shared with 2" in neurons["0"].note
+
+
+def test_a_module_called_twice_in_one_forward_pass_adds_up() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.layer(F.relu(self.layer(x)))))
+
+    model, x = Twice(), torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    first = exact.layer(x.double())
+    second = exact.layer(F.relu(first))
+    out = exact.out(F.relu(second))
+    want = expected({"first": first, "second": second, "out": out}, out)
+    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+
+
+def test_a_call_that_could_be_measured_further_downstream_does_not_count_twice() -> None:
+    class Twice(nn.Module):
+        """One layer and its ReLU called twice; dropout follows the second call only."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.relu, self.dropout, self.out = nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.relu(self.layer(x))
+            return self.out(self.dropout(self.relu(self.layer(y + 0.5 * y))))
+
+    model, x = Twice(), torch.randn(4, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    first = F.relu(exact.layer(x.double()))
+    second = F.relu(exact.layer(1.5 * first))
+    out = exact.out(second)
+    want = expected({"first": first, "second": second, "out": out}, out)
+    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+
+
+def test_channels_last_memory_gives_the_same_importance() -> None:
+    model, x = vgg(), torch.randn(3, 3, 8, 8)
+    twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    _, got = measured(model, x)
+    _, last = measured(twin, x.contiguous(memory_format=torch.channels_last))
+    for name in got:
+        torch.testing.assert_close(last[name], got[name], rtol=1e-3, atol=1e-5)
+
+
+def test_frozen_layers_are_listed_but_not_measured() -> None:
+    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
+    model.conv1.requires_grad_(False)
+    neurons, got = measured(model, x)
+    assert "conv1" in [layer.name for layer in neurons]
+    assert set(got) == {"conv2", "hidden", "output"}
+
+
+CONVOLUTIONS = [
+    (nn.Conv1d(4, 6, 3), (2, 4, 9)),
+    (nn.Conv2d(4, 6, 3, groups=2), (2, 4, 7, 7)),
+    (nn.Conv2d(4, 8, 3, groups=4), (2, 4, 7, 7)),
+    (nn.Conv3d(2, 5, 2), (2, 2, 4, 4, 4)),
+    (nn.ConvTranspose1d(4, 6, 3), (2, 4, 9)),
+    (nn.ConvTranspose2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
+    (nn.ConvTranspose3d(2, 4, 2, groups=2), (2, 2, 3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).split("kernel")[0])
+def test_every_kind_of_convolution(layer: nn.Module, shape: tuple[int, ...]) -> None:
+    model, x = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), nn.Flatten()), torch.randn(shape)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    activation = torch.tanh(exact[0](x.double()))
+    assert_same(got, expected({"0": activation}, activation))
+    weight, n = neurons["0"].parameters[0], layer.out_channels
+    assert weight.parameter.shape[weight.dim] * weight.groups == n == neurons["0"].neurons
+
+
+def test_unbatched_input_counts_as_one_sample() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), torch.randn(2, 6, 6)
+    exact = copy.deepcopy(model).double()
+    _, got = measured(model, x)
+    activation = F.relu(exact[0](x.double()))[None]
+    assert_same(got, expected({"0": activation}, activation))
+
+
+def test_functional_gelu_is_followed_and_measured_at_the_next_layers_input() -> None:
+    class FeedForward(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(F.gelu(self.up(x)))
+
+    model, x = FeedForward(), torch.randn(5, 4)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    hidden = F.gelu(exact.up(x.double()))
+    down = exact.down(hidden)
+    assert_same(got, expected({"up": hidden, "down": down}, x.double() + down))
+    assert str(neurons["up"].points[0]) == "input of down"
+
+
+def test_a_functional_activation_that_cannot_be_reached_is_noted() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.gelu(self.conv(x)).mean((2, 3)))
+
+    note = find_neurons(Net())["conv"].note
+    assert note == "measured before gelu, which is not a module that is used once"
+
+
+def test_a_layer_before_an_unreachable_normalization_trains_plainly_and_says_why() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.instance_norm(self.conv(x)).mean((2, 3)))
+
+    neurons = find_neurons(Net())
+    assert [layer.name for layer in neurons] == ["out"]
+    assert "a normalization follows" in neurons.others[0].reason
+
+
+def test_heads_chosen_by_an_argument_or_an_attribute() -> None:
+    x = torch.randn(4, 6)
+    for task in (0, 1):
+        _, got = measured(ManyHeads(), x, task)
+        assert set(got) == {"features.0", f"heads.{task}"}
+        model = SetTask()
+        neurons = find_neurons(model)
+        neurons.attach(model)
+        model.task = task
+        model(x).sum().backward()
+        assert {layer.name for layer in neurons if layer.sink.grad is not None} == {"hidden", f"heads.{task}"}
+
+
+def test_heads_that_the_trace_does_not_reach_are_measured_behind_their_normalization() -> None:
+    model = SetTask()
+    for index in range(2):
+        head = (nn.Linear(16, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3))
+        model.heads[index] = nn.Sequential(*head)
+    layer = find_neurons(model)["heads.1.0"]
+    assert str(layer.points[0]) == "output of heads.1.2"
+    assert [p.name for p in layer.parameters][2:] == ["heads.1.1.weight", "heads.1.1.bias"]
+
+
+def test_a_model_that_cannot_be_traced_is_measured_at_its_layers_own_outputs() -> None:
+    model, x = DataDependent(), torch.randn(4, 3, 5, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    conv = exact.conv(x.double())
+    out = exact.fc(F.relu(conv).mean((2, 3)) + 0.1)
+    assert_same(got, expected({"conv": conv, "fc": out}, out))
+    assert neurons["conv"].points[0].copy
+
+
+def test_in_place_operations_on_measured_tensors_are_met_with_a_copy() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.out = nn.Linear(4, 6), nn.Linear(6, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.layer(x)
+            x[:, 0] = 0
+            return self.out(F.relu_(x.view(-1, 6)))
+
+    model, x = Masks(), torch.randn(3, 4)
+    neurons, got = measured(model, x)
+    assert set(got) == {"layer", "out"}
+    assert neurons["layer"].points[0].copy
+    logits_masked_by_the_user = model(x)
+    neurons.attach(model)
+    logits_masked_by_the_user = model(x)
+    logits_masked_by_the_user[:, 2:] = -1e9
+    logits_masked_by_the_user.logsumexp(1).sum().backward()
+
+
+def test_tracing_leaves_nothing_behind() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last, self.seen, self.calls = nn.Linear(3, 2), None, {}, 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            self.last = self.seen["x"] = self.layer(x)
+            return torch.dropout(self.last, 0.5, self.training)
+
+    model, state = Remembers().eval(), torch.get_rng_state()
+    find_neurons(model)
+    assert (model.last, model.seen, model.calls, model.training) == (None, {}, 0, False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not model.layer._forward_hooks
+
+
+def test_tracing_leaves_nothing_in_buffers_and_lists_even_if_it_fails() -> None:
+    class Counts(nn.Module):
+        def __init__(self, fails: bool) -> None:
+            super().__init__()
+            self.layer, self.fails, self.log = nn.Linear(3, 2), fails, list[Tensor]()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.steps += 1
+            x = self.layer(x)
+            self.log.append(x)
+            return -x if self.fails and x.sum() > 0 else x
+
+    for fails in (False, True):
+        model = Counts(fails)
+        find_neurons(model)
+        assert (model.log, model.steps.item()) == ([], 0)
+
+
+class OverwritesItsInput(nn.Module):
+    """Cannot be traced, and works in place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_() if x.sum() > 0 else x.mul_(2)
+
+
+def test_a_part_that_cannot_be_traced_moves_no_point_before_it() -> None:
+    model = nn.Sequential(
+        *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), OverwritesItsInput(), nn.Flatten(), nn.Linear(36, 2))
+    )
+    x = torch.randn(3, 2, 5, 5)
+    exact = copy.deepcopy(model).double()
+    neurons, got = measured(model, x)
+    assert str(neurons["0"].points[0]) == "output of 2"
+    assert neurons["0"].points[0].copy
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    conv = exact[2](exact[1](exact[0](x.double())))
+    out = exact[5](exact[3](conv.clone()).flatten(1))
+    assert_same(got, expected({"0": conv, "5": out}, out))
+
+
+def test_a_module_with_two_names_in_a_model_that_cannot_be_traced() -> None:
+    class Part(nn.Module):
+        def __init__(self, relu: nn.Module) -> None:
+            super().__init__()
+            self.fc, self.relu = nn.Linear(4, 4), relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu(self.fc(x))
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            relu = nn.ReLU()
+            self.a, self.b = Part(relu), Part(relu)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.a(x)
+            return self.b(x) if x.sum() >= 0 else x
+
+    assert [str(layer.points[0]) for layer in find_neurons(Model())] == ["output of a.fc", "output of b.fc"]
+
+
+def test_a_class_derived_from_a_normalization_is_passed_even_if_it_cannot_be_traced() -> None:
+    class CheckedNorm(nn.BatchNorm2d):
+        def forward(self, input: Tensor) -> Tensor:
+            if input.abs().amax() == torch.inf:
+                raise ValueError("infinite")
+            return F.relu(super().forward(input))
+
+    neurons = find_neurons(nn.Sequential(nn.Conv2d(2, 4, 3), CheckedNorm(4), nn.Conv2d(4, 2, 1)))
+    assert str(neurons["0"].points[0]) == "output of 1"
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_functional_pooling_does_not_hide_a_following_normalization() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.avg_pool2d(F.max_pool2d(self.conv(x), 2), 2)
+            return self.fc(self.norm(F.adaptive_avg_pool2d(x, 2)).mean((2, 3)))
+
+    assert str(find_neurons(Model())["conv"].points[0]) == "output of norm"
+
+
+def test_scales_of_a_layer_norm_behind_a_convolution_count_positions_not_neurons() -> None:
+    # The last dimension is as long as there are neurons, by chance.
+    neurons = find_neurons(nn.Sequential(nn.Conv1d(2, 5, 1), nn.LayerNorm(5), nn.ReLU(), nn.Conv1d(5, 2, 1)))
+    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias"]
+    assert [other.name for other in neurons.others] == ["1.weight", "1.bias"]
+    assert str(neurons["0"].points[0]) == "output of 2"
+
+
+def test_detaching_takes_every_hook_out() -> None:
+    model = ResNet()
+    neurons = find_neurons(model)
+    neurons.attach(model)
+    assert any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    neurons.detach()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        paper_cnn,
+        ResNet,
+        vgg,
+        ManyHeads,
+        DataDependent,
+        lambda: nn.TransformerEncoderLayer(8, 2, 12),
+        lambda: nn.Sequential(nn.Embedding(9, 4), nn.LSTM(4, 4), nn.Linear(4, 3)),
+    ],
+)
+def test_the_table_lists_every_parameter_once(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    neurons = find_neurons(model)
+    listed = [p.name for layer in neurons for p in layer.parameters] + [other.name for other in neurons.others]
+    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+    for name in listed:
+        assert name.rpartition(".")[2] in str(neurons)
+
+
+def test_language_model_head_tied_with_its_embedding() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            return self.head(self.embedding(tokens))
+
+    neurons, got = measured(Tied(), torch.randint(11, (2, 5)))
+    assert "also the embedding embedding" in neurons["head"].note
+    assert got["head"].shape == (11,)
+
+
+def test_layers_whose_weight_is_computed_train_plainly() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
+    neurons = find_neurons(model)
+    assert [layer.name for layer in neurons] == ["2"]
+    assert all("a parametrization" in other.reason for other in neurons.others)
+
+
+def tied_across_dimensions() -> nn.Module:
+    model = nn.Sequential(nn.Conv1d(4, 6, 3), nn.ConvTranspose1d(6, 4, 3))
+    model[1].weight = model[0].weight
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (lambda: nn.ReLU(), {}, r"the model \(ReLU\) has no neurons that can be measured"),
+        (lambda: nn.LazyLinear(3), {}, "'weight' is not initialized yet: pass one batch"),
+        (lambda: nn.Linear(2, 2, dtype=torch.cfloat), {}, "'weight' is complex"),
+        (tied_across_dimensions, {}, "layers '0', '1' share one weight but count their neurons along different"),
+        (paper_cnn, {"measure_at": {"conv1": "pool9"}}, "measure_at names 'pool9', which is not in the model; close to it: 'pool"),
+        (paper_cnn, {"measure_at": {"convv": "pool1"}}, "measure_at names 'convv', which is not in the model; close to it: 'conv"),
+        (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope', .*; there are 'conv1', 'conv2', 'hidden', 'output'"),
+        (paper_cnn, {"measure_at": {"conv2": "norm1"}}, "measure_at of 'conv2' is 'norm1', which comes before the layer"),
+        (paper_cnn, {"measure_at": {"conv1": "xyz"}}, "names 'xyz', .*; there are 'conv1', 'norm1', .* and [0-9]+ more"),
+        (paper_cnn, {"batch_dim": {"conv1": 1}}, "batch_dim of 'conv1' is 1, but dimension 1 counts the neurons"),
+        (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ValueError, match=message):
+        find_neurons(make(), **options)
+
+
+def test_looking_up_an_unknown_layer_names_the_known() -> None:
+    with pytest.raises(KeyError, match="no layer 'conv9'; close to it: 'conv1', 'conv2'"):
+        find_neurons(paper_cnn())["conv9"]
+
+
+def test_a_normalization_that_is_named_or_passed_belongs_to_the_neurons() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
+    for at in ("1", "2"):
+        layer = find_neurons(model, measure_at={"0": at})["0"]
+        assert [own.name for own in layer.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+    class Hidden(nn.Module):
+        """Depends on data, so that nothing is traced."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.norm = nn.Linear(5, 4), nn.LayerNorm(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.norm(self.layer(x))
+            return y if bool(y.sum() > 0) else -y
+
+    assert len(find_neurons(Hidden(), measure_at={"layer": "norm"})["layer"].parameters) == 4
+
+
+def test_the_table_says_what_is_not_trained() -> None:
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    model[0].requires_grad_(False)
+    model[1].requires_grad_(False)
+    table = str(find_neurons(model))
+    assert "0.weight  embedding; requires no gradient, and is not trained" in table
+    assert "nowhere: none of its parameters requires a gradient" in table
+
+
+def test_transposed_linear_layers_have_the_neurons_of_linear_ones() -> None:
+    ours, usual = transposed_and_not()
+    x = torch.randn(4, 5, 6)  # a sequence
+    neurons, got = measured(ours, x)
+    twin, want = measured(usual, x)
+    assert_same(got, {name: importance.double() for name, importance in want.items()})
+    for own, other in zip(neurons, twin, strict=True):
+        assert (own.neurons, own.fan_in, own.points) == (other.neurons, other.fan_in, other.points)
+        assert [p.name for p in own.parameters] == [p.name for p in other.parameters]
+        assert own.parameters[0].dim == 1 and {p.dim for p in own.parameters[1:]} == {0}
+
+
+def test_what_is_only_called_conv1d_is_no_layer() -> None:
+    model = nn.Sequential(Conv1D(4, 4), nn.Linear(4, 2))
+    model[0].nf = 5
+    assert [layer.name for layer in find_neurons(model)] == ["1"]
+
+
+class PackedLinear(nn.Linear):
+    """Holds four weights in a byte, and behaves as if it did not."""
+
+    def __init__(self, inputs: int, outputs: int, packed: Tensor) -> None:
+        super().__init__(inputs, outputs)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, torch.ones(self.out_features, self.in_features), self.bias)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        torch.zeros(128, 1, dtype=torch.uint8),
+        torch.zeros(64, 1, dtype=torch.bfloat16),  # storage of 4-bit weights
+        torch.zeros(16, 16, dtype=torch.int8),
+        torch.zeros(16, 16).to(torch.float8_e4m3fn),
+        torch.zeros(256),
+        torch.zeros(0),
+    ],
+)
+def test_packed_weights_are_no_neurons(packed: Tensor) -> None:
+    neurons = find_neurons(nn.Sequential(PackedLinear(16, 16, packed), nn.ReLU(), nn.Linear(16, 2)))
+    assert [layer.name for layer in neurons] == ["2"]
+    assert all("its weight " in other.reason for other in neurons.others)
+    assert "0.weight" in str(neurons)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 6, 3, groups=2), nn.ConvTranspose2d(4, 6, 3, groups=2), nn.Conv1d(4, 6, (2,))]
+)
+def test_weights_of_convolutions_are_those_of_their_shape(layer: nn.Module) -> None:
+    assert find_neurons(layer)[""].neurons == 6
+    layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="its weight has the shape"):
+        find_neurons(layer)
+
+
+def test_a_head_that_has_grown_keeps_its_neurons() -> None:
+    model = nn.Linear(5, 3)
+    model.weight.data, model.bias.data = torch.randn(8, 5), torch.zeros(8)
+    assert find_neurons(model)[""].neurons == 8
+
+
+def test_tokens_count_as_samples_where_dimension_1_does() -> None:
+    """Packed sequences, (1, tokens, channels): one sample by default."""
+    model, x = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)), torch.randn(1, 9, 5)
+    _, as_one = measured(model, x)
+    _, by_token = measured(model, x, batch_dim={"0": 1, "2": 1})
+    _, flat = measured(model, x[0])
+    for name in flat:
+        torch.testing.assert_close(by_token[name], flat[name])
+    assert (as_one["0"] < by_token["0"]).all()
+
+
+def test_tokens_count_as_samples_also_in_attentions_input_projection() -> None:
+    torch.manual_seed(0)
+    model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 9, 8)
+    _, by_token = measured(model, x, x, x, batch_dim={"in_proj": 1}, loss=lambda y: y[0].sin().sum())
+    projected, (output, _) = attention(model, [x, x, x], None)
+    gradients = torch.autograd.grad(output.sin().sum(), projected)
+    want = [eq_2(n.detach(), g, channel_dim=2, batch_dim=1) for n, g in zip(projected, gradients, strict=True)]
+    assert_same({"in_proj": by_token["in_proj"]}, {"in_proj": torch.cat(want)})
+
+
+@pytest.mark.parametrize("model", [nn.Linear(16, 48), nn.MultiheadAttention(16, 2)], ids=["linear", "attention"])
+def test_sinks_take_no_memory_before_they_are_measured(model: nn.Module) -> None:
+    x = torch.randn(2, 3, 16)
+    neurons, got = measured(model, *[x] * (1 if isinstance(model, nn.Linear) else 3), loss=lambda y: y[0].sin().sum())
+    first = neurons.layers[0]
+    assert first.sink.untyped_storage().nbytes() == 4
+    assert got[first.name].shape == (48,) and got[first.name].is_contiguous()
+
+
+def test_a_parametrized_input_projection_of_the_model_itself_says_why_it_is_no_layer() -> None:
+    model = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight")
+    reasons = {other.name.rpartition(".")[2]: other.reason for other in find_neurons(model).others}
+    assert reasons == dict.fromkeys(
+        ("original0", "original1", "in_proj_bias"), "its weight is computed from other parameters (a parametrization)"
+    )
+
+
+def test_convolutions_in_a_sequence_first_transformer_have_their_samples_first() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=False)
+    layer.conv = nn.Conv1d(8, 8, 3)
+    dims = {one.name: one.points[0].batch_dim for one in find_neurons(layer)}
+    assert dims["conv"] == 0 and dims["linear1"] == 1
+
+
+def test_the_dimension_of_samples_may_be_given_for_attention_with_everything_else() -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    optimizer = NPC(model, layers={"*": {"batch_dim": 1}})
+    assert {point.batch_dim for layer in optimizer.neurons for point in layer.points} == {1}

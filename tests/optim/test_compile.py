@@ -1,0 +1,412 @@
+"""Compiled models are measured and trained as others are, however model and optimizer came together."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo import convert_frame
+from torch.nn import functional as F
+
+import npc_ext
+from npc_ext import CPC, EWC, NPC, ImportanceWarning, NPCAdamW, PlasticityWrapper
+from npc_ext._torch import TRACES_BOUND_FORWARDS
+
+from ..tolerances import TRAJECTORY
+
+Made = tuple[Any, nn.Module, NPC]
+BACKEND = "aot_eager"  # follows taps through autograd as the default does, and takes no C++ compiler
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> None:
+    torch._dynamo.reset()
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(128, 16), npc_ext.nn.ReLU(), nn.Dropout(0.0), nn.Linear(16, 4),
+    )  # fmt: skip
+
+
+def optimizer_of(model: Any) -> NPC:
+    return NPC(model, delta=0.9)
+
+
+def optimizer_first() -> Made:
+    model = network()
+    optimizer = optimizer_of(model)
+    return torch.compile(model, fullgraph=True, backend=BACKEND), model, optimizer
+
+
+def compiled_first() -> Made:
+    model = network()
+    return torch.compile(model, fullgraph=True, backend=BACKEND), model, optimizer_of(model)
+
+
+def of_what_compile_returned() -> Made:
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    return compiled, model, optimizer_of(compiled)
+
+
+def in_place() -> Made:
+    model = network()
+    optimizer = optimizer_of(model)
+    model.compile(fullgraph=True, backend=BACKEND)
+    return model, model, optimizer
+
+
+def part_by_part() -> Made:
+    model = network()
+    optimizer = optimizer_of(model)
+    model[0].compile(backend=BACKEND)
+    model[5].compile(backend=BACKEND)
+    return model, model, optimizer
+
+
+def after_it_ran() -> Made:
+    """Taps come into a model whose compiled code knows nothing of them."""
+    model = network()
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    loss(compiled, 0).backward()
+    model.load_state_dict(network().state_dict())
+    return compiled, model, optimizer_of(model)
+
+
+def loss(model: Any, seed: int, size: int = 6) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    x, y = torch.randn(size, 1, 8, 8, generator=generator), torch.randint(4, (size,), generator=generator)
+    return F.cross_entropy(model(x), y)
+
+
+def step(model: Any, optimizer: NPC, seed: int, size: int = 6) -> None:
+    optimizer.zero_grad()
+    loss(model, seed, size).backward()
+    optimizer.step()
+
+
+def assert_alike(optimizer: NPC, model: nn.Module, plain: NPC, twin: nn.Module) -> None:
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= TRAJECTORY * q.norm()
+    for name, want in plain.plasticity().items():
+        got = optimizer.plasticity()[name].importance
+        assert want.importance.any() and (got - want.importance).norm() <= TRAJECTORY * want.importance.norm()
+
+
+@pytest.mark.parametrize(
+    "make", [optimizer_first, compiled_first, of_what_compile_returned, in_place, part_by_part, after_it_ran]
+)
+def test_it_does_not_matter_how_model_and_optimizer_come_together(make: Callable[[], Made]) -> None:
+    """And nothing is compiled again from step to step, as rates change and neurons freeze."""
+    twin = network()
+    plain = optimizer_of(twin)
+    compiled, model, optimizer = make()
+    assert [layer.name for layer in optimizer.neurons] == ["0", "5", "8"]
+    for seed in range(40):
+        step(twin, plain, seed)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            step(compiled, optimizer, seed)
+    assert any(layer.frozen > 0 for layer in optimizer.plasticity().values())
+    assert_alike(optimizer, model, plain, twin)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_micro_batches_of_a_compiled_model_add_up(ran_before: bool) -> None:
+    twin = network()
+    plain = optimizer_of(twin)
+    compiled, model, optimizer = compiled_first()
+    for seed in range(0, 6, 2):
+        for one, own in ((twin, plain), (model if ran_before and seed == 0 else compiled, optimizer)):
+            own.zero_grad()
+            loss(one, seed).backward()
+            loss(one, seed + 1).backward()
+            own.step()
+    assert_alike(optimizer, model, plain, twin)
+
+
+@pytest.mark.parametrize("ran_before", [False, True])
+def test_importance_of_compiled_code_does_not_outlive_gradients_that_the_model_clears(ran_before: bool) -> None:
+    """It is not noticed in time to measure the next loss alone, but in time to leave both out, and said."""
+    compiled, model, optimizer = compiled_first()
+    step(model if ran_before else compiled, optimizer, 0)
+    before = {name: layer.importance for name, layer in optimizer.plasticity().items()}
+    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.zero_grad()
+    loss(compiled, 1).backward()
+    model.zero_grad()
+    loss(compiled, 2).backward()
+    with pytest.warns(ImportanceWarning, match=r"call optimizer\.zero_grad\(\) instead"):
+        optimizer.step()
+    for name, layer in optimizer.plasticity().items():
+        assert torch.equal(layer.importance, before[name])
+    assert not all(torch.equal(p, q) for p, q in zip(weights, model.parameters(), strict=True))
+
+
+def test_evaluation_and_other_batch_sizes_compile_once_each() -> None:
+    twin = network()
+    plain = optimizer_of(twin)
+    compiled, model, optimizer = optimizer_first()
+    for seed in range(12):
+        with torch._dynamo.config.patch(error_on_recompile=seed > 3):
+            size = 6 if seed % 2 else 4
+            step(compiled, optimizer, seed, size)
+            step(twin, plain, seed, size)
+            for one in (compiled, twin):
+                one.eval()
+                with torch.no_grad():
+                    loss(one, 100 + seed, size)
+                one.train()
+    assert_alike(optimizer, model, plain, twin)
+
+
+def test_a_compiled_model_that_lost_its_taps_is_refused() -> None:
+    compiled, model, optimizer = optimizer_first()
+    for module in model.modules():
+        module._forward_hooks.clear()
+        module._forward_pre_hooks.clear()
+    model[6]._taps.clear()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises(RuntimeError, match="no importance was measured"):
+        step(compiled, optimizer, 0)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+class ConvBlock(nn.Module):
+    """Its convolution has to be measured behind the normalization, whose scales are the neurons' own."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width)
+        self.relu = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(self.norm(self.conv(x)))
+
+
+def blocks(count: int = 2) -> nn.Sequential:
+    torch.manual_seed(0)
+    widths = [1, *[6] * count]
+    convolutions = [ConvBlock(*pair) for pair in pairwise(widths)]
+    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(24, 4))
+
+
+def compile_each(model: nn.Sequential, backend: Any = BACKEND) -> None:
+    for block in model[:-3]:
+        block.compile(fullgraph=True, backend=backend)
+
+
+def compile_all_modules(model: nn.Sequential) -> None:
+    for module in model.modules():
+        module.compile(backend=BACKEND)
+
+
+def replace_each(model: nn.Sequential) -> None:
+    for index in range(len(model) - 3):
+        model[index] = torch.compile(model[index], fullgraph=True, backend=BACKEND)  # type: ignore[assignment]
+
+
+def compile_forwards(model: nn.Sequential) -> None:
+    for block in model[:-3]:
+        block.forward = torch.compile(block.forward, fullgraph=True, backend=BACKEND)  # type: ignore[method-assign]
+
+
+class DependsOnData(nn.Module):
+    """Cannot be traced, so that its parts are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y if x.sum() < 1e9 else -y
+
+
+def table(model: nn.Module) -> list[str]:
+    return [" ".join(line.split()) for line in str(npc_ext.find_neurons(model)).replace("_orig_mod.", "").splitlines()]
+
+
+WAYS = [compile_each, compile_all_modules, replace_each, compile_forwards]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_compiled_blocks_are_measured_where_others_are(way: Callable[[nn.Sequential], None]) -> None:
+    for wrap in (nn.Sequential, DependsOnData):
+        model = blocks()
+        way(model)
+        compiled, usual = table(wrap(model)), table(wrap(blocks()))
+        assert [line for line in compiled if set(line) != {"-", " "}] == [
+            line for line in usual if set(line) != {"-", " "}
+        ]
+        assert "norm.weight" in compiled[2] and "relu" in compiled[2]
+
+
+@pytest.mark.parametrize("skip_frozen", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_blocks_compiled_before_the_optimizer_is_built_are_measured_and_trained_as_others(
+    way: Callable[[nn.Sequential], None], skip_frozen: bool
+) -> None:
+    twin, model = blocks(), blocks()
+    way(model)
+    plain, optimizer = (NPC(one, delta=0.9, skip_frozen=skip_frozen) for one in (twin, model))
+    for seed in range(5):
+        step(twin, plain, seed)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0 and way is not compile_all_modules):
+            step(model, optimizer, seed)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= TRAJECTORY * q.norm()
+    for got, want in zip(optimizer.plasticity().values(), plain.plasticity().values(), strict=True):
+        assert (
+            want.importance.any() and (got.importance - want.importance).norm() <= TRAJECTORY * want.importance.norm()
+        )
+
+
+@pytest.mark.skipif(not TRACES_BOUND_FORWARDS, reason="this torch compiles a graph for each block")
+@pytest.mark.parametrize("skip_frozen", [True, "layers", False])
+def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
+    """And none takes that of another: the last one is measured behind it, so that its graph has no tap."""
+    graphs = 0
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        nonlocal graphs
+        graphs += 1
+        return torch._dynamo.lookup_backend(BACKEND)(graph, inputs)
+
+    model = blocks(12)
+    compile_each(model, counting)
+    optimizer = NPC(model, delta=0.9, skip_frozen=skip_frozen)
+    for seed in range(10):  # within which certificates are issued
+        step(model, optimizer, seed)  # warns of layers that are not measured
+    assert [str(optimizer.neurons[name].points[0]) for name in ("10.conv", "11.conv")] == [
+        "output of 10.relu",
+        "output of 12",
+    ]
+    assert graphs == 3  # the first block's, the last one's, and that of all others
+    assert all(layer.importance.any() for layer in optimizer.plasticity().values())
+
+
+def compiled_in_place(module: nn.Module) -> nn.Module:
+    module.compile(backend=BACKEND)
+    return module
+
+
+def compiled_around(module: nn.Module) -> Any:
+    return torch.compile(module, backend=BACKEND)
+
+
+def compiled_forward(module: nn.Module) -> nn.Module:
+    module.forward = torch.compile(module.forward, backend=BACKEND)  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize("way", [compiled_in_place, compiled_around, compiled_forward])
+def test_a_layer_whose_tap_is_in_a_compiled_module_does_not_rest(way: Callable[[nn.Module], nn.Module]) -> None:
+    """Else the module would be compiled again whenever the layer goes to rest."""
+    models, optimizers = [], []
+    for skip_frozen in (True, False):
+        torch.manual_seed(0)
+        models.append(nn.Sequential(nn.Linear(6, 8), way(nn.Tanh()), nn.Linear(8, 3)))
+        optimizers.append(NPC(models[-1], delta=0.9999, skip_frozen=skip_frozen))
+        optimizers[-1].state[models[-1][0].weight]["importance"][:] = 9.0
+    optimizers[0]._certificates.issue()
+    for seed in range(4):
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+                model(x).logsumexp(1).mean().backward()
+            optimizer.step()
+    assert optimizers[0]._certificates.watches["0"].in_force()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    for one, other in zip(*(optimizer.plasticity().values() for optimizer in optimizers), strict=True):
+        assert torch.equal(one.importance, other.importance) and one.importance.any()
+
+
+def test_a_model_that_was_compiled_and_trained_before_says_what_to_do() -> None:
+    model = blocks(1)
+    compiled = torch.compile(model, backend=BACKEND)
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default, as long as there is no optimizer
+        loss(compiled, 0).backward()
+    optimizer = NPC(model, skip_frozen=False)
+    with pytest.raises(RuntimeError, match=r"call torch\.compiler\.reset\(\)"):
+        step(compiled, optimizer, 1)
+    torch.compiler.reset()
+    step(compiled, optimizer, 1)
+    assert all(layer.importance.any() for layer in optimizer.plasticity().values())
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_compiled_attention_is_measured_without_graph_breaks(batch_first: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.TransformerDecoderLayer(8, 2, 12, dropout=0.0, batch_first=batch_first)
+    twin = copy.deepcopy(model)
+    plain, optimizer = optimizer_of(twin), optimizer_of(model)
+    compiled = torch.compile(model, fullgraph=True, backend=BACKEND)
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        target, memory = torch.randn(4, 3, 8, generator=generator), torch.randn(4, 3, 8, generator=generator)
+        with torch._dynamo.config.patch(error_on_recompile=seed > 0):
+            for one, own in ((compiled, optimizer), (twin, plain)):
+                own.zero_grad()
+                one(target, memory).sin().square().mean().backward()
+                own.step()
+    assert {"self_attn.in_proj", "multihead_attn.in_proj"} < optimizer.plasticity().keys()
+    assert_alike(optimizer, model, plain, twin)
+
+
+def steps_of(optimizer: Any, model: nn.Module, count: int) -> None:
+    """Whole steps, of which the compiler sees all."""
+
+    def whole() -> None:
+        optimizer.zero_grad()
+        loss(model, 0).backward()
+        optimizer.step()
+
+    compiled = torch.compile(whole, backend=BACKEND)
+    for _ in range(count):
+        compiled()
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheduled"),
+    [(NPC, False), (NPC, True), (NPCAdamW, True), (CPC, False), (EWC, True), (PlasticityWrapper, True)],
+)
+def test_the_compiler_keeps_out_of_steps(kind: Any, scheduled: bool) -> None:
+    """It traces callers up to `step`, and nothing that a step does; hooks and schedulers count each step once."""
+
+    def make(model: nn.Module) -> Any:
+        if kind is PlasticityWrapper:
+            return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        return kind(model, lr=0.01)
+
+    model, twin = network(), network()
+    optimizer, plain = make(model), make(twin)
+    called = list[int]()
+    optimizer.register_step_post_hook(lambda *_: called.append(1))
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 100) if scheduled else None
+    code = list[str]()
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        compile_one = convert_frame._compile
+        patch.setattr(convert_frame, "_compile", lambda c, *a, **k: code.append(c.co_name) or compile_one(c, *a, **k))  # type: ignore[func-returns-value]
+        steps_of(optimizer, model, 3)
+        if scheduler is not None:
+            scheduler.step()  # warns if no step was counted
+    assert not [one.message for one in caught if "Dynamo" in str(one.message) or "lr_scheduler" in str(one.message)]
+    for _ in range(3):
+        plain.zero_grad()
+        loss(twin, 0).backward()
+        plain.step()
+    assert len(called) == 3
+    assert not {"_prepare", "_signature", "_make_plans", "_launch", "_take_steps"} & set(code)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (p - q).norm() <= TRAJECTORY * q.norm()

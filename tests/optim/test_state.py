@@ -1,0 +1,420 @@
+"""State against parameters: whatever is done to a model or to an optimizer's state, steps fit it or say what does not.
+
+No tensor that was not checked reaches a kernel: its dtype (whatever the default is), shape, device and layout.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import pickle
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+import npc_ext
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW, PlasticityWrapper
+
+from ..tolerances import TRAJECTORY
+
+
+class Words(nn.Module):
+    """An embedding, a convolution over words, and layers that are fully connected."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.conv = nn.Conv2d(6, 8, 3, padding=1)
+        self.hidden = nn.Linear(8, 12)
+        self.relu = nn.ReLU()
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, words: Tensor) -> Tensor:
+        planes = self.embedding(words).permute(0, 3, 1, 2)
+        return self.head(self.relu(self.hidden(F.relu(self.conv(planes)).mean((2, 3)))))
+
+
+def wrapped_adamw(model: nn.Module, backend: str = "auto") -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, delta=0.9, backend=backend)
+
+
+SGD = {"lr": 0.05, "momentum": 0.9}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "NPC": lambda model, **options: NPC(model, lr=0.05, delta=0.9, **options),
+    "NPC, momentum": lambda model, **options: NPC(model, delta=0.9, **SGD, **options),
+    "NPCAdamW": lambda model, **options: NPCAdamW(model, lr=0.01, delta=0.9, **options),
+    "CPC": lambda model, **options: CPC(model, delta=0.9, **SGD, **options),
+    "EWC": lambda model, **options: EWC(model, strength=1.0, **SGD, **options),
+    "EWC, explicit": lambda model, **options: EWC(model, strength=1.0, implicit=False, **SGD, **options),
+    "MAS": lambda model, **options: MAS(model, strength=0.05, **SGD, **options),
+    "SI": lambda model, **options: SI(model, strength=0.05, **SGD, **options),
+    "SSL": lambda model, **options: SSL(model, strength=0.05, sparsity=0.01, **SGD, **options),
+    "PlasticityWrapper": wrapped_adamw,
+    "stochastic rounding": lambda model, **options: NPCAdamW(
+        model.to(torch.bfloat16), lr=0.01, delta=0.9, stochastic_rounding=True, **options
+    ),
+}
+
+
+def loss_of(model: nn.Module, seed: int) -> Tensor:
+    words = torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(seed))
+    return model(words).float().logsumexp(1).mean()
+
+
+def step(model: nn.Module, optimizer: Any, seed: int) -> None:
+    optimizer.zero_grad()
+    loss_of(model, seed).backward()
+    optimizer.step()
+
+
+def consolidate(optimizer: Any) -> None:
+    words = torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(99))
+    if isinstance(optimizer, SI):
+        optimizer.consolidate()
+    elif isinstance(optimizer, (EWC, MAS)):
+        optimizer.consolidate([(words, torch.zeros(8, dtype=torch.int64))], progress=False)
+
+
+def grown(parameter: nn.Parameter, rows: int) -> None:
+    more = torch.full((rows, *parameter.shape[1:]), 0.1, dtype=parameter.dtype)
+    parameter.data = torch.cat([parameter.data, more])
+    parameter.grad = None
+
+
+def grow_head(model: Any) -> None:
+    grown(model.head.weight, 2000)
+    grown(model.head.bias, 2000)
+
+
+def grow_embedding(model: Any) -> None:
+    grown(model.embedding.weight, 20_000)
+
+
+def shrink_head(model: Any) -> None:
+    """At the same address, with the same strides."""
+    model.head.weight.data = model.head.weight.data[:2]
+    model.head.bias.data = model.head.bias.data[:2]
+    model.head.weight.grad = model.head.bias.grad = None
+
+
+def new_addresses(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def narrower_hidden(model: Any) -> None:
+    """As many neurons with fewer weights each."""
+    model.conv.weight.data = model.conv.weight.data[:, :5].clone()
+    model.embedding.weight.data = model.embedding.weight.data[:, :5].clone()
+    model.conv.weight.grad = model.embedding.weight.grad = None
+
+
+def set_another_storage(model: Any) -> None:
+    with torch.no_grad():
+        model.hidden.weight.set_(model.hidden.weight.detach().clone())
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.bfloat16(),
+    "half": lambda model: model.half(),
+    "channels_last": lambda model: model.to(memory_format=torch.channels_last),
+    "new addresses": new_addresses,
+    "set_": set_another_storage,
+    "assign": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
+    "pruning": lambda model: prune.l1_unstructured(model.hidden, "weight", 0.5),
+    "grown embedding": grow_embedding,
+    "grown head": grow_head,
+    "shrunken head": shrink_head,
+    "narrower layer": narrower_hidden,
+}
+# What of a change cannot go on: a sentence names the parameter or the layer.
+REFUSED = {
+    "grown embedding": "embedding.weight",
+    "grown head": "head",
+    "shrunken head": "head",
+    "narrower layer": "(conv|embedding).weight",
+}
+# What torch.optim.AdamW does not go on with.
+TORCH_REFUSES = ("grown embedding", "narrower layer", "double", "bfloat16", "half")
+# Methods without a tensor of the parameter's shape go on with one of another shape, as torch.optim.SGD does.
+GOES_ON = {
+    ("NPC", "grown embedding"),
+    ("NPC", "narrower layer"),
+}
+
+
+def run(name: str, change: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model = Words()
+    optimizer = OPTIMIZERS[name](model, **options)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    consolidate(optimizer)
+    step(model, optimizer, 3)
+    CHANGES[change](model)
+    for seed in range(4, 8):
+        step(model, optimizer, seed)
+    return model
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_fit_what_was_done_to_the_model_or_say_what_does_not(name: str, change: str) -> None:
+    if name == "PlasticityWrapper" and change in TORCH_REFUSES:
+        with pytest.raises(RuntimeError, match=r"size|dtype"):
+            run(name, change)
+        return
+    if change in REFUSED and (name, change) not in GOES_ON:
+        with pytest.raises(ValueError, match=REFUSED[change]):
+            run(name, change)
+        return
+    with warnings.catch_warnings():
+        if change == "assign":
+            warnings.simplefilter("ignore", UserWarning)
+        model = run(name, change)
+        plain = run(name, change, backend="reference")
+    rounding = {torch.float16: 0.01, torch.bfloat16: 0.1}.get(next(model.parameters()).dtype, TRAJECTORY)
+    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert bool(one.isfinite().all())
+        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+
+
+@pytest.mark.parametrize("change", REFUSED)
+@pytest.mark.parametrize("name", ["NPC, momentum", "NPCAdamW", "CPC", "EWC", "SI"])
+def test_a_refused_step_changes_nothing(name: str, change: str) -> None:
+    model = Words()
+    optimizer = OPTIMIZERS[name](model)
+    step(model, optimizer, 0)
+    consolidate(optimizer)
+    step(model, optimizer, 1)
+    CHANGES[change](model)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(ValueError, match=REFUSED[change]):
+        step(model, optimizer, 2)
+    assert all(map(torch.equal, before, model.parameters()))
+    for index, tensors in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(tensors[key], value) for key, value in state[index].items())
+
+
+def test_a_gradient_of_the_shape_that_the_parameter_had_is_refused() -> None:
+    model = Words()
+    optimizer = NPC(model, others="train")
+    loss_of(model, 0).backward()
+    model.embedding.weight.data = torch.zeros(2000, 6)
+    with pytest.raises(ValueError, match=r"gradient of 'embedding.weight' has shape \(20, 6\).*shape \(2000, 6\)"):
+        optimizer.step()
+
+
+def test_parameters_that_went_to_the_meta_device_are_warned_of() -> None:
+    model = Words()
+    optimizer = EWC(model)
+    step(model, optimizer, 0)
+    model.to("meta")  # which makes new parameters
+    optimizer.zero_grad()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.warns(UserWarning, match=r"'embedding\.weight'.*are not trained"):
+        optimizer.step()
+
+
+def test_parameters_that_began_on_the_meta_device_are_refused() -> None:
+    model = Words().to("meta")
+    optimizer = EWC(model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with pytest.raises(ValueError, match=r"'embedding\.weight' is on the meta device"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("tensor", ["exp_avg", "exp_avg_sq", "step", "importance"])
+def test_state_that_is_replaced_by_hand_is_checked_before_a_kernel_reads_it(tensor: str) -> None:
+    model, twin = Words(), Words()
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = NPCAdamW(model, delta=0.9), NPCAdamW(twin, delta=0.9)
+    for seed in range(3):
+        step(model, optimizer, seed)
+        step(twin, other, seed)
+    state = optimizer.state[model.hidden.weight]
+    state[tensor] = state[tensor].double()
+    for seed in range(3, 6):
+        step(model, optimizer, seed)
+        step(twin, other, seed)
+    assert state[tensor].dtype == torch.float32
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    state[tensor] = torch.zeros(7)
+    with pytest.raises(ValueError, match="hidden"):
+        step(model, optimizer, 6)
+    del state[tensor]
+    step(model, optimizer, 7)
+
+
+def test_state_with_other_memory_behind_it_does_not_reach_a_kernel() -> None:
+    model = Words()
+    optimizer = NPCAdamW(model)
+    step(model, optimizer, 0)
+    optimizer.state[model.hidden.weight]["exp_avg"].data = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"first_moments.*expected torch\.float32"):
+        step(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("tensor", ["importance", "step"])
+def test_state_that_has_gone_to_another_device_does_not_reach_a_kernel(tensor: str) -> None:
+    model = Words()
+    optimizer = NPCAdamW(model)
+    step(model, optimizer, 0)
+    state = optimizer.state[model.hidden.weight]
+    torch.utils.swap_tensors(state[tensor], torch.empty_like(state[tensor], device="meta"))
+    with pytest.raises(ValueError, match=f"{tensor}s.*on meta; expected .*on cpu"):
+        step(model, optimizer, 1)
+
+
+def test_a_state_dictionary_that_is_replaced_by_hand_is_the_one_that_steps_read() -> None:
+    model = Words()
+    optimizer = EWC(model, momentum=0.9)
+    step(model, optimizer, 0)
+    optimizer.state[model.head.bias] = {"momentum_buffer": torch.full((5,), 1e6)}
+    step(model, optimizer, 1)
+    assert model.head.bias.abs().min() > 1e3
+
+
+# ----------------------------------------------------------------------------------------- the unit of a saved alpha
+
+
+def with_absolute_alpha(groups: list[dict[str, Any]]) -> None:
+    for group in groups:
+        del group["alpha_unit"]
+        group.update(lr=0.03, alpha=0.05)
+
+
+@pytest.mark.parametrize("kind", [NPC, CPC])
+def test_a_state_dict_with_an_absolute_alpha_is_refused_and_loads_once_it_is_divided_by_lr(kind: Any) -> None:
+    model = Words()
+    optimizer = kind(model, momentum=0.9)
+    step(model, optimizer, 0)
+    before, state_dict = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    with_absolute_alpha(state_dict["param_groups"])
+    with pytest.raises(
+        ValueError,
+        match=r"no 'alpha_unit', and their alpha, 0\.05, is an absolute learning rate\. Expected alpha in units of lr: in",
+    ):
+        optimizer.load_state_dict(state_dict)
+    assert str(optimizer.state_dict()) == str(before)
+    for group in state_dict["param_groups"]:
+        group.update(alpha=group["alpha"] / 0.03, alpha_unit="lr")
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["alpha"] == pytest.approx(1.67, abs=0.01)
+    kind(model, momentum=0.9).load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.parametrize("kind", [NPC, CPC])
+def test_an_optimizer_that_was_pickled_with_an_absolute_alpha_is_refused(kind: Any) -> None:
+    optimizer = kind(Words())
+    unit = pickle.loads(pickle.dumps(optimizer)).param_groups[0]["alpha_unit"]
+    assert unit == "lr"
+    with_absolute_alpha(optimizer.param_groups)
+    with pytest.raises(ValueError, match=f"pickled {kind.__name__} was saved by .* alpha, 0.05, is .*state_dict"):
+        pickle.loads(pickle.dumps(optimizer))
+
+
+def test_importance_alone_is_taken_over_from_a_state_dict_with_an_absolute_alpha() -> None:
+    model = Words()
+    earlier = NPC(model)
+    step(model, earlier, 0)
+    state_dict = copy.deepcopy(earlier.state_dict())
+    with_absolute_alpha(state_dict["param_groups"])
+    later = NPC(model).load_importance(state_dict)
+    assert later.param_groups[0]["alpha"] == 0.5
+    assert torch.equal(later.plasticity()["head"].importance, earlier.plasticity()["head"].importance)
+
+
+@pytest.mark.parametrize("build", [NPCAdamW, wrapped_adamw])
+def test_state_dicts_in_which_alpha_needs_no_unit_have_none(build: Any) -> None:
+    model = Words()
+    optimizer = build(model)
+    step(model, optimizer, 0)
+    state_dict = optimizer.state_dict()
+    for group in [*state_dict["param_groups"], *state_dict.get("plasticity", state_dict)["param_groups"]]:
+        assert "alpha_unit" not in group
+    optimizer.load_state_dict(state_dict)
+
+
+# ------------------------------------------------------------------------------------- default dtype, default device
+
+
+@pytest.fixture
+def _default_dtype() -> Iterator[None]:
+    before = torch.get_default_dtype()
+    yield
+    torch.set_default_dtype(before)
+
+
+def trained(name: str, backend: str, change_defaults: Callable[[], object]) -> nn.Module:
+    torch.manual_seed(0)
+    model = Words()
+    change_defaults()
+    optimizer = OPTIMIZERS[name](model, backend=backend)
+    for seed in range(12):
+        step(model, optimizer, seed)
+        if seed == 5:
+            consolidate(optimizer)
+    getattr(optimizer, "plasticity", dict)()
+    return model
+
+
+@pytest.mark.usefixtures("_default_dtype")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_default_dtype_does_not_matter(name: str, backend: str, dtype: torch.dtype) -> None:
+    usual = trained(name, backend, lambda: None)
+    other = trained(name, backend, lambda: torch.set_default_dtype(dtype))
+    assert all(map(torch.equal, usual.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_default_device_does_not_matter(name: str, backend: str) -> None:
+    usual = trained(name, backend, lambda: None)
+    if name == "PlasticityWrapper" and torch.__version__.startswith("2.6."):
+        pytest.skip("AdamW of torch 2.6 counts its steps on the default device")
+    try:
+        words = [torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+        torch.manual_seed(0)
+        model = Words()
+        torch.set_default_device("meta")
+        optimizer = OPTIMIZERS[name](model, backend=backend)
+        for seed in range(12):
+            optimizer.zero_grad()
+            model(words[seed]).float().logsumexp(1).mean().backward()
+            optimizer.step()
+            if seed == 5:
+                with torch.device("cpu"):
+                    consolidate(optimizer)
+    finally:
+        torch.set_default_device(None)
+    assert all(map(torch.equal, usual.parameters(), model.parameters()))
+
+
+_CREATE = {"zeros", "ones", "empty", "full", "tensor", "as_tensor", "scalar_tensor", "arange", "range", "linspace"}
+_CREATE |= {"logspace", "eye", "rand", "randn", "randint", "randperm", "empty_strided", "normal"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(npc_ext.__file__).parent.rglob("*.py")), ids=lambda path: "/".join(path.parts[-2:])
+)
+def test_every_tensor_is_created_with_a_dtype_and_a_device_that_are_named(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in _CREATE):
+            continue
+        if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
+            missing = {"dtype", "device"} - {keyword.arg for keyword in node.keywords}
+            assert not missing, f"{path.name}:{node.lineno}: torch.{node.func.attr} without {', '.join(missing)}"

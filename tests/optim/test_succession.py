@@ -1,0 +1,499 @@
+"""What was learned is not lost without a word when parameters, modules or the optimizer itself are replaced."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import warnings
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
+
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW, PlasticityWrapper
+from npc_ext.distributed.sinks import SharedSinks
+from npc_ext.neurons.tap import TapHook
+
+from ..models import Conv1D
+
+
+def network(outputs: int = 4) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, outputs))
+
+
+def wrapped(model: nn.Module, lr: float = 0.01, **options: Any) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=lr), model, **options)
+
+
+NEURONS: dict[str, Callable[..., Any]] = {"NPC": NPC, "NPCAdamW": NPCAdamW, "PlasticityWrapper": wrapped}
+ANCHORED: dict[str, Callable[..., Any]] = {"EWC": EWC, "MAS": MAS, "SSL": SSL, "SI": SI}
+METHODS = {**NEURONS, "CPC": CPC, **ANCHORED}
+
+
+def data(seed: int) -> Tensor:
+    return torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def learn(model: nn.Module, optimizer: Any, steps: int = 4, first: int = 0) -> None:
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        model(data(seed)).logsumexp(1).mean().backward()
+        optimizer.step()
+
+
+def task(model: nn.Module, optimizer: Any) -> None:
+    learn(model, optimizer)
+    if isinstance(optimizer, SI):
+        optimizer.consolidate()
+    elif isinstance(optimizer, (EWC, MAS)):
+        optimizer.consolidate([(data(9), torch.zeros(16, dtype=torch.int64))], progress=False)
+
+
+@pytest.fixture
+def no_warnings() -> Iterator[None]:
+    """Any warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+
+
+# ------------------------------------------------------------------------------------------------ replaced parameters
+
+
+def new_weight(model: Any) -> None:
+    model[2].weight = nn.Parameter(model[2].weight.detach().clone())
+
+
+def new_module(model: Any) -> None:
+    model[2] = nn.Linear(16, 12)
+
+
+def new_container(model: Any) -> None:
+    model[2] = nn.Sequential(nn.Linear(16, 12))
+
+
+def assigned(model: Any) -> None:
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+
+
+def normalized(model: Any) -> None:
+    weight_norm(model[2])
+
+
+REPLACEMENTS = {
+    new_weight: r"built: '2\.weight'\. .*not trained: '2\.weight'\.",
+    new_module: r"built: '2\.weight', '2\.bias'\. .*not trained: '2\.weight', '2\.bias'\.",
+    new_container: r"built: '2\.weight', '2\.bias'\. .*not trained: '2\.0\.weight', '2\.0\.bias'\.",
+    assigned: r"built: '0\.weight'.*not trained: '0\.weight'",
+    normalized: r"built: '2\.weight'\. .*not trained: '2\.parametrizations\.weight\.original",
+}
+
+
+@pytest.mark.parametrize("before_the_first_step", [False, True])
+@pytest.mark.parametrize("replace", REPLACEMENTS)
+@pytest.mark.parametrize("name", METHODS)
+def test_replaced_parameters_are_warned_of_once_by_name(name: str, replace: Any, before_the_first_step: bool) -> None:
+    model = network()
+    optimizer = METHODS[name](model, lr=0.01)
+    if not before_the_first_step:
+        learn(model, optimizer)
+    replace(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        learn(model, optimizer, 12)
+    told = [str(one.message) for one in caught if "not trained" in str(one.message)]
+    assert len(told) == 1 and {one.filename for one in caught} == {__file__}
+    with pytest.warns(UserWarning, match=REPLACEMENTS[replace]):
+        warnings.warn(told[0], UserWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize("name", [*NEURONS, "CPC"])
+def test_plasticity_can_be_looked_at_after_a_parameter_was_replaced(name: str) -> None:
+    model = network()
+    optimizer = METHODS[name](model, lr=0.01)
+    learn(model, optimizer)
+    new_weight(model)
+    assert optimizer.plasticity()["2"].frozen == 0
+
+
+def test_a_replaced_parameter_is_noticed_also_where_gradients_are_kept_as_zeros() -> None:
+    model = network()
+    optimizer = NPC(model)
+    learn(model, optimizer)
+    new_weight(model)
+    with warnings.catch_warnings(record=True) as caught:
+        for seed in range(60):
+            optimizer.zero_grad(set_to_none=False)
+            model(data(seed)).logsumexp(1).mean().backward()
+            optimizer.step()
+    assert ["'2.weight'" in str(one.message) for one in caught] == [True]
+
+
+def test_pruned_and_compiled_modules_and_removed_heads_are_no_replacements(no_warnings: None) -> None:
+    model = network()
+    optimizer = NPC(model, skip_frozen=False)
+    learn(model, optimizer)
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    learn(model, optimizer)
+    heads = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
+    optimizer = NPC(heads)
+    learn(heads["a"], optimizer)
+    del heads["b"]
+    learn(heads["a"], optimizer)
+    block = nn.Sequential(network(), nn.ReLU(), nn.Linear(4, 4))
+    optimizer = NPC(block)
+    block[0] = nn.Sequential(block[0])  # as torch.compile wraps a module
+    learn(block, optimizer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_groups_that_hold_the_new_parameter_go_on_with_it(name: str, no_warnings: None) -> None:
+    model, twin = network(), network()
+    optimizer, other = METHODS[name](model, lr=0.01), METHODS[name](twin, lr=0.01)
+    for each, own in ((model, optimizer), (twin, other)):
+        task(each, own)
+    assigned(model)
+    for group in optimizer.param_groups:
+        group["params"] = list(model.parameters())
+    if name == "PlasticityWrapper":  # whose moments begin anew
+        optimizer.optimizer.state.clear()
+        other.optimizer.state.clear()
+    learn(model, optimizer, first=10)
+    learn(twin, other, first=10)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    optimizer.state_dict()
+    for layer, own in getattr(optimizer, "plasticity", dict)().items():
+        expected = other.plasticity()[layer].importance
+        torch.testing.assert_close(own.importance, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_weight_that_is_shared_no_longer_is_warned_of(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.Tanh())
+    model[2].weight = model[0].weight
+    optimizer = METHODS[name](model, lr=0.01)
+    learn(model, optimizer)
+    new_weight(model)
+    with pytest.warns(UserWarning, match=r"built: '2\.weight'\. .*not trained: '2\.weight'\."):
+        learn(model, optimizer, 60)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: str, no_warnings: None) -> None:
+    model = network()
+    optimizer = NEURONS[name](model, lr=0.1, beta=1e-6, delta=0.99)
+    learn(model, optimizer)
+    new_weight(model)
+    optimizer.param_groups[0]["params"][2] = model[2].weight
+    before = model[2].weight.detach().clone()
+    learn(model, optimizer)
+    assert torch.equal(model[2].weight, before)
+
+
+def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again(no_warnings: None) -> None:
+    model = network()
+    optimizer = NPC(model, delta=0.5, beta=100.0)
+    learn(model, optimizer)
+    kept = optimizer.plasticity()["4"].importance
+    model[4] = nn.Linear(12, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    learn(model, optimizer, 1)
+    assert torch.equal(optimizer.plasticity()["4"].importance, kept)  # its tap went with the old module
+    before = model[4].weight.detach().clone()
+    learn(model, optimizer, 1)
+    assert not torch.equal(optimizer.plasticity()["4"].importance, kept)
+    assert not torch.equal(model[4].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("layer", "wider"),
+    [
+        (nn.Linear(4, 6), nn.Linear(5, 6)),
+        (Conv1D(6, 4), Conv1D(6, 5)),
+        (nn.ConvTranspose1d(4, 6, 1), nn.ConvTranspose1d(5, 6, 1)),
+    ],
+    ids=["linear", "conv1d", "transposed"],
+)
+def test_neurons_keep_their_importance_when_their_inputs_grow(layer: Any, wider: Any) -> None:
+    model = nn.Sequential(layer, nn.ReLU(), nn.Flatten(), nn.Linear(6, 3))
+    optimizer = NPC(model, delta=0.5)
+
+    def step(features: int) -> Tensor:
+        x = torch.randn(8, features, generator=torch.Generator().manual_seed(features))
+        optimizer.zero_grad()
+        model(x.unsqueeze(2) if isinstance(layer, nn.ConvTranspose1d) else x).sin().sum().backward()
+        optimizer.step()
+        return optimizer.plasticity()["0"].importance
+
+    before = step(4)
+    layer.weight = nn.Parameter(wider.weight.detach().clone())
+    if hasattr(layer, "in_features"):
+        layer.in_features = 5
+    if hasattr(layer, "in_channels"):
+        layer.in_channels = 5
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    after = step(5)
+    torch.testing.assert_close(before.mean(), torch.tensor(0.5))  # each step brings (1 - delta) * 1 on average
+    torch.testing.assert_close(after.mean(), torch.tensor(0.75))
+
+
+def test_copies_and_pickles_know_their_own_model(no_warnings: None) -> None:
+    for twin_of in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
+        model = network()
+        optimizer = NPC(model)
+        learn(model, optimizer)
+        twin, other = twin_of((model, optimizer))
+        learn(twin, other, 60)
+        new_weight(twin)
+        with pytest.warns(UserWarning, match=r"'2\.weight'"):
+            learn(twin, other)
+
+
+# ---------------------------------------------------------------------------------------- a new optimizer for a model
+
+
+@pytest.mark.parametrize("earlier_is", ["alive", "garbage"])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_new_optimizer_without_the_earlier_importance_is_warned_of(name: str, earlier_is: str) -> None:
+    model = network()
+    earlier = METHODS[name](model, lr=0.01)
+    task(model, earlier)
+    if earlier_is == "garbage":
+        del earlier
+        gc.collect()
+    optimizer = METHODS[name](model, lr=0.01)
+    arguments = r"\(optimizer, model\)" if name == "PlasticityWrapper" else r"\(model, ...\)"
+    told = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
+    with pytest.warns(ImportanceWarning, match=told) as caught:
+        learn(model, optimizer, 1)
+    assert [one.filename for one in caught] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        learn(model, optimizer)
+
+
+def test_two_optimizers_of_the_same_layers_that_were_both_built_before_training_are_warned_of() -> None:
+    model = network()
+    first, second = NPC(model), NPC(model)
+    learn(model, first)
+    with pytest.warns(ImportanceWarning, match="an earlier NPC of this model held"):
+        learn(model, second, 1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("way", ["load_importance", "its state", "state_dict", "on purpose"])
+def test_a_new_optimizer_that_is_given_importance_or_none_on_purpose_is_not(
+    name: str, way: str, no_warnings: None
+) -> None:
+    model = network()
+    earlier = METHODS[name](model, lr=0.01)
+    task(model, earlier)
+    optimizer = METHODS[name](model, lr=0.01)
+    if way == "state_dict":
+        optimizer.load_state_dict(earlier.state_dict())
+    else:
+        given = {"load_importance": earlier, "its state": earlier.state_dict(), "on purpose": None}[way]
+        assert optimizer.load_importance(given) is optimizer
+    learn(model, optimizer)
+
+
+def test_other_models_other_layers_and_unused_optimizers_raise_no_alarm(no_warnings: None) -> None:
+    learn(model := network(), NPC(model))
+    learn(twin := copy.deepcopy(model), NPC(twin))
+    learn(another := network(), NPC(another))
+    model = network()
+    NPC(model)
+    learn(model, NPC(model))
+    model = network()
+    first = NPC(model, params=model[0].parameters())
+    second = NPC(model, params=model[2].parameters())
+    for optimizer in (first, second):
+        learn(model, optimizer)
+
+
+def test_the_note_of_an_earlier_optimizer_keeps_neither_it_nor_the_model_alive() -> None:
+    model = network()
+    optimizer = NPC(model)
+    learn(model, optimizer)
+    gone = weakref.ref(model), weakref.ref(optimizer)
+    del model, optimizer
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+
+
+@pytest.mark.parametrize("later", NEURONS)
+@pytest.mark.parametrize("earlier", NEURONS)
+def test_optimizers_of_neurons_take_over_from_each_other(earlier: str, later: str, no_warnings: None) -> None:
+    model = network()
+    first = NEURONS[earlier](model, delta=0.5)
+    learn(model, first)
+    known = {name: layer.importance for name, layer in first.plasticity().items()}
+    for given in (first.state_dict(), first):
+        second = NEURONS[later](model, delta=0.5).load_importance(given)
+        for name, layer in second.plasticity().items():
+            torch.testing.assert_close(layer.importance, known[name], rtol=0, atol=0)
+    learn(model, second)
+
+
+def test_one_optimizer_for_each_task_with_importance_handed_over_is_one_for_all(no_warnings: None) -> None:
+    one, many = network(), network()
+    only, latest = NPC(one, delta=0.9), NPC(many, delta=0.9)
+    for number in range(3):
+        learn(one, only, first=10 * number)
+        learn(many, latest, first=10 * number)
+        latest = NPC(many, delta=0.9).load_importance(latest)
+    assert all(map(torch.equal, one.parameters(), many.parameters()))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_have_grown_keep_what_their_first_rows_had(name: str, no_warnings: None) -> None:
+    model = network()
+    earlier = METHODS[name](model, lr=0.01)
+    task(model, earlier)
+    head = nn.Linear(12, 7)
+    with torch.no_grad():
+        head.weight[:4], head.bias[:4] = model[4].weight, model[4].bias
+    old, model[4] = model[4], head
+    later = METHODS[name](model, lr=0.01).load_importance(earlier)
+    if name in ANCHORED or name == "CPC":
+        names = ["importance"] if name == "CPC" else ["stiffness", "anchor"]
+        known = {key: earlier.state[old.weight][key] for key in names}
+        for key, value in known.items():
+            assert torch.equal(later.state[head.weight][key][:4], value)
+            expected = head.weight[4:] if key == "anchor" else torch.zeros(3, 12)
+            assert torch.equal(later.state[head.weight][key][4:], expected)
+    else:
+        known = earlier.plasticity()["4"].importance
+        assert torch.equal(later.plasticity()["4"].importance, torch.cat([known, torch.zeros(3)]))
+    learn(model, later)
+
+
+def test_queries_keys_values_and_gates_grow_each_by_itself() -> None:
+    def grown(sizes: int, old: int, new: int) -> list[float]:
+        return [float(part * old + row) if row < old else 0.0 for part in range(sizes) for row in range(new)]
+
+    small, large = nn.MultiheadAttention(2, 1), nn.MultiheadAttention(3, 1)
+    earlier = NPC(small)
+    earlier.state[small.in_proj_weight]["importance"] = torch.arange(6.0)
+    later = NPC(large).load_importance(earlier)
+    assert later.plasticity()["in_proj"].importance.tolist() == grown(3, 2, 3)
+
+    small_lstm, large_lstm = nn.LSTM(2, 2), nn.LSTM(2, 3)
+    ewc = EWC(small_lstm)
+    for weight in small_lstm.parameters():
+        stiffness = torch.arange(8.0).view(-1, *[1] * (weight.ndim - 1)).expand_as(weight).contiguous()
+        ewc.state[weight].update(stiffness=stiffness, anchor=stiffness.clone())
+    larger = EWC(large_lstm).load_importance(ewc)
+    assert larger.state[large_lstm.bias_ih_l0]["stiffness"].tolist() == grown(4, 2, 3)
+    assert larger.state[large_lstm.weight_hh_l0]["stiffness"][:, 0].tolist() == grown(4, 2, 3)
+    assert not larger.state[large_lstm.weight_hh_l0]["stiffness"][:, 2].any()
+
+
+@pytest.mark.parametrize("name", ["NPC", "CPC", "EWC"])
+def test_a_grown_weight_goes_on_with_a_new_optimizer(name: str, no_warnings: None) -> None:
+    model = network()
+    earlier = METHODS[name](model, momentum=0.9)
+    task(model, earlier)
+    for parameter in model[4].parameters():
+        parameter.data = torch.cat([parameter.data, torch.full((3, *parameter.shape[1:]), 0.1)])
+        parameter.grad = None
+    later = METHODS[name](model, momentum=0.9).load_importance(earlier)
+    learn(model, later)
+    assert all(bool(one.isfinite().all()) for one in model.parameters())
+
+
+def test_importance_that_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
+    model = network()
+    earlier = NPC(model)
+    learn(model, earlier)
+    smaller = network(3)
+    optimizer = NPC(smaller)
+    with pytest.raises(ValueError, match=r"layer '4' had importance of shape \(4,\).* shape \(3,\)"):
+        optimizer.load_importance(earlier)
+    assert not any(bool(layer.importance.any()) for layer in optimizer.plasticity().values())
+    with pytest.raises(ValueError, match="'0', '2', '4', but here are 'head'"):
+        NPC(nn.ModuleDict({"head": nn.Linear(2, 2)})).load_importance(earlier)
+    with pytest.raises(TypeError, match="earlier is a NPC"):
+        EWC(model).load_importance(earlier)
+    with pytest.raises(TypeError, match="earlier is a SGD"):
+        NPC(network()).load_importance(torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match="2 parameters, this optimizer 6"):
+        NPC(network()).load_importance(NPC(nn.Linear(2, 2)).state_dict())
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_the_state_of_an_optimizer_without_importance_is_refused(name: str) -> None:
+    model = network()
+    earlier = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    learn(model, earlier)
+    with pytest.raises(ValueError, match="state dict without importance of neurons, so another optimizer saved it"):
+        NEURONS[name](model).load_importance(earlier.state_dict())
+
+
+def test_the_taps_of_an_earlier_optimizer_are_gone_when_importance_was_handed_over_or_it_is_garbage() -> None:
+    model = network()
+
+    def taps() -> int:
+        hooks = [hook for module in model.modules() for hook in module._forward_hooks.values()]
+        return sum(isinstance(hook, TapHook) for hook in hooks)
+
+    earlier = NPC(model)
+    count = taps()
+    learn(model, earlier)
+    later = NPC(model)
+    assert taps() == 2 * count  # both may go on: each measures for itself
+    later.load_importance(earlier)
+    assert taps() == count
+    learn(model, later)
+    assert all(layer.sink.grad is None for layer in earlier.neurons)
+    with pytest.raises(RuntimeError, match="no importance was measured"):
+        learn(model, earlier, 1)
+    del earlier
+    later = NPC(model).load_importance(None)
+    gc.collect()
+    assert taps() == count
+    learn(model, later)
+
+
+def test_a_replaced_layer_that_does_not_fit_its_options_is_refused_in_every_step() -> None:
+    model = network()
+    optimizer = NPC(model, layers={"4": {"alpha": 0.1}})
+    learn(model, optimizer)
+    model[4] = weight_norm(nn.Linear(12, 4))
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'4'"):
+            learn(model, optimizer, 1)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_groups(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that have no more batches (Join) add nothing once a step; meeting twice would hang."""
+    meetings: list[int] = []
+    monkeypatch.setattr(SharedSinks, "shared", True)
+    monkeypatch.setattr(SharedSinks, "notify_join", lambda sinks, optimizer: None)
+    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(layers)))
+    model = network()
+    optimizer = NPC(model, lr=0.1)
+    for replaced in (False, True):
+        if replaced:
+            new_weight(model)
+            optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer.zero_grad()
+        model(torch.randn(8, model[0].in_features)).square().mean().backward()
+        before = model[2].weight.detach().clone()
+        meetings.clear()
+        optimizer.step()
+        assert len(meetings) == 1
+        assert not torch.equal(model[2].weight, before)
