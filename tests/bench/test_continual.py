@@ -4,33 +4,35 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
 import os
 import shlex
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bench import ROOT
-from bench.continual import datasets, experiments, methods, metrics, report, runs, training
+from bench.continual import datasets, demo, experiments, methods, metrics, report, runs, training
 from bench.continual.__main__ import command_line_parser, main
 from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
 from bench.continual.plan import PLANS
 from bench.continual.pool import parallel
 from bench.continual.store import Record, Store, StoreError
-from bench.continual.tasks import Task, joint, split
+from bench.continual.tasks import Task, digits, joint, split
 from bench.continual.training import Augmentation, Batches, loss_of
+
+from . import programs
 
 pytest.importorskip("sklearn", reason="scikit-learn, which holds the digits, is not installed")
 
@@ -39,8 +41,12 @@ TINY = ("--experiment", "idigits", "--set", "epochs=1", "epoch_samples=64")
 UNEVEN = ("epochs=3", "epoch_samples=40")
 
 
-def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "bench.continual", *arguments]
+@pytest.fixture(scope="module")
+def server() -> ForkServerContext:
+    """Starts processes as forks of one that has imported the experiments."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bench.continual.__main__"])
+    return context
 
 
 def only_record(folder: Path) -> Record:
@@ -104,65 +110,59 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path: Path) -> None:
     assert record.steps[1:] == [0, 0, 0, 0]
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, server: ForkServerContext) -> None:
     arguments = ["run", "--experiment", "idigits", "--set", "epochs=2", "--methods", "npc", "--seeds", "1", "--store"]
-    killed = subprocess.Popen(command(*arguments, str(tmp_path / "killed")), cwd=ROOT, stderr=subprocess.DEVNULL)
+    output = tmp_path / "output"
+    killed = server.Process(target=programs.experiments, args=([*arguments, str(tmp_path / "killed")], output))
+    killed.start()
     while not list((tmp_path / "killed").glob("*/*/*/seed0.json")):
-        assert killed.poll() is None
+        assert killed.is_alive(), output.read_text()
         time.sleep(0.005)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
+    killed.kill()
+    killed.join()
     assert 1 <= len(only_record(tmp_path / "killed").accuracy) < 5
     for folder in ("killed", "whole"):
         assert main([*arguments, str(tmp_path / folder)]) == 0
     assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
 
 
-DIES = """
-import os, signal, sys
-from bench.continual.__main__ import main
-
-replace, left = os.replace, int(sys.argv.pop(1))
-
-def dies(*arguments):
-    global left
-    left -= 1
-    if left < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    replace(*arguments)
-
-os.replace = dies
-sys.exit(main())
-"""
-
-
-def test_a_run_that_is_killed_while_it_stores_a_task_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
+def test_a_run_that_is_killed_while_it_stores_a_task_goes_on_to_the_same_numbers(
+    tmp_path: Path, server: ForkServerContext
+) -> None:
     """A task is stored by moving the checkpoint to its place, then the record: killed before each, and before the end."""
     arguments = ["run", *TINY, "tasks=3", "--methods", "npc", "--seeds", "1", "--store"]
     for moves, tasks in ((0, 0), (1, 0), (2, 2)):
-        killed = [sys.executable, "-c", DIES, str(moves), *arguments, str(tmp_path / "killed")]
-        assert subprocess.run(killed, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGKILL
+        run = [*arguments, str(tmp_path / "killed")], tmp_path / "output", moves
+        killed = server.Process(target=programs.experiments_that_die, args=run)
+        killed.start()
+        killed.join()
+        assert killed.exitcode == -signal.SIGKILL, (tmp_path / "output").read_text()
         assert [len(record.accuracy) for record in Store(tmp_path / "killed").records()] == [tasks] * (tasks > 0)
     for folder in ("killed", "whole"):
         assert main([*arguments, str(tmp_path / folder)]) == 0
     assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
 
 
-def test_two_processes_share_a_store(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["run", *TINY, "--methods", "sgd,npc", "--seeds", "2", "--store", str(tmp_path)]
-    other = subprocess.Popen(command(*arguments), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while not list(tmp_path.rglob("*.lock")):
-        assert other.poll() is None
+def test_two_processes_share_a_store(
+    tmp_path: Path, server: ForkServerContext, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, output = tmp_path / "store", tmp_path / "output"
+    arguments = ["run", *TINY, "--methods", "sgd,npc", "--seeds", "2", "--store", str(store)]
+    other = server.Process(target=programs.experiments, args=(arguments, output))
+    other.start()
+    while not list(store.rglob("*.lock")):
+        assert other.is_alive(), output.read_text()
         time.sleep(0.005)
     assert main(arguments) == 0
-    outputs = [capsys.readouterr().out, other.communicate()[0]]
-    assert other.returncode == 0
-    assert outputs[0].count("average accuracy") == outputs[1].count("average accuracy") == 4
-    records = list(Store(tmp_path).records())
+    other.join()
+    assert other.exitcode == 0
+    for printed in (capsys.readouterr().out, output.read_text()):
+        assert printed.count("average accuracy") == 4
+    records = list(Store(store).records())
     assert len(records) == 4
     # A run that both had worked on would have more.
     assert all(len(record.environments) == 1 and len(record.steps) == 5 for record in records)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix not in (".json", ".lock")]
+    assert {path.suffix for path in store.rglob("*") if path.is_file()} == {".json", ".lock"}
 
 
 def succeed(name: Any, *, wait: bool, position: int) -> str:
@@ -305,9 +305,8 @@ class Untouchable:
 def test_the_search_keeps_to_its_budget_and_to_training_samples(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digits = datasets.load("digits")
     nothing: Any = Untouchable()
-    poisoned = replace(digits, test_images=nothing, test_labels=nothing)
+    poisoned = replace(datasets.load("digits"), test_images=nothing, test_labels=nothing)
     monkeypatch.setattr(experiments, "load", lambda name, folder: poisoned)
     options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
     assert main(["search", *TINY, "--methods", "sgd,npc", "--seeds", "2", *options]) == 0
@@ -624,3 +623,34 @@ def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys:
     rivals = ("cpc", "ewc", "mas", "si", "ssl", "sgd")
     assert {budgets[experiment, method] for experiment in ("imnist", "icifar100") for method in rivals} == {12}
     assert {method for experiment, method in run if experiment == "icifar100"} == set(METHODS)
+
+
+def test_the_demonstration_writes_table_figures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo.main(["--seeds", "2", "--epochs", "2", "--out", str(tmp_path)])
+    output = capsys.readouterr().out
+    for text in ("| SGD |", "| NPC |", "average", "forgetting", "ms per step"):
+        assert text in output
+    names = {f"{figure}.{suffix}" for figure in ("average", "per-task", "plasticity") for suffix in ("svg", "png")}
+    assert {path.name for path in tmp_path.iterdir()} == names | {"results.json", "results.md"}
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert np.array(results["runs"]["NPC"][0]["accuracy"]).shape == (5, 5)
+    assert results["environment"]["torch"] == torch.__version__
+
+
+def test_a_demonstration_of_a_single_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--seeds", "1"])
+    assert "--seeds is 1; a standard error needs at least 2" in capsys.readouterr().err
+
+
+def test_tasks_hold_their_own_classes_and_lose_no_sample() -> None:
+    tasks = digits()
+    assert [task.classes for task in tasks] == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert sum(len(task.train_labels) for task in tasks) == 1437
+    assert sum(len(task.test_labels) for task in tasks) == 360
+    for task in tasks:
+        assert set(task.train_labels.tolist()) == set(task.test_labels.tolist()) == set(task.classes)
+    images, labels = torch.arange(6.0).view(6, 1, 1, 1), torch.tensor([2, 0, 1, 0, 3, 1])
+    first, second = split(images, labels, images, labels, 2)
+    assert first.train_images.flatten().tolist() == [1, 2, 3, 5]
+    assert second.train_labels.tolist() == [2, 3]

@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -21,18 +22,17 @@ from bench.gpu import commands, worker
 from bench.gpu.device import Device
 from bench.gpu.flights import FLIGHTS, SECONDS
 from bench.gpu.processes import KILLED, Command, Settings, Worker
-from bench.networks import resnet18
 from bench.rows import Writer
 from bench.timing import Case, Later
-from npc_ext import find_neurons
 
+from .programs import python
 from .published import write_small_cifar100
 
 # What a GPU machine has, apart from what these need themselves.
 PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybind11", "matplotlib", "tqdm", "npc_ext")
 
 
-def needed(names: Iterator[str] | tuple[str, ...]) -> set[str]:
+def needed(names: Iterable[str]) -> set[str]:
     """Some distributions and all that they require."""
     found: set[str] = set()
     waiting = list(names)
@@ -65,15 +65,50 @@ def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(folder), "NPC_BENCH_COMMIT": "abc1234"}
 
 
-def fly(flight: str, out: Path, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", flight, "--out", str(out), *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+def fly(
+    flight: str, out: Path, environment: dict[str, str] | None, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    options = ["--dry", "--flight", flight, "--out", str(out), *arguments]
+    return python("-m", "bench.gpu", *options, environment=environment)
 
 
+@dataclass
+class Flown:
+    """A dry flight with all that it can be asked for.
+
+    Attributes:
+        out: the folder of its results.
+        data: the folder of the data sets that it was given.
+        status: its exit status.
+        printed: what it printed, and its log.
+    """
+
+    out: Path
+    data: Path
+    status: int
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def flown(clean: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Flown]:
+    """Flies each flight once."""
+
+    @cache
+    def once(flight: str) -> Flown:
+        folder = tmp_path_factory.mktemp(flight)
+        out, data = folder / "out", folder / "data"
+        write_small_cifar100(data / "cifar-100-python")
+        result = fly(flight, out, clean, "--against", str(ROOT), "--data", str(data))
+        printed = result.stdout + result.stderr + (out / "log.txt").read_text()[-3000:]
+        return Flown(out, data, result.returncode, printed)
+
+    return once
+
+
+@pytest.mark.slow
 def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
     """Found by their marker, so that a new file is not forgotten."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider")
     assert result.returncode == 0, result.stdout + result.stderr
     files = set(re.findall(r"^tests/([\w/]+)\.py::", result.stdout, re.MULTILINE))
     assert files == {*commands.TESTS, *commands.COMPILE_TESTS}
@@ -87,64 +122,76 @@ def test_the_limits_of_a_flight_add_up_to_no_more_than_its_seconds() -> None:
 
 
 def test_blocked_packages_cannot_be_imported(clean: dict[str, str]) -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", "import pooch"], env=clean, capture_output=True, text=True, check=False
-    )
-    assert "import of pooch halted" in result.stderr
+    assert "import of pooch halted" in python("-c", "import pooch", environment=clean).stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flight", FLIGHTS)
 def test_a_dry_flight_needs_no_more_packages_than_a_gpu_machine_has(
-    flight: str, clean: dict[str, str], tmp_path: Path
+    flight: str, flown: Callable[[str], Flown], tmp_path: Path
 ) -> None:
-    data = tmp_path / "data"
-    write_small_cifar100(data / "cifar-100-python")
-    result = fly(flight, tmp_path / "out", clean, "--against", str(ROOT), "--data", str(data))
-    log = (tmp_path / "out" / "log.txt").read_text()
-    assert result.returncode == 0, result.stdout + result.stderr + log[-3000:]
-    found = rows.read(tmp_path / "out")
-    states = {name: part["state"] for name, part in found.parts.items()}
-    assert states == {part.name: "complete" for part in FLIGHTS[flight]} | (
-        {"sanitizer": rows.NOT_MEASURED} if flight == "correctness" else {}
-    )
+    one = flown(flight)
+    assert one.status == 0, one.printed
+    found = rows.read(one.out)
+    states = {part.name: "complete" for part in FLIGHTS[flight]}
+    if "sanitizer" in states:
+        states["sanitizer"] = rows.NOT_MEASURED
+    assert {name: part["state"] for name, part in found.parts.items()} == states
     assert {run["environment"]["commit"] for run in found.runs.values()} == {"abc1234"}
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    files = [path.relative_to(one.out) for path in one.out.rglob("*") if path.is_file()]
     assert len(files) <= 8
-    assert all(len(path.relative_to(tmp_path / "out").parts) <= 3 for path in files)
-    if flight == "correctness":
-        tests = found.parts["tests"]
-        assert tests["passed"] + tests["skipped"] == len(found.of_part("tests")) > 300, "tests that ran are counted"
-        assert tests["failed"] == 0
-        assert all(row.facts["launches"] is None for row in found.of_part("launches")), "not measured in a dry run"
-    if flight == "kernels":
-        assert all("before" in row.ratio for row in found.of_part("importance-revisions"))
-    if flight == "training":
-        assert found.of_part("icifar100")[-1].facts["accuracy"]
-        assert (tmp_path / "out" / "icifar100.tar").exists()
-    tables.write(found, tmp_path / "tables")
-    assert {f"{name}.md" for name in found.names()} <= {path.name for path in (tmp_path / "tables").iterdir()}
+    assert all(len(path.parts) <= 3 for path in files)
+    tables.write(found, tmp_path)
+    assert {f"{name}.md" for name in found.names()} <= {path.name for path in tmp_path.iterdir()}
 
 
-def test_a_run_of_icifar100_goes_on_where_an_earlier_flight_stopped(clean: dict[str, str], tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    write_small_cifar100(data / "cifar-100-python")
-    only = ("--only", "icifar100", "--data", str(data))
-    assert fly("training", tmp_path / "first", clean, *only).returncode == 0
-    resumed = fly("training", tmp_path / "second", clean, *only, "--resume", str(tmp_path / "first" / "icifar100.tar"))
-    assert resumed.returncode == 0
-    assert rows.read(tmp_path / "second").parts["icifar100"]["seconds"] > 0
-    first, second = (rows.read(tmp_path / name).of_part("icifar100")[-1] for name in ("first", "second"))
+@pytest.mark.slow
+def test_the_flight_counts_the_tests_that_ran_and_no_launches_without_a_gpu(flown: Callable[[str], Flown]) -> None:
+    found = rows.read(flown("correctness").out)
+    tests = found.parts["tests"]
+    assert tests["passed"] + tests["skipped"] == len(found.of_part("tests")) > 300
+    assert tests["failed"] == 0
+    assert all(row.facts["launches"] is None for row in found.of_part("launches"))
+
+
+@pytest.mark.slow
+def test_the_flight_times_another_revision_beside_this_one(flown: Callable[[str], Flown]) -> None:
+    found = rows.read(flown("kernels").out)
+    for part in ("importance-revisions", "update-revisions"):
+        assert found.of_part(part)
+        assert all("before" in row.ratio for row in found.of_part(part))
+
+
+@pytest.mark.slow
+def test_a_run_of_icifar100_goes_on_where_an_earlier_flight_stopped(
+    clean: dict[str, str], flown: Callable[[str], Flown], tmp_path: Path
+) -> None:
+    earlier = flown("training")
+    first = rows.read(earlier.out).of_part("icifar100")[-1]
+    assert first.facts["accuracy"]
+    resume = ("--resume", str(earlier.out / "icifar100.tar"))
+    resumed = fly("training", tmp_path, clean, "--only", "icifar100", "--data", str(earlier.data), *resume)
+    assert resumed.returncode == 0, resumed.stderr
+    second = rows.read(tmp_path).of_part("icifar100")[-1]
     assert first.facts["seconds"] == second.facts["seconds"], "what was learned is not learned again"
 
 
+def begun(flight: str, out: Path, environment: dict[str, str], part: str) -> subprocess.Popen[bytes]:
+    """A dry flight that has come to a part."""
+    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", flight, "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while f'"{part}"' not in (text := (out / rows.NAME).read_text() if (out / rows.NAME).exists() else ""):
+        assert process.poll() is None and time.monotonic() < deadline, text
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.slow
 def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
     clean: dict[str, str], tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", "kernels", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and '"update"' not in rows_text(tmp_path):
-        time.sleep(0.02)
+    process = begun("kernels", tmp_path, clean, "update")
     process.send_signal(signal.SIGTERM)
     assert process.wait(20) == 143
     found = rows.read(tmp_path)
@@ -154,12 +201,9 @@ def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
     assert not running(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", "correctness", "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, env=clean, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and '"tests"' not in rows_text(tmp_path):
-        time.sleep(0.02)
+    process = begun("correctness", tmp_path, clean, "tests")
     assert len(running(str(tmp_path))) >= 3, "the flight, its worker and the tests"
     process.kill()
     process.wait()
@@ -167,11 +211,6 @@ def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: 
     while time.monotonic() < deadline and running(str(tmp_path)):
         time.sleep(0.05)
     assert not running(str(tmp_path))
-
-
-def rows_text(folder: Path) -> str:
-    path = folder / rows.NAME
-    return path.read_text() if path.exists() else ""
 
 
 def running(text: str) -> list[str]:
@@ -187,8 +226,8 @@ def running(text: str) -> list[str]:
     return found
 
 
-def settings(out: Path) -> Settings:
-    return Settings("a test", out, True, out, None, None, None, dict(os.environ))
+def settings(out: Path, dry: bool = True) -> Settings:
+    return Settings("a test", out, dry, out, None, None, None, dict(os.environ))
 
 
 def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
@@ -205,6 +244,7 @@ def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
     assert not running(mark)
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path: Path) -> None:
     process = Worker(settings(tmp_path))
     assert process.measure("load", 60) == {"state": "complete"}
@@ -223,9 +263,7 @@ def test_no_case_is_begun_for_which_time_is_short(tmp_path: Path, monkeypatch: p
 
 
 def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
-    process = Worker(settings(tmp_path))
-    answer = process.measure("no such part", 60)
-    process.kill()
+    answer = worker.measure_part("no such part", 60, Device(dry=True), Writer(tmp_path))
     assert answer == {"state": "failed", "error": "KeyError: 'no such part'", "lost": True}
 
 
@@ -265,8 +303,7 @@ def test_variables_of_one_command_do_not_reach_the_next(tmp_path: Path) -> None:
 def test_tests_count_only_if_some_ran(
     tmp_path: Path, outcomes: list[str], status: int, state: str, error: str | None
 ) -> None:
-    on_a_gpu = settings(tmp_path)
-    on_a_gpu.dry = False
+    on_a_gpu = settings(tmp_path, dry=False)
     writer = Writer(tmp_path)
     writer.run("a test", {})
     for number, outcome in enumerate(outcomes):
@@ -278,8 +315,7 @@ def test_tests_count_only_if_some_ran(
 
 def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "find_tool", lambda name, *folders: f"/tools/{name}")
-    on_a_gpu = settings(tmp_path)
-    on_a_gpu.dry = False
+    on_a_gpu = settings(tmp_path, dry=False)
     command = commands.sanitizer(on_a_gpu)
     assert isinstance(command, Command)
     assert command.arguments[:3] == ["/tools/compute-sanitizer", "--tool", "memcheck"]
@@ -327,8 +363,7 @@ def test_counters_are_rows_of_launches() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_only_a_dry_flight_is_possible(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.gpu", "--flight", "kernels", "--out", str(tmp_path)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    result = python("-m", "bench.gpu", "--flight", "kernels", "--out", str(tmp_path))
     assert result.returncode == 2
     assert "there is no GPU here (no nvidia-smi, no /dev/nvidia0); --dry flies on the CPU" in result.stderr
 
@@ -345,25 +380,19 @@ def test_without_a_gpu_only_a_dry_flight_is_possible(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_flight_cannot_do_is_said_before_it_begins(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = fly("kernels", tmp_path, dict(os.environ), *arguments)
+    result = fly("kernels", tmp_path, None, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
 
 
 def test_two_flights_do_not_share_a_folder(tmp_path: Path) -> None:
     (tmp_path / rows.NAME).write_text("")
-    result = fly("kernels", tmp_path, dict(os.environ))
+    result = fly("kernels", tmp_path, None)
     assert result.returncode == 2
     assert "has the rows of another flight" in result.stderr
 
 
 def test_a_part_that_a_flight_does_not_have_is_refused(tmp_path: Path) -> None:
-    result = fly("kernels", tmp_path, dict(os.environ), "--only", "step")
+    result = fly("kernels", tmp_path, None, "--only", "step")
     assert result.returncode == 2
     assert "the flight kernels has no part step; it has load, importance" in result.stderr
-
-
-def test_every_layer_of_the_resnet_is_measured_behind_its_norm() -> None:
-    neurons = find_neurons(resnet18(8))
-    assert len(neurons) == 21
-    assert all(layer.points for layer in neurons)
