@@ -149,9 +149,9 @@ struct Network {
   UpdateParams params;
 
   Network(const Addresses& values, const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& skipped,
+          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& nonfinite_steps,
           const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
-      : layers(skipped.size()), parameters(values.size()) {
+      : layers(nonfinite_steps.size()), parameters(values.size()) {
     check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
                     (lr.empty() || lr.size() == values.size()),
                 "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
@@ -178,7 +178,7 @@ struct Network {
     for (size_t l = 0; l < layers.size(); ++l) {
       const int64_t* n = sizes.row(l);
       const double* o = constants.row(l);
-      layers[l] = LayerParams{nullptr, nullptr, pointer<int64_t>(skipped[l]), n[0], o[0], o[1], o[2], n[1] != 0,
+      layers[l] = LayerParams{nullptr, nullptr, pointer<int64_t>(nonfinite_steps[l]), n[0], o[0], o[1], o[2], n[1] != 0,
                               n[2] != 0};
     }
     params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
@@ -201,7 +201,7 @@ struct Network {
 
   void importance_of_layers(const Addresses& importances, const Addresses& measured) {
     check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
-                "every layer needs an importance, a measured and a skipped entry");
+                "every layer needs an importance, a measured and a nonfinite_steps entry");
     for (size_t l = 0; l < layers.size(); ++l) {
       layers[l].importance = pointer<float>(importances[l]);
       layers[l].measured = pointer<const float>(measured[l]);
@@ -213,10 +213,10 @@ template <class Target>
 void update(const Target& target, const Addresses& values, const Addresses& gradients,
             const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
             const py::buffer& parameter_options, const Addresses& importances,
-            const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
+            const Addresses& measured, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
             const py::buffer& layer_options, Address grad_scale, Address found_inf,
             const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
   network.count_steps(steps, seeds);
@@ -230,11 +230,11 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
                  const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
                  const py::buffer& parameter_options, const Addresses& first_moments,
                  const Addresses& second_moments, const py::buffer& adam_options,
-                 const Addresses& importances, const Addresses& measured, const Addresses& skipped,
+                 const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
                  const py::buffer& layer_numbers, const py::buffer& layer_options,
                  Address grad_scale, Address found_inf, const Addresses& steps,
                  const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
   network.count_steps(steps, seeds);
@@ -286,10 +286,10 @@ template <class Target>
 void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
                        const Addresses& momentum, const Addresses& lr,
                        const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                       const Addresses& importances, const Addresses& skipped,
+                       const Addresses& importances, const Addresses& nonfinite_steps,
                        const py::buffer& layer_numbers, const py::buffer& layer_options,
                        Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
   for (size_t i = 0; i < values.size(); ++i) {
@@ -309,7 +309,7 @@ void network_step(const Target& target, const std::vector<ImportanceInput>& inpu
                   const Addresses& values, const Addresses& gradients, const Addresses& momentum,
                   const Addresses& lr, const py::buffer& parameter_numbers,
                   const py::buffer& parameter_options, const Addresses& importances,
-                  const Addresses& skipped, const py::buffer& layer_numbers,
+                  const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
                   const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
@@ -317,7 +317,7 @@ void network_step(const Target& target, const std::vector<ImportanceInput>& inpu
     params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
                                        batch_dim));
   }
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
   const py::gil_scoped_release released;
