@@ -30,7 +30,7 @@ struct ImportanceParams {
 struct LayerParams {
   float* importance;      // C  [neurons], read and written; null for CPC, whose parameters have their own
   const float* measured;  // a  [neurons], or null: not measured in this step, C stays; -0.0: received no gradient
-  int64_t* skipped;       // counts the steps whose measured importance was not finite and did not enter C
+  int64_t* nonfinite_steps;       // counts the steps whose measured importance was not finite and did not enter C
   int64_t neurons;
   double alpha, beta, delta;  // alpha in units of the learning rate
   bool error_function;  // eq. 7 for the error function instead of sigmoid and tanh

@@ -10,22 +10,18 @@
 #include <vector>
 
 #include "api.h"
+#include "tables.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
 using Int64s = std::vector<int64_t>;
-using npc::DType;
 using npc::ImportanceParams;
 using npc::LayerParams;
 using npc::ParameterParams;
+using npc::Table;
 using npc::UpdateParams;
 
 namespace {
-
-DType dtype_of(int64_t code) {
-  if (code < 0 || code >= npc::kDTypes) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
-  return static_cast<DType>(code);
-}
 
 template <class T>
 T* pointer(Address address) {
@@ -46,7 +42,7 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   p.activation = pointer<const void>(activation);
   p.gradient = pointer<const void>(gradient);
   p.out = pointer<void>(out);
-  p.dtype = dtype_of(dtype);
+  p.dtype = npc::dtype_of(dtype);
   p.batch = sizes[batch_dim];
   p.neurons = sizes[channel_dim];
   p.activation_batch_stride = activation_strides[batch_dim];
@@ -118,24 +114,6 @@ void importance(const Target& target, Address activation, Address gradient, Addr
   target.importance(params);
 }
 
-// A (rows, columns) table of int64 or float64 that lives in a Python buffer.
-template <class T>
-struct Table {
-  py::buffer_info info;
-  py::ssize_t columns;
-
-  Table(const py::buffer& buffer, size_t rows, py::ssize_t columns_, const char* name)
-      : info(buffer.request()), columns(columns_) {
-    if (info.itemsize != sizeof(T) || info.size != static_cast<py::ssize_t>(rows) * columns) {
-      throw std::invalid_argument(std::string(name) + ": got " + std::to_string(info.size) + " values of " +
-                                  std::to_string(info.itemsize) + " bytes, expected " + std::to_string(rows) + " x " +
-                                  std::to_string(columns) + " of " + std::to_string(sizeof(T)));
-    }
-  }
-
-  const T* row(size_t index) const { return static_cast<const T*>(info.ptr) + index * columns; }
-};
-
 using Addresses = std::vector<Address>;
 
 void check_sizes(bool fit, const char* message) {
@@ -149,37 +127,31 @@ struct Network {
   UpdateParams params;
 
   Network(const Addresses& values, const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& skipped,
+          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& nonfinite_steps,
           const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
-      : layers(skipped.size()), parameters(values.size()) {
+      : layers(nonfinite_steps.size()), parameters(values.size()) {
     check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
                     (lr.empty() || lr.size() == values.size()),
                 "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
-    const Table<int64_t> numbers(parameter_numbers, values.size(), 9, "parameter_numbers");
-    const Table<double> options(parameter_options, values.size(), 3, "parameter_options");
+    const Table numbers(npc::kParameterNumbers, parameter_numbers, values.size());
+    const Table options(npc::kParameterOptions, parameter_options, values.size());
     for (size_t i = 0; i < values.size(); ++i) {
-      const int64_t* n = numbers.row(i);
-      const double* o = options.row(i);
       ParameterParams& p = parameters[i];
-      p = ParameterParams{};
+      numbers.read(i, p);
+      options.read(i, p);
       p.value = pointer<void>(values[i]);
       p.gradient = pointer<const void>(gradients[i]);
       p.momentum = pointer<void>(momentum[i]);
       p.lr_address = lr.empty() ? nullptr : pointer<const float>(lr[i]);
-      p.dtype = dtype_of(n[0]);
-      p.size = n[1], p.outer = n[2], p.middle = n[3], p.run = n[4], p.layer = n[5];
-      p.nesterov = n[6] != 0, p.maximize = n[7] != 0, p.first_neuron = n[8];
-      p.lr = o[0], p.momentum_factor = o[1], p.weight_decay = o[2];
       check_sizes(p.layer < static_cast<int64_t>(layers.size()), "layer out of range");
       check_sizes(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
     }
-    const Table<int64_t> sizes(layer_numbers, layers.size(), 3, "layer_numbers");
-    const Table<double> constants(layer_options, layers.size(), 3, "layer_options");
+    const Table sizes(npc::kLayerNumbers, layer_numbers, layers.size());
+    const Table constants(npc::kLayerOptions, layer_options, layers.size());
     for (size_t l = 0; l < layers.size(); ++l) {
-      const int64_t* n = sizes.row(l);
-      const double* o = constants.row(l);
-      layers[l] = LayerParams{nullptr, nullptr, pointer<int64_t>(skipped[l]), n[0], o[0], o[1], o[2], n[1] != 0,
-                              n[2] != 0};
+      sizes.read(l, layers[l]);
+      constants.read(l, layers[l]);
+      layers[l].nonfinite_steps = pointer<int64_t>(nonfinite_steps[l]);
     }
     params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
                           static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
@@ -190,10 +162,10 @@ struct Network {
   void count_steps(const Addresses& steps, const Int64s& seeds) {
     check_sizes((steps.empty() || steps.size() == parameters.size()) &&
                     (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
-                "every parameter needs a steps entry if any has one, and a seed entry if any is rounded at random");
+                "every parameter needs a steps entry if any has one, and a seed entry if any is rounded stochastically");
     for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
     for (size_t i = 0; i < seeds.size(); ++i) {
-      check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded at random counts its steps");
+      check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded stochastically counts its steps");
       parameters[i].stochastic_rounding = seeds[i] >= 0;
       parameters[i].seed = static_cast<uint32_t>(seeds[i]);
     }
@@ -201,7 +173,7 @@ struct Network {
 
   void importance_of_layers(const Addresses& importances, const Addresses& measured) {
     check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
-                "every layer needs an importance, a measured and a skipped entry");
+                "every layer needs an importance, a measured and a nonfinite_steps entry");
     for (size_t l = 0; l < layers.size(); ++l) {
       layers[l].importance = pointer<float>(importances[l]);
       layers[l].measured = pointer<const float>(measured[l]);
@@ -213,10 +185,10 @@ template <class Target>
 void update(const Target& target, const Addresses& values, const Addresses& gradients,
             const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
             const py::buffer& parameter_options, const Addresses& importances,
-            const Addresses& measured, const Addresses& skipped, const py::buffer& layer_numbers,
+            const Addresses& measured, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
             const py::buffer& layer_options, Address grad_scale, Address found_inf,
             const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
   network.count_steps(steps, seeds);
@@ -230,25 +202,24 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
                  const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
                  const py::buffer& parameter_options, const Addresses& first_moments,
                  const Addresses& second_moments, const py::buffer& adam_options,
-                 const Addresses& importances, const Addresses& measured, const Addresses& skipped,
+                 const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
                  const py::buffer& layer_numbers, const py::buffer& layer_options,
                  Address grad_scale, Address found_inf, const Addresses& steps,
                  const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
   network.count_steps(steps, seeds);
   const size_t count = values.size();
   check_sizes(first_moments.size() == count && second_moments.size() == count && steps.size() == count,
               "every parameter needs two moments and a steps entry");
-  const Table<double> options(adam_options, count, 3, "adam_options");
+  const Table options(npc::kAdamOptions, adam_options, count);
   for (size_t i = 0; i < count; ++i) {
     ParameterParams& p = network.parameters[i];
+    options.read(i, p);
     check_sizes(p.momentum == nullptr && p.steps != nullptr, "Adam has moments in place of momentum, and counts steps");
     p.first_moment = pointer<void>(first_moments[i]);
     p.second_moment = pointer<void>(second_moments[i]);
-    const double* o = options.row(i);
-    p.first_decay = o[0], p.second_decay = o[1], p.epsilon = o[2];
   }
   const py::gil_scoped_release released;
   target.adam_update(network.params);
@@ -267,15 +238,15 @@ void anchored_update(const Target& target, const Addresses& values, const Addres
   const size_t count = values.size();
   check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count,
               "every parameter needs a stiffness, an anchor and a path entry");
-  const Table<double> options(anchor_options, count, 2, "anchor_options");
+  const Table options(npc::kAnchorOptions, anchor_options, count);
   for (size_t i = 0; i < count; ++i) {
     ParameterParams& p = network.parameters[i];
+    options.read(i, p);
     check_sizes(p.layer < 0, "a parameter with an anchor belongs to no layer");
     check_sizes((stiffness[i] == 0) == (anchors[i] == 0), "stiffness and anchor go together");
     p.stiffness = pointer<const void>(stiffness[i]);
     p.anchor = pointer<const void>(anchors[i]);
     p.path = pointer<void>(paths[i]);
-    p.strength = options.row(i)[0], p.implicit = options.row(i)[1] != 0;
   }
   const py::gil_scoped_release released;
   target.anchored_update(network.params);
@@ -286,10 +257,10 @@ template <class Target>
 void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
                        const Addresses& momentum, const Addresses& lr,
                        const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                       const Addresses& importances, const Addresses& skipped,
+                       const Addresses& importances, const Addresses& nonfinite_steps,
                        const py::buffer& layer_numbers, const py::buffer& layer_options,
                        Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
   for (size_t i = 0; i < values.size(); ++i) {
@@ -309,7 +280,7 @@ void network_step(const Target& target, const std::vector<ImportanceInput>& inpu
                   const Addresses& values, const Addresses& gradients, const Addresses& momentum,
                   const Addresses& lr, const py::buffer& parameter_numbers,
                   const py::buffer& parameter_options, const Addresses& importances,
-                  const Addresses& skipped, const py::buffer& layer_numbers,
+                  const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
                   const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
@@ -317,7 +288,7 @@ void network_step(const Target& target, const std::vector<ImportanceInput>& inpu
     params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
                                        batch_dim));
   }
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, skipped, layer_numbers,
+  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
   const py::gil_scoped_release released;
@@ -361,6 +332,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of npc_ext; npc_ext.ops is the interface to use.";
   m.attr("build_key") = NPC_EXT_BUILD_KEY;
   m.attr("compiler") = __VERSION__;
+  m.attr("COLUMNS") = npc::column_names();
   py::module_ cpu = m.def_submodule("cpu");
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));
   define_kernels<Threads>(cpu);

@@ -1,5 +1,7 @@
-// Eq. 2 on the CPU: threads divide the samples among them, so that each streams through memory of its own, and their
-// partial sums are added in a fixed order; where samples are few, they divide the neurons.
+// Eq. 2 on the CPU: divides the work among threads. The loops are in importance.h.
+//
+// Threads divide the samples, so that each streams through its own part of memory, and their partial sums are added in a
+// fixed order. Where samples are few, they divide the neurons.
 
 #include <algorithm>
 #include <vector>
@@ -10,7 +12,7 @@
 namespace npc::cpu {
 namespace {
 
-constexpr int64_t kElementsPerThread = 16384;  // less does not repay waking a thread
+constexpr int64_t kElementsPerThread = 16384;  // fewer do not repay waking a thread
 constexpr int64_t kSamplesPerThread = 4;       // fewer do not repay a thread's partial sums
 
 int64_t elements(const ImportanceParams& params) {
@@ -26,7 +28,7 @@ void by_samples(const ImportanceParams& params, int shares) {
   std::vector<Real> partial(static_cast<size_t>(shares) * params.neurons);
   const auto kernel = kernels().importance[static_cast<int>(params.dtype)];
   parallel(shares, [&](int index) {
-    kernel(params, share(params.batch, index, shares), share(params.batch, index + 1, shares), 0, params.neurons,
+    kernel(params, {share(params.batch, index, shares), share(params.batch, index + 1, shares), 0, params.neurons},
            partial.data() + index * params.neurons);
   });
   Real* out = static_cast<Real*>(params.out);
@@ -43,10 +45,11 @@ void launch_importance(const ImportanceParams& params, int threads) {
   const int64_t useful = std::max<int64_t>(1, elements(params) / kElementsPerThread);
   const int shares = static_cast<int>(std::min<int64_t>(threads, useful));
   if (shares == 1) {
-    kernel(params, 0, params.batch, 0, params.neurons, params.out);
+    kernel(params, {0, params.batch, 0, params.neurons}, params.out);
   } else if (params.batch < kSamplesPerThread * shares && params.neurons >= shares) {
     parallel(shares, [&](int index) {
-      kernel(params, 0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares),
+      kernel(params,
+             {0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares)},
              params.out);
     });
   } else if (params.dtype == DType::float64) {

@@ -1,4 +1,4 @@
-// Which instruction set the kernels use: the best that this processor runs, or the one NPC_EXT_ISA names.
+// Chooses the instruction set of the kernels: the best that this processor runs, or the one that NPC_EXT_ISA names.
 
 #include <atomic>
 #include <cstdlib>
@@ -16,11 +16,11 @@ struct Entry {
 
 const Entry* entries() {
   static const Entry table[] = {
-      {&baseline_kernels(), true},
+      {&baseline::kernels(), true},
 #if defined(NPC_X86)
-      {&avx2_kernels(),
+      {&avx2::kernels(),
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {&avx512_kernels(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      {&avx512::kernels(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
 #endif
   };

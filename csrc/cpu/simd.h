@@ -101,7 +101,7 @@ static inline Words narrow_bfloat(Vector<float> value) {
 }
 
 // Up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of ones, are not moved.
-static inline Words narrow_bfloat_at_random(Vector<float> value, Dwords random) {
+static inline Words narrow_bfloat_stochastically(Vector<float> value, Dwords random) {
   const Dwords bits = (Dwords)value;
   const Dwords special = (Dwords)((bits & 0x7f800000u) == 0x7f800000u);
   const Words rounded = __builtin_convertvector((bits + (random & 0xffffu)) >> 16, Words);

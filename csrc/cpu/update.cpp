@@ -1,6 +1,9 @@
-// Eqs. 3, 4, 7 and the weight update on the CPU: every layer's rates first (one float per neuron, on the calling
-// thread), then all elements of all parameters in equal shares, one per thread. With anchors (EWC, MAS, SI) there are no
-// rates to compute; connections (CPC) go through their elements twice, because rates depend on their layer's sum.
+// Eqs. 3, 4, 7 and the weight updates on the CPU: divides the work among threads. The loops are in update.h, adam.h,
+// anchored.h and connections.h.
+//
+// The calling thread computes every layer's rates first, one float per neuron. Then the threads move all elements of all
+// parameters, in equal shares. With anchors (EWC, MAS, SI) there are no rates to compute. With connections (CPC) the
+// threads go through the elements twice, because the rates depend on the layer's sum.
 
 #include <algorithm>
 #include <cmath>
@@ -15,8 +18,8 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
 
-// Eqs. 3, 4 and 7: moves C, and writes what happens to every neuron. Sums that are not finite are counted and stay out
-// of the average; sums of zero change nothing.
+// Eqs. 3, 4 and 7: moves C and writes the plasticity of every neuron. A sum that is not finite is counted and leaves C as
+// it is; so does a sum of zero, uncounted.
 void move_layer(const LayerParams& layer, float* plasticity) {
   double sum = 0;
   int64_t active = layer.neurons;
@@ -27,7 +30,7 @@ void move_layer(const LayerParams& layer, float* plasticity) {
     }
   }
   const float total = static_cast<float>(sum);
-  if (!std::isfinite(total)) ++*layer.skipped;
+  if (!std::isfinite(total)) ++*layer.nonfinite_steps;
   kernels().plasticity(layer, layer.importance, layer.measured, plasticity, layer.neurons, total,
                        static_cast<float>(active));
 }
@@ -38,24 +41,28 @@ double gradient_factor(const ParameterParams& parameter, const UpdateParams& par
 
 bool overflowed(const UpdateParams& params) { return params.found_inf != nullptr && *params.found_inf != 0; }
 
-// In how many equal shares the elements of all parameters are best worked on.
-int shares_of(const UpdateParams& params, int threads) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < params.parameter_count; ++i) size += params.parameters[i].size;
-  return static_cast<int>(std::clamp<int64_t>(size / kElementsPerThread, 1, threads));
+// The elements of all parameters.
+int64_t elements(const UpdateParams& params) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < params.parameter_count; ++i) count += params.parameters[i].size;
+  return count;
 }
 
-// Where a share begins within a parameter: on a cache line, if the parameter does.
+// The number of equal shares that the elements of all parameters are divided into.
+int shares_of(const UpdateParams& params, int threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements(params) / kElementsPerThread, 1, threads));
+}
+
+// Where a share begins in a parameter: on a cache line, if the parameter does.
 int64_t boundary(int64_t element, int64_t size) {
   constexpr int64_t line = 64;  // elements; at least 64 bytes of any type
   return std::clamp((element + line - 1) / line * line, int64_t{0}, size);
 }
 
-// Calls work(share, parameter, begin, end) for the elements of every share, one thread to a share.
+// Calls work(share, parameter, begin, end) for the elements of every share, on one thread per share.
 template <class Work>
 void for_each_share(const UpdateParams& params, int shares, const Work& work) {
-  int64_t size = 0;
-  for (int64_t i = 0; i < params.parameter_count; ++i) size += params.parameters[i].size;
+  const int64_t size = elements(params);
   parallel(shares, [&](int share) {
     const int64_t begin = size * share / shares, end = size * (share + 1) / shares;
     int64_t first = 0;  // of this parameter, counted over all of them
@@ -68,7 +75,7 @@ void for_each_share(const UpdateParams& params, int shares, const Work& work) {
   });
 }
 
-// Eqs. 3, 4 and 7 of all layers: moves their averages and holds the plasticity of their neurons.
+// Eqs. 3, 4 and 7 of all layers: moves their C and holds the plasticity of their neurons.
 class Plasticity {
  public:
   explicit Plasticity(const UpdateParams& params) : of_layer_(params.layer_count) {
@@ -82,7 +89,8 @@ class Plasticity {
       next += params.layers[l].neurons;
     }
   }
-  // Of a parameter's neurons, null for plain rates.
+
+  // The plasticity of a parameter's neurons; null for plain rates.
   const float* of(const ParameterParams& parameter) const {
     return parameter.layer < 0 ? nullptr : of_layer_[parameter.layer] + parameter.first_neuron;
   }
@@ -98,7 +106,8 @@ void count_steps(const UpdateParams& params) {
   }
 }
 
-template <class Descend>  // by dtype
+// `descend`: the loops for each dtype.
+template <class Descend>
 void move_neurons(const UpdateParams& params, int threads, const Descend& descend) {
   if (overflowed(params)) return;
   const Plasticity plasticity(params);
@@ -134,9 +143,9 @@ void launch_connection_update(const UpdateParams& params, int threads) {
   for_each_share(params, shares, [&](int share, const ParameterParams& parameter, int64_t begin, int64_t end) {
     if (parameter.layer < 0) return;
     ConnectionTotal& sum = partial[share * params.layer_count + parameter.layer];
-    const ConnectionTotal own = kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
-    sum.sum += own.sum;
-    sum.active += own.active;
+    const ConnectionTotal part = kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
+    sum.sum += part.sum;
+    sum.active += part.active;
   });
 
   std::vector<float> totals(params.layer_count);
@@ -153,7 +162,7 @@ void launch_connection_update(const UpdateParams& params, int threads) {
     }
     totals[l] = static_cast<float>(total.sum);
     if (params.layers[l].active_only) connections[l] = static_cast<double>(total.active);
-    if (!std::isfinite(totals[l])) ++*params.layers[l].skipped;
+    if (!std::isfinite(totals[l])) ++*params.layers[l].nonfinite_steps;
   }
   for_each_share(params, shares, [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
     const int dtype = static_cast<int>(parameter.dtype);

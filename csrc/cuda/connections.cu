@@ -23,7 +23,7 @@ struct ConnectionParameter : Elements {
 };
 
 struct ConnectionLayer {
-  int64_t* skipped;
+  int64_t* nonfinite_steps;
   int64_t connections;
   float alpha, beta, delta, one_minus_delta;
   bool error_function, active_only;
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __
   grid_barrier();
   for (int layer = static_cast<int>(blockIdx.x); layer < network.layer_count; layer += static_cast<int>(gridDim.x)) {
     const Total total = total_of(network, layer, shared);
-    if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].skipped;
+    if (thread() == 0 && !isfinite(total.sum)) ++*network.layers[layer].nonfinite_steps;
   }
   Total total = {0.0f, 0.0f};
   int layer = -1;
@@ -268,7 +268,7 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
     const LayerParams& from = params.layers[index];
     place[index] = network.layer_count;
     network.layers[network.layer_count++] = {
-        from.skipped, 0, static_cast<float>(from.alpha), static_cast<float>(from.beta),
+        from.nonfinite_steps, 0, static_cast<float>(from.alpha), static_cast<float>(from.beta),
         static_cast<float>(from.delta), static_cast<float>(1 - from.delta), from.error_function, from.active_only};
   }
   int64_t size = 0;

@@ -10,7 +10,7 @@ struct Layer {
   float* importance;
   const float* measured;
   float* plasticity;  // [neurons], in scratch, of layers whose C is moved before; else null
-  int64_t* skipped;
+  int64_t* nonfinite_steps;
   int64_t neurons;
   float alpha, beta, delta, one_minus_delta;
   bool error_function, active_only;

@@ -127,7 +127,7 @@ inline void fill(Parameter& parameter, const ParameterParams& from) {
 }
 
 inline Layer layer_of(const LayerParams& from) {
-  return {from.importance, from.measured, nullptr, from.skipped, from.neurons,
+  return {from.importance, from.measured, nullptr, from.nonfinite_steps, from.neurons,
           static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
           static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
 }

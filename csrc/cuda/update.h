@@ -126,7 +126,7 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
     __syncthreads();
     if (shared.last) {
       for (int64_t i = thread(); i < layer.neurons; i += kThreads) layer.importance[i] = averaged(layer, total, i);
-      if (thread() == 0 && !isfinite(total.sum)) ++*layer.skipped;
+      if (thread() == 0 && !isfinite(total.sum)) ++*layer.nonfinite_steps;
     }
   }
   count_step(network, p, shared);

@@ -90,7 +90,7 @@ __device__ __forceinline__ void average_chunks(const W& wide, SumShared& shared)
       own.plasticity[i] = plasticity_of(own, average, i);
       own.importance[i] = average;
     }
-    if (chunk == wide.first_chunk[layer] && thread() == 0 && !isfinite(total.sum)) ++*own.skipped;
+    if (chunk == wide.first_chunk[layer] && thread() == 0 && !isfinite(total.sum)) ++*own.nonfinite_steps;
   }
 }
 

@@ -85,10 +85,11 @@ class _DiskFullError(BuildError):
 
 @dataclass(frozen=True)
 class Source:
-    """One translation unit: its path below csrc/ and the flags that it alone gets."""
+    """One translation unit: its path below csrc/, the flags that only it gets, and its name if the path has several."""
 
     path: str
     flags: tuple[str, ...] = ()
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def source_dir() -> Path:
 def sources(plan: Cuda) -> list[Source]:
     """Every translation unit of the module for this machine's processor family, and for CUDA where it is compiled."""
     isas = ["baseline", "avx2", "avx512"] if _X86 else ["baseline"]
-    kernels = [Source(f"cpu/kernels_{isa}.cpp", (*_FAST, *_ISA_FLAGS[isa])) for isa in isas]
+    kernels = [Source("cpu/kernels.cpp", (f"-DNPC_ISA={isa}", *_FAST, *_ISA_FLAGS[isa]), isa) for isa in isas]
     shared = [Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")]
     cuda = (
         [
@@ -784,7 +785,8 @@ def _ninja_file(plan: Cuda) -> str:
     cuda_flags = " ".join(["-DNPC_CUDA", *map(_quote, nvcc_flags(plan))]) if plan.nvcc else ""
     objects = []
     for source in sources(plan):
-        name = f"{Path(source.path).with_suffix('.o')}".replace("/", "_")
+        variant = f"_{source.variant}" if source.variant else ""
+        name = f"{Path(source.path).with_suffix('')}{variant}.o".replace("/", "_")
         objects.append(name)
         rule, shared = ("cuda", cuda_flags) if source.path.endswith(".cu") else ("compile", common)
         if source.path == "bindings.cpp":

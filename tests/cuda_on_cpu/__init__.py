@@ -22,7 +22,7 @@ from npc_ext.kernels import build, native
 HERE = Path(__file__).parent
 CSRC = build.source_dir()
 SOURCES = [
-    *("bindings.cpp", "cpu/kernels_baseline.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
+    *("bindings.cpp", "cpu/kernels.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
     *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
     *("cuda/adam.cu", "cuda/connections.cu", "cuda/wide.cu", "cuda/workspace.cu", "cuda/support.cu"),
 ]

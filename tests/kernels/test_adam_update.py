@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
+from npc_ext.kernels.checks import SIGMAS
 
 from ..tolerances import DTYPES, U, assert_adam_stepped, assert_average
 from . import test_update
@@ -181,7 +182,7 @@ def test_adam_update_of_any_network(data: st.DataObject) -> None:
             steps=draw(st.integers(0, 10**6)),
             weight_decay=draw(st.sampled_from([0.0, 0.1])),
             maximize=draw(st.booleans()),
-            sigma=draw(st.sampled_from(ops.SIGMAS)),
+            sigma=draw(st.sampled_from(SIGMAS)),
             active_only=draw(st.booleans()),
             grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
         )

@@ -66,7 +66,7 @@ def run(arguments: list[str], libraries: list[str], **environment: str) -> subpr
 def run_with_address_sanitizer(
     arguments: list[str], cache: Path, csrc: Path = cuda_on_cpu.CSRC
 ) -> subprocess.CompletedProcess[str]:
-    cuda_on_cpu.build(tuple(ADDRESS.split()), csrc)
+    cuda_on_cpu.compiled(tuple(ADDRESS.split()), csrc)
     return run(
         arguments,
         ["libasan.so", "libubsan.so"],
@@ -82,7 +82,7 @@ def run_with_address_sanitizer(
 
 def run_with_thread_sanitizer(arguments: list[str], more: str = "") -> subprocess.CompletedProcess[str]:
     flags = f"{THREAD} {more}".strip()
-    cuda_on_cpu.build(tuple(flags.split()))  # here, because the compiler does not run beside the sanitizer
+    cuda_on_cpu.compiled(tuple(flags.split()))  # here, because the compiler does not run beside the sanitizer
     return run(
         arguments,
         ["libtsan.so"],

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
+from npc_ext.kernels.checks import SIGMAS
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES, assert_average, assert_stepped
@@ -261,7 +262,7 @@ def test_update_of_any_network(data: st.DataObject) -> None:
             nesterov=momentum > 0 and draw(st.booleans()),
             weight_decay=draw(st.sampled_from([0.0, 0.1])),
             maximize=draw(st.booleans()),
-            sigma=draw(st.sampled_from(ops.SIGMAS)),
+            sigma=draw(st.sampled_from(SIGMAS)),
             active_only=draw(st.booleans()),
             grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
             channels_last=draw(st.booleans()),
@@ -871,3 +872,19 @@ def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: 
         ops.update_(**arguments)
     for written in WRITTEN:
         assert all(map(torch.equal, arguments[written], before[written]))
+
+
+def test_the_kernels_name_the_columns_of_their_tables() -> None:
+    columns = cuda_on_cpu.module().COLUMNS
+    assert columns == {
+        "parameter_numbers": ("dtype", "size", "outer", "middle", "run", "layer", "nesterov", "maximize", "first_neuron"),
+        "parameter_options": ("lr", "momentum", "weight_decay"),
+        "adam_options": ("first_decay", "second_decay", "epsilon"),
+        "anchor_options": ("strength", "implicit"),
+        "layer_numbers": ("neurons", "sigma", "active_only"),
+        "layer_options": ("alpha", "beta", "delta"),
+    }
+    operations = [getattr(torch.ops.npc_ext, name).default for name in ("update_", "adam_update_", "anchored_update_")]
+    arguments = {argument.name for operation in operations for argument in operation._schema.arguments}
+    of_tensors = {"dtype", "size", "outer", "middle", "run", "neurons"}
+    assert {name for names in columns.values() for name in names} - of_tensors <= arguments

@@ -1477,7 +1477,7 @@ def test_a_star_import_brings_classes_and_functions_and_hides_nothing_of_torch()
     assert sorted(public) == sorted(npc_ext.__all__)
     assert all(callable(names[name]) for name in public)
     assert npc_ext.nn.ReLU is not nn.ReLU
-    assert {"consolidation", "nn", "ops", "reference"} <= set(dir(npc_ext))
+    assert {"baselines", "nn", "ops", "reference"} <= set(dir(npc_ext))
 
 
 @pytest.mark.parametrize(("kind", "units"), [(NPC, "300 neurons"), (CPC, "4200 connections")])

@@ -398,7 +398,7 @@ def test_a_second_optimizer_measures_every_layer() -> None:
 
 def test_the_input_gradient_of_a_convolution_copies_nothing() -> None:
     layer, gradient = nn.Conv2d(4, 32, 3, padding=1), torch.randn(2, 32, 8, 8)
-    operation = forward._operation_of(layer)
+    operation = gradients.operation_of(layer)
     assert not isinstance(operation, str)
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
         operation.input_gradient(gradient, layer.weight, torch.Size((2, 4, 8, 8)), False)
@@ -434,7 +434,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_hooks_of_saved_tensors_are_disabled_nothing_is_measured(measured: None) -> None:
     layer, x = nn.Linear(64, 128), torch.randn(16, 64)
-    operation, rows = forward._operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
+    operation, rows = gradients.operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
     assert not isinstance(operation, str)
     with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
         assert forward.pays(operation, x, layer.weight, layer.bias, rows) is None
@@ -453,7 +453,7 @@ def test_where_hooks_of_saved_tensors_are_disabled_nothing_is_measured(measured:
 
 def test_on_devices_whose_work_no_clock_here_waits_for_everything_is_computed(measured: None) -> None:
     layer = nn.Linear(64, 128, device="meta")
-    operation, rows = forward._operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
+    operation, rows = gradients.operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
     assert not isinstance(operation, str)
     x = torch.randn(16, 64, device="meta")
     assert forward.pays(operation, x, layer.weight, layer.bias, rows) is False

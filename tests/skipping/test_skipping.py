@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import npc_ext
 from npc_ext import NPC, ops, reference
-from npc_ext.skipping import certificate, forward, gradients
+from npc_ext.skipping import bound, certificate, forward, gradients
 from npc_ext.skipping.bound import frozen_for, least_importance
 from npc_ext.skipping.certificate import Certificate
 from npc_ext.skipping.forward import PartialForward
@@ -199,7 +199,7 @@ def run_from_the_bound(
 
 def test_how_long_neurons_stay_is_what_the_decay_says() -> None:
     importance = torch.tensor([0.0, 0.4, 0.5, 1.0, 4.0, math.inf, math.nan])
-    want = [0, 0, 0, int(math.log(2) / -math.log(0.99)), int(math.log(8) / -math.log(0.99)), certificate.LONGEST, 0]
+    want = [0, 0, 0, int(math.log(2) / -math.log(0.99)), int(math.log(8) / -math.log(0.99)), bound.LONGEST, 0]
     assert frozen_for(importance, 0.5, 0.99).tolist() == want
     assert frozen_for(importance, 0.5, 0.0)[:5].tolist() == [0] * 5
     # Next to 1 the rounding of each step counts, which nothing else would wear down.
@@ -556,15 +556,15 @@ def test_gathering_is_left_out_where_it_does_not_pay(monkeypatch: pytest.MonkeyP
 
 def test_what_pays_is_measured_once_and_under_determinism_only_whole_layers_are_left_out() -> None:
     layer, x = nn.Linear(64, 128), torch.randn(16, 64)
-    operation = forward._operation_of(layer)
+    operation = gradients.operation_of(layer)
     assert not isinstance(operation, str) and layer.weight.grad is None
     few, nobody = (Rows(torch.arange(count), 128, torch.device("cpu")) for count in (16, 0))
     before = torch.get_rng_state()
     measured = forward.pays(operation, x, layer.weight, layer.bias, few)
     assert layer.weight.grad is None
     assert isinstance(measured, bool) and torch.equal(before, torch.get_rng_state())
-    count = len(forward._measured)
-    assert forward.pays(operation, x, layer.weight, layer.bias, few) is measured and len(forward._measured) == count
+    count = len(gradients._measured)
+    assert forward.pays(operation, x, layer.weight, layer.bias, few) is measured and len(gradients._measured) == count
     torch.use_deterministic_algorithms(True)
     try:
         assert not forward.pays(operation, x, layer.weight, layer.bias, few)

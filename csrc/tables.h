@@ -1,0 +1,132 @@
+// The tables of numbers that Python passes for the parameters and layers of a network.
+//
+// A row describes one parameter or one layer. Each of its columns is a member of ParameterParams or LayerParams. The lists
+// below name the columns in order. Table::read() reads a row by such a list, and _C.COLUMNS hands the same names to
+// Python, so the two sides cannot disagree.
+//
+// Columns are called after the arguments of the operations in npc_ext.ops. dtype, size, outer, middle, run and neurons
+// are not among these: they describe tensors, as api.h says.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+#include <tuple>
+
+#include "api.h"
+
+namespace npc {
+
+inline DType dtype_of(int64_t code) {
+  if (code < 0 || code >= kDTypes) throw std::invalid_argument("unknown dtype code " + std::to_string(code));
+  return static_cast<DType>(code);
+}
+
+template <class Struct, class Member>
+struct Column {
+  const char* name;
+  Member Struct::*member;
+};
+template <class Struct, class Member>
+Column(const char*, Member Struct::*) -> Column<Struct, Member>;
+
+// A table whose rows hold numbers of type Number. Columns: a tuple of Column.
+template <class Number_, class Columns>
+struct TableColumns {
+  using Number = Number_;
+  const char* table;
+  Columns columns;
+  static constexpr int64_t count = std::tuple_size_v<Columns>;
+};
+template <class Number, class... Columns>
+constexpr TableColumns<Number, std::tuple<Columns...>> table(const char* name, const std::tuple<Columns...>& columns) {
+  return {name, columns};
+}
+
+constexpr auto kParameterNumbers = table<int64_t>("parameter_numbers", std::tuple{
+    Column{"dtype", &ParameterParams::dtype},  // a code of DType
+    Column{"size", &ParameterParams::size},
+    Column{"outer", &ParameterParams::outer},
+    Column{"middle", &ParameterParams::middle},
+    Column{"run", &ParameterParams::run},
+    Column{"layer", &ParameterParams::layer},  // -1: none
+    Column{"nesterov", &ParameterParams::nesterov},
+    Column{"maximize", &ParameterParams::maximize},
+    Column{"first_neuron", &ParameterParams::first_neuron},
+});
+
+constexpr auto kParameterOptions = table<double>("parameter_options", std::tuple{
+    Column{"lr", &ParameterParams::lr},  // not used where the rate is in device memory
+    Column{"momentum", &ParameterParams::momentum_factor},
+    Column{"weight_decay", &ParameterParams::weight_decay},
+});
+
+constexpr auto kAdamOptions = table<double>("adam_options", std::tuple{
+    Column{"first_decay", &ParameterParams::first_decay},
+    Column{"second_decay", &ParameterParams::second_decay},
+    Column{"epsilon", &ParameterParams::epsilon},
+});
+
+constexpr auto kAnchorOptions = table<double>("anchor_options", std::tuple{
+    Column{"strength", &ParameterParams::strength},
+    Column{"implicit", &ParameterParams::implicit},
+});
+
+constexpr auto kLayerNumbers = table<int64_t>("layer_numbers", std::tuple{
+    Column{"neurons", &LayerParams::neurons},
+    Column{"sigma", &LayerParams::error_function},  // 1: the error function; 0: sigmoid or tanh
+    Column{"active_only", &LayerParams::active_only},
+});
+
+constexpr auto kLayerOptions = table<double>("layer_options", std::tuple{
+    Column{"alpha", &LayerParams::alpha},
+    Column{"beta", &LayerParams::beta},
+    Column{"delta", &LayerParams::delta},
+});
+
+// A (rows, columns) table in a Python buffer.
+template <class Columns>
+class Table {
+ public:
+  Table(const Columns& columns, const pybind11::buffer& buffer, size_t rows)
+      : columns_(columns), info_(buffer.request()) {
+    if (info_.itemsize != sizeof(Number) || info_.size != static_cast<int64_t>(rows) * Columns::count) {
+      throw std::invalid_argument(std::string(columns.table) + ": got " + std::to_string(info_.size) + " values of " +
+                                  std::to_string(info_.itemsize) + " bytes, expected " + std::to_string(rows) + " x " +
+                                  std::to_string(Columns::count) + " of " + std::to_string(sizeof(Number)));
+    }
+  }
+
+  // Sets the members that the columns name to the numbers of a row.
+  template <class Struct>
+  void read(size_t row, Struct& to) const {
+    const Number* number = static_cast<const Number*>(info_.ptr) + row * Columns::count;
+    std::apply([&](const auto&... column) { (set(to.*column.member, *number++), ...); }, columns_.columns);
+  }
+
+ private:
+  using Number = typename Columns::Number;
+
+  static void set(int64_t& member, Number number) { member = static_cast<int64_t>(number); }
+  static void set(double& member, Number number) { member = static_cast<double>(number); }
+  static void set(bool& member, Number number) { member = number != 0; }
+  static void set(DType& member, Number number) { member = dtype_of(static_cast<int64_t>(number)); }
+
+  const Columns& columns_;
+  pybind11::buffer_info info_;
+};
+
+// The names of the columns of every table: {"parameter_numbers": ("dtype", ...), ...}.
+inline pybind11::dict column_names() {
+  pybind11::dict names;
+  const auto add = [&](const auto& table) {
+    names[table.table] = std::apply([](const auto&... column) { return pybind11::make_tuple(column.name...); },
+                                    table.columns);
+  };
+  const auto add_all = [&](const auto&... tables) { (add(tables), ...); };
+  add_all(kParameterNumbers, kParameterOptions, kAdamOptions, kAnchorOptions, kLayerNumbers, kLayerOptions);
+  return names;
+}
+
+}  // namespace npc
