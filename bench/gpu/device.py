@@ -75,6 +75,21 @@ class DeviceTimer:
         return max(seconds[1:])
 
 
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """Replays the function as a CUDA graph, after it was called three times on another stream to warm up."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
+
+
 class HostReturnTimer:
     """Times until a call returns, whatever the device still does; the device is idle when it begins."""
 
@@ -148,19 +163,8 @@ class Device:
         return int(max(1, min(512, room, -(-3 * cache // max(bytes_per_set, 1)))))
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
-        """The function as a CUDA graph, after warming up on a stream of its own; in a dry run the function itself."""
-        if self.dry:
-            return function
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
+        """The function as a CUDA graph; in a dry run the function itself."""
+        return function if self.dry else captured(function)
 
     def launches(self, function: Callable[[], object]) -> dict[str, int] | None:
         """How often one call launches each kernel, by the profiler; None (not measured) in a dry run."""

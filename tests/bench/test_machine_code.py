@@ -98,6 +98,7 @@ def built(arch: str) -> list[Kernel]:
     return kernels(sorted(OBJECTS.glob("cuda_*.o")), arch)
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("arch", SHARED_KIB)
@@ -127,18 +128,6 @@ def broken_kernels(tmp_path: Path, file: str, function: str, body: str) -> list[
 
 # What compilers made of a copy of a struct in larger loops.
 IN_PIECES = "  for (int k = 0; k < P::size; ++k) to[k] = pack.at[k];"
-
-
-@needs_nvcc
-@needs_cuobjdump
-def test_a_store_that_falls_apart_is_found(tmp_path: Path) -> None:
-    broken = broken_kernels(tmp_path, "packs.h", "store", IN_PIECES)
-    assert broken
-    for kernel in broken:
-        found = "\n".join(faults(kernel, Least(loads=1)))
-        assert re.search(r"accesses of less than 16 bytes in a packed loop: STG\.E", found)
-
-
 # The condition is never true of numbers, but the machine has to look.
 USED_AT_ONCE = """
   if (wanted) words = *static_cast<const Words*>(from);
@@ -147,12 +136,28 @@ USED_AT_ONCE = """
 
 @needs_nvcc
 @needs_cuobjdump
-def test_loads_that_are_used_one_by_one_are_found(tmp_path: Path) -> None:
-    broken = broken_kernels(tmp_path, "runtime.h", "load_16_bytes_if", USED_AT_ONCE)
+@pytest.mark.parametrize(
+    ("file", "function", "body", "least", "fault"),
+    [
+        pytest.param(
+            *("packs.h", "store", IN_PIECES, Least(loads=1)),
+            r"accesses of less than 16 bytes in a packed loop: STG\.E",
+            id="a store that falls apart",
+        ),
+        pytest.param(
+            *("runtime.h", "load_16_bytes_if", USED_AT_ONCE, Least(loads=2)),
+            r"loads in flight in packed loops: \[(?:[01], )*1(?:, [01])*\]",
+            id="loads that are used one by one",
+        ),
+    ],
+)
+def test_worse_machine_code_is_found(
+    tmp_path: Path, file: str, function: str, body: str, least: Least, fault: str
+) -> None:
+    broken = broken_kernels(tmp_path, file, function, body)
     assert broken
     for kernel in broken:
-        assert kernel.loads_in_flight == 1
-        assert any("loads in flight in packed loops" in fault for fault in faults(kernel, Least(loads=2)))
+        assert re.search(fault, "\n".join(faults(kernel, least)))
 
 
 def disassembled(code: str) -> list[sass.Loop]:
@@ -240,6 +245,7 @@ def test_blocks_of_a_multiprocessor_follow_from_registers_and_shared_memory() ->
 PAGE = ROOT / "docs" / "kernels.md"
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 def test_the_page_about_kernels_shows_this_machine_code() -> None:
