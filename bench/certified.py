@@ -1,4 +1,4 @@
-"""Training steps by the share of neurons that are certain not to move: what NPC need not compute, SGD computes."""
+"""Training steps of networks in which a share of the neurons is certain not to move, so that NPC can skip work."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .timing import Case, ignoring_the_set
 
 LR = 1e-3
 SGD, UNSKIPPED = "SGD fused", "skip_frozen=False"
-# By share: how many times longer SGD should at least take.
+# By share: the goal for the ratio of SGD's time to ours.
 _GOALS = {0.0: 1 / 1.03, 0.75: 1 / 0.85, 1.0: 1 / 0.75}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network to train on random input of a shape, and how often to repeat the measurement."""
+    """A network, the shape of its random input, and how often to repeat the measurement."""
 
     name: str
     make: Callable[[], nn.Module]
@@ -44,19 +44,19 @@ SMALL_NETWORKS = [
 
 
 class Certified:
-    """One network with a random share of neurons that are certain not to move, the same in all layers and peers.
+    """One network in which a random share of each layer's neurons is certain not to move, the same for all peers.
 
     Args:
-        network: what is trained.
-        share: of each layer's neurons.
-        device: where it is trained.
-        peers: `SGD`, `UNSKIPPED` or both, to be compared with ours.
+        network: the network to train.
+        share: share of each layer's neurons that does not move.
+        device: device to train on.
+        peers: what to compare ours with: `SGD`, `UNSKIPPED` or both.
 
     Attributes:
         steps: the training step of each peer; ours comes first.
-        models: what they train.
-        inputs: what they train it on.
-        skipped: the share of all neurons whose gradients ours leaves out.
+        models: the model of each peer.
+        inputs: the batch that all of them train on.
+        skipped: share of all neurons whose weight gradients ours skips.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Certified:
                 self.skipped = share_skipped(optimizer)
 
     def timed(self, **more: Any) -> Case:
-        """What to time; `more` are fields of the case."""
+        """The case to time. `more` sets further fields of it."""
         goal = _GOALS.get(self.share) if self.network.has_goals else None
         return Case(
             f"{self.network.name}, {self.share:.0%}",
@@ -93,5 +93,5 @@ class Certified:
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the figure of certified neurons is drawn from, and the share of gradients that were left out."""
+        """Facts that the figure of certified neurons needs, and the share of gradients that were skipped."""
         return {NETWORK: self.network.name, SHARE: self.share, "gradients skipped": self.skipped}

@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions and commit."""
+"""The environment of a result: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import ROOT
 
 
 def describe() -> dict[str, str | int]:
-    """Everything that another run has to share for its numbers to be comparable."""
+    """Everything that two runs must share for their numbers to be comparable."""
     module = native.status().module
     return {
         "processor": _processor(),
@@ -41,7 +41,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The revision; NPC_BENCH_COMMIT says it where the repository is not at hand."""
+    """The commit. Where there is no repository, the environment variable NPC_BENCH_COMMIT names it."""
     if named := os.environ.get("NPC_BENCH_COMMIT"):
         return named
 

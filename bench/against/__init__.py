@@ -1,1 +1,1 @@
-"""This checkout against another revision. Nothing is imported here: `revision` has to do without torch."""
+"""Compares this checkout with another revision. `revision` works without torch, so nothing is imported here."""

@@ -12,7 +12,7 @@ from .turns import against
 
 
 def main() -> int:
-    """Measures all parts of a module, which has nothing but comparable ones."""
+    """Measures all parts of a module."""
     parser = argparse.ArgumentParser(prog="python -m bench.against", description=__doc__)
     parser.add_argument("revision", help="what git calls it, or a folder in which it is checked out")
     parser.add_argument("module", help="has the parts, as bench.gpu.revisions does")

@@ -23,7 +23,9 @@ class RevisionError(ValueError):
 
 
 def checkout(revision: str) -> Path:
-    """A folder with the package of a revision and the benchmarks of this checkout; a folder is taken as it is.
+    """Returns a folder with the package of a revision and the benchmarks of this checkout.
+
+    If `revision` is a folder with npc_ext in it, returns that folder.
 
     Raises:
         RevisionError: git does not know the revision.

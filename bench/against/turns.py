@@ -1,7 +1,7 @@
-"""Two revisions side by side: each in a process of its own, on the same cases, timed in turns.
+"""Times two revisions in turns, each in its own process, on the same cases.
 
-The cases are those of this checkout for both; only `npc_ext` and its kernels differ. A process waits while the other is
-timed. Both belong to one process group, and end with it.
+Both run the cases of this checkout; only `npc_ext` and its kernels differ. One process waits while the other is timed.
+Both belong to the process group of this process, and end with it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BEFORE, AGAINST = "before", "revisions"
 
 
 class _Worker:
-    """A process that times the cases of one revision when it is told to."""
+    """A process that times the cases of one revision on request."""
 
     def __init__(
         self, folder: Path, module: str, parts: Sequence[str], quick: bool, environment: Mapping[str, str]
@@ -80,15 +80,15 @@ def against(
     """Times this checkout against another revision; returns the cases that got slower beyond their spread.
 
     Args:
-        revision: what git calls it, or a folder in which it is checked out (and may be built already).
-        module: has the parts, by name, in `PARTS`, and makes its timer by `timer()` unless that is the host's.
-        parts: which of them to measure; none: all.
-        quick: whether they yield fewer cases.
-        writer: of the rows; their peer is "before".
-        environment: variables for both processes.
+        revision: a revision of git, or a folder in which one is checked out (and perhaps built).
+        module: name of a module with a dictionary `PARTS` and, if calls are not timed by the host, a function `timer`.
+        parts: the parts to measure; empty: all.
+        quick: yield fewer cases.
+        writer: writes the rows, in which the other revision is the peer "before".
+        environment: environment variables for both processes.
 
     Raises:
-        RevisionError: the revision is unknown, or one of the two cannot be measured at all.
+        RevisionError: the revision is unknown, or one of the two cannot be measured.
     """
     slower: list[str] = []
     with _workers(revision, module, parts, quick, environment) as workers:

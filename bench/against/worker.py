@@ -1,4 +1,4 @@
-"""Times our peer of one case after another when told to: what `bench.against` runs, once for each revision.
+"""Times our peer of one case after another on request. `bench.against` runs it once for each revision.
 
 Reads requests from standard input and answers on standard output, a line of JSON each:
 
@@ -50,7 +50,7 @@ def _answers(
         if request["command"] == "begin":
             request = yield {"reason": native.status().reason}
         elif request["command"] == "next":
-            case = None  # its memory is needed
+            case = None  # frees its memory
             timer.finish()
             part, found = next((one for one in cases if one[0] != request["after"]), ("", None))
             case = found if isinstance(found, Case) else None
@@ -64,7 +64,7 @@ def _cases(module: Any, parts: list[str], quick: bool) -> Iterator[tuple[str, Ca
     for part in parts:
         try:
             yield from ((part, case) for case in module.PARTS[part](quick) if isinstance(case, Case))
-        except Exception as error:  # a revision may not be able to do what this one's benchmarks ask for
+        except Exception as error:  # the revision may lack what these benchmarks use
             yield part, error
 
 

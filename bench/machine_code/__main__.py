@@ -15,9 +15,9 @@ from ..tables import markdown
 from .kernels import OBJECTS, SHARED_KIB, Kernel, compiled, compiler_version, cuobjdump, kernels
 
 PACKAGES = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
-# KiB in flight a multiprocessor that saturate a card's memory, and the memory's peak bandwidth in TB/s. The former are
-# those that NVIDIA tuned cub::DeviceTransform with (cub/device/dispatch/tuning/tuning_transform.cuh). By Little's law
-# they stand for a latency of 1.3 microseconds under load, on 132 multiprocessors.
+# KiB in flight per multiprocessor that saturate a card's memory, and the memory's peak bandwidth in TB/s. The first
+# number is from NVIDIA's tuning of cub::DeviceTransform (cub/device/dispatch/tuning/tuning_transform.cuh). By Little's
+# law it means a latency of 1.3 microseconds under load, on 132 multiprocessors.
 CARDS = {"H100": (32, 3.35), "H200": (48, 4.8)}
 
 
@@ -36,7 +36,7 @@ def table(found: Sequence[Kernel]) -> str:
 
 
 def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kernel]:
-    """The kernels of files, or of the build, whose name has a match. Raises ValueError if there are none."""
+    """The kernels of files (default: of the build) whose names match. Raises ValueError if there are none."""
     if cuobjdump() is None:
         raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
     if absent := [str(one) for one in files if not one.exists()]:

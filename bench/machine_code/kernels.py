@@ -1,9 +1,9 @@
-"""The kernels of compiled files: what each has of registers, memory, and bytes in flight.
+"""The kernels in compiled files: registers, memory, and bytes in flight.
 
-A kernel that is limited by memory reaches the memory's bandwidth only if enough bytes are in flight at any time, and if
-each access moves many of them. Both can be read off the machine code, without a GPU; sass.py says how.
+A memory-bound kernel reaches the memory's bandwidth only if enough bytes are in flight at any time, and if each access
+moves many of them. Both can be read from the machine code, without a GPU (see sass.py).
 
-    bytes in flight a multiprocessor = loads in flight of a thread * 16 * threads of a block * resident blocks
+    bytes in flight per multiprocessor = loads in flight of a thread * 16 * threads of a block * resident blocks
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SHARED_KIB = {"80": 164, "90": 228, "100": 228}  # shared memory of a multiproce
 
 @dataclass(frozen=True)
 class Kernel:
-    """One kernel's machine code for one architecture; shared memory is in bytes a block."""
+    """One kernel's machine code for one architecture. `shared` is in bytes per block."""
 
     name: str
     arch: str
@@ -42,10 +42,12 @@ class Kernel:
 
     @property
     def blocks(self) -> int:
-        """How many blocks a multiprocessor holds: of 65,536 registers, 64 warps and the shared memory."""
+        """How many blocks fit a multiprocessor, with its 65,536 registers, 64 warps and shared memory."""
         a_warp = -(-self.registers * 32 // 256) * 256
         warps = min(64, 65_536 // 4 // a_warp * 4)  # registers are divided among four schedulers
-        reserved = 0 if int(self.arch) >= 100 and self.shared else 1024  # the system's, which newer reports include
+        reserved = (
+            0 if int(self.arch) >= 100 and self.shared else 1024
+        )  # reserved by the system; newer reports include it
         shared = -(-(self.shared + reserved) // 128) * 128
         return min(warps * 32 // THREADS, SHARED_KIB[self.arch] * 1024 // shared)
 
@@ -59,9 +61,9 @@ class Kernel:
 
 
 def cuobjdump() -> Path | None:
-    """NVIDIA's disassembler: from the package nvidia-cuda-cuobjdump, the path, or the toolkit of nvcc.
+    """Finds NVIDIA's disassembler in the package nvidia-cuda-cuobjdump, on the PATH, or in nvcc's toolkit.
 
-    It calls nvdisasm, which must be beside it or on the path.
+    It calls nvdisasm, which must be next to it or on the PATH.
     """
     try:
         files = metadata.files("nvidia-cuda-cuobjdump") or []
@@ -99,7 +101,7 @@ def _kernels(file: Path, arch: str) -> list[Kernel]:
     def run(*what: str) -> str:
         command = [str(cuobjdump()), "-arch", f"sm_{arch}", *what, str(file)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if "fatal" in done.stderr:  # its exit status also tells of a file without code for the GPU
+        if "fatal" in done.stderr:  # the exit status is also nonzero for a file without GPU code
             raise ValueError(f"{' '.join(command)} failed: {done.stderr.strip()}")
         return done.stdout
 
@@ -121,7 +123,7 @@ def _kernels(file: Path, arch: str) -> list[Kernel]:
 
 
 def readable(names: Sequence[str]) -> list[str]:
-    """Demangled names, as short as in importance_kernel<rows, relu, Pack<half>> and update_kernel<float, momentum>."""
+    """Short demangled names, such as importance_kernel<rows, relu, Pack<half>> and update_kernel<float, momentum>."""
     text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
     text = re.sub(r"npc::cuda::|\(anonymous namespace\)::|^void ", "", text, flags=re.MULTILINE)
     text = text.replace("(Layout)0", "rows").replace("(Layout)1", "columns")

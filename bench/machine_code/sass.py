@@ -1,10 +1,10 @@
-"""Loops in NVIDIA's machine code (SASS), as cuobjdump prints it, and what they have of global memory in flight.
+"""Loops in NVIDIA's machine code (SASS), as cuobjdump prints it, and their loads in flight.
 
-* A loop is *packed* if it has global accesses of 16 bytes. All its global accesses should be as wide. Accesses of a
-  loop inside it belong to that loop alone.
-* The *loads in flight* of a loop are the most 16-byte loads that a thread has outstanding at once on a way through the
-  loop's body. A load is outstanding until its result, or that of a later load, is used. What an iteration loads for the
-  next one counts, too.
+* A loop is *packed* if it has global accesses of 16 bytes. All its global accesses should be that wide. Accesses of an
+  inner loop belong to the inner loop only.
+* The *loads in flight* of a loop are the most 16-byte loads that a thread has outstanding at once on any path through
+  the loop's body. A load is outstanding until its result, or the result of a later load, is used. Loads for the next
+  iteration count, too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from itertools import pairwise
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction. `registers` are all that it names; `target` is where it may jump to."""
+    """One instruction. `registers` are all registers that it names; `target` is the address that it may jump to."""
 
     address: int
     text: str
@@ -33,7 +33,7 @@ class Instruction:
 
     @property
     def width(self) -> int:
-        """Bytes that a thread moves from or to global memory; 0 if this is no global access."""
+        """Bytes that a thread reads from or writes to global memory; 0 if this is not a global access."""
         if self.kind not in ("LDG", "STG", "LDGSTS", "LD", "ST"):
             return 0
         found = re.search(r"\.[US]?(8|16|64|128|256)(\.|$)", self.opcode)
@@ -46,7 +46,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A packed loop: the addresses it lies between, its loads in flight, its wide accesses and its narrow ones."""
+    """A packed loop: its first and last address, its loads in flight, and its wide and narrow accesses."""
 
     first: int
     last: int
@@ -78,14 +78,14 @@ def parse(code: str) -> Iterator[Instruction]:
 
 @dataclass
 class Block:
-    """Instructions that run one after the other, and the blocks that may follow, by their position."""
+    """Instructions that run one after the other, and the indices of the blocks that may follow."""
 
     instructions: list[Instruction]
     followers: list[int]
 
 
 def blocks_of(instructions: Sequence[Instruction]) -> tuple[list[Block], list[int]]:
-    """The basic blocks in the order of their addresses, and those that the kernel or a call enters."""
+    """The basic blocks in order of their addresses, and the indices of those where the kernel or a call enters."""
     leaders = {instructions[0].address}
     for one, following in pairwise(instructions):
         if one.target is not None and not one.opcode.startswith("BSSY"):
@@ -112,12 +112,12 @@ def blocks_of(instructions: Sequence[Instruction]) -> tuple[list[Block], list[in
 
 
 def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> list[set[int]]:
-    """The blocks of each loop: a branch back to a block through which all ways to the branch lead closes one."""
+    """The blocks of each loop. A branch back to a block that dominates it closes a loop."""
     before: list[list[int]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
         for follower in block.followers:
             before[follower].append(index)
-    # Sets of blocks as the bits of a number; a block that nothing leads to is dominated by all.
+    # Sets of blocks are the bits of a number. A block that cannot be reached is dominated by all.
     everything = (1 << len(blocks)) - 1
     dominators = [everything] * len(blocks)
     changed = True
@@ -143,19 +143,19 @@ def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> list[set[i
 
 
 def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
-    """The most 16-byte loads in flight on a way through a loop; where ways meet, the one with more goes on."""
+    """The most 16-byte loads in flight on a path through a loop. Where paths meet, the one with more loads counts."""
     most = 0
-    after: dict[int, list[frozenset[str]]] = {}  # for each block: the registers of each load that is in flight
-    for _ in range(2):  # the second time with what an iteration leaves to the next
+    after: dict[int, list[frozenset[str]]] = {}  # for each block: the registers of each load in flight
+    for _ in range(2):  # the second time with the loads that an iteration leaves in flight
         for index in sorted(loop):
             before = [after[one] for one in loop if index in blocks[one].followers and one in after]
             flying = max(before, key=lambda some: len(some), default=[])
             for one in blocks[index].instructions:
-                # The one that is used has arrived, and so have those before it.
+                # The load that is used has arrived, and so have all loads before it.
                 used = [place for place, registers in enumerate(flying) if registers & one.registers]
                 if used:
                     flying = flying[used[-1] + 1 :]
-                if one.opcode.startswith("DEPBAR"):  # waits for what goes to shared memory
+                if one.opcode.startswith("DEPBAR"):  # waits for loads to shared memory
                     flying = [registers for registers in flying if registers]
                 if one.is_wide_load:
                     flying = [*flying, *loaded(one)]
@@ -165,7 +165,7 @@ def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
 
 
 def loaded(load: Instruction) -> list[frozenset[str]]:
-    """The registers of each 16 bytes that are loaded; none for those that go to shared memory at once."""
+    """The registers of each 16 bytes that are loaded; empty if they go to shared memory directly."""
     if load.opcode.startswith("LDGSTS"):
         return [frozenset()] * (load.width // 16)
     first = map(int, re.findall(r"\bR(\d+)\b", load.text.split("[")[0]))

@@ -1,7 +1,7 @@
-"""Micro-benchmarks, each against its peers in the same run: `make bench`.
+"""Micro-benchmarks, each timed in turns with its peers: `make bench`.
 
-Writes rows as they are measured, then tables and figures of them, to bench/results/micro. `--against REV` measures the
-kernels and optimizers of this checkout against those of another revision instead, in turns.
+Writes rows as they are measured, and then their tables and figures, to bench/results/micro. With `--against REV`, times
+this checkout in turns with another revision instead.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from ..tables import write
 from ..timing import HostTimer, measure
 from .parts import PARTS
 
-# Parts whose cases time what this package does, and nothing but that.
+# Parts whose cases only time this package.
 COMPARABLE = [name for name in PARTS if name not in ("calls", "where")]
 QUICK_TURNS = 3
 _FOR_THE_CPU = {"NPC_EXT_NVCC": ""}  # the CUDA kernels of another revision take minutes to build
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measures the parts asked for."""
+    """Measures the given parts."""
     parser = argparse.ArgumentParser(prog="python -m bench.micro", description=__doc__)
     parser.add_argument(
         "--only", nargs="+", choices=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)} (default: all)"

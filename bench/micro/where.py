@@ -1,4 +1,4 @@
-"""Where the time of a training step goes, by operations, as PyTorch's profiler sees it."""
+"""Where the time of a training step goes: by operation, from PyTorch's profiler."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STEPS = 10
 
 
 def where(quick: bool) -> Iterator[Row]:
-    """Milliseconds a step that operations take themselves, for SGD and for NPC by the share of certified neurons."""
+    """Self time of each operation in ms per step, for SGD and for NPC by the share of certified neurons."""
     network = SMALL_NETWORKS[0] if quick else NETWORK
     columns: dict[str, dict[str, float]] = {}
     for share in SHARES:

@@ -250,7 +250,7 @@ def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path:
     assert process.measure("load", 60) == {"state": "complete"}
     os.kill(process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
     assert process.measure("relu", 1) == {"state": KILLED}
-    assert not process.lives()
+    assert not process.is_running()
     assert rows.read(tmp_path).of_part("load"), "what it had measured is kept"
 
 
