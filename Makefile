@@ -1,5 +1,5 @@
 # make demo   five tasks in a row, with SGD and with NPC: a table and figures
-# make test   all tests
+# make test   all tests (make test-fast: without the slow ones)
 # make bench  micro-benchmarks
 # make lint   format, lint and type-check (CI=true: check the format only)
 #
@@ -11,7 +11,7 @@ REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
 SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-fast bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -19,6 +19,9 @@ demo: $(BUILD)
 
 test: $(BUILD)
 	@$(BIN)/python -m pytest
+
+test-fast: $(BUILD)
+	@$(BIN)/python -m pytest -m "not slow"
 
 bench: $(BUILD)
 	@$(BIN)/python -m bench.micro

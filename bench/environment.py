@@ -49,7 +49,7 @@ def _commit() -> str:
         return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/**/*.py", "setup.py")
+        changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/*.py", "setup.py")
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -1,1 +1,1 @@
-"""NPC in the trainers that people use: small programs that train a real model in seconds, offline."""
+"""NPC in common training libraries: small programs that train a model in seconds, offline."""

@@ -1,9 +1,9 @@
-"""NPC with Accelerate: digits, trained by a loop of one's own. Needs `accelerate`.
+"""NPC with Accelerate: trains on digits with a plain training loop. Needs `accelerate`.
 
 >>> model, loader = accelerator.prepare(model, loader)
 >>> optimizer = accelerator.prepare(NPC(model, lr=0.1))
 
-The model is prepared first: with several processes that wraps it, and the optimizer must know the wrapped one.
+Prepare the model first. With several processes this wraps it, and the optimizer needs the wrapped model.
 """
 
 from __future__ import annotations

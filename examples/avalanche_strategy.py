@@ -2,8 +2,8 @@
 
 >>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])
 
-The plugin keeps importance from experience to experience and has new heads measured. Without it Avalanche changes the
-optimizer's groups and state in ways that an optimizer which measures neurons does not notice.
+The plugin keeps importance from experience to experience and registers new heads. Without it, Avalanche changes the
+optimizer's groups and state in ways that NPC does not notice.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXPERIENCES = 5
 
 
 class Network(MultiTaskModule):
-    """Two hidden layers, and a head of two outputs for every task, which Avalanche adds when the task begins."""
+    """Two hidden layers, and for every task a head of two outputs, which Avalanche adds when the task begins."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -39,7 +39,7 @@ class Network(MultiTaskModule):
         self.classifier = MultiHeadClassifier(128, masking=False)
 
     def forward(self, images: Tensor, task_labels: Any) -> Tensor:
-        """(B, 64) to (B, 2), by the heads of their tasks."""
+        """(B, 64) to (B, 2), through the heads of the samples' tasks."""
         outputs: Tensor = self.classifier(self.features(images), task_labels)
         return outputs
 
@@ -56,13 +56,13 @@ def digits() -> CLScenario:
 
 
 def _task(images: Tensor, labels: Tensor, chosen: Tensor, task: int) -> Any:
-    own: Any = TensorDataset(images[chosen], labels[chosen] % 2)
-    own.targets = (labels[chosen] % 2).tolist()
-    return _make_taskaware_classification_dataset(own, task_labels=task)
+    samples: Any = TensorDataset(images[chosen], labels[chosen] % 2)
+    samples.targets = (labels[chosen] % 2).tolist()
+    return _make_taskaware_classification_dataset(samples, task_labels=task)
 
 
 def train(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], plugins: Sequence[Any], epochs: int) -> Any:
-    """Learns the tasks one after the other; returns their accuracies in the end, and the strategy."""
+    """Learns the tasks one after the other; returns the final accuracies of all tasks, and the strategy."""
     torch.manual_seed(0)
     model, benchmark = Network(), digits()
     strategy = Naive(
@@ -80,7 +80,7 @@ def train(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], plugins: S
 
 
 def npc(model: nn.Module) -> NPC:
-    """Of the importance gathered in a task of ten epochs (170 steps) more than half is left after the next."""
+    """NPC with a delta that keeps more than half of the importance over a task of ten epochs (170 steps)."""
     return NPC(model, lr=0.1, delta=0.997)
 
 

@@ -3,10 +3,10 @@
 >>> trainer = Trainer(model, arguments, train_dataset=..., optimizer_cls_and_kwargs=(NPC, {"model": model, "lr": 0.05}))
 >>> trainer = Trainer(model, arguments, train_dataset=..., optimizers=(NPC(model, lr=0.05), None))
 
-In the first form the Trainer builds the optimizer, when the model is on its device; for the second move it there
-before. Neither goes with `model_init`, which makes another model for every trial. `arguments.learning_rate` and weight
-decay are not passed on; schedules, `max_grad_norm`, accumulation and resuming work as ever. With several processes add
-`process_group=torch.distributed.group.WORLD`.
+In the first form the Trainer builds the optimizer when the model is on its device. In the second form, move the model
+there first. Neither works with `model_init`, which builds a new model for every trial. `arguments.learning_rate` and
+weight decay are not passed on. Schedules, `max_grad_norm`, accumulation and resuming work as usual. With several
+processes, add `process_group=torch.distributed.group.WORLD`.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ LENGTH = 32
 
 
 class WatchCapacity(TrainerCallback):
-    """Warns of layers without room at the end of each epoch."""
+    """Warns about full layers at the end of each epoch."""
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer, which hands over its optimizer."""
+        """Called by the Trainer, which passes its optimizer."""
         check_capacity(kwargs["optimizer"].optimizer)  # Accelerate's wrapper holds ours
 
 
 def tiny_llama() -> LlamaForCausalLM:
-    """A Llama of 30 thousand weights that reads bytes."""
+    """A Llama with 30 thousand weights that reads bytes."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -50,13 +50,13 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def samples() -> list[dict[str, torch.Tensor]]:
-    """Pieces of the text, as the Trainer wants them."""
+    """Pieces of the text, in the form that the Trainer expects."""
     codes = torch.tensor(list((TEXT * 20).encode()))[: 48 * LENGTH].view(-1, LENGTH)
     return [{"input_ids": piece, "labels": piece} for piece in codes]
 
 
 def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from: Path | None = None) -> Trainer:
-    """Trains, and saves every ten steps; returns the Trainer, whose model and optimizer are trained."""
+    """Trains, saving a checkpoint every ten steps; returns the Trainer."""
     model = tiny_llama()
     arguments = TrainingArguments(
         str(folder),
@@ -80,7 +80,7 @@ def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from
 
 
 def main() -> None:
-    """Trains and prints the loss and how plastic the layers are."""
+    """Trains and prints the loss and the plasticity of all layers."""
     parser = argparse.ArgumentParser(prog="python -m examples.hugging_face", description=__doc__)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
     steps = parser.parse_args().steps

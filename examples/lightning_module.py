@@ -43,12 +43,12 @@ class Classifier(lightning.LightningModule):
         return F.cross_entropy(outputs, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """NPC on the whole module, which Lightning has moved to its device by now."""
+        """NPC on the whole module, which Lightning has already moved to its device."""
         return NPC(self, lr=0.1, delta=0.999)
 
 
 class LogPlasticity(lightning.Callback):
-    """Logs the frozen share and mean importance of each layer after every epoch, and warns of full layers."""
+    """Logs the frozen share and mean importance of each layer after every epoch, and warns about full layers."""
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Called by Lightning."""
@@ -61,7 +61,7 @@ class LogPlasticity(lightning.Callback):
 
 
 def train(folder: Path, epochs: int, *, resume_from: Path | None = None, **options: Any) -> lightning.Trainer:
-    """Trains, with a checkpoint after every epoch; returns Lightning's trainer."""
+    """Trains, saving a checkpoint after every epoch; returns Lightning's trainer."""
     torch.manual_seed(0)
     loader = DataLoader(digits(), batch_size=16)
     trainer = lightning.Trainer(

@@ -9,7 +9,7 @@ from pathlib import Path
 from .. import ROOT
 
 _SOURCES = ("npc_ext", "csrc")
-# Revisions without npc_ext/kernels have its modules beside the others: _build.py, _launch.py and _native.py.
+# A package npc_ext.kernels for revisions that have _build.py, _launch.py and _native.py in npc_ext instead.
 _KERNELS = """import importlib
 
 

@@ -1,15 +1,15 @@
-"""The data sets of the experiments, read from the files their authors publish and fetched where these are missing.
+"""The data sets of the experiments: reads the published files, and downloads them if they are missing.
 
 | name      | images  | classes | train / test                                                       |
 |-----------|---------|---------|--------------------------------------------------------------------|
 | digits    | 1x8x8   | 10      | 1,437 / 360 (inside scikit-learn, no files)                        |
 | mnist     | 1x28x28 | 10      | 60,000 / 10,000                                                    |
 | fashion   | 1x28x28 | 10      | 60,000 / 10,000                                                    |
-| emnist    | 1x28x28 | 47      | 112,800 / 18,800 (the official balanced split), or an own re-split |
+| emnist    | 1x28x28 | 47      | 112,800 / 18,800 (the official balanced split), or a re-split |
 | cifar100  | 3x32x32 | 100     | 50,000 / 10,000                                                    |
 | smallnorb | 1x32x32 | 5       | 24,300 / 24,300 (the first image of each pair, scaled from 96x96)  |
 
-Files may be compressed by gzip or not. Whatever disagrees with its format is refused by name; nothing is guessed.
+Files may be compressed with gzip. A file that does not match its format is rejected with an error that names it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class DatasetError(ValueError):
 
 
 class MissingDatasetError(DatasetError):
-    """Files of a data set are not there, and are not to be or cannot be fetched."""
+    """Files of a data set are missing, and the download is not allowed or fails."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (B, C, H, W) of values 0 to 255, and labels int64 (B,) from 0 to `classes` - 1.
+    """Images uint8 (B, C, H, W) with values from 0 to 255, and labels int64 (B,) from 0 to `classes` - 1.
 
-    `name` is what reports call the data set.
+    `name` is the name in reports.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""Five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
+"""Learns five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
 
-Prints a table and writes it, the figures and all numbers to bench/results/demo.
+Prints a table, and writes the table, figures and all numbers to bench/results/demo.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
 from .training import Batches, accuracy_of, steps_of, train
 
-# Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
+# A little more than half of the importance from one task (540 steps) is left after the next.
 DELTA = 0.999
-# The paper's, which is a learning rate; the optimizer's is in units of lr.
+# The paper's alpha is a learning rate; the optimizer's is in units of lr.
 ALPHA = 0.05
 
 
 @dataclass
 class Run:
-    """What learning a sequence of tasks came to.
+    """The result of learning a sequence of tasks.
 
-    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+    `accuracy[t][k]` is the accuracy on task k after task t. `seconds_per_step` is the mean time of training steps.
     """
 
     accuracy: list[list[float]]
@@ -44,12 +44,12 @@ class Run:
 
 
 def network(classes: int) -> nn.Module:
-    """A small CNN of the paper's style for 8x8 images."""
+    """A small CNN in the style of the paper, for 8x8 images."""
     return cnn(in_channels=1, image_size=8, channels=(16, 32), hidden=64, classes=classes)
 
 
 def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The two optimizers that are compared: same model, same learning rate."""
+    """The optimizer of a method. Both methods have the same learning rate."""
     if method == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     return NPC(model, lr=lr, alpha=ALPHA / lr, delta=DELTA)
@@ -58,7 +58,7 @@ def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optim
 def run(
     method: str, seed: int, tasks: list[Task], lr: float, epochs: int, batch_size: int
 ) -> tuple[Run, torch.optim.Optimizer]:
-    """Learns all tasks from one seed, which decides the initial weights, the order of samples and dropout."""
+    """Learns all tasks from one seed, which sets the initial weights, the order of samples and dropout."""
     torch.manual_seed(seed)
     model = network(sum(len(task.classes) for task in tasks))
     optimizer = optimizer_for(method, model, lr)
@@ -79,7 +79,7 @@ def learn(
     label: str,
     generator: torch.Generator,
 ) -> Run:
-    """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them."""
+    """Trains on one task after the other for some epochs, and tests on all tasks after each."""
     accuracy: list[list[float]] = []
     steps, seconds = 0, 0.0
     with tqdm(
@@ -104,7 +104,7 @@ def learn(
 
 
 def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
-    """A Markdown table: accuracy per task after the last, average, forgetting, seconds per step; over seeds."""
+    """A Markdown table over seeds: accuracy of each task after the last, average, forgetting, time per step."""
     rows = []
     for method, repeated in runs.items():
         milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])

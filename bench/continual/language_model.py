@@ -1,12 +1,11 @@
-"""A language model that learns English, and then Python, with AdamW and with NPCAdamW. Needs `transformers`.
+"""A language model learns English and then Python, with AdamW and with NPCAdamW. Needs `transformers`.
 
     python -m bench.continual.language_model
 
-A small Llama reads bytes: first the prose of Python's own documentation, then the standard library's source, without
-its docstrings and comments. What is left of the prose in the end? A smaller learning rate forgets less, too, so a pair
-of numbers says little; what is compared is the trade-off over the settings in `SETTINGS`: how well the first domain is
-still predicted, by how well the second one has become. Writes a table, a figure and all numbers to
-bench/results/language_model.
+A small Llama reads bytes: first the prose of Python's documentation, then the source of the standard library without
+docstrings and comments. How much does it forget of the prose? A smaller learning rate forgets less, too, so single
+numbers say little. Compared is the trade-off over the settings in `SETTINGS`: how well the first domain is still
+predicted against how well the second one is. Writes a table, a figure and all numbers to bench/results/language_model.
 """
 
 from __future__ import annotations
@@ -41,19 +40,19 @@ LENGTH = 64
 BATCH = 16
 WARM_UP = 20
 PRETRAINING_RATE = 3e-3
-MEASURE_ONLY = 1e9  # a beta above every importance: neurons are measured and keep their whole rate
-POINTS = 5  # of a curve, after its beginning
+MEASURE_ONLY = 1e9  # a beta above every importance: neurons are measured and keep their full rate
+POINTS = 5  # points of a curve, not counting its start
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How the second domain is learned, and, with `protect_always`, also the first one.
+    """How the second domain is learned and, with `protect_always`, also the first one.
 
     Attributes:
         method: "AdamW" or "NPCAdamW".
-        lr: the learning rate in the second domain.
-        beta: the importance at or above which a neuron is frozen; NPCAdamW's only.
-        protect_always: whether neurons are protected from the first step on, instead of measured first.
+        lr: learning rate in the second domain.
+        beta: importance at or above which a neuron is frozen (NPCAdamW only).
+        protect_always: protect neurons from the first step on, instead of only measuring them in the first domain.
     """
 
     method: str
@@ -63,7 +62,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        """In one line of a table."""
+        """The label in a table."""
         beta = "" if self.beta is None else f", β = {self.beta:g}"
         return f"{self.method}, lr {self.lr:g}{beta}" + (", protected from the first step" * self.protect_always)
 
@@ -84,7 +83,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained and tested: steps in each domain, and windows of validation text."""
+    """How much to train and test: steps in each domain, and windows of validation text."""
 
     first_steps: int = 500
     second_steps: int = 250
@@ -92,13 +91,13 @@ class Size:
 
     @property
     def delta(self) -> float:
-        """Lets half of the importance of the first domain survive the second one."""
+        """A delta with which half of the importance of the first domain survives the second one."""
         return float(0.5 ** (1 / self.second_steps))
 
 
 @dataclass
 class Run:
-    """Perplexities per byte on validation text, of prose and of code: before fine-tuning, and on the way."""
+    """Perplexity per byte on validation prose and code: before the second domain, and at points during it."""
 
     setting: Setting
     seed: int
@@ -110,14 +109,14 @@ class Run:
 
 @cache
 def corpora() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Prose and code as bytes, each for training and, every eighth text, for validation."""
+    """Prose and code as bytes, each for training and for validation (every eighth text)."""
     prose = [topics[name] for name in sorted(topics)]
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     return _split(prose), _split([bare_code(path.read_bytes()) for path in files[:120]])
 
 
 def bare_code(source: bytes) -> str:
-    """Python without docstrings and comments, so that it has little prose."""
+    """Python source without docstrings and comments, so that it contains little prose."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -135,7 +134,7 @@ def _split(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
 
 
 def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """(count, LENGTH + 1) int64: pieces of a text, from anywhere in it."""
+    """Random windows of a text: (count, LENGTH + 1) int64."""
     begin = torch.randint(len(text) - LENGTH, (count, 1), generator=generator)
     return text[begin + torch.arange(LENGTH + 1)].long()
 
@@ -144,7 +143,7 @@ def windows(text: Tensor, count: int, generator: torch.Generator) -> Tensor:
 
 
 def small_llama(seed: int) -> LlamaForCausalLM:
-    """Two layers of width 64. ReLU, as in the paper's networks: neurons are measured behind it."""
+    """A Llama with two layers of width 64, and ReLU as in the paper's networks."""
     torch.manual_seed(seed)
     return LlamaForCausalLM(
         LlamaConfig(
@@ -162,14 +161,14 @@ def small_llama(seed: int) -> LlamaForCausalLM:
 
 
 def loss_of(model: nn.Module, pieces: Tensor) -> Tensor:
-    """The mean over all predicted bytes."""
+    """The mean loss over all predicted bytes."""
     logits = model(input_ids=pieces[:, :-1]).logits
     return F.cross_entropy(logits.flatten(0, 1), pieces[:, 1:].flatten())
 
 
 @torch.no_grad()
 def perplexity(model: nn.Module, pieces: Tensor) -> float:
-    """Per byte: e to the mean loss."""
+    """The perplexity per byte: e to the mean loss."""
     model.eval()
     loss = sum(float(loss_of(model, part)) * len(part) for part in pieces.split(64)) / len(pieces)
     model.train()
@@ -177,9 +176,9 @@ def perplexity(model: nn.Module, pieces: Tensor) -> float:
 
 
 def optimizer_for(setting: Setting, model: nn.Module, size: Size, *, second: bool) -> torch.optim.Optimizer:
-    """The optimizer of the first or of the second domain, with nothing learned yet.
+    """Builds the optimizer of the first or of the second domain.
 
-    In the second domain NPCAdamW leaves alone what belongs to no neuron: the embedding and the scales of norms.
+    In the second domain NPCAdamW freezes parameters outside neurons: the embedding and the scales of norms.
     """
     lr = setting.lr if second else PRETRAINING_RATE
     if setting.beta is None:
@@ -197,7 +196,7 @@ def train(
     warm_up: int = 0,
     after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
-    """Trains for some steps, the same pieces of text for the same seed."""
+    """Trains for some steps. The same seed gives the same windows of text."""
     generator = torch.Generator().manual_seed(seed)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(1, steps + 1):
@@ -211,9 +210,9 @@ def train(
 
 
 def learn_both(settings: Sequence[Setting], seed: int, size: Size) -> list[Run]:
-    """Learns the first domain once, and from there the second one with each of the settings.
+    """Learns the first domain once, and then the second one with each of the settings.
 
-    Settings that learn the first domain alike have to be together; the optimizer's state goes on in the second one.
+    All settings must learn the first domain in the same way. The second domain continues with the optimizer's state.
     """
     (prose, prose_left_out), (code, code_left_out) = corpora()
     generator = torch.Generator().manual_seed(1234)  # the same validation for all
@@ -228,7 +227,7 @@ def learn_both(settings: Sequence[Setting], seed: int, size: Size) -> list[Run]:
         model = small_llama(seed)
         model.load_state_dict(first_model.state_dict())
         optimizer = optimizer_for(setting, model, size, second=True)
-        go_on(optimizer, first)
+        take_over(optimizer, first)
         run = Run(setting, seed, [before])
 
         def after_step(step: int, run: Run = run, model: nn.Module = model) -> None:
@@ -240,12 +239,12 @@ def learn_both(settings: Sequence[Setting], seed: int, size: Size) -> list[Run]:
     return runs
 
 
-def go_on(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer) -> None:
-    """Takes over moments and importance, with the constants of the second domain."""
+def take_over(optimizer: torch.optim.Optimizer, first: torch.optim.Optimizer) -> None:
+    """Loads the state of the first domain's optimizer, but keeps the constants of the second domain."""
     constants = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
     optimizer.load_state_dict(first.state_dict())
-    for group, own in zip(optimizer.param_groups, constants, strict=True):
-        group.update(own)
+    for group, values in zip(optimizer.param_groups, constants, strict=True):
+        group.update(values)
 
 
 def _both(model: nn.Module, left_out: Sequence[Tensor]) -> tuple[float, float]:
@@ -256,8 +255,8 @@ def _both(model: nn.Module, left_out: Sequence[Tensor]) -> tuple[float, float]:
 # ------------------------------------------------------------------------------------------------------------- results
 
 
-def together(settings: Sequence[Setting]) -> list[list[Setting]]:
-    """Settings that learn the first domain alike."""
+def grouped(settings: Sequence[Setting]) -> list[list[Setting]]:
+    """Groups the settings that learn the first domain in the same way."""
     kinds: dict[Any, list[Setting]] = {}
     for setting in settings:
         kinds.setdefault((setting.method, setting.protect_always and setting), []).append(setting)
@@ -265,7 +264,7 @@ def together(settings: Sequence[Setting]) -> list[list[Setting]]:
 
 
 def table_of(runs: Mapping[Setting, Sequence[Run]]) -> str:
-    """A Markdown table: perplexities on prose and code before fine-tuning and after it, over seeds."""
+    """A Markdown table over seeds: perplexity on prose and code before and after the second domain."""
     rows = []
     for setting, repeated in runs.items():
         cells = [
@@ -277,7 +276,7 @@ def table_of(runs: Mapping[Setting, Sequence[Run]]) -> str:
 
 
 def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
-    """Perplexity on prose over that on code, on the way through the second domain; to the lower left is better."""
+    """Perplexity on prose over perplexity on code during the second domain. Lower left is better."""
     figure = Figure(figsize=(6.8, 4.4), layout="constrained")
     axes: Any = figure.subplots()
     shown: dict[str, int] = {}
@@ -312,8 +311,8 @@ def _mean_before(runs: Mapping[Setting, Sequence[Run]]) -> float:
 
 
 def run_all(settings: Sequence[Setting], seeds: int, size: Size, jobs: int) -> dict[Setting, list[Run]]:
-    """All settings with all seeds, in several processes of one thread each, or (jobs=1) in this one."""
-    work = [(kind, seed, size) for seed in range(seeds) for kind in together(settings)]
+    """Runs all settings with all seeds in several processes of one thread each, or in this process (jobs=1)."""
+    work = [(kind, seed, size) for seed in range(seeds) for kind in grouped(settings)]
     runs: dict[Setting, list[Run]] = {setting: [] for setting in settings}
 
     def keep(done: list[Run]) -> None:
@@ -337,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.continual.language_model", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions (at least 2, default 3)")
     parser.add_argument(
-        "--jobs", type=int, default=2, help="processes of one thread each (default 2); 1: this one alone"
+        "--jobs", type=int, default=2, help="processes of one thread each (default 2); 1: only this process"
     )
     parser.add_argument("--first-steps", type=int, default=Size.first_steps, help="steps on prose (%(default)s)")
     parser.add_argument("--second-steps", type=int, default=Size.second_steps, help="steps on code (%(default)s)")

@@ -1,7 +1,7 @@
-"""What the published results consist of: commands of this program, in the order in which they tell most.
+"""The commands of this program that produce the published results, the most important first.
 
-Size "paper" starts with what the paper is about, so that time on a GPU that runs out has bought the most. A method's
-hyperparameters do not transfer from other implementations, nor from the small size, so every rival is searched first.
+Size "paper" starts with the paper's main experiment, because time on a GPU may run out. Hyperparameters do not transfer
+from other implementations or from the small size, so every method is searched before it is run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def _run(experiment: str, methods: str, *settings: str) -> list[str]:
     return ["run", "--experiment", experiment, "--methods", methods, *(["--set", *settings] if settings else [])]
 
 
-# What the paper leaves open, on NPC.
+# Settings of NPC that the paper leaves open.
 _OPEN = (
     "npc.measure=before pooling",
     "npc.sigma=erf",

@@ -1,4 +1,4 @@
-"""What an experiment that is a program of its own leaves: a table, figures and all numbers."""
+"""The result files of an experiment with its own program: a table, figures, and all numbers."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..tables import save
 def write(
     out: Path, command: str, seconds: float, table: str, figures: Mapping[str, Any], numbers: Mapping[str, Any]
 ) -> None:
-    """Writes results.md, results.json and the figures to a folder, and says so.
+    """Writes results.md, results.json and the figures to a folder, and prints where they are.
 
     Args:
-        out: the folder.
-        command: what made the results.
-        seconds: how long that took.
-        table: in Markdown.
-        figures: by name.
-        numbers: all that was measured.
+        out: folder of the results.
+        command: the command of the experiment.
+        seconds: how long it took.
+        table: the table, in Markdown.
+        figures: the figures, by name.
+        numbers: everything that was measured.
     """
     for name, figure in figures.items():
         save(figure, out / name)

@@ -87,7 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--resume", type=Path, metavar="TAR", help="icifar100.tar of an earlier training flight")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the flight to run (default: all)")
-    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: to see that everything runs")
+    parser.add_argument("--dry", action="store_true", help="run on the CPU, with tiny sizes")
     arguments = parser.parse_args()
     parts = FLIGHTS[arguments.flight]
     if unknown := set(arguments.only or ()) - {part.name for part in parts}:
@@ -120,7 +120,7 @@ def main() -> int:
 
 def _limits() -> str:
     """The limits of all parts, for --help."""
-    lines = ["Parts, and the seconds that each may take, besides what the parts before it left over:"]
+    lines = ["Parts and their limits in seconds (a part may also use what earlier parts have not used):"]
     for flight, parts in FLIGHTS.items():
         listed = ", ".join(f"{part.name} {part.limit}" for part in parts)
         lines.append(f"  {flight}: {listed}")

@@ -25,7 +25,7 @@ from .collect import FOLDER
 
 SHAPES = [(64, 33), (4, 64), (8, 24, 7, 7), (8, 32, 16, 16), (1, 2, 9000), (300, 3)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDE = 5000  # neurons, for which measured importance is summed in a launch of its own
+WIDE = 5000  # so many neurons that a launch of its own sums their importance
 
 
 def _eq_2(device: str) -> None:

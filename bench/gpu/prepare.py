@@ -26,7 +26,7 @@ _STREAM = Path(__file__).with_name("stream.cu")
 def main() -> int:
     """Builds the module of this checkout, the one of another revision on request, and the ceiling's kernels."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.prepare", description=__doc__)
-    parser.add_argument("--against", metavar="REV", help="another revision, to be measured beside this one")
+    parser.add_argument("--against", metavar="REV", help="another revision, to be compared with this one")
     arguments = parser.parse_args()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)

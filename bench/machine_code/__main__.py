@@ -46,7 +46,7 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
     if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
         raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
     if OBJECTS in files[0].parents and (why := _why_stale()):
-        raise ValueError(f"the objects in {OBJECTS} are older than the sources beside them ({why}); call make first")
+        raise ValueError(f"the objects in {OBJECTS} are older than the sources ({why}); call make first")
     with tempfile.TemporaryDirectory() as folder:
         objects = [compiled(one, arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
         if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:

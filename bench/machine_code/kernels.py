@@ -71,8 +71,8 @@ def cuobjdump() -> Path | None:
         files = []
     packaged = [Path(str(file.locate())) for file in files if file.name == "cuobjdump"]
     found = [Path(one)] if (one := shutil.which("cuobjdump")) else []
-    beside = [compiler.resolve().parent / "cuobjdump"] if (compiler := build.nvcc()) else []
-    whole = (one for one in [*packaged, *found, *beside] if one.exists() and _has_nvdisasm(one))
+    of_nvcc = [compiler.resolve().parent / "cuobjdump"] if (compiler := build.nvcc()) else []
+    whole = (one for one in [*packaged, *found, *of_nvcc] if one.exists() and _has_nvdisasm(one))
     return next(whole, None)
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks' programs, as a user starts them, and the experiments in processes that start fast."""
+"""Runs the benchmarks' programs as a user does, and the experiments in forked processes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench import ROOT
 
 
 def python(*arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs Python to its end in the checkout's folder."""
+    """Runs Python in the checkout's folder."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
@@ -30,7 +30,7 @@ def experiments(arguments: list[str], output: Path) -> None:
 
 
 def experiments_that_die(arguments: list[str], output: Path, moves: int) -> None:
-    """The same, killed when a file is to be moved after so many moves."""
+    """The same, but the process is killed when it moves a file after the given number of moves."""
     replace, left = os.replace, moves
 
     def replace_or_die(*positional: Any) -> None:

@@ -43,7 +43,7 @@ UNEVEN = ("epochs=3", "epoch_samples=40")
 
 @pytest.fixture(scope="module")
 def server() -> ForkServerContext:
-    """Starts processes as forks of one that has imported the experiments."""
+    """Starts processes as forks of a process that has imported the experiments."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.continual.__main__"])
     return context
@@ -58,8 +58,16 @@ def numbers(record: Record) -> tuple[Any, ...]:
     return record.accuracy, record.steps, record.settings, record.tasks
 
 
+@pytest.fixture
+def searches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder in which recorded searches are looked for."""
+    for module in (methods, report):
+        monkeypatch.setattr(module, "SEARCH", tmp_path)
+    return tmp_path
+
+
 def failing(function: Callable[..., Any], number: int) -> Callable[..., Any]:
-    """The function, which fails when it is called for so many a time."""
+    """The function, which raises an error in the call of the given number."""
     calls = itertools.count(1)
 
     def call(*positional: Any, **named: Any) -> Any:
@@ -303,14 +311,14 @@ class Untouchable:
 
 
 def test_the_search_keeps_to_its_budget_and_to_training_samples(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    searches: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing: Any = Untouchable()
     poisoned = replace(datasets.load("digits"), test_images=nothing, test_labels=nothing)
     monkeypatch.setattr(experiments, "load", lambda name, folder: poisoned)
-    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "4"]
+    options = ["--store", str(searches / "store"), "--results", str(searches), "--tasks", "2", "--budget", "4"]
     assert main(["search", *TINY, "--methods", "sgd,npc", "--seeds", "2", *options]) == 0
-    searched = json.loads((tmp_path / "idigits-small.json").read_text())["methods"]
+    searched = json.loads((searches / "idigits-small.json").read_text())["methods"]
     for method in ("sgd", "npc"):
         tried = searched[method]["tried"]
         assert len(tried) == 4
@@ -320,10 +328,9 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
         best = max(finalists, key=lambda one: one["validation accuracy"])
         assert best["settings"] == searched[method]["best"]
         assert best["settings"].get("alpha_unit") == ("lr" if method == "npc" else None)
-    assert len(list((tmp_path / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 3)
-    assert not list(Store(tmp_path / "store").records()), "what is found in a search is not a result"
-    monkeypatch.setattr(report, "SEARCH", tmp_path)
-    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert len(list((searches / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 3)
+    assert not list(Store(searches / "store").records()), "what is found in a search is not a result"
+    text = report.write(Store(searches / "store"), searches / "out")
     assert f"| {100 * best['validation accuracy']:.1f} (2) " in text
 
 
@@ -335,15 +342,12 @@ def test_anchored_methods_are_searched_towards_lower_rates_and_towards_weaker_an
     assert settings == [(0.01, 1), (0.001, 1), (0.01, 0.1)]
 
 
-def test_a_search_in_which_all_diverged_recommends_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "2"]
+def test_a_search_in_which_all_diverged_recommends_nothing(searches: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--store", str(searches / "store"), "--results", str(searches), "--tasks", "2", "--budget", "2"]
     assert main(["search", *TINY, "sgd.lr=1e30", "--methods", "sgd", *options]) == 0
     assert "4 configurations tried, and all diverged" in capsys.readouterr().out
-    assert json.loads((tmp_path / "idigits-small.json").read_text())["methods"]["sgd"]["best"] == {}
-    monkeypatch.setattr(report, "SEARCH", tmp_path)
-    text = report.write(Store(tmp_path / "store"), tmp_path / "out")
+    assert json.loads((searches / "idigits-small.json").read_text())["methods"]["sgd"]["best"] == {}
+    text = report.write(Store(searches / "store"), searches / "out")
     assert "| sgd | 4              | 4        | -     | -  " in text
 
 
@@ -491,13 +495,11 @@ def test_the_report_keeps_runs_with_smaller_last_batches_apart_from_others(tmp_p
     assert "| npc    | batches=cut | 70.0" in text
 
 
-def test_searches_with_smaller_last_batches_are_kept_apart_from_others(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["--store", str(tmp_path / "store"), "--results", str(tmp_path), "--tasks", "2", "--budget", "1"]
+def test_searches_with_smaller_last_batches_are_kept_apart_from_others(searches: Path) -> None:
+    options = ["--store", str(searches / "store"), "--results", str(searches), "--tasks", "2", "--budget", "1"]
     command = ["search", *TINY, "--methods", "sgd,npc", "--seeds", "1", *options]
     assert main(command) == 0
-    path = tmp_path / "idigits-small.json"
+    path = searches / "idigits-small.json"
     recorded = json.loads(path.read_text())
     for entry in recorded["methods"].values():
         del entry["protocol"]["batches"]
@@ -505,72 +507,61 @@ def test_searches_with_smaller_last_batches_are_kept_apart_from_others(
     path.write_text(json.dumps(recorded))
     assert main([*command, "--methods", "sgd"]) == 0
     assert list(json.loads(path.read_text())["methods"]) == ["sgd"]
-    assert json.loads((tmp_path / "idigits-small-cut.json").read_text()) == recorded
-    for module in (methods, report):
-        monkeypatch.setattr(module, "SEARCH", tmp_path)
+    assert json.loads((searches / "idigits-small-cut.json").read_text()) == recorded
     assert [defaults(method, "idigits", "small")["lr"] for method in ("sgd", "npc")] == [0.1, 0.07]
-    store = Store(tmp_path / "runs")
+    store = Store(searches / "runs")
     for method in ("sgd", "npc"):
         store.save(stored(method, 0, [[1.0, 0.5], [0.8, 0.6]]), {})
-    text = report.write(store, tmp_path / "out")
+    text = report.write(store, searches / "out")
     assert text.count("## Search on idigits, small") == 2
     assert text.count("idigits-small-cut.json. The last batch of each epoch was smaller than the others;") == 1
     assert text.count("(from a search in which the last batch of each epoch was smaller)") == 1
     assert "measure after pooling (from a search" in text
 
 
-def test_alpha_that_was_recorded_as_a_learning_rate_is_read_in_units_of_lr(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (methods, report):
-        monkeypatch.setattr(module, "SEARCH", tmp_path)
+def test_alpha_that_was_recorded_as_a_learning_rate_is_read_in_units_of_lr(searches: Path) -> None:
     recorded = {**METHODS["npc"].paper, "lr": 0.03, "alpha": 0.05}
     del recorded["alpha_unit"]
     tried = [{"settings": recorded, "validation accuracy": 0.9, "seeds": 1}]
     entry = {"best": recorded, "protocol": {"batches": "whole", "tasks": 0}, "tried": tried}
     searched = {"experiment": "idigits", "size": "small", "methods": {"npc": entry}}
-    (tmp_path / "idigits-small.json").write_text(json.dumps(searched))
+    (searches / "idigits-small.json").write_text(json.dumps(searched))
     now = defaults("npc", "idigits", "small")
     assert (now["lr"], now["alpha"]) == (0.03, pytest.approx(1.67, abs=0.01))
-    store, new = Store(tmp_path / "runs"), stored("npc", 0, [[1.0, 0.5], [0.8, 0.6]])
+    store, new = Store(searches / "runs"), stored("npc", 0, [[1.0, 0.5], [0.8, 0.6]])
     old = replace(new, settings={**new.settings, "method": recorded})
     assert old.hyperparameters == new.hyperparameters == now
     store.save(old, {})
     assert store.load(new) == (new, None), "the old run is not taken for the new one"
-    text = report.write(store, tmp_path / "out")
+    text = report.write(store, searches / "out")
     assert text.count("lr 0.03, alpha 1.6667 (0.05 / lr), beta 0.5") == 2  # of the search, and of the run
     assert "Other settings" not in text
     assert "alpha_unit" not in text
 
 
-def test_settings_of_a_search_with_explicit_anchors_are_run_with_explicit_anchors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for module in (methods, report):
-        monkeypatch.setattr(module, "SEARCH", tmp_path)
+def test_settings_of_a_search_with_explicit_anchors_are_run_with_explicit_anchors(searches: Path) -> None:
     explicit: dict[str, Any] = {"lr": 0.01, "strength": 5.0}
     record = stored("ewc", 0, [[1.0, 0.5], [0.8, 0.6]])
-    store = Store(tmp_path / "runs")
+    store = Store(searches / "runs")
     store.save(replace(record, settings={**record.settings, "method": explicit}), {})
     for best in ({}, explicit, {**explicit, "implicit": True}):
         entry = {"best": best, "protocol": {"batches": "whole", "tasks": 0}, "tried": []}
         recorded = {"experiment": "idigits", "size": "small", "methods": {"ewc": entry}}
-        (tmp_path / "idigits-small.json").write_text(json.dumps(recorded))
+        (searches / "idigits-small.json").write_text(json.dumps(recorded))
         own = defaults("ewc", "idigits", "small")
         assert not best or own == best  # so that recorded runs are found
         optimizer = METHODS["ewc"].optimizer(torch.nn.Linear(2, 2), own, 1)
         assert optimizer.param_groups[0]["implicit"] is (best is not explicit)
         assert defaults("ewc", "idigits", "small", tuned=False)["implicit"] is True
-        text = report.write(store, tmp_path / "out")
+        text = report.write(store, searches / "out")
         assert text.count("The anchors of ewc pulled explicitly (implicit=False).") == 2 * (best is explicit)
         assert ("ewc.implicit=False" in text) is (best is not explicit)
 
 
-def test_a_search_decides_the_defaults_of_its_own_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(methods, "SEARCH", tmp_path)
+def test_a_search_decides_the_defaults_of_its_own_size(searches: Path) -> None:
     for size, rate in (("small", 0.5), ("paper", 0.25)):
         entry = {"best": {"lr": rate}, "protocol": {"batches": "whole"}}
-        (tmp_path / f"icifar100-{size}.json").write_text(json.dumps({"methods": {"sgd": entry}}))
+        (searches / f"icifar100-{size}.json").write_text(json.dumps({"methods": {"sgd": entry}}))
         assert defaults("sgd", "icifar100", size)["lr"] == defaults("sgd", "hetero", size)["lr"] == rate
         assert defaults("sgd", "icifar100", size, tuned=False)["lr"] == METHODS["sgd"].paper["lr"]
     assert defaults("npc", "icifar100", "paper") == METHODS["npc"].paper

@@ -548,7 +548,7 @@ main(arguments)
 
 @pytest.mark.slow
 def test_runs_on_files_that_are_there_need_neither_pooch_nor_scikit_learn(tmp_path: Path) -> None:
-    """The same command runs, and then, with a file taken away, says what it needs."""
+    """Runs a command twice: with all files, and without one of them."""
     folder = write_small_cifar100(tmp_path / "data" / "cifar-100-python")
     changes = ["tasks=2", "epochs=1", "epoch_samples=64"]
     arguments = ["run", "--experiment", "icifar100", "--methods", "npc", "--seeds", "1", "--set", *changes]

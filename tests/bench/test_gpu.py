@@ -33,7 +33,7 @@ PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybin
 
 
 def needed(names: Iterable[str]) -> set[str]:
-    """Some distributions and all that they require."""
+    """The given distributions and all that they require."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -51,7 +51,7 @@ def needed(names: Iterable[str]) -> set[str]:
 
 @pytest.fixture(scope="module")
 def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a process, and of its children, that can import only what a GPU machine has."""
+    """Environment variables with which Python can import only the packages of a GPU machine."""
     present = needed(PRESENT)
     blocked = [
         package
@@ -74,13 +74,13 @@ def fly(
 
 @dataclass
 class Flown:
-    """A dry flight with all that it can be asked for.
+    """A dry flight with all options.
 
     Attributes:
-        out: the folder of its results.
-        data: the folder of the data sets that it was given.
-        status: its exit status.
-        printed: what it printed, and its log.
+        out: folder of the results.
+        data: folder of the data sets.
+        status: exit status.
+        printed: what it printed, and the end of its log.
     """
 
     out: Path
@@ -91,7 +91,7 @@ class Flown:
 
 @pytest.fixture(scope="module")
 def flown(clean: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Flown]:
-    """Flies each flight once."""
+    """Returns a function that runs each flight once."""
 
     @cache
     def once(flight: str) -> Flown:
@@ -155,7 +155,7 @@ def test_the_flight_counts_the_tests_that_ran_and_no_launches_without_a_gpu(flow
 
 
 @pytest.mark.slow
-def test_the_flight_times_another_revision_beside_this_one(flown: Callable[[str], Flown]) -> None:
+def test_the_flight_times_another_revision_in_turns_with_this_one(flown: Callable[[str], Flown]) -> None:
     found = rows.read(flown("kernels").out)
     for part in ("importance-revisions", "update-revisions"):
         assert found.of_part(part)
@@ -177,7 +177,7 @@ def test_a_run_of_icifar100_goes_on_where_an_earlier_flight_stopped(
 
 
 def begun(flight: str, out: Path, environment: dict[str, str], part: str) -> subprocess.Popen[bytes]:
-    """A dry flight that has come to a part."""
+    """Starts a dry flight and waits until it has rows of a part."""
     command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", flight, "--out", str(out)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60

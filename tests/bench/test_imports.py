@@ -1,4 +1,4 @@
-"""What one program of the benchmarks runs of another, it runs as a command: it imports only what all share."""
+"""The programs of the benchmarks import nothing of each other. Where one needs another, it runs its command."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The micro-benchmarks write rows and tables, compare revisions, and time what computes the same."""
+"""The micro-benchmarks write rows and tables, compare revisions, and time only peers that compute the same."""
 
 from __future__ import annotations
 

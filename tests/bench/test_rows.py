@@ -1,4 +1,4 @@
-"""Rows survive what may happen to a file; tables and comparisons say what the rows say."""
+"""Rows are read from damaged and growing files; tables and comparisons show what the rows contain."""
 
 from __future__ import annotations
 

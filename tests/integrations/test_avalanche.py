@@ -1,4 +1,4 @@
-"""In Avalanche importance survives from experience to experience, in layers that grow, too."""
+"""In Avalanche, importance is kept from experience to experience, also in layers that grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The examples run with the real libraries, learn, and resume where they stopped, to the last bit."""
+"""The examples run with the real libraries, learn, and resume where they stopped, bit for bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def importance(optimizer: Any) -> list[torch.Tensor]:
 
 
 def example(name: str, *packages: str) -> Any:
-    """An example, which needs packages that may be missing."""
+    """Imports an example; skips the test if a package that it needs is missing."""
     for package in packages:
         pytest.importorskip(package, reason=f"{package} is not installed")
     return importlib.import_module(f"examples.{name}")
