@@ -77,20 +77,28 @@ class Timer(Protocol):
 
 
 class HostTimer:
-    """Times work that is finished when the call returns."""
+    """Times how long a call takes to return.
 
-    most_calls = 2000
+    Args:
+        before: called before each call; not timed.
+        most_calls: the most calls of a turn.
+    """
+
+    def __init__(self, before: Callable[[], None] | None = None, most_calls: int = 2000) -> None:
+        self._before, self.most_calls = before, most_calls
 
     def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
         """See `Timer`."""
         function, total = case.peers[name], 0.0
-        if case.prepare is None:
+        preparations = [prepare for prepare in (case.prepare, self._before) if prepare is not None]
+        if not preparations:
             started = time.perf_counter()
             for call in range(first, first + calls):
                 function(call % case.sets)
             return (time.perf_counter() - started) / calls
         for call in range(first, first + calls):
-            case.prepare()
+            for prepare in preparations:
+                prepare()
             started = time.perf_counter()
             function(call % case.sets)
             total += time.perf_counter() - started

@@ -90,31 +90,6 @@ def captured(function: Callable[[], object]) -> Callable[[], None]:
     return replay
 
 
-class HostReturnTimer:
-    """Times how long a call takes to return, whether or not the device has finished. The device is idle before it."""
-
-    most_calls = 20
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
-        """See `Timer`."""
-        total = 0.0
-        for call in range(first, first + calls):
-            if case.prepare is not None:
-                case.prepare()
-            self._device.synchronize()
-            started = time.perf_counter()
-            case.peers[name](call % case.sets)
-            total += time.perf_counter() - started
-        return total / calls
-
-    def finish(self) -> Mapping[str, Any]:
-        """See `Timer`; there are no facts."""
-        return {}
-
-
 class Device:
     """Times and inspects work on a GPU or, in a dry run, on the CPU with tiny sizes.
 
