@@ -36,18 +36,16 @@ using LargeNetwork = Network<160, 60, AdamParameter>;
 
 // A visitor as elements.h says.
 template <class Kind>
-struct Adam {
-  using T = typename Kind::T;
-  static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
+struct Adam : Weights<typename Kind::T, false> {
+  using Base = Weights<typename Kind::T, false>;
+  static constexpr int kPacks = sizeof(typename Kind::T) == sizeof(float) ? 2 : 1;
   static constexpr int kBlocks = 3;
 
   template <class P>
-  struct Packs {
-    P value, gradient;
+  struct Packs : WeightPacks<P> {
     Floats<P> first_moment, second_moment;
   };
 
-  Weights<T, false> weights;
   float* first_moment;
   float* second_moment;
   const AdamParameter& constants;
@@ -55,7 +53,7 @@ struct Adam {
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Adam(const AdamParameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         first_moment(p.first_moment + begin),
         second_moment(p.second_moment + begin),
         constants(p),
@@ -70,13 +68,13 @@ struct Adam {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted, first_moment + at, packs.first_moment);
     load_if(wanted, second_moment + at, packs.second_moment);
   }
 
   __device__ __forceinline__ void prefetch(int at) const {
-    weights.prefetch(at);
+    Base::prefetch(at);
     ::npc::cuda::prefetch(first_moment + at);
     ::npc::cuda::prefetch(second_moment + at);
   }
@@ -99,7 +97,7 @@ struct Adam {
       }
       if (plasticity[k] != 0.0f) first = plasticity[k] > 0.0f ? new_first : 0.0f;
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     store(first_moment + at, packs.first_moment);
     store(second_moment + at, packs.second_moment);
   }

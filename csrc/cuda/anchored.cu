@@ -40,17 +40,15 @@ static_assert(sizeof(LargeNetwork) <= kMostArguments);
 
 // A visitor as elements.h says.
 template <class Kind>
-struct Anchored {
-  using T = typename Kind::T;
+struct Anchored : Weights<typename Kind::T, true> {
+  using Base = Weights<typename Kind::T, true>;
   static constexpr int kPacks = 2;
 
   template <class P>
-  struct Packs {
-    P value, gradient, momentum;
+  struct Packs : WeightPacks<P> {
     Floats<P> stiffness, anchor, path;
   };
 
-  Weights<T, true> weights;
   const float* stiffness;
   const float* anchor;
   float* path;
@@ -59,7 +57,7 @@ struct Anchored {
   Step step;
 
   __device__ __forceinline__ Anchored(const AnchoredParameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         stiffness(from(p.stiffness, begin)),
         anchor(from(p.anchor, begin)),
         path(from(p.path, begin)),
@@ -71,7 +69,7 @@ struct Anchored {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted && stiffness != nullptr, stiffness + at, packs.stiffness);
     load_if(wanted && stiffness != nullptr, anchor + at, packs.anchor);
     load_if(wanted && path != nullptr, path + at, packs.path);
@@ -86,13 +84,13 @@ struct Anchored {
       if (step.weight_decay != 0.0f) d += step.weight_decay * before;
       const float anchor_k = packs.anchor.at[k], stiffness_k = packs.stiffness.at[k];
       if (stiffness != nullptr && !implicit) d += anchor_gradient<float>(before, anchor_k, stiffness_k, pull);
-      float after = moved_along(step, before, d, step.lr, weights.has_momentum(), velocity);
+      float after = moved_along(step, before, d, step.lr, this->has_momentum(), velocity);
       if (stiffness != nullptr && implicit) after = towards_anchor<float>(after, anchor_k, stiffness_k, compliance);
       from_float(after, packs.value.at[k]);
       from_float(velocity, packs.momentum.at[k]);
       packs.path.at[k] -= loss_gradient * (to_float(packs.value.at[k]) - before);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     if (path != nullptr) store(path + at, packs.path);
   }
 };

@@ -60,28 +60,16 @@ __device__ __forceinline__ float connection_importance(float value, float gradie
 }
 
 // Visitors as elements.h says: the first sums importance, the second moves.
-template <class T_>
-struct Measure {
-  using T = T_;
+template <class T>
+struct Measure : Weights<T, false> {
   static constexpr int kPacks = 4;
 
-  template <class P>
-  struct Packs {
-    P value, gradient;
-  };
-
-  Weights<T, false> weights;
   float sum = 0, active = 0;  // of this thread, over an item
 
-  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin) : weights(p, begin) {}
+  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin) : Weights<T, false>(p, begin) {}
 
   template <class P>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
-  }
-
-  template <class P>
-  __device__ __forceinline__ void use(int, const Packs<P>& packs, const float (&)[P::size]) {
+  __device__ __forceinline__ void use(int, const WeightPacks<P>& packs, const float (&)[P::size]) {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
       const float c = connection_importance(to_float(packs.value.at[k]), to_float(packs.gradient.at[k]));
@@ -91,18 +79,16 @@ struct Measure {
   }
 };
 
-template <class T_>
-struct Move {
-  using T = T_;
+template <class T>
+struct Move : Weights<T, true> {
+  using Base = Weights<T, true>;
   static constexpr int kPacks = 2;
 
   template <class P>
-  struct Packs {
-    P value, gradient, momentum;
+  struct Packs : WeightPacks<P> {
     Floats<P> importance;
   };
 
-  Weights<T, true> weights;
   float* importance;             // null for parameters of no layer
   const ConnectionLayer& layer;  // any, for those
   Total total;
@@ -110,7 +96,7 @@ struct Move {
 
   __device__ __forceinline__ Move(const ConnectionParameter& p, const ConnectionLayer& layer, const Total& total,
                                   int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         importance(p.layer < 0 ? nullptr : p.importance + begin),
         layer(layer),
         total(total),
@@ -118,7 +104,7 @@ struct Move {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted && importance != nullptr, importance + at, packs.importance);
   }
 
@@ -142,11 +128,11 @@ struct Move {
       const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]);
       const float plasticity = importance == nullptr ? 1.0f : move_importance(before, d, packs.importance.at[k]);
       float velocity = to_float(packs.momentum.at[k]);
-      const float after = moved(step, before, d, plasticity * step.lr, weights.has_momentum(), velocity);
+      const float after = moved(step, before, d, plasticity * step.lr, this->has_momentum(), velocity);
       if (plasticity > 0.0f) from_float(after, packs.value.at[k]);
       if (plasticity != 0.0f) from_float(plasticity > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     if (importance != nullptr) store(importance + at, packs.importance);
   }
 };

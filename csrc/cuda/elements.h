@@ -177,10 +177,19 @@ __device__ __forceinline__ T* from(T* array, int64_t begin) {
   return array == nullptr ? nullptr : array + begin;
 }
 
-// The arrays that all visitors have, of an item; packs: a struct of P value, gradient and momentum. kMomentum: whether
-// there may be a momentum.
-template <class T, bool kMomentum>
+// A pack of each array that all visitors have.
+template <class P>
+struct WeightPacks {
+  P value, gradient, momentum;
+};
+
+// The base of all visitors: an item's arrays. kMomentum: whether there may be a momentum.
+template <class T_, bool kMomentum>
 struct Weights {
+  using T = T_;
+  template <class P>
+  using Packs = WeightPacks<P>;
+
   T* value;
   const T* gradient;
   T* momentum;  // or null
@@ -192,8 +201,8 @@ struct Weights {
 
   __device__ __forceinline__ bool has_momentum() const { return kMomentum && momentum != nullptr; }
 
-  template <class Packs>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs& packs) const {
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, WeightPacks<P>& packs) const {
     load_if(wanted, value + at, packs.value);
     load_if(wanted, gradient + at, packs.gradient);
     if constexpr (kMomentum) load_if(wanted && has_momentum(), momentum + at, packs.momentum);
@@ -205,8 +214,8 @@ struct Weights {
     if (has_momentum()) ::npc::cuda::prefetch(momentum + at);
   }
 
-  template <class Packs>
-  __device__ __forceinline__ void write(int at, const Packs& packs) const {
+  template <class P>
+  __device__ __forceinline__ void write(int at, const WeightPacks<P>& packs) const {
     store(value + at, packs.value);
     if constexpr (kMomentum) {
       if (has_momentum()) store(momentum + at, packs.momentum);
@@ -214,16 +223,17 @@ struct Weights {
   }
 };
 
-// A visitor holds the arrays of an item and moves its elements; V says how:
+// A visitor v of type V derives from Weights, which has all of this but kPacks and use(). It holds an item's arrays and
+// moves its elements:
 //
-//   V::T, V::kPacks                    the parameter's type, and how many packs of each array are in flight at a time
+//   V::T, V::kPacks                    the parameter's type; how many packs of each array are in flight at a time
 //   V::Packs<P>                        a pack P of each array
-//   v.load(wanted, at, packs)          loads them from element `at` of the item on, if they are wanted
-//   v.prefetch(at)                     starts to bring them into the L2 cache
-//   v.use(at, packs, plasticity)       moves their elements and stores them
+//   v.load(wanted, at, packs)          loads the packs that begin at element `at` of the item, if they are wanted
+//   v.prefetch(at)                     starts to bring these packs into the L2 cache
+//   v.use(at, packs, plasticity)       moves the elements of the packs and stores them
 
-// Moves all whole packs of an item, except those whose elements all have a plasticity of 0: they are neither read nor
-// written. `plasticity` finds out which, and then expands what it found to the elements.
+// Moves all whole packs of an item. A pack whose elements all have a plasticity of 0 is neither read nor written:
+// plasticity.find() tells which these are, and plasticity.expand() gives every element of the others its own.
 template <class V, class Plasticity>
 __device__ __forceinline__ void use_packs(V& visitor, int count, const Plasticity& plasticity) {
   using P = Pack<typename V::T>;

@@ -45,42 +45,29 @@ struct UpdateShared {
 
 // The step of SGD; a visitor as elements.h says.
 template <class Kind>
-struct Sgd {
-  using T = typename Kind::T;
+struct Sgd : Weights<typename Kind::T, Kind::kMomentum> {
+  using Base = Weights<typename Kind::T, Kind::kMomentum>;
   static constexpr int kPacks = Kind::kMomentum ? 2 : 4;
   static constexpr int kBlocks = Kind::kRandom && !Kind::kMomentum ? 2 : 3;  // a multiprocessor: what registers allow
 
-  template <class P>
-  struct Packs {
-    P value, gradient, momentum;
-  };
-
-  Weights<T, Kind::kMomentum> weights;
   Step step;
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Sgd(const Parameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin), step(step_of(p, grad_scale)), rounding(p, begin) {}
+      : Base(p, begin), step(step_of(p, grad_scale)), rounding(p, begin) {}
 
   template <class P>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
-  }
-
-  __device__ __forceinline__ void prefetch(int at) const { weights.prefetch(at); }
-
-  template <class P>
-  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&plasticity)[P::size]) const {
+  __device__ __forceinline__ void use(int at, WeightPacks<P>& packs, const float (&plasticity)[P::size]) const {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
       const float before = to_float(packs.value.at[k]), rate = plasticity[k] * step.lr;
       float velocity = to_float(packs.momentum.at[k]);
       const float after =
-          moved(step, before, to_float(packs.gradient.at[k]), rate, weights.has_momentum(), velocity);
+          moved(step, before, to_float(packs.gradient.at[k]), rate, this->has_momentum(), velocity);
       if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
       if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
   }
 };
 
