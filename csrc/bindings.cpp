@@ -1,6 +1,9 @@
-// The Python side of the kernels: numbers and addresses in, parameter structs out, the interpreter lock released.
-// Python holds every tensor until the call returns; nothing here keeps an address. Callers check shapes and dtypes
-// (npc_ext/_launch.py); here only what would read past the arguments themselves is checked.
+// The module npc_ext._C: takes numbers and addresses, fills the structs of api.h, releases the
+// interpreter lock and launches the kernels.
+//
+// Python holds every tensor until the call returns, and nothing here keeps an address. Python also
+// checks shapes, dtypes and devices. The checks here only make sure that the arguments fit each
+// other, so that nothing is read past their ends.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,8 +31,9 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Sizes and strides of [batch, neurons, positions...] in any order of dimensions. Positions that one stride walks
-// through in both tensors become one dimension, so that most layouts end with at most one.
+// From the sizes and strides of [batch, neurons, positions...], with the dimensions in any order.
+// Dimensions of positions that one stride walks through in both tensors are merged, so that most
+// layouts have one at most.
 ImportanceParams importance_params(Address activation, Address gradient, Address out, int64_t dtype,
                                    const Int64s& sizes, const Int64s& activation_strides,
                                    const Int64s& gradient_strides, int channel_dim, int batch_dim) {
@@ -72,7 +76,7 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   return p;
 }
 
-// Where the CPU's kernels run.
+// Runs the CPU kernels on so many threads at most.
 struct Threads {
   int count;
 
@@ -87,7 +91,7 @@ struct Threads {
 };
 
 #if defined(NPC_CUDA)
-// Where the CUDA kernels run.
+// Runs the CUDA kernels on a stream.
 struct OnStream {
   npc::cuda::Stream stream;
 
@@ -120,7 +124,7 @@ void check_sizes(bool fit, const char* message) {
   if (!fit) throw std::invalid_argument(message);
 }
 
-// What one call changes, from the tables that npc_ext/_launch.py documents.
+// The layers and parameters that one call changes. tables.h says what the tables hold.
 struct Network {
   std::vector<LayerParams> layers;
   std::vector<ParameterParams> parameters;
@@ -158,11 +162,11 @@ struct Network {
                           pointer<const float>(found_inf)};
   }
 
-  // `steps` and `seeds` may be empty; a seed below 0 rounds to the nearest.
+  // `steps` and `seeds` may be empty. A seed below 0 means rounding to nearest.
   void count_steps(const Addresses& steps, const Int64s& seeds) {
     check_sizes((steps.empty() || steps.size() == parameters.size()) &&
                     (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
-                "every parameter needs a steps entry if any has one, and a seed entry if any is rounded stochastically");
+                "every parameter needs a steps entry if any has one, and a seed if any is rounded stochastically");
     for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
     for (size_t i = 0; i < seeds.size(); ++i) {
       check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded stochastically counts its steps");
@@ -196,7 +200,7 @@ void update(const Target& target, const Addresses& values, const Addresses& grad
   target.update(network.params);
 }
 
-// moments: the first and the second of each parameter. adam_options: rows of first decay, second decay, epsilon.
+// Every parameter has a first and a second moment.
 template <class Target>
 void adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
                  const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
@@ -225,7 +229,7 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
   target.adam_update(network.params);
 }
 
-// stiffness, anchors and paths: an address or 0 for each parameter. anchor_options: rows of strength, implicit.
+// stiffness, anchors and paths: an address for each parameter, or 0.
 template <class Target>
 void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
                      const Addresses& momentum, const Addresses& lr,
@@ -252,7 +256,7 @@ void anchored_update(const Target& target, const Addresses& values, const Addres
   target.anchored_update(network.params);
 }
 
-// importances: of every parameter's elements, or 0 where it belongs to no layer.
+// importances: an address for each parameter, or 0 where it belongs to no layer.
 template <class Target>
 void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
                        const Addresses& momentum, const Addresses& lr,
@@ -344,7 +348,7 @@ PYBIND11_MODULE(_C, m) {
   py::module_ cuda = m.def_submodule("cuda");
   py::class_<OnStream>(cuda, "OnStream", py::module_local())
       .def(py::init([](int device, Address stream) { return OnStream{{device, pointer<void>(stream)}}; }));
-  cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "How much scratch memory is kept on a device.");
+  cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");
   cuda.def("why_not_on", &why_not_on,
            "Why the kernels do not run on a device (an empty string if they do), and whether they would if they were "
            "compiled for it.");

@@ -1,4 +1,5 @@
-// Adam's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.h says which rows they touch.
+// Adam's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.h
+// says which rows they touch.
 //
 // descend_adam() reads value, gradient and both moments once, and writes value and moments once.
 #pragma once

@@ -1,8 +1,8 @@
-// CPC, with an importance and a rate to every connection: the loops over memory, compiled once per instruction set
-// (kernels.cpp).
+// CPC, with an importance and a rate to every connection: the loops over memory, compiled once per
+// instruction set (kernels.cpp).
 //
-// measure_connections() reads value and gradient. descend_connections() reads and writes what descend() does, and
-// besides it reads and writes every element's importance.
+// measure_connections() reads value and gradient. descend_connections() reads and writes what
+// descend() does, and besides it reads and writes every element's importance.
 #pragma once
 
 #include "update.h"
@@ -15,7 +15,8 @@ template <class R> static inline Vector<R> connection_importance(Vector<R> value
                      (Mask<R>)keep<R>(gradient == R(0), broadcast_bits<R>(R(kNoGradient))));
 }
 
-// Writes the importance of `count` elements, at most kTile, to out. The lanes that fill its last vector get kNoGradient.
+// Writes the importance of `count` elements, at most kTile, to out. The lanes that fill its last
+// vector get kNoGradient.
 template <class T>
 static inline void connection_importance(const T* value, const T* gradient, int64_t count, Real<T>* out) {
   using R = Real<T>;

@@ -1,7 +1,7 @@
 // Eq. 2 on the CPU: divides the work among threads. The loops are in importance.h.
 //
-// Threads divide the samples, so that each streams through its own part of memory, and their partial sums are added in a
-// fixed order. Where samples are few, they divide the neurons.
+// Threads divide the samples, so that each streams through its own part of memory, and their
+// partial sums are added in a fixed order. Where samples are few, they divide the neurons.
 
 #include <algorithm>
 #include <vector>

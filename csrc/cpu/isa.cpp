@@ -1,4 +1,5 @@
-// Chooses the instruction set of the kernels: the best that this processor runs, or the one that NPC_EXT_ISA names.
+// Chooses the instruction set of the kernels: the best that this processor runs, or the one that
+// NPC_EXT_ISA names.
 
 #include <atomic>
 #include <cstdlib>

@@ -1,5 +1,6 @@
-// Vectors of kVectorBytes, with GCC's and Clang's vector extension: the same source for every instruction set.
-// Included once per instruction set, in that set's own namespace NPC_ISA, so that no copy is shared between them.
+// Vectors of kVectorBytes, with GCC's and Clang's vector extension: one source for every
+// instruction set. Each set has these functions in a namespace of its name, NPC_ISA, so that the
+// linker merges none of them with those of another set.
 #pragma once
 
 #include <cmath>
@@ -56,7 +57,7 @@ static inline Dwords select(Dwords condition, Dwords yes, Dwords no) { return (c
 
 static inline Vector<float> widen_half(Words bits) {
 #if defined(__AVX512F__)
-  // The unmasked intrinsics start from an uninitialized register, of which GCC 12 warns.
+  // The unmasked intrinsics start from an uninitialized register, and GCC 12 warns about that.
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 #elif defined(__F16C__)
   return (Vector<float>)_mm256_cvtph_ps((__m128i)bits);
@@ -100,7 +101,8 @@ static inline Words narrow_bfloat(Vector<float> value) {
   return __builtin_convertvector(select(is_nan, Dwords{} + 0x7fc0u, rounded), Words);
 }
 
-// Up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of ones, are not moved.
+// Rounds the magnitude up with the probability that the cut-off bits give. Infinities and NaN (all
+// exponent bits set) are kept.
 static inline Words narrow_bfloat_stochastically(Vector<float> value, Dwords random) {
   const Dwords bits = (Dwords)value;
   const Dwords special = (Dwords)((bits & 0x7f800000u) == 0x7f800000u);
@@ -119,7 +121,7 @@ static inline void store(double* target, Vector<double> value) { write(target, v
 static inline void store(half_bits* target, Vector<float> value) { write(target, narrow_half(value)); }
 static inline void store(bfloat_bits* target, Vector<float> value) { write(target, narrow_bfloat(value)); }
 
-// The first `count` elements, the other lanes zero; reads nothing beyond them.
+// The first `count` elements; the other lanes are zero. Reads nothing beyond these elements.
 template <class T> static inline Vector<Real<T>> load_partial(const T* source, int64_t count) {
   T buffer[kLanes<Real<T>>] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = source[i];
@@ -133,7 +135,7 @@ template <class T> static inline void store_partial(T* target, Vector<Real<T>> v
 
 template <class R> static inline Vector<R> broadcast(R value) { return Vector<R>{} + value; }
 
-// The same with the sign of a zero.
+// The same, but a zero keeps its sign.
 template <class R> static inline Vector<R> broadcast_bits(R value) {
   Vector<R> lanes;
   for (int i = 0; i < kLanes<R>; ++i) lanes[i] = value;
@@ -145,7 +147,7 @@ template <class R> static inline Vector<R> absolute(Vector<R> value) {
   return (Vector<R>)((Mask<R>)value & ~(Mask<R>{} + sign));
 }
 
-// value where the mask's lanes are ones, zero elsewhere, whatever value holds there (also NaN).
+// The value in the mask's lanes of ones, and zero in the others, even where the value is NaN.
 template <class R> static inline Vector<R> keep(Mask<R> mask, Vector<R> value) {
   return (Vector<R>)((Mask<R>)value & mask);
 }
@@ -172,14 +174,15 @@ template <class R> static inline Vector<R> add_pairs(Vector<R> a, Vector<R> b) {
   return add_pairs(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
 
-// `rows` vectors hold the lanes of kLanes rows, kLanes / (kLanes / rows) lanes to a row in order; returns the row sums.
-template <class R, int rows> static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
-  if constexpr (rows == 1) {
+// The sums of kLanes rows that fill `vectors` vectors in order, so that each row has `vectors`
+// lanes.
+template <class R, int vectors> static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
+  if constexpr (vectors == 1) {
     return lanes[0];
   } else {
-    Vector<R> half[rows / 2];
-    for (int i = 0; i < rows / 2; ++i) half[i] = add_pairs<R>(lanes[2 * i], lanes[2 * i + 1]);
-    return reduce_rows<R, rows / 2>(half);
+    Vector<R> half[vectors / 2];
+    for (int i = 0; i < vectors / 2; ++i) half[i] = add_pairs<R>(lanes[2 * i], lanes[2 * i + 1]);
+    return reduce_rows<R, vectors / 2>(half);
   }
 }
 

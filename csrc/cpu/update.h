@@ -1,9 +1,10 @@
-// Eqs. 3, 4, 7 and SGD's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.cpp divides
-// the work. adam.h, anchored.h and connections.h have the loops of the other steps.
+// Eqs. 3, 4, 7 and SGD's step: the loops over memory, compiled once per instruction set
+// (kernels.cpp). update.cpp divides the work. adam.h, anchored.h and connections.h have the loops
+// of the other steps.
 //
-// descend() reads value, gradient and momentum once and writes value and momentum once. It does not touch frozen rows,
-// unless rows are so short that every element has a rate: then it writes frozen elements back as they were. Rows that
-// this step freezes lose their first moment.
+// descend() reads value, gradient and momentum once and writes value and momentum once. It does not
+// touch frozen rows, unless rows are so short that every element has a rate: then it writes frozen
+// elements back as they were. Rows that this step freezes lose their first moment.
 #pragma once
 
 #include <type_traits>
@@ -50,7 +51,8 @@ static void plasticity(const LayerParams& layer, float* average, const float* me
 
 constexpr int64_t kTile = 256;  // elements that get a rate each at a time
 
-// Stands in place of the rate of an element that stays as it is. kClears: only its first moment changes, to 0.
+// Stands in place of the rate of an element that stays as it is. kClears: only its first moment
+// changes, to 0.
 constexpr float kStays = -2.0f;
 
 // What happens to an element, given its neuron's plasticity: its rate, kStays or kClears.
@@ -63,9 +65,10 @@ template <class R> static inline R largest_rate(const ParameterParams& p) {
   return static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
 }
 
-// Calls on_run(at, count, rate) for the runs of elements [begin, end) that move, and clear(at, count) for those that lose
-// their first moment. Where runs are shorter than `short_run`, calls on_tile(at, count, rates) instead for tiles of at
-// most kTile elements with a rate_of() each; a vector's worth of kStays follows the last rate.
+// Goes through elements [begin, end) run by run: calls on_run(at, count, rate) for runs that move
+// and clear(at, count) for runs that lose their first moment. Where runs are shorter than
+// `short_run`, it calls on_tile(at, count, rates) instead, for tiles of at most kTile elements with
+// a rate_of() each. A vector's worth of kStays follows the last rate.
 template <class R, class OnRun, class Clear, class OnTile>
 static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R lr, int64_t short_run,
                                  int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,
@@ -134,7 +137,8 @@ template <class T> static inline void set_to_zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
-// How values are rounded to their type: to nearest, or stochastically. `i` counts the elements of a tile.
+// How values are rounded to their type: to nearest, or stochastically. `i` counts the elements of a
+// tile.
 struct ToNearest {
   template <class T> void operator()(T* to, Vector<Real<T>> value, int64_t) const { store(to, value); }
 };
@@ -221,8 +225,9 @@ static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, 
   }
 }
 
-// `count` elements that share one rate. This thread owns `room` elements from the first on. If the room holds another
-// vector, the last vector goes beyond the run and writes the elements there back as they were.
+// `count` elements that share one rate. This thread owns `room` elements from the first on. If the
+// room holds another vector, the last vector goes beyond the run and writes the elements there back
+// as they were.
 template <class O, class T>
 static inline void descend_run(const Step<T>& step, const Weights<T>& weights, int64_t count, int64_t room,
                                Real<T> rate) {

@@ -1,10 +1,11 @@
-// Eqs. 3, 4, 7 and Adam's step of a whole network in one launch; update.h says how its blocks share the work.
+// Eqs. 3, 4, 7 and Adam's step of a whole network in one launch. update.h says how blocks share the
+// work.
 //
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
 //   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i of eq. 7
 //
-// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
-// in the step that freezes them, m is set to 0.
+// where m' and v' are m and v after bias correction. Rows of frozen neurons (s_i = 0) and their
+// moments are neither read nor written. The step that freezes a row sets its m to 0.
 // Traffic for float32: 28 bytes an element (w, m and v read and written, dL/dw read).
 
 #include "network.h"
@@ -34,7 +35,7 @@ void fill(AdamParameter& parameter, const ParameterParams& from) {
 using SmallNetwork = Network<24, 12, AdamParameter>;
 using LargeNetwork = Network<160, 60, AdamParameter>;
 
-// A visitor as elements.h says.
+// A visitor (elements.h).
 template <class Kind>
 struct Adam : Weights<typename Kind::T, false> {
   using Base = Weights<typename Kind::T, false>;
@@ -59,7 +60,7 @@ struct Adam : Weights<typename Kind::T, false> {
         constants(p),
         rounding(p, begin) {
     const Step plain = step_of(p, grad_scale);
-    const float steps = p.steps == nullptr ? 1.0f : *p.steps + 1.0f;  // null: a layer without parameters, see describe()
+    const float steps = p.steps == nullptr ? 1.0f : *p.steps + 1.0f;  // null: no elements
     lr = plain.lr;
     factor = plain.factor;
     per_first_bias = 1.0f / bias_correction(p.log_first_decay, steps);

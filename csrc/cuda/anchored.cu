@@ -1,13 +1,17 @@
-// The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a network in one launch.
+// The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a
+// network in one launch.
 //
 //   d     = dL/dw + weight decay * w                      (+ 2 strength * stiffness * (w - anchor), if explicit)
 //   w    <- w - lr * d                                    (or with momentum, as in SGD)
 //   w    <- (w + c * anchor) / (1 + c)                    (if implicit, with c = lr * pull * stiffness)
 //   path <- path - dL/dw * (the movement of w)
 //
-// A block works on one item of at most kItem elements of one parameter, a thread on packs of 16 bytes.
-// Where no parameter has an anchor or a path, as in the first task of EWC, this is SGD's step, and its kernel takes it.
-// Traffic for float32: 12 bytes an element as for SGD, 8 more with an anchor, 8 more with a path, 8 with momentum.
+// A block works on one item of at most kItem elements of one parameter, and a thread on packs of 16
+// bytes. If no parameter has an anchor or a path, as in the first task of EWC, the step is SGD's,
+// and SGD's kernel is launched.
+//
+// Traffic for float32: 12 bytes an element as in SGD, and 8 more each with an anchor, a path and
+// momentum.
 
 #include <vector>
 
@@ -20,7 +24,7 @@ struct AnchoredParameter : Elements {
   const float* stiffness;
   const float* anchor;
   float* path;
-  float pull;  // as in anchor_pull()
+  float pull;  // see anchor_pull()
   bool implicit;
 };
 
@@ -38,7 +42,7 @@ using SmallNetwork = AnchoredNetwork<24>;
 using LargeNetwork = AnchoredNetwork<256>;
 static_assert(sizeof(LargeNetwork) <= kMostArguments);
 
-// A visitor as elements.h says.
+// A visitor (elements.h).
 template <class Kind>
 struct Anchored : Weights<typename Kind::T, true> {
   using Base = Weights<typename Kind::T, true>;
@@ -116,10 +120,7 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
                         static_cast<const float*>(from[i]->anchor), static_cast<float*>(from[i]->path),
                         static_cast<float>(pull), from[i]->implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
-    p.first_item = network.items;
-    p.item_size = static_cast<int>(item);
-    network.items += (p.size + item - 1) / item;
-    network.parameters[network.parameter_count++] = p;
+    add_parameter(network, p, item);
   }
   with_type(from[0]->dtype, [&](auto number) {
     launch(anchored_update_kernel<decltype(number), N>, network.items, false, stream, network);

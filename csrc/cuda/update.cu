@@ -1,4 +1,4 @@
-// Eqs. 3, 4, 7 and the weight update of a whole network in one launch; update.h says how.
+// Eqs. 3, 4, 7 and SGD's step of a whole network in one launch. update.h says how.
 
 #include "network.h"
 
