@@ -65,8 +65,9 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
       continue;
     }
     if (p.position_dims == npc::kMaxPositionDims) {
-      throw std::invalid_argument("importance: more than 8 position dimensions that no common stride merges; "
-                                  "pass contiguous tensors");
+      throw std::invalid_argument(
+          "importance: more than 8 position dimensions that no common stride merges; "
+          "pass contiguous tensors");
     }
     p.position_size[p.position_dims] = size;
     p.activation_position_stride[p.position_dims] = stride_n;
@@ -107,10 +108,9 @@ struct OnStream {
 #endif
 
 template <class Target>
-void importance(const Target& target, Address activation, Address gradient, Address out,
-                Address gradient_in, int64_t dtype, const Int64s& sizes,
-                const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim,
-                int batch_dim) {
+void importance(const Target& target, Address activation, Address gradient, Address out, Address gradient_in,
+                int64_t dtype, const Int64s& sizes, const Int64s& activation_strides, const Int64s& gradient_strides,
+                int channel_dim, int batch_dim) {
   ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
                                               gradient_strides, channel_dim, batch_dim);
   params.gradient_in = pointer<void>(gradient_in);
@@ -157,8 +157,11 @@ struct Network {
       constants.read(l, layers[l]);
       layers[l].nonfinite_steps = pointer<int64_t>(nonfinite_steps[l]);
     }
-    params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
-                          static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
+    params = UpdateParams{layers.data(),
+                          static_cast<int64_t>(layers.size()),
+                          parameters.data(),
+                          static_cast<int64_t>(parameters.size()),
+                          pointer<const float>(grad_scale),
                           pointer<const float>(found_inf)};
   }
 
@@ -186,11 +189,10 @@ struct Network {
 };
 
 template <class Target>
-void update(const Target& target, const Addresses& values, const Addresses& gradients,
-            const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-            const py::buffer& parameter_options, const Addresses& importances,
-            const Addresses& measured, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-            const py::buffer& layer_options, Address grad_scale, Address found_inf,
+void update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+            const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+            const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
+            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf,
             const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -202,14 +204,12 @@ void update(const Target& target, const Addresses& values, const Addresses& grad
 
 // Every parameter has a first and a second moment.
 template <class Target>
-void adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                 const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                 const py::buffer& parameter_options, const Addresses& first_moments,
-                 const Addresses& second_moments, const py::buffer& adam_options,
+void adam_update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+                 const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                 const Addresses& first_moments, const Addresses& second_moments, const py::buffer& adam_options,
                  const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-                 const py::buffer& layer_numbers, const py::buffer& layer_options,
-                 Address grad_scale, Address found_inf, const Addresses& steps,
-                 const Int64s& seeds) {
+                 const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
+                 Address found_inf, const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
@@ -232,10 +232,9 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
 // stiffness, anchors and paths: an address for each parameter, or 0.
 template <class Target>
 void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                     const Addresses& momentum, const Addresses& lr,
-                     const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                     const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
-                     const py::buffer& anchor_options, const py::buffer& layer_numbers,
+                     const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                     const py::buffer& parameter_options, const Addresses& stiffness, const Addresses& anchors,
+                     const Addresses& paths, const py::buffer& anchor_options, const py::buffer& layer_numbers,
                      const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -259,11 +258,10 @@ void anchored_update(const Target& target, const Addresses& values, const Addres
 // importances: an address for each parameter, or 0 where it belongs to no layer.
 template <class Target>
 void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                       const Addresses& momentum, const Addresses& lr,
-                       const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                       const Addresses& importances, const Addresses& nonfinite_steps,
-                       const py::buffer& layer_numbers, const py::buffer& layer_options,
-                       Address grad_scale, Address found_inf) {
+                       const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                       const py::buffer& parameter_options, const Addresses& importances,
+                       const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
+                       const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
@@ -280,17 +278,16 @@ void connection_update(const Target& target, const Addresses& values, const Addr
 using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
 
 template <class Target>
-void network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
-                  const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-                  const Addresses& lr, const py::buffer& parameter_numbers,
-                  const py::buffer& parameter_options, const Addresses& importances,
-                  const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
+void network_step(const Target& target, const std::vector<ImportanceInput>& inputs, const Addresses& values,
+                  const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
+                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                  const Addresses& importances, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
                   const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
   for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
-    params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
-                                       batch_dim));
+    params.push_back(
+        importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim));
   }
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -346,8 +343,9 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NPC_CUDA)
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
-  py::class_<OnStream>(cuda, "OnStream", py::module_local())
-      .def(py::init([](int device, Address stream) { return OnStream{{device, pointer<void>(stream)}}; }));
+  py::class_<OnStream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
+    return OnStream{{device, pointer<void>(stream)}};
+  }));
   cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");
   cuda.def("why_not_on", &why_not_on,
            "Why the kernels do not run on a device (an empty string if they do), and whether they would if they were "

@@ -40,9 +40,7 @@ NPC_RULE float plasticity_after(float before, float beta, float plasticity) {
 
 // Eq. 3: c_i / mean of c, with the mean taken over `neurons` neurons whose importance sums to
 // `total`. The division comes first: a_i / total is at most 1, so no finite total can overflow.
-NPC_RULE float normalized_importance(float measured, float total, float neurons) {
-  return measured / total * neurons;
-}
+NPC_RULE float normalized_importance(float measured, float total, float neurons) { return measured / total * neurons; }
 
 // Eq. 4: C_i <- delta C_i + (1 - delta) c_i.
 NPC_RULE float moving_average(float average, float normalized, float delta, float one_minus_delta) {

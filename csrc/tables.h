@@ -26,7 +26,7 @@ inline DType dtype_of(int64_t code) {
 template <class Struct, class Member>
 struct Column {
   const char* name;
-  Member Struct::*member;
+  Member Struct::* member;
 };
 template <class Struct, class Member>
 Column(const char*, Member Struct::*) -> Column<Struct, Member>;
@@ -131,8 +131,8 @@ class Table {
 inline pybind11::dict column_names() {
   pybind11::dict names;
   const auto add = [&](const auto& table) {
-    names[table.table] = std::apply([](const auto&... column) { return pybind11::make_tuple(column.name...); },
-                                    table.columns);
+    names[table.table] =
+        std::apply([](const auto&... column) { return pybind11::make_tuple(column.name...); }, table.columns);
   };
   const auto add_all = [&](const auto&... tables) { (add(tables), ...); };
   add_all(kParameterNumbers, kParameterOptions, kAdamOptions, kAnchorOptions, kLayerNumbers, kLayerOptions);

@@ -10,7 +10,8 @@
 namespace npc::cpu::NPC_ISA {
 
 // |value * gradient|, and kNoGradient where the gradient is zero.
-template <class R> static inline Vector<R> connection_importance(Vector<R> value, Vector<R> gradient) {
+template <class R>
+static inline Vector<R> connection_importance(Vector<R> value, Vector<R> gradient) {
   return (Vector<R>)((Mask<R>)absolute<R>(value * gradient) |
                      (Mask<R>)keep<R>(gradient == R(0), broadcast_bits<R>(R(kNoGradient))));
 }
@@ -54,8 +55,8 @@ static ConnectionTotal measure_connections(const ParameterParams& p, int64_t beg
 }
 
 template <class O, class T>
-static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total,
-                                     float connections, double gradient_factor, int64_t begin, int64_t end) {
+static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total, float connections,
+                                     double gradient_factor, int64_t begin, int64_t end) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Weights<T> weights(p);

@@ -55,10 +55,14 @@ static inline void for_each_sample(const ImportanceParams& p, const Share& share
   }
 }
 
-template <class T> static inline Vector<Real<T>> product(const T* n, const T* g) { return load(n) * load(g); }
+template <class T>
+static inline Vector<Real<T>> product(const T* n, const T* g) {
+  return load(n) * load(g);
+}
 
 // The lanes' sums of n[i] * g[i] over a contiguous row.
-template <class T> static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
+template <class T>
+static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   if (count < L) return load_partial(n, count) * load_partial(g, count);
@@ -75,7 +79,8 @@ template <class T> static inline Vector<Real<T>> dot_lanes(const T* n, const T* 
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <class T> static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
+template <class T>
+static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
   Vector<Real<T>> lanes = {};
   for (int64_t index = 0; index < positions.outer; ++index) {
     int64_t at_n, at_g;
@@ -142,13 +147,14 @@ static void short_rows(const ImportanceParams& p, int64_t width, const Share& sh
 }
 
 // Rows in any arrangement, one after the other.
-template <class T> static void single_rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void single_rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
   using R = Real<T>;
   const Positions positions(p);
   for_each_sample<T>(p, share, [&](const T* n, const T* g) {
     for (int64_t i = share.neuron_begin; i < share.neuron_end; ++i) {
-      const R sum = sum_lanes<R>(
-          row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
+      const R sum =
+          sum_lanes<R>(row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
       out[i] += sum < 0 ? -sum : sum;
     }
   });
@@ -156,13 +162,13 @@ template <class T> static void single_rows(const ImportanceParams& p, const Shar
 
 // Rows of a few vectors do not repay a reduction each, so contiguous ones go through in blocks of
 // kLanes. The rows that fill no block, and all others, follow one by one.
-template <class T> static void rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
   constexpr int L = kLanes<Real<T>>;
   constexpr int kLongestBlocked = 16 * L;
   const Positions positions(p);
   const int64_t width = positions.inner;
-  const bool dense =
-      positions.outer == 1 && p.activation_neuron_stride == width && p.gradient_neuron_stride == width;
+  const bool dense = positions.outer == 1 && p.activation_neuron_stride == width && p.gradient_neuron_stride == width;
   Share blocks = share, rest = share;
   blocks.neuron_end = share.neuron_begin;
   if (dense && width <= kLongestBlocked) {
@@ -223,7 +229,8 @@ static void column_block(const ImportanceParams& p, const Positions& positions, 
   });
 }
 
-template <class T> static void scattered(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void scattered(const ImportanceParams& p, const Share& share, Real<T>* out) {
   using R = Real<T>;
   const Positions positions(p);
   for_each_sample<T>(p, share, [&](const T* sample_n, const T* sample_g) {
@@ -243,7 +250,8 @@ template <class T> static void scattered(const ImportanceParams& p, const Share&
   });
 }
 
-template <class T> static void columns(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void columns(const ImportanceParams& p, const Share& share, Real<T>* out) {
   constexpr int L = kLanes<Real<T>>;
   const Positions positions(p);
   Share rest = share;
@@ -278,7 +286,8 @@ static bool no_gradient(const ImportanceParams& p, const Positions& positions, c
   return true;
 }
 
-template <class T> static void importance(const ImportanceParams& p, const Share& share, void* untyped_out) {
+template <class T>
+static void importance(const ImportanceParams& p, const Share& share, void* untyped_out) {
   auto* out = static_cast<Real<T>*>(untyped_out);
   for (int64_t i = share.neuron_begin; i < share.neuron_end; ++i) out[i] = 0;
   const Positions positions(p);

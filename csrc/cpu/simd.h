@@ -21,37 +21,62 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-struct half_bits { uint16_t bits; };
-struct bfloat_bits { uint16_t bits; };
+struct half_bits {
+  uint16_t bits;
+};
+struct bfloat_bits {
+  uint16_t bits;
+};
 
 // The type in which elements of T are computed.
-template <class T> struct Compute { using type = float; };
-template <> struct Compute<double> { using type = double; };
-template <class T> using Real = typename Compute<T>::type;
+template <class T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename Compute<T>::type;
 
-template <class R> struct SameSizeInt { using type = int32_t; };
-template <> struct SameSizeInt<double> { using type = int64_t; };
+template <class R>
+struct SameSizeInt {
+  using type = int32_t;
+};
+template <>
+struct SameSizeInt<double> {
+  using type = int64_t;
+};
 
-template <class R> struct VectorOf {
+template <class R>
+struct VectorOf {
   using Int = typename SameSizeInt<R>::type;
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(R));
   typedef R type __attribute__((vector_size(kVectorBytes)));
   typedef Int mask __attribute__((vector_size(kVectorBytes)));
 };
-template <class R> using Vector = typename VectorOf<R>::type;
-template <class R> using Mask = typename VectorOf<R>::mask;  // lanes of all ones or all zeros
-template <class R> constexpr int kLanes = VectorOf<R>::lanes;
+template <class R>
+using Vector = typename VectorOf<R>::type;
+template <class R>
+using Mask = typename VectorOf<R>::mask;  // lanes of all ones or all zeros
+template <class R>
+constexpr int kLanes = VectorOf<R>::lanes;
 
 constexpr int kHalfLanes = kLanes<float>;
 typedef uint16_t Words __attribute__((vector_size(kHalfLanes * 2)));
 typedef uint32_t Dwords __attribute__((vector_size(kVectorBytes)));
 
-template <class V> static inline V read(const void* source) {
+template <class V>
+static inline V read(const void* source) {
   V value;
   __builtin_memcpy(&value, source, sizeof(V));
   return value;
 }
-template <class V> static inline void write(void* target, V value) { __builtin_memcpy(target, &value, sizeof(V)); }
+template <class V>
+static inline void write(void* target, V value) {
+  __builtin_memcpy(target, &value, sizeof(V));
+}
 
 static inline Dwords select(Dwords condition, Dwords yes, Dwords no) { return (condition & yes) | (~condition & no); }
 
@@ -122,46 +147,59 @@ static inline void store(half_bits* target, Vector<float> value) { write(target,
 static inline void store(bfloat_bits* target, Vector<float> value) { write(target, narrow_bfloat(value)); }
 
 // The first `count` elements; the other lanes are zero. Reads nothing beyond these elements.
-template <class T> static inline Vector<Real<T>> load_partial(const T* source, int64_t count) {
+template <class T>
+static inline Vector<Real<T>> load_partial(const T* source, int64_t count) {
   T buffer[kLanes<Real<T>>] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = source[i];
   return load(buffer);
 }
-template <class T> static inline void store_partial(T* target, Vector<Real<T>> value, int64_t count) {
+template <class T>
+static inline void store_partial(T* target, Vector<Real<T>> value, int64_t count) {
   T buffer[kLanes<Real<T>>];
   store(buffer, value);
   for (int64_t i = 0; i < count; ++i) target[i] = buffer[i];
 }
 
-template <class R> static inline Vector<R> broadcast(R value) { return Vector<R>{} + value; }
+template <class R>
+static inline Vector<R> broadcast(R value) {
+  return Vector<R>{} + value;
+}
 
 // The same, but a zero keeps its sign.
-template <class R> static inline Vector<R> broadcast_bits(R value) {
+template <class R>
+static inline Vector<R> broadcast_bits(R value) {
   Vector<R> lanes;
   for (int i = 0; i < kLanes<R>; ++i) lanes[i] = value;
   return lanes;
 }
 
-template <class R> static inline Vector<R> absolute(Vector<R> value) {
+template <class R>
+static inline Vector<R> absolute(Vector<R> value) {
   constexpr auto sign = typename VectorOf<R>::Int(typename VectorOf<R>::Int(1) << (sizeof(R) * 8 - 1));
   return (Vector<R>)((Mask<R>)value & ~(Mask<R>{} + sign));
 }
 
 // The value in the mask's lanes of ones, and zero in the others, even where the value is NaN.
-template <class R> static inline Vector<R> keep(Mask<R> mask, Vector<R> value) {
+template <class R>
+static inline Vector<R> keep(Mask<R> mask, Vector<R> value) {
   return (Vector<R>)((Mask<R>)value & mask);
 }
 
 // Ones in the first `count` lanes, and ones in the last `count` lanes.
-template <class R> static inline Mask<R> first_lanes(int count) {
+template <class R>
+static inline Mask<R> first_lanes(int count) {
   using Int = typename VectorOf<R>::Int;
   Mask<R> lane;
   for (int i = 0; i < kLanes<R>; ++i) lane[i] = static_cast<Int>(i);
   return lane < static_cast<Int>(count);
 }
-template <class R> static inline Mask<R> last_lanes(int count) { return ~first_lanes<R>(kLanes<R> - count); }
+template <class R>
+static inline Mask<R> last_lanes(int count) {
+  return ~first_lanes<R>(kLanes<R> - count);
+}
 
-template <class V, int... I> static inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+static inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 #else
@@ -170,13 +208,15 @@ template <class V, int... I> static inline V add_pairs(V a, V b, std::integer_se
 #endif
 }
 // {a0 + a1, a2 + a3, ..., b0 + b1, ...}
-template <class R> static inline Vector<R> add_pairs(Vector<R> a, Vector<R> b) {
+template <class R>
+static inline Vector<R> add_pairs(Vector<R> a, Vector<R> b) {
   return add_pairs(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
 
 // The sums of kLanes rows that fill `vectors` vectors in order, so that each row has `vectors`
 // lanes.
-template <class R, int vectors> static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
+template <class R, int vectors>
+static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
   if constexpr (vectors == 1) {
     return lanes[0];
   } else {
@@ -186,14 +226,16 @@ template <class R, int vectors> static inline Vector<R> reduce_rows(const Vector
   }
 }
 
-template <class R> static inline Vector<R> square_root(Vector<R> value) {
+template <class R>
+static inline Vector<R> square_root(Vector<R> value) {
   R lanes[kLanes<R>];
   write(lanes, value);
   for (int i = 0; i < kLanes<R>; ++i) lanes[i] = std::sqrt(lanes[i]);
   return read<Vector<R>>(lanes);
 }
 
-template <class R> static inline R sum_lanes(Vector<R> value) {
+template <class R>
+static inline R sum_lanes(Vector<R> value) {
   R lanes[kLanes<R>];
   write(lanes, value);
   for (int width = kLanes<R> / 2; width > 0; width /= 2) {

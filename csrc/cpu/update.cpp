@@ -145,7 +145,8 @@ void launch_connection_update(const UpdateParams& params, int threads) {
   for_each_share(params, shares, [&](int share, const ParameterParams& parameter, int64_t begin, int64_t end) {
     if (parameter.layer < 0) return;
     ConnectionTotal& sum = partial[share * params.layer_count + parameter.layer];
-    const ConnectionTotal part = kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
+    const ConnectionTotal part =
+        kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
     sum.sum += part.sum;
     sum.active += part.active;
   });

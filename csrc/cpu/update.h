@@ -56,12 +56,14 @@ constexpr int64_t kTile = 256;  // elements that get a rate each at a time
 constexpr float kStays = -2.0f;
 
 // What happens to an element, given its neuron's plasticity: its rate, kStays or kClears.
-template <class R> static inline R rate_of(float plasticity, R lr) {
+template <class R>
+static inline R rate_of(float plasticity, R lr) {
   if (plasticity <= 0) return R(plasticity == 0 ? kStays : kClears);
   return plasticity * lr;
 }
 
-template <class R> static inline R largest_rate(const ParameterParams& p) {
+template <class R>
+static inline R largest_rate(const ParameterParams& p) {
   return static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
 }
 
@@ -129,18 +131,23 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
 // ------------------------------------------------------------------------------------------- how elements are written
 
 // The mask's lanes from `result`, the others from `old`.
-template <class R> static inline Vector<R> blend(Mask<R> mask, Vector<R> result, Vector<R> old) {
+template <class R>
+static inline Vector<R> blend(Mask<R> mask, Vector<R> result, Vector<R> old) {
   return (Vector<R>)((Mask<R>)keep<R>(mask, result) | (Mask<R>)keep<R>(~mask, old));
 }
 
-template <class T> static inline void set_to_zero(T* to, int64_t count) {
+template <class T>
+static inline void set_to_zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
 // How values are rounded to their type: to nearest, or stochastically. `i` counts the elements of a
 // tile.
 struct ToNearest {
-  template <class T> void operator()(T* to, Vector<Real<T>> value, int64_t) const { store(to, value); }
+  template <class T>
+  void operator()(T* to, Vector<Real<T>> value, int64_t) const {
+    store(to, value);
+  }
 };
 struct Stochastically {
   uint32_t key;
@@ -175,7 +182,8 @@ static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_
 constexpr int64_t kShortRun = 32;  // in shorter runs every element gets a rate; longer runs get a loop each
 
 // The arrays of a parameter.
-template <class T> struct Weights {
+template <class T>
+struct Weights {
   T* value;
   const T* gradient;
   T* momentum;  // or null
@@ -193,7 +201,8 @@ template <class T> struct Weights {
   }
 };
 
-template <class T> struct Step {
+template <class T>
+struct Step {
   using R = Real<T>;
   R gradient_factor;  // 1 / grad_scale, negative to maximize
   R weight_decay, momentum;
@@ -206,7 +215,8 @@ template <class T> struct Step {
 
 // What a parameter asks for, known at compile time so that a plain step computes nothing else.
 enum class Momentum { none, classic, nesterov };
-template <Momentum momentum_, bool scaled_or_decayed> struct Options {
+template <Momentum momentum_, bool scaled_or_decayed>
+struct Options {
   static constexpr Momentum momentum = momentum_;
   static constexpr bool has_momentum = momentum_ != Momentum::none;
   static constexpr bool plain_gradient = !scaled_or_decayed;  // no weight decay, gradient factor 1
@@ -297,8 +307,8 @@ static void descend_elements(const Step<T>& step, const Weights<T>& weights, int
 }
 
 template <class O, class T>
-static void descend_to_nearest(const ParameterParams& p, const float* plasticity, double gradient_factor,
-                               int64_t begin, int64_t end) {
+static void descend_to_nearest(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                               int64_t end) {
   using R = Real<T>;
   const Weights<T> weights(p);
   const Step<T> step(p, gradient_factor);

@@ -116,9 +116,12 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
   network.found_inf = params.found_inf;
   for (int i = 0; i < count; ++i) {
     const double pull = anchor_pull(from[i]->strength, from[i]->momentum_factor, from[i]->implicit);
-    AnchoredParameter p{elements(*from[i]), static_cast<const float*>(from[i]->stiffness),
-                        static_cast<const float*>(from[i]->anchor), static_cast<float*>(from[i]->path),
-                        static_cast<float>(pull), from[i]->implicit};
+    AnchoredParameter p{elements(*from[i]),
+                        static_cast<const float*>(from[i]->stiffness),
+                        static_cast<const float*>(from[i]->anchor),
+                        static_cast<float*>(from[i]->path),
+                        static_cast<float>(pull),
+                        from[i]->implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
     add_parameter(network, p, item);
   }
@@ -131,9 +134,8 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
 
 void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
   const ParameterParams* end = params.parameters + params.parameter_count;
-  const bool plain = std::all_of(params.parameters, end, [](const ParameterParams& p) {
-    return p.stiffness == nullptr && p.path == nullptr;
-  });
+  const bool plain = std::all_of(params.parameters, end,
+                                 [](const ParameterParams& p) { return p.stiffness == nullptr && p.path == nullptr; });
   if (plain) return launch_update(params, stream);  // the same step, with more loads in flight
   const OnDevice guard(stream.device);
   std::vector<const ParameterParams*> of_type[kDTypes];  // one launch for each

@@ -259,9 +259,14 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
   for (const int64_t index : part.layers) {
     const LayerParams& from = params.layers[index];
     place[index] = network.layer_count;
-    network.layers[network.layer_count++] = {
-        from.nonfinite_steps, 0, static_cast<float>(from.alpha), static_cast<float>(from.beta),
-        static_cast<float>(from.delta), static_cast<float>(1 - from.delta), from.error_function, from.active_only};
+    network.layers[network.layer_count++] = {from.nonfinite_steps,
+                                             0,
+                                             static_cast<float>(from.alpha),
+                                             static_cast<float>(from.beta),
+                                             static_cast<float>(from.delta),
+                                             static_cast<float>(1 - from.delta),
+                                             from.error_function,
+                                             from.active_only};
   }
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;

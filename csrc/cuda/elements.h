@@ -31,9 +31,21 @@ struct Elements {
 inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline Elements elements(const ParameterParams& from) {
-  return {from.value, from.gradient, from.momentum, from.lr_address, from.steps, from.size, 0, 0,
-          static_cast<float>(from.lr), static_cast<float>(from.momentum_factor),
-          static_cast<float>(from.weight_decay), from.maximize ? -1.0f : 1.0f, from.seed, from.dtype, from.nesterov,
+  return {from.value,
+          from.gradient,
+          from.momentum,
+          from.lr_address,
+          from.steps,
+          from.size,
+          0,
+          0,
+          static_cast<float>(from.lr),
+          static_cast<float>(from.momentum_factor),
+          static_cast<float>(from.weight_decay),
+          from.maximize ? -1.0f : 1.0f,
+          from.seed,
+          from.dtype,
+          from.nesterov,
           from.stochastic_rounding,
           on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)};
 }

@@ -78,9 +78,10 @@ int64_t gradient_batch_stride(const ImportanceParams& p) { return p.batch > 1 ? 
 
 bool may_pack_columns(const ImportanceParams& p) {
   const auto stride_of = [&](const int64_t* strides) { return p.position_dims == 1 ? strides[0] : 0; };
-  return p.position_dims <= 1 && may_pack(p, p.neurons, {activation_batch_stride(p), gradient_batch_stride(p),
-                                                         stride_of(p.activation_position_stride),
-                                                         stride_of(p.gradient_position_stride)});
+  return p.position_dims <= 1 &&
+         may_pack(p, p.neurons,
+                  {activation_batch_stride(p), gradient_batch_stride(p), stride_of(p.activation_position_stride),
+                   stride_of(p.gradient_position_stride)});
 }
 
 // A range is one row, or all rows of a sample where these are contiguous in both tensors.
@@ -219,9 +220,8 @@ ImportanceWork divide(const ImportanceParams& params, bool packed) {
 ImportanceWork divide_importance(const ImportanceParams& params) {
   const ImportanceWork w = divide(params, true);
   const int64_t distances[] = {w.step_n, w.step_g, w.next_n, w.next_g};  // counted in 32 bits with packs
-  const bool near = std::all_of(std::begin(distances), std::end(distances), [](int64_t distance) {
-    return distance == static_cast<int>(distance);
-  });
+  const bool near = std::all_of(std::begin(distances), std::end(distances),
+                                [](int64_t distance) { return distance == static_cast<int>(distance); });
   return near || !w.packed ? w : divide(params, false);
 }
 

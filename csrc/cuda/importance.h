@@ -46,23 +46,23 @@ enum class Layout : int8_t { rows, columns };
 struct ImportanceWork {
   ImportanceParams params;
   Layout layout;
-  bool packed;              // 16-byte accesses are allowed
-  int lanes;                // threads in a group, a power of two up to 32
-  int tile;                 // neurons in a tile, a power of two
-  int team;                 // columns: how many groups share a sample's positions
-  int rows;                 // items that a block works on at a time
-  int step;                 // positions from one slot of an item to the next
-  int slots;                // slots in an item
-  int chunk;                // the most positions in an item; in rows a multiple of a pack
-  int slice;                // how many of the batch * chunks items each block has; `rows` if chunks > 1
+  bool packed;  // 16-byte accesses are allowed
+  int lanes;    // threads in a group, a power of two up to 32
+  int tile;     // neurons in a tile, a power of two
+  int team;     // columns: how many groups share a sample's positions
+  int rows;     // items that a block works on at a time
+  int step;     // positions from one slot of an item to the next
+  int slots;    // slots in an item
+  int chunk;    // the most positions in an item; in rows a multiple of a pack
+  int slice;    // how many of the batch * chunks items each block has; `rows` if chunks > 1
   int tiles;
-  int slices;               // blocks for each tile
-  int64_t positions;        // positions in a sample
-  int64_t chunks;           // items in a sample
-  int64_t step_n, step_g;   // packs from one slot of an item to the next; 0 without packs
-  int64_t next_n, next_g;   // packs, or elements, from an item's last slot to the first slot of the thread's next item
-  float* partial;           // scratch memory: sums [slices][neurons], or [batch * chunks][neurons] if chunks > 1
-  unsigned* arrived;        // [tiles], all zero
+  int slices;              // blocks for each tile
+  int64_t positions;       // positions in a sample
+  int64_t chunks;          // items in a sample
+  int64_t step_n, step_g;  // packs from one slot of an item to the next; 0 without packs
+  int64_t next_n, next_g;  // packs, or elements, from an item's last slot to the first slot of the thread's next item
+  float* partial;          // scratch memory: sums [slices][neurons], or [batch * chunks][neurons] if chunks > 1
+  unsigned* arrived;       // [tiles], all zero
 
   __host__ __device__ int64_t items() const { return params.batch * chunks; }
   int64_t blocks() const { return int64_t{tiles} * slices; }
@@ -189,7 +189,8 @@ __device__ __forceinline__ void load_batch(Slots<layout, P>& slots, P (&n)[kBatc
 // Stores ReLU's gradient of a pack: dL/dn where n > 0, else 0. It has the memory order of n, which
 // was loaded from `from`.
 template <class P>
-__device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n, const P& g) {
+__device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n,
+                                           const P& g) {
   using T = typename P::T;
   P out = g;
   for (int k = 0; k < P::size; ++k) {
@@ -217,7 +218,9 @@ __device__ __forceinline__ float marked_product(float n, float g) {
 __device__ __forceinline__ float magnitude(float sum) { return sum == 0.0f ? sum : fabsf(sum); }
 
 // What an item's sum adds to the total of a group's items.
-__device__ __forceinline__ float share(const ImportanceWork& w, float sum) { return w.chunks > 1 ? sum : magnitude(sum); }
+__device__ __forceinline__ float share(const ImportanceWork& w, float sum) {
+  return w.chunks > 1 ? sum : magnitude(sum);
+}
 
 // The sum of what `rows` rows of groups left in shared memory for one of the tile's neurons.
 __device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, int rows, int tile, int column) {
@@ -244,7 +247,8 @@ __device__ __forceinline__ void for_each_slot(Slots<layout, P> slots, const Use&
 // Leaves in shared memory, for each row of groups and each neuron of the tile, the total of the
 // row's items.
 template <bool kRelu, class P>
-__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice,
+                                           ImportanceShared& shared) {
   const ImportanceParams& p = w.params;
   const int lane = thread() % w.lanes, group = thread() / w.lanes;
   const int64_t neuron = first + group % w.tile;
@@ -280,17 +284,18 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
 
 // The same where neurons are contiguous.
 template <bool kRelu, class P>
-__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int slice,
+                                              ImportanceShared& shared) {
   const ImportanceParams& p = w.params;
   const int column = thread() % w.lanes * P::size, group = thread() / w.lanes;
   const int64_t neuron = first + column;
   const Slots<Layout::columns, P> slots(w, slice, group / w.team, neuron < p.neurons, group % w.team, w.positions,
                                         neuron, neuron);
-  float sums[P::size];    // of the thread's neurons, over an item
+  float sums[P::size];  // of the thread's neurons, over an item
   // Over all items. Where groups share a sample, totals[0] belongs to the tile's neuron number thread().
   float totals[P::size];
   for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = kNoGradient;
-  const auto leave = [&](const float(&values)[P::size]) {
+  const auto leave = [&](const float (&values)[P::size]) {
     for (int i = 0; i < P::size; ++i) shared.sums[group * w.tile + column + i] = values[i];
   };
   for_each_slot(slots, [&](const Slot<typename P::T>& slot, const P& n, const P& g) {
@@ -357,8 +362,8 @@ __device__ inline void finish_tile(const ImportanceWork& w, ImportanceShared& sh
     for (int64_t sample = row / shares; sample < w.params.batch; sample += rows / shares) {
       const int64_t chunk = row % shares, of_sample = sample * w.chunks;
       if (neuron >= neurons) break;
-      const float signed_sum = add_up(partial + (of_sample + chunk) * neurons, (w.chunks - chunk + shares - 1) / shares,
-                                      shares * neurons);
+      const float signed_sum =
+          add_up(partial + (of_sample + chunk) * neurons, (w.chunks - chunk + shares - 1) / shares, shares * neurons);
       sum = shares > 1 ? signed_sum : sum + magnitude(signed_sum);
     }
   } else if (neuron < neurons) {

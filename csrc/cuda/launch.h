@@ -82,7 +82,8 @@ inline int resident_blocks(const void* kernel) {
   if (blocks == 0) {
     const RelaxedCapture relaxed;  // the first question loads the kernel, which may allocate
     int per_processor = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0), "reading a kernel's size");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0),
+          "reading a kernel's size");
     blocks = per_processor * processors();
   }
   return blocks;

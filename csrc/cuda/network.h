@@ -14,7 +14,7 @@ namespace npc::cuda {
 // The layers and parameters of one launch, as indices into UpdateParams.
 struct Part {
   std::vector<int64_t> layers, parameters;
-  DType dtype = DType::float32;  // of the parameters, if these are divided by type
+  DType dtype = DType::float32;                            // of the parameters, if these are divided by type
   bool has_momentum = false, stochastic_rounding = false;  // whether any parameter has it
   size_t places = 0;  // in Network::parameters: one for each parameter and for each layer without any, see describe()
 
@@ -129,9 +129,18 @@ inline void fill(Parameter& parameter, const ParameterParams& from) {
 }
 
 inline Layer layer_of(const LayerParams& from) {
-  return {from.importance, from.measured, nullptr, from.nonfinite_steps, from.neurons,
-          static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
-          static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
+  return {from.importance,
+          from.measured,
+          nullptr,
+          from.nonfinite_steps,
+          from.neurons,
+          static_cast<float>(from.alpha),
+          static_cast<float>(from.beta),
+          static_cast<float>(from.delta),
+          static_cast<float>(1 - from.delta),
+          from.error_function,
+          from.active_only,
+          0};
 }
 
 inline std::vector<Layer> layers_of(const UpdateParams& params) {

@@ -34,11 +34,10 @@ struct alignas(16) Words {
 // Reads if `wanted`; otherwise `words` stays as it is. The compiler can neither split this access
 // nor move it past another.
 __device__ __forceinline__ void load_16_bytes_if(bool wanted, const void* from, Words& words) {
-  asm volatile(
-      "{ .reg .pred wanted; setp.ne.u32 wanted, %4, 0; @wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%5]; }"
-      : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3])
-      : "r"(static_cast<uint32_t>(wanted)), "l"(__cvta_generic_to_global(from))
-      : "memory");
+  asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %4, 0; @wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+               : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3])
+               : "r"(static_cast<uint32_t>(wanted)), "l"(__cvta_generic_to_global(from))
+               : "memory");
 }
 
 __device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {

@@ -130,8 +130,7 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
     steps.push_back(describe_step(works, params, layers, done, part, resident, scratch));
   }
   for (const NetworkStep& step : steps) {
-    const int64_t blocks =
-        std::max({step.network.items, step.blocks[step.network.layer_count], step.wide.chunks()});
+    const int64_t blocks = std::max({step.network.items, step.blocks[step.network.layer_count], step.wide.chunks()});
     if (blocks > 0) launch(step_kernel, std::min(blocks, resident), true, stream, step);
   }
 }

@@ -24,7 +24,9 @@ struct SgdKernels {
 
 }  // namespace
 
-const void* any_kernel() { return reinterpret_cast<const void*>(update_kernel<Kind<float, false, false>, SmallNetwork>); }
+const void* any_kernel() {
+  return reinterpret_cast<const void*>(update_kernel<Kind<float, false, false>, SmallNetwork>);
+}
 
 void launch_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);

@@ -68,8 +68,7 @@ struct Sgd : Weights<typename Kind::T, Kind::kMomentum> {
     for (int k = 0; k < P::size; ++k) {
       const float before = to_float(packs.value.at[k]), rate = plasticity[k] * step.lr;
       float velocity = to_float(packs.momentum.at[k]);
-      const float after =
-          moved(step, before, to_float(packs.gradient.at[k]), rate, this->has_momentum(), velocity);
+      const float after = moved(step, before, to_float(packs.gradient.at[k]), rate, this->has_momentum(), velocity);
       if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
       if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
@@ -104,9 +103,8 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
   const int places = repeats(p) ? runs.places : runs.run_of(count - 1) + (count > 0);
   if (p.outer == 1 || repeats(p)) {
     const int64_t first_neuron = p.first_neuron + (repeats(p) ? 0 : first_run);
-    prefetch_elements(p, visitor, count, [&](int at) {
-      return may_move(layer, first_neuron + runs.place_of(runs.run_of(at)));
-    });
+    prefetch_elements(p, visitor, count,
+                      [&](int at) { return may_move(layer, first_neuron + runs.place_of(runs.run_of(at))); });
   }
   const bool measured = layer.measured != nullptr;
   const Total total = measured ? total_of(layer, shared.sums) : Total{0.0f, 0.0f};

@@ -101,8 +101,7 @@ inline bool is_wide(const LayerParams& layer) { return layer.neurons > kWide; }
 
 // The scratch memory that a layer needs if its C is moved before the update.
 inline int64_t wide_scratch_bytes(const LayerParams& layer) {
-  return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) +
-         Scratch::bytes_of<float>(layer.neurons);
+  return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) + Scratch::bytes_of<float>(layer.neurons);
 }
 
 // Moves the C of the layers for which `first` is true, and sets their plasticity.

@@ -77,7 +77,9 @@ struct Block {
 inline thread_local Block* block;
 inline thread_local std::barrier<>* grid;
 
-inline bool without_barrier(const char* function) { return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN; }
+inline bool without_barrier(const char* function) {
+  return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN;
+}
 
 inline void syncthreads(const char* function) {
   if (!without_barrier(function)) block->barrier.arrive_and_wait();
@@ -205,7 +207,11 @@ enum cudaError_t {
 enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum { cudaLaunchAttributeCooperative };
 enum { cudaStreamNonBlocking = 1 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace cuda_on_cpu {
@@ -214,9 +220,7 @@ inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGl
 inline char created_stream;  // the handle of every stream that is created: none of them captures
 
 inline bool captures(cudaStream_t stream) { return cuda_on_cpu_capture != 0 && stream != &created_stream; }
-inline bool forbids_unsafe_calls() {
-  return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed;
-}
+inline bool forbids_unsafe_calls() { return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed; }
 
 }  // namespace cuda_on_cpu
 
@@ -245,8 +249,9 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_o
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors
-                                                       : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_on_cpu::kProcessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
   return cudaSuccess;
 }
 struct cudaFuncAttributes {};
