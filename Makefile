@@ -1,7 +1,7 @@
 # make demo   five tasks in a row, with SGD and with NPC: a table and figures
 # make test   all tests (make test-fast: without the slow ones)
 # make bench  micro-benchmarks
-# make lint   format, lint and type-check (CI=true: check the format only)
+# make lint   format, lint and type-check Python, format C++ and CUDA (CI=true: check the formats only)
 #
 # Each sets up .venv where it is missing or out of date. PYTHON=python3.12 chooses the interpreter it is made with.
 
@@ -9,6 +9,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
+CHECK_FORMAT := $(filter true,$(CI))
+NATIVE = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py $(shell find csrc -type f)
 
 .PHONY: demo test test-fast bench lint clean
@@ -27,9 +29,10 @@ bench: $(BUILD)
 	@$(BIN)/python -m bench.micro
 
 lint: $(BUILD)
-	@$(BIN)/ruff format $(if $(filter true,$(CI)),--check) .
+	@$(BIN)/ruff format $(if $(CHECK_FORMAT),--check) .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format $(if $(CHECK_FORMAT),--dry-run -Werror,-i) $(NATIVE)
 
 clean:
 	rm -rf .venv build dist *.egg-info npc_ext/_C.* npc_ext/csrc

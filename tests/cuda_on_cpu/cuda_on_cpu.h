@@ -1,16 +1,18 @@
-// CUDA for the tests, on the CPU: what csrc/cuda uses of the CUDA runtime, with a host meaning.
+// CUDA on the CPU, for the tests: implements what csrc/cuda uses of the CUDA runtime.
 //
-// Every thread of a block is a thread of the process; they meet at __syncthreads(), at shuffles and, in a cooperative
-// launch, at the grid's barrier, and nowhere else. So the sanitizers see the kernels as they run: the thread sanitizer a
-// missing barrier, the address sanitizer an index out of bounds. A block's shared memory is heap memory of its exact
-// size, filled with garbage before each block; "device memory" is the process's own.
+// Every thread of a block is a thread of the process. They meet at __syncthreads(), at shuffles and,
+// in a cooperative launch, at the grid's barrier, and nowhere else. So the thread sanitizer sees a
+// missing barrier, and the address sanitizer sees an index out of bounds. A block's shared memory is
+// heap memory of its exact size, filled with garbage before each block. "Device memory" is the
+// process's memory.
 //
 // A switch breaks the kernels, so that tests can show that the thread sanitizer objects: with
 // CUDA_ON_CPU_WITHOUT_BARRIER_IN="name" the barriers in the function of that name do nothing.
 //
-// Tests find the variables in "state" by their names and set them: what the "GPU" is like, and whether streams capture.
-// As on a GPU, a capture forbids allocations, unless the thread's capture mode is relaxed. A capture here runs kernels at
-// once; what else would become a node of the graph is an error, because the launches of npc_ext are to be kernels only.
+// Tests find the variables marked CUDA_ON_CPU_STATE by their names and set them: they describe the
+// "GPU" and say whether streams capture. As on a GPU, a capture forbids allocations, unless the
+// thread's capture mode is relaxed. A capture here runs kernels at once. Anything else that would
+// become a node of the graph is an error, because npc_ext launches kernels only.
 #pragma once
 
 #include <algorithm>
@@ -75,10 +77,12 @@ struct Block {
 inline thread_local Block* block;
 inline thread_local std::barrier<>* grid;
 
-inline bool skipped(const char* function) { return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN; }
+inline bool without_barrier(const char* function) {
+  return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN;
+}
 
 inline void syncthreads(const char* function) {
-  if (!skipped(function)) block->barrier.arrive_and_wait();
+  if (!without_barrier(function)) block->barrier.arrive_and_wait();
 }
 
 template <class T>
@@ -98,7 +102,7 @@ T shuffle_xor(T value, int offset) {
 #define __syncthreads() cuda_on_cpu::syncthreads(__func__)
 #define __shfl_xor_sync(mask, value, offset) cuda_on_cpu::shuffle_xor(value, offset)
 
-// "State", as tests set and read it; more of it below.
+// Variables that tests set and read. There are more below.
 #define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
 CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_loads = 0;     // of 16 bytes, so far
 CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_launches = 0;  // of kernels, so far
@@ -106,7 +110,8 @@ CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_launches = 0;  // of kernel
 namespace npc::cuda {
 
 constexpr int kThreads = 64;  // two warps: enough for what goes on between warps
-// Workspaces are as small as they can be, so that the address sanitizer sees an index beyond their end.
+// Workspaces are as small as they can be, so that the address sanitizer sees an index beyond their
+// end.
 constexpr int64_t kFirstBytes = 0, kFirstCaptureBytes = 0;
 
 template <class T>
@@ -134,7 +139,7 @@ inline void store_16_bytes(void* to, const Words& words) { *static_cast<Words*>(
 inline void prefetch(const void* from) { static_cast<void>(*static_cast<const volatile char*>(from)); }
 
 inline void grid_barrier() {
-  if (!::cuda_on_cpu::skipped("grid_barrier")) ::cuda_on_cpu::grid->arrive_and_wait();
+  if (!::cuda_on_cpu::without_barrier("grid_barrier")) ::cuda_on_cpu::grid->arrive_and_wait();
 }
 
 }  // namespace npc::cuda
@@ -202,7 +207,11 @@ enum cudaError_t {
 enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum { cudaLaunchAttributeCooperative };
 enum { cudaStreamNonBlocking = 1 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace cuda_on_cpu {
@@ -211,9 +220,7 @@ inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGl
 inline char created_stream;  // the handle of every stream that is created: none of them captures
 
 inline bool captures(cudaStream_t stream) { return cuda_on_cpu_capture != 0 && stream != &created_stream; }
-inline bool forbids_unsafe_calls() {
-  return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed;
-}
+inline bool forbids_unsafe_calls() { return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed; }
 
 }  // namespace cuda_on_cpu
 
@@ -242,8 +249,9 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_o
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors
-                                                       : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_on_cpu::kProcessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
   return cudaSuccess;
 }
 struct cudaFuncAttributes {};
@@ -323,8 +331,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       threadIdx = dim3(thread, 0, 0);
       blockDim = config->blockDim;
       gridDim = config->gridDim;
-      for (int own = index / threads; own < blocks; own += at_a_time) {
-        blockIdx = dim3(own, 0, 0);
+      for (int number = index / threads; number < blocks; number += at_a_time) {
+        blockIdx = dim3(number, 0, 0);
         std::apply(kernel, copies);
         cuda_on_cpu::block->barrier.arrive_and_wait();
         if (thread == 0) cuda_on_cpu::block->shared_type = nullptr;  // the next block finds garbage again
@@ -332,6 +340,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
       }
     });
   }
-  for (std::thread& one : running) one.join();
+  for (std::thread& thread : running) thread.join();
   return cudaSuccess;
 }
