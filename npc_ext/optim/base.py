@@ -35,7 +35,7 @@ _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
-class Descent(torch.optim.Optimizer):
+class ModelOptimizer(torch.optim.Optimizer):
     """`torch.optim.SGD`, as the methods of this package extend it.
 
     A subclass lists its group options in `_OPTIONS`, checks them in `_check_options`, and makes and launches plans.
@@ -147,7 +147,7 @@ class Descent(torch.optim.Optimizer):
         An exception leaves weights and state as they were.
         """
         if torch.compiler.is_dynamo_compiling():
-            return uncompiled(Descent.step, self, closure)
+            return uncompiled(ModelOptimizer.step, self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -546,18 +546,18 @@ class Descent(torch.optim.Optimizer):
                 )
             self._take_importance({name: own for name, own in held.items() if name in here})
             self._forget_plans()
-            if isinstance(earlier, Descent) and earlier is not self and earlier._model is self._model:
+            if isinstance(earlier, ModelOptimizer) and earlier is not self and earlier._model is self._model:
                 earlier._leave_model()
         self._may_begin_without = True
         return self
 
-    def _of_this_kind(self, earlier: Any) -> Descent:
+    def _of_this_kind(self, earlier: Any) -> ModelOptimizer:
         inner = earlier
-        while not isinstance(inner, Descent):
+        while not isinstance(inner, ModelOptimizer):
             inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
             if inner is None:
                 break
-        if not isinstance(inner, Descent) or not inner._KIND or inner._KIND != self._KIND:
+        if not isinstance(inner, ModelOptimizer) or not inner._KIND or inner._KIND != self._KIND:
             raise TypeError(
                 f"earlier is a {type(earlier).__name__}; expected an optimizer that keeps {self._KIND} as "
                 f"{self._called()} does, its state_dict(), or None"

@@ -31,7 +31,7 @@ from ..skipping.bound import frozen_for
 from ..skipping.certificate import Certificates, Watch
 from ..skipping.constants import Calls, let_rest
 from ..skipping.forward import PartialForward, why_not
-from .base import Descent, uncompiled
+from .base import ModelOptimizer, uncompiled
 from .moments import FirstMoments
 from .nonfinite import SkippedSteps
 from .options import LayerOptions, check_choice, check_plasticity_options
@@ -58,7 +58,7 @@ _LEFT_OUT = (
 )
 
 
-class Plastic(Descent, Joinable):
+class Plastic(ModelOptimizer, Joinable):
     """An optimizer of a model, with a learning rate for every neuron.
 
     A subclass makes and launches plans; its groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
