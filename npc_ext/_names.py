@@ -29,11 +29,11 @@ def close_to(name: str, known: Iterable[str]) -> str:
     sought = name.strip("*?.").lower()
     similar = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
     close = [one for one in names if one in similar or (sought and sought in one.lower())]
-    if close:
-        return f"close to it: {_listed(close[:_MOST])}"
-    rest = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return f"there are {_listed(names[:_MOST])}{rest}"
+    return f"close to it: {listed(close)}" if close else f"there are {listed(names)}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+def listed(names: Iterable[str]) -> str:
+    """Names as a message lists them: the first eight."""
+    known = list(names)
+    more = len(known) - _MOST
+    return ", ".join(map(repr, known[:_MOST])) + (f" and {more} more" if more > 0 else "")

@@ -6,25 +6,23 @@ method adds to SGD is in its plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .. import ops, reference
+from .._names import listed
 from .._warn import warn
 from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
 from ..kernels import native
-from ..neurons.tap import ImportanceWarning
+from .known_model import KnownModel, check_not_sharded
 from .options import ALPHA_UNIT, BACKENDS, SGD_OPTIONS, check_choice, check_number
-from .succession import KnownModel, check_not_sharded, holders_of_importance, listed, note_importance
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .succession import ImportanceHolder
 
 # Steps may take turns: heads of several tasks, layers that are measured now and then.
 _MOST_EARLIER_PLANS = 3
@@ -35,7 +33,7 @@ _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
-class ModelOptimizer(torch.optim.Optimizer):
+class ModelOptimizer(ImportanceHolder):
     """`torch.optim.SGD`, as the methods of this package extend it.
 
     A subclass lists its group options in `_OPTIONS`, checks them in `_check_options`, and makes and launches plans.
@@ -46,8 +44,6 @@ class ModelOptimizer(torch.optim.Optimizer):
     _BESIDE: ClassVar[tuple[str, ...]] = ()
     # Keys that groups did not always have: what groups without them mean, and how to convert them.
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
-    # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
-    _KIND: ClassVar[str] = ""
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
@@ -392,14 +388,6 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     # ------------------------------------------------------------------------------------- models that are changed
 
-    def _called(self) -> str:
-        """The class that users built."""
-        return type(self).__name__
-
-    def _built_as(self) -> str:
-        """How users build such an optimizer, for messages."""
-        return f"{self._called()}(model, ...)"
-
     def _learn_model(self) -> None:
         """Remembers where the parameters of the groups are in the model; state follows those that were replaced."""
         self._known_ids = self._ids()
@@ -466,119 +454,6 @@ class ModelOptimizer(torch.optim.Optimizer):
             if is_sharded(parameter):
                 self._check_sharded(parameter)
         self._forget_plans()
-
-    # ----------------------------------------------------------------------------------- importance of an earlier one
-
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        """The importance that was gathered: by the layer or parameter that it belongs to, tensors by their names."""
-        return {}
-
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        """The same in saved states, by the id of the parameter here."""
-        return {}
-
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes importance over. Raises ValueError, before any change, where it does not fit."""
-
-    def _note_importance(self) -> None:
-        """Records that this optimizer holds importance, for later optimizers of the model."""
-        if names := list(self._held()):
-            note_importance(self._model, self._KIND, names, self._called())
-
-    def _warn_if_importance_is_lost(self) -> None:
-        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
-        if not earlier or any(bool(own.any()) for tensors in self._held().values() for own in tensors.values()):
-            return
-        here = self._may_hold()
-        names = [name for name in earlier if name in here]
-        if not names:
-            return
-        warn(
-            f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, and this "
-            f"{self._called()} begins without, so that what was learned is not protected. Use one optimizer for all "
-            f"tasks, or hand importance over: {self._built_as()}.load_importance(earlier), where `earlier` "
-            "is the optimizer or its state_dict(); load_importance(None) begins at zero on purpose",
-            ImportanceWarning,
-        )
-
-    def _may_hold(self) -> Collection[str]:
-        """Names of the layers or parameters whose importance this optimizer keeps."""
-        return ()
-
-    def load_importance(self, earlier: Any) -> Self:
-        """Takes over the importance that an earlier optimizer of the package gathered, by the names of layers.
-
-        For code that builds a new optimizer for every task: `NPC(model, lr=0.1).load_importance(earlier)`. Layers may
-        have grown since: the first neurons keep their importance, the others begin at zero. Momentum is not taken over.
-        Without this, the first step warns that the importance of an earlier optimizer of the model is lost. It is the
-        first step and not the constructor, so that there is time to load a checkpoint.
-
-        Args:
-            earlier: the optimizer, of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, as
-                do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it takes no more
-                steps. Or its `state_dict()`, with as many parameters in the same order. None begins at zero on purpose,
-                without the warning.
-
-        Returns:
-            This optimizer.
-
-        Raises:
-            ValueError: a layer has fewer neurons than before, no layer has the same name, or a state dict has no
-                importance. Nothing is changed then.
-            TypeError: `earlier` keeps no importance, or that of another kind.
-        """
-        if earlier is not None:
-            if isinstance(earlier, Mapping):
-                held = self._held_in(self._states_saved_in(earlier.get("plasticity", earlier)))
-                if not held and self._held():  # where there is some from the beginning on
-                    raise ValueError(
-                        f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that "
-                        f"of an optimizer that keeps it as {self._called()} does, or None"
-                    )
-            else:
-                earlier = self._of_this_kind(earlier)
-                held = earlier._held()
-            here = self._may_hold()
-            if held and not any(name in here for name in held):
-                raise ValueError(
-                    f"the earlier optimizer held the importance of {listed(held)}, but here are {listed(here)}; "
-                    "expected some of the same names: build both on the same model"
-                )
-            self._take_importance({name: own for name, own in held.items() if name in here})
-            self._forget_plans()
-            if isinstance(earlier, ModelOptimizer) and earlier is not self and earlier._model is self._model:
-                earlier._leave_model()
-        self._may_begin_without = True
-        return self
-
-    def _of_this_kind(self, earlier: Any) -> ModelOptimizer:
-        inner = earlier
-        while not isinstance(inner, ModelOptimizer):
-            inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
-            if inner is None:
-                break
-        if not isinstance(inner, ModelOptimizer) or not inner._KIND or inner._KIND != self._KIND:
-            raise TypeError(
-                f"earlier is a {type(earlier).__name__}; expected an optimizer that keeps {self._KIND} as "
-                f"{self._called()} does, its state_dict(), or None"
-            )
-        return inner
-
-    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-        """The states of a state dict, by the id of the parameter in the same place here."""
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(saved) != len(own):
-            raise ValueError(
-                f"the state dict has {len(saved)} parameters, this optimizer {len(own)}; expected as many, in the same "
-                "order: load_importance of the optimizer itself goes by the names of layers"
-            )
-        return {id(one): state_dict["state"].get(index, {}) for index, one in zip(saved, own, strict=True)}
-
-    def _leave_model(self) -> None:
-        """Takes out of the model what measures: another optimizer goes on."""
 
     # --------------------------------------------------------------------------------------------- saving and loading
 

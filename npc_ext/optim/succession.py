@@ -1,24 +1,24 @@
-"""Notices when parts of a model, or its optimizer, are replaced, so that nothing is lost silently.
+"""Importance that is handed over from one optimizer of a model to the next, so that nothing is lost silently.
 
-An optimizer remembers the parameters of its model by name and compares now and then (`KnownModel`). A weak registry
-records which optimizers held importance for a model (`note_importance`). A later optimizer can then warn that it begins
-without.
+A weak registry records which optimizers held importance for a model (`note_importance`). A later optimizer can then
+warn that it begins without.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import own_children, own_parameters
-from ..distributed.shards import is_sharded
+from .._names import listed
+from .._warn import warn
+from ..neurons.tap import ImportanceWarning
 
-_MOST_NAMES = 8  # in a message
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Model -> kind of importance -> what it belongs to (layers or parameters, by name) -> the optimizer that held it.
 _holders: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
@@ -32,114 +32,6 @@ def note_importance(model: nn.Module, kind: str, names: Iterable[str], optimizer
 def holders_of_importance(model: nn.Module, kind: str) -> dict[str, str]:
     """Which optimizers held importance for a model before: layer or parameter name -> class name."""
     return dict(_holders.get(model, {}).get(kind, {}))
-
-
-@dataclass(frozen=True)
-class Lost:
-    """A trained parameter that is not in its place in the model any more, and those that are there instead."""
-
-    name: str
-    parameter: Tensor
-    replacements: dict[str, Tensor]
-
-
-class KnownModel:
-    """The parameters of a model that an optimizer trains.
-
-    Attributes:
-        parameters: those trained, by name; one that several modules share by each of its names.
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], names: Collection[str], model: nn.Module) -> None:
-        self.parameters = parameters
-        self._names = names  # of all parameters that the model had, trained or not
-        self.look_again(model)
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, trained: Collection[int], before: KnownModel | None
-    ) -> tuple[KnownModel, list[tuple[Tensor, Tensor]]]:
-        """What to know of a model, and which trained parameters have been replaced by others that are trained.
-
-        Args:
-            model: the network.
-            trained: the ids of the parameters that the optimizer trains.
-            before: what was known.
-        """
-        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        parameters = {name: parameter for name, parameter in now.items() if id(parameter) in trained}
-        if before is None:
-            return cls(parameters, set(now), model), []
-        present, replaced = set(map(id, now.values())), []
-        for name, old in before.parameters.items():
-            if id(old) in present:
-                continue
-            if name in parameters:
-                replaced.append((old, parameters[name]))
-            elif id(old) in trained:
-                parameters[name] = old
-        return cls(parameters, before._names, model), replaced
-
-    def look_again(self, model: nn.Module) -> None:
-        """Makes the model as it is now the one that `is_unchanged` compares with."""
-        self._places: list[tuple[Mapping[str, Any], str, Any]] = []
-        for module in model.modules():
-            for owned in (own_children(module), own_parameters(module)):
-                self._places += [(owned, key, what) for key, what in owned.items()]
-
-    def is_unchanged(self, model: nn.Module) -> bool:
-        """Whether all modules and parameters are still where they were; quick."""
-        if not self._places:  # of a copy
-            self.look_again(model)
-        for owned, key, what in self._places:
-            if owned.get(key) is not what:
-                return False
-        return True
-
-    def lost(self, model: nn.Module) -> list[Lost]:
-        """The trained parameters that others have replaced in the model."""
-        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        present = set(map(id, now.values()))
-        found = []
-        for name, parameter in self.parameters.items():
-            if name in now:
-                if now[name] is parameter:
-                    continue
-                if is_sharded(parameter) and not is_sharded(now[name]):
-                    continue  # put together for the time being
-                found.append(Lost(name, parameter, {name: now[name]}))
-                continue
-            if id(parameter) in present:  # under another name
-                continue
-            module = name.rpartition(".")[0]
-            # A parametrization computes it from others. A module that is gone was removed on purpose.
-            prefix = f"{module}." if module else "parametrizations."
-            others = {other: own for other, own in now.items() if other not in self._names and other.startswith(prefix)}
-            if others:
-                found.append(Lost(name, parameter, others))
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": []}
-
-
-def check_not_sharded(lost: Iterable[Lost]) -> None:
-    """Raises RuntimeError if `fully_shard` has put others in the place of parameters."""
-    for one in lost:
-        if not is_sharded(one.parameter) and any(map(is_sharded, one.replacements.values())):
-            raise RuntimeError(
-                f"the optimizer has a parameter {one.name!r} in whose place fully_shard has put a sharded one since, "
-                "so it would train nothing: build the optimizer after fully_shard (and not between a forward pass and "
-                "its backward pass, when parameters are put together); with Accelerate prepare "
-                "both in one call: model, optimizer = accelerator.prepare(model, optimizer)"
-            )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a message lists them."""
-    all_names = list(names)
-    more = len(all_names) - _MOST_NAMES
-    return ", ".join(map(repr, all_names[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def in_first_block(earlier: Tensor, later: Tensor) -> Tensor:
@@ -178,3 +70,135 @@ def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor
             in_first_block(earlier.detach().unflatten(0, (blocks, -1)), later.unflatten(0, (blocks, -1)))
             return later
         return in_first_block(earlier.detach(), later)
+
+
+class ImportanceHolder(torch.optim.Optimizer):
+    """An optimizer that may keep importance, and can take it over from an earlier one."""
+
+    # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
+    _KIND: ClassVar[str] = ""
+
+    _model: nn.Module
+    _may_begin_without: bool  # importance, where another optimizer of the model holds it
+
+    def _called(self) -> str:
+        """The class that users built."""
+        return type(self).__name__
+
+    def _built_as(self) -> str:
+        """How users build such an optimizer, for messages."""
+        return f"{self._called()}(model, ...)"
+
+    def _forget_plans(self) -> None:
+        """Called wherever the state is replaced."""
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """The importance that was gathered: by the layer or parameter that it belongs to, tensors by their names."""
+        return {}
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """The same in saved states, by the id of the parameter here."""
+        return {}
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes importance over. Raises ValueError, before any change, where it does not fit."""
+
+    def _note_importance(self) -> None:
+        """Records that this optimizer holds importance, for later optimizers of the model."""
+        if names := list(self._held()):
+            note_importance(self._model, self._KIND, names, self._called())
+
+    def _warn_if_importance_is_lost(self) -> None:
+        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
+        if not earlier or any(bool(own.any()) for tensors in self._held().values() for own in tensors.values()):
+            return
+        here = self._may_hold()
+        names = [name for name in earlier if name in here]
+        if not names:
+            return
+        warn(
+            f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, and this "
+            f"{self._called()} begins without, so that what was learned is not protected. Use one optimizer for all "
+            f"tasks, or hand importance over: {self._built_as()}.load_importance(earlier), where `earlier` "
+            "is the optimizer or its state_dict(); load_importance(None) begins at zero on purpose",
+            ImportanceWarning,
+        )
+
+    def _may_hold(self) -> Collection[str]:
+        """Names of the layers or parameters whose importance this optimizer keeps."""
+        return ()
+
+    def load_importance(self, earlier: Any) -> Self:
+        """Takes over the importance that an earlier optimizer of the package gathered, by the names of layers.
+
+        For code that builds a new optimizer for every task: `NPC(model, lr=0.1).load_importance(earlier)`. Layers may
+        have grown since: the first neurons keep their importance, the others begin at zero. Momentum is not taken over.
+        Without this, the first step warns that the importance of an earlier optimizer of the model is lost. It is the
+        first step and not the constructor, so that there is time to load a checkpoint.
+
+        Args:
+            earlier: the optimizer, of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, as
+                do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it takes no more
+                steps. Or its `state_dict()`, with as many parameters in the same order. None begins at zero on purpose,
+                without the warning.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            ValueError: a layer has fewer neurons than before, no layer has the same name, or a state dict has no
+                importance. Nothing is changed then.
+            TypeError: `earlier` keeps no importance, or that of another kind.
+        """
+        if earlier is not None:
+            if isinstance(earlier, Mapping):
+                held = self._held_in(self._states_saved_in(earlier.get("plasticity", earlier)))
+                if not held and self._held():  # where there is some from the beginning on
+                    raise ValueError(
+                        f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that "
+                        f"of an optimizer that keeps it as {self._called()} does, or None"
+                    )
+            else:
+                earlier = self._of_this_kind(earlier)
+                held = earlier._held()
+            here = self._may_hold()
+            if held and not any(name in here for name in held):
+                raise ValueError(
+                    f"the earlier optimizer held the importance of {listed(held)}, but here are {listed(here)}; "
+                    "expected some of the same names: build both on the same model"
+                )
+            self._take_importance({name: own for name, own in held.items() if name in here})
+            self._forget_plans()
+            if isinstance(earlier, ImportanceHolder) and earlier is not self and earlier._model is self._model:
+                earlier._leave_model()
+        self._may_begin_without = True
+        return self
+
+    def _of_this_kind(self, earlier: Any) -> ImportanceHolder:
+        inner = earlier
+        while not isinstance(inner, ImportanceHolder):
+            inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
+            if inner is None:
+                break
+        if not isinstance(inner, ImportanceHolder) or not inner._KIND or inner._KIND != self._KIND:
+            raise TypeError(
+                f"earlier is a {type(earlier).__name__}; expected an optimizer that keeps {self._KIND} as "
+                f"{self._called()} does, its state_dict(), or None"
+            )
+        return inner
+
+    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """The states of a state dict, by the id of the parameter in the same place here."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        own = [parameter for group in self.param_groups for parameter in group["params"]]
+        if len(saved) != len(own):
+            raise ValueError(
+                f"the state dict has {len(saved)} parameters, this optimizer {len(own)}; expected as many, in the same "
+                "order: load_importance of the optimizer itself goes by the names of layers"
+            )
+        return {id(one): state_dict["state"].get(index, {}) for index, one in zip(saved, own, strict=True)}
+
+    def _leave_model(self) -> None:
+        """Takes out of the model what measures: another optimizer goes on."""
