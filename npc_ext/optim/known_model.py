@@ -14,7 +14,7 @@ from ..distributed.shards import is_sharded
 
 @dataclass(frozen=True)
 class Lost:
-    """A trained parameter that is not in its place in the model any more, and those that are there instead."""
+    """A trained parameter that is no longer in the model, and the parameters that replaced it, by name."""
 
     name: str
     parameter: Tensor
@@ -25,7 +25,7 @@ class KnownModel:
     """The parameters of a model that an optimizer trains.
 
     Attributes:
-        parameters: those trained, by name; one that several modules share by each of its names.
+        parameters: the trained parameters by name; a shared parameter by each of its names.
     """
 
     def __init__(self, parameters: dict[str, Tensor], names: Collection[str], model: nn.Module) -> None:
@@ -37,12 +37,12 @@ class KnownModel:
     def of(
         cls, model: nn.Module, trained: Collection[int], before: KnownModel | None
     ) -> tuple[KnownModel, list[tuple[Tensor, Tensor]]]:
-        """What to know of a model, and which trained parameters have been replaced by others that are trained.
+        """Records a model; also returns the trained parameters that were replaced, each with its replacement.
 
         Args:
             model: the network.
             trained: the ids of the parameters that the optimizer trains.
-            before: what was known.
+            before: the model as it was recorded before.
         """
         now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         parameters = {name: parameter for name, parameter in now.items() if id(parameter) in trained}
@@ -59,23 +59,27 @@ class KnownModel:
         return cls(parameters, before._names, model), replaced
 
     def look_again(self, model: nn.Module) -> None:
-        """Makes the model as it is now the one that `is_unchanged` compares with."""
+        """Records the model as it is now for `is_unchanged`."""
         self._places: list[tuple[Mapping[str, Any], str, Any]] = []
         for module in model.modules():
-            for owned in (own_children(module), own_parameters(module)):
-                self._places += [(owned, key, what) for key, what in owned.items()]
+            for members in (own_children(module), own_parameters(module)):
+                self._places += [(members, name, member) for name, member in members.items()]
 
     def is_unchanged(self, model: nn.Module) -> bool:
-        """Whether all modules and parameters are still where they were; quick."""
-        if not self._places:  # of a copy
+        """Whether all modules and parameters are still in their places. This is fast."""
+        if not self._places:  # in a copy
             self.look_again(model)
-        for owned, key, what in self._places:
-            if owned.get(key) is not what:
+        for members, name, member in self._places:
+            if members.get(name) is not member:
                 return False
         return True
 
-    def lost(self, model: nn.Module) -> list[Lost]:
-        """The trained parameters that others have replaced in the model."""
+    def lost(self, model: nn.Module, trained: Collection[int]) -> list[Lost]:
+        """The parameters that were replaced in the model by others, of which not all are `trained` (ids)."""
+        found = self._replaced(model)
+        return [lost for lost in found if any(id(other) not in trained for other in lost.replacements.values())]
+
+    def _replaced(self, model: nn.Module) -> list[Lost]:
         now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         present = set(map(id, now.values()))
         found = []
@@ -84,17 +88,17 @@ class KnownModel:
                 if now[name] is parameter:
                     continue
                 if is_sharded(parameter) and not is_sharded(now[name]):
-                    continue  # put together for the time being
+                    continue  # gathered for the moment
                 found.append(Lost(name, parameter, {name: now[name]}))
                 continue
-            if id(parameter) in present:  # under another name
+            if id(parameter) in present:  # it has another name
                 continue
             module = name.rpartition(".")[0]
-            # A parametrization computes it from others. A module that is gone was removed on purpose.
+            # A parametrization computes the parameter from new ones. A missing module was removed on purpose.
             prefix = f"{module}." if module else "parametrizations."
-            others = {other: own for other, own in now.items() if other not in self._names and other.startswith(prefix)}
-            if others:
-                found.append(Lost(name, parameter, others))
+            new = {other: p for other, p in now.items() if other not in self._names and other.startswith(prefix)}
+            if new:
+                found.append(Lost(name, parameter, new))
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,12 +106,12 @@ class KnownModel:
 
 
 def check_not_sharded(lost: Iterable[Lost]) -> None:
-    """Raises RuntimeError if `fully_shard` has put others in the place of parameters."""
-    for one in lost:
-        if not is_sharded(one.parameter) and any(map(is_sharded, one.replacements.values())):
+    """Raises RuntimeError if `fully_shard` has replaced parameters."""
+    for old in lost:
+        if not is_sharded(old.parameter) and any(map(is_sharded, old.replacements.values())):
             raise RuntimeError(
-                f"the optimizer has a parameter {one.name!r} in whose place fully_shard has put a sharded one since, "
-                "so it would train nothing: build the optimizer after fully_shard (and not between a forward pass and "
-                "its backward pass, when parameters are put together); with Accelerate prepare "
-                "both in one call: model, optimizer = accelerator.prepare(model, optimizer)"
+                f"fully_shard has replaced the optimizer's parameter {old.name!r} with a sharded one, so the optimizer "
+                "would train nothing: build the optimizer after fully_shard (and not between a forward pass and its "
+                "backward pass, while parameters are gathered); with Accelerate, prepare both in one call: "
+                "model, optimizer = accelerator.prepare(model, optimizer)"
             )
