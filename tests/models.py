@@ -61,6 +61,15 @@ def paper_cnn(
     return cnn(1, 8, channels, hidden, classes, dropout)
 
 
+def normalized_cnn(channels: int, hidden: int) -> nn.Sequential:
+    """A convolution with a normalization and two linear layers, for 8x8 images; always the same weights."""
+    torch.manual_seed(4)
+    return nn.Sequential(
+        nn.Conv2d(1, channels, 3), nn.InstanceNorm2d(channels, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(9 * channels, hidden), nn.ReLU(), nn.Linear(hidden, 3),
+    )  # fmt: skip
+
+
 class ManyHeads(nn.Module):
     """One head per task, chosen by an argument."""
 

@@ -59,6 +59,7 @@ def test_the_instruction_set_can_be_chosen() -> None:
     assert "baseline in use" in report(NPC_EXT_ISA="baseline").stdout
 
 
+@pytest.mark.slow
 def test_a_user_without_home_or_name_gets_a_report_and_an_optimizer(tmp_path: Path) -> None:
     program = (
         f"import os\n{NOBODY}\nimport runpy, torch\nfrom npc_ext import NPC\n"

@@ -17,7 +17,7 @@ from ..kernels import launch
 from ..neurons.find import connections
 from ..neurons.protection import Protection, warn_if_little
 from ..neurons.tap import ImportanceWarning
-from ..optim.base import Descent
+from ..optim.base import ModelOptimizer
 from ..optim.moments import FirstMoments
 from ..optim.nonfinite import SkippedSteps
 from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, LayerOptions, check_choice, check_plasticity_options
@@ -56,7 +56,7 @@ class ConnectionPlasticity:
         )
 
 
-class CPC(Descent):
+class CPC(ModelOptimizer):
     """SGD whose learning rate falls, connection by connection, with the connection's importance to what was learned.
 
     As `NPC`, but for single connections: importance is |w * dL/dw|, divided by its mean over all connections of the

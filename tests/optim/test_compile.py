@@ -1,4 +1,4 @@
-"""Compiled models are measured and trained as others are, however model and optimizer came together."""
+"""Compiled models are measured and trained like others, in whatever order model and optimizer were built."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from npc_ext import CPC, EWC, NPC, ImportanceWarning, NPCAdamW, PlasticityWrappe
 from npc_ext._torch import TRACES_BOUND_FORWARDS
 
 from ..tolerances import TRAJECTORY
+from ..training import images, same, set_importance, weights
 
 Made = tuple[Any, nn.Module, NPC]
 BACKEND = "aot_eager"  # follows taps through autograd as the default does, and takes no C++ compiler
@@ -83,8 +84,7 @@ def after_it_ran() -> Made:
 
 
 def loss(model: Any, seed: int, size: int = 6) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(size, 1, 8, 8, generator=generator), torch.randint(4, (size,), generator=generator)
+    x, y = images(seed, classes=4, size=size)
     return F.cross_entropy(model(x), y)
 
 
@@ -139,7 +139,7 @@ def test_importance_of_compiled_code_does_not_outlive_gradients_that_the_model_c
     compiled, model, optimizer = compiled_first()
     step(model if ran_before else compiled, optimizer, 0)
     before = {name: layer.importance for name, layer in optimizer.plasticity().items()}
-    weights = [parameter.detach().clone() for parameter in model.parameters()]
+    weights_before = weights(model)
     optimizer.zero_grad()
     loss(compiled, 1).backward()
     model.zero_grad()
@@ -148,7 +148,7 @@ def test_importance_of_compiled_code_does_not_outlive_gradients_that_the_model_c
         optimizer.step()
     for name, layer in optimizer.plasticity().items():
         assert torch.equal(layer.importance, before[name])
-    assert not all(torch.equal(p, q) for p, q in zip(weights, model.parameters(), strict=True))
+    assert not same(weights_before, model)
 
 
 def test_evaluation_and_other_batch_sizes_compile_once_each() -> None:
@@ -174,10 +174,10 @@ def test_a_compiled_model_that_lost_its_taps_is_refused() -> None:
         module._forward_hooks.clear()
         module._forward_pre_hooks.clear()
     model[6]._taps.clear()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = weights(model)
     with pytest.raises(RuntimeError, match="no importance was measured"):
         step(compiled, optimizer, 0)
-    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert same(before, model)
 
 
 class ConvBlock(nn.Module):
@@ -316,7 +316,7 @@ def test_a_layer_whose_tap_is_in_a_compiled_module_does_not_rest(way: Callable[[
         torch.manual_seed(0)
         models.append(nn.Sequential(nn.Linear(6, 8), way(nn.Tanh()), nn.Linear(8, 3)))
         optimizers.append(NPC(models[-1], delta=0.9999, skip_frozen=skip_frozen))
-        optimizers[-1].state[models[-1][0].weight]["importance"][:] = 9.0
+        set_importance(optimizers[-1], "0", 9.0)
     optimizers[0]._certificates.issue()
     for seed in range(4):
         x = torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))

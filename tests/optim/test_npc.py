@@ -1,4 +1,4 @@
-"""What the optimizer owes its user."""
+"""NPC as an optimizer: its equations, torch.optim.SGD's behavior, its options, and its errors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from npc_ext.optim.plastic import Plastic
 
 from ..models import ManyHeads, ResNet, paper_cnn, transposed_and_not
 from ..tolerances import TRAJECTORY
+from ..training import importances, same, set_importance, train, weights
 
 ALL_OPTIONS: dict[str, Any] = {
     "lr": 0.08,
@@ -45,32 +47,19 @@ def batches(count: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, data: list[tuple[Tensor, Tensor]]) -> nn.Module:
-    for x, y in data:
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-    return model
+def wrapped_sgd(model: nn.Module, lr: float = 0.1, **options: Any) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=lr), model, **options)
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same(a: nn.Module | list[Tensor], b: nn.Module | list[Tensor]) -> bool:
-    pairs = zip(*(weights(m) if isinstance(m, nn.Module) else m for m in (a, b)), strict=True)
-    return all(torch.equal(one, other) for one, other in pairs)
-
-
-def importances(optimizer: NPC) -> list[Tensor]:
-    return [layer.importance for layer in optimizer.plasticity().values()]
+def wrapped_adamw(model: nn.Module, **options: Any) -> PlasticityWrapper:
+    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, **options)
 
 
 # --------------------------------------------------------------------------------------------------------- trajectory
 
 
 class Exact:
-    """NPC in float64 from the equations of reference.py, for the paper's networks, written out here."""
+    """NPC in float64 from the equations of reference.py, for the paper's networks."""
 
     def __init__(self, model: nn.Module, o: dict[str, Any]) -> None:
         convolutions = [name for name, _ in model.named_children() if name.startswith("conv")]
@@ -109,8 +98,10 @@ class Exact:
             for k in (2 * index, 2 * index + 1):  # weight and bias
                 shaped = eta.view(-1, *[1] * (self.weights[k].ndim - 1))
                 gradient = gradients[k].double()
-                reference.descend_(self.weights[k], gradient, self.velocity[k], shaped, shaped == 0, *sgd)
-                self.velocity[k][froze] = 0
+                velocity = self.velocity[k] if o.get("momentum") else None
+                reference.descend_(self.weights[k], gradient, velocity, shaped, shaped == 0, *sgd)
+                if velocity is not None:
+                    velocity[froze] = 0
 
 
 def exact_trajectory(model: nn.Module, data: list[tuple[Tensor, Tensor]], o: dict[str, Any]) -> list[Tensor]:
@@ -143,10 +134,11 @@ def test_100_steps_stay_with_the_equations_in_float64(options: dict[str, Any], b
         assert got.ndim == 1 or (got - start).norm() / exact.norm() > 100 * TRAJECTORY
 
 
-def test_100_steps_on_the_papers_own_network_stay_with_the_equations_in_float64() -> None:
+@pytest.mark.slow
+def test_100_steps_on_the_papers_network_stay_with_the_equations_in_float64() -> None:
     """Both see the same activations and gradients, those of the float32 network.
 
-    Forward and backward passes of their own would measure something else: in so large a network rounding decides some
+    Separate forward and backward passes would measure something else: in so large a network rounding decides some
     maxima and signs, and plain SGD in float32 is 1e-2 away from plain SGD in float64 after 20 steps.
     """
     model = cnn(3, 32, (128, 512, 256), 512, 100, dropout=0.0)
@@ -395,50 +387,46 @@ CLEARINGS: dict[str, Any] = {
 }
 
 
-def gan(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+def gan(model: nn.Module, clear: Any, x: Tensor, y: Tensor) -> None:
     """The gradients of a generator's loss, which reach the discriminator, are thrown away."""
-    for x, y in data:
-        model(x).sum().backward()
-        clear(model, optimizer)
-        F.cross_entropy(model(x.flip(3)), y).backward()
-        optimizer.step()
-        clear(model, optimizer)
+    model(x).sum().backward()
+    clear()
+    F.cross_entropy(model(x.flip(3)), y).backward()
 
 
-def late(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+def late(model: nn.Module, clear: Any, x: Tensor, y: Tensor) -> None:
     """They are thrown away between the forward and the backward pass of the next loss."""
+    model(x).sum().backward()
+    loss = F.cross_entropy(model(x.flip(3)), y)
+    clear()
+    loss.backward()
+
+
+def sam(model: nn.Module, clear: Any, x: Tensor, y: Tensor) -> None:
+    """The gradients of the first pass only tell where the second pass evaluates the loss."""
+    F.cross_entropy(model(x), y).backward()
+    moves = [0.01 * torch.sign(parameter.grad) for parameter in model.parameters()]
+    for sign in (1, -1):
+        with torch.no_grad():
+            for parameter, move in zip(model.parameters(), moves, strict=True):
+                parameter.add_(move, alpha=sign)
+        if sign == 1:
+            clear()
+            F.cross_entropy(model(x), y).backward()
+
+
+def repeated(model: nn.Module, clear: Any, x: Tensor, y: Tensor) -> None:
+    """Two backward passes go through one graph."""
+    loss = F.cross_entropy(model(x), y)
+    loss.backward(retain_graph=True)
+    clear()
+    loss.backward()
+
+
+def in_turn(gradients: Any, model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
+    """Computes gradients, which clears some of them in between, and takes a step, batch by batch."""
     for x, y in data:
-        model(x).sum().backward()
-        loss = F.cross_entropy(model(x.flip(3)), y)
-        clear(model, optimizer)
-        loss.backward()
-        optimizer.step()
-        clear(model, optimizer)
-
-
-def sam(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
-    """The gradients of the first pass only say where the second one looks."""
-    for x, y in data:
-        F.cross_entropy(model(x), y).backward()
-        moves = [0.01 * torch.sign(parameter.grad) for parameter in model.parameters()]
-        for sign in (1, -1):
-            with torch.no_grad():
-                for parameter, move in zip(model.parameters(), moves, strict=True):
-                    parameter.add_(move, alpha=sign)
-            if sign == 1:
-                clear(model, optimizer)
-                F.cross_entropy(model(x), y).backward()
-        optimizer.step()
-        clear(model, optimizer)
-
-
-def repeated(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[Tensor, Tensor]]) -> None:
-    """One graph is gone through twice."""
-    for x, y in data:
-        loss = F.cross_entropy(model(x), y)
-        loss.backward(retain_graph=True)
-        clear(model, optimizer)
-        loss.backward()
+        gradients(model, partial(clear, model, optimizer), x, y)
         optimizer.step()
         clear(model, optimizer)
 
@@ -457,20 +445,29 @@ def with_closure(model: nn.Module, optimizer: Any, clear: Any, data: list[tuple[
         optimizer.step(closure)
 
 
-def wrapped(model: nn.Module) -> PlasticityWrapper:
-    return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.05), model, delta=0.5)
+LOOPS = {
+    "gan": partial(in_turn, gan),
+    "late": partial(in_turn, late),
+    "sam": partial(in_turn, sam),
+    "repeated": partial(in_turn, repeated),
+    "with_closure": with_closure,
+}
+CLEARED_KINDS: dict[str, Any] = {
+    "NPC": lambda model: NPC(model, **{**ALL_OPTIONS, "delta": 0.5}),
+    "wrapper": lambda model: wrapped_sgd(model, lr=0.05, delta=0.5),
+}
 
 
-@pytest.mark.parametrize("kind", [lambda model: NPC(model, **{**ALL_OPTIONS, "delta": 0.5}), wrapped], ids=["NPC", "wrapper"])  # fmt: skip
+@pytest.mark.parametrize("kind", CLEARED_KINDS)
 @pytest.mark.parametrize("clearing", [name for name in CLEARINGS if name != "the optimizer"])
-@pytest.mark.parametrize("loop", [gan, late, sam, repeated, with_closure])
-def test_whoever_clears_gradients_clears_their_importance(loop: Any, clearing: str, kind: Any) -> None:
+@pytest.mark.parametrize("loop", LOOPS)
+def test_whoever_clears_gradients_clears_their_importance(loop: str, clearing: str, kind: str) -> None:
     ends = []
     for name in ("the optimizer", clearing):
         torch.manual_seed(0)
         model = paper_cnn()
-        optimizer = kind(model)
-        loop(model, optimizer, CLEARINGS[name], batches(4))
+        optimizer = CLEARED_KINDS[kind](model)
+        LOOPS[loop](model, optimizer, CLEARINGS[name], batches(4))
         ends.append([*weights(model), *importances(optimizer)])
     assert same(*ends)
 
@@ -480,8 +477,8 @@ def test_the_base_optimizers_zero_grad_clears_importance_as_the_wrappers() -> No
     for clear in (lambda optimizer: optimizer.zero_grad(), lambda optimizer: optimizer.optimizer.zero_grad()):
         torch.manual_seed(0)
         model = paper_cnn()
-        optimizer = wrapped(model)
-        gan(model, optimizer, lambda _, own, clear=clear: clear(own), batches(4))
+        optimizer = wrapped_sgd(model, lr=0.05, delta=0.5)
+        in_turn(gan, model, optimizer, lambda _, wrapper, clear=clear: clear(wrapper), batches(4))
         ends.append([*weights(model), *importances(optimizer)])
     assert same(*ends)
 
@@ -509,8 +506,8 @@ def test_micro_batches_keep_what_was_measured_also_if_clipped(clip: bool, skip_f
     """Gradients that were left out are zero as cleared ones are, but nobody has cleared them."""
     model, data = paper_cnn(), batches(3)
     optimizer = NPC(model, delta=0.999, lr=0.0, skip_frozen=skip_frozen)
-    for layer in list(optimizer.neurons)[:2]:
-        optimizer.state[layer.parameters[0].parameter]["importance"].fill_(10.0)
+    for name in ("conv1", "conv2"):
+        set_importance(optimizer, name, 10.0)
     train(model, optimizer, batches(40))  # until certificates are in force
     if skip_frozen:
         assert optimizer.plasticity()["conv1"].gradients_skipped == 1
@@ -534,8 +531,8 @@ def test_gradients_that_were_left_out_are_cleared_in_place_like_others() -> None
         torch.manual_seed(0)
         model = paper_cnn()
         optimizer = NPC(model, delta=0.999)
-        optimizer.state[model.conv1.weight]["importance"].fill_(10.0)
-        gan(model, optimizer, CLEARINGS[name], batches(40))
+        set_importance(optimizer, "conv1", 10.0)
+        in_turn(gan, model, optimizer, CLEARINGS[name], batches(40))
         assert optimizer.plasticity()["conv1"].gradients_skipped == 1
         ends.append([*weights(model), *importances(optimizer)])
     assert same(*ends)
@@ -545,7 +542,7 @@ def test_gradients_left_out_of_a_loss_that_was_thrown_away_do_not_count() -> Non
     """Constants may change after it, as they may after the optimizer's own zero_grad()."""
     model, data = paper_cnn(), batches(40)
     optimizer = NPC(model, delta=0.999)
-    optimizer.state[model.conv1.weight]["importance"].fill_(10.0)
+    set_importance(optimizer, "conv1", 10.0)
     train(model, optimizer, data)
     optimizer.zero_grad()
     F.cross_entropy(model(data[0][0]), data[0][1]).backward()
@@ -670,14 +667,12 @@ def test_state_is_four_bytes_per_neuron() -> None:
     )
 
 
-def test_a_cleared_state_starts_anew() -> None:
-    model, data = paper_cnn(), batches(4)
+def test_a_cleared_state_starts_from_zero() -> None:
+    model, data, twin = paper_cnn(), batches(4), paper_cnn()
     optimizer = NPC(model, delta=0.5, momentum=0.9)
     train(model, optimizer, data[:2])
     optimizer.state.clear()
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
-        module._forward_hooks.clear()
+    twin.load_state_dict(model.state_dict())
     fresh = NPC(twin, delta=0.5, momentum=0.9)
     assert same(train(model, optimizer, data[2:]), train(twin, fresh, data[2:]))
 
@@ -925,7 +920,7 @@ def test_parameters_outside_neurons_train_at_plain_rate_or_not_at_all(others: An
         lambda model: NPC(model, **ALL_OPTIONS),
         lambda model: NPC(model, **ALL_OPTIONS, backend="reference"),
         lambda model: NPCAdamW(model, lr=1e-2, delta=0.97, weight_decay=0.1),
-        lambda model: wrapper(model, delta=0.97),
+        lambda model: wrapped_sgd(model, delta=0.97),
     ],
 )
 def test_transposed_linear_layers_train_as_linear_ones_and_frozen_columns_stay(make: Any) -> None:
@@ -936,8 +931,7 @@ def test_transposed_linear_layers_train_as_linear_ones_and_frozen_columns_stay(m
         if seed == 10:
             for optimizer in (own, other):
                 for layer in optimizer.neurons:
-                    state = getattr(optimizer, "_tracker", optimizer).state[layer.parameters[0].parameter]
-                    state["importance"][: layer.neurons // 2] = 9.0
+                    set_importance(optimizer, layer.name, 9.0, neurons=slice(layer.neurons // 2))
         if seed == 11:  # what freezes has its last step in 10
             columns = {layer.name: half(layer) for layer in own.neurons}
         generator = torch.Generator().manual_seed(seed)
@@ -1032,16 +1026,12 @@ def momentum(model: nn.Module, **options: Any) -> NPC:
     return NPC(model, lr=0.05, momentum=0.9, weight_decay=0.01, **options)
 
 
-def wrapped(model: nn.Module, **options: Any) -> PlasticityWrapper:
-    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, **options)
-
-
 def momentum_of_ewc(model: nn.Module) -> EWC:
     return EWC(model, lr=0.05, momentum=0.9)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("make", [momentum, adamw, wrapped])
+@pytest.mark.parametrize("make", [momentum, adamw, wrapped_adamw])
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"kdim": 6, "vdim": 5}], ids=str)
 def test_frozen_rows_of_attentions_input_projection_stay_bit_identical(make: Any, options: Any, backend: str) -> None:
     torch.manual_seed(0)
@@ -1141,7 +1131,7 @@ def test_a_model_without_neurons_is_refused() -> None:
     raising(ValueError, r"the model \(Embedding\) has no neurons", nn.Embedding(3, 4))
 
 
-@pytest.mark.parametrize("make", [NPC, momentum_of_ewc, wrapped], ids=["NPC", "EWC", "PlasticityWrapper"])
+@pytest.mark.parametrize("make", [NPC, momentum_of_ewc, wrapped_adamw], ids=["NPC", "EWC", "PlasticityWrapper"])
 def test_what_cannot_be_trained_because_of_inference_mode_is_refused(make: Any) -> None:
     with torch.inference_mode():
         untrainable = paper_cnn()
@@ -1192,8 +1182,7 @@ def test_a_step_without_any_measured_importance_raises_and_says_how_to_fix_it() 
         optimizer.step()
     assert same(model, before)
     model.train()
-    for module in model.modules():
-        module._forward_hooks.clear()
+    optimizer.neurons.detach()
     F.cross_entropy(model(x), y).backward()
     with pytest.raises(RuntimeError, match="keep its hooks"):
         optimizer.step()
@@ -1289,11 +1278,7 @@ class Sentences(nn.Module):
         return y
 
 
-def wrapper(model: nn.Module, **options: Any) -> PlasticityWrapper:
-    return PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, **options)
-
-
-@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapper, CPC])
+@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapped_sgd, CPC])
 def test_models_that_are_hardly_protected_are_warned_of_once(make: Any) -> None:
     with pytest.warns(ImportanceWarning, match="only 3 % of .*: LSTM 'rnn': 94 %, Embedding 'words': 3 %") as caught:
         optimizer = make(Sentences())
@@ -1308,13 +1293,13 @@ def test_models_that_are_hardly_protected_are_warned_of_once(make: Any) -> None:
         assert "protected: 165 of 5,704 trained" in repr(optimizer)
 
 
-@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapper, CPC])
+@pytest.mark.parametrize("make", [NPC, NPCAdamW, wrapped_sgd, CPC])
 def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = make(paper_cnn(), layers={"hidden": {"consolidate": False}, "output": {"consolidate": False}})
         assert "protected: 1,248 of 3,658 trained elements (34 %)" in repr(optimizer)
-        if make is not wrapper:
+        if make is not wrapped_sgd:
             optimizer = make(Sentences(), others="freeze")
             assert "protected: 165 of 165 trained elements (100 %)" in repr(optimizer)
         model = Sentences()
@@ -1349,6 +1334,7 @@ def test_options_of_layers_that_are_no_mapping_by_name_are_refused(layers: Any) 
 
 def test_the_table_says_which_layers_are_protected() -> None:
     def row(optimizer: Any, name: str) -> str:
+        """The first line of the table that begins with a name."""
         return next(" ".join(line.split()) for line in str(optimizer.neurons).splitlines() if line.startswith(name))
 
     optimizer = NPC(paper_cnn(), layers={"output": {"consolidate": False}})
@@ -1396,7 +1382,7 @@ def test_tensors_that_keep_their_numbers_in_others_are_refused_where_they_are_tr
     optimizer = make(model, lr=0.1)
     model(torch.randn(4, 6)).square().sum().backward()
     before = weights(model[2])
-    with pytest.raises(ValueError, match=r"'0.weight' is a TwoTensor, .* expected a plain one"):
+    with pytest.raises(ValueError, match=r"'0.weight' is a TwoTensor, .* expected a plain tensor"):
         optimizer.step()
     assert same(model[2], before)
 
@@ -1433,8 +1419,7 @@ def test_plasticity_can_be_drawn(tmp_path: Any) -> None:
     figure = plot_plasticity(optimizer)
     assert [axes.get_title().split("\n")[0] for axes in figure.axes[:4]] == ["conv1", "conv2", "hidden", "output"]
     figure.savefig(tmp_path / "plasticity.png")
-    wrapped = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
-    assert len(plot_plasticity(wrapped).axes) == len(figure.axes)
+    assert len(plot_plasticity(wrapped_sgd(model)).axes) == len(figure.axes)
 
 
 def test_steps_that_train_another_model_are_warned_of() -> None:

@@ -10,41 +10,32 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from npc_ext import NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.kernels import launch, native
 from npc_ext.skipping import certificate, forward
 
+from .. import training
+from ..models import normalized_cnn
 from ..tolerances import TRAJECTORY
+from ..training import images, set_importance, weights
 
 PLASTIC = 1e9  # a beta that nothing reaches
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(4)
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3), nn.InstanceNorm2d(16, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(144, 32), nn.ReLU(), nn.Linear(32, 3),
-    )  # fmt: skip
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)
+    return normalized_cnn(16, 32)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
-    for seed in seeds:
-        x, y = batch(seed)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
-        optimizer.step()
+    """Takes a step for each seed; images have the dtype of the model."""
+    dtype = next(model.parameters()).dtype
+    training.train(model, optimizer, ((x.to(dtype), y) for x, y in map(images, seeds)))
 
 
 def everything(model: nn.Module, optimizer: Any) -> list[Tensor]:
     states = [value for p in model.parameters() for value in optimizer.state[p].values()]
-    return [parameter.detach().clone() for parameter in model.parameters()] + [value.clone() for value in states]
+    return [*weights(model), *(value.clone() for value in states)]
 
 
 def close(got: nn.Module, want: nn.Module) -> bool:
@@ -61,12 +52,8 @@ def test_where_nothing_is_important_it_is_adamw(backend: str, maximize: bool) ->
         NPCAdamW(ours, **options, beta=PLASTIC, backend=backend),
         torch.optim.AdamW(theirs.parameters(), **options),
     ]
-    for seed in range(50):
-        x, y = (one.double() if one.is_floating_point() else one for one in batch(seed))
-        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
+    for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+        train(model, optimizer, range(50))
     assert close(ours, theirs)
 
 
@@ -76,12 +63,8 @@ def test_it_takes_the_steps_of_a_wrapped_adamw() -> None:
     constants: dict[str, Any] = {"alpha": 0.5, "beta": 4.0, "delta": 0.99}
     optimizer = NPCAdamW(ours, lr=1e-3, **constants)
     wrapped = PlasticityWrapper(torch.optim.AdamW(theirs.parameters(), lr=1e-3), theirs, **constants)
-    for seed in range(60):
-        x, y = batch(seed)
-        for model, one in ((ours, optimizer), (theirs, wrapped)):
-            one.zero_grad()
-            F.cross_entropy(model(x.double()), y).backward()
-            one.step()
+    train(ours, optimizer, range(60))
+    train(theirs, wrapped, range(60))
     rates = torch.cat([layer.learning_rate for layer in optimizer.plasticity().values()]) / 1e-3
     assert bool((rates < 0.9).any()) and bool((rates > 0).all()) and float(rates.max()) <= 1
     assert close(ours, theirs)
@@ -92,7 +75,7 @@ def test_frozen_neurons_and_their_moments_stay_bit_identical() -> None:
     optimizer = NPCAdamW(model, lr=1e-2, weight_decay=0.5, delta=0.9999, skip_frozen=False)
     train(model, optimizer, range(3))
     key = optimizer.neurons["5"].parameters[0].parameter
-    optimizer.state[key]["importance"][:20] = 3.0
+    set_importance(optimizer, "5", 3.0, neurons=slice(20))
     names = ("exp_avg", "exp_avg_sq")
     before = [model[5].weight.detach().clone(), *(optimizer.state[key][name].clone() for name in names)]
     train(model, optimizer, range(3, 10))
@@ -110,12 +93,8 @@ def test_gradients_of_frozen_neurons_are_left_out(monkeypatch: pytest.MonkeyPatc
         model = network().double()
         optimizer = NPCAdamW(model, lr=1e-3, delta=0.9999, skip_frozen=skip_frozen)
         for name, rows in (("0", 16), ("5", 20)):
-            optimizer.state[optimizer.neurons[name].parameters[0].parameter]["importance"][:rows] = 3.0
-        for seed in range(20):
-            x, y = batch(seed)
-            optimizer.zero_grad()
-            F.cross_entropy(model(x.double()), y).backward()
-            optimizer.step()
+            set_importance(optimizer, name, 3.0, neurons=slice(rows))
+        train(model, optimizer, range(20))
         models.append(model)
     assert optimizer.plasticity()["0"].gradients_skipped == 1.0
     assert optimizer.plasticity()["5"].gradients_skipped > 0
@@ -154,11 +133,7 @@ def test_copies_go_on_alike(copied: Any) -> None:
 def test_half_precision_has_moments_and_importance_in_float32(dtype: torch.dtype) -> None:
     model = network().to(dtype)
     optimizer = NPCAdamW(model, lr=1e-3)
-    for seed in range(3):
-        x, y = batch(seed)
-        optimizer.zero_grad()
-        F.cross_entropy(model(x.to(dtype)).float(), y).backward()
-        optimizer.step()
+    train(model, optimizer, range(3))
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for parameter in model.parameters():
         assert {value.dtype for value in optimizer.state[parameter].values()} == {torch.float32}
@@ -166,7 +141,7 @@ def test_half_precision_has_moments_and_importance_in_float32(dtype: torch.dtype
 
 def test_old_data_at_a_rate_of_zero_are_measured_and_move_nothing() -> None:
     model = network()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = weights(model)
     optimizer = NPCAdamW(model, lr=0.0, delta=0.9)
     train(model, optimizer, range(20))
     assert all(map(torch.equal, before, model.parameters()))

@@ -1,4 +1,4 @@
-"""Mixed precision: steps that a scaler skips never happened, and autocast measures what float32 measures."""
+"""Mixed precision: steps that a scaler skips change nothing, and autocast measures the importance of float32."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW, PlasticityWrapper
+
+from ..models import normalized_cnn
+from ..training import images
 
 OPTIONS: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 OPTIMIZERS: dict[str, Any] = {
@@ -25,20 +28,11 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def network() -> nn.Sequential:
-    torch.manual_seed(4)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3), nn.InstanceNorm2d(6, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(54, 12), nn.ReLU(), nn.Linear(12, 3),
-    )  # fmt: skip
-
-
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(8, 1, 8, 8, generator=generator), torch.randint(3, (8,), generator=generator)
+    return normalized_cnn(6, 12)
 
 
 def consolidated(optimizer: Any) -> Any:
-    optimizer.consolidate([batch(99)], progress=False)
+    optimizer.consolidate([images(99)], progress=False)
     return optimizer
 
 
@@ -80,7 +74,7 @@ def test_steps_that_a_scaler_skips_never_happened(
         optimizer = OPTIMIZERS[name](model)
         scaler = torch.amp.GradScaler("cpu")
         for seed in seeds:
-            x, y = batch(seed)
+            x, y = images(seed)
             CLEARINGS[clearing](model, optimizer)
             before = everything(model, optimizer)
             scaler.scale(F.cross_entropy(model(x), y) * (math.inf if seed in bad else 1.0)).backward()
@@ -106,7 +100,7 @@ def test_gradients_that_are_not_cleared_after_an_overflow_let_nothing_change(nam
         scaler = torch.amp.GradScaler("cpu")
         before = everything(model, optimizer)
         for seed in seeds:
-            x, y = batch(seed)
+            x, y = images(seed)
             if seed in (0, 4):
                 model.zero_grad()
                 before = everything(model, optimizer)
@@ -143,7 +137,7 @@ def test_autocast_measures_what_float32_measures(dtype: torch.dtype) -> None:
         optimizer = NPC(model, lr=0.0, delta=0.5)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=enabled)
         for seed in range(5):
-            x, y = batch(seed)
+            x, y = images(seed)
             optimizer.zero_grad()
             with torch.autocast("cpu", dtype, enabled=enabled):
                 loss = F.cross_entropy(model(x), y)

@@ -35,6 +35,8 @@ from torch.nn import functional as F
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW
 
+from ..training import same, weights
+
 pytest.importorskip("expecttest", reason="PyTorch's collection needs expecttest, which is not installed")
 with mock.patch("torch.backends.disable_global_flags"):  # as it is imported it would forbid other tests to set flags
     from torch.testing._internal.common_optimizers import (
@@ -81,14 +83,6 @@ def step(model: nn.Module, optimizer: Any, seed: int = 0) -> None:
     optimizer.zero_grad()
     loss_of(model, seed).backward()
     optimizer.step()
-
-
-def weights(model: nn.Module) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def same(a: Any, b: Any) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
 ERRORS = get_error_inputs_for_all_optims("cpu", torch.float32)
@@ -221,7 +215,7 @@ def test_state_is_saved(kind: Any) -> None:
     for index, state in optimizer.state_dict()["state"].items():
         assert saved["state"][index].keys() == state.keys()
         for name, value in state.items():
-            assert torch.equal(saved["state"][index][name], value) if isinstance(value, Tensor) else True
+            assert torch.equal(torch.as_tensor(saved["state"][index][name]), torch.as_tensor(value))
 
 
 @every_optimizer

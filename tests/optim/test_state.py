@@ -1,6 +1,6 @@
-"""State against parameters: whatever is done to a model or to an optimizer's state, steps fit it or say what does not.
+"""Changes of a model, or of an optimizer's state, between steps: the next step continues correctly or raises.
 
-No tensor that was not checked reaches a kernel: its dtype (whatever the default is), shape, device and layout.
+No tensor reaches a kernel before its dtype (whatever the default is), shape, device and layout are checked.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import npc_ext
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW, PlasticityWrapper
 
 from ..tolerances import TRAJECTORY
+from ..training import same, weights
 
 
 class Words(nn.Module):
@@ -135,16 +136,16 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "shrunken head": shrink_head,
     "narrower layer": narrower_hidden,
 }
-# What of a change cannot go on: a sentence names the parameter or the layer.
+# Changes after which a step raises; the message names the parameter or the layer.
 REFUSED = {
     "grown embedding": "embedding.weight",
     "grown head": "head",
     "shrunken head": "head",
     "narrower layer": "(conv|embedding).weight",
 }
-# What torch.optim.AdamW does not go on with.
+# Changes after which torch.optim.AdamW raises.
 TORCH_REFUSES = ("grown embedding", "narrower layer", "double", "bfloat16", "half")
-# Methods without a tensor of the parameter's shape go on with one of another shape, as torch.optim.SGD does.
+# Methods without state of the parameter's shape continue with another shape, as torch.optim.SGD does.
 GOES_ON = {
     ("NPC", "grown embedding"),
     ("NPC", "narrower layer"),
@@ -196,11 +197,11 @@ def test_a_refused_step_changes_nothing(name: str, change: str) -> None:
     consolidate(optimizer)
     step(model, optimizer, 1)
     CHANGES[change](model)
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = weights(model)
     state = copy.deepcopy(optimizer.state_dict()["state"])
     with pytest.raises(ValueError, match=REFUSED[change]):
         step(model, optimizer, 2)
-    assert all(map(torch.equal, before, model.parameters()))
+    assert same(before, model)
     for index, tensors in optimizer.state_dict()["state"].items():
         assert all(torch.equal(tensors[key], value) for key, value in state[index].items())
 
@@ -249,7 +250,7 @@ def test_state_that_is_replaced_by_hand_is_checked_before_a_kernel_reads_it(tens
         step(model, optimizer, seed)
         step(twin, other, seed)
     assert state[tensor].dtype == torch.float32
-    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert same(model, twin)
     state[tensor] = torch.zeros(7)
     with pytest.raises(ValueError, match="hidden"):
         step(model, optimizer, 6)
@@ -377,7 +378,7 @@ def trained(name: str, backend: str, change_defaults: Callable[[], object]) -> n
 def test_the_default_dtype_does_not_matter(name: str, backend: str, dtype: torch.dtype) -> None:
     usual = trained(name, backend, lambda: None)
     other = trained(name, backend, lambda: torch.set_default_dtype(dtype))
-    assert all(map(torch.equal, usual.parameters(), other.parameters()))
+    assert same(usual, other)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -401,7 +402,7 @@ def test_the_default_device_does_not_matter(name: str, backend: str) -> None:
                     consolidate(optimizer)
     finally:
         torch.set_default_device(None)
-    assert all(map(torch.equal, usual.parameters(), model.parameters()))
+    assert same(usual, model)
 
 
 _CREATE = {"zeros", "ones", "empty", "full", "tensor", "as_tensor", "scalar_tensor", "arange", "range", "linspace"}

@@ -1,4 +1,4 @@
-"""What was learned is not lost without a word when parameters, modules or the optimizer itself are replaced."""
+"""No importance is lost silently when parameters, modules or the optimizer are replaced."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from npc_ext.distributed.sinks import SharedSinks
 from npc_ext.neurons.tap import TapHook
 
 from ..models import Conv1D
+from ..training import same, weights
 
 
 def network(outputs: int = 4) -> nn.Sequential:
@@ -162,12 +163,12 @@ def test_groups_that_hold_the_new_parameter_go_on_with_it(name: str, no_warnings
     assigned(model)
     for group in optimizer.param_groups:
         group["params"] = list(model.parameters())
-    if name == "PlasticityWrapper":  # whose moments begin anew
+    if name == "PlasticityWrapper":  # its moments start from zero
         optimizer.optimizer.state.clear()
         other.optimizer.state.clear()
     learn(model, optimizer, first=10)
     learn(twin, other, first=10)
-    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert same(model, twin)
     optimizer.state_dict()
     for layer, own in getattr(optimizer, "plasticity", dict)().items():
         expected = other.plasticity()[layer].importance
@@ -350,7 +351,7 @@ def test_one_optimizer_for_each_task_with_importance_handed_over_is_one_for_all(
         learn(one, only, first=10 * number)
         learn(many, latest, first=10 * number)
         latest = NPC(many, delta=0.9).load_importance(latest)
-    assert all(map(torch.equal, one.parameters(), many.parameters()))
+    assert same(one, many)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -469,11 +470,11 @@ def test_a_replaced_layer_that_does_not_fit_its_options_is_refused_in_every_step
     learn(model, optimizer)
     model[4] = weight_norm(nn.Linear(12, 4))
     optimizer.param_groups[0]["params"] = list(model.parameters())
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = weights(model)
     for _ in range(2):
         with pytest.raises(ValueError, match="'4'"):
             learn(model, optimizer, 1)
-    assert all(map(torch.equal, model.parameters(), before))
+    assert same(model, before)
 
 
 def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_groups(
@@ -483,7 +484,7 @@ def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_gro
     meetings: list[int] = []
     monkeypatch.setattr(SharedSinks, "shared", True)
     monkeypatch.setattr(SharedSinks, "notify_join", lambda sinks, optimizer: None)
-    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(layers)))
+    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(list(layers))))
     model = network()
     optimizer = NPC(model, lr=0.1)
     for replaced in (False, True):

@@ -1,4 +1,4 @@
-"""Any optimizer's movement, scaled neuron by neuron."""
+"""PlasticityWrapper: the movement of any optimizer, scaled for each neuron."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from npc_ext import NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.optim import wrapper
 from npc_ext.reference import learning_rate
+
+from ..training import images, importances, same, set_importance, weights
 
 Factory = Callable[[Any], torch.optim.Optimizer]
 OPTIMIZERS: dict[str, Factory] = {
@@ -72,8 +74,7 @@ def network() -> nn.Sequential:
 
 
 def loss(model: nn.Module, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(5, 1, 8, 8, generator=generator), torch.randint(3, (5,), generator=generator)
+    x, y = images(seed, size=5)
     return F.cross_entropy(model(x), y)
 
 
@@ -81,11 +82,6 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
     optimizer.zero_grad()
     loss(model, seed).backward()
     optimizer.step()
-
-
-def set_importance(optimizer: PlasticityWrapper, layer: str, values: Tensor | float) -> None:
-    tracker = optimizer._tracker
-    tracker.state[tracker.neurons[layer].parameters[0].parameter]["importance"].copy_(torch.as_tensor(values))
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2**20])
@@ -97,7 +93,7 @@ def test_without_importance_it_is_the_optimizer_itself(name: str, bucket_bytes: 
     for seed in range(20):
         step(model, ours, seed)
         step(twin, plain, seed)
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert same(model, twin)
 
 
 @pytest.mark.parametrize("bucket_bytes", [1, 2**20])
@@ -132,7 +128,7 @@ def test_every_neuron_takes_its_share_of_the_movement(name: str, bucket_bytes: i
             still = (share == 0).expand_as(own)
             assert torch.equal(own[still], was[still])
             frozen += int(still.sum())
-            for moment in ("momentum_buffer", "exp_avg"):  # of what froze just now, they begin anew
+            for moment in ("momentum_buffer", "exp_avg"):  # cleared where a neuron froze just now
                 if moment in ours.state[own]:
                     assert not ours.state[own][moment][still & ~known[at]].any()
                     plain.state[moved][moment][still & ~known[at]] = 0
@@ -147,7 +143,7 @@ def test_muon_takes_its_steps_and_frozen_neurons_stay() -> None:
     model = nn.Sequential(nn.Linear(12, 10, bias=False), nn.ReLU(), nn.Linear(10, 3, bias=False))
     plain = copy.deepcopy(model)
     wrapped = PlasticityWrapper(torch.optim.Muon(model.parameters(), lr=1e-2), model, delta=0.9999)
-    wrapped._tracker.state[model[0].weight]["importance"][:4] = 3.0
+    set_importance(wrapped, "0", 3.0, neurons=slice(4))
     x, before = torch.randn(8, 12), model[0].weight.detach().clone()
     for one, optimizer in ((model, wrapped), (plain, torch.optim.Muon(plain.parameters(), lr=1e-2))):
         one(x).square().mean().backward()
@@ -231,7 +227,7 @@ def test_with_nothing_protected_a_schedule_free_optimizer_is_itself(make: Any) -
         for seed in range(4):
             step(one, optimizer, seed)
         optimizer.eval()
-    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), twin.parameters(), strict=True))
+    assert same(model, twin)
 
 
 def test_neurons_take_their_share_of_the_movement_of_both_weights() -> None:
@@ -259,11 +255,10 @@ def test_a_schedule_free_optimizer_that_is_not_in_training_mode_is_refused() -> 
     model = network()
     ours = PlasticityWrapper(ScheduleFree(model.parameters()), model, delta=0.5)
     loss(model, 0).backward()
-    before = [*map(torch.clone, model.parameters()), *(layer.importance for layer in ours.plasticity().values())]
+    before = [*weights(model), *importances(ours)]
     with pytest.raises(RuntimeError, match=r"the ScheduleFree is not in training mode; call optimizer\.train\(\)"):
         ours.step()
-    after = [*model.parameters(), *(layer.importance for layer in ours.plasticity().values())]
-    assert all(torch.equal(p, q) for p, q in zip(before, after, strict=True))
+    assert same(before, [*weights(model), *importances(ours)])
 
 
 def test_modes_without_second_weights_are_refused() -> None:
@@ -302,17 +297,17 @@ def test_importance_is_that_of_npc() -> None:
     for seed in range(5):
         step(model, ours, seed)
         step(twin, npc, seed)
-    for layer, want in npc.plasticity().items():
-        assert torch.equal(ours.plasticity()[layer].importance, want.importance)
+    assert ours.plasticity().keys() == npc.plasticity().keys()
+    assert same(importances(ours), importances(npc))
 
 
 def test_frozen_neurons_survive_an_optimizer_that_explodes() -> None:
     model = network()
     ours = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=math.inf), model)
     set_importance(ours, "6", 5.0)
-    before = [parameter.detach().clone() for parameter in model[6].parameters()]
+    before = weights(model[6])
     step(model, ours, 0)
-    assert all(torch.equal(p, q) for p, q in zip(before, model[6].parameters(), strict=True))
+    assert same(before, model[6])
     assert not all(bool(parameter.isfinite().all()) for parameter in model[8].parameters())
 
 
@@ -371,9 +366,8 @@ def test_a_resumed_run_is_the_same_bit_for_bit() -> None:
         for one, own in ((model, ours), (twin, resumed), (copied_model, copied)):
             step(one, own, seed)
     for other, own in ((twin, resumed), (copied_model, copied)):
-        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
-        for layer, want in ours.plasticity().items():
-            assert torch.equal(own.plasticity()[layer].importance, want.importance)
+        assert same(model, other)
+        assert same(importances(own), importances(ours))
 
 
 def test_a_state_that_does_not_fit_changes_nothing() -> None:
@@ -418,7 +412,7 @@ def test_steps_that_a_scaler_skips_change_nothing(bad: tuple[int, ...], unscaled
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000, backoff_factor=0.999999)
         for seed in seeds:
             model.zero_grad()  # the model's, which knows nothing of importance
-            before = [parameter.detach().clone() for parameter in model.parameters()]
+            before = weights(model)
             scaler.scale(loss(model, seed) * (math.inf if seed in bad else 1.0)).backward()
             if unscaled:
                 scaler.unscale_(ours)
@@ -426,9 +420,9 @@ def test_steps_that_a_scaler_skips_change_nothing(bad: tuple[int, ...], unscaled
             scaler.step(ours)
             scaler.update(2.0**10)
             if seed in bad:
-                assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
-        runs.append([*model.parameters(), *(layer.importance for layer in ours.plasticity().values())])
-    assert all(torch.equal(p, q) for p, q in zip(*runs, strict=True))
+                assert same(before, model)
+        runs.append([*weights(model), *importances(ours)])
+    assert same(*runs)
 
 
 def test_what_cannot_be_wrapped_is_refused() -> None:
@@ -457,7 +451,7 @@ def test_a_step_without_measurement_is_refused() -> None:
     ours = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
     ours.neurons.detach()
     loss(model, 0).backward()
-    before = [parameter.detach().clone() for parameter in model.parameters()]
+    before = weights(model)
     with pytest.raises(RuntimeError, match="no importance was measured"):
         ours.step()
-    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+    assert same(before, model)
