@@ -25,7 +25,7 @@ FLOORS = (
 )
 # Within a room, from the top down. Rooms that are not listed hold modules that do not use each other.
 WITHIN = {
-    "baselines": (("ssl",), ("ewc", "mas", "si"), ("anchored",), ("consolidation", "cpc")),
+    "baselines": (("ssl",), ("ewc", "mas", "si"), ("anchored", "consolidation", "cpc"), ("samples",), ("batches",)),
     "optim": (
         ("wrapper",),
         ("npc", "npc_adamw"),

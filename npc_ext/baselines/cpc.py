@@ -225,9 +225,6 @@ class CPC(Descent):
         own = ((name, states.get(id(parameter), {})) for name, parameter in self._connections().items())
         return {name: {"importance": state["importance"]} for name, state in own if "importance" in state}
 
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        return self._held_in({id(one): self.state.get(one, {}) for one in self._connections().values()})
-
     def _may_hold(self) -> dict[str, Tensor]:
         return self._connections()
 

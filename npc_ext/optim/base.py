@@ -471,7 +471,7 @@ class Descent(torch.optim.Optimizer):
 
     def _held(self) -> dict[str, dict[str, Tensor]]:
         """The importance that was gathered: by the layer or parameter that it belongs to, tensors by their names."""
-        return {}
+        return self._held_in({id(parameter): state for parameter, state in self.state.items()})
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """The same in saved states, by the id of the parameter here."""

@@ -641,14 +641,10 @@ class Plastic(Descent, Joinable):
         self._find_neurons()
         self._just_found = True
 
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        averages = ((key, self.state.get(key, {}).get("importance")) for key in self._keys)
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        averages = ((key, states.get(id(key), {}).get("importance")) for key in self._keys)
         own = zip(self._consolidated, averages, strict=True)
         return {layer.name: {"importance": average} for layer, (_, average) in own if average is not None}
-
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        own = ((layer.name, states[id(key)]) for layer, key in zip(self._consolidated, self._keys, strict=True))
-        return {name: {"importance": state["importance"]} for name, state in own if "importance" in state}
 
     def _may_hold(self) -> list[str]:
         return [layer.name for layer in self._consolidated]
