@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .batches import Batch
 from .samples import NonFiniteImportanceError as NonFiniteImportanceError
-from .samples import Term, Terms, mean_over_samples
+from .samples import Sampling, Term, Terms, mean_over_samples
 
 _LABELS = ("sampled", "data", "exact")
 
@@ -133,19 +133,8 @@ def fisher(
         terms = _log_probabilities_of_all_classes
     else:
         terms = partial(_log_probabilities_of_draws, _copy_of_default_generator() if generator is None else generator)
-    return mean_over_samples(
-        model,
-        batches,
-        terms,
-        torch.square,
-        description="Fisher information",
-        parameters=parameters,
-        outputs=outputs,
-        forward=forward,
-        samples=samples,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
+    sampling = Sampling(batches, forward, outputs, samples, chunk_size, progress)
+    return mean_over_samples(model, parameters, sampling, terms, torch.square, "Fisher information")
 
 
 def output_sensitivity(
@@ -179,19 +168,8 @@ def output_sensitivity(
     Warns:
         UserWarning: as for `fisher`.
     """
-    return mean_over_samples(
-        model,
-        batches,
-        _squared_norms,
-        torch.abs,
-        description="sensitivity",
-        parameters=parameters,
-        outputs=outputs,
-        forward=forward,
-        samples=samples,
-        chunk_size=chunk_size,
-        progress=progress,
-    )
+    sampling = Sampling(batches, forward, outputs, samples, chunk_size, progress)
+    return mean_over_samples(model, parameters, sampling, _squared_norms, torch.abs, "sensitivity")
 
 
 # --------------------------------------------------------------- terms to differentiate, of a batch and a first sample
@@ -238,7 +216,7 @@ def _weighted_log_probability(logits: Tensor, label: int) -> Tensor:
 
 
 def _log_probability_of_draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """-log p_c of a class c drawn from p: of exponential variables with rates p, the least is that of c with p_c."""
+    """-log p_c of a class c drawn from p: among exponential variables of rates p, that of c is least with p_c."""
     drawn = (F.softmax(logits.detach(), 1) / noise).argmax(1)
     return F.cross_entropy(logits, drawn)
 
@@ -278,7 +256,7 @@ def _check_labels(
         raise ValueError(f"generator draws labels, but labels is {labels!r}; use labels='sampled' or leave it out")
     if forward is not None and labels == "data" and loss is None:
         raise ValueError(
-            "labels is 'data' and forward is given, so that nothing says where a batch has its targets; pass "
+            "labels is 'data' and forward is given, so nothing says where a batch has its targets; pass "
             "loss=lambda outputs, batch: ..., for example F.cross_entropy(outputs, batch['labels'])"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from .._torch import own_buffers, version_of
 from .._warn import warn
 from .batches import Batch, CalledWithSamples, moved
 
-# What the gradients of one chunk may occupy by default, in bytes.
+# The default limit for the gradients of a chunk, in bytes.
 CHUNK_BYTES = 512 * 2**20
 
 # A number to differentiate, of a sample's outputs (1, ...) and further tensors of that sample, each (1, ...).
@@ -34,45 +35,70 @@ class NonFiniteImportanceError(ValueError):
     """A measured importance is not finite, for example because training diverged."""
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Which samples are measured, and how; the options of `npc_ext.baselines.consolidation.fisher`."""
+
+    batches: Iterable[Any]
+    forward: Callable[[nn.Module, Any], Any] | None
+    outputs: Callable[[Any], Tensor] | None
+    samples: int | None
+    chunk_size: int | None
+    progress: bool
+
+    def check(self) -> None:
+        """Raises TypeError or ValueError if an option is of another kind or out of range."""
+        batches, outputs = self.batches, self.outputs
+        if isinstance(batches, Tensor):
+            raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
+        if isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches):
+            raise TypeError(
+                "batches is a tuple of tensors; expected an iterable of batches: for a single one write [(x, y)]"
+            )
+        if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
+            raise TypeError(
+                f"batches is a {type(batches).__name__}, which gives single samples; expected batches: "
+                "torch.utils.data.DataLoader(dataset, batch_size=64)"
+            )
+        if outputs is not None and not callable(outputs):
+            raise TypeError(
+                f"outputs is {outputs!r}; expected a function that picks outputs, as in lambda y: y[:, 2:4]"
+            )
+        for name, value in (("samples", self.samples), ("chunk_size", self.chunk_size)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; expected an integer of at least 1, or None")
+
+
 def mean_over_samples(
     model: nn.Module,
-    batches: Iterable[Any],
+    parameters: Iterable[Tensor] | None,
+    sampling: Sampling,
     terms: Terms,
     magnitude: Callable[[Tensor], Tensor],
-    *,
     description: str,
-    parameters: Iterable[Tensor] | None,
-    outputs: Callable[[Any], Tensor] | None,
-    forward: Callable[[nn.Module, Any], Any] | None,
-    samples: int | None,
-    chunk_size: int | None,
-    progress: bool,
 ) -> dict[Tensor, Tensor]:
     """The mean over samples of sum over terms of magnitude(d term / d theta), for each parameter theta.
 
     Args:
-        model, batches, parameters, outputs, forward, samples, chunk_size, progress: as for
-            `npc_ext.baselines.consolidation.fisher`.
+        model: the network.
+        parameters: the parameters to measure. None: all of the model's.
+        sampling: the samples.
         terms: what to differentiate.
         magnitude: an elementwise function of a sample's gradient.
         description: the label of the progress bar.
     """
-    called = CalledWithSamples(model, forward)
-    _check_batches(batches)
-    if outputs is not None and not callable(outputs):
-        raise TypeError(f"outputs is {outputs!r}; expected a function that picks outputs, as in lambda y: y[:, 2:4]")
-    for name, value in (("samples", samples), ("chunk_size", chunk_size)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} is {value!r}; expected an integer of at least 1, or None")
+    called = CalledWithSamples(model, sampling.forward)
+    sampling.check()
     trained = _trained_parameters(model, parameters)
-    chunk_size = chunk_size or _default_chunk_size(trained)
     device = next(iter(trained.values())).device
-    # Data loaders draw from the default generator, which training is to find as it was.
+    chunk_size = sampling.chunk_size or _default_chunk_size(trained)
+    # Data loaders draw from the default generator. Training must not see that.
     random = torch.random.fork_rng([device] if device.type == "cuda" else [])
-    # Gradients are asked for explicitly; no graph is to grow through parameters that are not measured.
+    # Gradients are computed explicitly; no graph may grow through parameters that are not measured.
     with torch.inference_mode(False), _evaluating(model), random, torch.no_grad():
-        importance = Importance(called, trained, outputs, magnitude)
-        for batch in called.batches(_with_progress(batches, description, progress), samples, device):
+        importance = Importance(called, trained, sampling.outputs, magnitude)
+        batches = _with_progress(sampling.batches, description, sampling.progress)
+        for batch in called.batches(batches, sampling.samples, device):
             importance.add_batch(batch, terms, chunk_size)
     return importance.mean()
 
@@ -129,11 +155,11 @@ class Importance:
         if failure is None:
             return
         self._at_once = False
-        # If the model cannot be run at all, the loop's error is the one to see; then there is nothing to warn of.
+        # If the model cannot run at all, this raises the error that helps, and there is nothing to warn of.
         self._add_one_by_one(term, inputs, others)
         reason = str(failure).strip().split("\n")[0]
         warn(
-            f"torch.func cannot run {self._model_name} for many samples at once, so that they are taken "
+            f"torch.func cannot run {self._model_name} for many samples at once, so they are taken "
             f"one by one, which is slower ({type(failure).__name__}: {reason[:300]})",
         )
 
@@ -157,13 +183,13 @@ class Importance:
                 )
         if not any(bool(total.any()) for total in self._sums.values()):
             warn(
-                "the importance of every parameter is zero, so that nothing will be kept: the outputs do not move with "
+                "the importance of every parameter is zero, so nothing will be kept: the outputs do not change with "
                 "the parameters in any of the samples (outputs that are zero, or probabilities that are exactly 1)",
             )
         return {parameter: self._sums[name] for name, parameter in self._trained.items()}
 
     def _outputs_that_depend(self, inputs: list[Tensor]) -> Tensor:
-        """The outputs for one sample. Raises ValueError if they depend on none of the parameters."""
+        """The outputs for a sample. Raises ValueError if they depend on none of the parameters."""
         with torch.enable_grad():
             outputs = self._picked(self._called(*inputs))
         if all(gradient is None for gradient in self._gradients(outputs)):
@@ -175,7 +201,7 @@ class Importance:
         return outputs.detach()
 
     def _gradients(self, outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the sum of outputs by each parameter; None where they do not depend on it."""
+        """The gradient of the sum of outputs with respect to each parameter; None where it is not used."""
         if not outputs.requires_grad:
             return (None,) * len(self._trained)
         with torch.enable_grad():
@@ -191,7 +217,7 @@ class Importance:
         return picked.to(_accumulated(picked.dtype))
 
     def _add_at_once(self, term: Term, inputs: list[Tensor], others: list[Tensor]) -> Exception | None:
-        """Returns what torch.func failed with; then nothing was added."""
+        """Adds a chunk with torch.func. Returns its error if it fails; then nothing was added."""
 
         def of_one_sample(values: dict[str, Tensor], inputs: list[Tensor], others: list[Tensor]) -> Tensor:
             outputs = self._outputs_with(values, [tensor.unsqueeze(0) for tensor in inputs])
@@ -204,7 +230,7 @@ class Importance:
             gradients = vmap(grad(of_one_sample), in_dims=(None, 0, 0), randomness="different")(
                 self._values, inputs, others
             )
-        except torch.OutOfMemoryError:  # says by itself what to do: a smaller chunk_size
+        except torch.OutOfMemoryError:  # a smaller chunk_size helps, a loop does not
             raise
         except Exception as failure:
             return failure
@@ -244,20 +270,6 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
-
-
-def _check_batches(batches: Any) -> None:
-    if isinstance(batches, Tensor):
-        raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
-    if isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches):
-        raise TypeError(
-            "batches is a tuple of tensors; expected an iterable of batches: for a single one write [(x, y)]"
-        )
-    if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}, which gives single samples; expected batches: "
-            "torch.utils.data.DataLoader(dataset, batch_size=64)"
-        )
 
 
 def _check_one_number(value: Any) -> None:
