@@ -1,6 +1,6 @@
-"""python -m npc_ext: what is installed and built here, and for what is missing the reason and the fix.
+"""python -m npc_ext: reports what is installed and built; for missing parts, the reason and the fix.
 
-Works when torch or the compiled module is broken; the exit status is 0 if everything that runs here is in order.
+It also works if torch or the compiled module is broken. The exit status is 0 if everything works that can run here.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def _torch() -> tuple[ModuleType | None, str]:
 
 
 def _gpus(torch: ModuleType | None) -> list[tuple[str, str]]:
-    """A row for each GPU: its name, and whether the kernels run there."""
+    """A row for each GPU: its name, and whether the kernels run on it."""
     if torch is None:
         return [("GPUs", "unknown, torch does not load")]
     rows = []
@@ -44,7 +44,7 @@ def _gpu_count(torch: ModuleType) -> int:
 
 
 def _cuda(compiled: ModuleType) -> str:
-    """What the CUDA kernels are compiled for, and the driver they need and find."""
+    """The architectures of the CUDA kernels, and the driver that they need and find."""
     if why := native.why_no_cuda():
         return f"missing: {why}"
     runtime, driver, needed, needed_name = compiled.cuda.versions()

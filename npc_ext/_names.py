@@ -1,4 +1,4 @@
-"""Answers to names that are not there."""
+"""Lists of names in messages, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _Value = TypeVar("_Value")
 
 
 class ByLayer(dict[str, _Value]):
-    """Values by the names of layers. A missing name is answered with close ones; each layer prints on a line."""
+    """Values by layer name. A missing name raises KeyError with similar names; each layer prints on one line."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise KeyError(f"no consolidated layer {name!r}; {close_to(str(name), self)}")
@@ -22,18 +22,18 @@ class ByLayer(dict[str, _Value]):
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
-    """A part of a sentence that names what a misspelt name may have meant, or else the first of what there is."""
-    names = [one for one in known if one]  # the model itself has no name
+    """The end of an error message: the names similar to an unknown one, or else the first known names."""
+    names = list(filter(None, known))  # the model itself has no name
     if not names:
         return "there are none"
     sought = name.strip("*?.").lower()
     similar = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
-    close = [one for one in names if one in similar or (sought and sought in one.lower())]
-    if close:
-        return f"close to it: {_listed(close[:_MOST])}"
-    rest = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return f"there are {_listed(names[:_MOST])}{rest}"
+    close = [other for other in names if other in similar or (sought and sought in other.lower())]
+    return f"close to it: {listed(close)}" if close else f"there are {listed(names)}"
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(map(repr, names))
+def listed(names: Iterable[str]) -> str:
+    """Lists the first eight names, and counts the others."""
+    known = list(names)
+    more = len(known) - _MOST
+    return ", ".join(map(repr, known[:_MOST])) + (f" and {more} more" if more > 0 else "")

@@ -2,10 +2,9 @@
 
 >>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])
 
-Before each experience a strategy lets the model grow (heads of new tasks, outputs of new classes), puts the new
-parameters into the optimizer's groups by itself, and throws away the optimizer's state, of grown parameters always and
-of all of them the first time. An optimizer that measures neurons would lose their importance, and would not measure the
-new ones. Needs `avalanche-lib`.
+Before each experience, a strategy may grow the model (heads of new tasks, outputs of new classes). It adds the new
+parameters to the optimizer's groups, and discards the optimizer's state: always that of grown parameters, and the first
+time that of all parameters. So NPC would lose importance, and would not measure new neurons. Needs `avalanche-lib`.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ try:
     from avalanche.training.plugins import SupervisedPlugin
 except ImportError as error:
     raise ImportError(
-        f"npc_ext.avalanche needs avalanche-lib, which does not import ({error}): pip install 'npc_ext[avalanche]' (it "
-        "needs a torchvision that fits torch)"
+        f"npc_ext.avalanche needs avalanche-lib, which cannot be imported ({error}): pip install "
+        "'npc_ext[avalanche]' (it needs a torchvision that matches torch)"
     ) from error
 from torch import Tensor, nn
 
@@ -33,16 +32,15 @@ from .optim.wrapper import PlasticityWrapper
 
 
 class PlasticityPlugin(SupervisedPlugin):
-    """Keeps importance and momentum from experience to experience, and has new neurons measured.
+    """Keeps importance and momentum from one experience to the next, and measures new neurons.
 
-    While a strategy adapts its optimizer it gets a stand-in, whose groups say afterwards which parameters came, went
-    and grew. Of a parameter that grew (`IncrementalClassifier`), the old neurons keep their importance and momentum,
-    and the new ones begin at zero, free to learn. The optimizer stays the same object.
+    While a strategy adapts its optimizer, it gets a stand-in. The groups of the stand-in then show which parameters
+    were added, removed and grown. In a parameter that has grown (`IncrementalClassifier`), the old neurons keep their
+    importance and momentum, and the new ones start at zero. The optimizer remains the same object.
 
-    For strategies with an `NPC`, or another optimizer of this package that measures neurons, or a `PlasticityWrapper`
-    around any other one; built on the model that the strategy trains. As in Avalanche all parameters of the model are
-    trained. Where the model grows in the middle of an experience, because unseen classes were evaluated, the optimizer
-    is adapted before the next step.
+    Use it with `NPC`, `NPCAdamW`, or a `PlasticityWrapper` around any other optimizer, built on the model that the
+    strategy trains. As always in Avalanche, all parameters of the model are trained. If the model grows during an
+    experience, because unseen classes were evaluated, the optimizer is adapted before the next step.
 
     Raises, when training begins:
         TypeError: the strategy's optimizer does not measure neurons.
@@ -59,7 +57,7 @@ class PlasticityPlugin(SupervisedPlugin):
         super().__init__()
         self._optimizer: Plastic | PlasticityWrapper | None = None
         self._stand_in: _StandIn | None = None
-        self._known: dict[str, nn.Parameter] = {}  # the model's parameters when the optimizer was last adapted
+        self._known: dict[str, nn.Parameter] = {}  # the model's parameters when the optimizer was adapted
 
     def before_train_dataset_adaptation(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
         """Called by the strategy before model and optimizer are adapted."""
@@ -80,7 +78,7 @@ class PlasticityPlugin(SupervisedPlugin):
 
     def _hand_over_stand_in(self, strategy: Any) -> None:
         optimizer = strategy.optimizer
-        if optimizer is self._stand_in and optimizer is not None:  # an exception came in between
+        if optimizer is self._stand_in and optimizer is not None:  # left over from an exception
             optimizer = self._optimizer
         if not isinstance(optimizer, (Plastic, PlasticityWrapper)):
             raise TypeError(
@@ -90,15 +88,15 @@ class PlasticityPlugin(SupervisedPlugin):
         if _plastic(optimizer)._model is not unwrapped(strategy.model):
             raise ValueError(
                 f"the strategy's {type(optimizer).__name__} was built on another model than the strategy trains; build "
-                "both with the same one"
+                "both with the same model"
             )
-        if optimizer is not self._optimizer:  # the first experience, or an optimizer that was replaced between two
+        if optimizer is not self._optimizer:  # in the first experience, or if the optimizer was replaced since
             self._known = dict(strategy.model.named_parameters())
         self._optimizer, self._stand_in = optimizer, _StandIn(optimizer)
         strategy.optimizer = self._stand_in
 
     def _adapt(self, strategy: Any) -> None:
-        """Puts the optimizer back, with the groups that the strategy gave its stand-in."""
+        """Restores the optimizer, with the groups that the strategy gave the stand-in."""
         optimizer, stand_in = self._optimizer, self._stand_in
         if optimizer is None or stand_in is None or strategy.optimizer is not stand_in:
             raise RuntimeError(_REPLACED.format(type(strategy.optimizer).__name__))
@@ -109,8 +107,8 @@ class PlasticityPlugin(SupervisedPlugin):
         for group, adapted in zip(optimizer.param_groups, stand_in.param_groups, strict=False):
             group["params"] = adapted["params"]
         added = stand_in.param_groups[len(optimizer.param_groups) :]
-        if plastic is not optimizer:  # the tracker of a wrapper, all of whose groups have the same options
-            plastic.param_groups[0]["params"] = [one for group in optimizer.param_groups for one in group["params"]]
+        if plastic is not optimizer:  # the tracker of a wrapper: its groups have the same options
+            plastic.param_groups[0]["params"] = [p for group in optimizer.param_groups for p in group["params"]]
             del plastic.param_groups[1:]
         plastic._learn_model()
         plastic._find_neurons()
@@ -124,7 +122,7 @@ class PlasticityPlugin(SupervisedPlugin):
         self, known: Mapping[str, nn.Parameter], optimizer: Plastic | PlasticityWrapper, plastic: Plastic
     ) -> dict[nn.Parameter, Tensor]:
         """Moves the state of parameters that were replaced; returns the importance of their old neurons."""
-        importance, anew = {}, []
+        importance, reset = {}, []
         for name, old in known.items():
             new = self._known.get(name)
             if new is None or new is old:
@@ -132,23 +130,23 @@ class PlasticityPlugin(SupervisedPlugin):
             state = optimizer.state.pop(old, {})
             measured = (state if plastic is optimizer else plastic.state.pop(old, {})).pop("importance", None)
             if not _begins_with(new, old):
-                anew.append(name)
+                reset.append(name)
                 continue
             if measured is not None:
                 importance[new] = measured
             if state:
                 optimizer.state[new] = {key: _grown(value, old, new) for key, value in state.items()}
-        if anew:
+        if reset:
             warn(
-                f"{', '.join(map(repr, anew))}: replaced by parameters that do not begin with their values, "
-                "so their importance and momentum begin at zero",
+                f"{', '.join(map(repr, reset))}: replaced by parameters that do not begin with their values, so "
+                "importance and momentum start at zero",
                 ImportanceWarning,
             )
         return importance
 
 
 class _StandIn(torch.optim.Optimizer):
-    """Has an optimizer's groups, to be changed in its place, and takes no step."""
+    """Holds a copy of an optimizer's groups for a strategy to change, and takes no steps."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         super().__init__([{**group, "params": list(group["params"])} for group in optimizer.param_groups], {})
@@ -156,7 +154,7 @@ class _StandIn(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> Any:
         """Raises RuntimeError."""
         raise RuntimeError(
-            "the strategy takes a step although its optimizer was not adapted to the experience; PlasticityPlugin's "
+            "the strategy takes a step, but its optimizer was not adapted to the experience; PlasticityPlugin's "
             "before_training_exp has to be called before training begins (does the strategy override "
             "_before_training_exp?)"
         )
@@ -164,12 +162,12 @@ class _StandIn(torch.optim.Optimizer):
 
 _REPLACED = (
     "the strategy's optimizer was replaced by another {} after the experience began, so importance would be lost; let "
-    "make_optimizer change the groups of strategy.optimizer, or do without PlasticityPlugin"
+    "make_optimizer change the groups of strategy.optimizer, or remove PlasticityPlugin"
 )
 
 
 def _plastic(optimizer: Plastic | PlasticityWrapper) -> Plastic:
-    """The one that measures."""
+    """The optimizer that measures: the tracker of a wrapper."""
     return optimizer._tracker if isinstance(optimizer, PlasticityWrapper) else optimizer
 
 
@@ -178,14 +176,14 @@ def _block(old: Tensor) -> tuple[slice, ...]:
 
 
 def _begins_with(new: Tensor, old: Tensor) -> bool:
-    """Whether a parameter has an older one's values where both have elements, and is at least as large."""
+    """Whether a parameter is as large as an older one, or larger, and begins with its values in each dimension."""
     if new.dim() != old.dim() or any(a < b for a, b in zip(new.shape, old.shape, strict=True)):
         return False
     return torch.equal(new[_block(old)], old.to(new.device))
 
 
 def _grown(value: Any, old: Tensor, new: Tensor) -> Any:
-    """What is kept of each element of a parameter, with zeros for those it did not have; other values unchanged."""
+    """A state tensor of the old parameter's shape, extended by zeros to the new shape; other values unchanged."""
     if not isinstance(value, Tensor) or value.shape != old.shape:
         return value
     return in_first_block(value, torch.zeros_like(new, dtype=value.dtype, requires_grad=False))

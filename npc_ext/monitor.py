@@ -1,4 +1,4 @@
-"""Monitoring plasticity while a network trains: logs for TensorBoard and the like, room to learn, and plots."""
+"""Monitors plasticity during training: logs for TensorBoard, warnings about full layers, and plots."""
 
 from __future__ import annotations
 
@@ -15,36 +15,37 @@ if TYPE_CHECKING:
     from .optim.plasticity import LayerPlasticity
     from .optim.wrapper import PlasticityWrapper
 
-
-# Above this share of frozen neurons a layer is warned of. In a run whose last task was learned badly 60 % were frozen.
+# A layer is full above this share of frozen neurons. In a run that learned its last task badly, 60 % were frozen.
 FULL = 0.5
-# The momentum that is advised where there is none: few plastic neurons then move up to ten times as far in a task.
+# The momentum to advise where there is none: plastic neurons then move up to ten times as far in a task.
 _MOMENTUM = 0.9
+
+_IMPORTANCE_COLOR, _RATE_COLOR, _LIMIT_COLOR = "#4c72b0", "#dd8452", "#555555"
 
 
 class CapacityWarning(UserWarning):
-    """There is little plasticity left where something is to be learned; the message names the layer."""
+    """A layer has little plasticity left; the message names it."""
 
 
 class HasPlasticity(Protocol):
-    """`NPC`, `NPCAdamW`, `PlasticityWrapper`, or what wraps one and hands on its attributes."""
+    """`NPC`, `NPCAdamW`, `PlasticityWrapper`, or a wrapper that forwards their attributes."""
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """The plasticity of every consolidated layer, by its name."""
+        """The plasticity of every consolidated layer, by name."""
         ...
 
 
 def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str = "plasticity") -> None:
     """Writes the plasticity of every layer: scalars, and histograms of importance and learning rates.
 
-    Scalars are `<prefix>/<layer>/frozen` and `/skipped` (shares of neurons, from 0 to 1: without a learning rate, and
-    without weight gradients), `/importance` (its mean, which tends to 1) and `/learning_rate` (its mean). Waits for
-    GPUs, so call it now and then, not in every step.
+    The scalars of a layer are `<prefix>/<layer>/frozen` (the share of frozen neurons, from 0 to 1), `/skipped` (the
+    share of neurons without weight gradients), `/importance` (the mean, which tends to 1) and `/learning_rate` (the
+    mean). Waits for GPUs, so do not call it in every step.
 
     Args:
-        writer: has `add_scalar` and `add_histogram`, as `torch.utils.tensorboard.SummaryWriter` has.
-        optimizer: whose plasticity to write.
-        step: where on the horizontal axis.
+        writer: an object with `add_scalar` and `add_histogram`, such as `torch.utils.tensorboard.SummaryWriter`.
+        optimizer: the optimizer with the plasticity to write.
+        step: the position on the horizontal axis.
         prefix: the first part of all names.
     """
     for name, layer in optimizer.plasticity().items():
@@ -63,104 +64,88 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
 def check_capacity(
     optimizer: HasPlasticity, *, full: float = FULL, learning: Mapping[str, Sequence[int]] | None = None
 ) -> list[str]:
-    """Warns of layers that have little room for more: `CapacityWarning`. Call it before a task.
+    """Warns of layers with little room for another task: `CapacityWarning`. Call it before a task.
 
-    The warning says what would help under the options in force.
+    The warning says what would help with the current options.
 
     Args:
-        optimizer: the optimizer with the plasticity to look at.
-        full: a layer is warned of if more than this share of its neurons is frozen.
-        learning: output layer -> its neurons that the task at hand has to learn. Any of them that is frozen already is
-            warned of: it would stay as it is. How many of the layer's other neurons are frozen, those of old tasks,
-            then does not matter.
+        optimizer: the optimizer with the plasticity to check.
+        full: warn of a layer if more than this share of its neurons is frozen.
+        learning: output layer -> the neurons that the next task has to learn. Warns if any of them is frozen already.
+            The layer's other neurons, those of earlier tasks, may all be frozen.
 
     Returns:
-        The names of the layers that were warned of.
+        The names of the layers with a warning.
 
     Raises:
-        TypeError: the optimizer has no `plasticity()`.
+        TypeError: the optimizer does not freeze neurons.
         KeyError: `learning` names a layer that is not consolidated.
-        IndexError: or a neuron that the layer does not have.
+        IndexError: `learning` has a neuron that the layer does not have.
     """
-    if not hasattr(optimizer, "plasticity"):
+    if not hasattr(optimizer, "plasticity") or not hasattr(optimizer, "constants"):
         raise TypeError(
-            f"the optimizer is of class {type(optimizer).__name__}, which has no plasticity(); expected NPC, NPCAdamW "
-            "or PlasticityWrapper: other methods freeze no neurons"
+            f"the optimizer is a {type(optimizer).__name__}, which freezes no neurons; expected NPC, NPCAdamW or "
+            "PlasticityWrapper"
         )
-    layers, warned = optimizer.plasticity(), []
-    for name, layer in layers.items():
-        if layer.frozen > full and name not in (learning or {}):
-            warned.append(name)
-            _warn(
-                f"layer {name!r}: {layer.frozen:.0%} of its neurons are frozen, so it has little room to learn. "
-                f"To give it more: {_more_room(optimizer, name)}"
-            )
-    for name, neurons in (learning or {}).items():
+    layers, learning = optimizer.plasticity(), learning or {}
+    warned = [name for name, layer in layers.items() if layer.frozen > full and name not in learning]
+    for name in warned:
+        warn(
+            f"layer {name!r}: {layers[name].frozen:.0%} of its neurons are frozen, so it has little room to learn. "
+            f"To give it more: {_more_room(optimizer, name)}",
+            CapacityWarning,
+        )
+    for name, neurons in learning.items():
         if name not in layers:
             raise KeyError(f"no consolidated layer {name!r}; {close_to(name, layers)}")
         importance, neurons = layers[name].importance, [int(neuron) for neuron in neurons]
         if outside := [neuron for neuron in neurons if not 0 <= neuron < len(importance)]:
             raise IndexError(
-                f"layer {name!r} has {len(importance)} neurons, expected those to learn among them; got {outside}"
+                f"layer {name!r} has {len(importance)} neurons, so `learning` may name 0 to {len(importance) - 1}; "
+                f"got {outside}"
             )
-        beta = _constants(optimizer, name).get("beta")
-        still = layers[name].learning_rate == 0 if beta is None else importance >= beta
-        if frozen := [neuron for neuron in neurons if still[neuron]]:
+        is_frozen = importance >= optimizer.constants(name)["beta"]
+        if frozen := [neuron for neuron in neurons if is_frozen[neuron]]:
             warned.append(name)
-            _warn(
+            warn(
                 f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned. "
-                f"{_for_outputs(optimizer, name)}"
+                f"{_advice_for_outputs(optimizer, name)}",
+                CapacityWarning,
             )
-    return list(dict.fromkeys(warned))
+    return warned
 
 
 def _more_room(optimizer: Any, name: str) -> str:
-    """What gives a layer more plasticity, and is not done already."""
-    constants = _constants(optimizer, name)
-    now = {key: f" (it is {constants[key]:g})" if key in constants else "" for key in ("beta", "delta")}
+    """Ways to give a layer more plasticity, apart from those already in use."""
+    constants = optimizer.constants(name)
     advice = [
-        f"raise beta{now['beta']}",
-        f"lower delta{now['delta']}, so that importance to old tasks fades sooner",
+        f"raise beta (it is {constants['beta']:g})",
+        f"lower delta (it is {constants['delta']:g}), so that importance to old tasks fades sooner",
         "give the layer more neurons",
     ]
-    if _has_no_momentum(optimizer):
+    if all(group.get("momentum") == 0 for group in optimizer.param_groups):
         advice.insert(1, f"train with momentum={_MOMENTUM}, so that plastic neurons move further")
     return f"{', '.join(advice[:-1])}, or {advice[-1]}"
 
 
-def _for_outputs(optimizer: Any, name: str) -> str:
-    """What keeps outputs plastic until they are learned, and is not done already."""
-    if _constants(optimizer, name).get("normalize") == "active":
-        return "They got gradients in earlier tasks: do not consolidate the layer, or give each task its own head"
+def _advice_for_outputs(optimizer: Any, name: str) -> str:
+    """Ways to keep outputs plastic until they are learned, apart from those already in use."""
+    if optimizer.constants(name)["normalize"] == "active":
+        return "They got gradients in earlier tasks: do not consolidate the layer, or give each task a separate head"
     return (
         f"Normalize over active neurons (layers={{{name!r}: {{'normalize': 'active'}}}}), do not consolidate the "
-        "layer, or give each task its own head"
+        "layer, or give each task a separate head"
     )
 
 
-def _constants(optimizer: Any, name: str) -> dict[str, Any]:
-    constants = getattr(optimizer, "constants", None)
-    return {} if constants is None else constants(name)
-
-
-def _has_no_momentum(optimizer: Any) -> bool:
-    """Whether the optimizer could have momentum, and has none."""
-    groups = getattr(optimizer, "param_groups", ())
-    return bool(groups) and all(group.get("momentum") == 0 for group in groups)
-
-
-def _warn(text: str) -> None:
-    warn(text, CapacityWarning)
-
-
-_IMPORTANCE, _RATE, _LIMIT = "#4c72b0", "#dd8452", "#555555"
-
-
 def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
-    """Draws importance (eq. 4) above learning rates (eq. 7), a column per layer, the most important neurons first.
+    """Plots importance (eq. 4) above learning rates (eq. 7), with a column for each layer.
 
-    The dashed line is beta: a neuron above it is frozen. Layers whose parameters require no gradient are left out.
-    Returns a matplotlib figure to show or save.
+    Neurons are sorted by importance, the most important first. Neurons above the dashed line, beta, are frozen. Layers
+    without a parameter that requires a gradient are left out.
+
+    Returns:
+        A matplotlib figure to show or save.
 
     Raises:
         ImportError: matplotlib, which is optional, is not installed.
@@ -170,24 +155,24 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     except ImportError as error:
         raise ImportError("plot_plasticity draws with matplotlib: pip install 'npc_ext[plot]'") from error
     layers = optimizer.plasticity()
-    trained = {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()}
-    layers = trained or layers
+    layers = {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()} or layers
     columns = len(layers)
     figure = Figure(figsize=(max(2.2 * columns, 4), 4.2), layout="constrained")
     axes: Any = figure.subplots(2, columns, squeeze=False)
-    for column, (name, layer) in enumerate(layers.items()):
+    for (name, layer), (above, below) in zip(layers.items(), axes.T, strict=True):
         order = layer.importance.argsort(descending=True).cpu()
-        neurons = order.numel()
-        for row, values, color in ((0, layer.importance, _IMPORTANCE), (1, layer.learning_rate, _RATE)):
-            heights = values.cpu()[order].tolist()
-            axes[row, column].stairs(heights, fill=True, color=color)
-            axes[row, column].set_xlim(0, neurons)
-            axes[row, column].set_xticks([0, neurons])
-            axes[row, column].spines[["top", "right"]].set_visible(False)
-            axes[row, column].set_ylim(bottom=0)
-        axes[0, column].axhline(optimizer.constants(name)["beta"], color=_LIMIT, linestyle="--", linewidth=1)
-        axes[0, column].set_title(f"{name or 'model'}\n{layer.frozen:.0%} frozen", fontsize=10)
-        axes[1, column].set_xlabel("neurons", fontsize=9)
+        for axis, values, color in (
+            (above, layer.importance, _IMPORTANCE_COLOR),
+            (below, layer.learning_rate, _RATE_COLOR),
+        ):
+            axis.stairs(values.cpu()[order].tolist(), fill=True, color=color)
+            axis.set_xlim(0, len(order))
+            axis.set_xticks([0, len(order)])
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.set_ylim(bottom=0)
+        above.axhline(optimizer.constants(name)["beta"], color=_LIMIT_COLOR, linestyle="--", linewidth=1)
+        above.set_title(f"{name or 'model'}\n{layer.frozen:.0%} frozen", fontsize=10)
+        below.set_xlabel("neurons", fontsize=9)
     for axis in axes[1]:
         axis.set_ylim(0, max(float(layer.learning_rate.max()) for layer in layers.values()) * 1.05 or 1)
     axes[0, 0].set_ylabel("importance $C_i$")

@@ -31,7 +31,7 @@ WITHIN = {
         ("npc", "npc_adamw"),
         ("plastic",),
         ("base",),
-        ("plan", "options", "moments", "nonfinite", "plasticity", "succession"),
+        ("plan", "options", "measured", "moments", "nonfinite", "plasticity", "succession", "known_model"),
     ),
     "skipping": (("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
     "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),

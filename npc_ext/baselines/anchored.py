@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from ..kernels import launch
-from ..optim.base import Descent
+from ..optim.base import ModelOptimizer
 from ..optim.options import SGD_OPTIONS, check_choice, check_number
 from ..optim.plan import Plan
 from ..optim.succession import blocks_of, fitted
 
 
-class Anchored(Descent):
+class Anchored(ModelOptimizer):
     """The base class of EWC, MAS, SI and SSL: SGD with a quadratic penalty on the distance to an anchor.
 
     A parameter's state holds `stiffness`, the sum of W_k, and `anchor`. Both have the parameter's shape and are float32

@@ -17,7 +17,7 @@ from ..kernels import launch
 from ..neurons.find import connections
 from ..neurons.protection import Protection, warn_if_little
 from ..neurons.tap import ImportanceWarning
-from ..optim.base import Descent
+from ..optim.base import ModelOptimizer
 from ..optim.moments import FirstMoments
 from ..optim.nonfinite import SkippedSteps
 from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, LayerOptions, check_choice, check_plasticity_options
@@ -57,7 +57,7 @@ class ConnectionPlasticity:
         )
 
 
-class CPC(Descent):
+class CPC(ModelOptimizer):
     """SGD with a learning rate for each connection, which falls with the connection's importance to what was learned.
 
     CPC is `NPC` for single connections. Importance is |w * dL/dw|, divided by its mean over all connections of the

@@ -1,66 +1,62 @@
-"""What the optimizers of this package have in common: SGD's options and manners, and steps that are prepared once.
+"""The base class of all optimizers in this package: SGD's options and behavior, and steps that are planned once.
 
-A step is prepared device by device as a plan, which stays until something it depends on changes (the signature). What a
-method adds to SGD is in its plans.
+A step is planned for each device. A plan is kept until something that it depends on changes: the signature. A method
+defines its update in its plans.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from operator import attrgetter, itemgetter
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter, is_, itemgetter
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from .. import ops, reference
+from .._names import listed
 from .._warn import warn
 from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
 from ..kernels import native
-from ..neurons.tap import ImportanceWarning
+from .known_model import KnownModel, Lost, check_not_sharded
 from .options import ALPHA_UNIT, BACKENDS, SGD_OPTIONS, check_choice, check_number
-from .succession import KnownModel, check_not_sharded, holders_of_importance, listed, note_importance
+from .succession import ImportanceHolder
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-# Steps may take turns: heads of several tasks, layers that are measured now and then.
+# Steps may alternate between heads of several tasks.
 _MOST_EARLIER_PLANS = 3
-# How often the parameters are compared with the model's, apart from whenever plans are made.
+# How often the parameters are compared with the model's, besides whenever plans are made.
 _STEPS_BETWEEN_COMPARISONS = 50
-# What the signature is made of, quickly: nothing here is Python's while a list is filled.
+# For the signature: `map` calls these without running Python code.
 _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
 
 
-class Descent(torch.optim.Optimizer):
-    """`torch.optim.SGD`, as the methods of this package extend it.
+class ModelOptimizer(ImportanceHolder):
+    """An optimizer of a model, with the options and behavior of `torch.optim.SGD`.
 
-    A subclass lists its group options in `_OPTIONS`, checks them in `_check_options`, and makes and launches plans.
+    Subclasses list their group options in `_OPTIONS`, check them in `_check_options`, and make and launch plans.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
     _BESIDE: ClassVar[tuple[str, ...]] = ()
-    # Keys that groups did not always have: what groups without them mean, and how to convert them.
+    # Group keys that earlier versions did not save: what groups without them mean, and how to convert them.
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
-    # What importance is kept of, for optimizers that keep some: it can be handed over within a kind.
-    _KIND: ClassVar[str] = ""
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
-    _planned_rates: list[float | None] | None  # those of the groups that `_plans` have
+    _planned_rates: list[float | None] | None  # the groups' learning rates in `_plans`
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
-    _unsettled: bool  # whether `_plans` have not been launched since they were chosen
+    _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
     def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
         if not isinstance(model, nn.Module):
             name = type(self).__name__
             raise TypeError(
                 f"{name} takes the model itself, got {type(model).__name__}; "
-                f"write {name}(model, lr=...), not {name}(model.parameters(), lr=...); groups of parameters go into "
+                f"write {name}(model, lr=...), not {name}(model.parameters(), lr=...); pass groups of parameters as "
                 "params=[{'params': ..., ...}, ...]"
             )
         check_choice("backend", backend, BACKENDS)
@@ -70,10 +66,9 @@ class Descent(torch.optim.Optimizer):
         self._options_of = itemgetter(*self._OPTIONS)
         self._sharded = False
         self._known_model: KnownModel | None = None
-        self._known_ids: list[int] = []  # of all parameters in the groups
-        self._lost: set[str] = set()  # names of replaced parameters that were warned of
+        self._known_parameters: list[Tensor] = []  # in the groups when the model was last examined
+        self._lost_names: set[str] = set()  # names of replaced parameters that were warned of
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
-        self._may_begin_without = False  # importance, where another optimizer of the model holds it
         self._has_begun = False
         self._forget_plans()
         if backend == "native":
@@ -85,7 +80,7 @@ class Descent(torch.optim.Optimizer):
         self._learn_model()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters with options of their own, for example those of a head that the model has just been given."""
+        """Adds a group of parameters with its options, for example a new head of the model."""
         self._check_options({**self.defaults, **param_group})
         for parameter in _parameters_of(param_group):
             if isinstance(parameter, UninitializedParameter):
@@ -100,7 +95,7 @@ class Descent(torch.optim.Optimizer):
             if parameter.requires_grad and parameter.is_inference():
                 raise ValueError(
                     f"{self._name_of(parameter)} was created under torch.inference_mode(), so it can never be trained; "
-                    "create and load the model outside of it"
+                    "create and load the model outside of that mode"
                 )
             if is_sharded(parameter):
                 self._check_sharded(parameter)
@@ -109,7 +104,7 @@ class Descent(torch.optim.Optimizer):
             self._learn_model()
 
     def _check_sharded(self, parameter: Any) -> None:
-        """Raises ValueError if a parameter is sharded over processes in a way that steps cannot deal with."""
+        """Raises ValueError if a parameter is sharded over processes in a way that is not supported."""
         raise ValueError(
             f"{self._name_of(parameter)} is sharded over processes (FSDP or tensor parallelism), which "
             f"{type(self).__name__} does not support; use DistributedDataParallel, or one of the optimizers that "
@@ -128,26 +123,27 @@ class Descent(torch.optim.Optimizer):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of all parameters that have a gradient.
+        """Performs one step for all parameters that have a gradient. If it raises, weights and state are unchanged.
 
         Args:
-            closure: evaluates the model again and returns the loss, as for any torch optimizer.
+            closure: reevaluates the model and returns the loss, as for any torch optimizer.
 
         Returns:
-            What `closure` returned, or None.
+            The value that `closure` returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse, or a gradient or a state tensor does not fit its parameter.
+            ValueError: a gradient is sparse, or a gradient, a state tensor or a layer does not fit its parameter.
+            RuntimeError: optimizers that measure neurons found no importance, although there are gradients; or
+                gradients were skipped of neurons that may move in this step, because options or state were changed
+                after the forward pass.
 
         Warns:
-            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
+            ImportanceWarning: this is the first step, an earlier optimizer of the model held importance, and this one
                 has none (`load_importance`).
-            UserWarning: parameters were replaced in the model, so they are not trained.
-
-        An exception leaves weights and state as they were.
+            UserWarning: parameters of the model were replaced, so they are not trained.
         """
         if torch.compiler.is_dynamo_compiling():
-            return uncompiled(Descent.step, self, closure)
+            return uncompiled(ModelOptimizer.step, self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -172,7 +168,7 @@ class Descent(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         signature = self._signature()
-        # A tensor may be changed in place, so its value counts.
+        # Tensors may be changed in place, so compare their values.
         rates = [None if self._read_on_device(lr := group["lr"]) else float(lr) for group in self.param_groups]
         if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
@@ -185,15 +181,15 @@ class Descent(torch.optim.Optimizer):
     def _choose_plans(self, signature: list[Any]) -> None:
         recent = self._earlier_plans
         if self._planned_for is not None:
-            # Plans hold the states: one that came or went means that others may be new objects, too.
+            # Plans hold the states. If one was added or removed, others may be new objects, too.
             recent = [(self._planned_for, self._plans), *recent] if signature[0] == self._planned_for[0] else []
-        known = next((plans for own, plans in recent if own == signature and self._is_current(plans)), None)
+        known = next((plans for key, plans in recent if key == signature and self._is_current(plans)), None)
         if known is None and self._compare_with_model():
             raise _GroupsChangedError
         self._plans = self._make_plans() if known is None else known
-        signature[0] = self._states()  # planning creates what is missing
+        signature[0] = self._states()  # making plans creates missing states
         self._planned_for, self._unsettled = signature, True
-        self._earlier_plans = [own for own in recent if own[0] != signature][:_MOST_EARLIER_PLANS]
+        self._earlier_plans = [pair for pair in recent if pair[0] != signature][:_MOST_EARLIER_PLANS]
 
     @staticmethod
     def _is_current(plans: Sequence[Any]) -> bool:
@@ -203,11 +199,11 @@ class Descent(torch.optim.Optimizer):
         return True
 
     def _states(self) -> list[int]:
-        """Which states there are: plans hold them."""
+        """The identities of all states, which plans hold."""
         return list(map(id, self.state.values()))
 
     def _forget_plans(self) -> None:
-        """To be called wherever plans hold what is no longer so."""
+        """Drops all plans. Call this wherever something changed that plans hold and the signature does not show."""
         self._plans, self._planned_for, self._planned_rates, self._earlier_plans = [], None, None, []
         self._unsettled = False
 
@@ -221,7 +217,7 @@ class Descent(torch.optim.Optimizer):
                 torch.autograd.graph.increment_version(plan.owners)
 
     def _settle(self) -> None:
-        """Called before the first launch of other plans, when nothing can stop the step any more."""
+        """Called before the first launch of newly chosen plans, when the step can no longer raise."""
 
     def _launch(self, plan: Any) -> None:
         raise NotImplementedError
@@ -229,7 +225,7 @@ class Descent(torch.optim.Optimizer):
     def _signature(self) -> list[Any]:
         """Everything that plans depend on: which parameters have gradients, their layout, and all options but rates.
 
-        Compared on every step, so it is made of what is quick to read.
+        It is compared in every step, so it consists of values that are quick to read.
         """
         signature: list[Any] = [self._states()]
         for group in self.param_groups:
@@ -237,21 +233,21 @@ class Descent(torch.optim.Optimizer):
             gradients = [parameter.grad for parameter in parameters]
             without = [at for at, gradient in enumerate(gradients) if gradient is None]
             if without:
-                parameters = [one for one, gradient in zip(parameters, gradients, strict=True) if gradient is not None]
+                parameters = [parameter for parameter in parameters if parameter.grad is not None]
                 gradients = [gradient for gradient in gradients if gradient is not None]
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
             signature += [id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
             signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
-            # Another device, dtype or memory format of the parameter is another address. Strides and the number of
-            # elements tell the shape.
+            # A parameter's device, dtype and memory format change only with its address. Strides and the number of
+            # elements determine the shape.
             signature += [list(map(Tensor.numel, gradients)), list(map(Tensor.numel, parameters))]
             signature += [list(map(_STRIDE, gradients)), list(map(_STRIDE, parameters))]
             signature.append(list(map(Tensor.data_ptr, parameters)))
         return signature
 
     def _read_on_device(self, lr: float | Tensor) -> bool:
-        """Whether the kernels read a learning rate in device memory, so that a CUDA graph's replays see it change."""
+        """Whether the kernels read a learning rate from device memory, so that replays of a CUDA graph follow it."""
         if not isinstance(lr, Tensor) or not lr.is_cuda or self._backend == "reference":
             return False
         return lr.dtype == torch.float32 and lr.numel() == 1 and not native.why_not_on(lr.device.index)
@@ -285,11 +281,11 @@ class Descent(torch.optim.Optimizer):
         return [self._make_plan(device, own) for device, own in members.items()]
 
     def _trains(self, parameter: Tensor) -> bool:
-        """Whether a parameter that has a gradient takes part in steps."""
+        """Whether steps update a parameter that has a gradient."""
         return True
 
     def _check_fits(self, parameter: Any) -> None:
-        """Raises ValueError if a parameter cannot be trained, or its gradient or its state does not fit it."""
+        """Raises ValueError if a parameter cannot be trained, or if its gradient or its state does not fit."""
         gradient = parameter.grad
         if not parameter.is_floating_point() or parameter.is_meta:
             kind = "on the meta device, without values" if parameter.is_meta else str(parameter.dtype)
@@ -297,12 +293,12 @@ class Descent(torch.optim.Optimizer):
                 f"{self._name_of(parameter)} is {kind} now; expected real floating-point numbers on a device: build "
                 "the optimizer again when the model has its weights"
             )
-        for what, tensor in (("", parameter), ("the gradient of ", gradient)):
+        for prefix, tensor in (("", parameter), ("the gradient of ", gradient)):
             if has_no_memory(local(tensor)):
                 raise ValueError(
-                    f"{what}{self._name_of(parameter)} is a {type(local(tensor)).__name__}, a tensor that keeps its "
-                    "numbers in other tensors; expected a plain one: call requires_grad_(False) on it, or leave it out "
-                    "of the optimizer (params=[...])"
+                    f"{prefix}{self._name_of(parameter)} is a {type(local(tensor)).__name__}, a tensor subclass that "
+                    "stores its values in other tensors; expected a plain tensor: call requires_grad_(False) on it, "
+                    "or leave it out of the optimizer (params=[...])"
                 )
         is_strided = local(gradient).layout is torch.strided
         if not is_strided or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
@@ -316,7 +312,7 @@ class Descent(torch.optim.Optimizer):
         self._check_state_fits(parameter)
 
     def _check_state_fits(self, parameter: Any) -> None:
-        """Raises ValueError if tensors of a parameter's state have another shape than it."""
+        """Raises ValueError if tensors of a parameter's state do not have its shape."""
         for name, tensor in self.state.get(parameter, {}).items():
             if tensor is None or name not in ("momentum_buffer", *self._BESIDE):
                 continue
@@ -324,20 +320,20 @@ class Descent(torch.optim.Optimizer):
                 got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
                 raise ValueError(
                     f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
-                    f"optimizer's state has {got}; they must agree. If the parameter has grown, go on with a new "
-                    f"optimizer, {self._built_as()}.load_importance(optimizer); or begin anew with "
+                    f"optimizer's state has {got}; they must agree. If the parameter has grown, build a new "
+                    f"optimizer: {self._built_as()}.load_importance(optimizer). To start this state from zero: "
                     f"del optimizer.state[parameter][{name!r}]"
                 )
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        """Creates what steps keep of a parameter, as far as it is not there yet."""
+        """Creates the missing tensors of a parameter's state."""
         if self._has_momentum(group) and self.state[parameter].get("momentum_buffer") is None:
             self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
     def _lay_out_state(self, parameter: Any) -> None:
-        """Makes the state match its parameter: device, layout, shards, and the dtype that steps use.
+        """Converts a parameter's state to its device, layout and shards, and to the dtype that steps use.
 
-        It may not match after loading, or after the model was moved or cast.
+        They can differ after loading, or after the model was moved or cast.
         """
         state = self.state[parameter]
         for name in ("momentum_buffer", *self._BESIDE):
@@ -390,27 +386,19 @@ class Descent(torch.optim.Optimizer):
         """Whether the compiled kernels do the work on these tensors."""
         return self._backend != "reference" and ops.native_takes(tensors)
 
-    # ------------------------------------------------------------------------------------- models that are changed
-
-    def _called(self) -> str:
-        """The class that users built."""
-        return type(self).__name__
-
-    def _built_as(self) -> str:
-        """How users build such an optimizer, for messages."""
-        return f"{self._called()}(model, ...)"
+    # ------------------------------------------------------------------------------------------------ model changes
 
     def _learn_model(self) -> None:
-        """Remembers where the parameters of the groups are in the model; state follows those that were replaced."""
-        self._known_ids = self._ids()
-        self._known_model, replaced = KnownModel.of(self._model, set(self._known_ids), self._known_model)
+        """Records the parameters' places in the model, and moves the state of replaced parameters to the new ones."""
+        parameters = self._known_parameters = self._all_parameters()
+        self._known_model, replaced = KnownModel.of(self._model, set(map(id, parameters)), self._known_model)
         for old, new in replaced:
             if old in self.state:
                 self._inherit(old, new)
-        self._sharded = any(is_sharded(one) for group in self.param_groups for one in group["params"])
+        self._sharded = any(map(is_sharded, parameters))
 
     def _trained_by_name(self) -> dict[str, Tensor]:
-        """The parameters in the groups, by their names when the model was last looked at."""
+        """The parameters in the groups, by their names when the model was last examined."""
         return {} if self._known_model is None else self._known_model.parameters
 
     def _inherit(self, old: Tensor, new: Tensor) -> None:
@@ -419,15 +407,17 @@ class Descent(torch.optim.Optimizer):
         if old.shape == new.shape:
             self.state[new] = state
 
-    def _ids(self) -> list[int]:
-        return [id(parameter) for group in self.param_groups for parameter in group["params"]]
-
     def _groups_changed(self) -> bool:
         """Whether the groups have other parameters than plans, layers and taps were made for."""
-        return self._ids() != self._known_ids
+        return not self._knows(self._all_parameters())
+
+    def _knows(self, parameters: list[Tensor]) -> bool:
+        """Whether plans, layers and taps were made for these parameters."""
+        known = self._known_parameters
+        return len(known) == len(parameters) and all(map(is_, known, parameters))
 
     def _compare_with_model(self) -> bool:
-        """Warns of parameters that were replaced in the model; returns whether the groups have others than before."""
+        """Warns of replaced parameters of the model; returns whether the groups' parameters changed."""
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
         changed = self._groups_changed()
         if changed or self._known_model is None:
@@ -435,160 +425,50 @@ class Descent(torch.optim.Optimizer):
             try:
                 self._take_up_groups()
             except Exception:
-                self._known_ids = []  # so that the next step does not go on without
+                self._known_parameters = []  # the next step tries again
                 raise
         assert self._known_model is not None
         if self._known_model.is_unchanged(self._model):
             return changed
-        lost = self._known_model.lost(self._model)
-        trained = set(self._known_ids)
-        lost = [one for one in lost if any(id(own) not in trained for own in one.replacements.values())]
+        lost = self._known_model.lost(self._model, set(map(id, self._known_parameters)))
         check_not_sharded(lost)
         self._known_model.look_again(self._model)
-        news = [one for one in lost if one.name not in self._lost]
-        self._lost.update(one.name for one in news)
-        news = [one for one in news if any(own.requires_grad for own in one.replacements.values())]
-        if news:
-            instead = dict.fromkeys(name for one in news for name in one.replacements)
-            warn(
-                "parameters of the model were replaced after the optimizer was built: "
-                f"{listed(one.name for one in news)}. Those in their place are not trained: {listed(instead)}. "
-                "Build the optimizer after such changes (new modules, load_state_dict(assign=True), parametrizations); "
-                f"to keep what this one knows: {self._built_as()}.load_importance(optimizer). Or put the new "
-                "parameters into optimizer.param_groups, in the place of the old ones",
-                UserWarning,
-            )
+        self._warn_of_lost(lost)
         return changed
 
-    def _take_up_groups(self) -> None:
-        """Goes on with parameters that somebody has put into the groups."""
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
-            if is_sharded(parameter):
-                self._check_sharded(parameter)
-        self._forget_plans()
-
-    # ----------------------------------------------------------------------------------- importance of an earlier one
-
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        """The importance that was gathered: by the layer or parameter that it belongs to, tensors by their names."""
-        return self._held_in({id(parameter): state for parameter, state in self.state.items()})
-
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        """The same in saved states, by the id of the parameter here."""
-        return {}
-
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Takes importance over. Raises ValueError, before any change, where it does not fit."""
-
-    def _note_importance(self) -> None:
-        """Records that this optimizer holds importance, for later optimizers of the model."""
-        if names := list(self._held()):
-            note_importance(self._model, self._KIND, names, self._called())
-
-    def _warn_if_importance_is_lost(self) -> None:
-        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
-        if not earlier or any(bool(own.any()) for tensors in self._held().values() for own in tensors.values()):
+    def _warn_of_lost(self, lost: list[Lost]) -> None:
+        """Warns once of each replaced parameter, unless its replacements require no gradient."""
+        lost = [parameter for parameter in lost if parameter.name not in self._lost_names]
+        self._lost_names.update(parameter.name for parameter in lost)
+        lost = [p for p in lost if any(replacement.requires_grad for replacement in p.replacements.values())]
+        if not lost:
             return
-        here = self._may_hold()
-        names = [name for name in earlier if name in here]
-        if not names:
-            return
+        replacements = dict.fromkeys(name for parameter in lost for name in parameter.replacements)
         warn(
-            f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, and this "
-            f"{self._called()} begins without, so that what was learned is not protected. Use one optimizer for all "
-            f"tasks, or hand importance over: {self._built_as()}.load_importance(earlier), where `earlier` "
-            "is the optimizer or its state_dict(); load_importance(None) begins at zero on purpose",
-            ImportanceWarning,
+            "parameters of the model were replaced after the optimizer was built: "
+            f"{listed(parameter.name for parameter in lost)}. Their replacements are not trained: "
+            f"{listed(replacements)}. Build the optimizer after such changes (new modules, "
+            "load_state_dict(assign=True), parametrizations); to keep the importance measured so far: "
+            f"{self._built_as()}.load_importance(optimizer). Or replace the old parameters in optimizer.param_groups "
+            "with the new ones",
+            UserWarning,
         )
 
-    def _may_hold(self) -> Collection[str]:
-        """Names of the layers or parameters whose importance this optimizer keeps."""
-        return ()
-
-    def load_importance(self, earlier: Any) -> Self:
-        """Takes over the importance that an earlier optimizer of the package gathered, by the names of layers.
-
-        For code that builds a new optimizer for every task: `NPC(model, lr=0.1).load_importance(earlier)`. Layers may
-        have grown since: the first neurons keep their importance, the others begin at zero. Momentum is not taken over.
-        Without this, the first step warns that the importance of an earlier optimizer of the model is lost. It is the
-        first step and not the constructor, so that there is time to load a checkpoint.
-
-        Args:
-            earlier: the optimizer, of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, as
-                do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it takes no more
-                steps. Or its `state_dict()`, with as many parameters in the same order. None begins at zero on purpose,
-                without the warning.
-
-        Returns:
-            This optimizer.
-
-        Raises:
-            ValueError: a layer has fewer neurons than before, no layer has the same name, or a state dict has no
-                importance. Nothing is changed then.
-            TypeError: `earlier` keeps no importance, or that of another kind.
-        """
-        if earlier is not None:
-            if isinstance(earlier, Mapping):
-                held = self._held_in(self._states_saved_in(earlier.get("plasticity", earlier)))
-                if not held and self._held():  # where there is some from the beginning on
-                    raise ValueError(
-                        f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that "
-                        f"of an optimizer that keeps it as {self._called()} does, or None"
-                    )
-            else:
-                earlier = self._of_this_kind(earlier)
-                held = earlier._held()
-            here = self._may_hold()
-            if held and not any(name in here for name in held):
-                raise ValueError(
-                    f"the earlier optimizer held the importance of {listed(held)}, but here are {listed(here)}; "
-                    "expected some of the same names: build both on the same model"
-                )
-            self._take_importance({name: own for name, own in held.items() if name in here})
-            self._forget_plans()
-            if isinstance(earlier, Descent) and earlier is not self and earlier._model is self._model:
-                earlier._leave_model()
-        self._may_begin_without = True
-        return self
-
-    def _of_this_kind(self, earlier: Any) -> Descent:
-        inner = earlier
-        while not isinstance(inner, Descent):
-            inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
-            if inner is None:
-                break
-        if not isinstance(inner, Descent) or not inner._KIND or inner._KIND != self._KIND:
-            raise TypeError(
-                f"earlier is a {type(earlier).__name__}; expected an optimizer that keeps {self._KIND} as "
-                f"{self._called()} does, its state_dict(), or None"
-            )
-        return inner
-
-    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
-        """The states of a state dict, by the id of the parameter in the same place here."""
-        if not {"state", "param_groups"} <= state_dict.keys():
-            raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
-        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        if len(saved) != len(own):
-            raise ValueError(
-                f"the state dict has {len(saved)} parameters, this optimizer {len(own)}; expected as many, in the same "
-                "order: load_importance of the optimizer itself goes by the names of layers"
-            )
-        return {id(one): state_dict["state"].get(index, {}) for index, one in zip(saved, own, strict=True)}
-
-    def _leave_model(self) -> None:
-        """Takes out of the model what measures: another optimizer goes on."""
+    def _take_up_groups(self) -> None:
+        """Continues with the parameters that are in the groups now."""
+        for parameter in filter(is_sharded, self._known_parameters):
+            self._check_sharded(parameter)
+        self._forget_plans()
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
         check_not_in_inference_mode("load_state_dict() is called")
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(
                 f"the state dict has {', '.join(map(str, [*state_dict][:4])) or 'nothing'}; expected state and "
-                "param_groups, as the state_dict() of an optimizer has them (of the model: model.load_state_dict)"
+                "param_groups, as in an optimizer's state_dict() (to load a model: model.load_state_dict)"
             )
         groups, saved_groups = self.param_groups, state_dict["param_groups"]
         counts, saved_counts = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
@@ -598,24 +478,10 @@ class Descent(torch.optim.Optimizer):
                 "it was saved for another architecture or other groups"
             )
         ids = [index for group in saved_groups for index in group["params"]]
-        parameters = [parameter for group in groups for parameter in group["params"]]
+        parameters = self._all_parameters()
         saved = {id(p): state_dict["state"].get(index, {}) for index, p in zip(ids, parameters, strict=True)}
         for parameter in parameters:
-            for name in ("momentum_buffer", *self._BESIDE):
-                tensor = saved[id(parameter)].get(name)
-                if tensor is not None and tensor.shape != parameter.shape:
-                    raise ValueError(
-                        f"the state dict's {name.replace('_', ' ')} for {self._name_of(parameter)} has shape "
-                        f"{tuple(tensor.shape)}, expected {tuple(parameter.shape)}; it was saved for another "
-                        "architecture"
-                    )
-                if is_sharded(tensor) and not is_sharded(parameter):
-                    raise ValueError(
-                        f"the state dict's {name.replace('_', ' ')} for {self._name_of(parameter)} is sharded over "
-                        "processes, but the parameter is not; gather it before it is saved: "
-                        "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True)) of "
-                        "torch.distributed.checkpoint.state_dict"
-                    )
+            self._check_saved_tensors(parameter, saved[id(parameter)])
         self._check_saved(saved)
         for group in saved_groups:
             expected = (name for name in ("lr", *self._OPTIONS) if name not in self._ADDED_KEYS)
@@ -632,11 +498,28 @@ class Descent(torch.optim.Optimizer):
             if parameter in self.state:
                 self._lay_out_state(parameter)
 
+    def _check_saved_tensors(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
+        """Raises ValueError if saved tensors do not have the shape and the shards of their parameter."""
+        for name in ("momentum_buffer", *self._BESIDE):
+            tensor = saved.get(name)
+            if tensor is not None and tensor.shape != parameter.shape:
+                raise ValueError(
+                    f"the state dict's {name.replace('_', ' ')} for {self._name_of(parameter)} has shape "
+                    f"{tuple(tensor.shape)}, expected {tuple(parameter.shape)}; it was saved for another architecture"
+                )
+            if is_sharded(tensor) and not is_sharded(parameter):
+                raise ValueError(
+                    f"the state dict's {name.replace('_', ' ')} for {self._name_of(parameter)} is sharded over "
+                    "processes, but the parameter is not; gather it before saving: "
+                    "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True)) of "
+                    "torch.distributed.checkpoint.state_dict"
+                )
+
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
-        """Raises ValueError if the saved states (by the id of their parameter) do not fit this optimizer."""
+        """Raises ValueError if saved states, by the id of their parameter, do not fit this optimizer."""
 
     def _check_added_keys(self, groups: Iterable[Mapping[str, Any]], what: str, more: str = "") -> None:
-        """Raises ValueError if groups were saved without a key that says how to read them."""
+        """Raises ValueError if saved groups lack a key that is needed to interpret them."""
         for group in groups:
             for key, meaning in self._ADDED_KEYS.items():
                 if key not in group:
@@ -646,8 +529,8 @@ class Descent(torch.optim.Optimizer):
                     )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
-        """Takes from the saved states what torch would cast to the parameter's dtype."""
-        for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
+        """Copies the saved tensors that torch would cast to the parameter's dtype."""
+        for parameter in self._all_parameters():
             dtype = self._dtype_beside(parameter)
             for name in self._BESIDE:
                 if name in saved[id(parameter)]:
@@ -661,28 +544,26 @@ class Descent(torch.optim.Optimizer):
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "_known_ids"}
-        return {**kept, **super().__getstate__()}
+        return dict(self.__dict__)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._check_added_keys(
             state["param_groups"],
             f"the pickled {type(self).__name__}",
-            ". A pickle cannot be changed: let the version that wrote it save optimizer.state_dict(); convert that",
+            ". A pickle cannot be converted: save optimizer.state_dict() with the version that wrote it, and convert "
+            "that",
         )
-        super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
+        super().__setstate__(state)  # called by copy, pickle and load_state_dict
         self._forget_plans()
-        if "_known_ids" not in self.__dict__:
-            self._known_ids = self._ids()
 
 
 class _GroupsChangedError(Exception):
-    """The groups have other parameters than plans, layers and taps were made for; these are up to date now."""
+    """The groups' parameters changed while plans were chosen. Layers and taps are up to date now; plan again."""
 
 
 @torch.compiler.disable
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a function as it is, from code that is being compiled: steps work by address, and graphs cannot."""
+    """Calls a function outside of the compiler: steps use memory addresses, which compiled graphs cannot."""
     return function(*arguments)
 
 
@@ -690,21 +571,21 @@ def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
     parameters = param_group["params"]
     if isinstance(parameters, Tensor):
         return [parameters]
-    param_group["params"] = list(parameters)  # a generator can be read once only
+    param_group["params"] = list(parameters)  # it may be a generator
     return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
 
 
 def check_not_in_inference_mode(what: str) -> None:
-    """Raises RuntimeError where new tensors could never be written to outside of torch.inference_mode()."""
+    """Raises RuntimeError under torch.inference_mode(): tensors created there cannot be modified outside of it."""
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
-            f"{what} under torch.inference_mode(), whose tensors cannot be written to later; do it outside of that "
-            "mode (torch.no_grad() is fine)"
+            f"{what} under torch.inference_mode(); tensors created in that mode cannot be modified later: do it "
+            "outside of that mode (torch.no_grad() is fine)"
         )
 
 
 def prepare_native(model: nn.Module) -> None:
-    """Loads the compiled kernels for where the model is, or compiles them: here rather than in a backward pass."""
+    """Loads or compiles the kernels for the model's devices now, rather than in the first backward pass."""
     for device in {parameter.device for parameter in model.parameters()}:
         if device.type == "cuda":
             native.why_not_on(device.index)
@@ -713,7 +594,7 @@ def prepare_native(model: nn.Module) -> None:
 
 
 def require_native(model: nn.Module) -> None:
-    """Raises if the compiled kernels cannot do the work where the model is."""
+    """Raises if the compiled kernels do not run on the model's devices."""
     native.module()
     for name, parameter in model.named_parameters():
         if parameter.is_cuda and (reason := native.why_not_on(parameter.device.index)):

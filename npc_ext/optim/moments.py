@@ -1,26 +1,22 @@
-"""First moments of neurons and connections that freeze."""
+"""Clears the first moments of neurons and connections that freeze."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    pass
-
 
 class FirstMoments:
-    """Clears the first moments of what is frozen where no kernel saw it freeze.
+    """Clears first moments that the kernels leave.
 
-    The kernels clear them in the step that takes C to beta. They do not see that beta or a tensor of the state was
-    replaced, nor the moments of parameters that have no gradient or no momentum in that step.
+    The kernels clear the moments of a neuron in the step in which its C reaches beta. They miss neurons that freeze
+    because beta or a tensor of the state was replaced, and parameters without a gradient or momentum in that step.
     """
 
     def __init__(self) -> None:
-        # By parameter: the first moment that is known to be cleared, for which importance and beta.
+        # By parameter: the first moment that is cleared, with the importance and the beta it was cleared for.
         self._cleared: dict[int, tuple[Tensor, Tensor, float]] = {}
 
     @torch.no_grad()
@@ -32,14 +28,14 @@ class FirstMoments:
         beta: float,
         frozen: Callable[[], Tensor],
     ) -> None:
-        """To be called whenever other plans are launched.
+        """Clears the moments of frozen elements once. Call it whenever other plans are launched.
 
         Args:
-            parameter: one that has a rate for each neuron or connection.
-            moment: its first moment, as far as this process holds it; None if steps do not see it.
+            parameter: a parameter with a learning rate for each neuron or connection.
+            moment: its first moment, or this process's shard; None if steps do not use it.
             importance: C of its neurons or connections.
-            beta: the constant of eq. 7.
-            frozen: says which elements are frozen, broadcast against `moment`.
+            beta: beta of eq. 7.
+            frozen: returns a mask of the frozen elements that broadcasts against `moment`.
         """
         if moment is None:
             self._cleared.pop(id(parameter), None)

@@ -1,7 +1,7 @@
-"""How often each layer's importance was not finite and stayed out of its average: counted where the kernels run.
+"""Counts the steps in which a layer's importance was not finite and was left out of its average.
 
-Looking at a counter in GPU memory would make the CPU wait for the GPU at every step. So it is copied now and then, and
-looked at when the copy is there.
+The kernels raise the counters in device memory. Reading them in every step would make the CPU wait for the GPU, so they
+are copied in the background from time to time, and read when the copy is complete.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ class SkippedSteps:
     def __init__(self, layers: int) -> None:
         self._layers = layers
         self._counters: dict[torch.device, Tensor] = {}
-        self._copies: dict[torch.device, tuple[Tensor, torch.cuda.Event]] = {}  # on their way
+        self._copies: dict[torch.device, tuple[Tensor, torch.cuda.Event]] = {}  # in progress
         self._steps = 0
 
     def on(self, device: torch.device) -> Tensor:
-        """The counters (layers,), int64, that steps on a device raise."""
+        """The counters of a device, (layers,) int64, which its steps increment."""
         if device not in self._counters:
             self._counters[device] = torch.zeros(self._layers, dtype=torch.int64, device=device)
         return self._counters[device]
 
     def now(self) -> list[int]:
-        """Every layer's count. Waits for the devices."""
+        """The count of each layer. Waits for the devices."""
         counts = [0] * self._layers
         for counters in self._counters.values():
             counts = [count + more for count, more in zip(counts, counters.tolist(), strict=True)]
         return counts
 
     def news(self) -> list[int] | None:
-        """Called once a step: counts that are known without waiting, or None if there are none above zero."""
+        """Call this once a step. Returns counts that are available without waiting, or None if all are zero."""
         self._steps += 1
         for device, counters in self._counters.items():
             known = counters if device.type == "cpu" else self._copied(device, counters)

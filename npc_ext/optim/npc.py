@@ -16,61 +16,62 @@ from .plastic import Plastic
 
 
 class NPC(Plastic):
-    """SGD whose learning rate falls, neuron by neuron, with the neuron's importance to what was learned before.
+    """SGD with a learning rate for each neuron that falls with the neuron's importance to earlier tasks.
 
     During back-propagation each neuron's importance |n * dL/dn| is measured (eq. 2), divided by its layer's mean
     (eq. 3) and averaged over time into C (eq. 4). Neuron i then learns at the rate
 
         eta_i = lr * min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                         (eq. 7)
 
-    with all its incoming weights and its bias (Algorithm 1), so what mattered stays and the rest is free to learn.
-    No data of old tasks, no copies of weights, no notion of a task: one float per neuron. Source: Paik, Oh, Kwak, Kim,
-    "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv 1907.13322.
+    with all its incoming weights and its bias (Algorithm 1): important neurons stay, and the others are free to learn.
+    It needs no data of earlier tasks, no copies of weights and no task boundaries, only one float per neuron. Source:
+    Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
+    1907.13322.
 
-    Use it as `torch.optim.SGD`; nothing else in the training loop changes. It takes the model, because it has to see
-    activations: it places taps (hooks) in it. `print(optimizer.neurons)` shows where, and what happens to every
-    parameter. Parameters that belong to no neuron train at plain `lr`.
+    Use it like `torch.optim.SGD`; nothing else in the training loop changes. It takes the model, because it measures
+    activations with taps (hooks). `print(optimizer.neurons)` shows the taps and how each parameter is trained.
+    Parameters that belong to no neuron train at plain `lr`.
 
-    `delta` sets how long importance lasts: of the importance gathered in one task, delta ** steps is left after
-    another of that many steps. Choose delta so that this is about a half or more.
+    `delta` sets how long importance lasts: a further task of n steps leaves delta ** n of the earlier importance.
+    Choose delta so that this is about a half or more.
 
     Args:
         model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
-        lr: the largest learning rate, of neurons without importance and of other parameters; a schedule of it scales
-            the rates of all neurons alike. A float32 tensor in GPU memory is read there at each step, so that replays
-            of a CUDA graph see it change.
-        alpha: scale of eq. 7, in units of the learning rate; greater is more plastic. 0.5 is the paper's 0.05 at its
-            largest rate, 0.1.
+        lr: the largest learning rate: that of neurons without importance and of other parameters. A schedule of lr
+            scales the rates of all neurons alike. A float32 tensor in GPU memory is read there at each step, so
+            replays of a CUDA graph use its current value.
+        alpha: scale of eq. 7, in units of the learning rate; greater values are more plastic. 0.5 corresponds to the
+            paper's 0.05 at its largest learning rate of 0.1.
         beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
         delta: decay of the moving average per step, in [0, 1).
-        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen neuron stays
-            bit-identical under all of them, and that its momentum is cleared when it freezes.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that frozen neurons stay
+            bit-identical, and that a neuron's momentum is cleared when it freezes.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": ln(beta / C) in place of beta / C - 1.
-        stochastic_rounding: rounds bfloat16 weights stochastically, so that steps too small for bfloat16 count on
-            average. The random bits depend on step, parameter, shard and element only: runs repeat, and processes that
-            train one model stay alike.
-        params: what to train, as for any torch optimizer: parameters, or groups of them with options of their own.
-            Default: all of the model's.
-        normalize: the mean of eq. 3 is over "all" neurons of the layer (as in the paper) or over the "active" ones,
-            which received a gradient. Then a neuron that received none takes no part in the step: its importance,
-            weights and moments stay as they are, also under weight decay, as those of a parameter whose gradient is
-            None do. Use "active" for output layers that hold the outputs of several tasks.
-        layers: options of single layers, by name or pattern as in a shell: {"head*": {"normalize": "active"}}. All
-            that fit count: those under the name win, then those under the pattern given first. Options are alpha,
-            beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr); measure_at="module"
-            (where the layer's activation is measured); batch_dim=1 (dimension 1 counts samples, as in sequence-first
-            activations, and the tokens of packed sequences).
+        stochastic_rounding: rounds bfloat16 weights stochastically, so steps too small for bfloat16 count on average.
+            The random bits depend only on step, parameter, shard and element: runs are reproducible, and processes
+            that train one model stay equal.
+        params: the parameters to train, or groups of them with their options, as for any torch optimizer. Default: all
+            parameters of the model.
+        normalize: whether eq. 3 takes the mean over "all" neurons of the layer (as in the paper) or over the "active"
+            ones, which received a gradient. With "active", a neuron without a gradient takes no part in the step: it
+            keeps its importance, weights and moments, even with weight decay, like a parameter without a gradient. Use
+            "active" for output layers that hold the outputs of several tasks.
+        layers: options of single layers, by name or shell-style pattern: {"head*": {"normalize": "active"}}. All
+            matches are merged: the name takes precedence over patterns, and earlier patterns over later ones. The
+            options are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
+            measure_at="module" (the module with the activation to measure); batch_dim=1 (dimension 1 counts samples,
+            as in sequence-first activations, or tokens in packed sequences).
         others: "train" parameters outside neurons at plain lr, or "freeze" them.
-        skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
-            step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
-            changes. Gradients are meant for the step that follows their forward pass. "layers" does so only where all
-            neurons of a layer are certain, which changes no bit; True also for parts of a layer, where a clock says
-            that this is faster, and where the last bits may then differ from run to run. Where it is on, the CPU waits
-            for a GPU now and then: every 8 to 32 steps if it is more than a quarter of that ahead, and while the clock
-            times a layer, once in a process. With False no step waits.
-        process_group: the processes of torch.distributed that train one model together, whose importance is added up
-            over them once a step; "auto": those of the `DistributedDataParallel` that the model is in, or of the mesh
-            over which `fully_shard` has sharded it. None: each process trains a model of its own.
+        skip_frozen: whether to skip the weight gradients of neurons that are certain not to move in the coming step,
+            regardless of the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
+            changes. Gradients are meant for the step that follows their forward pass. "layers" skips only whole
+            layers, which changes no bit. True also skips parts of layers where timing shows that this is faster; the
+            last bits may then differ between runs. With either, the CPU sometimes waits for the GPU: every 8 to 32
+            steps if it is more than a quarter of these steps ahead, and once in a process while a layer is timed. With
+            False no step waits.
+        process_group: the processes of torch.distributed that train the model together; importance is summed over them
+            once a step. "auto": the processes of the model's `DistributedDataParallel` or `fully_shard` mesh. None:
+            each process trains a separate model.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:

@@ -1,4 +1,4 @@
-"""NPC with the step of AdamW, as a `torch.optim.Optimizer`."""
+"""NPC with AdamW's update, as a `torch.optim.Optimizer`."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from .plastic import Plastic
 
 
 class NPCAdamW(Plastic):
-    """AdamW whose steps shrink, neuron by neuron, with the neuron's importance to what was learned before.
+    """AdamW with steps that shrink for each neuron with the neuron's importance to earlier tasks.
 
-    Importance is measured and averaged as in `NPC` (eqs. 2 to 4). Of AdamW's step, weight decay included, neuron i
-    takes the share
+    Importance is measured and averaged as in `NPC` (eqs. 2 to 4). AdamW's step of neuron i, including weight decay, is
+    multiplied by
 
         s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                                (eq. 7)
 
-    as in `NPC`. Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. When it freezes,
-    its first moment is cleared, so that nothing old moves it once it thaws. The whole step is one call of a compiled
-    kernel.
+    Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. Its first moment is cleared
+    when it freezes, so that no old gradient moves it when it thaws. The whole step is one call of a compiled kernel.
+
     Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
     1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 
-    Use it as `torch.optim.AdamW`, with the model in place of its parameters. `PlasticityWrapper` does the same around
-    any optimizer, at the price of a copy; there, moments of frozen neurons follow their gradients.
+    Use it like `torch.optim.AdamW`, with the model in place of its parameters. `PlasticityWrapper` does the same for
+    any optimizer, but copies weights, and moments of frozen neurons follow their gradients.
 
     Args:
         model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen,
             process_group, backend: as in `NPC`.
-        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments are float32 also for half-precision weights.
-        alpha, beta, delta: as in `NPC`; `beta` is not one of `betas`.
+        lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments of half-precision weights are float32.
+        alpha, beta, delta: as in `NPC`; `beta` is unrelated to `betas`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.

@@ -5,47 +5,57 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, SupportsFloat
+from typing import Any, SupportsFloat
 
+import torch
 from torch import Tensor
 
 from .._names import close_to
 from ..kernels.checks import SIGMAS
 
-if TYPE_CHECKING:
-    pass
+BACKENDS = ("auto", "native", "reference")
+SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
+PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # besides alpha, beta and delta
+# Groups of NPC and CPC name the unit of their alpha under this key, also in state dicts: "lr", the group's rate.
+ALPHA_UNIT = "alpha_unit"
+ALPHA_IN_UNITS_OF_LR = {
+    ALPHA_UNIT: (
+        "their alpha, {alpha:g}, is an absolute learning rate. Expected alpha in units of lr: in each group, divide it "
+        "by the lr that it was chosen for (0.05 at lr 0.1 becomes 0.5), and set group['alpha_unit'] = 'lr'"
+    )
+}
 
 
 class LayerOptions:
-    """What a user wrote as `layers={"head*": {"normalize": "active"}}`."""
+    """The options of single layers, as in `layers={"head*": {"normalize": "active"}}`."""
 
     def __init__(self, options: Mapping[str, Mapping[str, Any]] | None, known: Sequence[str]) -> None:
         if not isinstance(options or {}, Mapping) or not all(
-            isinstance(name, str) and isinstance(own, Mapping) for name, own in (options or {}).items()
+            isinstance(name, str) and isinstance(values, Mapping) for name, values in (options or {}).items()
         ):
             raise TypeError(
                 f"layers is {options!r}; expected the options of layers by name or pattern, as in "
                 "{'output': {'consolidate': False}}"
             )
-        self._options = {name: dict(own) for name, own in (options or {}).items()}
+        self._options = {name: dict(values) for name, values in (options or {}).items()}
         self._known = known
 
     def of(self, name: str) -> dict[str, Any]:
-        """Options of one layer. Those under its own name win, then those under the pattern that was given first."""
-        under_patterns = [
-            own for pattern, own in self._options.items() if pattern != name and fnmatchcase(name, pattern)
+        """The options of a layer. Its name takes precedence over patterns, and earlier patterns over later ones."""
+        matches = [
+            values for pattern, values in self._options.items() if pattern != name and fnmatchcase(name, pattern)
         ]
         merged: dict[str, Any] = {}
-        for own in reversed([self._options.get(name, {}), *under_patterns]):
-            merged.update(own)
+        for values in reversed([self._options.get(name, {}), *matches]):
+            merged.update(values)
         return merged
 
     def names(self, name: str) -> bool:
-        """Whether a layer has options under its own name, not under a pattern."""
+        """Whether a layer has options under its name, rather than under a pattern."""
         return name in self._options
 
     def check(self, names: Iterable[str], check_values: Callable[[Mapping[str, Any], str], None]) -> None:
-        """Raises ValueError for a pattern that no layer has, an unknown option, or what `check_values` objects to."""
+        """Raises ValueError for a pattern that matches no layer and for an unknown option; calls `check_values`."""
         layers = list(names)
         for pattern, options in self._options.items():
             if not any(name == pattern or fnmatchcase(name, pattern) for name in layers):
@@ -60,26 +70,14 @@ class LayerOptions:
             check_values(options, f"layers[{pattern!r}]: ")
 
 
-BACKENDS = ("auto", "native", "reference")
-SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
-# Groups of NPC and CPC, and so what is saved of them, state the unit of alpha under this key: "lr", the group's own.
-ALPHA_UNIT = "alpha_unit"
-ALPHA_IN_UNITS_OF_LR = {
-    ALPHA_UNIT: (
-        "their alpha, {alpha:g}, is an absolute learning rate. Expected alpha in units of lr: in each group, divide it "
-        "by the lr that it was chosen for (0.05 at lr 0.1 becomes 0.5), and set group['alpha_unit'] = 'lr'"
-    )
-}
-
-
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Raises ValueError if an option is none of its choices."""
+    """Raises ValueError if an option is not one of its choices."""
     if value not in choices:
         raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
 
 
 def check_number(name: str, value: Any, where: str = "", *, positive: bool = False) -> None:
-    """Raises unless an option is a number, or a tensor of one, that is finite and at least 0, or above 0."""
+    """Raises unless an option is a number, or a tensor with one element, that is finite and not negative (or 0)."""
     expected = f"a finite number {'above 0' if positive else 'of at least 0'}"
     number = _number(name, value, expected, where)
     if not (number > 0 if positive else number >= 0) or not number < math.inf:
@@ -93,7 +91,7 @@ def _number(name: str, value: Any, expected: str, where: str) -> float:
 
 
 def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> None:
-    """Raises ValueError if the constants of eqs. 3, 4 and 7 are out of range."""
+    """Raises ValueError if the options of eqs. 3, 4 and 7 are out of range."""
     for name in ("alpha", "beta"):
         check_number(name, options[name], where, positive=True)
     if not 0 <= _number("delta", options["delta"], "a number in [0, 1)", where) < 1:
@@ -102,4 +100,13 @@ def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> Non
     check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
 
 
-PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta
+def check_rounding(group: Mapping[str, Any]) -> None:
+    """Raises ValueError if a group without bfloat16 parameters has stochastic rounding on."""
+    dtypes = {parameter.dtype for parameter in group["params"]}
+    check_choice("stochastic_rounding", group["stochastic_rounding"], (True, False))
+    if group["stochastic_rounding"] and dtypes and torch.bfloat16 not in dtypes:
+        raise ValueError(
+            f"stochastic_rounding is on, but the parameters are {', '.join(sorted(map(str, dtypes)))}; it rounds "
+            "torch.bfloat16 only: convert the model first (model.to(torch.bfloat16)), or turn it off (for one "
+            "group: {'params': ..., 'stochastic_rounding': False})"
+        )

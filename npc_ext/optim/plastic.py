@@ -1,7 +1,7 @@
-"""What optimizers have in common whose learning rates fall with the importance of neurons.
+"""The base class of optimizers that lower the learning rate of important neurons.
 
-They find the neurons of a model, place taps that measure them, keep the moving average C of their importance (eq. 4),
-and leave out gradients that are certain not to be needed. How a weight moves under its neuron's rate is a subclass's.
+It finds the neurons of a model, places taps that measure them, keeps the moving average C of their importance (eq. 4),
+and skips gradients that are certain not to be needed. Subclasses define the weight update.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import ops, reference
 from .._names import ByLayer, close_to
-from .._torch import version_of
-from .._warn import warn
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
@@ -26,15 +24,15 @@ from ..neurons.kinds import is_weighted
 from ..neurons.layer import NO_BACKWARD_PASS, NeuronLayer
 from ..neurons.protection import warn_if_little
 from ..neurons.table import Neurons
-from ..neurons.tap import ImportanceWarning
 from ..skipping.bound import frozen_for
 from ..skipping.certificate import Certificates, Watch
 from ..skipping.constants import Calls, let_rest
 from ..skipping.forward import PartialForward, why_not
-from .base import Descent, uncompiled
+from .base import ModelOptimizer, uncompiled
+from .measured import MeasurementChecks
 from .moments import FirstMoments
 from .nonfinite import SkippedSteps
-from .options import LayerOptions, check_choice, check_plasticity_options
+from .options import LayerOptions, check_choice, check_plasticity_options, check_rounding
 from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
@@ -51,21 +49,20 @@ _LAYER_OPTIONS = (
     "batch_dim",
 )
 _SKIPPING = (True, False, "layers")
-_SUSPICIOUS = 10  # steps in a row without any gradient
-_LEFT_OUT = (
-    "; torch.distributed.checkpoint.state_dict leaves out parameters that require no gradient: build the optimizer "
-    "with params=[those that do]"
+_NOT_SAVED = (
+    "; torch.distributed.checkpoint.state_dict does not save parameters that require no gradient: build the optimizer "
+    "on the others, params=[...]"
 )
 
 
-class Plastic(Descent, Joinable):
-    """An optimizer of a model, with a learning rate for every neuron.
+class Plastic(ModelOptimizer, Joinable):
+    """An optimizer of a model with a learning rate for every neuron.
 
-    A subclass makes and launches plans; its groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
+    Subclasses make and launch plans. Their groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
     normalize.
     """
 
-    # What to do where little is protected.
+    # The end of the warning that little is protected.
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
         "in params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
@@ -92,96 +89,65 @@ class Plastic(Descent, Joinable):
         self._others = others
         check_choice("skip_frozen", skip_frozen, _SKIPPING)
         self._skip_frozen = skip_frozen
-        self._warned: set[tuple[str, str]] = set()
-        self._empty_steps = 0
-        self._ready = False
+        self._checks = MeasurementChecks()
         self._just_found = False
         self._shared_sinks = SharedSinks(model, process_group)
         Joinable.__init__(self)
         super().__init__(model, params, defaults, backend)
-        self._ready = True
         self._find_neurons()
         self._warn_if_little_is_protected()
 
     # -------------------------------------------------------------------------------------------- groups and layers
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters with options of their own, for example those of a head that the model has just been given.
+        """Adds a group of parameters with its options, for example a new head of the model.
 
-        The model is searched again, so that neurons of new layers are measured; what is known of the others is kept.
+        The model is searched again to measure the neurons of new layers. Known layers keep their importance.
         """
         super().add_param_group(param_group)
         try:
-            self._check_rounding(self.param_groups[-1])
+            check_rounding(self.param_groups[-1])
+            if self._has_neurons:
+                self._find_neurons()
         except Exception:
             self.param_groups.pop()
             raise
-        if not self._ready:
-            return
-        try:
-            self._find_neurons()
-        except Exception:
-            self.param_groups.pop()
-            raise
-
-    def _check_rounding(self, group: Mapping[str, Any]) -> None:
-        dtypes = {parameter.dtype for parameter in group["params"]}
-        check_choice("stochastic_rounding", group["stochastic_rounding"], (True, False))
-        if group["stochastic_rounding"] and dtypes and torch.bfloat16 not in dtypes:
-            raise ValueError(
-                f"stochastic_rounding is on, but the parameters are {', '.join(sorted(map(str, dtypes)))}; it rounds "
-                "torch.bfloat16 only: convert the model before (model.to(torch.bfloat16)), or leave it off (for one "
-                "group: {'params': ..., 'stochastic_rounding': False})"
-            )
 
     def _check_sharded(self, parameter: Any) -> None:
         name = self._name_of(parameter)
         if reason := why_not_sharded(parameter, self._model):
             raise ValueError(
-                f"{name} is sharded in a way that {type(self).__name__} does not support: {reason}; use fully_shard "
-                "alone"
+                f"{name} is sharded in a way that {type(self).__name__} does not support: {reason}; use only "
+                "fully_shard"
             )
         self._shared_sinks.check_covers(processes_of(parameter), name)
 
     def _find_neurons(self) -> None:
-        """Searches the model, moves the taps and gives every new layer its importance of zero."""
-        trained = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        """Searches the model, moves the taps, and creates an importance of zero for new layers."""
+        trained = set(map(id, self._all_parameters()))
         found = find_neurons(self._model, **self._discovery_options())
-        for own in (own for layer in found for own in layer.parameters):
-            if own.groups > 1 and is_sharded(own.parameter):
-                raise ValueError(
-                    f"parameter {own.name!r} of a transposed convolution with {own.groups} groups is sharded, so that "
-                    "processes hold parts of groups; expected groups=1, or leave it out: "
-                    "fully_shard(..., ignored_params={...}), and average its gradients by hand"
-                )
-        old = {id(layer.parameters[0].parameter): layer for layer in self.neurons} if self._ready_neurons else {}
-        present = set(map(id, self._model.parameters()))
-        replaced = {layer.name: layer for own, layer in old.items() if own not in present}
-        for layer in found:
-            known = old.get(id(layer.parameters[0].parameter), replaced.get(layer.name))
-            if known is not None and known.sink.shape == layer.sink.shape and known.sink.device == layer.sink.device:
-                layer.sink = known.sink
-        options = [self._layer_options.of(layer.name) for layer in found]
-        self._layer_options.check((layer.name for layer in found), self._check_own_options)
-        if self._ready_neurons:
+        _check_shards_are_whole_groups(found)
+        self._layer_options.check((layer.name for layer in found), self._check_layer_options)
+        if self._has_neurons:
+            self._keep_sinks(found)
             self.neurons.detach()
         self.neurons = found
         found.detach_with(self)
-        self._consolidated = [
-            layer
-            for layer, own in zip(found, options, strict=True)
-            if own.get("consolidate", True) and any(id(p.parameter) in trained for p in layer.parameters)
-        ]
         self._left_alone = {
             layer.name: "consolidate=False, so it trains at plain learning rate"
-            for layer, own in zip(found, options, strict=True)
-            if not own.get("consolidate", True)
+            for layer in found
+            if not self._layer_options.of(layer.name).get("consolidate", True)
         }
+        self._consolidated = [
+            layer
+            for layer in found
+            if layer.name not in self._left_alone and any(id(p.parameter) in trained for p in layer.parameters)
+        ]
         self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
         self._skipped = SkippedSteps(len(self._consolidated))
         self._index_parameters()
         for index, layer in enumerate(self._consolidated):
-            if layer.trains():  # others have a state from the step on in which they do
+            if layer.trains():  # other layers get a state once they train
                 self._layer_state(index)
         if self._backend == "reference":
             measure, relu_backward = reference.importance, reference.relu_backward_importance
@@ -189,6 +155,16 @@ class Plastic(Descent, Joinable):
             measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
         self._watch_layers(trained)
+
+    def _keep_sinks(self, found: Neurons) -> None:
+        """Gives layers that were known before their sink, with what was measured since the last step."""
+        known = {id(layer.parameters[0].parameter): layer for layer in self.neurons}
+        present = set(map(id, self._model.parameters()))
+        replaced = {layer.name: layer for parameter, layer in known.items() if parameter not in present}
+        for layer in found:
+            old = known.get(id(layer.parameters[0].parameter), replaced.get(layer.name))
+            if old is not None and old.sink.shape == layer.sink.shape and old.sink.device == layer.sink.device:
+                layer.sink = old.sink
 
     def _warn_if_little_is_protected(self) -> None:
         known = {*self._place, *self._plain}
@@ -233,40 +209,40 @@ class Plastic(Descent, Joinable):
         return why_not(self._model.get_submodule(layer.module), trained)
 
     def _index_parameters(self) -> None:
-        """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
+        """Records the group and the layer of each parameter. Call this wherever parameters may be new objects."""
         self._forget_plans()
-        plain = [own for layer in self.neurons if layer.name in self._left_alone for own in layer.parameters]
-        self._plain = {id(own.parameter) for own in plain}
+        self._plain = {
+            id(p.parameter) for layer in self.neurons if layer.name in self._left_alone for p in layer.parameters
+        }
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._place: dict[int, tuple[int, int, int]] = {}  # of a parameter: its layer, neuron dimension and groups
-        self._first: dict[int, int] = {}  # of a parameter: the neuron of its first row, where that is not 0
-        self._keys: list[Tensor] = []  # of a layer: the parameter under which its importance is saved
+        self._place: dict[int, tuple[int, int, int]] = {}  # parameter -> layer, neuron dimension, groups
+        self._first: dict[int, int] = {}  # parameter -> neuron of its first row, if that is not 0
+        self._keys: list[Tensor] = []  # for each layer, the parameter whose state holds the importance
         for index, layer in enumerate(self._consolidated):
-            own = [p for p in layer.parameters if id(p.parameter) in self._group_of]
-            self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in own)
-            self._first.update((id(p.parameter), p.first) for p in own if p.first)
-            self._keys.append(own[0].parameter)
-        moved = [p for group in self.param_groups for p in group["params"] if self._trains(p)]
-        self.neurons.note_training(moved, self._left_alone)
+            trained = [p for p in layer.parameters if id(p.parameter) in self._group_of]
+            self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in trained)
+            self._first.update((id(p.parameter), p.first) for p in trained if p.first)
+            self._keys.append(trained[0].parameter)
+        self.neurons.note_training(filter(self._trains, self._all_parameters()), self._left_alone)
 
     @property
-    def _ready_neurons(self) -> bool:
+    def _has_neurons(self) -> bool:
+        """Whether the model has been searched; the constructor adds groups before that."""
         return "neurons" in self.__dict__
 
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         modules = self._model.named_modules()
         names = [name for name, module in modules if is_weighted(module) or self._layer_options.names(name)]
         names += input_projections(self._model)
+        options = {name: self._layer_options.of(name) for name in names}
         return {
-            option: {
-                name: own[option] for name in names if (own := self._layer_options.of(name)).get(option) is not None
-            }
+            option: {name: values[option] for name, values in options.items() if values.get(option) is not None}
             for option in ("measure_at", "batch_dim")
         }
 
-    def _check_own_options(self, own: Mapping[str, Any], where: str) -> None:
-        check_choice(f"{where}skip_frozen", own.get("skip_frozen", True), _SKIPPING)
-        self._check_options({**self.defaults, **own}, where)
+    def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
+        check_choice(f"{where}skip_frozen", options.get("skip_frozen", True), _SKIPPING)
+        self._check_options({**self.defaults, **options}, where)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -274,38 +250,15 @@ class Plastic(Descent, Joinable):
 
     # ------------------------------------------------------------------------------------------------------ the step
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step: moves every neuron's importance on, and every weight at its neuron's rate.
-
-        Args:
-            closure: evaluates the model again and returns the loss, as for any torch optimizer.
-
-        Returns:
-            What `closure` returned, or None.
-
-        Raises:
-            RuntimeError: gradients are there, but no importance was measured at all; or gradients were left out of
-                neurons that, after a change of constants or state since the forward pass, may move in this step.
-            ValueError: a gradient is sparse, or a gradient, state tensor or layer does not fit its parameter.
-
-        Warns:
-            ImportanceWarning: in the first step, that an earlier optimizer of the model held importance, and this one
-                has none (`load_importance`).
-            UserWarning: parameters were replaced in the model, so they are not trained.
-
-        An exception leaves weights and importance as they were.
-        """
-        return super().step(closure)
-
     def _step(self) -> None:
         if self._shared_sinks.shared and self._groups_changed():
-            self._compare_with_model()  # now, because processes that join in expect to meet once in a step
-        unmeasured = set()
-        for index, layer in enumerate(self._consolidated):
+            self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
+        unmeasured = set[NeuronLayer]()
+        for layer in self._consolidated:
             if layer.sink.grad is None:
-                unmeasured.add(index)
+                unmeasured.add(layer)
             elif layer.last_backward_pass == NO_BACKWARD_PASS:
-                self._drop_compiled_leftovers(layer)
+                self._checks.drop_compiled_leftovers(layer)
         shared = self._shared_sinks.shared
         if shared:
             self._shared_sinks.notify_join(self)
@@ -313,9 +266,10 @@ class Plastic(Descent, Joinable):
         try:
             self._prepare()
             if unmeasured and not self._just_found:
-                self._check_measured(unmeasured, shared)
+                trained = [self._consolidated[index] for plan in self._plans for index in plan.layers]
+                self._checks.check(trained, unmeasured, training=self._model.training, shared=shared)
             self._just_found = False
-            self._count_empty_steps()
+            self._checks.count_empty_steps(not self._plans)
             self._certificates.before_step()
         finally:
             self._shared_sinks.finish()
@@ -328,12 +282,12 @@ class Plastic(Descent, Joinable):
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
-        """What this process does within `torch.distributed.algorithms.Join` when it has no more batches."""
+        """The hook that `torch.distributed.algorithms.Join` calls in a process that has no more batches."""
         return SinksJoinHook(self, self.join_process_group, self._add_nothing)
 
     @property
     def join_device(self) -> torch.device:
-        """Where `torch.distributed.algorithms.Join` counts the processes that still train."""
+        """The device on which `torch.distributed.algorithms.Join` counts the processes that still train."""
         device: torch.device = self.param_groups[0]["params"][0].device
         return device
 
@@ -343,7 +297,7 @@ class Plastic(Descent, Joinable):
         return self._shared_sinks.group
 
     def _add_nothing(self) -> None:
-        """Takes part in a step of other processes, without having measured anything."""
+        """Takes part in a step of other processes with an importance of zero."""
         self._drop_measured()
         if self._shared_sinks.shared:
             self._shared_sinks.start(layer.sink for layer in self._consolidated)
@@ -359,43 +313,32 @@ class Plastic(Descent, Joinable):
             place = {id(owner): at for at, owner in enumerate(plan.owners)}
             for index in plan.layers:
                 beta, importance = float(self._constants(index)["beta"]), self._layer_state(index)["importance"]
-                for parameter in (own.parameter for own in self._consolidated[index].parameters):
+                for parameter in (p.parameter for p in self._consolidated[index].parameters):
                     at = place.get(id(parameter))
                     moment = None if at is None else self._first_moment(plan.states[at], plan.has_momentum[at])
                     frozen = partial(self._frozen_elements, parameter, importance, beta)
                     self._first_moments.settle(parameter, moment, importance, beta, frozen)
 
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
-        """The first moment that steps read and write in a parameter's state, as far as this process holds it."""
+        """The first moment in a parameter's state, or this process's shard of it; None if steps do not use it."""
         return local(state["momentum_buffer"]) if has_momentum else None
 
     def _frozen_elements(self, parameter: Tensor, importance: Tensor, beta: float) -> Tensor:
         return self._spread(importance >= beta, parameter)
 
     def _spread(self, of_neurons: Tensor, parameter: Tensor) -> Tensor:
-        """One value per neuron of a parameter's layer, so that it broadcasts against this process's part of it."""
+        """Reshapes one value per neuron of a layer to broadcast against a parameter, or this process's shard of it."""
         _, dim, groups = self._place[id(parameter)]
         part = local(parameter)
         rows = of_neurons.narrow(0, self._first_neuron(parameter), part.shape[dim] * groups)
         return reference.per_element(rows, part, dim, groups)
-
-    def _count_empty_steps(self) -> None:
-        """Warns where steps move nothing, because another model is trained than the optimizer's."""
-        self._empty_steps = 0 if self._plans else self._empty_steps + 1
-        if self._empty_steps == _SUSPICIOUS:
-            warn(
-                f"no parameter had a gradient in {_SUSPICIOUS} steps in a row, so nothing was learned: build the "
-                "optimizer on the model that is trained (not on a copy), and call backward() between zero_grad() and "
-                "step()",
-                ImportanceWarning,
-            )
 
     def _trains(self, parameter: Tensor) -> bool:
         return self._others == "train" or id(parameter) in self._place or id(parameter) in self._plain
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
-        state = self.state[parameter]  # an empty one counts for torch.distributed.checkpoint, where none is an error
+        state = self.state[parameter]  # creates it: torch.distributed.checkpoint expects one, even if it is empty
         if self._counts_steps(parameter, group):
             state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32, device=parameter.device)
 
@@ -410,19 +353,19 @@ class Plastic(Descent, Joinable):
         index, dim, groups = self._place[id(parameter)]
         layer, average = self._consolidated[index], self._layer_state(index)["importance"]
         neurons = parameter.shape[dim] * groups if parameter.ndim > dim else 1
-        ends = {layer.neurons, *(part.first for part in layer.parameters)}  # one parameter may hold a part of them
+        ends = {layer.neurons, *(part.first for part in layer.parameters)}  # a parameter may hold a part of the neurons
         if self._first.get(id(parameter), 0) + neurons not in ends:
             raise ValueError(
                 f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but the layer had "
-                f"{layer.neurons} when the optimizer was built; build a new one, {self._built_as()}"
+                f"{layer.neurons} when the optimizer was built; build a new optimizer, {self._built_as()}"
                 ".load_importance(optimizer), which keeps the importance of the first neurons"
             )
         if not isinstance(average, Tensor) or average.shape != (layer.neurons,):
             got = f"shape {tuple(average.shape)}" if isinstance(average, Tensor) else f"type {type(average).__name__}"
             raise ValueError(
                 f"layer {layer.name!r} has {layer.neurons} neurons, but the importance in the optimizer's state has "
-                f"{got}; expected shape ({layer.neurons},): put such a tensor there, or begin at zero: "
-                f"del optimizer.state[parameter]['importance'], of {self._name_of(self._keys[index])}"
+                f"{got}; expected shape ({layer.neurons},): assign such a tensor, or start at zero: "
+                f"del optimizer.state[parameter]['importance'] of the parameter {self._name_of(self._keys[index])}"
             )
 
     def _check_state_fits(self, parameter: Any) -> None:
@@ -462,23 +405,24 @@ class Plastic(Descent, Joinable):
         )
         return layers, of_parameters, of_layers
 
-    def _rounds_at_random(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    def _rounds_stochastically(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         return bool(group["stochastic_rounding"]) and parameter.dtype == torch.bfloat16
 
     def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
-        """Whether the kernels must know how many steps a parameter has taken."""
-        return self._rounds_at_random(parameter, group)
+        """Whether the kernels need the number of steps that a parameter has taken."""
+        return self._rounds_stochastically(parameter, group)
 
     def _seeds(self, parameters: list[Tensor], groups: list[dict[str, Any]]) -> list[int]:
-        """For each parameter -1, or what its random rounding begins from: its place in the optimizer and its shard."""
-        at_random = list(map(self._rounds_at_random, parameters, groups))
-        if not any(at_random):
+        """The seed of each parameter's stochastic rounding, from its place in the groups and its shard, or -1."""
+        rounds = list(map(self._rounds_stochastically, parameters, groups))
+        if not any(rounds):
             return []
-        everything = [parameter for group in self.param_groups for parameter in group["params"]]
-        place = {id(parameter): index for index, parameter in enumerate(everything)}
-        firsts = (first_row(parameter) if is_sharded(parameter) else 0 for parameter in parameters)
-        rows = zip(parameters, firsts, at_random, strict=True)
-        return [place[id(one)] + len(everything) * first if own else -1 for one, first, own in rows]
+        place = {id(parameter): index for index, parameter in enumerate(self._all_parameters())}
+        first_rows = (first_row(parameter) if is_sharded(parameter) else 0 for parameter in parameters)
+        return [
+            place[id(parameter)] + len(place) * first if needs_seed else -1
+            for parameter, first, needs_seed in zip(parameters, first_rows, rounds, strict=True)
+        ]
 
     def _plastic_plan(
         self,
@@ -508,73 +452,23 @@ class Plastic(Descent, Joinable):
         )
 
     def _first_neuron(self, parameter: Tensor) -> int:
-        """Which neuron of its layer the first row of a parameter belongs to, as far as this process holds it."""
+        """The neuron that the first row of a parameter, or of this process's shard, belongs to."""
         _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
         row = first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
         return self._first.get(id(parameter), 0) + row
 
     def _layer_state(self, index: int) -> dict[str, Any]:
-        """Where a layer's importance is kept; it is zero at first."""
+        """The state that holds a layer's importance, which is zero at first."""
         state, key = self.state[self._keys[index]], self._keys[index]
         if "importance" not in state:
             neurons = self._consolidated[index].neurons
             state["importance"] = torch.zeros(neurons, dtype=torch.float32, device=key.device)
         return state
 
-    def _check_measured(self, unmeasured_layers: set[int], shared: bool) -> None:
-        """Raises if no layer that received gradients was measured, and warns of each single one that was not."""
-        planned = [index for plan in self._plans for index in plan.layers]
-        unmeasured = [index for index in planned if index in unmeasured_layers]
-        if not unmeasured:
-            return
-        if len(unmeasured) == len(planned):
-            layer = self._consolidated[planned[0]]
-            training = "" if self._model.training else " The model is in eval mode now: call model.train()."
-            raise RuntimeError(
-                f"no importance was measured since the last step, although gradients were (layer {layer.name!r} and "
-                f"all others), so nothing would be protected.{training} Importance is measured in the backward pass of "
-                "a forward pass in training mode, by hooks in the model that the optimizer was given: build it on the "
-                "model that is trained (not on a copy), keep its hooks, and call backward(), not torch.autograd.grad, "
-                "between zero_grad() and step(). A compiled model that was trained before the optimizer was built has "
-                "to be compiled again: call torch.compiler.reset()."
-            )
-        for index in unmeasured:
-            if shared and self._consolidated[index].checked:  # by other processes perhaps
-                continue
-            layer = self._consolidated[index]
-            self._warn_once(
-                layer.name,
-                "unmeasured",
-                "received gradients, but its importance was not measured, so it trains at the rates of its importance "
-                f"so far. It is measured in training mode, at the {' and the '.join(map(str, layer.points))}. If the "
-                "layer is in eval mode, call train(). If that place belongs to one of several heads, make the function "
-                "before it a module, or, if no normalization follows the layer, write "
-                f"layers={{{layer.name!r}: {{'measure_at': {layer.name!r}}}}}. If the model was compiled before the "
-                "optimizer was built, call torch.compiler.reset()",
-            )
-
-    def _drop_compiled_leftovers(self, layer: NeuronLayer) -> None:
-        """Drops importance that compiled code measured, if its gradients were cleared in between.
-
-        Taps in compiled code notice nothing of that. Each backward pass but the first raises the version of the sink's
-        gradient and of the weight's by one; a weight whose gradient has been cleared since begins at 0 again.
-        """
-        gradient, measured = layer.parameters[0].parameter.grad, layer.sink.grad
-        if gradient is None or measured is None or version_of(gradient) >= version_of(measured) or layer.sharded:
-            return
-        layer.sink.grad = None
-        self._warn_once(
-            layer.name,
-            "cleared",
-            "is in code that torch.compile has compiled, and its gradients were cleared by other means than the "
-            "optimizer's zero_grad(), so that importance of what was thrown away would have counted; its importance "
-            "stays as it was in such steps: call optimizer.zero_grad() instead",
-        )
-
     def _constants(self, index: int) -> Mapping[str, Any]:
-        """alpha, beta, delta, sigma and normalize of a layer: its own, else those of its weight's group."""
-        group, own = self._group_of[id(self._keys[index])], self._own_options[index]
-        return {**group, **own} if own else group
+        """alpha, beta, delta, sigma and normalize of a layer: the group's options, overridden by the layer's."""
+        group, options = self._group_of[id(self._keys[index])], self._own_options[index]
+        return {**group, **options} if options else group
 
     def _drop_measured(self) -> None:
         for layer in self.neurons:
@@ -583,17 +477,12 @@ class Plastic(Descent, Joinable):
     def _report_skipped(self, counts: Sequence[int]) -> None:
         for layer, count in zip(self._consolidated, counts, strict=True):
             if count:
-                self._warn_once(
-                    layer.name,
+                self._checks.warn_once(
+                    layer,
                     "skipped",
                     "was measured with an importance that is not finite (inf or nan in activations or gradients); "
                     "such steps leave its importance as it was and are counted in plasticity()[...].skipped",
                 )
-
-    def _warn_once(self, layer: str, kind: str, text: str) -> None:
-        if (layer, kind) not in self._warned:
-            self._warned.add((layer, kind))
-            warn(f"layer {layer!r} {text}", ImportanceWarning)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
@@ -601,15 +490,15 @@ class Plastic(Descent, Joinable):
             uncompiled(Plastic.zero_grad, self, set_to_none)
             return
         super().zero_grad(set_to_none)
-        if self._ready_neurons:
+        if self._has_neurons:
             self._drop_measured()
             self._certificates.gradients_dropped()
 
-    # ------------------------------------------------------------------------------------------------------ looking in
+    # ------------------------------------------------------------------------------------------------------ plasticity
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """Importance, learning rates and the share of frozen neurons of every consolidated layer, by its name."""
+        """Importance, learning rates and the share of frozen neurons of every consolidated layer, by name."""
         result = ByLayer[LayerPlasticity]()
         counts = self._skipped.now()
         for index, layer in enumerate(self._consolidated):
@@ -626,7 +515,7 @@ class Plastic(Descent, Joinable):
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
 
-    # ------------------------------------------------------------------------------------- models that are changed
+    # ------------------------------------------------------------------------------- model changes, earlier importance
 
     def _inherit(self, old: Tensor, new: Tensor) -> None:
         importance = self.state[old].get("importance")
@@ -642,9 +531,9 @@ class Plastic(Descent, Joinable):
         self._just_found = True
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        averages = ((key, states.get(id(key), {}).get("importance")) for key in self._keys)
-        own = zip(self._consolidated, averages, strict=True)
-        return {layer.name: {"importance": average} for layer, (_, average) in own if average is not None}
+        layers = zip(self._consolidated, self._keys, strict=True)
+        averages = {layer.name: states.get(id(key), {}).get("importance") for layer, key in layers}
+        return {name: {"importance": average} for name, average in averages.items() if average is not None}
 
     def _may_hold(self) -> list[str]:
         return [layer.name for layer in self._consolidated]
@@ -668,7 +557,7 @@ class Plastic(Descent, Joinable):
         return 0.0 if watch is None else watch.gradients_skipped()
 
     def constants(self, layer: str) -> dict[str, Any]:
-        """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
+        """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
         names = [consolidated.name for consolidated in self._consolidated]
         if layer not in names:
             raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
@@ -678,11 +567,11 @@ class Plastic(Descent, Joinable):
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """As that of any torch optimizer, with everything in it that steps keep, from the beginning on.
+        """Like the state dict of any torch optimizer, but complete before the first step.
 
-        So it can serve as what a checkpoint is loaded into (torch.distributed.checkpoint asks for what an optimizer has
-        before its first step, and has none made where there is something, as importance is). Of sharded parameters it
-        has this process's shards, as DTensors.
+        torch.distributed.checkpoint loads into the state dict of a new optimizer. It creates the missing state only for
+        optimizers without any state, and importance is there from the beginning. Sharded parameters have this process's
+        shards, as DTensors.
         """
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -694,7 +583,7 @@ class Plastic(Descent, Joinable):
         if self._keys and not any("importance" in saved[id(key)] for key in self._keys):
             raise ValueError(
                 f"the state dict has no importance; it was saved by another optimizer than {type(self).__name__}. To "
-                "begin without importance, do not load it"
+                "start without importance, do not load it"
             )
         for layer, key in zip(self._consolidated, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
@@ -705,26 +594,24 @@ class Plastic(Descent, Joinable):
                 raise ValueError(
                     f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
                     f"({layer.neurons},); it was saved for another architecture or by another optimizer"
-                    + ("" if key.requires_grad else _LEFT_OUT)
+                    + ("" if key.requires_grad else _NOT_SAVED)
                 )
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for parameter in parameters:  # torch leaves their steps where they were saved
+        for parameter in self._all_parameters():  # torch leaves their steps on the device they were saved on
             if "step" in self.state.get(parameter, {}):
                 step = self.state[parameter]["step"]
                 count = torch.as_tensor(step, dtype=torch.float32, device=parameter.device)
                 self.state[parameter]["step"] = count.clone()
-        for key in self._keys:  # stays float32, and its own
+        for key in self._keys:  # torch would cast importance to the parameter's dtype, and not copy it
             average = saved[id(key)].get("importance")
-            if average is None:  # of a layer that is not trained
-                continue
-            self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
+            if average is not None:  # layers that are not trained have none
+                self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
         self._drop_measured()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # of a copy, an unpickled optimizer, or from load_state_dict
+        super().__setstate__(state)  # called by copy, pickle and load_state_dict
         self.neurons.detach_with(self)
         self._index_parameters()
         self._certificates.bind(self.state, self._group_of)
@@ -739,3 +626,14 @@ class Plastic(Descent, Joinable):
             f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
         )
+
+
+def _check_shards_are_whole_groups(neurons: Neurons) -> None:
+    """Raises ValueError if a grouped transposed convolution, of which a shard holds parts of groups, is sharded."""
+    for p in (p for layer in neurons for p in layer.parameters):
+        if p.groups > 1 and is_sharded(p.parameter):
+            raise ValueError(
+                f"parameter {p.name!r} of a transposed convolution with {p.groups} groups is sharded, so processes "
+                "hold parts of groups; expected groups=1, or leave it out: "
+                "fully_shard(..., ignored_params={...}), and average its gradients yourself"
+            )

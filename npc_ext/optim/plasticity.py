@@ -1,4 +1,4 @@
-"""What `plasticity()` returns."""
+"""The result of `plasticity()` for one layer."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerPlasticity:
-    """How plastic one layer is at this moment.
+    """The plasticity of a layer at this moment.
 
     Attributes:
         importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
-        frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, whatever the learning rate of the group.
+        frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, regardless of the group's learning rate.
         skipped: in how many steps the measured importance was not finite and was left out.
-        frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
-            constants in force; 0 where that is not certain, at most a million.
-        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were left out of the last step's
-            backward passes; 0 if the next one computes them again.
+        frozen_for: (N,) int64, the number of steps for which each neuron is certain to stay frozen with the current
+            options, regardless of the data: 0 if it is not certain, at most a million.
+        gradients_skipped: the share of neurons, from 0 to 1, for which the last step's backward passes skipped the
+            weight gradients; 0 if the next pass computes them again.
     """
 
     importance: Tensor
@@ -37,8 +37,8 @@ class LayerPlasticity:
 
 
 def spread(values: Tensor) -> str:
-    """A tensor's least, mean and largest value, for a line of text."""
+    """A tensor's minimum, maximum and mean as text."""
     if not values.numel():
         return "of none"
-    least, mean, most = values.min().item(), values.mean().item(), values.max().item()
-    return f"{least:.3g} to {most:.3g} (mean {mean:.3g})"
+    minimum, mean, maximum = values.min().item(), values.mean().item(), values.max().item()
+    return f"{minimum:.3g} to {maximum:.3g} (mean {mean:.3g})"

@@ -1,26 +1,26 @@
-"""Notices when parts of a model, or its optimizer, are replaced, so that nothing is lost silently.
+"""Takes importance over from an earlier optimizer of a model, so that none is lost silently.
 
-An optimizer remembers the parameters of its model by name and compares now and then (`KnownModel`). A weak registry
-records which optimizers held importance for a model (`note_importance`). A later optimizer can then warn that it begins
-without.
+A weak registry records which optimizers held importance for a model (`note_importance`). A later optimizer that starts
+without importance can then warn.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import own_children, own_parameters
-from ..distributed.shards import is_sharded
+from .._names import listed
+from .._warn import warn
+from ..neurons.tap import ImportanceWarning
 
-_MOST_NAMES = 8  # in a message
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
-# Model -> kind of importance -> what it belongs to (layers or parameters, by name) -> the optimizer that held it.
+# Model -> kind of importance -> name of a layer or parameter -> class name of the optimizer that held its importance.
 _holders: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
 
 
@@ -30,151 +30,189 @@ def note_importance(model: nn.Module, kind: str, names: Iterable[str], optimizer
 
 
 def holders_of_importance(model: nn.Module, kind: str) -> dict[str, str]:
-    """Which optimizers held importance for a model before: layer or parameter name -> class name."""
+    """The optimizers that held importance for a model: layer or parameter name -> class name."""
     return dict(_holders.get(model, {}).get(kind, {}))
 
 
-@dataclass(frozen=True)
-class Lost:
-    """A trained parameter that is not in its place in the model any more, and those that are there instead."""
-
-    name: str
-    parameter: Tensor
-    replacements: dict[str, Tensor]
-
-
-class KnownModel:
-    """The parameters of a model that an optimizer trains.
-
-    Attributes:
-        parameters: those trained, by name; one that several modules share by each of its names.
-    """
-
-    def __init__(self, parameters: dict[str, Tensor], names: Collection[str], model: nn.Module) -> None:
-        self.parameters = parameters
-        self._names = names  # of all parameters that the model had, trained or not
-        self.look_again(model)
-
-    @classmethod
-    def of(
-        cls, model: nn.Module, trained: Collection[int], before: KnownModel | None
-    ) -> tuple[KnownModel, list[tuple[Tensor, Tensor]]]:
-        """What to know of a model, and which trained parameters have been replaced by others that are trained.
-
-        Args:
-            model: the network.
-            trained: the ids of the parameters that the optimizer trains.
-            before: what was known.
-        """
-        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        parameters = {name: parameter for name, parameter in now.items() if id(parameter) in trained}
-        if before is None:
-            return cls(parameters, set(now), model), []
-        present, replaced = set(map(id, now.values())), []
-        for name, old in before.parameters.items():
-            if id(old) in present:
-                continue
-            if name in parameters:
-                replaced.append((old, parameters[name]))
-            elif id(old) in trained:
-                parameters[name] = old
-        return cls(parameters, before._names, model), replaced
-
-    def look_again(self, model: nn.Module) -> None:
-        """Makes the model as it is now the one that `is_unchanged` compares with."""
-        self._places: list[tuple[Mapping[str, Any], str, Any]] = []
-        for module in model.modules():
-            for owned in (own_children(module), own_parameters(module)):
-                self._places += [(owned, key, what) for key, what in owned.items()]
-
-    def is_unchanged(self, model: nn.Module) -> bool:
-        """Whether all modules and parameters are still where they were; quick."""
-        if not self._places:  # of a copy
-            self.look_again(model)
-        for owned, key, what in self._places:
-            if owned.get(key) is not what:
-                return False
-        return True
-
-    def lost(self, model: nn.Module) -> list[Lost]:
-        """The trained parameters that others have replaced in the model."""
-        now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        present = set(map(id, now.values()))
-        found = []
-        for name, parameter in self.parameters.items():
-            if name in now:
-                if now[name] is parameter:
-                    continue
-                if is_sharded(parameter) and not is_sharded(now[name]):
-                    continue  # put together for the time being
-                found.append(Lost(name, parameter, {name: now[name]}))
-                continue
-            if id(parameter) in present:  # under another name
-                continue
-            module = name.rpartition(".")[0]
-            # A parametrization computes it from others. A module that is gone was removed on purpose.
-            prefix = f"{module}." if module else "parametrizations."
-            others = {other: own for other, own in now.items() if other not in self._names and other.startswith(prefix)}
-            if others:
-                found.append(Lost(name, parameter, others))
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_places": []}
-
-
-def check_not_sharded(lost: Iterable[Lost]) -> None:
-    """Raises RuntimeError if `fully_shard` has put others in the place of parameters."""
-    for one in lost:
-        if not is_sharded(one.parameter) and any(map(is_sharded, one.replacements.values())):
-            raise RuntimeError(
-                f"the optimizer has a parameter {one.name!r} in whose place fully_shard has put a sharded one since, "
-                "so it would train nothing: build the optimizer after fully_shard (and not between a forward pass and "
-                "its backward pass, when parameters are put together); with Accelerate prepare "
-                "both in one call: model, optimizer = accelerator.prepare(model, optimizer)"
-            )
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names as a message lists them."""
-    all_names = list(names)
-    more = len(all_names) - _MOST_NAMES
-    return ", ".join(map(repr, all_names[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
-
-
 def in_first_block(earlier: Tensor, later: Tensor) -> Tensor:
-    """`later`, with an earlier, smaller tensor's values in the block where both have elements; changed in place."""
+    """Copies an earlier tensor, which may be smaller, to the beginning of each dimension of `later`, and returns it."""
     later[tuple(slice(size) for size in earlier.shape)] = earlier.to(later.device, later.dtype)
     return later
 
 
 def blocks_of(model: nn.Module, name: str) -> int:
-    """How many equal blocks of rows a parameter has that grow each by itself, as those of queries, keys and values."""
-    owner, _, own = name.rpartition(".")
-    module = model.get_submodule(owner)
-    if isinstance(module, nn.MultiheadAttention) and own.startswith("in_proj"):
+    """The number of equal blocks of rows in a parameter that grow separately, such as queries, keys and values."""
+    module_name, _, parameter = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    if isinstance(module, nn.MultiheadAttention) and parameter.startswith("in_proj"):
         return 3
-    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and not own.startswith("weight_hr"):
+    if isinstance(module, (nn.LSTM, nn.LSTMCell)) and not parameter.startswith("weight_hr"):
         return 4  # gates
     return 3 if isinstance(module, (nn.GRU, nn.GRUCell)) else 1
 
 
 def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor:
-    """`later` with an earlier tensor's values, which may have fewer rows (neurons, connections) and no more.
+    """Copies an earlier tensor, which may have fewer rows (neurons, connections), to the first rows of `later`.
 
-    Both consist of `blocks` of rows, of which each may have grown.
+    Both consist of `blocks` of rows, which may each have grown.
+
+    Args:
+        earlier: the tensor to copy.
+        later: the tensor to write to; it is returned.
+        what: the name of the layer or parameter, for messages.
+        blocks: see `blocks_of`.
 
     Raises:
-        ValueError: it does not fit.
+        ValueError: `earlier` does not fit.
     """
     if earlier.ndim != later.ndim or any(a > b for a, b in zip(earlier.shape, later.shape, strict=True)):
         raise ValueError(
             f"{what} had importance of shape {tuple(earlier.shape)} in the earlier optimizer, but here it has shape "
-            f"{tuple(later.shape)}; expected the same, or a larger one, as of a layer that has grown. To begin without "
-            "it, leave load_importance out, or pass None"
+            f"{tuple(later.shape)}; expected the same or a larger shape, as in a layer that has grown. To start "
+            "without importance, call load_importance(None)"
         )
     with torch.no_grad():
         if blocks > 1:
             in_first_block(earlier.detach().unflatten(0, (blocks, -1)), later.unflatten(0, (blocks, -1)))
             return later
         return in_first_block(earlier.detach(), later)
+
+
+class ImportanceHolder(torch.optim.Optimizer):
+    """An optimizer of a model that may hold importance, and can take it over from an earlier optimizer."""
+
+    # The kind of importance, empty for optimizers without importance. Only optimizers of one kind take over from each
+    # other.
+    _KIND: ClassVar[str] = ""
+
+    _model: nn.Module
+    _may_begin_without = False  # whether to start without importance although another optimizer of the model held some
+
+    def _all_parameters(self) -> list[Tensor]:
+        """The parameters of all groups."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    def _called(self) -> str:
+        """The name of the class that users build."""
+        return type(self).__name__
+
+    def _built_as(self) -> str:
+        """The call that builds such an optimizer, for messages."""
+        return f"{self._called()}(model, ...)"
+
+    def _forget_plans(self) -> None:
+        """Called when tensors of the state were replaced."""
+
+    def _held(self) -> dict[str, dict[str, Tensor]]:
+        """The importance held: layer or parameter name -> tensors by name."""
+        return self._held_in({id(parameter): state for parameter, state in self.state.items()})
+
+    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
+        """The importance in saved states, which are given by the id of this optimizer's parameter."""
+        return {}
+
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Takes importance over. If it does not fit, raises ValueError and changes nothing."""
+
+    def _note_importance(self) -> None:
+        """Records that this optimizer holds importance, for later optimizers of the model."""
+        if names := list(self._held()):
+            note_importance(self._model, self._KIND, names, self._called())
+
+    def _warn_if_importance_is_lost(self) -> None:
+        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
+        if not earlier or any(bool(held.any()) for tensors in self._held().values() for held in tensors.values()):
+            return
+        here = self._may_hold()
+        names = [name for name in earlier if name in here]
+        if not names:
+            return
+        warn(
+            f"an earlier {earlier[names[0]]} of this model held the importance of {listed(names)}, but this "
+            f"{self._called()} starts without importance, so earlier tasks are not protected. Use one optimizer for "
+            f"all tasks, or take the importance over: {self._built_as()}.load_importance(earlier), with the earlier "
+            "optimizer or its state_dict(); load_importance(None) starts at zero without this warning",
+            ImportanceWarning,
+        )
+
+    def _may_hold(self) -> Collection[str]:
+        """The names of the layers or parameters that can have importance here."""
+        return ()
+
+    def load_importance(self, earlier: Any) -> Self:
+        """Takes over the importance of an earlier optimizer, by the names of layers or parameters.
+
+        Use this if you build a new optimizer for every task: `NPC(model, lr=0.1).load_importance(earlier)`. Layers may
+        have grown: the first neurons keep their importance, and the new ones start at zero. Momentum is not taken over.
+        Without this call, the first step warns that the importance of an earlier optimizer of the model is lost. The
+        constructor does not warn, so that there is time to load a checkpoint.
+
+        Args:
+            earlier: an optimizer of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, and
+                so do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it can take no
+                more steps. Or its `state_dict()`, with as many parameters in the same order. None starts at zero
+                without the warning.
+
+        Returns:
+            This optimizer.
+
+        Raises:
+            ValueError: a layer has fewer neurons than before, no layer has the same name, or a state dict has no
+                importance. Nothing is changed then.
+            TypeError: `earlier` holds no importance, or importance of another kind.
+        """
+        if isinstance(earlier, Mapping):
+            self._take(self._held_in_state_dict(earlier))
+        elif earlier is not None:
+            earlier = self._of_this_kind(earlier)
+            self._take(earlier._held())
+            if earlier is not self and earlier._model is self._model:
+                earlier._leave_model()
+        self._may_begin_without = True
+        return self
+
+    def _take(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        here = self._may_hold()
+        if held and not any(name in here for name in held):
+            raise ValueError(
+                f"the earlier optimizer held the importance of {listed(held)}, but here are {listed(here)}; "
+                "expected some of the same names: build both on the same model"
+            )
+        self._take_importance({name: tensors for name, tensors in held.items() if name in here})
+        self._forget_plans()
+
+    def _held_in_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+        held = self._held_in(self._states_saved_in(state_dict.get("plasticity", state_dict)))
+        if not held and self._held():  # these optimizers hold importance from the beginning on
+            raise ValueError(
+                f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that of an "
+                f"optimizer with {self._KIND}, like {self._called()}, or None"
+            )
+        return held
+
+    def _of_this_kind(self, earlier: Any) -> ImportanceHolder:
+        inner = earlier
+        while inner is not None and not isinstance(inner, ImportanceHolder):
+            inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
+        if inner is None or not inner._KIND or inner._KIND != self._KIND:
+            raise TypeError(
+                f"earlier is a {type(earlier).__name__}; expected an optimizer with {self._KIND}, like "
+                f"{self._called()}, its state_dict(), or None"
+            )
+        return inner
+
+    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """The states of a state dict, by the id of the parameter at the same position here."""
+        if not {"state", "param_groups"} <= state_dict.keys():
+            raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
+        saved = [index for group in state_dict["param_groups"] for index in group["params"]]
+        parameters = self._all_parameters()
+        if len(saved) != len(parameters):
+            raise ValueError(
+                f"the state dict has {len(saved)} parameters, this optimizer {len(parameters)}; expected as many, in "
+                "the same order: pass the optimizer itself to match layers by name"
+            )
+        return {id(p): state_dict["state"].get(index, {}) for index, p in zip(saved, parameters, strict=True)}
+
+    def _leave_model(self) -> None:
+        """Removes the taps from the model: another optimizer takes over."""

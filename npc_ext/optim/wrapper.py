@@ -1,4 +1,4 @@
-"""Learning rates for every neuron around any optimizer, by scaling what it does to the weights."""
+"""Neuron-wise learning rates for any optimizer, by scaling its updates of the weights."""
 
 from __future__ import annotations
 
@@ -27,38 +27,37 @@ if TYPE_CHECKING:
 
 
 BUCKET_BYTES = 64 * 2**20
-# Under this name schedule-free optimizers keep the second weights, between which and the parameters train() and eval()
-# interpolate.
+# The state of schedule-free optimizers that holds their second weights; train() and eval() interpolate between these
+# and the parameters.
 SECOND_WEIGHTS = "z"
 _FIRST_MOMENTS = ("momentum_buffer", "exp_avg")
 
 
 class PlasticityWrapper(torch.optim.Optimizer, Joinable):
-    """Any optimizer, with a learning rate for every neuron that falls with the neuron's importance.
+    """Wraps any optimizer, and lowers the learning rate of each neuron with the neuron's importance.
 
-    Each step lets the optimizer move the weights, and then takes back a part of the movement, neuron by neuron:
+    In each step the optimizer moves the weights. Then each neuron takes back a part of its movement:
 
         w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
 
-    with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's own state
-    follows the gradients of all of them, but when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set
-    to 0, once. With normalize="active" the weights of a neuron that received no gradient stay, but its state changes as
-    the optimizer changes it.
+    with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's state
+    follows the gradients of all neurons; only when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set
+    to 0, once. With normalize="active", a neuron that received no gradient keeps its weights, but the optimizer may
+    change its state.
 
-    It takes the optimizer's place: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied bucket by
-    bucket, so that no more than `bucket_bytes` are needed at a time; the optimizer's step is called once for each
-    bucket, with only its parameters in the groups. Counters that it keeps in its groups or as numbers in itself count
-    one step.
+    Use the wrapper in place of the optimizer: step, zero_grad, schedulers, `GradScaler`, state_dict. Weights are copied
+    in buckets, so that at most `bucket_bytes` are needed at a time. The optimizer's step is called once for each
+    bucket, with only that bucket's parameters in the groups. Counters in its groups and attributes count one step.
 
-    Schedule-free optimizers, which have `train()` and `eval()`, keep two sets of weights. Neurons take their share of
-    the movement of both, and where s_i = 0 both are the same: such neurons are bit-identical in both modes.
+    Schedule-free optimizers, which have `train()` and `eval()`, keep two sets of weights. The movement of both is
+    scaled, and where s_i = 0 both are equal: such neurons are bit-identical in both modes.
 
     Args:
-        optimizer: any optimizer whose step needs no closure. Step hooks of its own run once a bucket.
+        optimizer: any optimizer that needs no closure. Its step hooks run once for each bucket.
         model: the network.
-        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`. Models may be
-            sharded by `fully_shard`, too, before both are built.
-        bucket_bytes: the most bytes of weights that are copied at a time, except for larger single parameters.
+        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`. To train a sharded model,
+            call `fully_shard` before you build the optimizer and the wrapper.
+        bucket_bytes: the most bytes of weights to copy at a time, except for larger single parameters.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
@@ -91,7 +90,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                 "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
             )
         if isinstance(optimizer, tuple(_WHY_NOT)):
-            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it " + _WHY_NOT[_kind(optimizer)])
+            why_not = next(reason for kind, reason in _WHY_NOT.items() if isinstance(optimizer, kind))
+            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it {why_not}")
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
         self.optimizer, self._bucket_bytes = optimizer, bucket_bytes
@@ -115,35 +115,35 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             raise ValueError(
                 f"none of the {type(optimizer).__name__}'s parameters belongs to a neuron of the model, so nothing "
                 "would be protected; build the optimizer on the parameters of the model that is passed here and "
-                "trained (not of a copy, and after fully_shard)"
+                "trained (not on those of a copy, and after fully_shard)"
             )
         self._tracker.warn_if_little_is_protected()
-        super().__setstate__({})  # the hooks of torch.optim.Optimizer; groups and state are the optimizer's own
+        super().__setstate__({})  # creates the hooks of torch.optim.Optimizer
 
-    # ------------------------------------------------------------------------------------------- the optimizer's own
+    # ------------------------------------------------------------------------------------------- the wrapped optimizer
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """Those of the wrapped optimizer."""
+        """The groups of the wrapped optimizer."""
         return self.optimizer.param_groups
 
     @property
     def state(self) -> Any:  # type: ignore[override]
-        """That of the wrapped optimizer; importance is in `plasticity()`."""
+        """The state of the wrapped optimizer; for importance see `plasticity()`."""
         return self.optimizer.state
 
     @property
     def defaults(self) -> dict[str, Any]:  # type: ignore[override]
-        """Those of the wrapped optimizer."""
+        """The defaults of the wrapped optimizer."""
         return self.optimizer.defaults
 
     @property
     def neurons(self) -> Neurons:
-        """Which neurons there are, and where they are measured; printing it shows a table."""
+        """The model's neurons and the places where they are measured; print it to see a table."""
         return self._tracker.neurons
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds parameters with options of their own to the wrapped optimizer; the model is searched again."""
+        """Adds a group of parameters to the wrapped optimizer, and searches the model again."""
         self.optimizer.add_param_group(param_group)
         added = self.optimizer.param_groups[-1]["params"]
         try:
@@ -154,12 +154,12 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     @property
     def train(self) -> Callable[[], Any]:
-        """That of the wrapped optimizer; schedule-free optimizers have one, others raise AttributeError."""
+        """The `train` method of a schedule-free optimizer; raises AttributeError for others."""
         return self.optimizer.train  # type: ignore[attr-defined]
 
     @property
     def eval(self) -> Callable[[], Any]:
-        """That of the wrapped optimizer, as `train`."""
+        """The `eval` method of a schedule-free optimizer; raises AttributeError for others."""
         return self.optimizer.eval  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -173,19 +173,19 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of the wrapped optimizer, of which every neuron takes its share.
+        """Performs one step of the wrapped optimizer, and scales the movement of each neuron.
+
+        If the wrapped optimizer's step raises, importance is already updated, and some weights may have moved.
 
         Args:
-            closure: evaluates the model again and returns the loss; it is called once.
+            closure: reevaluates the model and returns the loss; it is called once.
 
         Returns:
-            What `closure` returned, or None.
+            The value that `closure` returned, or None.
 
         Raises:
-            RuntimeError: gradients are there, but no importance was measured at all; or a schedule-free optimizer is
-                not in training mode.
-
-        If the wrapped optimizer's own step raises, importance is updated already, and some weights may have moved.
+            RuntimeError: there are gradients, but no importance was measured; or a schedule-free optimizer is not in
+                training mode.
         """
         if torch.compiler.is_dynamo_compiling():
             return uncompiled(PlasticityWrapper._step, self, closure)
@@ -211,7 +211,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return loss
 
     def _only_makes_state(self) -> bool:
-        """Whether nothing was measured and nothing can move: torch.distributed.checkpoint has states made so."""
+        """Whether nothing was measured and nothing can move: torch.distributed.checkpoint creates state this way."""
         unmeasured = all(layer.sink.grad is None for layer in self.neurons)
         return unmeasured and all("lr" in group and float(group["lr"]) == 0 for group in self.param_groups)
 
@@ -221,8 +221,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return hasattr(self, "train") and hasattr(self, "eval")
 
     def _take_steps(self) -> None:
-        """Has the optimizer move the parameters, those that are protected bucket by bucket."""
-        trained = [one for group in self.param_groups for one in group["params"] if one.grad is not None]
+        """Lets the optimizer move the parameters: first the unprotected ones, then the others in buckets."""
+        trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         shares = {id(parameter): share for parameter in trained if (share := self._tracker.share(parameter))}
         with self._counting_one_step() as before_each:
             unprotected = [parameter for parameter in trained if id(parameter) not in shares]
@@ -230,20 +230,20 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                 before_each()
                 self._step_only(unprotected)
             most_bytes = self._bucket_bytes // 2 if self._has_modes else self._bucket_bytes
-            for bucket in _buckets([one for one in trained if id(one) in shares], most_bytes):
+            for bucket in _buckets([p for p in trained if id(p) in shares], most_bytes):
                 before = [local(parameter).detach().clone() for parameter in bucket]
-                second_before = [self._second_weights(parameter) for parameter in bucket] if self._has_modes else []
-                second_before = [None if second is None else second.clone() for second in second_before]
+                seconds = [self._second_weights(parameter) for parameter in bucket] if self._has_modes else []
+                seconds_before = [was if z is None else z.clone() for z, was in zip(seconds, before, strict=False)]
                 before_each()
                 self._step_only(bucket)
                 for parameter, was in zip(bucket, before, strict=True):
                     shares[id(parameter)].take_back_(local(parameter), was)
-                for parameter, was, second_was in zip(bucket, before, second_before, strict=bool(second_before)):
-                    self._take_back_second_(parameter, was if second_was is None else second_was, shares[id(parameter)])
+                for parameter, was in zip(bucket, seconds_before, strict=self._has_modes):
+                    self._take_back_second_(parameter, was, shares[id(parameter)])
         self._tracker.clear_first_moments_(self.optimizer.state)
 
     def _second_weights(self, parameter: Tensor) -> Tensor | None:
-        """Those of a schedule-free optimizer; they begin as the parameter in its first step."""
+        """The second weights of a schedule-free optimizer; its first step initializes them to the parameter."""
         second: Tensor | None = local(self.optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS))
         return second
 
@@ -252,33 +252,32 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         if second is None or second.shape != before.shape:
             raise RuntimeError(
                 f"{type(self.optimizer).__name__} has train() and eval(), but not the second weights of schedule-free "
-                f"optimizers (state[...][{SECOND_WEIGHTS!r}]), so that frozen neurons would not stay as they are in "
-                "both modes; use it without the wrapper, or wrap another optimizer"
+                f"optimizers (state[...][{SECOND_WEIGHTS!r}]), so frozen neurons could change between the modes; use "
+                "it without the wrapper, or wrap another optimizer"
             )
         share.take_back_(second, before)
         share.tie_(second, local(parameter))
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
-        everything = [group["params"] for group in self.param_groups]
+        complete = [group["params"] for group in self.param_groups]
         try:
-            for group, all_of_it in zip(self.param_groups, everything, strict=True):
-                group["params"] = [parameter for parameter in all_of_it if id(parameter) in chosen]
+            for group in self.param_groups:
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) in chosen]
             self.optimizer.step()
         finally:
-            for group, all_of_it in zip(self.param_groups, everything, strict=True):
-                group["params"] = all_of_it
+            for group, members in zip(self.param_groups, complete, strict=True):
+                group["params"] = members
 
     @contextmanager
     def _counting_one_step(self) -> Iterator[Callable[[], None]]:
-        """Yields a function that resets what the optimizer counts outside of parameters' states, before each bucket."""
-        kept = [_numbers(group) for group in self.param_groups]
-        own = _numbers(vars(self.optimizer))
+        """Yields a function to call before each bucket: it resets the counters in the optimizer and its groups."""
+        places = [*self.param_groups, vars(self.optimizer)]
+        kept = list(map(_numbers, places))
 
         def reset() -> None:
-            for group, numbers in zip(self.param_groups, kept, strict=True):
-                _restore(group, numbers)
-            _restore(vars(self.optimizer), own)
+            for place, numbers in zip(places, kept, strict=True):
+                _restore(place, numbers)
 
         yield reset
 
@@ -311,10 +310,10 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         """As `NPC.join_process_group`."""
         return self._tracker.join_process_group
 
-    # ------------------------------------------------------------------------------------------------------ looking in
+    # ------------------------------------------------------------------------------------------------------ plasticity
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's own rate, from 0 to 1."""
+        """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's rate, from 0 to 1."""
         return self._tracker.plasticity()
 
     def constants(self, layer: str) -> dict[str, Any]:
@@ -327,39 +326,38 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's, and under "plasticity" the importance of all neurons with its constants.
+        """The wrapped optimizer's state dict, with the tracker's under "plasticity": importance and its options.
 
-        Importance is also in the states of the layers' weights, for torch.distributed.checkpoint, which knows of these
-        only.
+        Importance is also in the states of the layers' weights, because torch.distributed.checkpoint only saves states.
         """
-        own, tracked = self.optimizer.state_dict(), self._tracker.state_dict()
-        states = dict(own["state"])
+        wrapped, tracked = self.optimizer.state_dict(), self._tracker.state_dict()
+        states = dict(wrapped["state"])
         for index, state in tracked["state"].items():
             if "importance" in state:
                 states[index] = {**states.get(index, {}), "importance": state["importance"]}
-        return {**own, "state": states, "plasticity": tracked}
+        return {**wrapped, "state": states, "plasticity": tracked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over a saved state. Raises ValueError, before any change, if it does not fit."""
+        """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
         before = self._tracker.state_dict()
         states = state_dict.get("state", {})
         tracked = state_dict.get("plasticity")
-        if tracked is None:  # torch.distributed.checkpoint has left it out; the constants are those of this wrapper
-            # Keys may be names; the tracker counts parameters through the groups.
+        if tracked is None:  # torch.distributed.checkpoint did not save it; keep this wrapper's options
+            # Keys may be names; the tracker numbers the parameters through all groups.
             keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])
-            own_states = ((at, states.get(key, {})) for at, key in enumerate(keys))
-            importances = {at: {"importance": own["importance"]} for at, own in own_states if "importance" in own}
+            numbered = ((at, states.get(key, {})) for at, key in enumerate(keys))
+            importances = {at: {"importance": state["importance"]} for at, state in numbered if "importance" in state}
             if not importances:
                 raise ValueError(
-                    "the state dict has no 'plasticity'; it was saved by the optimizer alone, not by its "
-                    "PlasticityWrapper. To begin without importance: wrapper.optimizer.load_state_dict(...)"
+                    "the state dict has no 'plasticity'; the optimizer saved it, not its PlasticityWrapper. To start "
+                    "without importance: wrapper.optimizer.load_state_dict(...)"
                 )
             tracked = {**before, "state": importances}
-        own = {name: part for name, part in state_dict.items() if name != "plasticity"}
-        own["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
+        wrapped = {name: part for name, part in state_dict.items() if name != "plasticity"}
+        wrapped["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
         self._tracker.load_state_dict(tracked)
         try:
-            self.optimizer.load_state_dict(own)
+            self.optimizer.load_state_dict(wrapped)
         except Exception:
             self._tracker.load_state_dict(before)
             raise
@@ -369,19 +367,15 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
 
 _WHY_NOT = {
-    torch.optim.LBFGS: "evaluates a closure several times a step, between which its movement cannot be scaled",
-    Plastic: "gives each neuron a learning rate of its own already",
+    torch.optim.LBFGS: "evaluates a closure several times in a step, and its movement cannot be scaled in between",
+    Plastic: "gives each neuron a learning rate already",
     PlasticityWrapper: "is wrapped already",
 }
 
 
-def _kind(optimizer: torch.optim.Optimizer) -> type:
-    return next(kind for kind in _WHY_NOT if isinstance(optimizer, kind))
-
-
 @dataclass(frozen=True)
 class _Share:
-    """What share of its movement each neuron of a parameter keeps."""
+    """The share of its movement that each neuron of a parameter keeps."""
 
     of_neurons: Tensor
     neuron_dim: int
@@ -389,7 +383,7 @@ class _Share:
     first_neuron: int
 
     def take_back_(self, parameter: Tensor, before: Tensor) -> None:
-        """Moves a parameter, or this process's shard of it, back towards what it was; where the share is 0, to it."""
+        """Moves a parameter, or this process's shard, back towards `before`; exactly to it where the share is 0."""
         share = self._of_elements(parameter)
         dtype = reference.compute_dtype(parameter.dtype)
         if dtype == parameter.dtype:
@@ -399,26 +393,26 @@ class _Share:
         parameter.copy_(torch.where(share == 0, before, parameter))
 
     def tie_(self, second: Tensor, parameter: Tensor) -> None:
-        """Makes second weights the same as the parameter where the share is 0."""
+        """Makes the second weights equal to the parameter where the share is 0."""
         second.copy_(torch.where(self._of_elements(parameter) == 0, parameter, second))
 
     def _of_elements(self, parameter: Tensor) -> Tensor:
         rows = parameter.shape[self.neuron_dim] * self.groups
-        own = self.of_neurons.narrow(0, self.first_neuron, rows)
-        return reference.per_element(own, parameter, self.neuron_dim, self.groups)
+        shares = self.of_neurons.narrow(0, self.first_neuron, rows)
+        return reference.per_element(shares, parameter, self.neuron_dim, self.groups)
 
 
 class _Tracker(NPC):
-    """NPC that measures and averages, and moves nothing."""
+    """Measures and averages importance like NPC, but moves nothing."""
 
     _ADVICE = (
-        "Leave other parameters out of the optimizer, or have them learn more slowly, in a group of their own; only "
+        "Leave other parameters out of the optimizer, or give them a lower learning rate in a separate group; only "
         "Linear, convolution, Conv1D and attention layers have neurons."
     )
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}  # its lr is 1
     wrapped: torch.optim.Optimizer
 
-    # By layer: which neurons are frozen, which of them froze in the last step, and which took no part in it.
+    # For each layer: the neurons that are frozen, that froze in the last step, and that took no part in it.
     _frozen: dict[int, Tensor]
     _froze: dict[int, Tensor]
     _inactive: dict[int, Tensor]
@@ -430,9 +424,9 @@ class _Tracker(NPC):
         return f"{self._called()}(optimizer, model)"
 
     def follow_groups(self) -> None:
-        """Goes on with the parameters that are in the wrapped optimizer's groups now."""
+        """Continues with the parameters that are in the wrapped optimizer's groups now."""
         trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
-        if list(map(id, trained)) != self._known_ids:
+        if not self._knows(trained):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
@@ -461,9 +455,9 @@ class _Tracker(NPC):
     def clear_first_moments_(self, states: Mapping[Any, Mapping[str, Any]]) -> None:
         """Clears the first moments of the neurons that froze in the last step, in the wrapped optimizer's states."""
         for index, froze in self._froze.items():
-            if not froze.is_cuda and not bool(froze.any()):  # a GPU is not waited for
+            if not froze.is_cuda and not bool(froze.any()):  # do not wait for a GPU
                 continue
-            for parameter in (own.parameter for own in self._consolidated[index].parameters):
+            for parameter in (p.parameter for p in self._consolidated[index].parameters):
                 state = states.get(parameter, {}) if id(parameter) in self._place else {}
                 for moment in (local(state[name]) for name in _FIRST_MOMENTS if isinstance(state.get(name), Tensor)):
                     if type(moment) is Tensor and moment.shape == local(parameter).shape:
@@ -475,26 +469,26 @@ class _Tracker(NPC):
         return self._plastic_plan(self._common(device, []), layers, (*nothing, *of_layers), launch.Tables)
 
     def _warn_if_little_is_protected(self) -> None:
-        """Leaves that to the wrapper, which has something to check first."""
+        """Does nothing: the wrapper calls `warn_if_little_is_protected` after its checks."""
 
     def warn_if_little_is_protected(self) -> None:
         """Warns if more than half of what is trained is not protected."""
         super()._warn_if_little_is_protected()
 
     def summary(self) -> str:
-        """How many neurons are consolidated, and how much of what is trained is protected."""
+        """The number of consolidated neurons, and the share of trained elements that is protected."""
         return self._summary()
 
     def forget_measured(self) -> None:
-        """Drops what was measured since the last step."""
+        """Drops the importance measured since the last step."""
         self._drop_measured()
 
     def add_nothing(self) -> None:
-        """Takes part in a step of other processes."""
+        """Takes part in a step of other processes with an importance of zero."""
         self._add_nothing()
 
     def share(self, parameter: Tensor) -> _Share | None:
-        """The share s_i of each neuron that a parameter belongs to; None where all of them are 1, or in no neuron."""
+        """The shares s_i of a parameter's neurons; None if all are 1, or if it belongs to no neuron."""
         if id(parameter) not in self._place:
             return None
         index, dim, groups = self._place[id(parameter)]
@@ -502,28 +496,28 @@ class _Tracker(NPC):
         shares = reference.plasticity(average, constants["alpha"], constants["beta"], constants["sigma"])
         if index in self._inactive:
             shares = shares.masked_fill(self._inactive[index], 0)
-        if not shares.is_cuda and bool((shares == 1).all()):  # a GPU is not waited for
+        if not shares.is_cuda and bool((shares == 1).all()):  # do not wait for a GPU
             return None
         return _Share(shares, dim, groups, self._first_neuron(parameter))
 
 
 def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:
-    """Parts of the parameters that have at most so many bytes, or one parameter."""
+    """Splits parameters into lists of at most `most_bytes`, except for larger single parameters."""
     bucket: list[Tensor] = []
-    size = 0
+    bucket_bytes = 0
     for parameter in parameters:
-        own = local(parameter).numel() * parameter.element_size()
-        if bucket and size + own > most_bytes:
+        parameter_bytes = local(parameter).numel() * parameter.element_size()
+        if bucket and bucket_bytes + parameter_bytes > most_bytes:
             yield bucket
-            bucket, size = [], 0
+            bucket, bucket_bytes = [], 0
         bucket.append(parameter)
-        size += own
+        bucket_bytes += parameter_bytes
     if bucket:
         yield bucket
 
 
 def _numbers(place: Mapping[str, Any]) -> dict[str, Any]:
-    """Numbers that may count steps: Python's, and tensors of one element."""
+    """Values that may count steps: numbers, and tensors with one element."""
     kept: dict[str, Any] = {}
     for name, value in place.items():
         if isinstance(value, (int, float)):

@@ -1396,7 +1396,7 @@ def test_tensors_that_keep_their_numbers_in_others_are_refused_where_they_are_tr
     optimizer = make(model, lr=0.1)
     model(torch.randn(4, 6)).square().sum().backward()
     before = weights(model[2])
-    with pytest.raises(ValueError, match=r"'0.weight' is a TwoTensor, .* expected a plain one"):
+    with pytest.raises(ValueError, match=r"'0.weight' is a TwoTensor, .* expected a plain tensor"):
         optimizer.step()
     assert same(model[2], before)
 

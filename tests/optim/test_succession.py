@@ -483,7 +483,7 @@ def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_gro
     meetings: list[int] = []
     monkeypatch.setattr(SharedSinks, "shared", True)
     monkeypatch.setattr(SharedSinks, "notify_join", lambda sinks, optimizer: None)
-    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(layers)))
+    monkeypatch.setattr(SharedSinks, "start", lambda sinks, layers: meetings.append(len(list(layers))))
     model = network()
     optimizer = NPC(model, lr=0.1)
     for replaced in (False, True):
