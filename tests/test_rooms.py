@@ -30,6 +30,7 @@ WITHIN = {
         ("wrapper",),
         ("npc", "npc_adamw"),
         ("plastic",),
+        ("control",),
         ("base",),
         ("plan", "options", "measured", "moments", "nonfinite", "plasticity", "succession", "known_model"),
     ),

@@ -12,20 +12,16 @@ from torch import Tensor, nn
 
 from .. import ops, reference
 from .._names import ByLayer
-from .._warn import warn
 from ..kernels import launch
 from ..neurons.find import connections
-from ..neurons.protection import Protection, warn_if_little
-from ..neurons.tap import ImportanceWarning
-from ..optim.base import ModelOptimizer
-from ..optim.moments import FirstMoments
+from ..neurons.protection import Protection
+from ..optim.control import PlasticityControl
 from ..optim.nonfinite import SkippedSteps
-from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, LayerOptions, check_choice, check_plasticity_options
+from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS
 from ..optim.plan import Plan
 from ..optim.plasticity import spread
 from ..optim.succession import fitted
 
-_LAYER_OPTIONS = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate")
 _CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")
 
 
@@ -57,7 +53,7 @@ class ConnectionPlasticity:
         )
 
 
-class CPC(ModelOptimizer):
+class CPC(PlasticityControl):
     """SGD with a learning rate for each connection, which falls with the connection's importance to what was learned.
 
     CPC is `NPC` for single connections. Importance is |w * dL/dw|, divided by its mean over all connections of the
@@ -98,6 +94,12 @@ class CPC(ModelOptimizer):
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
     _KIND = "importance of connections"
+    _UNITS = "connections"
+    _NONFINITE_IN = "weights or gradients"
+    _ADVICE = (
+        "Other parameters can be kept as they are (others='freeze') or learn more slowly (in a separate group of "
+        "params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
+    )
 
     def __init__(
         self,
@@ -118,11 +120,6 @@ class CPC(ModelOptimizer):
         others: Literal["train", "freeze"] = "train",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        check_choice("others", others, ("train", "freeze"))
-        self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
-        self._others = others
-        self._warned: set[str] = set()
-        self._ready = False
         options = {
             "lr": lr,
             "alpha": alpha,
@@ -135,27 +132,7 @@ class CPC(ModelOptimizer):
             "maximize": maximize,
             "normalize": normalize,
         }
-        super().__init__(model, params, options, backend)
-        self._ready = True
-        self._find_layers()
-        known = {*self._layer_of, *self._plain}
-        unprotected = [parameter for parameter in self._moved() if id(parameter) not in known]
-        advice = (
-            "Other parameters can be kept as they are (others='freeze') or learn more slowly (in a separate group of "
-            "params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
-        )
-        warn_if_little(self._protection(), self._model, unprotected, "connections", advice)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with its options, for example a new head of the model."""
-        super().add_param_group(param_group)
-        if not self._ready:
-            return
-        try:
-            self._find_layers()
-        except Exception:
-            self.param_groups.pop()
-            raise
+        super().__init__(model, params, options, backend, layers=layers, others=others)
 
     def _find_layers(self) -> None:
         layers = connections(self._model)
@@ -177,19 +154,14 @@ class CPC(ModelOptimizer):
         plain = layers.keys() - set(self._names)
         self._plain = {id(parameter) for name in plain for parameter in layers[name]} - self._layer_of.keys()
 
-    def _moved(self) -> list[Tensor]:
-        trained = (parameter for group in self.param_groups for parameter in group["params"])
-        return [parameter for parameter in trained if parameter.requires_grad and self._trains(parameter)]
+    def _layer_names(self) -> list[str]:
+        return self._names
+
+    def _in_layers(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._layer_of or id(parameter) in self._plain
 
     def _protection(self) -> Protection:
-        return Protection.of(self._moved(), self._layer_of, self._plain)
-
-    def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
-        self._check_options({**self.defaults, **options}, where)
-
-    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
-        super()._check_options(options, where)
-        check_plasticity_options(options, where)
+        return Protection.of(self._trained(), self._layer_of, self._plain)
 
     def _constants(self, layer: int) -> dict[str, Any]:
         """The constants of a layer: those set for the layer, else those of its first parameter's group."""
@@ -199,17 +171,7 @@ class CPC(ModelOptimizer):
 
     def _step(self) -> None:
         super()._step()
-        for name, count in zip(self._names, self._skipped.news() or (), strict=False):
-            if count and name not in self._warned:
-                self._warned.add(name)
-                warn(
-                    f"layer {name!r} had an importance that is not finite (inf or nan in weights or gradients); such "
-                    "steps leave its importance as it was and are counted in plasticity()[...].skipped",
-                    ImportanceWarning,
-                )
-
-    def _trains(self, parameter: Tensor) -> bool:
-        return self._others == "train" or id(parameter) in self._layer_of or id(parameter) in self._plain
+        self._report_skipped()
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
@@ -218,10 +180,6 @@ class CPC(ModelOptimizer):
 
     def _dtype_beside(self, parameter: Tensor) -> torch.dtype:
         return torch.float32
-
-    def _take_up_groups(self) -> None:
-        super()._take_up_groups()
-        self._find_layers()
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         named = ((name, states.get(id(parameter), {})) for name, parameter in self._connections().items())
@@ -243,10 +201,6 @@ class CPC(ModelOptimizer):
                 averages[parameter] = fitted(held[name]["importance"], initial, repr(name))
         for parameter, average in averages.items():
             self.state[parameter]["importance"] = average
-
-    def _forget_plans(self) -> None:
-        super()._forget_plans()
-        self._first_moments = FirstMoments()
 
     def _settle(self) -> None:
         for plan in self._plans:
@@ -323,7 +277,7 @@ class CPC(ModelOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "_names" in self.__dict__:
+        if self._has_layers:
             self._index_parameters()
 
 
