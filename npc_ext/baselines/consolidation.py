@@ -216,7 +216,7 @@ def _weighted_log_probability(logits: Tensor, label: int) -> Tensor:
 
 
 def _log_probability_of_draw(logits: Tensor, noise: Tensor) -> Tensor:
-    """-log p_c of a class c drawn from p: among exponential variables of rates p, that of c is least with p_c."""
+    """-log p_c of a class c drawn from p: the exponential variable of rate p_c is the least with probability p_c."""
     drawn = (F.softmax(logits.detach(), 1) / noise).argmax(1)
     return F.cross_entropy(logits, drawn)
 
