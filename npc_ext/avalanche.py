@@ -111,7 +111,7 @@ class PlasticityPlugin(SupervisedPlugin):
             plastic.param_groups[0]["params"] = [p for group in optimizer.param_groups for p in group["params"]]
             del plastic.param_groups[1:]
         plastic._learn_model()
-        plastic._find_neurons()
+        plastic._find_layers()
         for group in added:
             optimizer.add_param_group(group)
         for parameter, old_neurons in importance.items():

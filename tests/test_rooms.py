@@ -25,11 +25,12 @@ FLOORS = (
 )
 # Within a room, from the top down. Rooms that are not listed hold modules that do not use each other.
 WITHIN = {
-    "baselines": (("ssl",), ("ewc", "mas", "si"), ("anchored",), ("consolidation", "cpc")),
+    "baselines": (("ssl",), ("ewc", "mas", "si"), ("anchored", "consolidation", "cpc"), ("samples",), ("batches",)),
     "optim": (
         ("wrapper",),
         ("npc", "npc_adamw"),
         ("plastic",),
+        ("control",),
         ("base",),
         ("plan", "options", "measured", "moments", "nonfinite", "plasticity", "succession", "known_model"),
     ),

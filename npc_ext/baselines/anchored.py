@@ -1,21 +1,22 @@
-"""SGD with anchors: what EWC, MAS, SI and SSL have in common.
+"""SGD with anchors: what EWC, MAS, SI and SSL share.
 
-Each old task k pulls every weight back to where the task left it, theta_k, as strongly as the weight mattered to it:
+For each old task k, a penalty pulls every weight towards theta_k, its value at the end of that task. The factor W_k
+says how much the weight mattered to the task:
 
     loss + sum over k of strength * W_k (theta - theta_k)^2
 
-A sum of parabolas is a parabola. So the sum W of all W_k and the mean of all theta_k weighted by them, the anchor,
-hold all tasks exactly, but for a constant: two numbers a weight, however many tasks there were. The methods differ in
-what W_k is. The pull is added where the weights are updated, in the same pass over memory.
+A sum of parabolas is a parabola. So two numbers a weight hold all old tasks exactly, up to a constant: W, the sum of
+all W_k, and the anchor, the mean of all theta_k weighted by W_k. The methods differ in how they compute W_k. The kernel
+that updates the weights also adds the pull, in the same pass over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import ops, reference
 from ..kernels import launch
@@ -26,11 +27,11 @@ from ..optim.succession import blocks_of, fitted
 
 
 class Anchored(ModelOptimizer):
-    """The base class of EWC, MAS, SI and SSL.
+    """The base class of EWC, MAS, SI and SSL: SGD with a quadratic penalty on the distance to an anchor.
 
-    A parameter's state holds `stiffness`, the sum of W_k, and `anchor`, each with the parameter's shape, float32
-    (float64 for float64 parameters), from the first `consolidate` on. Parameters added later have none until the next
-    one.
+    A parameter's state holds `stiffness`, the sum of W_k, and `anchor`. Both have the parameter's shape and are float32
+    (float64 for float64 parameters). The first `consolidate` creates them; a parameter that is added later gets them
+    from the next one.
 
     By default the pull is implicit, a proximal step (Moreau 1965; Parikh and Boyd, "Proximal Algorithms", 2014; with
     stochastic gradients: Toulis and Airoldi, arXiv 1408.2923). The explicit part of the step comes first. It is SGD's,
@@ -46,7 +47,7 @@ class Anchored(ModelOptimizer):
                = (x + c * anchor) / (1 + c)                                            with c = 2 * eta * strength * W
 
     For every strength the result lies between x and the anchor, so the pull neither overshoots the anchor nor
-    diverges. It is a gradient step whose gradient is taken where the step ends,
+    diverges. It is a gradient step with the gradient taken at the end of the step,
     y = x - eta * 2 * strength * W (y - anchor), and agrees with the explicit pull to first order in lr.
 
     Why eta and not lr: the buffer turns a constant gradient g into steps of lr * g / (1 - momentum). The pull does not
@@ -58,17 +59,60 @@ class Anchored(ModelOptimizer):
     This diverges where lr * strength * W exceeds 1 for a weight (with momentum mu: 1 + mu; with Nesterov's:
     (1 + mu) / (1 + 2 mu)). Without momentum it overshoots the anchor from 1/2 on, with momentum earlier. The loss's
     curvature lowers these bounds.
+
+    Args:
+        model: the network.
+        lr: the learning rate.
+        strength: the factor of the penalty. The default depends on the method, because W does.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: if True, pull by the proximal step, which is stable for every strength. If False, add the penalty's
+            gradient to the loss's, as the papers do; training then diverges if lr * strength * W is too large for any
+            weight.
+        params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
+            all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
     _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
+    _STRENGTH: ClassVar[float] = 1.0  # the default
+    # Options of groups that a subclass adds; its constructor sets their defaults before it calls this one.
+    _more_options: Mapping[str, Any] = {}
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
         "implicit": (
             "their anchors pulled explicitly. In each group, set group['implicit'] = False to go on like that, or True "
             "for the proximal step, which is stable for every strength"
         )
     }
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float = 0.1,
+        strength: float | None = None,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        implicit: bool = True,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        options = {
+            "lr": lr,
+            "strength": self._STRENGTH if strength is None else strength,
+            "implicit": implicit,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+        }
+        super().__init__(model, params, {**options, **self._more_options}, backend)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -82,10 +126,10 @@ class Anchored(ModelOptimizer):
 
     @torch.no_grad()
     def penalty(self) -> Tensor:
-        """The penalty on the weights as they are, sum of strength * W (theta - anchor)^2, for logging: one number.
+        """The penalty at the current weights, sum of strength * W (theta - anchor)^2, as a scalar tensor for logging.
 
-        Steps minimize the loss plus this penalty. With several old tasks it is the sum of their penalties less a
-        constant, so that it is 0 at the anchor.
+        Steps minimize the loss plus this penalty. It is the sum of the old tasks' penalties less a constant: at the
+        anchor it is 0.
         """
         total: Tensor | None = None
         for group in self.param_groups:
@@ -93,8 +137,8 @@ class Anchored(ModelOptimizer):
                 state = self.state.get(parameter, {})
                 if "stiffness" in state:
                     value = parameter.detach().to(state["anchor"].dtype)
-                    own = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
-                    total = own if total is None else total + own.to(total.device)
+                    term = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
+                    total = term if total is None else total + term.to(total.device)
         return torch.zeros((), dtype=torch.float32, device="cpu") if total is None else total
 
     def _trained_parameters(self) -> list[Tensor]:
@@ -105,34 +149,28 @@ class Anchored(ModelOptimizer):
 
     @torch.no_grad()
     def _anchor(self, importances: Mapping[Tensor, Tensor]) -> None:
-        """Adds a task: the parameters where they are now, each with its importance W_k."""
+        """Adds a task: anchors each parameter at its current values, with its importance W_k."""
         for parameter in importances:
             self._check_state_fits(parameter)
         for parameter, importance in importances.items():
             dtype = reference.compute_dtype(parameter.dtype)
-            here = parameter.detach().to(dtype, copy=True)
+            value = parameter.detach().to(dtype, copy=True)
             importance = launch.in_memory_order_of(parameter, importance.to(dtype))
             self._lay_out_state(parameter)
             state = self.state[parameter]
             if "stiffness" in state:
-                state["stiffness"], state["anchor"] = reference.merged_anchors(
-                    state["stiffness"], state["anchor"], importance, here
-                )
-            else:
-                state["stiffness"], state["anchor"] = importance, here
+                importance, value = reference.merged_anchors(state["stiffness"], state["anchor"], importance, value)
+            state["stiffness"], state["anchor"] = importance, value
         self._forget_plans()
         self._note_importance()
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        own = ((name, states.get(id(parameter), {})) for name, parameter in self._trained_by_name().items())
+        named = {name: states.get(id(parameter), {}) for name, parameter in self._trained_by_name().items()}
         return {
             name: {tensor: state[tensor] for tensor in self._BESIDE if tensor in state}
-            for name, state in own
+            for name, state in named.items()
             if "stiffness" in state
         }
-
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        return self._held_in({id(one): self.state.get(one, {}) for one in self._trained_by_name().values()})
 
     def _may_hold(self) -> dict[str, Tensor]:
         return self._trained_by_name()
@@ -143,11 +181,11 @@ class Anchored(ModelOptimizer):
         for name, parameter in self._trained_by_name().items():
             if name in held and parameter not in taken:  # it may have several names
                 dtype = self._dtype_beside(parameter)
-                begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
-                begin["anchor"] = parameter.detach().to(dtype, copy=True)
+                initial = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
+                initial["anchor"] = parameter.detach().to(dtype, copy=True)
                 blocks = blocks_of(self._model, name)
                 taken[parameter] = {
-                    what: fitted(own, begin[what], repr(name), blocks) for what, own in held[name].items()
+                    tensor: fitted(values, initial[tensor], repr(name), blocks) for tensor, values in held[name].items()
                 }
         for parameter, tensors in taken.items():
             self.state[parameter].update(tensors)

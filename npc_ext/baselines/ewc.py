@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from .anchored import Anchored
-from .consolidation import fisher
+from .consolidation import FisherOptions, fisher
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class EWC(Anchored):
-    """SGD that pulls weights back to where old tasks left them, by the Fisher information of the tasks.
+    """SGD that pulls weights back to their values after old tasks, in proportion to these tasks' Fisher information.
 
-    Adds strength * sum over old tasks k of F_k (theta - theta_k)^2 to the loss, where F_k is the diagonal of the
-    Fisher information at the end of task k. All old tasks together take two numbers a weight, exactly. Source:
-    Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017, arXiv 1612.00796, eq. 3,
-    whose lambda / 2 is `strength`, and whose Fisher information is a mean over samples as here.
+    Adds strength * sum over old tasks k of F_k (theta - theta_k)^2 to the loss, where theta_k are the weights at the
+    end of task k, and F_k is the diagonal of the Fisher information there. Two numbers a weight hold all old tasks
+    exactly. Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
+    arXiv 1612.00796, eq. 3. Its lambda / 2 is `strength`; its Fisher information is a mean over samples, as here.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task.
 
     Args:
         model: the network.
-        lr: learning rate.
-        strength: the factor of the penalty.
-        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
-        implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
-            gradient is added to the loss's, as in the paper; training diverges where lr * strength * F is too
-            large for any weight (`Anchored` says where).
-        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
-        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+        strength: the factor of the penalty. Default: 100.
+        lr, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
+            `npc_ext.baselines.anchored.Anchored`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; the message says what to change.
+        ValueError, TypeError: as in `Anchored`.
 
     Example:
         >>> optimizer = EWC(model, lr=0.1, strength=100)
@@ -43,51 +38,16 @@ class EWC(Anchored):
         ...     optimizer.consolidate(task.loader)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 0.1,
-        strength: float = 100.0,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        *,
-        implicit: bool = True,
-        params: Iterable[Any] | None = None,
-        maximize: bool = False,
-        backend: Literal["auto", "native", "reference"] = "auto",
-    ) -> None:
-        options = {
-            "lr": lr,
-            "strength": strength,
-            "implicit": implicit,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(model, params, options, backend)
+    _STRENGTH = 100.0
 
-    def consolidate(
-        self,
-        batches: Iterable[Any],
-        *,
-        outputs: Callable[[Any], Tensor] | None = None,
-        labels: Literal["sampled", "data", "exact"] = "sampled",
-        loss: Callable[[Tensor, Any], Tensor] | None = None,
-        forward: Callable[[nn.Module, Any], Any] | None = None,
-        samples: int | None = None,
-        chunk_size: int | None = None,
-        generator: torch.Generator | None = None,
-        progress: bool = True,
-    ) -> None:
-        """Anchors the weights where they are, by the Fisher information of the task that is over.
+    def consolidate(self, batches: Iterable[Any], **options: Unpack[FisherOptions]) -> None:
+        """Anchors the weights at their current values, with the Fisher information of the task that has ended.
 
         Args:
-            batches, outputs, labels, loss, forward, samples, chunk_size, generator, progress: as in
-                `npc_ext.baselines.consolidation.fisher`, which says how it is measured. The task's training data are
-                the usual choice; `outputs=lambda y: y[:, classes]` picks the task's outputs. For a model that is not
-                called with a batch's inputs alone, pass forward, see below.
+            batches: samples of the task, usually its training data, as in `npc_ext.baselines.consolidation.fisher`.
+            options: outputs, labels, loss, forward, samples, chunk_size, generator, progress: as in `fisher`.
+                `outputs=lambda y: y[:, classes]` picks the task's outputs. If the model takes more than a batch's
+                inputs, pass `forward`, see the example.
 
         Raises:
             ValueError, TypeError: as in `fisher`. Nothing is changed then.
@@ -96,17 +56,4 @@ class EWC(Anchored):
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        importance = fisher(
-            self._model,
-            batches,
-            parameters=self._trained_parameters(),
-            outputs=outputs,
-            labels=labels,
-            loss=loss,
-            forward=forward,
-            samples=samples,
-            chunk_size=chunk_size,
-            generator=generator,
-            progress=progress,
-        )
-        self._anchor(importance)
+        self._anchor(fisher(self._model, batches, parameters=self._trained_parameters(), **options))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .. import reference
 from ..optim.options import check_number
@@ -15,34 +15,29 @@ from .consolidation import NonFiniteImportanceError
 
 
 class SI(Anchored):
-    """SGD that pulls weights back to where the last task left them, by how much their way lowered the loss.
+    """SGD that pulls weights back to their values after the last task, in proportion to their part in lowering losses.
 
-    While a task is learned, every step takes its share of the path integral, omega <- omega - g * (movement of theta),
-    with g the gradient of the task's own loss; at the task's end
+    During a task, every step adds to a path integral, omega <- omega - g * (movement of theta), with g the gradient of
+    the task's loss without the penalty. At the end of the task
 
         W <- W + max(omega, 0) / (distance moved in this task ^ 2 + damping),    anchor <- theta,    omega <- 0
 
     and later tasks add strength * sum of W (theta - anchor)^2 to their loss. No data are needed at the end of a
-    task. Three numbers a weight. Source: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic Intelligence",
-    ICML 2017, arXiv 1703.04200, eqs. 3 to 5, whose c is `strength` and xi `damping`.
+    task. SI keeps three numbers a weight. Source: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic
+    Intelligence", ICML 2017, arXiv 1703.04200, eqs. 3 to 5. Its c is `strength`, its xi `damping`.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task. A parameter's first task begins with
     the first step that has a gradient for it.
 
     Args:
         model: the network.
-        lr: learning rate.
         strength: the factor of the penalty.
-        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
-        damping: keeps weights that hardly moved from an importance without bounds; above 0.
-        implicit: whether the pull to the anchors is a proximal step, stable for every strength. False: the penalty's
-            gradient is added to the loss's, as in the paper; training diverges where lr * strength * W is too
-            large for any weight (`Anchored` says where).
-        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
-        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+        damping: bounds the importance of weights that hardly moved; above 0.
+        lr, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
+            `npc_ext.baselines.anchored.Anchored`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range; the message says what to change.
+        ValueError, TypeError: as in `Anchored`.
 
     Example:
         >>> optimizer = SI(model, lr=0.1, strength=0.1)
@@ -70,17 +65,9 @@ class SI(Anchored):
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        options = {
-            "lr": lr,
-            "strength": strength,
-            "implicit": implicit,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "damping": damping,
-        }
-        super().__init__(model, params, options, backend)
+        self._more_options = {"damping": damping}
+        sgd = (lr, strength, momentum, nesterov, weight_decay)
+        super().__init__(model, *sgd, implicit=implicit, params=params, maximize=maximize, backend=backend)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -96,42 +83,46 @@ class SI(Anchored):
 
     @torch.no_grad()
     def consolidate(self) -> None:
-        """Turns the path integral of the task that is over into importance, and anchors the weights where they are.
+        """Turns the path integral of the task that has ended into importance, and anchors the weights at their values.
 
         Raises:
-            RuntimeError: no step was taken since the last time, so there is no path to consolidate.
+            RuntimeError: no step was taken since the last call, so there is no path to consolidate.
             NonFiniteImportanceError: an importance is not finite; a ValueError, too.
 
         Nothing is changed by an error.
         """
-        walked = [
-            (parameter, group, self.state[parameter])
+        moved = [
+            (parameter, group)
             for group in self.param_groups
             for parameter in group["params"]
             if "path" in self.state.get(parameter, {})
         ]
-        if not any(bool(state["path"].any()) for _, _, state in walked):
+        if not any(bool(self.state[parameter]["path"].any()) for parameter, _ in moved):
             raise RuntimeError(
                 "no step has moved a weight since the last consolidate(), so there is nothing to consolidate; call it "
                 "once, after the task's training"
             )
-        for parameter, _, _ in walked:
+        for parameter, _ in moved:
             self._check_state_fits(parameter)
-        stiffness = []
-        for parameter, group, state in walked:
-            self._lay_out_state(parameter)
-            moved = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
-            own = reference.path_stiffness(state["path"], moved, group["damping"])
-            if not bool(own.isfinite().all()):
-                raise NonFiniteImportanceError(
-                    f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
-                    "during the task; clip them, or lower the learning rate (with implicit=False also strength: "
-                    "weights diverge if lr * strength is too large)"
-                )
-            stiffness.append(state["stiffness"] + own if "stiffness" in state else own)
-        for (parameter, _, state), total in zip(walked, stiffness, strict=True):
+        stiffness = {parameter: self._stiffness_now(parameter, group["damping"]) for parameter, group in moved}
+        for parameter, total in stiffness.items():
+            state = self.state[parameter]
             state["stiffness"] = total
             state["anchor"] = parameter.detach().to(state["anchor"].dtype, copy=True)
             state["path"].zero_()
         self._forget_plans()
         self._note_importance()
+
+    def _stiffness_now(self, parameter: Tensor, damping: float) -> Tensor:
+        """W of a parameter, with the share of the task that has ended."""
+        self._lay_out_state(parameter)
+        state = self.state[parameter]
+        distance = parameter.detach().to(state["anchor"].dtype) - state["anchor"]
+        of_task = reference.path_stiffness(state["path"], distance, damping)
+        if not bool(of_task.isfinite().all()):
+            raise NonFiniteImportanceError(
+                f"the importance of {self._name_of(parameter)} is not finite: gradients were huge, infinite or NaN "
+                "during the task; clip them, or lower the learning rate (with implicit=False also strength: "
+                "weights diverge if lr * strength is too large)"
+            )
+        return state["stiffness"] + of_task if "stiffness" in state else of_task

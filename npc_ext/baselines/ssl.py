@@ -1,4 +1,16 @@
-"""SSL, selfless sequential learning, as a `torch.optim.Optimizer`."""
+"""SSL, selfless sequential learning, as a `torch.optim.Optimizer`.
+
+SSL adds to MAS a penalty on activations: sparse coding through local neural inhibition and discounting (SLNID).
+
+    R(h) = 1/M sum over m, i != j of exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_mi h_mj
+
+Neurons that are active for the same sample cost more the closer their indices are. So few stay active in a
+neighbourhood, and the others are left to later tasks. Neurons that earlier tasks need (large a_i) are discounted: they
+neither inhibit nor are inhibited. With d_i = exp(-a_i), z = h * d and the symmetric kernel K of the Gaussian weights,
+whose diagonal is zero, R is the mean over samples of z K z', and its gradient is
+
+    dR/dh = 2/M (z K) * d
+"""
 
 from __future__ import annotations
 
@@ -6,7 +18,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,43 +31,44 @@ from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
 from ..optim.options import check_number
+from .consolidation import SensitivityOptions
 from .mas import MAS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SSL(MAS):
-    """MAS, and a penalty that lets few neighbouring neurons be active together, so that room is left for later tasks.
+    """MAS with a penalty on neighbouring neurons that are active together, which leaves neurons free for later tasks.
 
-    To MAS's anchors comes, while a task is learned, the penalty on the activations h of hidden layers
+    While a task is learned, SSL adds to MAS's penalty the following penalty on the activations h of hidden layers:
 
         sparsity * 1/M sum over samples and i != j of exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_i h_j
 
-    where a_i is the importance of neuron i to the tasks before: MAS's importance of its bias. Source: Aljundi,
-    Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019, arXiv 1806.05421 (SLNID). The gradient of the
-    penalty joins the loss's where it passes the layer in back-propagation, so nothing is added to the loss itself.
-    After convolutions h is the mean over positions.
+    Here a_i is the importance of neuron i to the tasks before: MAS's importance of its bias. Source: Aljundi,
+    Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019, arXiv 1806.05421 (SLNID). Back-propagation adds
+    the penalty's gradient to the loss's gradient at the layer, so nothing is added to the loss itself. After
+    convolutions h is the mean over positions.
 
-    Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task. Where a batch is split (gradient
+    Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task. If a batch is split (gradient
     accumulation), the penalty counts once for each part.
 
     Args:
-        model: the network. Hooks are placed in it, instead of an earlier SSL's; they act in training mode only.
-        lr: learning rate.
-        strength: the factor of MAS's penalty.
+        model: the network. SSL places hooks in it, which act in training mode only. They replace those of an earlier
+            SSL.
         sparsity: the factor of the penalty on activations.
-        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
-        implicit: as in `MAS`, for its penalty. The penalty on activations enters through the loss's gradient.
-        scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's.
+        scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's neurons.
         layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
-            connected layer with something (an activation, dropout) behind it.
-        scaler: the `torch.amp.GradScaler` in use, if any: the penalty's gradient has to be scaled as the loss is.
-        params: what to train, as for any torch optimizer. Default: all of the model's parameters.
-        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
+            connected layer that is followed by something (an activation, dropout).
+        scaler: the `torch.amp.GradScaler` in use, if any. It scales the penalty's gradient like the loss.
+        lr, strength, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
+            `npc_ext.baselines.anchored.Anchored`. `strength` and `implicit` belong to MAS's penalty.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
     Warns:
-        UserWarning: neurons have no bias, so that nothing tells how important they are.
+        UserWarning: neurons have no bias, so their importance is not known.
 
     Example:
         >>> optimizer = SSL(model, lr=0.1, strength=1, sparsity=1e-5)
@@ -82,18 +95,8 @@ class SSL(MAS):
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        super().__init__(
-            model,
-            lr,
-            strength,
-            momentum,
-            nesterov,
-            weight_decay,
-            implicit=implicit,
-            params=params,
-            maximize=maximize,
-            backend=backend,
-        )
+        sgd = (lr, strength, momentum, nesterov, weight_decay)
+        super().__init__(model, *sgd, implicit=implicit, params=params, maximize=maximize, backend=backend)
         check_number("sparsity", sparsity)
         if scale is not None:
             check_number("scale", scale, positive=True)
@@ -112,14 +115,16 @@ class SSL(MAS):
         }
         self._place_hooks()
 
+    def _bias(self, layer: NeuronLayer) -> Tensor | None:
+        bias: Tensor | None = own_parameters(self._model.get_submodule(layer.name)).get("bias")
+        return bias
+
     def _warn_of_missing_biases(self) -> None:
-        without = [
-            one.name for one in self.inhibited if own_parameters(self._model.get_submodule(one.name))["bias"] is None
-        ]
+        without = [layer.name for layer in self.inhibited if self._bias(layer) is None]
         if without:
             warn(
-                f"the neurons of {', '.join(map(repr, without))} have no bias, whose importance is theirs, so that "
-                "those which earlier tasks need are not discounted; give them a bias, or name other layers",
+                f"the neurons of {', '.join(map(repr, without))} have no bias, which tells their importance, so "
+                "neurons that earlier tasks need are not discounted; give them a bias, or name other layers",
             )
 
     def _place_hooks(self) -> None:
@@ -136,8 +141,8 @@ class SSL(MAS):
                 else:
                     module.register_forward_pre_hook(hook)
 
-    def consolidate(self, batches: Iterable[Any], **options: Any) -> None:
-        """Anchors the weights where they are, as `MAS.consolidate` does, and discounts the neurons that mattered.
+    def consolidate(self, batches: Iterable[Any], **options: Unpack[SensitivityOptions]) -> None:
+        """Anchors the weights at their current values, as `MAS.consolidate` does, and discounts important neurons.
 
         Args:
             batches, options: as in `MAS.consolidate`.
@@ -150,29 +155,29 @@ class SSL(MAS):
 
     @torch.no_grad()
     def _discount(self) -> None:
-        """exp(-a), with a the stiffness of the bias: the derivative by a bias is that by the neuron's input."""
+        """Sets exp(-a) of all neurons, with a the bias's stiffness.
+
+        The importance of the bias is that of the neuron, because the derivative by the bias is the derivative by the
+        neuron's input.
+        """
         for layer in self.inhibited:
-            bias = own_parameters(self._model.get_submodule(layer.name)).get("bias")
+            bias = self._bias(layer)
             state = {} if bias is None else self.state.get(bias, {})
             if "stiffness" in state:
                 self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
             else:
                 self._discounts[layer.name].fill_(1)
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """False. A GradScaler asks for this before it takes a step, which it must not if SSL was not told of it."""
-        frame = inspect.currentframe()
-        caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
-            raise RuntimeError(
-                "a GradScaler takes this step, but SSL was not told of it, so that its penalty was not scaled as the "
-                "loss was; write SSL(model, ..., scaler=scaler)"
-            )
-        return False
+    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
+        super()._take_over(saved)
+        self._discount()
 
-    def _inhibition(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
-        """The gradient of the penalty, of the activation's shape and dtype."""
+    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
+        super()._take_importance(held)
+        self._discount()
+
+    def _inhibition_gradient(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
+        """The gradient of the penalty by a layer's activation, in the activation's shape and dtype."""
         h = activation.detach().movedim((batch_dim, channel_dim), (0, 1))
         positions = h.numel() // max(h.shape[0] * h.shape[1], 1)
         means = (h.flatten(2).mean(2) if h.ndim > 2 else h).to(torch.float32)
@@ -184,30 +189,36 @@ class SSL(MAS):
         gradient = gradient.view(*gradient.shape, *[1] * (h.ndim - 2)).expand_as(h)
         return gradient.movedim((0, 1), (batch_dim, channel_dim)).to(activation.dtype)
 
-    def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
-        super()._take_over(saved)
-        self._discount()
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """False. A GradScaler reads this before it takes a step; raises if SSL was built without that scaler."""
+        frame = inspect.currentframe()
+        caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
+        if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
+            raise RuntimeError(
+                "a GradScaler takes this step, but SSL was built without it, so the penalty was not scaled like the "
+                "loss; write SSL(model, ..., scaler=scaler)"
+            )
+        return False
 
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        super()._take_importance(held)
-        self._discount()
 
+class _AddedGradient(torch.autograd.Function):
+    """Identity whose backward adds `gradient_of(activation)` to the gradient."""
 
-class _Inhibition(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, added: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, activation: Tensor, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(activation)
-        ctx.added = added
+        ctx.gradient_of = gradient_of
         return activation.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
-        return gradient + ctx.added(activation).to(gradient.dtype), None
+        return gradient + ctx.gradient_of(activation).to(gradient.dtype), None
 
 
 class _InhibitionHook(TapHook):
-    """Adds the penalty's gradient to that of what a module returns, or takes, where the layer trains."""
+    """Adds the penalty's gradient to the gradient of a module's output, or input, where the layer trains."""
 
     def __init__(self, optimizer: SSL, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
         super().__init__(layer, point, weighted)
@@ -217,35 +228,37 @@ class _InhibitionHook(TapHook):
         if self.optimizer.sparsity == 0 or not self.measures(value) or value.ndim == self.point.unbatched_ndim:
             return None
         dims = checked_dims(value, self.layer, self.point)
-        return _Inhibition.apply(value, lambda activation: self.optimizer._inhibition(self.layer, activation, *dims))
+        return _AddedGradient.apply(value, lambda h: self.optimizer._inhibition_gradient(self.layer, h, *dims))
 
 
 def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
     # The penalty acts on the activations of whole modules.
-    neurons = [layer for layer in find_neurons(model) if layer.name == layer.module]
+    layers = [layer for layer in find_neurons(model) if layer.name == layer.module]
     if patterns is None:
-        linear = (layer for layer in neurons if is_linear(model.get_submodule(layer.name)))
+        linear = (layer for layer in layers if is_linear(model.get_submodule(layer.name)))
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
-    names = [layer.name for layer in neurons]
+    names = [layer.name for layer in layers]
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ValueError(
                 f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, names)}"
             )
-    return [layer for layer in neurons if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+    return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
 
 
 def local_inhibition(h: Tensor, discount_factors: Tensor, scale: float) -> Tensor:
     """The penalty R of a layer's activations, to be added to the loss; differentiable in h.
 
-    Source: Aljundi, Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019.
+        R = 1/M sum over samples m and i != j of d_i d_j exp(-(i - j)^2 / (2 scale^2)) h_mi h_mj
+
+    with the discount factors d. Source: Aljundi, Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019.
 
     Args:
-        h: (B, N) floating-point activations behind a ReLU. Negative ones would be rewarded; nothing checks for them.
-        discount_factors: (N,) exp(-alpha), where alpha >= 0 is the importance of each neuron to earlier tasks; ones
-            during the first task. Taken as constants.
-        scale: the Gaussian's standard deviation, in neurons. N / 6 is what the authors' scripts pass (the option that
-            they call "scale" is the divisor). The kernel has N * N elements and is computed in each call.
+        h: (B, N) floating-point activations of a ReLU. Negative ones would be rewarded; this is not checked.
+        discount_factors: (N,) exp(-a), where a >= 0 is the importance of each neuron to earlier tasks; ones during the
+            first task. Treated as constants.
+        scale: the Gaussian's standard deviation, in neurons. The authors' scripts pass N / 6 (their option "scale"
+            is the divisor). The kernel has N * N elements and is computed in each call.
 
     Returns:
         A scalar of h's dtype; not divided by the number of neurons.
@@ -263,12 +276,10 @@ def local_inhibition_gradient(h: Tensor, discount_factors: Tensor, scale: float)
     """The gradient dR/dh of `local_inhibition` in closed form, (B, N), for use without autograd.
 
     Args:
-        h: as for `local_inhibition`.
-        discount_factors: as for `local_inhibition`.
-        scale: as for `local_inhibition`.
+        h, discount_factors, scale: as for `local_inhibition`.
 
     Raises:
-        ValueError: as `local_inhibition` does.
+        ValueError: as for `local_inhibition`.
     """
     discount_factors = _checked(h, discount_factors, scale)
     with torch.no_grad():
@@ -277,9 +288,8 @@ def local_inhibition_gradient(h: Tensor, discount_factors: Tensor, scale: float)
 
 def _kernel(h: Tensor, scale: float) -> Tensor:
     """K (N, N), in h's dtype and on its device."""
-    index = torch.arange(
-        h.shape[1], dtype=torch.float64 if h.dtype == torch.float64 else torch.float32, device=h.device
-    )
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    index = torch.arange(h.shape[1], dtype=dtype, device=h.device)
     distance = (index[:, None] - index) / scale
     return (distance.square() * -0.5).exp().fill_diagonal_(0).to(h.dtype)
 

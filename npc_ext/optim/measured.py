@@ -12,18 +12,25 @@ from ..neurons.tap import ImportanceWarning
 _MOST_EMPTY_STEPS = 10
 
 
-class MeasurementChecks:
-    """Raises or warns where importance is missing. Each warning is given once for each layer."""
+class LayerWarnings:
+    """Gives each kind of warning once for each layer."""
 
     def __init__(self) -> None:
         self._warned: set[tuple[str, str]] = set()
-        self._empty_steps = 0  # in a row
 
-    def warn_once(self, layer: NeuronLayer, kind: str, text: str) -> None:
+    def warn_once(self, layer: str, kind: str, text: str) -> None:
         """Warns of a layer, unless a warning of this kind was given before."""
-        if (layer.name, kind) not in self._warned:
-            self._warned.add((layer.name, kind))
-            warn(f"layer {layer.name!r} {text}", ImportanceWarning)
+        if (layer, kind) not in self._warned:
+            self._warned.add((layer, kind))
+            warn(f"layer {layer!r} {text}", ImportanceWarning)
+
+
+class MeasurementChecks:
+    """Raises or warns where importance is missing."""
+
+    def __init__(self, warnings: LayerWarnings) -> None:
+        self._warnings = warnings
+        self._empty_steps = 0  # in a row
 
     def check(
         self, trained: Sequence[NeuronLayer], unmeasured: Collection[NeuronLayer], *, training: bool, shared: bool
@@ -52,8 +59,8 @@ class MeasurementChecks:
         for layer in missing:
             if shared and layer.checked:  # other processes may have measured it
                 continue
-            self.warn_once(
-                layer,
+            self._warnings.warn_once(
+                layer.name,
                 "unmeasured",
                 "received gradients, but its importance was not measured, so it trains at the rates of its importance "
                 f"so far. It is measured in training mode, at the {' and the '.join(map(str, layer.points))}. If the "
@@ -73,8 +80,8 @@ class MeasurementChecks:
         if gradient is None or measured is None or version_of(gradient) >= version_of(measured) or layer.sharded:
             return
         layer.sink.grad = None
-        self.warn_once(
-            layer,
+        self._warnings.warn_once(
+            layer.name,
             "cleared",
             "is in code that torch.compile has compiled, and its gradients were not cleared by the optimizer's "
             "zero_grad(), so the importance of discarded gradients would have counted; its importance does not change "

@@ -22,32 +22,21 @@ from ..distributed.sinks import SharedSinks, SinksJoinHook
 from ..neurons.find import find_neurons, input_projections, is_shared
 from ..neurons.kinds import is_weighted
 from ..neurons.layer import NO_BACKWARD_PASS, NeuronLayer
-from ..neurons.protection import warn_if_little
+from ..neurons.protection import Protection
 from ..neurons.table import Neurons
 from ..skipping.bound import frozen_for
 from ..skipping.certificate import Certificates, Watch
 from ..skipping.constants import Calls, let_rest
 from ..skipping.forward import PartialForward, why_not
-from .base import ModelOptimizer, uncompiled
+from .base import uncompiled
+from .control import PlasticityControl
 from .measured import MeasurementChecks
-from .moments import FirstMoments
 from .nonfinite import SkippedSteps
-from .options import LayerOptions, check_choice, check_plasticity_options, check_rounding
+from .options import check_choice, check_rounding
 from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
 
-_LAYER_OPTIONS = (
-    "alpha",
-    "beta",
-    "delta",
-    "sigma",
-    "normalize",
-    "consolidate",
-    "skip_frozen",
-    "measure_at",
-    "batch_dim",
-)
 _SKIPPING = (True, False, "layers")
 _NOT_SAVED = (
     "; torch.distributed.checkpoint.state_dict does not save parameters that require no gradient: build the optimizer "
@@ -55,14 +44,16 @@ _NOT_SAVED = (
 )
 
 
-class Plastic(ModelOptimizer, Joinable):
+class Plastic(PlasticityControl, Joinable):
     """An optimizer of a model with a learning rate for every neuron.
 
     Subclasses make and launch plans. Their groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
     normalize.
     """
 
-    # The end of the warning that little is protected.
+    _LAYER_OPTIONS = (*PlasticityControl._LAYER_OPTIONS, "skip_frozen", "measure_at", "batch_dim")
+    _UNITS = "neurons"
+    _NONFINITE_IN = "activations or gradients"
     _ADVICE: ClassVar[str] = (
         "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
         "in params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
@@ -84,34 +75,18 @@ class Plastic(ModelOptimizer, Joinable):
         skip_frozen: bool | str,
         process_group: Any,
     ) -> None:
-        check_choice("others", others, ("train", "freeze"))
-        self._layer_options = LayerOptions(layers, _LAYER_OPTIONS)
-        self._others = others
         check_choice("skip_frozen", skip_frozen, _SKIPPING)
         self._skip_frozen = skip_frozen
-        self._checks = MeasurementChecks()
         self._just_found = False
         self._shared_sinks = SharedSinks(model, process_group)
         Joinable.__init__(self)
-        super().__init__(model, params, defaults, backend)
-        self._find_neurons()
-        self._warn_if_little_is_protected()
+        super().__init__(model, params, defaults, backend, layers=layers, others=others)
+        self._checks = MeasurementChecks(self._layer_warnings)
 
     # -------------------------------------------------------------------------------------------- groups and layers
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with its options, for example a new head of the model.
-
-        The model is searched again to measure the neurons of new layers. Known layers keep their importance.
-        """
-        super().add_param_group(param_group)
-        try:
-            check_rounding(self.param_groups[-1])
-            if self._has_neurons:
-                self._find_neurons()
-        except Exception:
-            self.param_groups.pop()
-            raise
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        check_rounding(group)
 
     def _check_sharded(self, parameter: Any) -> None:
         name = self._name_of(parameter)
@@ -122,13 +97,13 @@ class Plastic(ModelOptimizer, Joinable):
             )
         self._shared_sinks.check_covers(processes_of(parameter), name)
 
-    def _find_neurons(self) -> None:
+    def _find_layers(self) -> None:
         """Searches the model, moves the taps, and creates an importance of zero for new layers."""
         trained = set(map(id, self._all_parameters()))
         found = find_neurons(self._model, **self._discovery_options())
         _check_shards_are_whole_groups(found)
         self._layer_options.check((layer.name for layer in found), self._check_layer_options)
-        if self._has_neurons:
+        if self._has_layers:
             self._keep_sinks(found)
             self.neurons.detach()
         self.neurons = found
@@ -166,10 +141,8 @@ class Plastic(ModelOptimizer, Joinable):
             if old is not None and old.sink.shape == layer.sink.shape and old.sink.device == layer.sink.device:
                 layer.sink = old.sink
 
-    def _warn_if_little_is_protected(self) -> None:
-        known = {*self._place, *self._plain}
-        unprotected = [parameter for parameter in self.neurons.trained() if id(parameter) not in known]
-        warn_if_little(self.neurons.protection(), self._model, unprotected, "neurons", self._ADVICE)
+    def _protection(self) -> Protection:
+        return self.neurons.protection()
 
     def _watch_layers(self, trained: set[int]) -> None:
         """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
@@ -225,11 +198,6 @@ class Plastic(ModelOptimizer, Joinable):
             self._keys.append(trained[0].parameter)
         self.neurons.note_training(filter(self._trains, self._all_parameters()), self._left_alone)
 
-    @property
-    def _has_neurons(self) -> bool:
-        """Whether the model has been searched; the constructor adds groups before that."""
-        return "neurons" in self.__dict__
-
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         modules = self._model.named_modules()
         names = [name for name, module in modules if is_weighted(module) or self._layer_options.names(name)]
@@ -242,11 +210,7 @@ class Plastic(ModelOptimizer, Joinable):
 
     def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
         check_choice(f"{where}skip_frozen", options.get("skip_frozen", True), _SKIPPING)
-        self._check_options({**self.defaults, **options}, where)
-
-    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
-        super()._check_options(options, where)
-        check_plasticity_options(options, where)
+        super()._check_layer_options(options, where)
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -276,8 +240,7 @@ class Plastic(ModelOptimizer, Joinable):
         self._launch_all()
         self._certificates.after_step()
         self._drop_measured()
-        if counts := self._skipped.news():
-            self._report_skipped(counts)
+        self._report_skipped()
 
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
 
@@ -304,10 +267,6 @@ class Plastic(ModelOptimizer, Joinable):
             self._shared_sinks.finish()
         self._drop_measured()
 
-    def _forget_plans(self) -> None:
-        super()._forget_plans()
-        self._first_moments = FirstMoments()
-
     def _settle(self) -> None:
         for plan in self._plans:
             place = {id(owner): at for at, owner in enumerate(plan.owners)}
@@ -333,8 +292,8 @@ class Plastic(ModelOptimizer, Joinable):
         rows = of_neurons.narrow(0, self._first_neuron(parameter), part.shape[dim] * groups)
         return reference.per_element(rows, part, dim, groups)
 
-    def _trains(self, parameter: Tensor) -> bool:
-        return self._others == "train" or id(parameter) in self._place or id(parameter) in self._plain
+    def _in_layers(self, parameter: Tensor) -> bool:
+        return id(parameter) in self._place or id(parameter) in self._plain
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
@@ -474,23 +433,13 @@ class Plastic(ModelOptimizer, Joinable):
         for layer in self.neurons:
             layer.sink.grad, layer.last_backward_pass = None, NO_BACKWARD_PASS
 
-    def _report_skipped(self, counts: Sequence[int]) -> None:
-        for layer, count in zip(self._consolidated, counts, strict=True):
-            if count:
-                self._checks.warn_once(
-                    layer,
-                    "skipped",
-                    "was measured with an importance that is not finite (inf or nan in activations or gradients); "
-                    "such steps leave its importance as it was and are counted in plasticity()[...].skipped",
-                )
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of all parameters, and the importance measured since the last step."""
         if torch.compiler.is_dynamo_compiling():
             uncompiled(Plastic.zero_grad, self, set_to_none)
             return
         super().zero_grad(set_to_none)
-        if self._has_neurons:
+        if self._has_layers:
             self._drop_measured()
             self._certificates.gradients_dropped()
 
@@ -527,18 +476,18 @@ class Plastic(ModelOptimizer, Joinable):
     def _take_up_groups(self) -> None:
         self._shared_sinks.look_for_group(self._model)
         super()._take_up_groups()
-        self._find_neurons()
         self._just_found = True
 
-    def _held(self) -> dict[str, dict[str, Tensor]]:
-        return self._held_in({id(key): self.state.get(key, {}) for key in self._keys})
-
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        layers = ((layer.name, states[id(key)]) for layer, key in zip(self._consolidated, self._keys, strict=True))
-        return {name: {"importance": state["importance"]} for name, state in layers if "importance" in state}
+        layers = zip(self._consolidated, self._keys, strict=True)
+        averages = {layer.name: states.get(id(key), {}).get("importance") for layer, key in layers}
+        return {name: {"importance": average} for name, average in averages.items() if average is not None}
+
+    def _layer_names(self) -> list[str]:
+        return [layer.name for layer in self._consolidated]
 
     def _may_hold(self) -> list[str]:
-        return [layer.name for layer in self._consolidated]
+        return self._layer_names()
 
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         averages = {}
@@ -560,7 +509,7 @@ class Plastic(ModelOptimizer, Joinable):
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
-        names = [consolidated.name for consolidated in self._consolidated]
+        names = self._layer_names()
         if layer not in names:
             raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
         constants = self._constants(names.index(layer))

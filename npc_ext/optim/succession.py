@@ -105,7 +105,7 @@ class ImportanceHolder(torch.optim.Optimizer):
 
     def _held(self) -> dict[str, dict[str, Tensor]]:
         """The importance held: layer or parameter name -> tensors by name."""
-        return {}
+        return self._held_in({id(parameter): state for parameter, state in self.state.items()})
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """The importance in saved states, which are given by the id of this optimizer's parameter."""

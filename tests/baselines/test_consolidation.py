@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import npc_ext.nn
 from npc_ext import NPC
-from npc_ext.baselines import consolidation
-from npc_ext.baselines.consolidation import fisher, output_sensitivity
+from npc_ext.baselines.consolidation import NonFiniteImportanceError, fisher, output_sensitivity
+from npc_ext.baselines.samples import Importance
 
 from ..models import DataDependent, ResNet, paper_cnn
 
@@ -44,7 +44,7 @@ def one_by_one(
     values: Callable[[Tensor, int], Iterable[Tensor]],
     magnitude: Callable[[Tensor], Tensor] = torch.square,
 ) -> list[Tensor]:
-    """The plain definition: a loop with batch size 1; `values(outputs, index)` are to be differentiated."""
+    """The definition: a loop with batch size 1 that differentiates `values(outputs, index)`."""
     model.eval()
     parameters = list(model.parameters())
     sums = [torch.zeros_like(parameter) for parameter in parameters]
@@ -64,6 +64,12 @@ def assert_same(importance: dict[Tensor, Tensor], expected: Iterable[Tensor], **
 def exact_terms(logits: Tensor, _: int) -> list[Tensor]:
     log_p = F.log_softmax(logits, 1)[0]
     return [log_p[c].exp().detach().sqrt() * log_p[c] for c in range(len(log_p))]
+
+
+def drawn_labels(logits: Tensor, seed: int) -> Tensor:
+    """Labels drawn from p: with exponential variables e_c, the c of the greatest p_c / e_c has the distribution p."""
+    noise = torch.empty(logits.shape, dtype=torch.float64)
+    return (logits.softmax(1) / noise.exponential_(generator=torch.Generator().manual_seed(seed))).argmax(1)
 
 
 def squared_norm(outputs: Tensor, _: int) -> list[Tensor]:
@@ -101,8 +107,7 @@ def test_importance_is_that_of_a_loop_over_single_samples(kind: str) -> None:
 
 def test_drawn_labels_are_used_as_if_they_were_given() -> None:
     model, (x, _) = mlp(), data()
-    noise = consolidation._exponential_noise(len(x), 3, torch.float64, torch.Generator().manual_seed(5))
-    drawn = (model(x).softmax(1) / noise).argmax(1)
+    drawn = drawn_labels(model(x), seed=5)
     assert len(drawn.unique()) > 1
     sampled = fisher(model, [x], generator=torch.Generator().manual_seed(5), chunk_size=5)
     assert_same(sampled, fisher(model, [(x, drawn)], labels="data").values())
@@ -177,17 +182,23 @@ def test_a_class_of_probability_zero_is_never_drawn_and_does_no_harm() -> None:
 
 
 def test_labels_are_drawn_alike_in_every_dtype() -> None:
-    single, double = (
-        consolidation._exponential_noise(50, 3, dtype, torch.Generator().manual_seed(1))
-        for dtype in (torch.float32, torch.float64)
-    )
-    assert torch.equal(single, double.to(torch.float32))
+    model, (x, _) = mlp(), data(50)
+    double = fisher(model, [x], generator=torch.Generator().manual_seed(1))
+    single = fisher(model.float(), [x.float()], generator=torch.Generator().manual_seed(1))
+    for importance, expected in zip(single.values(), double.values(), strict=True):
+        # A hundred roundings of 6e-8 each. Another draw of a single label changes these means by about 1 / 50.
+        torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
-    noise = consolidation._exponential_noise(1, 2, torch.float32, None)
-    assert (torch.tensor([[0.0, 1.0]]) / noise).argmax().item() == 1
+    model, (x, _) = mlp(), data()
+
+    def masked(y: Tensor) -> Tensor:
+        return y.masked_fill(torch.tensor([True, False, False]), -torch.inf)
+
+    drawn = fisher(model, [x], outputs=masked)
+    assert_same(drawn, fisher(model, [(x, masked(model(x)).argmax(1))], outputs=masked, labels="data").values())
 
 
 # ------------------------------------------------------------------------------------- which samples, which parameters
@@ -207,17 +218,17 @@ def test_chunks_and_batches_do_not_change_the_numbers() -> None:
 def test_the_default_chunk_fills_the_memory_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, _) = mlp(), data(10)
     seen: list[int] = []
-    add = consolidation._Importance.add
-    monkeypatch.setattr(consolidation._Importance, "add", lambda *a: (seen.append(len(a[2][0])), add(*a))[1])
+    add = Importance.add
+    monkeypatch.setattr(Importance, "add", lambda *a: (seen.append(len(a[2][0])), add(*a))[1])
     elements = sum(parameter.numel() for parameter in model.parameters())
     for budget, chunks in ((elements * 8 * 4, [4, 4, 2]), (1, [1] * 10), (2**40, [10])):
-        monkeypatch.setattr(consolidation, "_CHUNK_BYTES", budget)
+        monkeypatch.setattr("npc_ext.baselines.samples.CHUNK_BYTES", budget)
         seen.clear()
         output_sensitivity(model, [x])
         assert seen == chunks
 
 
-def test_at_most_so_many_samples_are_used_and_no_further_batch_is_read() -> None:
+def test_samples_limits_how_many_are_used_and_how_many_batches_are_read() -> None:
     model, (x, y) = mlp(), data(12)
 
     def batches() -> Iterable[tuple[Tensor, Tensor]]:
@@ -246,7 +257,7 @@ def test_a_batch_may_be_inputs_alone_or_several_inputs() -> None:
 
 
 class ByTask(nn.Module):
-    """A head for every task, chosen by an argument: one number, or one for each sample."""
+    """A head for every task, chosen by an argument: a number, or a tensor with a number for each sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -257,7 +268,7 @@ class ByTask(nn.Module):
         return heads.gather(1, torch.as_tensor(task).expand(len(x)).view(-1, 1, 1).expand(-1, 1, 3)).squeeze(1)
 
 
-def test_a_model_that_takes_the_task_is_called_by_a_function_of_the_user() -> None:
+def test_a_users_function_calls_a_model_that_takes_the_task() -> None:
     model, (x, y) = ByTask(), data()
     of_task_1 = model.register_forward_pre_hook(lambda model, inputs: (*inputs, 1))
     expected = one_by_one(model, x, exact_terms)
@@ -273,7 +284,7 @@ def test_a_model_that_takes_the_task_is_called_by_a_function_of_the_user() -> No
     assert_same(by_sample, expected)
 
 
-def test_dictionaries_are_batches_where_a_function_of_the_user_takes_them() -> None:
+def test_dictionaries_are_batches_if_a_users_function_takes_them() -> None:
     model, (x, y) = mlp(), data()
     batches = [{"rows": {"x": x[:5]}, "y": y[:5], "name": "first"}, {"rows": {"x": x[5:]}, "y": y[5:], "name": "last"}]
     options = {"forward": lambda model, batch: {"logits": model(batch["rows"]["x"])}, "outputs": lambda y: y["logits"]}
@@ -285,13 +296,13 @@ def test_dictionaries_are_batches_where_a_function_of_the_user_takes_them() -> N
     assert_same(output_sensitivity(model, batches, samples=7, **options), output_sensitivity(model, [x[:7]]).values())
 
 
-def test_a_mapping_of_a_class_of_its_own_is_a_batch_like_a_dictionary() -> None:
+def test_any_mapping_is_a_batch_like_a_dictionary() -> None:
     model, (x, _) = mlp(), data()
     found = output_sensitivity(model, [UserDict(x=x)], forward=lambda model, batch: model(batch["x"]))
     assert_same(found, output_sensitivity(model, [x]).values())
 
 
-def test_a_function_of_the_user_may_call_a_model_that_torch_func_cannot_run() -> None:
+def test_a_users_function_may_call_a_model_that_torch_func_cannot_run() -> None:
     model, x = HoldsItsWeight(), data()[0]
     with pytest.warns(UserWarning, match="torch.func cannot run HoldsItsWeight .* one by one"):
         found = fisher(model, [{"x": x}], labels="exact", forward=lambda model, batch: model(batch["x"]))
@@ -308,7 +319,7 @@ def test_another_likelihood_and_selected_outputs() -> None:
     assert not importance[model[2].weight][0].any() and importance[model[2].weight][1:].all()
 
 
-def test_parameters_are_those_asked_for_that_require_a_gradient() -> None:
+def test_only_the_given_parameters_that_require_a_gradient_are_measured() -> None:
     model, (x, y) = mlp(), data()
     everything = fisher(model, [(x, y)], labels="data")
     assert list(everything) == list(model.parameters())
@@ -365,7 +376,7 @@ def test_halves_are_squared_and_summed_in_float32(dtype: torch.dtype) -> None:
 
 
 class Dropping(nn.Module):
-    """Mixed modes, dropout and statistics that a user froze."""
+    """Mixed modes, dropout, and statistics that a user has frozen."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -379,7 +390,7 @@ class Dropping(nn.Module):
         self.norm.eval()
 
     def train(self, mode: bool = True) -> Dropping:
-        raise AssertionError("train() and eval() may do more than set modes")
+        raise AssertionError("called although train() and eval() may do more than set modes")
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.drop(self.norm(self.hidden(x))))
@@ -405,8 +416,8 @@ def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:
     assert_same(sensitivity, one_by_one(plain, x, squared_norm, torch.abs))
 
 
-def test_training_goes_on_with_the_same_random_numbers_whatever_the_batches_draw() -> None:
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data()), batch_size=3, shuffle=True)
+def test_training_continues_with_the_same_random_numbers_whatever_the_batches_draw() -> None:
+    loader = DataLoader(TensorDataset(*data()), batch_size=3, shuffle=True)
     model = mlp()
     random = torch.get_rng_state()
     fisher(model, loader)
@@ -420,12 +431,12 @@ def _raise(outputs: Tensor) -> Tensor:
     raise ValueError("outputs are gone")
 
 
-def test_importance_that_is_zero_everywhere_is_warned_of() -> None:
+def test_importance_that_is_zero_everywhere_warns() -> None:
     with pytest.warns(UserWarning, match="the importance of every parameter is zero"):
         output_sensitivity(mlp(), [data()[0]], outputs=lambda y: 0 * y)
 
 
-def test_inference_mode_is_no_obstacle() -> None:
+def test_importance_can_be_measured_in_inference_mode() -> None:
     model = mlp()
     inputs, labels = data()
     expected = fisher(model, [(inputs, labels)], labels="data")
@@ -443,7 +454,7 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-def test_it_works_where_the_caller_has_switched_gradients_off() -> None:
+def test_importance_can_be_measured_under_no_grad() -> None:
     model, (x, y) = mlp(), data()
     expected = fisher(model, [(x, y)], labels="data").values()
     with torch.no_grad():
@@ -487,7 +498,7 @@ class Counting(nn.Module):
 
 
 class HoldsItsWeight(nn.Module):
-    """Has its weight in a list, too, where torch.func does not see it."""
+    """Keeps its weight in a list, too, which torch.func does not see."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -532,8 +543,7 @@ def test_models_that_torch_func_cannot_run_are_measured_one_by_one_with_one_warn
     generator = torch.Generator().manual_seed(3)
     with pytest.warns(UserWarning, match="one by one"):
         drawn = fisher(model, [x], generator=generator)
-    noise = consolidation._exponential_noise(5, model(x).shape[1], torch.float64, torch.Generator().manual_seed(3))
-    labels = (model(x).softmax(1) / noise).argmax(1)
+    labels = drawn_labels(model(x), seed=3)
     assert_same(drawn, one_by_one(model, x, lambda out, i: [F.cross_entropy(out, labels[i : i + 1])]))
 
 
@@ -560,7 +570,7 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
         pytest.param(lambda: (X, Y), {}, TypeError, r"write \[\(x, y\)\]", id="a tuple for batches"),
         pytest.param(
-            lambda: torch.utils.data.TensorDataset(X, Y), {}, TypeError, r"DataLoader\(dataset", id="a data set for batches"
+            lambda: TensorDataset(X, Y), {}, TypeError, r"DataLoader\(dataset", id="a data set for batches"
         ),
         case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
         case(X, TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
@@ -588,17 +598,17 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case(X, TypeError, "parameters is a tensor", parameters=torch.ones(2)),
         case(X, ValueError, "no parameter requires a gradient", parameters=[]),
         case(X, ValueError, "Sequential depend on none of the 4 parameters", outputs=lambda y: y.detach()),
-        case(X / 0, consolidation.NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
+        case(X / 0, NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
     ],
 )  # fmt: skip
-def test_wrong_arguments_are_refused_in_a_sentence(
+def test_wrong_arguments_raise_an_error_that_explains(
     batches: Callable[[], object], options: dict[str, object], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
         fisher(mlp(), batches(), **options)
 
 
-def test_models_that_cannot_be_measured_are_refused_in_a_sentence() -> None:
+def test_models_that_cannot_be_measured_raise_an_error_that_explains() -> None:
     with pytest.raises(TypeError, match="model is a function; expected"):
         output_sensitivity(lambda x: x, [X])
     with pytest.raises(ValueError, match=r"'0\.weight' is not initialized yet"):

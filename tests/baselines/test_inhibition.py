@@ -29,7 +29,7 @@ def test_penalty_is_the_sum_over_pairs_of_neurons_that_defines_it(scale: float) 
     assert local_inhibition(h, (-importance).exp(), scale).item() == pytest.approx(expected, rel=1e-13)
 
 
-def test_gradient_is_autograds_and_that_of_finite_differences() -> None:
+def test_gradient_agrees_with_autograd_and_finite_differences() -> None:
     h, importance = case()
     discount = (-importance).exp()
     leaf = h.clone().requires_grad_()
@@ -82,7 +82,7 @@ def test_dtype_is_that_of_the_activations(dtype: torch.dtype) -> None:
         (torch.rand(2, 3), torch.ones(3), math.nan, "scale is nan; expected"),
     ],
 )
-def test_wrong_arguments_are_refused_in_a_sentence(h: Tensor, discount: Tensor, scale: float, words: str) -> None:
+def test_wrong_arguments_raise_an_error_that_explains(h: Tensor, discount: Tensor, scale: float, words: str) -> None:
     for function in (local_inhibition, local_inhibition_gradient):
         with pytest.raises(ValueError, match=words):
             function(h, discount, scale)

@@ -1,8 +1,9 @@
-"""What CPC, EWC, MAS, SI and SSL owe their users: their definitions, and the manners of a torch optimizer."""
+"""CPC, EWC, MAS, SI and SSL compute what their papers define, and behave as torch optimizers."""
 
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -15,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, reference
-from npc_ext.baselines import consolidation, ssl
+from npc_ext.baselines.anchored import Anchored
+from npc_ext.baselines.consolidation import NonFiniteImportanceError, fisher, output_sensitivity
+from npc_ext.baselines.ssl import local_inhibition
 
 from ..tolerances import TRAJECTORY
 
@@ -73,7 +76,13 @@ def weights(model: nn.Module) -> Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
 
 
-# ------------------------------------------------------------------------------------------------- their definitions
+def without_dropout(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    model = network(dtype)
+    model[6].p = 0.0
+    return model
+
+
+# --------------------------------------------------------------------------------------------------------- definitions
 
 
 EXPLICIT = {"implicit": False}
@@ -82,7 +91,7 @@ EXPLICIT = {"implicit": False}
 @pytest.mark.parametrize(
     ("method", "pull"), [*((method, {}) for method in METHODS), *((method, EXPLICIT) for method in ANCHORED)]
 )
-def test_kernels_and_plain_pytorch_walk_the_same_way(method: Any, pull: dict[str, Any]) -> None:
+def test_kernels_and_plain_pytorch_take_the_same_path(method: Any, pull: dict[str, Any]) -> None:
     options = {**OPTIONS[method], **SGD, **pull}
     native, _ = two_tasks(method, **options)
     plain, _ = two_tasks(method, **options, backend="reference")
@@ -94,10 +103,10 @@ def test_kernels_and_plain_pytorch_walk_the_same_way(method: Any, pull: dict[str
 
 @pytest.mark.parametrize("implicit", [True, False])
 @pytest.mark.parametrize("method", ANCHORED)
-def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method: Any, implicit: bool) -> None:
-    """A step without a loss: what moves the weights is the gradient of the penalty, by finite differences.
+def test_the_penalty_is_not_zero_after_task_1_and_steps_follow_its_gradient(method: Any, implicit: bool) -> None:
+    """A step without a loss moves the weights along the gradient of the penalty, here by finite differences.
 
-    The gradient where the step ends if the pull is implicit, else where it begins.
+    If the pull is implicit, this is the gradient at the end of the step, else at its start.
     """
     model, optimizer = two_tasks(method, torch.float64, **OPTIONS[method], implicit=implicit)
     assert optimizer.penalty() > 1e-8
@@ -120,8 +129,8 @@ def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method:
 
     before, slopes_before = parameter.detach().clone(), slopes()
     optimizer.zero_grad()
-    for own in model.parameters():
-        own.grad = torch.zeros_like(own)
+    for each in model.parameters():
+        each.grad = torch.zeros_like(each)
     optimizer.step()
     moved = (parameter.detach() - before).view(-1)[at] / -0.05
     torch.testing.assert_close(moved, slopes() if implicit else slopes_before, rtol=1e-6, atol=1e-9)
@@ -129,7 +138,7 @@ def test_the_term_is_not_zero_after_task_1_and_steps_follow_its_gradient(method:
 
 
 def weight_importance(method: Any, model: nn.Module, number: int) -> dict[Tensor, Tensor]:
-    measure = consolidation.fisher if method is EWC else consolidation.output_sensitivity
+    measure = fisher if method is EWC else output_sensitivity
     return measure(model, [batch(1000 + number, torch.float64)], progress=False)
 
 
@@ -141,8 +150,8 @@ def test_two_buffers_hold_all_old_tasks_exactly(method: Any) -> None:
     tasks = []
     for number in range(5):
         learn(model, optimizer, first=100 * number)
-        own = weight_importance(method, model, number)
-        tasks.append([(own[p], p.detach().clone()) for p in parameters])
+        importance = weight_importance(method, model, number)
+        tasks.append([(importance[p], p.detach().clone()) for p in parameters])
         consolidate(optimizer, number, torch.float64)
     learn(model, optimizer, first=900)
     strength = OPTIONS[method]["strength"]
@@ -158,14 +167,14 @@ def test_two_buffers_hold_all_old_tasks_exactly(method: Any) -> None:
     assert names == {"stiffness", "anchor"}
 
 
-def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
+def test_si_integrates_along_the_path_and_divides_by_the_squared_distance() -> None:
     model = network(torch.float64)
     optimizer = SI(model, lr=0.05, strength=0.1, damping=1e-2, **SGD)
     parameter = model[4].weight
     start = parameter.detach().clone()
 
-    def walked(first: int) -> Tensor:
-        """The gradients of the task's loss times the whole movements, over 8 steps."""
+    def path_integral(first: int) -> Tensor:
+        """The sum over 8 steps of the gradient of the task's loss times the movement."""
         path = torch.zeros_like(parameter)
         for number in range(first, first + 8):
             optimizer.zero_grad()
@@ -176,7 +185,7 @@ def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
             path -= gradient * (parameter.detach() - before)
         return path
 
-    path = walked(0)
+    path = path_integral(0)
     torch.testing.assert_close(optimizer.state[parameter]["path"], path, rtol=1e-10, atol=1e-14)
     optimizer.consolidate()
     want = path.clamp(min=0) / ((parameter.detach() - start) ** 2 + 1e-2)
@@ -184,16 +193,15 @@ def test_si_integrates_along_the_path_and_divides_by_the_way() -> None:
     state = optimizer.state[parameter]
     assert torch.equal(state["anchor"], parameter.detach())
     assert not state["path"].any()
-    # The anchor is a place and not the live weight: training moves away from it, and is pulled back.
-    path = walked(100)
+    # The anchor is a copy of the weight: training moves the weight away from it, and is pulled back.
+    path = path_integral(100)
     assert not torch.equal(state["anchor"], parameter.detach())
     assert optimizer.penalty() > 0
     torch.testing.assert_close(state["path"], path, rtol=1e-10, atol=1e-14)
 
 
 def test_ssl_descends_the_loss_and_the_inhibition_of_hidden_neurons() -> None:
-    model = network(torch.float64)
-    model[6].p = 0.0
+    model = without_dropout(torch.float64)
     optimizer = SSL(model, lr=0.1, strength=1.0, sparsity=0.3)
     assert [layer.name for layer in optimizer.inhibited] == ["4"]
     learn(model, optimizer)
@@ -203,22 +211,21 @@ def test_ssl_descends_the_loss_and_the_inhibition_of_hidden_neurons() -> None:
     images, labels = batch(50, torch.float64)
     optimizer.zero_grad()
     F.cross_entropy(model(images), labels).backward()
-    got = [parameter.grad.clone() for parameter in model.parameters()]
-    twin = copy.deepcopy(network(torch.float64))
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    twin = without_dropout(torch.float64)
     twin.load_state_dict(model.state_dict())
-    twin[6].p = 0.0
     hidden = twin[:6](images)
-    penalty = ssl.local_inhibition(hidden, discount.float().double(), 12 / 6)
+    penalty = local_inhibition(hidden, discount.float().double(), 12 / 6)
     (F.cross_entropy(twin[6:](hidden), labels) + 0.3 * penalty).backward()
-    for one, parameter in zip(got, twin.parameters(), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-5, atol=1e-7)
-    model.eval()  # in which the hooks do nothing
+    for gradient, parameter in zip(gradients, twin.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-7)
+    model.eval()  # the hooks do nothing then
     optimizer.zero_grad()
     F.cross_entropy(model(images), labels).backward()
-    assert not torch.equal(model[0].weight.grad, got[0])
+    assert not torch.equal(model[0].weight.grad, gradients[0])
 
 
-def test_ssl_inhibits_the_layers_that_are_named_also_after_convolutions() -> None:
+def test_ssl_inhibits_named_layers_also_after_convolutions() -> None:
     model = network()
     optimizer = SSL(model, lr=0.1, layers=["0"], sparsity=1.0)
     assert [layer.name for layer in optimizer.inhibited] == ["0"]
@@ -229,7 +236,7 @@ def test_ssl_inhibits_the_layers_that_are_named_also_after_convolutions() -> Non
         SSL(network(), layers=["head"])
 
 
-def test_ssl_says_where_its_penalty_would_not_act() -> None:
+def test_ssl_reports_where_its_penalty_would_not_act() -> None:
     flat = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 4))
     for model, layers in ((flat, None), (network(), [])):
         with pytest.raises(ValueError, match="no neurons would inhibit each other"):
@@ -246,13 +253,12 @@ def test_ssl_says_where_its_penalty_would_not_act() -> None:
     assert torch.equal(weights(model), before)
 
 
-def test_ssl_counts_once_however_often_it_is_made_for_a_model() -> None:
+def test_the_penalty_of_ssl_counts_once_however_often_ssl_is_built_for_a_model() -> None:
     gradients = []
     for times in (1, 2):
-        model = network()
-        model[6].p = 0.0
+        model = without_dropout()
         for _ in range(times):
-            model = copy.deepcopy(model)  # with the hooks of an SSL of its own
+            model = copy.deepcopy(model)  # with the hooks of the earlier SSL
             SSL(model, sparsity=1.0)
         learn(model, SSL(model, lr=0.0, sparsity=1.0), steps=1)
         gradients.append(model[0].weight.grad)
@@ -260,14 +266,27 @@ def test_ssl_counts_once_however_often_it_is_made_for_a_model() -> None:
 
 
 def test_ssl_discounts_by_the_state_that_it_loads() -> None:
-    model = network()
+    model = without_dropout()
     optimizer = SSL(model, lr=0.1)
     learn(model, optimizer)
     before = copy.deepcopy(optimizer.state_dict())
+    optimizer.sparsity = 1.0
+
+    def gradient() -> Tensor:
+        optimizer.zero_grad()
+        images, labels = batch(50)
+        F.cross_entropy(model(images), labels).backward()
+        return model[4].weight.grad.clone()
+
+    undiscounted = gradient()
     consolidate(optimizer)
-    assert (optimizer._discounts["4"] < 1).any()
+    discounted = gradient()
+    assert not torch.equal(discounted, undiscounted)
+    after = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict(before)
-    assert (optimizer._discounts["4"] == 1).all()
+    assert torch.equal(gradient(), undiscounted)
+    optimizer.load_state_dict(after)
+    assert torch.equal(gradient(), discounted)
 
 
 def test_ssl_scales_its_penalty_with_the_loss() -> None:
@@ -284,7 +303,7 @@ def test_ssl_scales_its_penalty_with_the_loss() -> None:
 
 
 def test_cpc_is_npc_with_a_neuron_for_each_connection() -> None:
-    """One connection to each neuron: |w dL/dw| is |n dL/dn| but for the bias, so both measure the same."""
+    """With one connection to each neuron and no bias, |w dL/dw| is |n dL/dn|, so both measure the same."""
     model = nn.Sequential(nn.Linear(1, 40, bias=False), nn.ReLU(), nn.Linear(40, 3))
     twin = copy.deepcopy(model)
     options = {"lr": 0.1, "delta": 0.9}
@@ -303,7 +322,7 @@ def test_cpc_is_npc_with_a_neuron_for_each_connection() -> None:
     assert 0 < got.frozen < 1
 
 
-# ------------------------------------------------------------------------------------------- manners of an optimizer
+# ------------------------------------------------------------------------------------------ behaviour of an optimizer
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -317,10 +336,10 @@ def test_a_resumed_run_has_forgotten_nothing(method: Any) -> None:
     resumed = method(other, lr=0.3, **OPTIONS[method])
     other.load_state_dict(saved["model"])
     resumed.load_state_dict(saved["optimizer"])
-    for net, one in ((model, optimizer), (other, resumed)):
-        learn(net, one, first=200)
-        consolidate(one, 1)
-        learn(net, one, first=300)
+    for net, trainer in ((model, optimizer), (other, resumed)):
+        learn(net, trainer, first=200)
+        consolidate(trainer, 1)
+        learn(net, trainer, first=300)
     assert torch.equal(weights(model), weights(other))
 
 
@@ -337,12 +356,12 @@ def test_state_stays_float32_beside_bfloat16_weights(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_copies_and_pickles_go_on_alike(method: Any) -> None:
+def test_copies_and_pickles_continue_in_the_same_way(method: Any) -> None:
     model, optimizer = two_tasks(method, **OPTIONS[method])
     twins = [copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))]
     learn(model, optimizer, first=500)
-    for other, own in twins:
-        learn(other, own, first=500)
+    for other, its_optimizer in twins:
+        learn(other, its_optimizer, first=500)
         assert torch.equal(weights(other), weights(model))
 
 
@@ -362,7 +381,7 @@ def test_parameters_without_gradient_stay_as_they_are(method: Any) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_head_may_come_late(method: Any) -> None:
+def test_a_head_may_be_added_later(method: Any) -> None:
     model, optimizer = two_tasks(method, **OPTIONS[method])
     head = nn.Linear(4, 4)
     model.append(head)
@@ -397,8 +416,8 @@ def test_groups_and_schedulers(method: Any) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
-    told = {"scaler": scaler} if method is SSL else {}
-    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD, **told)
+    given = {"scaler": scaler} if method is SSL else {}
+    model, optimizer = two_tasks(method, **OPTIONS[method], **SGD, **given)
     before, state = weights(model).clone(), copy.deepcopy(optimizer.state_dict())
     for factor in (torch.inf, 1.0):
         optimizer.zero_grad()
@@ -416,10 +435,9 @@ def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_closures_maximize_and_memory_formats(method: Any) -> None:
-    model = network().to(memory_format=torch.channels_last)
+    model = without_dropout().to(memory_format=torch.channels_last)
     optimizer = method(model, lr=0.01, maximize=True, **OPTIONS[method])
     images, labels = batch(0, size=32)
-    model[6].p = 0.0
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -433,87 +451,146 @@ def test_closures_maximize_and_memory_formats(method: Any) -> None:
     assert losses[-1] > first
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"lr": -1}, ValueError, "lr is -1; expected a finite number of at least 0"),
+        ({"lr": None}, TypeError, "lr is None; expected a finite number of at least 0"),
+        ({"lr": "0.1"}, TypeError, "lr is '0.1'; expected a finite number of at least 0"),
+        ({"lr": torch.ones(2)}, TypeError, r"lr is .*; expected a finite number of at least 0"),
+        ({"nesterov": True}, ValueError, "nesterov is on, but momentum is 0"),
+        ({"backend": "cuda"}, ValueError, "backend is 'cuda'; expected one of 'auto', 'native', 'reference'"),
+    ],
+)
 @pytest.mark.parametrize("method", METHODS)
-def test_bad_arguments_are_sentences(method: Any) -> None:
-    model = network()
+def test_wrong_arguments_raise_an_error_that_explains(
+    method: Any, options: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        method(network(), **options)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_parameters_in_place_of_the_model_raise_an_error_that_explains(method: Any) -> None:
     with pytest.raises(TypeError, match=f"{method.__name__} takes the model itself, got generator"):
-        method(model.parameters(), lr=0.1)
-    with pytest.raises(ValueError, match=r"lr is -1; expected a finite number of at least 0"):
-        method(model, lr=-1)
-    with pytest.raises(ValueError, match="nesterov is on, but momentum is 0"):
-        method(model, nesterov=True)
-    with pytest.raises(ValueError, match="backend is 'cuda'; expected one of 'auto', 'native', 'reference'"):
-        method(model, backend="cuda")
-    name = "alpha" if method is CPC else "strength"
+        method(network().parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [(CPC, "alpha"), (SI, "damping"), (SSL, "sparsity"), *((method, "strength") for method in ANCHORED)],
+)
+def test_options_of_the_method_are_checked(method: Any, name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is nan; expected a finite number"):
-        method(model, **{name: float("nan")})
+        method(network(), **{name: float("nan")})
+
+
+@pytest.mark.parametrize(
+    ("method", "strength", "more"),
+    [(EWC, 100.0, []), (MAS, 1.0, []), (SI, 0.1, ["damping"]), (SSL, 1.0, ["sparsity", "scale", "layers", "scaler"])],
+)
+def test_anchored_methods_share_a_constructor(method: Any, strength: float, more: list[str]) -> None:
+    signature = inspect.signature(method)
+    common = ["lr", "strength", "momentum", "nesterov", "weight_decay", "implicit", "params", "maximize", "backend"]
+    assert [name for name in signature.parameters if name not in more] == ["model", *common]
+    assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    assert method(network()).param_groups[0]["strength"] == strength
+    assert method(network(), 0.1, 7.0).param_groups[0]["strength"] == 7.0
+    assert "as in `torch.optim.SGD`" in (Anchored.__doc__ or "") and "baselines.anchored.Anchored" in method.__doc__
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sparse_gradients_raise_an_error_that_explains(method: Any) -> None:
+    model = network()
     optimizer = method(model, **OPTIONS[method])
-    optimizer.zero_grad()
     model[0].weight.grad = torch.zeros(6, 1, 3, 3).to_sparse()
     with pytest.raises(ValueError, match=r"the gradient of '0.weight' is sparse; expected a dense one"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_state_dicts_raise_an_error_that_explains_and_change_nothing(method: Any) -> None:
+    model = network()
+    optimizer = method(model, **OPTIONS[method])
+    before = copy.deepcopy(optimizer.state_dict())
+    name = "alpha" if method is CPC else "strength"
     with pytest.raises(ValueError, match="the state dict has parameter groups of"):
         optimizer.load_state_dict(method(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), **OPTIONS[method]).state_dict())
-    before = copy.deepcopy(optimizer.state_dict())
     with pytest.raises(ValueError, match=f"no .*{name}.*; it was saved by another optimizer than {method.__name__}"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.2).state_dict())
     with pytest.raises(ValueError, match=r"the state dict has 0.weight, .*; expected state and param_groups"):
         optimizer.load_state_dict(model.state_dict())
     assert optimizer.state_dict() == before
-    for wrong in (None, "0.1", torch.ones(2)):
-        with pytest.raises(TypeError, match=r"lr is .*; expected a finite number of at least 0"):
-            method(model, lr=wrong)
 
 
-def test_bad_consolidations_change_nothing() -> None:
-    model = network()
-    si = SI(model, lr=0.1)
-    with pytest.raises(RuntimeError, match="no step has moved a weight since the last consolidate"):
-        si.consolidate()
-    with pytest.raises(ValueError, match="damping is 0; expected a finite number above 0"):
-        SI(model, damping=0)
-    learn(model, si)
-    si.state[model[7].bias]["path"][0] = torch.inf
-    before = copy.deepcopy(si.state_dict())
-    with pytest.raises(consolidation.NonFiniteImportanceError, match=r"the importance of '7.bias' is not finite"):
-        si.consolidate()
-    assert str(si.state_dict()) == str(before)
-    model.zero_grad()
-    ewc = EWC(model, lr=0.1)
-    with pytest.raises(ValueError, match="batches has no samples"):
-        ewc.consolidate([], progress=False)
-    images, labels = batch(0)
-    images[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="is not finite"):
-        ewc.consolidate([(images, labels)], progress=False)
-    assert not ewc.state
-    wrong = nn.Sequential(*[copy.deepcopy(layer) for layer in model])
-    wrong[0] = nn.Conv2d(1, 6, 5)
+def test_anchors_of_another_architecture_raise_an_error_that_explains() -> None:
     trained = EWC(network(), lr=0.1)
-    trained.consolidate([batch(0)], progress=False)
+    consolidate(trained)
+    wrong = network()
+    wrong[0] = nn.Conv2d(1, 6, 5)
     with pytest.raises(ValueError, match=r"stiffness for '0.weight' has shape \(6, 1, 3, 3\), expected \(6, 1, 5, 5\)"):
         EWC(wrong).load_state_dict(trained.state_dict())
 
 
+def test_si_without_a_step_has_nothing_to_consolidate() -> None:
+    with pytest.raises(RuntimeError, match="no step has moved a weight since the last consolidate"):
+        SI(network(), lr=0.1).consolidate()
+
+
+@pytest.mark.parametrize("tasks", [0, 1])
+def test_si_changes_nothing_if_importance_is_not_finite_and_names_gradients_as_the_cause(tasks: int) -> None:
+    model = network()
+    optimizer = SI(model, lr=0.05, strength=0.1)
+    for task in range(tasks):
+        learn(model, optimizer, first=100 * task)
+        optimizer.consolidate()
+    learn(model, optimizer)
+    optimizer.state[model[7].bias]["path"][0] = torch.inf
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        NonFiniteImportanceError, match=r"the importance of '7.bias' is not finite: gradients were huge"
+    ):
+        optimizer.consolidate()
+    assert str(optimizer.state_dict()) == str(before)
+
+
+def test_ewc_changes_nothing_if_it_cannot_consolidate() -> None:
+    optimizer = EWC(network(), lr=0.1)
+    with pytest.raises(ValueError, match="batches has no samples"):
+        optimizer.consolidate([], progress=False)
+    images, labels = batch(0)
+    images[0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="is not finite"):
+        optimizer.consolidate([(images, labels)], progress=False)
+    assert not optimizer.state
+
+
+def after_a_task_with_a_huge_strength(method: Any, implicit: bool) -> tuple[nn.Module, Any]:
+    model = network()
+    optimizer = method(model, lr=0.05, momentum=0.9, **{**OPTIONS[method], "strength": 1e30}, implicit=implicit)
+    learn(model, optimizer)
+    consolidate(optimizer)
+    learn(model, optimizer, first=100, steps=30)
+    return model, optimizer
+
+
 @pytest.mark.parametrize("method", ANCHORED)
-def test_weights_stay_at_their_anchors_however_large_the_strength_is_and_explicit_anchors_diverge(method: Any) -> None:
-    for implicit in (True, False):
-        model = network()
-        optimizer = method(model, lr=0.05, momentum=0.9, **{**OPTIONS[method], "strength": 1e30}, implicit=implicit)
-        learn(model, optimizer)
-        consolidate(optimizer)
-        learn(model, optimizer, first=100, steps=30)
-        if not implicit:
-            assert not weights(model).isfinite().all()
-            with pytest.raises(consolidation.NonFiniteImportanceError):
-                consolidate(optimizer, 1)
-            continue
-        for parameter in model.parameters():
-            state = optimizer.state[parameter]
-            stiff = state["stiffness"] > 1e-20
-            torch.testing.assert_close(parameter[stiff], state["anchor"][stiff], rtol=1e-5, atol=1e-5)
+def test_with_implicit_anchors_weights_stay_at_them_however_large_the_strength_is(method: Any) -> None:
+    model, optimizer = after_a_task_with_a_huge_strength(method, implicit=True)
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        stiff = state["stiffness"] > 1e-20
+        torch.testing.assert_close(parameter[stiff], state["anchor"][stiff], rtol=1e-5, atol=1e-5)
+    consolidate(optimizer, 1)
+    assert weights(model).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_with_explicit_anchors_training_diverges_under_a_huge_strength(method: Any) -> None:
+    model, optimizer = after_a_task_with_a_huge_strength(method, implicit=False)
+    assert not weights(model).isfinite().all()
+    with pytest.raises(NonFiniteImportanceError):
         consolidate(optimizer, 1)
-        assert weights(model).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -522,7 +599,7 @@ def test_weights_stay_at_their_anchors_however_large_the_strength_is_and_explici
     ids=str,
 )
 def test_explicit_anchors_diverge_above_a_bound_and_implicit_ones_do_not(options: dict[str, Any], bound: float) -> None:
-    """The explicit pull alone multiplies the distance by 1 - 2 lr strength W, or with momentum by a matrix."""
+    """Without a loss, the explicit pull multiplies the distance by 1 - 2 lr strength W, or with momentum by a matrix."""
     for implicit in (True, False):
         for of_bound, diverges in ((0.99, False), (1.01, not implicit)):
             model = nn.Linear(1, 1, bias=False)
@@ -535,7 +612,7 @@ def test_explicit_anchors_diverge_above_a_bound_and_implicit_ones_do_not(options
             assert (model.weight.abs().item() > 1) is diverges
 
 
-def test_every_group_pulls_as_it_says() -> None:
+def test_every_group_has_its_kind_of_pull() -> None:
     model, twin = network(), network()
     groups = [{"params": model[0].parameters(), "implicit": False}, {"params": model[4:].parameters()}]
     optimizers = EWC(model, params=groups, strength=10.0), EWC(twin, strength=10.0)
@@ -549,14 +626,14 @@ def test_every_group_pulls_as_it_says() -> None:
     optimizers[0].param_groups[0]["implicit"] = True  # from the next step on
     model.load_state_dict(twin.state_dict())
     for net, optimizer in zip((model, twin), optimizers, strict=True):
-        for parameter, own in zip(model.parameters(), twin.parameters(), strict=True):
-            optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[own])
+        for parameter, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+            optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[of_twin])
         learn(net, optimizer, steps=2, first=9)
     assert torch.equal(weights(model), weights(twin))
 
 
 @pytest.mark.parametrize("method", ANCHORED)
-def test_how_anchors_pull_is_saved_and_never_guessed(method: Any) -> None:
+def test_the_kind_of_pull_is_saved_and_never_guessed(method: Any) -> None:
     model = network()
     optimizer = method(model, **OPTIONS[method], implicit=False)
     saved = optimizer.state_dict()
@@ -580,21 +657,10 @@ def test_how_anchors_pull_is_saved_and_never_guessed(method: Any) -> None:
     method(network(), momentum=1.0, implicit=False)
 
 
-def test_importance_that_gradients_spoiled_is_blamed_on_gradients() -> None:
-    model = network()
-    optimizer = SI(model, lr=0.05, strength=0.1)
-    learn(model, optimizer)
-    optimizer.consolidate()
-    learn(model, optimizer)
-    optimizer.state[model[7].bias]["path"][0] = torch.inf
-    with pytest.raises(consolidation.NonFiniteImportanceError, match="gradients were huge"):
-        optimizer.consolidate()
-
-
 @pytest.mark.parametrize("method", [EWC, MAS, SSL])
-def test_a_function_of_the_user_calls_the_model_to_consolidate(method: Any) -> None:
+def test_a_users_function_calls_the_model_to_consolidate(method: Any) -> None:
     model, twin = network(), network()
-    optimizer, usual = (method(one, lr=0.05, **OPTIONS[method]) for one in (model, twin))
+    optimizer, usual = (method(net, lr=0.05, **OPTIONS[method]) for net in (model, twin))
     images, labels = batch(0)
     torch.manual_seed(1)
     usual.consolidate([(images, labels)], outputs=lambda y: y[:, 1:3], progress=False)
@@ -633,14 +699,14 @@ def test_cpc_protects_attentions_input_projection(options: dict[str, Any]) -> No
         optimizer.step()
     plasticity = optimizer.plasticity()
     assert list(plasticity) == ["in_proj", "out_proj"]
-    own = [name for name, _ in model.named_parameters() if name.startswith("in_proj") or "_proj_weight" in name]
-    assert list(plasticity["in_proj"].importance) == own and len(own) in (2, 3)
+    names = [name for name, _ in model.named_parameters() if name.startswith("in_proj") or "_proj_weight" in name]
+    assert list(plasticity["in_proj"].importance) == names and len(names) in (2, 3)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer.step()
     for name, rate in optimizer.plasticity()["in_proj"].learning_rate.items():
         assert torch.equal(model.get_parameter(name)[rate == 0], before[name][rate == 0])
     assert 0 < optimizer.plasticity()["in_proj"].frozen < 1
-    assert not torch.equal(model.in_proj_bias if options == {} else model.v_proj_weight, before[own[-1]])
+    assert not torch.equal(model.in_proj_bias if options == {} else model.v_proj_weight, before[names[-1]])
     assert not torch.equal(model.bias_k, before["bias_k"])
 
 

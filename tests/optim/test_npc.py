@@ -1203,7 +1203,7 @@ def test_importance_that_is_not_finite_is_left_out_counted_and_reported_once() -
     model, (x, y) = paper_cnn(), batches(1)[0]
     optimizer = NPC(model, lr=0.0)
     for expectation in (
-        pytest.warns(ImportanceWarning, match="layer 'conv1' was measured with an importance that is not finite"),
+        pytest.warns(ImportanceWarning, match="layer 'conv1' had an importance that is not finite"),
         warnings.catch_warnings(),
     ):
         optimizer.zero_grad()

@@ -1,0 +1,126 @@
+"""The base class of optimizers that lower the learning rates of what is important: neurons (NPC) or connections (CPC).
+
+It keeps the options of single layers, looks for the model's layers again whenever parameters are added, and warns where
+importance protects little or is not finite. Subclasses find the layers, measure importance, and define the update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from ..neurons.protection import Protection, warn_if_little
+from .base import ModelOptimizer
+from .measured import LayerWarnings
+from .moments import FirstMoments
+from .nonfinite import SkippedSteps
+from .options import LayerOptions, check_choice, check_plasticity_options
+
+
+class PlasticityControl(ModelOptimizer):
+    """An optimizer with a learning rate for every neuron or connection of the model's layers.
+
+    The groups of subclasses have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and normalize.
+    """
+
+    _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate")
+    # For warnings: what is protected, what to do if little is, and where importance that is not finite comes from.
+    _UNITS: ClassVar[str]
+    _ADVICE: ClassVar[str]
+    _NONFINITE_IN: ClassVar[str]
+
+    _has_layers = False  # whether the model has been searched; the constructor adds groups before that
+    _skipped: SkippedSteps
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Iterable[Any] | None,
+        defaults: dict[str, Any],
+        backend: str,
+        *,
+        layers: Mapping[str, Mapping[str, Any]] | None,
+        others: str,
+    ) -> None:
+        check_choice("others", others, ("train", "freeze"))
+        self._layer_options = LayerOptions(layers, self._LAYER_OPTIONS)
+        self._others = others
+        self._layer_warnings = LayerWarnings()
+        super().__init__(model, params, defaults, backend)
+        self._find_layers()
+        self._has_layers = True
+        self._warn_if_little_is_protected()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters with its options, for example a new head of the model.
+
+        The model is searched again for layers. Known layers keep their importance.
+        """
+        super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+            if self._has_layers:
+                self._find_layers()
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if an option does not fit the parameters of its group."""
+
+    def _find_layers(self) -> None:
+        """Searches the model, and prepares what is kept of each layer."""
+        raise NotImplementedError
+
+    def _layer_names(self) -> list[str]:
+        """The layers that have importance."""
+        raise NotImplementedError
+
+    def _in_layers(self, parameter: Tensor) -> bool:
+        """Whether a parameter belongs to a layer, also to one with consolidate=False."""
+        raise NotImplementedError
+
+    def _protection(self) -> Protection:
+        """How much of what is trained is protected now."""
+        raise NotImplementedError
+
+    def _take_up_groups(self) -> None:
+        super()._take_up_groups()
+        self._find_layers()
+
+    def _trains(self, parameter: Tensor) -> bool:
+        return self._others == "train" or self._in_layers(parameter)
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self._all_parameters() if p.requires_grad and self._trains(p)]
+
+    def _warn_if_little_is_protected(self) -> None:
+        unprotected = [parameter for parameter in self._trained() if not self._in_layers(parameter)]
+        warn_if_little(self._protection(), self._model, unprotected, self._UNITS, self._ADVICE)
+
+    def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
+        self._check_options({**self.defaults, **options}, where)
+
+    def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
+        super()._check_options(options, where)
+        check_plasticity_options(options, where)
+
+    def _report_skipped(self) -> None:
+        """Called once a step. Warns of layers with an importance that was not finite."""
+        counts = self._skipped.news()
+        if counts is None:
+            return
+        for layer, count in zip(self._layer_names(), counts, strict=True):
+            if count:
+                self._layer_warnings.warn_once(
+                    layer,
+                    "skipped",
+                    f"had an importance that is not finite (inf or nan in {self._NONFINITE_IN}); such steps leave its "
+                    "importance as it was and are counted in plasticity()[...].skipped",
+                )
+
+    def _forget_plans(self) -> None:
+        super()._forget_plans()
+        self._first_moments = FirstMoments()
