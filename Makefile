@@ -1,17 +1,18 @@
-# make demo   five tasks in a row, with SGD and with NPC: a table and figures
-# make test   all tests
-# make bench  micro-benchmarks
-# make lint   format, lint and type-check (CI=true: check the format only)
+# make demo       five tasks in a row, with SGD and with NPC: a table and figures
+# make test       all tests
+# make test-fast  all tests but the slow ones, in under three minutes
+# make bench      micro-benchmarks
+# make lint       format, lint and type-check (CI=true: check the format only)
 #
-# Each sets up .venv where it is missing or out of date. PYTHON=python3.12 chooses the interpreter it is made with.
+# Each target first sets up .venv if it is missing or out of date. PYTHON=python3.12 chooses the interpreter for it.
 
 PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
-SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py npc_ext/kernels/compilers.py $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test test-fast bench lint clean
 .DELETE_ON_ERROR:
 
 demo: $(BUILD)
@@ -19,6 +20,9 @@ demo: $(BUILD)
 
 test: $(BUILD)
 	@$(BIN)/python -m pytest
+
+test-fast: $(BUILD)
+	@$(BIN)/python -m pytest -m "not slow"
 
 bench: $(BUILD)
 	@$(BIN)/python -m bench.micro

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from npc_ext.kernels import build
+from npc_ext.kernels import build, compilers
 
 from .rows import NOT_MEASURED
 from .sass import Loop, packed_loops, parse
@@ -78,7 +78,7 @@ def cuobjdump() -> Path | None:
         files = []
     packaged = [Path(str(file.locate())) for file in files if file.name == "cuobjdump"]
     found = [Path(one)] if (one := shutil.which("cuobjdump")) else []
-    beside = [compiler.resolve().parent / "cuobjdump"] if (compiler := build.nvcc()) else []
+    beside = [compiler.resolve().parent / "cuobjdump"] if (compiler := compilers.nvcc()) else []
     whole = (one for one in [*packaged, *found, *beside] if one.exists() and _has_nvdisasm(one))
     return next(whole, None)
 
@@ -90,8 +90,8 @@ def _has_nvdisasm(path: Path) -> bool:
 def compiled(source: Path, arch: str, folder: Path) -> Path:
     """Compiles a .cu file for one architecture, with the flags of the build."""
     out = folder / f"{source.stem}.{arch}.cubin"
-    flags = [flag for flag in build.nvcc_flags(build.Cuda(archs=())) if not flag.startswith("-Xptxas")]
-    command = [build.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
+    flags = [flag for flag in build.nvcc_flags(()) if not flag.startswith("-Xptxas")]
+    command = [compilers.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
     done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{source} does not compile:\n{done.stderr.strip()}")
@@ -157,7 +157,7 @@ def table(found: Sequence[Kernel]) -> str:
 
 def compiler_version() -> str:
     """As in "nvcc 13.0.88"; empty without nvcc."""
-    compiler = build.nvcc()
+    compiler = compilers.nvcc()
     words = subprocess.run([str(compiler), "--version"], capture_output=True, text=True).stdout if compiler else ""
     return f"nvcc {found[1]}" if (found := re.search(r"\bV([\d.]+)", words)) else ""
 
@@ -168,7 +168,7 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
         raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
     if absent := [str(one) for one in files if not one.exists()]:
         raise ValueError(f"there is no {', '.join(absent)}")
-    if any(one.suffix == ".cu" for one in files) and build.nvcc() is None:
+    if any(one.suffix == ".cu" for one in files) and compilers.nvcc() is None:
         raise ValueError("there is no nvcc to compile with")
     if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
         raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
@@ -182,7 +182,7 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
 
 
 def _why_stale() -> str:
-    built = Path(build.__file__).with_name(build.MODULE_FILE)
+    built = build.PACKAGE / build.MODULE_FILE
     return build.why_stale(built.read_bytes()) if built.exists() else "there is no module"
 
 
@@ -197,7 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = _found(options.files, options.arch, re.compile(options.kernel))
-    except (ValueError, re.error, build.BuildError) as error:
+    except (ValueError, re.error, compilers.BuildError) as error:
         parser.error(str(error))
     if not options.loops:
         print(f"{table(found)}\n\nCompiled for sm_{options.arch} by {compiler_version()}.")

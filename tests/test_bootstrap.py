@@ -266,6 +266,7 @@ def test_a_second_run_sets_nothing_up_again(finished: Path) -> None:
         ("csrc/rules.h", ["build"]),
         ("csrc/cpu/isa.cpp", ["build"]),
         ("npc_ext/kernels/build.py", ["build"]),
+        ("npc_ext/kernels/compilers.py", ["build"]),
         ("setup.py", ["build"]),
         ("pyproject.toml", ["build"]),
         ("npc_ext/optim/npc.py", []),

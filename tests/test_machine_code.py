@@ -17,7 +17,7 @@ from bench import machine_code, sass
 from bench.machine_code import Kernel
 from npc_ext.kernels import build
 
-from .kernels.test_build import needs_nvcc
+from .kernels.imitations import needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_cuobjdump = pytest.mark.skipif(

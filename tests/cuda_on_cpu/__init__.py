@@ -17,25 +17,22 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from npc_ext.kernels import build, native
+from npc_ext.kernels import build, compilers, native
 
 HERE = Path(__file__).parent
 CSRC = build.source_dir()
-SOURCES = [
-    *("bindings.cpp", "cpu/kernels.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
-    *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
-    *("cuda/adam.cu", "cuda/connections.cu", "cuda/wide.cu", "cuda/workspace.cu", "cuda/support.cu"),
-]
+# Those of a build with CUDA, each once: the CPU's kernels are compiled for the baseline only.
+SOURCES = list(dict.fromkeys(source.path for source in build.sources(compilers.Cuda(nvcc=Path("nvcc")))))
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 
 
 def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
     """Compiles the module with more flags, unless it is there from before, and returns its path."""
-    compiler = build.compiler_command()
+    compiler = compilers.compiler_command()
     common = [
         *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
         *("-fno-math-errno", "-fno-trapping-math", "-Werror", *DEFINES, f"-I{HERE}"),
-        *(f"-I{path}" for path in (build._python_include(), build._pybind11_include())),
+        *(f"-I{path}" for path in (compilers.python_include(), compilers.pybind11_include())),
         *flags,
     ]
     files = [
@@ -75,7 +72,7 @@ def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
 def module() -> ModuleType:
     """The module, compiled with the flags in CUDA_ON_CPU_FLAGS (a sanitizer's) from CUDA_ON_CPU_CSRC (with a fault)."""
     flags = tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())
-    return native._import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
+    return native.import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
 def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
