@@ -2,7 +2,7 @@
 # make test       all tests
 # make test-fast  all tests but the slow ones, in under three minutes
 # make bench      micro-benchmarks
-# make lint       format, lint and type-check (CI=true: check the format only)
+# make lint       format, lint and type-check Python, format C++ and CUDA (CI=true: check the formats only)
 #
 # Each target first sets up .venv if it is missing or out of date. PYTHON=python3.12 chooses the interpreter for it.
 
@@ -10,6 +10,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
+CHECK_FORMAT := $(filter true,$(CI))
+NATIVE = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py npc_ext/kernels/compilers.py $(shell find csrc -type f)
 
 .PHONY: demo test test-fast bench lint clean
@@ -28,9 +30,10 @@ bench: $(BUILD)
 	@$(BIN)/python -m bench.micro
 
 lint: $(BUILD)
-	@$(BIN)/ruff format $(if $(filter true,$(CI)),--check) .
+	@$(BIN)/ruff format $(if $(CHECK_FORMAT),--check) .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
+	@$(BIN)/clang-format $(if $(CHECK_FORMAT),--dry-run -Werror,-i) $(NATIVE)
 
 clean:
 	rm -rf .venv build dist *.egg-info npc_ext/_C.* npc_ext/csrc

@@ -1,4 +1,4 @@
-"""How a process answers the one that started it: a line of JSON for each line of JSON."""
+"""Answers to requests of the parent process, each a line of JSON."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def serve(answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Answers each request on standard input, until that ends; what is printed meanwhile goes to standard error."""
+    """Answers each request on standard input until it ends. Everything else that is printed goes to standard error."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""What is timed on CPUs and on GPUs alike: eq. 2 and the steps of optimizers, beside PyTorch's."""
+"""Work that is timed on both CPUs and GPUs: eq. 2 and optimizer steps, next to PyTorch's."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from .timing import Call
 
 # A beta so large that every neuron learns at full rate: the most work that NPC can have.
 PLASTIC = 1e9
+FROZEN = 10.0  # an importance far above beta
+SLOW = 1 - 1e-6  # a delta: nothing freezes or thaws within a benchmark
 Maker = Callable[[nn.Module], Any]
 
 
@@ -28,12 +30,12 @@ def eager_importance(n: Tensor, g: Tensor) -> Tensor:
 
 
 def on_sets(function: Callable[[Tensor, Tensor], object], inputs: list[tuple[Tensor, Tensor]]) -> Call:
-    """A function of two tensors as one of the number of an input set."""
+    """Turns a function of two tensors into a function of the index of an input set."""
     return lambda index: function(*inputs[index])
 
 
 def of_parameters(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Maker:
-    """How to make one of PyTorch's optimizers for a model."""
+    """Returns a function that builds one of PyTorch's optimizers for a model."""
     return lambda model: kind(model.parameters(), **options)
 
 
@@ -42,7 +44,7 @@ _KINDS: list[tuple[str, Any, Any, dict[str, Any], tuple[int, int]]] = [
     ("SGD, momentum", NPC, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, (3, 2)),
     ("AdamW", NPCAdamW, torch.optim.AdamW, {"lr": 1e-3}, (4, 3)),
 ]
-# By kind: how ours and PyTorch's are made, and how many numbers are read and written for each weight.
+# By kind: our optimizer, PyTorch's, and how many numbers a step reads and writes for each weight.
 OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Maker], tuple[int, int]]] = {
     name: (
         partial(ours, beta=PLASTIC, **options),
@@ -57,19 +59,19 @@ OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Maker], tuple[int, int
 
 
 class Steps:
-    """The same layers, once for each optimizer and set, with gradients that stay; steps can be taken at will.
+    """Copies of the same layers, one for each optimizer and input set. Gradients stay, so steps can be repeated.
 
     Args:
-        size: about how many parameters all layers have together.
-        makers: how to make each optimizer; ours comes first.
-        layers: how many square layers there are.
-        device: where they are.
-        sets: how many copies of everything there are.
+        size: approximate number of parameters in all layers.
+        makers: functions that build the optimizers, by name; ours comes first.
+        layers: number of square layers.
+        device: device of the layers.
+        sets: number of copies for each optimizer.
 
     Attributes:
-        parameters: how many there are.
+        parameters: number of parameters.
         optimizers: by name, one for each set.
-        moved: by name, the movement of a weight in the first step.
+        moved: by name, how far the first weight moved in the first step.
     """
 
     def __init__(
@@ -103,16 +105,16 @@ class Steps:
             layer.sink.grad = self._measured
 
     def prepare(self) -> None:
-        """Gives every layer its measured importance, which a step uses up."""
+        """Gives every layer a measured importance. A step consumes it."""
         for optimizer in self._measuring():
             self._measure(optimizer)
 
     def peers(self) -> dict[str, Call]:
-        """The step of each set's optimizer; `prepare` comes before it."""
+        """The step of each set's optimizer. Call `prepare` before each step."""
         return {name: partial(self._step, name) for name in self.optimizers}
 
     def measured_peers(self) -> dict[str, Call]:
-        """The same steps, which do for their optimizer what `prepare` does for all."""
+        """The same steps, each of which prepares its own optimizer."""
 
         def step(name: str, index: int) -> None:
             self._measure(self.optimizers[name][index])
@@ -127,15 +129,30 @@ class Steps:
         self.optimizers[name][index].step()
 
     def freeze(self, share: float) -> None:
-        """Gives a random share of each layer's neurons so great an importance that they do not move."""
+        """Freezes a random share of each layer's neurons."""
         for optimizer in self._measuring():
-            generator = torch.Generator().manual_seed(1)
             for group in optimizer.param_groups:
-                group.update(beta=0.5, delta=1 - 1e-6)  # so slow a decay that nothing else freezes meanwhile
-            for layer in optimizer.neurons:
-                importance = optimizer.state[layer.parameters[0].parameter]["importance"]
-                chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
-                importance.zero_()[chosen.to(importance.device)] = PLASTIC
+                group.update(beta=0.5, delta=SLOW)
+            freeze(optimizer, share)
+
+
+def freeze(optimizer: Any, share: float) -> None:
+    """Freezes a random share of each layer's neurons by their importance; all others get an importance of zero.
+
+    With `delta=SLOW` the share stays constant, whatever is measured.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for layer in optimizer.neurons:
+        importance = optimizer.state[layer.parameters[0].parameter]["importance"]
+        chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
+        importance.zero_()[chosen.to(importance.device)] = FROZEN
+
+
+def share_skipped(optimizer: Any) -> float:
+    """The share of all neurons whose weight gradients the last step skipped."""
+    layers = optimizer.plasticity().values()
+    skipped = sum(float(layer.gradients_skipped) * len(layer.importance) for layer in layers)
+    return skipped / sum(len(layer.importance) for layer in layers)
 
 
 def training(

@@ -1,9 +1,9 @@
-"""What got slower: `python -m bench.compare OLD NEW` compares two files of rows of the same device.
+"""Finds what got slower: `python -m bench.compare OLD NEW` compares two files of rows from the same device.
 
-A case is compared by our time in units of a peer's, which was timed in turns with ours, so load on the machine matters
-little. The peer is that of the case's first goal, else its first. Cases without peers are compared in
-seconds. A case got slower, or faster, if the quartiles of the two files do not overlap. The exit status is 1 if any got
-slower.
+A case is compared by the ratio of our time to a peer's. The two were timed in turns, so load on the machine matters
+little. The peer is the one of the case's first goal, or else its first peer. Cases without peers are compared in
+seconds. A case got slower or faster if the quartiles of the two files do not overlap. The exit status is 1 if any case
+got slower.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from .rows import Results, Row, RowsError, device, read
 from .tables import duration, markdown
 
-# (lower quartile, median, upper quartile) of our time, and what it is measured in.
+# (lower quartile, median, upper quartile) of our time, and its unit.
 _Measure = tuple[tuple[float, float, float], str]
 
 

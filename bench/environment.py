@@ -1,4 +1,4 @@
-"""What a result was measured on: machine, versions and commit."""
+"""The environment of a result: machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 import npc_ext
 from npc_ext.kernels import native
 
+from . import ROOT
+
 
 def describe() -> dict[str, str | int]:
-    """Everything that another run has to share for its numbers to be comparable."""
+    """Everything that two runs must share for their numbers to be comparable."""
     module = native.status().module
     return {
         "processor": _processor(),
@@ -39,16 +41,15 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """The revision; NPC_BENCH_COMMIT says it where the repository is not at hand."""
+    """The commit. Where there is no repository, the environment variable NPC_BENCH_COMMIT names it."""
     if named := os.environ.get("NPC_BENCH_COMMIT"):
         return named
-    root = Path(__file__).resolve().parent
 
     def git(*command: str) -> str:
-        return subprocess.run(["git", *command], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/**/*.py", "setup.py")
+        changed = git("status", "--porcelain", "--", "npc_ext", "csrc", "bench/*.py", "setup.py")
         return git("rev-parse", "--short", "HEAD") + (" with changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from .rows import OURS, Results, Row
 from .tables import save
 
-SHARE, NETWORK = "share certified", "network"  # the facts that the figure of certified neurons is drawn from
+SHARE, NETWORK = "share certified", "network"  # facts that the figure of certified neurons needs
 
 
 def draw(results: Results, folder: Path) -> None:
-    """Draws what the rows give: `frozen`, and where ceilings were measured, `roofline`."""
+    """Draws the figure `frozen`, and `roofline` if ceilings were measured."""
     frozen = [row for row in results.of_part("frozen") if SHARE in row.facts]
     if frozen:
         save(_frozen(frozen), folder / "frozen")
@@ -26,7 +26,7 @@ def draw(results: Results, folder: Path) -> None:
 
 
 def _frozen(rows: Sequence[Row]) -> Figure:
-    """Step time in units of SGD's over the share of certified neurons, an axis for each network."""
+    """Step time relative to SGD's over the share of certified neurons, one plot for each network."""
     networks = list(dict.fromkeys(row.facts[NETWORK] for row in rows))
     figure = Figure(figsize=(3.4 * len(networks), 3.2), layout="constrained")
     grid: Any = figure.subplots(1, len(networks), squeeze=False)[0]
@@ -50,14 +50,14 @@ def _frozen(rows: Sequence[Row]) -> Figure:
 
 
 def _ceiling(row: Row) -> str:
-    """The peer that moves as many bytes with the same mix of reads and writes, and does nothing else."""
+    """The peer that moves the same number of bytes, with the same mix of reads and writes, and does nothing else."""
     if not row.bytes or OURS not in row.seconds:
         return ""
     return next((peer for peer in row.seconds if peer.startswith("ceiling")), "")
 
 
 def _roofline(parts: dict[str, list[Row]], device: str) -> Figure:
-    """Our bandwidth over bytes moved, in units of the ceiling measured beside each row; sizes that count lie right."""
+    """Our bandwidth relative to the ceiling's over the bytes moved. Goals hold for the sizes right of the line."""
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for (part, rows), marker in zip(parts.items(), "os^Dv<>", strict=False):

@@ -1,4 +1,4 @@
-"""The networks that are trained here: the paper's, and plain ones that people train."""
+"""The networks that the benchmarks train: the paper's, and common ones."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions and a way past them."""
+    """A residual block of two convolutions."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

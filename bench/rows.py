@@ -1,11 +1,11 @@
-"""What benchmarks write: one line of JSON for each thing that was measured, in a file `rows.jsonl`.
+"""Rows: benchmarks write one line of JSON for each measurement to a file `rows.jsonl`.
 
-    {"kind": "run", "command": ..., "environment": {...}}             what the lines below it were measured by and on
-    {"kind": "row", "part": ..., "case": ..., ...}                    the fields of `Row`, as far as they are not empty
+    {"kind": "run", "command": ..., "environment": {...}}             the run that measured the lines that follow
+    {"kind": "row", "part": ..., "case": ..., ...}                    the fields of `Row` that are not empty
     {"kind": "part", "part": ..., "state": ..., "seconds": ...}       how a part ended
 
-A line is written in one piece as soon as it is known, so a process that is killed loses only what it was measuring.
-Several processes may append lines. Of several rows of one case, the last counts.
+A line is written in one piece as soon as it is known, so a process that is killed loses only the measurement in
+progress. Several processes may append lines. If a case has several rows, the last one counts.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 NAME = "rows.jsonl"
 OURS = "npc_ext"  # the peer that others are compared with
 NOT_MEASURED = "not measured"
-LIMITED = "limited by the host"  # a fact: the peers whose time is the host's and not the GPU's
+LIMITED = "limited by the host"  # a fact: the peers whose time is the host's, not the GPU's
 
 
 @dataclass
@@ -29,14 +31,15 @@ class Row:
     """One case.
 
     Attributes:
-        part: what the case belongs to.
-        case: its name; unique within its part.
-        seconds: the median of each peer's time; ours comes first.
-        quartiles: the lower and the upper quartile of the same.
-        ratio: quartiles (lower, median, upper) of each peer's time by ours, turn by turn; above 1, ours is faster.
-        goals: by peer, what the ratio should be at least.
-        bytes: that ours reads and writes.
-        facts: more, by name; None is "not measured".
+        part: the part that the case belongs to.
+        case: name of the case, unique within its part.
+        seconds: median time of each peer; ours comes first.
+        quartiles: lower and upper quartile of each peer's time.
+        ratio: quartiles (lower, median, upper) of each peer's time divided by ours, turn by turn; above 1, ours is
+            faster.
+        goals: by peer, the least ratio to reach.
+        bytes: number of bytes that ours reads and writes.
+        facts: anything else, by name; None means "not measured".
     """
 
     part: str
@@ -49,6 +52,24 @@ class Row:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def summary(part: str, name: str, samples: Mapping[str, list[float]]) -> Row:
+    """The row of times that were sampled turn by turn; ours comes first."""
+    ours, *others = samples
+    quartiles = {peer: _quartiles(times) for peer, times in samples.items()}
+    return Row(
+        part,
+        name,
+        seconds={peer: median for peer, (_, median, _) in quartiles.items()},
+        quartiles={peer: (low, high) for peer, (low, _, high) in quartiles.items()},
+        ratio={peer: _quartiles(np.array(samples[peer]) / samples[ours]) for peer in others},
+    )
+
+
+def _quartiles(values: Any) -> tuple[float, float, float]:
+    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
+    return float(low), float(median), float(high)
+
+
 class Writer:
     """Appends lines to <folder>/rows.jsonl."""
 
@@ -57,20 +78,20 @@ class Writer:
         self.path = folder / NAME
 
     def run(self, command: str, environment: Mapping[str, Any]) -> None:
-        """Says what the rows that follow are measured by and on."""
+        """Records the command and the environment of the rows that follow."""
         self._append({"kind": "run", "command": command, "environment": dict(environment)})
 
     def row(self, row: Row) -> None:
-        """Keeps what was measured."""
+        """Records a measurement."""
         content = {name: value for name, value in asdict(row).items() if value not in (None, {})}
         self._append({"kind": "row", **content})
 
     def part(self, part: str, state: str, seconds: float, **more: Any) -> None:
-        """Says how a part ended: "complete", or why not."""
+        """Records how a part ended: "complete", or why it is not."""
         self._append({"kind": "part", "part": part, "state": state, "seconds": round(seconds, 3), **more})
 
     def drop(self, parts: Collection[str]) -> None:
-        """Forgets the rows of parts that are to be measured again."""
+        """Removes the rows of parts that will be measured again."""
         if self.path.exists():
             kept = [line for line in _lines(self.path) if line.get("part") not in parts]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in _without_empty_runs(kept)))
@@ -86,11 +107,11 @@ class Writer:
 
 @dataclass
 class Results:
-    """What a file of rows holds.
+    """The content of a file of rows.
 
     Attributes:
         rows: by part and case.
-        runs: what each of them was measured by and on: {"command": ..., "environment": {...}}.
+        runs: by part and case, the run that measured the row: {"command": ..., "environment": {...}}.
         parts: by part, how it ended.
     """
 
@@ -103,19 +124,19 @@ class Results:
         return [row for (name, _), row in self.rows.items() if name == part]
 
     def device_of(self, part: str) -> str:
-        """What a part was measured on. Raises RowsError if its rows are of several devices."""
+        """The device that a part was measured on. Raises RowsError if its rows are of several devices."""
         devices = {device(self.runs[part, row.case]) for row in self.of_part(part)}
         if len(devices) > 1:
             raise RowsError(f"rows of {part} are of several devices: {', '.join(sorted(devices))}; keep them apart")
         return next(iter(devices), "unknown")
 
     def names(self) -> list[str]:
-        """All parts, in the order in which they were begun."""
+        """All parts in the order in which they began."""
         return list(dict.fromkeys([*(part for part, _ in self.rows), *self.parts]))
 
 
 def device(run: Mapping[str, Any]) -> str:
-    """What a run was measured on."""
+    """The device of a run."""
     environment = run.get("environment", {})
     return str(environment.get("gpu") or environment.get("processor", "unknown"))
 
@@ -168,7 +189,7 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _without_empty_runs(lines: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Leaves out the runs that no row or part belongs to."""
+    """The lines without runs that have no row or part."""
     for line, following in zip(lines, [*lines[1:], {"kind": "run"}], strict=True):
         if not line["kind"] == following["kind"] == "run":
             yield line

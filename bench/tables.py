@@ -1,4 +1,4 @@
-"""Tables and figures: how numbers are shown, and `python -m bench.tables`, which makes them from stored rows."""
+"""Tables: how numbers are shown. `python -m bench.tables` makes tables and figures from stored rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .rows import LIMITED, NOT_MEASURED, OURS, Results, Row, RowsError, read
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns line up in plain text, too."""
+    """A Markdown table. Its columns are aligned in plain text."""
     widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -25,19 +25,19 @@ def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and its standard error, which is NaN of a single value."""
+    """The mean and its standard error, which is NaN for a single value."""
     error = np.std(values, ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
     return float(np.mean(values)), float(error)
 
 
 def percent(values: Sequence[float]) -> str:
-    """Mean ± standard error, in percent; of a single value without the error."""
+    """Mean ± standard error in percent; a single value has no error."""
     mean, error = mean_and_error(values)
     return f"{100 * mean:.1f}" + ("" if np.isnan(error) else f" ± {100 * error:.1f}")
 
 
 def duration(seconds: float) -> str:
-    """Seconds in the unit that suits them."""
+    """Seconds as text, in s, ms or µs."""
     for factor, unit in ((1, "s"), (1e3, "ms")):
         if seconds * factor >= 1:
             return f"{seconds * factor:.2f} {unit}"
@@ -45,7 +45,7 @@ def duration(seconds: float) -> str:
 
 
 def save(figure: Any, stem: Path) -> None:
-    """Writes a figure as SVG and PNG; the same figure gives the same bytes."""
+    """Writes a figure as SVG and PNG. The same figure always gives the same bytes."""
     import matplotlib
 
     stem.parent.mkdir(parents=True, exist_ok=True)
@@ -55,9 +55,9 @@ def save(figure: Any, stem: Path) -> None:
 
 
 def of_rows(rows: Iterable[Row]) -> str:
-    """A table of rows: our time, how many times as long each peer takes, further facts, and whether goals are reached.
+    """A table of rows: our time, the ratio of each peer's time to ours, facts, and whether goals were reached.
 
-    Of tests, only those that failed are shown.
+    Of rows of tests, only failures are shown.
     """
     shown = [row for row in rows if row.facts.get("outcome") not in ("passed", "skipped")]
     if not shown:
@@ -82,7 +82,7 @@ def of_rows(rows: Iterable[Row]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as a table shows it: quartiles as the median and, in brackets, the others; None as "not measured"."""
+    """A value as a table shows it. Quartiles become "median (lower to upper)", and None becomes "not measured"."""
     if value is None:
         return NOT_MEASURED
     if isinstance(value, bool):
@@ -104,7 +104,7 @@ def cell(value: Any) -> str:
 
 
 def _verdicts(row: Row) -> str:
-    """A goal is reached if the median is there. Quartiles on both sides of it are "within the noise"."""
+    """Whether each goal was reached: by the median. A missed goal below the upper quartile is "within the noise"."""
     verdicts = []
     for peer, goal in row.goals.items():
         if peer not in row.ratio:
@@ -119,12 +119,12 @@ def _verdicts(row: Row) -> str:
     return "; ".join(verdicts)
 
 
-# What a part says of how it ended, beside its state.
+# What a part's table says about how the part ended, besides its state.
 _TOLD = ("passed", "failed", "skipped", "not finished", "memory errors", "error")
 
 
 def of_part(results: Results, part: str) -> str:
-    """A part's table, how it ended if there is something to say of that, and the commands that measured it."""
+    """A part's table, how the part ended (unless it is complete), and the commands that measured it."""
     rows = results.of_part(part)
     ended = results.parts.get(part, {})
     told = [f"{one}: {ended[one]}" for one in _TOLD if one in ended]
@@ -144,7 +144,7 @@ def of_part(results: Results, part: str) -> str:
 
 
 def main() -> int:
-    """Writes <part>.md of every part beside the rows, and the figures that they give; prints the tables."""
+    """Writes a table <part>.md for every part next to the rows, and the figures. Prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=main.__doc__)
     parser.add_argument("rows", type=Path, help="rows.jsonl, or the folder that it is in")
     parser.add_argument("--out", type=Path, help="output folder (default: where the rows are)")
@@ -152,7 +152,7 @@ def main() -> int:
     try:
         folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent
         write(read(arguments.rows), arguments.out or folder)
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         sys.stderr.close()
     except (RowsError, OSError) as error:
         parser.error(str(error))
@@ -160,7 +160,7 @@ def main() -> int:
 
 
 def write(results: Results, out: Path, parts: Iterable[str] = ()) -> None:
-    """Writes and prints the tables of some parts, or of all, and draws their figures."""
+    """Writes and prints the tables of the given parts (default: all), and draws the figures."""
     from . import figures
 
     out.mkdir(parents=True, exist_ok=True)

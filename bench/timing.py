@@ -1,4 +1,4 @@
-"""Side-by-side timing: peers take turns, so that a machine whose speed drifts slows all of them alike."""
+"""Side-by-side timing: peers take turns, so a machine whose speed drifts affects all of them alike."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .rows import Row
+from .rows import Row, summary
 
 _CACHE_BYTES = 64 * 2**20
 _MOST_SETS = 256
@@ -21,21 +20,20 @@ Call = Callable[[int], object]
 
 @dataclass
 class Case:
-    """What is timed: functions of the number of an input set, by name; ours comes first.
+    """Functions to time, each of which takes the index of an input set.
 
     Attributes:
-        name: tells it from the other cases of its part.
-        peers: the functions. All of them do the same work, or a part of it that is known.
-        sets: how many input sets there are. Calls go through them in turn, so that none stays in a cache.
-        prepare: is called before each call, and not timed.
-        check: raises AssertionError if a peer, by name, does not compute what it should.
+        name: name of the case, unique within its part.
+        peers: the functions, by name; ours comes first. All do the same work, or a known part of it.
+        sets: number of input sets. Calls cycle through them, so that none stays in a cache.
+        prepare: called before each call; not timed.
+        check: called with the name of a peer; raises AssertionError if the peer computes something else.
         turns: how often each function is timed.
-        seconds_per_turn: a function is called as often in a turn as fits this time.
-        units: how many units of work a call of each function does; seconds and ratios are those of one unit.
-        goals: by peer, how many times as long as ours it should take at least.
-        bytes: that ours reads and writes.
-        facts: more about the case; or a function that finds them out after the case was timed.
-        part: what it belongs to, if not to the part that yields it.
+        seconds_per_turn: time that the calls of one turn should take.
+        goals: by peer, the least ratio of its time to ours.
+        bytes: number of bytes that ours reads and writes.
+        facts: more about the case, or a function that returns it after the case was timed.
+        part: the part that the case belongs to (default: the part that yields it).
     """
 
     name: str
@@ -45,7 +43,6 @@ class Case:
     check: Callable[[str], None] | None = None
     turns: int = 21
     seconds_per_turn: float = 0.01
-    units: Mapping[str, int] = field(default_factory=dict)
     goals: Mapping[str, float] = field(default_factory=dict)
     bytes: int | None = None
     facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
@@ -54,12 +51,12 @@ class Case:
 
 @dataclass(frozen=True)
 class Later:
-    """A case that is made when its turn comes: an error while it is made is the case's own.
+    """A case that is built when its turn comes, so that an error while it is built concerns this case only.
 
     Attributes:
-        name: of the case.
-        make: makes it.
-        part: what it belongs to, if not to the part that yields it.
+        name: name of the case.
+        make: builds the case.
+        part: the part that the case belongs to (default: the part that yields it).
     """
 
     name: str
@@ -68,44 +65,52 @@ class Later:
 
 
 class Timer(Protocol):
-    """How calls are timed; a turn has `most_calls` at most."""
+    """Times calls. A turn has at most `most_calls`."""
 
     most_calls: int
 
     def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
-        """Mean seconds of one call of a peer, from call number `first` on."""
+        """Returns the mean seconds of a peer's call over some calls, the first of which has number `first`."""
 
     def finish(self) -> Mapping[str, Any]:
-        """Facts about how the last case was timed; the next case may begin."""
+        """Returns facts about how the last case was timed. Called before the next case begins."""
 
 
 class HostTimer:
-    """Times work that is done when the call returns."""
+    """Times how long a call takes to return.
 
-    most_calls = 2000
+    Args:
+        before: called before each call; not timed.
+        most_calls: the most calls of a turn.
+    """
+
+    def __init__(self, before: Callable[[], None] | None = None, most_calls: int = 2000) -> None:
+        self._before, self.most_calls = before, most_calls
 
     def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
-        """As `Timer` says."""
+        """See `Timer`."""
         function, total = case.peers[name], 0.0
-        if case.prepare is None:
+        preparations = [prepare for prepare in (case.prepare, self._before) if prepare is not None]
+        if not preparations:
             started = time.perf_counter()
             for call in range(first, first + calls):
                 function(call % case.sets)
             return (time.perf_counter() - started) / calls
         for call in range(first, first + calls):
-            case.prepare()
+            for prepare in preparations:
+                prepare()
             started = time.perf_counter()
             function(call % case.sets)
             total += time.perf_counter() - started
         return total / calls
 
     def finish(self) -> Mapping[str, Any]:
-        """Nothing is known beside the times."""
+        """See `Timer`; there are no facts."""
         return {}
 
 
 def warm_up(case: Case, name: str) -> None:
-    """Checks what a peer computes and calls it a few times: compilation, thread pools, allocator."""
+    """Checks what a peer computes, and calls it a few times to warm up compilation, thread pools and allocator."""
     if case.check is not None:
         case.check(name)
     for index in range(min(max(case.sets, 2), 3)):
@@ -115,7 +120,7 @@ def warm_up(case: Case, name: str) -> None:
 
 
 def calls_per_turn(case: Case, name: str, timer: Timer) -> int:
-    """How many calls of a peer make a turn."""
+    """The number of a peer's calls in one turn."""
     once = timer.seconds(case, name, 0, 1)
     return max(1, min(timer.most_calls, int(case.seconds_per_turn / max(once, 1e-7))))
 
@@ -124,10 +129,10 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
     """Times all peers of a case, turn by turn in alternating order.
 
     Args:
-        part: what the case belongs to.
-        case: what to time.
-        timer: how.
-        turns: how many, if not as many as the case asks for; a turn has one call then.
+        part: the part that the case belongs to.
+        case: the case to time.
+        timer: times the calls.
+        turns: number of turns, each of one call (default: the case's turns and calls).
     """
     calls = {}
     for name in case.peers:
@@ -137,46 +142,27 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
     order = list(case.peers)
     for turn in range(turns or case.turns):
         for name in order if turn % 2 else reversed(order):
-            seconds = timer.seconds(case, name, turn * calls[name], calls[name])
-            samples[name].append(seconds / case.units.get(name, 1))
+            samples[name].append(timer.seconds(case, name, turn * calls[name], calls[name]))
     row = summary(case.part or part, case.name, samples)
     row.goals, row.bytes = dict(case.goals), case.bytes
     row.facts = {**timer.finish(), **(case.facts() if callable(case.facts) else case.facts)}
     return row
 
 
-def summary(part: str, name: str, samples: Mapping[str, list[float]]) -> Row:
-    """The row of seconds that were sampled turn by turn; ours comes first."""
-    ours, *others = samples
-    quartiles = {peer: _quartiles(times) for peer, times in samples.items()}
-    return Row(
-        part,
-        name,
-        seconds={peer: median for peer, (_, median, _) in quartiles.items()},
-        quartiles={peer: (low, high) for peer, (low, _, high) in quartiles.items()},
-        ratio={peer: _quartiles(np.array(samples[peer]) / samples[ours]) for peer in others},
-    )
-
-
-def _quartiles(values: Any) -> tuple[float, float, float]:
-    low, median, high = np.quantile(values, (0.25, 0.5, 0.75))
-    return float(low), float(median), float(high)
-
-
 def check(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    """Raises AssertionError if a peer computes something else: it is no peer then."""
+    """Raises AssertionError if a peer computes something else than it should."""
     error = (got.double() - want.double()).norm() / want.double().norm()
     if not error < tolerance:
         raise AssertionError(f"{name} is off by {error:.2g} of what it should compute")
 
 
 def ignoring_the_set(function: Callable[[], object]) -> Call:
-    """A peer of one that has no input sets."""
+    """Turns a function without arguments into a peer."""
     return lambda _: function()
 
 
 def sets_of(bytes_per_set: int) -> int:
-    """How many sets of inputs to go through in turn so that they do not stay in the CPU's caches (256 at most)."""
+    """How many input sets to cycle through so that they do not stay in the CPU's caches (at most 256)."""
     return max(1, min(_MOST_SETS, _CACHE_BYTES // max(bytes_per_set, 1)))
 
 
@@ -184,7 +170,7 @@ _evicting: list[Tensor] = []
 
 
 def empty_caches() -> None:
-    """Fills the CPU's caches with other data, as a forward and backward pass between two steps does."""
+    """Fills the CPU's caches with other data, as the forward and backward pass between two steps does."""
     if not _evicting:
         _evicting.append(torch.zeros(2 * _CACHE_BYTES // 4))
     _evicting[0].add_(1)

@@ -1,6 +1,9 @@
-// The Python side of the kernels: numbers and addresses in, parameter structs out, the interpreter lock released.
-// Python holds every tensor until the call returns; nothing here keeps an address. Callers check shapes and dtypes
-// (npc_ext/_launch.py); here only what would read past the arguments themselves is checked.
+// The module npc_ext._C: takes numbers and addresses, fills the structs of api.h, releases the
+// interpreter lock and launches the kernels.
+//
+// Python holds every tensor until the call returns, and nothing here keeps an address. Python also
+// checks shapes, dtypes and devices. The checks here only make sure that the arguments fit each
+// other, so that nothing is read past their ends.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -28,8 +31,9 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// Sizes and strides of [batch, neurons, positions...] in any order of dimensions. Positions that one stride walks
-// through in both tensors become one dimension, so that most layouts end with at most one.
+// From the sizes and strides of [batch, neurons, positions...], with the dimensions in any order.
+// Dimensions of positions that one stride walks through in both tensors are merged, so that most
+// layouts have one at most.
 ImportanceParams importance_params(Address activation, Address gradient, Address out, int64_t dtype,
                                    const Int64s& sizes, const Int64s& activation_strides,
                                    const Int64s& gradient_strides, int channel_dim, int batch_dim) {
@@ -61,8 +65,9 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
       continue;
     }
     if (p.position_dims == npc::kMaxPositionDims) {
-      throw std::invalid_argument("importance: more than 8 position dimensions that no common stride merges; "
-                                  "pass contiguous tensors");
+      throw std::invalid_argument(
+          "importance: more than 8 position dimensions that no common stride merges; "
+          "pass contiguous tensors");
     }
     p.position_size[p.position_dims] = size;
     p.activation_position_stride[p.position_dims] = stride_n;
@@ -72,7 +77,7 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   return p;
 }
 
-// Where the CPU's kernels run.
+// Runs the CPU kernels on so many threads at most.
 struct Threads {
   int count;
 
@@ -87,7 +92,7 @@ struct Threads {
 };
 
 #if defined(NPC_CUDA)
-// Where the CUDA kernels run.
+// Runs the CUDA kernels on a stream.
 struct OnStream {
   npc::cuda::Stream stream;
 
@@ -103,10 +108,9 @@ struct OnStream {
 #endif
 
 template <class Target>
-void importance(const Target& target, Address activation, Address gradient, Address out,
-                Address gradient_in, int64_t dtype, const Int64s& sizes,
-                const Int64s& activation_strides, const Int64s& gradient_strides, int channel_dim,
-                int batch_dim) {
+void importance(const Target& target, Address activation, Address gradient, Address out, Address gradient_in,
+                int64_t dtype, const Int64s& sizes, const Int64s& activation_strides, const Int64s& gradient_strides,
+                int channel_dim, int batch_dim) {
   ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
                                               gradient_strides, channel_dim, batch_dim);
   params.gradient_in = pointer<void>(gradient_in);
@@ -120,7 +124,7 @@ void check_sizes(bool fit, const char* message) {
   if (!fit) throw std::invalid_argument(message);
 }
 
-// What one call changes, from the tables that npc_ext/_launch.py documents.
+// The layers and parameters that one call changes. tables.h says what the tables hold.
 struct Network {
   std::vector<LayerParams> layers;
   std::vector<ParameterParams> parameters;
@@ -153,16 +157,19 @@ struct Network {
       constants.read(l, layers[l]);
       layers[l].nonfinite_steps = pointer<int64_t>(nonfinite_steps[l]);
     }
-    params = UpdateParams{layers.data(), static_cast<int64_t>(layers.size()), parameters.data(),
-                          static_cast<int64_t>(parameters.size()), pointer<const float>(grad_scale),
+    params = UpdateParams{layers.data(),
+                          static_cast<int64_t>(layers.size()),
+                          parameters.data(),
+                          static_cast<int64_t>(parameters.size()),
+                          pointer<const float>(grad_scale),
                           pointer<const float>(found_inf)};
   }
 
-  // `steps` and `seeds` may be empty; a seed below 0 rounds to the nearest.
+  // `steps` and `seeds` may be empty. A seed below 0 means rounding to nearest.
   void count_steps(const Addresses& steps, const Int64s& seeds) {
     check_sizes((steps.empty() || steps.size() == parameters.size()) &&
                     (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
-                "every parameter needs a steps entry if any has one, and a seed entry if any is rounded stochastically");
+                "every parameter needs a steps entry if any has one, and a seed if any is rounded stochastically");
     for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
     for (size_t i = 0; i < seeds.size(); ++i) {
       check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded stochastically counts its steps");
@@ -182,11 +189,10 @@ struct Network {
 };
 
 template <class Target>
-void update(const Target& target, const Addresses& values, const Addresses& gradients,
-            const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-            const py::buffer& parameter_options, const Addresses& importances,
-            const Addresses& measured, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-            const py::buffer& layer_options, Address grad_scale, Address found_inf,
+void update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+            const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+            const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
+            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf,
             const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -196,16 +202,14 @@ void update(const Target& target, const Addresses& values, const Addresses& grad
   target.update(network.params);
 }
 
-// moments: the first and the second of each parameter. adam_options: rows of first decay, second decay, epsilon.
+// Every parameter has a first and a second moment.
 template <class Target>
-void adam_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                 const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                 const py::buffer& parameter_options, const Addresses& first_moments,
-                 const Addresses& second_moments, const py::buffer& adam_options,
+void adam_update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
+                 const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                 const Addresses& first_moments, const Addresses& second_moments, const py::buffer& adam_options,
                  const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-                 const py::buffer& layer_numbers, const py::buffer& layer_options,
-                 Address grad_scale, Address found_inf, const Addresses& steps,
-                 const Int64s& seeds) {
+                 const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
+                 Address found_inf, const Addresses& steps, const Int64s& seeds) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   network.importance_of_layers(importances, measured);
@@ -225,13 +229,12 @@ void adam_update(const Target& target, const Addresses& values, const Addresses&
   target.adam_update(network.params);
 }
 
-// stiffness, anchors and paths: an address or 0 for each parameter. anchor_options: rows of strength, implicit.
+// stiffness, anchors and paths: an address for each parameter, or 0.
 template <class Target>
 void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                     const Addresses& momentum, const Addresses& lr,
-                     const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                     const Addresses& stiffness, const Addresses& anchors, const Addresses& paths,
-                     const py::buffer& anchor_options, const py::buffer& layer_numbers,
+                     const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                     const py::buffer& parameter_options, const Addresses& stiffness, const Addresses& anchors,
+                     const Addresses& paths, const py::buffer& anchor_options, const py::buffer& layer_numbers,
                      const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -252,14 +255,13 @@ void anchored_update(const Target& target, const Addresses& values, const Addres
   target.anchored_update(network.params);
 }
 
-// importances: of every parameter's elements, or 0 where it belongs to no layer.
+// importances: an address for each parameter, or 0 where it belongs to no layer.
 template <class Target>
 void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                       const Addresses& momentum, const Addresses& lr,
-                       const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                       const Addresses& importances, const Addresses& nonfinite_steps,
-                       const py::buffer& layer_numbers, const py::buffer& layer_options,
-                       Address grad_scale, Address found_inf) {
+                       const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
+                       const py::buffer& parameter_options, const Addresses& importances,
+                       const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
+                       const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
   check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
@@ -276,17 +278,16 @@ void connection_update(const Target& target, const Addresses& values, const Addr
 using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
 
 template <class Target>
-void network_step(const Target& target, const std::vector<ImportanceInput>& inputs,
-                  const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-                  const Addresses& lr, const py::buffer& parameter_numbers,
-                  const py::buffer& parameter_options, const Addresses& importances,
-                  const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
+void network_step(const Target& target, const std::vector<ImportanceInput>& inputs, const Addresses& values,
+                  const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
+                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
+                  const Addresses& importances, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
                   const py::buffer& layer_options, Address grad_scale, Address found_inf) {
   check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
   std::vector<ImportanceParams> params;
   for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
-    params.push_back(importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim,
-                                       batch_dim));
+    params.push_back(
+        importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim));
   }
   Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
                   layer_options, grad_scale, found_inf);
@@ -342,9 +343,10 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NPC_CUDA)
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
-  py::class_<OnStream>(cuda, "OnStream", py::module_local())
-      .def(py::init([](int device, Address stream) { return OnStream{{device, pointer<void>(stream)}}; }));
-  cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "How much scratch memory is kept on a device.");
+  py::class_<OnStream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
+    return OnStream{{device, pointer<void>(stream)}};
+  }));
+  cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");
   cuda.def("why_not_on", &why_not_on,
            "Why the kernels do not run on a device (an empty string if they do), and whether they would if they were "
            "compiled for it.");

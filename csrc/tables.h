@@ -1,11 +1,11 @@
 // The tables of numbers that Python passes for the parameters and layers of a network.
 //
-// A row describes one parameter or one layer. Each of its columns is a member of ParameterParams or LayerParams. The lists
-// below name the columns in order. Table::read() reads a row by such a list, and _C.COLUMNS hands the same names to
-// Python, so the two sides cannot disagree.
+// A row describes one parameter or one layer. Each of its columns is a member of ParameterParams or
+// LayerParams. The lists below name the columns in order. Table::read() reads a row by such a list,
+// and _C.COLUMNS hands the same names to Python, so the two sides cannot disagree.
 //
-// Columns are called after the arguments of the operations in npc_ext.ops. dtype, size, outer, middle, run and neurons
-// are not among these: they describe tensors, as api.h says.
+// Columns are called after the arguments of the operations in npc_ext.ops. dtype, size, outer,
+// middle, run and neurons are not among these: they describe tensors, as api.h says.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,25 +26,30 @@ inline DType dtype_of(int64_t code) {
 template <class Struct, class Member>
 struct Column {
   const char* name;
-  Member Struct::*member;
+  Member Struct::* member;
 };
 template <class Struct, class Member>
 Column(const char*, Member Struct::*) -> Column<Struct, Member>;
 
-// A table whose rows hold numbers of type Number. Columns: a tuple of Column.
-template <class Number_, class Columns>
+// The name of a table whose rows hold numbers of type Number.
+template <class Number>
+struct Numbers {
+  const char* table;
+};
+
+// The columns of a table, in order.
+template <class Number_, class... Columns>
 struct TableColumns {
   using Number = Number_;
+  static constexpr int64_t count = sizeof...(Columns);
   const char* table;
-  Columns columns;
-  static constexpr int64_t count = std::tuple_size_v<Columns>;
-};
-template <class Number, class... Columns>
-constexpr TableColumns<Number, std::tuple<Columns...>> table(const char* name, const std::tuple<Columns...>& columns) {
-  return {name, columns};
-}
+  std::tuple<Columns...> columns;
 
-constexpr auto kParameterNumbers = table<int64_t>("parameter_numbers", std::tuple{
+  constexpr TableColumns(const Numbers<Number>& numbers, Columns... all) : table(numbers.table), columns(all...) {}
+};
+
+constexpr TableColumns kParameterNumbers{
+    Numbers<int64_t>{"parameter_numbers"},
     Column{"dtype", &ParameterParams::dtype},  // a code of DType
     Column{"size", &ParameterParams::size},
     Column{"outer", &ParameterParams::outer},
@@ -54,36 +59,41 @@ constexpr auto kParameterNumbers = table<int64_t>("parameter_numbers", std::tupl
     Column{"nesterov", &ParameterParams::nesterov},
     Column{"maximize", &ParameterParams::maximize},
     Column{"first_neuron", &ParameterParams::first_neuron},
-});
+};
 
-constexpr auto kParameterOptions = table<double>("parameter_options", std::tuple{
+constexpr TableColumns kParameterOptions{
+    Numbers<double>{"parameter_options"},
     Column{"lr", &ParameterParams::lr},  // not used where the rate is in device memory
     Column{"momentum", &ParameterParams::momentum_factor},
     Column{"weight_decay", &ParameterParams::weight_decay},
-});
+};
 
-constexpr auto kAdamOptions = table<double>("adam_options", std::tuple{
+constexpr TableColumns kAdamOptions{
+    Numbers<double>{"adam_options"},
     Column{"first_decay", &ParameterParams::first_decay},
     Column{"second_decay", &ParameterParams::second_decay},
     Column{"epsilon", &ParameterParams::epsilon},
-});
+};
 
-constexpr auto kAnchorOptions = table<double>("anchor_options", std::tuple{
+constexpr TableColumns kAnchorOptions{
+    Numbers<double>{"anchor_options"},
     Column{"strength", &ParameterParams::strength},
     Column{"implicit", &ParameterParams::implicit},
-});
+};
 
-constexpr auto kLayerNumbers = table<int64_t>("layer_numbers", std::tuple{
+constexpr TableColumns kLayerNumbers{
+    Numbers<int64_t>{"layer_numbers"},
     Column{"neurons", &LayerParams::neurons},
     Column{"sigma", &LayerParams::error_function},  // 1: the error function; 0: sigmoid or tanh
     Column{"active_only", &LayerParams::active_only},
-});
+};
 
-constexpr auto kLayerOptions = table<double>("layer_options", std::tuple{
+constexpr TableColumns kLayerOptions{
+    Numbers<double>{"layer_options"},
     Column{"alpha", &LayerParams::alpha},
     Column{"beta", &LayerParams::beta},
     Column{"delta", &LayerParams::delta},
-});
+};
 
 // A (rows, columns) table in a Python buffer.
 template <class Columns>
@@ -121,8 +131,8 @@ class Table {
 inline pybind11::dict column_names() {
   pybind11::dict names;
   const auto add = [&](const auto& table) {
-    names[table.table] = std::apply([](const auto&... column) { return pybind11::make_tuple(column.name...); },
-                                    table.columns);
+    names[table.table] =
+        std::apply([](const auto&... column) { return pybind11::make_tuple(column.name...); }, table.columns);
   };
   const auto add_all = [&](const auto&... tables) { (add(tables), ...); };
   add_all(kParameterNumbers, kParameterOptions, kAdamOptions, kAnchorOptions, kLayerNumbers, kLayerOptions);

@@ -279,8 +279,11 @@ def test_a_change_repeats_the_steps_that_read_it(finished: Path, changed: str, s
 
 
 def test_lint_writes_formats_for_a_person_and_only_checks_them_for_ci(finished: Path) -> None:
-    assert "--check" not in make(finished, "--dry-run", "lint")
-    assert "ruff format --check ." in make(finished, "--dry-run", "lint", CI="true")
+    writes, checks = (make(finished, "--dry-run", "lint", **more) for more in ({}, {"CI": "true"}))
+    assert "--check" not in writes
+    assert "clang-format -i csrc/" in writes
+    assert "ruff format --check ." in checks
+    assert "clang-format --dry-run -Werror csrc/" in checks
 
 
 def test_every_requirement_is_pinned_and_so_is_what_it_needs() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from .. import command_line
 from . import experiments, methods, metrics, search
 from .experiments import EXPERIMENTS, SIZES, Protocol
 from .methods import METHODS
@@ -27,8 +28,8 @@ from .training import Machine
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the program; returns its exit status."""
-    parser = _parser()
+    """Runs the program and returns its exit status."""
+    parser = command_line_parser()
     options = parser.parse_args(arguments)
     if options.command == "report":
         from . import report
@@ -46,14 +47,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     if options.command == "race":
-        command = shlex.join(["python", "-m", "bench.continual", *(sys.argv[1:] if arguments is None else arguments)])
-        print(race(entries, options.out, command))
+        print(race(entries, options.out, command_line("bench.continual", arguments)))
         return 0
     return _search(options, runs) if options.command == "search" else _run(options, runs)
 
 
 def _reproduce(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    """Carries out the plan, each of its commands after it is printed; one that fails does not stop the others."""
+    """Prints and runs each command of the plan. A command that fails does not stop the others."""
     shared = [f"--{name}={getattr(options, name)}" for name in ("size", "device", "jobs", "store")]
     shared += [] if options.data is None else [f"--data={options.data}"]
     shared += [
@@ -106,10 +106,10 @@ def _status(outcomes: Sequence[Outcome]) -> int:
 
 
 def _runs(options: argparse.Namespace) -> list[Run]:
-    """All runs that the options ask for, the seeds of a method after each other.
+    """All runs that the options ask for, method by method and seed by seed.
 
     Raises:
-        ValueError: an option is unknown or does not fit; the message is one sentence.
+        ValueError: an option is unknown or invalid; the message is one sentence.
     """
     if options.seeds < 1:
         raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
@@ -165,7 +165,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
 
 
 def _entries(options: argparse.Namespace, runs: list[Run]) -> dict[str, Run]:
-    """Who takes part in a race: each method, and beside it the same with each of --also."""
+    """The runs of a race, by name: each method, followed by the same with each change of --also."""
     entries = {}
     for run in runs:
         if run.method in methods.BOUNDS:
@@ -184,7 +184,7 @@ def _entries(options: argparse.Namespace, runs: list[Run]) -> dict[str, Run]:
 
 
 def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict[str, Any]]) -> Protocol:
-    """Carries out one of --set: a method's hyperparameter, in place, or a field of the protocol, which is returned."""
+    """Applies one --set: changes a method's hyperparameter in place, or returns a changed protocol."""
     key, equals, text = assignment.partition("=")
     if not equals:
         raise ValueError(f"--set has {assignment!r}; expected name=value or method.name=value")
@@ -221,14 +221,14 @@ def _with_field(protocol: Protocol, name: str, value: Any) -> Protocol:
     return replace(protocol, **{name: value})
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_line_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench.continual", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="learn tasks in a row and store every task's results")
+    run = commands.add_parser("run", help="learn tasks in a row and store the results")
     look = commands.add_parser("search", help="tune hyperparameters on held-out training samples")
-    all_of_it = commands.add_parser("reproduce", help="search and run all that the published results consist of")
-    tell = commands.add_parser("report", help="tables and figures of what is stored")
-    rivals = commands.add_parser("race", help="time whole runs side by side, turn by turn; the last is the measure")
+    all_of_it = commands.add_parser("reproduce", help="run all searches and runs of the published results")
+    tell = commands.add_parser("report", help="write tables and figures of the stored runs")
+    rivals = commands.add_parser("race", help="time whole runs in turns; the last one is the reference")
     for command in (run, look, rivals):
         command.add_argument("--experiment", required=True, choices=EXPERIMENTS, help="what to learn")
         command.add_argument("--methods", default="npc,sgd", help=f"comma-separated, of {', '.join(METHODS)}")
@@ -243,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (run, look, rivals, all_of_it):
         command.add_argument("--size", default="small", choices=SIZES, help="small: one core; paper: a GPU")
         command.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-        command.add_argument("--jobs", type=int, default=1, help="how many runs are computed beside each other")
+        command.add_argument("--jobs", type=int, default=1, help="number of processes (default 1)")
         command.add_argument("--data", default=os.environ.get("NPC_DATA"), help="folder of the data sets")
         command.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
         command.add_argument("--tf32", action="store_true", help="multiply float32 in TF32 (CUDA)")
@@ -256,15 +256,15 @@ def _parser() -> argparse.ArgumentParser:
     look.add_argument(
         "--budget", type=int, default=12, help="configurations that do not diverge, in a walk (default 12)"
     )
-    look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of what the search found")
-    rivals.add_argument("--also", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="the same with one change")
+    look.add_argument("--results", type=Path, default=methods.SEARCH, help="folder of the search's record")
+    rivals.add_argument(
+        "--also", nargs="+", default=[], metavar="METHOD.NAME=VALUE", help="also run the method with this change"
+    )
     rivals.set_defaults(seeds=1)
     for command in (rivals, tell):
-        command.add_argument(
-            "--out", type=Path, default=Path("bench/results/continual"), help="folder of what it makes"
-        )
+        command.add_argument("--out", type=Path, default=Path("bench/results/continual"), help="folder of the output")
     for command in (run, look, all_of_it, tell):
-        command.add_argument("--store", type=Path, default=STORE, help="folder of the runs' results")
+        command.add_argument("--store", type=Path, default=STORE, help="folder of the stored runs")
     return parser
 
 

@@ -1,8 +1,8 @@
 """How much a hidden layer's activations on task 1 change while task 2 is learned (Figure 4 of the paper).
 
 The paper gives no formula. Here the change of neuron i over samples s is 2 sum_s |a'_si - a_si| / sum_s (|a_si| +
-|a'_si|), with a before and a' after task 2: for small changes the relative change, but at most 2 for a neuron that was
-almost silent before, which else would decide every mean. A neuron that is never active has none.
+|a'_si|), with a before and a' after task 2. For small changes this is the relative change, but it is at most 2, so that
+neurons that were almost silent before do not dominate the mean. A neuron that is never active has no change.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from .training import Machine, standard
 SAMPLES = 256
 
 
-class Watch:
-    """Follows the activations of the layer before the output on samples of the first task."""
+class ActivationChange:
+    """Compares activations of the layer before the output on samples of the first task, before and after the second."""
 
     def __init__(self, task: Task, machine: Machine) -> None:
         self._images = standard(task.test_images[:SAMPLES], task, machine)
         self._before: dict[str, Tensor] = {}
 
     def after_task(self, number: int, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-        """After the first task, remembers; after the second, returns the neurons' importance and change."""
+        """Records activations after the first task. After the second, returns the neurons' importance and change."""
         if number == 0:
             importance = optimizer.plasticity()["hidden"].importance
             self._before = {"activations": self._activations(model), "importance": importance}
@@ -55,9 +55,9 @@ class Watch:
         return seen[0].float().clone()
 
     def state(self) -> dict[str, Tensor]:
-        """What it remembers."""
+        """What was recorded."""
         return self._before
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Remembers a state again."""
+        """Restores a state."""
         self._before = state

@@ -1,15 +1,15 @@
-"""The data sets of the experiments, read from the files their authors publish and fetched where these are missing.
+"""The data sets of the experiments: reads the published files, and downloads them if they are missing.
 
 | name      | images  | classes | train / test                                                       |
 |-----------|---------|---------|--------------------------------------------------------------------|
 | digits    | 1x8x8   | 10      | 1,437 / 360 (inside scikit-learn, no files)                        |
 | mnist     | 1x28x28 | 10      | 60,000 / 10,000                                                    |
 | fashion   | 1x28x28 | 10      | 60,000 / 10,000                                                    |
-| emnist    | 1x28x28 | 47      | 112,800 / 18,800 (the official balanced split), or an own re-split |
+| emnist    | 1x28x28 | 47      | 112,800 / 18,800 (the official balanced split), or a re-split |
 | cifar100  | 3x32x32 | 100     | 50,000 / 10,000                                                    |
 | smallnorb | 1x32x32 | 5       | 24,300 / 24,300 (the first image of each pair, scaled from 96x96)  |
 
-Files may be compressed by gzip or not. Whatever disagrees with its format is refused by name; nothing is guessed.
+Files may be compressed with gzip. A file that does not match its format is rejected with an error that names it.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ class DatasetError(ValueError):
 
 
 class MissingDatasetError(DatasetError):
-    """Files of a data set are not there, and are not to be or cannot be fetched."""
+    """Files of a data set are missing, and the download is not allowed or fails."""
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images uint8 (B, C, H, W) of values 0 to 255, and labels int64 (B,) from 0 to `classes` - 1.
+    """Images uint8 (B, C, H, W) with values from 0 to 255, and labels int64 (B,) from 0 to `classes` - 1.
 
-    `name` is what reports call the data set.
+    `name` is the name in reports.
     """
 
     name: str
@@ -75,8 +75,8 @@ def load(name: str, folder: Path | None = None, download: bool = True) -> Datase
         raise DatasetError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
     if name == "digits":
         return _digits()
-    folder = Path(folder or os.environ.get("NPC_DATA") or _cache()).expanduser()
-    source, paths = _locate(_SOURCES[name], folder, download)
+    folder = Path(folder or os.environ.get("NPC_DATA") or cache_folder()).expanduser()
+    source, paths = _locate(SOURCES[name], folder, download)
     half = len(paths) // 2
     return Dataset(source.name, source.classes, *_read_half(source, paths[:half]), *_read_half(source, paths[half:]))
 
@@ -198,7 +198,7 @@ def _norb_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class _Download:
+class Download:
     """A file to fetch: its address, its checksum ("md5:..." or "sha256:...") and, if an archive, what to take of it.
 
     `unpack` is the class of pooch that opens the archive.
@@ -215,7 +215,7 @@ class _Download:
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
     """A published form of a data set.
 
     name, classes, image: what it holds; `image` is (C, H, W).
@@ -230,17 +230,17 @@ class _Source:
     read: Callable[..., tuple[Tensor, Tensor]]
     files: tuple[str, ...]
     folders: tuple[str, ...]
-    downloads: tuple[_Download, ...] = ()
+    downloads: tuple[Download, ...] = ()
 
 
-_IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-_EMNIST = (
+MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+EMNIST_FILES = (
     "emnist-balanced-train-images-idx3-ubyte",
     "emnist-balanced-train-labels-idx1-ubyte",
     "emnist-balanced-test-images-idx3-ubyte",
     "emnist-balanced-test-labels-idx1-ubyte",
 )
-_NORB = (
+NORB_FILES = (
     "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat",
     "smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat",
     "smallnorb-5x01235x9x18x6x2x96x96-testing-dat.mat",
@@ -248,78 +248,70 @@ _NORB = (
 )
 
 
-def _downloads(site: str, files: Sequence[str], *checksums: str) -> tuple[_Download, ...]:
+def _downloads(site: str, files: Sequence[str], *checksums: str) -> tuple[Download, ...]:
     """Each of `files`, compressed, from one site."""
-    return tuple(_Download(f"{site}/{file}.gz", checksum) for file, checksum in zip(files, checksums, strict=True))
+    return tuple(Download(f"{site}/{file}.gz", checksum) for file, checksum in zip(files, checksums, strict=True))
+
+
+def _mnist(name: str, folders: tuple[str, ...], site: str, *checksums: str) -> Source:
+    """A data set in MNIST's form."""
+    downloads = _downloads(site, MNIST_FILES, *checksums)
+    return Source(name, 10, (1, 28, 28), _idx_images, MNIST_FILES, folders, downloads)
 
 
 # Where several sources hold a data set, the first is the official one. The checksums are those that torchvision
 # lists, smallNORB's those of TensorFlow Datasets.
-_SOURCES: dict[str, tuple[_Source, ...]] = {
+SOURCES: dict[str, tuple[Source, ...]] = {
     "mnist": (
-        _Source(
-            name="MNIST",
-            classes=10,
-            image=(1, 28, 28),
-            read=_idx_images,
-            files=_IDX,
-            folders=("mnist", "MNIST/raw"),
-            downloads=_downloads(
-                "https://ossci-datasets.s3.amazonaws.com/mnist",
-                _IDX,
-                "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "md5:d53e105ee54ea40749a09fcbcd1e9432",
-                "md5:9fb629c4189551a2d022fa330f9573f3",
-                "md5:ec29112dd5afa0611ce80d1b7f02629c",
-            ),
+        _mnist(
+            "MNIST",
+            ("mnist", "MNIST/raw"),
+            "https://ossci-datasets.s3.amazonaws.com/mnist",
+            "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+            "md5:d53e105ee54ea40749a09fcbcd1e9432",
+            "md5:9fb629c4189551a2d022fa330f9573f3",
+            "md5:ec29112dd5afa0611ce80d1b7f02629c",
         ),
     ),
     "fashion": (
-        _Source(
-            name="Fashion-MNIST",
-            classes=10,
-            image=(1, 28, 28),
-            read=_idx_images,
-            files=_IDX,
-            folders=("fashion-mnist", "FashionMNIST/raw"),
-            downloads=_downloads(
-                "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-                _IDX,
-                "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-                "md5:25c81989df183df01b3e8a0aad5dffbe",
-                "md5:bef4ecab320f06d8554ea6380940ec79",
-                "md5:bb300cfdad3c16e7a12a480ee83cd310",
-            ),
+        _mnist(
+            "Fashion-MNIST",
+            ("fashion-mnist", "FashionMNIST/raw"),
+            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+            "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+            "md5:25c81989df183df01b3e8a0aad5dffbe",
+            "md5:bef4ecab320f06d8554ea6380940ec79",
+            "md5:bb300cfdad3c16e7a12a480ee83cd310",
         ),
     ),
     "emnist": (
-        _Source(
+        Source(
             name="EMNIST (balanced)",
             classes=47,
             image=(1, 28, 28),
             read=_transposed_idx_images,
-            files=_EMNIST,
+            files=EMNIST_FILES,
             folders=("emnist", "EMNIST/raw"),
             downloads=(
-                _Download(
+                Download(
                     "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
                     "md5:58c8d27c78d21e728a6bc7b3cc06412e",
                     "Unzip",
-                    tuple(f"gzip/{file}.gz" for file in _EMNIST),
+                    tuple(f"gzip/{file}.gz" for file in EMNIST_FILES),
                 ),
             ),
         ),
-        _Source(
+        Source(
             name="EMNIST-47 (re-split)",
             classes=47,
             image=(1, 28, 28),
             read=_idx_images,
-            files=_IDX,
+            files=MNIST_FILES,
             folders=("emnist47",),
         ),
     ),
     "cifar100": (
-        _Source(
+        Source(
             name="CIFAR-100",
             classes=100,
             image=(3, 32, 32),
@@ -327,7 +319,7 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
             files=("train", "test"),
             folders=("cifar-100-python",),
             downloads=(
-                _Download(
+                Download(
                     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
                     "md5:eb9058c3a382ffc7106e4002c42a8d85",
                     "Untar",
@@ -337,16 +329,16 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
         ),
     ),
     "smallnorb": (
-        _Source(
+        Source(
             name="smallNORB",
             classes=5,
             image=(1, 32, 32),
             read=_norb_images,
-            files=_NORB,
+            files=NORB_FILES,
             folders=("smallnorb",),
             downloads=_downloads(
                 "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small",
-                _NORB,
+                NORB_FILES,
                 "sha256:5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
                 "sha256:2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
                 "sha256:cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
@@ -356,11 +348,11 @@ _SOURCES: dict[str, tuple[_Source, ...]] = {
     ),
 }
 
-NAMES = ("digits", *_SOURCES)
+NAMES = ("digits", *SOURCES)
 """What `load` takes."""
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     """The folder of the data sets in the user's cache, the one that `pooch.os_cache` names on Linux."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "npc_ext"
 
@@ -377,7 +369,7 @@ def _digits() -> Dataset:
     return Dataset("Digits", 10, images[train], labels[train], images[test], labels[test])
 
 
-def _locate(sources: tuple[_Source, ...], folder: Path, download: bool) -> tuple[_Source, list[Path]]:
+def _locate(sources: tuple[Source, ...], folder: Path, download: bool) -> tuple[Source, list[Path]]:
     """The first source whose files are all there, and these; the first source's are fetched if none is."""
     for source in sources:
         if paths := _find(source, folder):
@@ -397,7 +389,7 @@ def _locate(sources: tuple[_Source, ...], folder: Path, download: bool) -> tuple
     )
 
 
-def _find(source: _Source, folder: Path) -> list[Path]:
+def _find(source: Source, folder: Path) -> list[Path]:
     """The source's files, all in one of its folders; nothing if no folder has them all."""
     for place in source.folders:
         choices = [(folder / place / file, folder / place / f"{file}.gz") for file in source.files]
@@ -407,7 +399,7 @@ def _find(source: _Source, folder: Path) -> list[Path]:
     return []
 
 
-def _fetch(download: _Download, folder: Path) -> None:
+def _fetch(download: Download, folder: Path) -> None:
     """Fetches what `folder` lacks of a download; a file is there only when it is complete and of the right checksum."""
     if all((folder / name).exists() for name in download.names()):
         return
@@ -445,7 +437,7 @@ def _fetch(download: _Download, folder: Path) -> None:
         ) from error
 
 
-def _read_half(source: _Source, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
+def _read_half(source: Source, paths: Sequence[Path]) -> tuple[Tensor, Tensor]:
     """Images and labels of the training or the test half, checked against each other and against the source."""
     images, labels = source.read(*paths)
     where = " and ".join(map(str, paths))

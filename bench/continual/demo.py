@@ -1,13 +1,11 @@
-"""Five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
+"""Learns five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
 
-Prints a table and writes it, the figures and all numbers to bench/results/demo.
+Prints a table, and writes the table, figures and all numbers to bench/results/demo.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,25 +17,25 @@ from tqdm.auto import tqdm
 
 from npc_ext import NPC, plot_plasticity
 
-from .. import environment
+from .. import command_line
 from ..networks import cnn
-from ..tables import markdown, mean_and_error, percent, save
-from . import figures
+from ..tables import markdown, mean_and_error, percent
+from . import figures, results
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
 from .training import Batches, accuracy_of, steps_of, train
 
-# Of the importance gathered in one task (540 steps) a bit more than half is left after the next.
+# A little more than half of the importance from one task (540 steps) is left after the next.
 DELTA = 0.999
-# The paper's, which is a learning rate; the optimizer's is in units of lr.
+# The paper's alpha is a learning rate; the optimizer's is in units of lr.
 ALPHA = 0.05
 
 
 @dataclass
 class Run:
-    """What learning a sequence of tasks came to.
+    """The result of learning a sequence of tasks.
 
-    `accuracy[t][k]` is the accuracy on task k after task t; `seconds_per_step` the mean of training steps alone.
+    `accuracy[t][k]` is the accuracy on task k after task t. `seconds_per_step` is the mean time of training steps.
     """
 
     accuracy: list[list[float]]
@@ -46,12 +44,12 @@ class Run:
 
 
 def network(classes: int) -> nn.Module:
-    """A small CNN of the paper's style for 8x8 images."""
+    """A small CNN in the style of the paper, for 8x8 images."""
     return cnn(in_channels=1, image_size=8, channels=(16, 32), hidden=64, classes=classes)
 
 
 def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The two optimizers that are compared: same model, same learning rate."""
+    """The optimizer of a method. Both methods have the same learning rate."""
     if method == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
     return NPC(model, lr=lr, alpha=ALPHA / lr, delta=DELTA)
@@ -60,7 +58,7 @@ def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optim
 def run(
     method: str, seed: int, tasks: list[Task], lr: float, epochs: int, batch_size: int
 ) -> tuple[Run, torch.optim.Optimizer]:
-    """Learns all tasks from one seed, which decides the initial weights, the order of samples and dropout."""
+    """Learns all tasks from one seed, which sets the initial weights, the order of samples and dropout."""
     torch.manual_seed(seed)
     model = network(sum(len(task.classes) for task in tasks))
     optimizer = optimizer_for(method, model, lr)
@@ -81,7 +79,7 @@ def learn(
     label: str,
     generator: torch.Generator,
 ) -> Run:
-    """Trains on one task after the other, `epochs` passes each, and tests on all tasks after each of them."""
+    """Trains on one task after the other for some epochs, and tests on all tasks after each."""
     accuracy: list[list[float]] = []
     steps, seconds = 0, 0.0
     with tqdm(
@@ -106,7 +104,7 @@ def learn(
 
 
 def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
-    """A Markdown table: accuracy per task after the last, average, forgetting, seconds per step; over seeds."""
+    """A Markdown table over seeds: accuracy of each task after the last, average, forgetting, time per step."""
     rows = []
     for method, repeated in runs.items():
         milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])
@@ -122,7 +120,7 @@ def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
     return markdown(["", *tasks, "average", "forgetting", "ms per step"], rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the demonstration."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of each method (at least 2, default 3)")
@@ -130,31 +128,30 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
     parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the results")
-    arguments = parser.parse_args()
-    if arguments.seeds < 2:
-        parser.error(f"--seeds is {arguments.seeds}; a standard error needs at least 2")
+    options = parser.parse_args(arguments)
+    if options.seeds < 2:
+        parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")
     tasks = digits()
     try:
         for task in tasks:
-            steps_of(arguments.epochs, len(task.train_labels), arguments.batch_size)
+            steps_of(options.epochs, len(task.train_labels), options.batch_size)
     except ValueError as error:
         parser.error(str(error))
-    arguments.out.mkdir(parents=True, exist_ok=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
 
     names = [" or ".join(map(str, task.classes)) for task in tasks]
     started = time.perf_counter()
     runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}
-    for seed in range(arguments.seeds):
+    for seed in range(options.seeds):
         for method in runs:
-            result, optimizer = run(method, seed, tasks, arguments.lr, arguments.epochs, arguments.batch_size)
+            result, optimizer = run(method, seed, tasks, options.lr, options.epochs, options.batch_size)
             runs[method].append(result)
     assert isinstance(optimizer, NPC)
 
     table = table_of(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
-    print(
-        f"\nAccuracy after the last of five tasks on handwritten digits, {arguments.seeds} seeds, ± standard error:\n"
-    )
+    print(f"\nAccuracy after the last of five tasks on handwritten digits, {options.seeds} seeds, ± standard error:\n")
     print(table)
     accuracy = {method: [one.accuracy for one in repeated] for method, repeated in runs.items()}
     drawn = {
@@ -162,19 +159,9 @@ def main() -> None:
         "per-task": figures.per_task(accuracy, names),
         "plasticity": plot_plasticity(optimizer),
     }
-    for name, figure in drawn.items():
-        save(figure, arguments.out / name)
-    command = "python -m bench.continual.demo " + " ".join(sys.argv[1:])
-    (arguments.out / "results.md").write_text(f"{table}\n\n`{command.strip()}`, {seconds:.0f} s\n")
-    numbers = {
-        "command": command.strip(),
-        "seconds": seconds,
-        "environment": environment.describe(),
-        "tasks": names,
-        "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()},
-    }
-    (arguments.out / "results.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    print(f"\n{seconds:.0f} s. Figures and numbers: {arguments.out}/")
+    numbers = {"tasks": names, "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()}}
+    command = command_line("bench.continual.demo", arguments)
+    results.write(options.out, command, seconds, table, drawn, numbers)
 
 
 if __name__ == "__main__":

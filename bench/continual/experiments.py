@@ -1,13 +1,14 @@
-"""The experiments: which data sets make which tasks, and the network and protocol that learn them.
+"""The experiments: their data sets and tasks, and the network and protocol that learn them.
 
-The paper leaves batch size, class order and initialization open; they are fields of `Protocol`, so that every run
-states them. Size "paper" is the paper's network and length; size "small" fits one processor core in a minute.
+The paper leaves batch size and class order open; they are fields of `Protocol`, so that every run records them. Size
+"paper" has the paper's network and length. Size "small" takes about a minute on one processor core.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -29,17 +30,17 @@ class Protocol:
 
     Attributes:
         channels, hidden: widths of the convolutions and of the hidden layer.
-        epochs: per task.
-        epoch_samples: samples in an epoch; 0: as many as the task's whole data set has for training.
+        epochs: number of epochs per task.
+        epoch_samples: samples in an epoch; 0: as many as the training set of the task's data set has.
         batch_size: samples in every step.
-        tasks: how many tasks are learned; 0: all.
-        train_samples, test_samples: the most samples of a task that are used; 0: all.
-        shrink: images are averaged over squares of so many pixels.
-        class_order: seed of the permutation of classes; -1: their own order.
-        datasets: names of the data sets there are.
+        tasks: number of tasks to learn; 0: all.
+        train_samples, test_samples: maximum number of samples of a task; 0: all.
+        shrink: images are averaged over squares of this many pixels.
+        class_order: seed of the permutation of classes; -1: no permutation.
+        datasets: names of the data sets that are available.
         validation: test on samples held out of the training set, never on test samples.
-        batches: "whole": what an epoch leaves over begins the next one. Records without it are "cut": the last batch
-            of each of their epochs had fewer samples. No run can choose it.
+        batches: "whole": samples left over in an epoch begin the next one. In older records "cut": the last batch of
+            each epoch was smaller. Runs cannot choose it.
     """
 
     channels: tuple[int, ...] = (128, 512, 256)
@@ -57,7 +58,7 @@ class Protocol:
     batches: str = "whole"
 
     def __post_init__(self) -> None:
-        """Raises ValueError, in a sentence, for what no run could have."""
+        """Raises ValueError if a field is invalid; the message is one sentence."""
         for name in ("hidden", "epochs", "batch_size", "shrink"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
@@ -75,13 +76,13 @@ class Experiment:
     """A sequence of tasks: all classes of the data sets, one data set after the other, `classes_per_task` at a time.
 
     Attributes:
-        title: as the report calls it.
+        title: title in the report.
         datasets: names for `datasets.load`.
-        classes_per_task: 0: all classes of a data set are one task.
-        side: width and height in pixels that images are padded to.
-        augmentation: of images of that size.
-        small: the protocol of size "small".
-        paper: the protocol of size "paper".
+        classes_per_task: number of classes in a task; 0: all classes of a data set are one task.
+        side: width and height in pixels to which images are padded.
+        augmentation: augmentation of images of that size.
+        small: protocol of size "small".
+        paper: protocol of size "paper".
         published: average accuracy after the last task in the paper, by method.
     """
 
@@ -98,7 +99,7 @@ class Experiment:
 _SMALL = Protocol(
     channels=(32, 64, 64), hidden=256, epochs=4, epoch_samples=2500, batch_size=32, train_samples=6000, shrink=2
 )
-# With the length of iFashion-MNIST even a fresh network per task stays at 99.0 % here.
+# Trained only as long as on iFashion-MNIST, even a fresh network per task stays at 99.0 %.
 _MNIST = replace(_SMALL, epochs=8, batch_size=16)
 _CIFAR = replace(_SMALL, epochs=8, tasks=5)
 _WITH_FLIPS = Augmentation(padding=4, flip=True)
@@ -140,18 +141,18 @@ EXPERIMENTS = {
 
 
 def available(experiment: Experiment, folder: str | None) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Those of the experiment's data sets that are there or can be fetched, and why the others are not."""
+    """The experiment's data sets that are there or can be fetched, and the error for each of the others."""
     missing = {}
     for name in experiment.datasets:
         try:
-            _load(name, folder)
+            load(name, folder)
         except datasets.DatasetError as error:
             missing[name] = str(error)
     return tuple(name for name in experiment.datasets if name not in missing), missing
 
 
 def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> list[Task]:
-    """The tasks, with labels that are outputs of the network: the first task has the first ones, and so on.
+    """The tasks. Labels are indices of the network's outputs: the first task has the first ones, and so on.
 
     Raises:
         DatasetError: a data set that the protocol names is missing or damaged.
@@ -159,7 +160,7 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
     tasks: list[Task] = []
     outputs = 0
     for name in protocol.datasets:
-        data = _load(name, folder)
+        data = load(name, folder)
         train_images, train_labels = _resized(data.train_images, experiment.side, protocol.shrink), data.train_labels
         if protocol.validation:
             held_out = torch.rand(len(train_labels), generator=torch.Generator().manual_seed(0)) < VALIDATION_SHARE
@@ -194,15 +195,15 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
 
 
 def epoch_samples(protocol: Protocol, experiment: Experiment, task: Task, folder: str | None) -> int:
-    """Samples in an epoch of a task: the protocol's, or as many as the task's whole data set has."""
+    """Samples in an epoch of a task: the protocol's, or as many as the training set of the task's data set has."""
     if protocol.epoch_samples:
         return protocol.epoch_samples
-    whole = _load(protocol.datasets[0], folder) if experiment.classes_per_task else task
+    whole = load(protocol.datasets[0], folder) if experiment.classes_per_task else task
     return len(whole.train_labels)
 
 
 def network(experiment: Experiment, protocol: Protocol, tasks: Sequence[Task]) -> nn.Sequential:
-    """The network of the experiment, with an output for every class of all tasks."""
+    """The network of the experiment, with one output for each class of all tasks."""
     channels, side = tasks[0].train_images.shape[1:3]
     return cnn(channels, side, protocol.channels, protocol.hidden, tasks[-1].classes[-1] + 1)
 
@@ -212,14 +213,10 @@ def augmentation(experiment: Experiment, protocol: Protocol) -> Augmentation:
     return replace(experiment.augmentation, padding=experiment.augmentation.padding // protocol.shrink)
 
 
-_loaded: dict[tuple[str, str | None], datasets.Dataset] = {}
-
-
-def _load(name: str, folder: str | None) -> datasets.Dataset:
-    """A data set, read once in a process."""
-    if (name, folder) not in _loaded:
-        _loaded[name, folder] = datasets.load(name, Path(folder) if folder else None)
-    return _loaded[name, folder]
+@cache
+def load(name: str, folder: str | None) -> datasets.Dataset:
+    """A data set, read once per process."""
+    return datasets.load(name, Path(folder) if folder else None)
 
 
 def _name(classes: Tensor) -> str:
@@ -230,7 +227,7 @@ def _name(classes: Tensor) -> str:
 
 
 def _resized(images: Tensor, side: int, shrink: int) -> Tensor:
-    """Images (B, C, H, W) uint8, first padded with black to (side, side), or averaged if larger, then shrunk."""
+    """Images (B, C, H, W) uint8, padded with black to (side, side) or averaged if they are larger, and then shrunk."""
     height = images.shape[2]
     if height > side:  # smallNORB's 96 pixels
         images = _averaged(images, height // side)
@@ -242,12 +239,12 @@ def _resized(images: Tensor, side: int, shrink: int) -> Tensor:
 def _averaged(images: Tensor, square: int) -> Tensor:
     if square == 1:
         return images
-    # In parts, because all of a data set as float32 may not fit in memory.
+    # In parts, because a whole data set in float32 may not fit in memory.
     return torch.cat([F.avg_pool2d(part.float(), square).round().to(torch.uint8) for part in images.split(10000)])
 
 
 def _some_of(labels: Tensor, classes: Tensor, most: int) -> Tensor:
-    """Indices of the samples of some classes: all, or `most` at random, but always the same ones."""
+    """Indices of the samples of some classes: all, or a random subset of `most`, which is always the same."""
     indices = torch.isin(labels, classes).nonzero().flatten()
     if not most or most >= len(indices):
         return indices

@@ -1,4 +1,4 @@
-"""Figures of learning in a row, over seeds: a line is the mean, a band its standard error."""
+"""Figures of learning in a row. A line is the mean over seeds, a band its standard error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .methods import BOUNDS
 from .metrics import Accuracy, average_accuracy
 from .store import Record
 
-# Of one seed after the other.
+# One table for each seed.
 Tables = Sequence[Accuracy]
 _COLORS = {
     "npc": "#4c72b0",
@@ -29,7 +29,7 @@ _COLUMNS = 5
 
 
 def average(tables: Mapping[str, Tables]) -> Figure:
-    """Average accuracy over the tasks so far, after each task; the bounds' after the last, dashed."""
+    """Average accuracy of the tasks so far after each task. Dashed: the bounds' after the last task."""
     figure = Figure(figsize=(5.6, 3.4), layout="constrained")
     axes: Any = figure.subplots()
     for method, repeated in tables.items():
@@ -47,7 +47,7 @@ def average(tables: Mapping[str, Tables]) -> Figure:
 
 
 def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
-    """Accuracy of every single task from when it is learned to the end."""
+    """Accuracy of each task from when it is learned to the end."""
     count = len(tasks)
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
@@ -71,7 +71,7 @@ def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
 
 
 def activation(records: Mapping[str, Sequence[Record]]) -> Figure:
-    """Change of every hidden neuron's activation over task 2 against its importance after task 1, all seeds."""
+    """Change of each hidden neuron's activation over task 2 against its importance after task 1, for all seeds."""
     figure = Figure(figsize=(3.4 * len(records), 3.2), layout="constrained")
     grid: Any = figure.subplots(1, len(records), sharey=True, squeeze=False)
     for axes, (method, repeated) in zip(grid[0], records.items(), strict=True):
@@ -109,7 +109,7 @@ def _line(axes: Any, method: str, x: np.ndarray, values: np.ndarray) -> None:
 
 
 def _legend(figure: Figure, axes: Any) -> None:
-    """Beside the axes, where it hides no line."""
+    """Places the legend outside of the axes, where it hides no line."""
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=9)
 
 

@@ -1,4 +1,4 @@
-"""The methods that are compared: the optimizer of each, its hyperparameters, and what it does at a task's end."""
+"""The methods that are compared: their optimizers, hyperparameters, and consolidation after a task."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Settings = Mapping[str, Any]
 Batches = Iterable[tuple[Tensor, Tensor]]
 Outputs = Callable[[Tensor], Tensor]
 Optimizer = torch.optim.Optimizer
-# An optimizer of a model, from its hyperparameters and the steps of one task.
+# Builds an optimizer from a model, the hyperparameters and the number of steps of one task.
 Builder = Callable[[nn.Module, Settings, int], Optimizer]
 
 
 @dataclass(frozen=True)
 class Coordinate:
-    """One step of the search over a hyperparameter.
+    """One step of a search, over one hyperparameter.
 
-    With `values` these are tried; with `factors` the best value so far times each of them. With `walk` a
-    factor that helps is applied again as long as it does, and the ones after it are left out.
+    Tries `values`, or the best value so far times each of `factors`. With `walk`, a factor that helps is applied again
+    as long as it helps, and the remaining factors are skipped.
     """
 
     name: str
@@ -40,14 +40,14 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Method:
-    """How a method learns.
+    """A method.
 
     Attributes:
         paper: its hyperparameters, with the paper's values.
-        optimizer: builds it from the model, the hyperparameters and the steps of one task.
-        consolidate: what it does after a task with the task's samples; None: nothing.
-        search: the walks of a search, each from the paper's hyperparameters: what it varies, in turn.
-        more: hyperparameters that a run has only if they are set, with what they are otherwise.
+        optimizer: builds the optimizer from the model, the hyperparameters and the number of steps of one task.
+        consolidate: called after a task with the task's samples; None: nothing to do.
+        search: the walks of a search, each of which starts from the paper's hyperparameters.
+        more: hyperparameters that a run records only if they are set, with their defaults.
     """
 
     paper: Settings
@@ -61,7 +61,7 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
-# Of frozen layers only whole ones are skipped, so that a resumed run gives the same numbers to the last bit.
+# By default only whole layers are skipped, so that a resumed run gives the same numbers bit for bit.
 _SKIPPING: Mapping[str, Any] = {"layers": "layers", "rows": True, "nothing": False}
 
 
@@ -74,7 +74,6 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
             layers |= {f"conv{block}": {"measure_at": f"relu{block}"} for block in blocks}
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
-        options |= {option: settings[option] for option in ("measure_every",) if option in settings}
         if kind is npc_ext.NPC:
             options["skip_frozen"] = _SKIPPING[settings.get("skip_frozen", "layers")]
         return kind(model, **options, delta=delta, layers=layers)
@@ -83,7 +82,7 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
 
 
 def _anchored(kind: Callable[..., Optimizer]) -> Builder:
-    # Settings without `implicit` were recorded when the pull of anchors was explicit.
+    # Older records lack `implicit`; their anchors pulled explicitly.
     return lambda model, settings, steps: kind(model, **{"implicit": False, **settings})
 
 
@@ -96,17 +95,17 @@ def _from_path(optimizer: Any, batches: Batches, outputs: Outputs) -> None:
 
 
 def _strength(*more: Coordinate) -> tuple[tuple[Coordinate, ...], ...]:
-    """Powers of ten, then one significant digit; twice, because lr and strength trade off against each other.
+    """Two walks over powers of ten and then smaller factors, because lr and strength trade off against each other.
 
-    One walk varies the learning rate first, the other one the strength.
+    One walk varies the learning rate first, the other the strength.
     """
     lr, strength = (Coordinate(name, factors=(0.1, 10), walk=True) for name in ("lr", "strength"))
     then = (*more, Coordinate("lr", factors=(0.3, 3)), Coordinate("strength", factors=(0.5, 2, 3)))
     return (lr, strength, *then), (strength, *then)
 
 
-# `survive` is the share of old importance that is left after another task, delta ** steps; `output` how the output
-# layer is normalized, or "free": not consolidated.
+# `survive` is the share of importance that is left after another task, delta ** steps. `output` is how the output layer
+# is normalized, or "free" if it is not consolidated.
 _PLASTIC = {
     "lr": 0.1,
     "alpha": 0.5,
@@ -139,7 +138,7 @@ METHODS = {
         {**_PLASTIC, "measure": "after pooling"},
         _plastic(npc_ext.NPC),
         search=_PLASTIC_SEARCH,
-        more={"measure_every": 1, "skip_frozen": "layers"},
+        more={"skip_frozen": "layers"},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0, "implicit": True}, _anchored(npc_ext.EWC), _from_samples, _strength()),
@@ -152,21 +151,21 @@ METHODS = {
         _strength(Coordinate("sparsity", factors=(0.1, 10))),
     ),
     "sgd": Method(_SGD, _sgd, search=_SGD_SEARCH),
-    # Bounds, not rivals: they are not tuned.
+    # Bounds, which are not tuned.
     "joint": Method({**_SGD, "lr": 0.03}, _sgd),
     "single": Method({**_SGD, "lr": 0.03}, _sgd),
 }
 BOUNDS = ("joint", "single")
-# Experiments that are not searched themselves take what was tuned on another.
+# Experiments without a search of their own use another's.
 TUNED_ON = {"activation": "icifar100", "hetero": "icifar100"}
 
 
 def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> dict[str, Any]:
-    """Hyperparameters of a method: the recorded search's for that experiment and size, or else the paper's.
+    """Hyperparameters of a method: from the recorded search for the experiment and size, or else the paper's.
 
-    Where delta is the paper's but the run is "small", half of the importance survives a task, about as in the paper.
-    Without `tuned` no search is looked at, so that a repeated search starts where the first one did. What a search with
-    explicit anchors chose is run with explicit anchors.
+    If delta would be the paper's but the size is "small", half of the importance survives a task, about as in the
+    paper. With `tuned=False` searches are ignored, so that a repeated search starts where the first one did. Settings
+    from a search with explicit anchors keep explicit anchors.
     """
     settings = dict(METHODS[method].paper)
     if "delta" in settings:
@@ -181,9 +180,10 @@ def defaults(method: str, experiment: str, size: str, *, tuned: bool = True) -> 
 
 
 def searched(method: str, experiment: str, size: str) -> tuple[dict[str, Any], str]:
-    """What a recorded search chose for a method, and the `Protocol.batches` of that search.
+    """The settings that a recorded search chose for a method, and the `Protocol.batches` of that search.
 
-    A search in whole batches is preferred to one whose epochs ended with a smaller batch. Without any: {} and "whole".
+    Searches in whole batches are preferred to those whose epochs ended with a smaller batch. Without a search, returns
+    {} and "whole".
     """
     name = f"{TUNED_ON.get(experiment, experiment)}-{size}"
     for path in (SEARCH / f"{name}.json", SEARCH / f"{name}-cut.json"):
@@ -194,6 +194,6 @@ def searched(method: str, experiment: str, size: str) -> tuple[dict[str, Any], s
 
 
 def with_choice(settings: Settings, name: str, value: Any) -> dict[str, Any]:
-    """Settings with one hyperparameter changed; delta and the share that survives a task replace each other."""
+    """Settings with one hyperparameter changed. Setting delta unsets `survive`, and vice versa."""
     other = {"delta": "survive", "survive": "delta"}.get(name)
     return {**settings, name: value, **({other: None} if other else {})}

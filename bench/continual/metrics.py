@@ -1,6 +1,6 @@
-"""What a table of accuracies says about learning in a row.
+"""Metrics of learning in a row, from a table of accuracies.
 
-`accuracy[t][k]` is the accuracy on task k after task t was learned; entries that were not measured are None.
+`accuracy[t][k]` is the accuracy on task k after task t was learned. Entries that were not measured are None.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def average_accuracy(accuracy: Accuracy) -> float:
 
 
 def forgetting(accuracy: Accuracy) -> float:
-    """How far tasks but the last fell, on average, from the best accuracy they had from when they were learned on.
+    """The mean drop of all tasks but the last from their best accuracy since they were learned.
 
     Chaudhry et al., "Riemannian Walk for Incremental Learning", ECCV 2018.
     """
@@ -28,7 +28,7 @@ def forgetting(accuracy: Accuracy) -> float:
 
 
 def backward_transfer(accuracy: Accuracy) -> float:
-    """How much tasks but the last gained (below 0: lost) since they were learned: mean of A[T][k] - A[k][k].
+    """The mean gain (below 0: loss) of all tasks but the last since they were learned: mean of A[T][k] - A[k][k].
 
     Lopez-Paz and Ranzato, "Gradient Episodic Memory for Continual Learning", NeurIPS 2017.
     """
@@ -36,7 +36,7 @@ def backward_transfer(accuracy: Accuracy) -> float:
 
 
 def forward_transfer(accuracy: Accuracy, single: Accuracy) -> float:
-    """How much better tasks but the first were learned than by a fresh network: mean of A[k][k] - S[k][k]."""
+    """The mean gain of all tasks but the first over a fresh network, when learned: mean of A[k][k] - S[k][k]."""
     return float(np.mean((_diagonal(accuracy) - _diagonal(single))[1:]))
 
 

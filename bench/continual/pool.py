@@ -1,4 +1,4 @@
-"""Several pieces of work beside each other, each in a process; one that fails, or dies, leaves the others alone."""
+"""Runs work in several processes. A piece of work that fails, or whose process dies, does not affect the others."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from .runs import BusyError
 
-Outcome = Any  # what the work returned, or the exception that ended it
+Outcome = Any  # the result of the work, or the exception that ended it
 
 
 def parallel(
@@ -24,15 +24,15 @@ def parallel(
     jobs: int,
     on_outcome: Callable[[str, Outcome], None],
 ) -> list[Outcome]:
-    """Calls `function(*arguments, wait=..., position=...)` for all of the work and returns what came of each.
+    """Calls `function(*arguments, wait=..., position=...)` for each piece of work and returns the outcomes.
 
-    Work that another process holds (BusyError) is put off to the end, and waited for then.
+    Work that another process is doing (BusyError) is postponed to the end; then the call waits for it.
 
     Args:
-        function: of a module, so that other processes find it.
-        work: arguments of each call; the first one, or the first of it, has a `name`.
-        jobs: how many processes; 1: this one alone.
-        on_outcome: is called with the name and what came of it as soon as that is known.
+        function: a function of a module, so that other processes can import it.
+        work: the arguments of each call. The first argument, or its first element, has a `name`.
+        jobs: number of processes; 1: this process only.
+        on_outcome: called with the name and the outcome of each piece of work as soon as it is known.
     """
     outcomes: list[Outcome] = [None] * len(work)
     waiting: queue.Queue[tuple[int, bool]] = queue.Queue()
@@ -67,7 +67,7 @@ def parallel(
     tqdm.set_lock(lock)
 
     def slot(position: int) -> None:
-        # A pool of its own for every slot: a process that dies breaks only the pool it was in.
+        # Every slot has its own pool, because a process that dies breaks its pool.
         def pool() -> ProcessPoolExecutor:
             return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, lock))
 
@@ -94,6 +94,6 @@ def parallel(
 
 
 def _prepare(threads: int, lock: Any) -> None:
-    """Sets up a process: its share of the threads, and one lock for all progress lines."""
+    """Sets up a process: its share of the threads, and the lock that all progress bars share."""
     torch.set_num_threads(threads)
     tqdm.set_lock(lock)

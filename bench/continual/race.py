@@ -1,4 +1,4 @@
-"""How long whole runs take, side by side: methods learn the same tasks and take turns epoch by epoch in one process."""
+"""How long whole runs take: methods learn the same tasks in one process and take turns epoch by epoch."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 import npc_ext
 
 from .. import environment
+from ..cases import share_skipped
 from ..tables import markdown
 from . import experiments, runs
 from .experiments import EXPERIMENTS
@@ -27,7 +28,7 @@ from .training import accuracy_of, train
 
 
 class _Contestant:
-    """One method on its way through the tasks, with random numbers of its own."""
+    """One method that learns the tasks, with its own random numbers."""
 
     def __init__(self, run: Run, tasks: list[Task]) -> None:
         self._run, self._tasks = run, tasks
@@ -38,7 +39,7 @@ class _Contestant:
         self.accuracy: list[list[float]] = []
 
     def begin(self, number: int) -> None:
-        """Is told that a task comes."""
+        """Begins a task."""
         task = self._tasks[number]
         self._number, self._batches = number, runs.training_batches(self._run, number, task, task)
         runs.seed_task(self._run.seed, number)
@@ -46,14 +47,14 @@ class _Contestant:
         self.seconds.append([])
 
     def epoch(self) -> None:
-        """Learns for an epoch."""
+        """Learns one epoch."""
         torch.set_rng_state(self._random)
         _, seconds = train(self.model, self.optimizer, self._batches, epochs=1, machine=self._run.machine)
         self._random = torch.get_rng_state()
         self.seconds[-1].append(seconds)
 
     def end(self) -> None:
-        """Consolidates, and is tested, after a task."""
+        """Consolidates after a task, and tests on all tasks."""
         task, consolidate, started = (
             self._tasks[self._number],
             METHODS[self._run.method].consolidate,
@@ -64,18 +65,16 @@ class _Contestant:
         self.consolidation_seconds.append(time.perf_counter() - started)
         self.accuracy.append([accuracy_of(self.model, task, self._run.machine) for task in self._tasks])
         if isinstance(self.optimizer, npc_ext.NPC):
-            layers = self.optimizer.plasticity().values()
-            rows = sum(layer.gradients_skipped * len(layer.importance) for layer in layers)
-            self.skipped.append(rows / sum(len(layer.importance) for layer in layers))
+            self.skipped.append(share_skipped(self.optimizer))
 
 
 def race(entries: Mapping[str, Run], out: Path, command: str) -> str:
-    """Has runs of one experiment and protocol learn side by side, and writes how long each took.
+    """Times runs of one experiment and protocol side by side, and writes how long each took.
 
     Args:
-        entries: what to run, by the name it goes by; the last is what the others are compared with.
+        entries: the runs, by name. The others are compared with the last one.
         out: folder of race-<experiment>-<widths>.json and .md.
-        command: what made the result.
+        command: the command of the race, to be recorded.
 
     Returns:
         The table.
@@ -125,7 +124,7 @@ def _result(racer: _Contestant, run: Run) -> dict[str, Any]:
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    """Total times, and those of each task, in units of the last entry's; the quartiles are over epochs."""
+    """Total times, and times of each task relative to the last entry's. Quartiles are over epochs."""
 
     def by_task(entry: Mapping[str, Any]) -> Any:
         return np.array(entry["seconds of epochs, by task"]).sum(1) + entry["seconds of consolidation"]

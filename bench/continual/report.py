@@ -1,4 +1,4 @@
-"""The report: tables and figures of what is stored, nothing else, and a list of what is not."""
+"""The report: tables and figures of the stored runs, and a list of what was not run."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _FIGURES = {
     "activation": "Figure 4",
     "hetero": "Figure 5",
 }
-# The paper's means of Figure 4: all neurons, the most and the least important tenth.
+# The paper's means of Figure 4: all neurons, the most important tenth, the least important tenth.
 _PUBLISHED_CHANGES = {"npc": ("0.383", "0.094", "0.667")}
 
 
 def write(store: Store, out: Path) -> str:
-    """Writes report.md and the figures to a folder; returns the text."""
+    """Writes report.md and the figures to a folder and returns the text."""
     out.mkdir(parents=True, exist_ok=True)
     stored = list(store.records())
     parts = ["# Learning tasks in a row", _ABOUT_ALPHA]
@@ -53,7 +53,7 @@ def write(store: Store, out: Path) -> str:
 
 
 def _section(name: str, experiment: Experiment, size: str, records: list[Record], out: Path) -> Iterator[str]:
-    """One experiment's paragraphs; writes its figures."""
+    """Yields the paragraphs of one experiment, and writes its figures."""
     yield f"## {experiment.title} ({name}, {size})"
     groups = _grouped(records)
     standard = {label.method: repeated for label, repeated in groups.items() if not label.changes}
@@ -86,18 +86,18 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
 
 
 def _about_batches(protocol: Mapping[str, Any]) -> str:
-    """A sentence about batches, unless all are whole as they are now."""
+    """A sentence about batches, unless all are whole."""
     if completed(protocol)["batches"] == "whole":
         return ""
     return " The last batch of each epoch was smaller than the others; runs now train in whole batches."
 
 
 def _about_anchors(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence about methods whose anchors pulled explicitly, by the settings of each (with its precision)."""
+    """A sentence about the methods whose anchors pulled explicitly, given the settings by method."""
     explicit = [
         method
-        for method, own in settings.items()
-        if own and "implicit" in METHODS[method.split()[0]].paper and not own.get("implicit", False)
+        for method, chosen in settings.items()
+        if chosen and "implicit" in METHODS[method.split()[0]].paper and not chosen.get("implicit", False)
     ]
     if not explicit:
         return ""
@@ -105,7 +105,7 @@ def _about_anchors(settings: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _searches(folder: Path) -> Iterator[str]:
-    """What every recorded search tried: how many configurations, their spread on validation samples, and the best."""
+    """Yields a table for each recorded search: number of configurations, range of their scores, and the best."""
     for path in sorted(folder.glob("*.json")):
         recorded = json.loads(path.read_text())
         rows = []
@@ -136,7 +136,7 @@ def _searches(folder: Path) -> Iterator[str]:
 
 
 def _command(verb: str, experiment: str, size: str, methods: Iterable[str], *more: str) -> str:
-    """What repeats it."""
+    """The command that repeats it."""
     options = ["--experiment", experiment, "--size", size, "--methods", ",".join(methods), *more]
     return f"`{' '.join(['python -m bench.continual', verb, *options])}`"
 
@@ -148,7 +148,7 @@ def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
 
 
 class _Label(tuple[str, str]):
-    """A method (with its precision, unless that is float32) and what of its settings is not the default."""
+    """A method (with its precision unless that is float32), and those of its settings that are not the defaults."""
 
     @property
     def method(self) -> str:
@@ -160,7 +160,7 @@ class _Label(tuple[str, str]):
 
 
 def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
-    """Runs that differ in their seed only, by what they are, methods in their usual order."""
+    """Groups runs that differ in their seed only. Methods are in their usual order."""
     most = max((tuple(record.protocol["datasets"]) for record in records), key=len)
     batches = "whole" if any(record.protocol["batches"] == "whole" for record in records) else "cut"
     groups: dict[_Label, list[Record]] = {}
@@ -173,20 +173,20 @@ def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
 
 def _changes_of(record: Record, datasets: Sequence[str], batches: str) -> Iterator[str]:
     protocol = asdict(replace(getattr(EXPERIMENTS[record.experiment], record.size), datasets=tuple(datasets)))
-    for prefix, own, usual in (
+    for prefix, settings, usual in (
         ("", record.protocol, protocol | {"batches": batches}),
         (f"{record.method}.", record.hyperparameters, defaults(record.method, record.experiment, record.size)),
     ):
-        for key, value in own.items():
+        for key, value in settings.items():
             expected = usual.get(key)
             if value != (list(expected) if isinstance(expected, tuple) else expected) and value is not None:
                 yield f"{prefix}{key}={value}"
-        if usual.get("implicit", False) and "implicit" not in own:
+        if usual.get("implicit", False) and "implicit" not in settings:
             yield f"{prefix}implicit=False"
 
 
 def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[str, float]) -> str:
-    """A Markdown table: accuracy per task after the last, and every metric; over seeds."""
+    """A Markdown table over seeds: accuracy of each task after the last one, and all metrics."""
     tasks = next(iter(groups.values()))[0].tasks
     single = {record.seed: record for method in groups if method.startswith("single") for record in groups[method]}
     header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds"]
@@ -219,7 +219,7 @@ def _seeds(repeated: Sequence[Record]) -> str:
 
 
 def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
-    """Figure 4's means: relative change of all neurons, of the most and of the least important tenth."""
+    """The means of Figure 4: change of all neurons, of the most important tenth, and of the least important tenth."""
     header = [
         "",
         "all neurons",
@@ -280,15 +280,17 @@ def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
 
 
 def _listed(recorded: Mapping[str, Any]) -> str:
-    """Hyperparameters as they are in force, alpha in units of lr."""
-    own = in_units_of_lr(recorded)
-    own.pop(ALPHA_UNIT, None)
+    """Hyperparameters as text, with alpha in units of lr."""
+    hyperparameters = in_units_of_lr(recorded)
+    hyperparameters.pop(ALPHA_UNIT, None)
     note = {} if ALPHA_UNIT in recorded else {"alpha": f" ({recorded.get('alpha')} / lr)"}
-    return ", ".join(f"{name} {value}{note.get(name, '')}" for name, value in own.items() if value is not None)
+    return ", ".join(
+        f"{name} {value}{note.get(name, '')}" for name, value in hyperparameters.items() if value is not None
+    )
 
 
 def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
-    """What an experiment lacks at its default settings."""
+    """Yields a line for everything that was not run at the default settings of an experiment."""
     finished = [record for record in records if record.finished]
     for record in records:
         if not record.finished:
@@ -298,9 +300,10 @@ def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
         yield f"{name}, {size}: not run"
         return
     expected = ("npc", "sgd") if name == "activation" else METHODS
-    seeds = {label.method: {one.seed for one in own} for label, own in _grouped(finished).items() if not label.changes}
-    for method, own in seeds.items():
-        if absent_seeds := sorted(set().union(*seeds.values()) - own):
+    groups = {label.method: group for label, group in _grouped(finished).items() if not label.changes}
+    seeds = {method: {record.seed for record in group} for method, group in groups.items()}
+    for method, present in seeds.items():
+        if absent_seeds := sorted(set().union(*seeds.values()) - present):
             yield f"{name}, {size}: {method} not finished with seed {', '.join(map(str, absent_seeds))}"
     there = {method.split()[0] for method in seeds}
     if absent := [method for method in expected if method not in there]:

@@ -1,7 +1,7 @@
-"""One run: an experiment's tasks learned in a row by one method from one seed, kept after every task.
+"""Runs: an experiment's tasks learned in a row by one method from one seed, stored after every task.
 
-Everything random in a task is seeded from the run's seed and the task's number alone, so a run that was killed and goes
-on from its last task comes to the same numbers as one that was not.
+All random numbers of a task depend only on the run's seed and the task's number. So a run that was killed and resumed
+gives the same numbers as one that was not.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ from npc_ext.baselines.consolidation import NonFiniteImportanceError
 
 from .. import environment
 from . import experiments
-from .activation import Watch
+from .activation import ActivationChange
 from .experiments import EXPERIMENTS, Protocol
 from .methods import METHODS
 from .store import Record, Store
 from .tasks import Task, joint
 from .training import Batches, Machine, accuracy_of, is_finite, standard, steps_of, train
 
-# SGD as an NPC that never consolidates, where the experiment is about the importance that NPC measures.
+# These two measure importance; SGD is then an NPC that never consolidates.
 _WATCHED = ("npc", "sgd")
 _NEVER = 1e12
 
 
 @dataclass(frozen=True)
 class Run:
-    """What to run, and where.
+    """One run.
 
     Attributes:
-        experiment, size, method, seed: names, and the seed of all that is random.
-        protocol: of the experiment.
-        hyperparameters: of the method.
-        machine: how to compute.
-        folder: of the data sets; None: their default.
+        experiment, size, method: names of what to run.
+        seed: seed of all random numbers.
+        protocol: protocol of the experiment.
+        hyperparameters: hyperparameters of the method.
+        machine: where and how to compute.
+        folder: folder of the data sets; None: the default.
     """
 
     experiment: str
@@ -56,11 +57,11 @@ class Run:
 
     @property
     def name(self) -> str:
-        """As progress and errors call it."""
+        """The name for progress bars and errors."""
         return f"{self.experiment} {self.method} seed {self.seed}"
 
     def record(self, tasks: list[Task] | None = None) -> Record:
-        """The run's record with nothing learned yet."""
+        """The record of the run before anything is learned."""
         settings = {
             "protocol": asdict(self.protocol),
             "method": self.hyperparameters,
@@ -75,19 +76,19 @@ class BusyError(Exception):
 
 
 def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> Record:
-    """Learns what is not learned yet of a run, and returns its record.
+    """Learns the tasks of a run that are not in the store yet, and returns the run's record.
 
     Args:
-        run: what to do.
-        store: where its results are kept, and looked for first.
-        wait: for another process that is working on the same run.
-        position: the line of the progress bar.
+        run: the run.
+        store: the store of the results.
+        wait: wait while another process works on the same run.
+        position: line of the progress bar.
 
     Raises:
-        BusyError: another process is working on it, and `wait` is off.
+        BusyError: another process is working on the run, and `wait` is False.
         DatasetError: a data set is missing.
-        StoreError: what the store holds of the run is damaged.
-        ValueError: the method does not exist or cannot do the experiment, or the run was begun with other data.
+        StoreError: the stored files of the run are damaged.
+        ValueError: the method is unknown or unfit for the experiment, or the run began with other data.
     """
     lock = store.lock(run.record())
     try:
@@ -114,17 +115,17 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     model, optimizer = fresh(run, tasks, 0)
     unlearned = run.record(tasks)
     record, state = store.load(unlearned)
-    if record.tasks != unlearned.tasks:  # as where one of EMNIST's forms was there first, and now there is the other
+    if record.tasks != unlearned.tasks:  # for example because the other version of EMNIST is there now
         raise ValueError(
             f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
             f"{'; '.join(unlearned.tasks)}; name the same data by --data, or another --store"
         )
-    watch = Watch(tasks[0], run.machine) if run.experiment == "activation" else None
+    change = ActivationChange(tasks[0], run.machine) if run.experiment == "activation" else None
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        if watch is not None:
-            watch.load(state["watch"])
+        if change is not None:
+            change.load(state["activations"])
     here = environment.describe() | {"device": _device_name(device), **asdict(run.machine)}
     if here not in record.environments:
         record.environments.append(here)
@@ -166,22 +167,22 @@ def _learn(run: Run, store: Store, position: int) -> Record:
                 elif method.consolidate is not None and number + 1 < len(tasks):
                     try:
                         method.consolidate(optimizer, batches_of(task, run), outputs_of(task))
-                    except NonFiniteImportanceError:  # the weights were about to be
+                    except NonFiniteImportanceError:  # the weights would become non-finite next
                         record.diverged_in = number
                 consolidation_seconds = time.perf_counter() - started
             record.steps.append(steps)
             record.seconds.append(round(seconds, 3))
             record.consolidation_seconds.append(round(consolidation_seconds, 3))
             record.accuracy.append(_accuracies(run, model, tasks, number, record))
-            if watch is not None:
-                record.extra |= watch.after_task(number, model, optimizer)
+            if change is not None:
+                record.extra |= change.after_task(number, model, optimizer)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            store.save(record, state if watch is None else {**state, "watch": watch.state()})
+            store.save(record, state if change is None else {**state, "activations": change.state()})
     return record
 
 
 def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, record: Record) -> list[float | None]:
-    """On all tasks; of single networks, what each came to on its own task so far."""
+    """Accuracy on all tasks. Single networks are tested on their own task only."""
     if run.method != "single":
         return [accuracy_of(model, task, run.machine) for task in tasks]
     before = record.accuracy[-1][:number] if number else []
@@ -189,25 +190,25 @@ def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, reco
 
 
 def fresh(run: Run, tasks: list[Task], number: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """The network and the optimizer before a task, from the seed."""
+    """Builds the network and the optimizer for a task from the seed."""
     torch.manual_seed(_mixed(run.seed, number, 0))
     model: nn.Module = experiments.network(EXPERIMENTS[run.experiment], run.protocol, tasks)
-    # The types of .to() do not know that a memory format may come alone.
+    # The type stubs of .to() do not know calls with a memory format only.
     model = model.to(run.machine.device).to(memory_format=run.machine.memory_format())  # type: ignore[call-overload]
     samples = experiments.epoch_samples(run.protocol, EXPERIMENTS[run.experiment], tasks[number], run.folder)
     steps = steps_of(run.protocol.epochs, samples, run.protocol.batch_size)
     if run.experiment == "activation" and run.method == "sgd":
-        own = {name: run.hyperparameters[name] for name in ("lr", "weight_decay")}
+        options = {name: run.hyperparameters[name] for name in ("lr", "weight_decay")}
         delta = METHODS["npc"].paper["delta"]
-        return model, npc_ext.NPC(model, **own, beta=_NEVER, delta=max(delta, 0.5 ** (1 / steps)))
+        return model, npc_ext.NPC(model, **options, beta=_NEVER, delta=max(delta, 0.5 ** (1 / steps)))
     return model, METHODS[run.method].optimizer(model, run.hyperparameters, steps)
 
 
 def training_batches(run: Run, number: int, learned: Task, task: Task) -> Batches:
-    """The batches for a task, of the samples of `learned`: the task itself, or all tasks joined.
+    """The training batches of a task, with the samples of `learned`: the task itself, or all tasks joined.
 
     Raises:
-        ValueError: the task is learned with less than a batch.
+        ValueError: the task has fewer samples than one batch.
     """
     experiment, protocol = EXPERIMENTS[run.experiment], run.protocol
     samples = experiments.epoch_samples(protocol, experiment, task, run.folder)
@@ -222,28 +223,28 @@ def training_batches(run: Run, number: int, learned: Task, task: Task) -> Batche
 
 
 def batches_of(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-    """All training samples as they are, with labels relative to the task's first."""
+    """All training samples without augmentation, with labels relative to the task's first class."""
     for images, labels in zip(task.train_images.split(size), task.train_labels.split(size), strict=True):
         yield standard(images, task, run.machine), labels - task.classes[0]
 
 
 def outputs_of(task: Task) -> Callable[[Tensor], Tensor]:
-    """The network's outputs for a task's own classes."""
+    """Returns a function that selects the outputs of a task's classes."""
     return lambda outputs: outputs[:, task.outputs]
 
 
 def _mixed(seed: int, number: int, purpose: int) -> int:
-    """A seed for one purpose in one task: different ones for all seeds up to a million tasks."""
+    """A seed for one purpose in one task, distinct for up to a million tasks."""
     return (seed * 1_000_003 + number) * 3 + purpose
 
 
 def seed_task(seed: int, number: int) -> None:
-    """Decides dropout in a task."""
+    """Seeds dropout in a task."""
     torch.manual_seed(_mixed(seed, number, 1))
 
 
 def generator_of(seed: int, number: int) -> torch.Generator:
-    """Decides order, crops and flips in a task."""
+    """The generator for order, crops and flips in a task."""
     return torch.Generator().manual_seed(_mixed(seed, number, 2))
 
 

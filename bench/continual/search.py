@@ -1,11 +1,11 @@
-"""Tuning: one hyperparameter after the other, and again while that helps; the same budget for every method's walks.
+"""Hyperparameter search: one hyperparameter after the other, repeatedly, while the score improves.
 
-A method whose hyperparameters trade off against each other has two walks (methods.py); none of NPC's rivals gets less
-than NPC.
+Each walk has the same budget. A method whose hyperparameters trade off against each other has two walks (methods.py);
+no other method has fewer than NPC.
 
-Configurations are scored by the average accuracy after the last task on samples held out of the training set; test
-samples are never looked at. The search itself looks at one seed; the best three are then run from the others, too, and
-the best mean wins. All that was tried is recorded.
+The score of a configuration is the average accuracy after the last task on samples held out of the training set. Test
+samples are never used. The walks use one seed. The best three configurations are then run from the other seeds, too,
+and the best mean wins. All configurations are recorded.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FINALISTS = 3
 @dataclass
 class _Tried:
     settings: dict[str, Any]
-    scores: list[float]  # seed by seed, as far as it was run
+    scores: list[float]  # by seed, as far as it was run
 
     @property
     def score(self) -> float:
@@ -44,18 +44,18 @@ def search(
 ) -> str:
     """Tries up to `budget` configurations in each walk and records them; returns a sentence about the best.
 
-    Configurations that diverge are not counted, so that a method whose first ones do is not searched less.
+    Configurations that diverge do not count, so that a method is not searched less because its first ones diverge.
 
     Args:
-        runs: of one method, with different seeds, from whose hyperparameters the search starts.
-        store: of the runs, in which a repeated search finds those it has done.
-        budget: how many configurations.
-        results: the folder of the record, <experiment>-<size>.json.
-        wait: has no effect; a search always waits for runs that another process holds.
-        position: the line of the progress bar.
+        runs: runs of one method with different seeds; the search starts from their hyperparameters.
+        store: store of the runs. A repeated search finds its earlier runs there.
+        budget: number of configurations in a walk.
+        results: folder of the record, <experiment>-<size>.json.
+        wait: ignored; a search always waits for runs that another process is working on.
+        position: line of the progress bar.
 
     Raises:
-        ValueError: the runs are not on validation samples.
+        ValueError: the runs are not tested on validation samples.
     """
     first = runs[0]
     if not first.protocol.validation:
@@ -97,7 +97,7 @@ def search(
             if one.score != DIVERGED:
                 one.scores += [evaluate(run, one.settings) for run in runs[1:]]
     chosen = max(finalists, key=lambda one: one.score)
-    if chosen.score == DIVERGED:  # runs are then left to the method's own defaults
+    if chosen.score == DIVERGED:  # runs then use the method's defaults
         _record(first, list(tried.values()), {}, results)
         return (
             f"{len(tried)} configurations tried, and all diverged; start from a lower lr: --set {first.method}.lr=..."
@@ -112,12 +112,12 @@ def _along(
     score: Callable[[dict[str, Any]], float],
     may_go_on: Callable[[], bool],
 ) -> dict[str, Any]:
-    """The best settings that differ from `start` in one hyperparameter only."""
+    """The best settings that differ from `start` in one hyperparameter."""
     name, best = coordinate.name, start
     choices: Sequence[Any] = coordinate.values or coordinate.factors
     for choice in choices:
         candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
-        # Where a method diverges, or stays at chance, nothing says yet whether the direction is good: the walk goes on.
+        # Equal scores (diverged, or at chance) say nothing about the direction yet, so a walk goes on.
         while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(candidate) == score(best))):
             best = candidate
             if not coordinate.walk:
@@ -129,12 +129,12 @@ def _along(
 
 
 def _rounded(value: float) -> float:
-    """To one significant digit, so that factors of ten there and back meet."""
+    """Rounds to one significant digit, so that steps by factors of ten back and forth meet."""
     return float(f"{value:.0e}")
 
 
 def _record(run: Run, tried: list[_Tried], best: dict[str, Any], results: Path) -> None:
-    """Writes what was tried beside what is recorded of other methods.
+    """Adds what was tried to the record, which has the other methods, too.
 
     Records of searches whose epochs ended with a smaller batch are moved to <experiment>-<size>-cut.json before.
     """

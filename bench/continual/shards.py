@@ -1,11 +1,11 @@
-"""CIFAR-100's two files cut into ten shards of 10 MiB, and joined again: for machines that take only small files.
+"""Cuts CIFAR-100's two files into ten shards of 10 MiB and joins them, for machines that take only small files.
 
     python -m bench.continual.shards cut DATA SHARDS     reads DATA/cifar-100-python/train and test
     python -m bench.continual.shards join SHARDS DATA    writes them, the same bytes (checked by SHA-256)
 
 SHARDS then holds 0.xz to 9.xz, each with a tenth of all images, and index.xz with the rest of the files. Pixels are
 stored as differences modulo 256: red and blue minus green, each row minus the one above, each column minus the one
-before. So xz leaves 56 % of them (74 % without). Sums undo the differences.
+before. This way xz compresses them to 56 % (74 % without). Sums undo the differences.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .store import write
 
 FOLDER = "cifar-100-python"
 SHARDS = 10
-# Differences of pixels hardly repeat, so a small window and a short search lose nothing and are eight times as fast.
+# Differences of pixels hardly repeat, so a small window and a short search are as good, and eight times as fast.
 _SEARCH = {"dict_size": 4096, "mf": lzma.MF_HC4, "depth": 4, "nice_len": 16}
 _XZ = [{"id": lzma.FILTER_LZMA2, "mode": lzma.MODE_NORMAL, "lc": 0, "lp": 0, "pb": 0, **_SEARCH}]
 
@@ -44,7 +44,7 @@ def cut(data: Path, shards: Path) -> None:
         rest += before + after
         images.append(pixels)
     shards.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor() as pool:  # xz works outside of Python's lock
+    with ThreadPoolExecutor() as pool:  # xz releases Python's lock
         for number, packed in enumerate(pool.map(_packed, np.array_split(np.concatenate(images), SHARDS))):
             write(shards / f"{number}.xz", packed)
     write(shards / "index.xz", lzma.compress(json.dumps(index).encode() + b"\n" + rest))

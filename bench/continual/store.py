@@ -1,9 +1,9 @@
-"""Where results are kept: one JSON file per run, rewritten in one piece after every task.
+"""The store of results: one JSON file per run, rewritten in one piece after every task.
 
     <store>/<experiment>-<size>/<method>/<hash of the settings>/seed<k>.json     a run: settings, accuracies, machine
     <store>/checkpoints/…/seed<k>.pt and .lock                                   while it is not finished
 
-Stores of several machines are merged by copying one over the other.
+To merge the stores of several machines, copy one over the other.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ import torch
 from filelock import FileLock
 
 STORE = Path("bench/results/continual/runs")
-ALPHA_UNIT = "alpha_unit"  # a hyperparameter beside alpha, which is "lr"
+ALPHA_UNIT = "alpha_unit"  # a hyperparameter that says that alpha is in units of "lr"
 
 
 @dataclass
 class Record:
-    """What is known of one run.
+    """The results of one run.
 
     Attributes:
-        experiment, size, method, seed: which run it is.
-        settings: everything its numbers depend on: {"protocol": ..., "method": ..., "precision": ...}.
-        tasks: the names of all its tasks.
-        accuracy: after each task so far, the accuracies on all tasks; None where a method has none.
-        seconds, steps: of training, for each task so far; consolidation is not in it.
-        consolidation_seconds: what the method did after each task so far.
-        environments: the machines it ran on, one after the other.
-        extra: what an experiment measures besides.
-        diverged_in: the number of the task in which weights, or their importance at its end, ceased to be finite, if
-            they did. No task was learned from then on; the accuracies are what such a network comes to.
+        experiment, size, method, seed: identify the run.
+        settings: everything that the numbers depend on: {"protocol": ..., "method": ..., "precision": ...}.
+        tasks: names of all tasks.
+        accuracy: after each task so far, the accuracies on all tasks; None where there is none.
+        seconds, steps: training time (without consolidation) and steps of each task so far.
+        consolidation_seconds: time of consolidation after each task so far.
+        environments: the machines that it ran on, in order.
+        extra: further measurements of an experiment.
+        diverged_in: number of the task in which weights, or their importance at its end, became non-finite; None if
+            they did not. No task was learned from then on; accuracies are those of the diverged network.
     """
 
     experiment: str
@@ -66,35 +66,35 @@ class Record:
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
-        """Those of the method, alpha in units of lr."""
+        """The hyperparameters of the method, with alpha in units of lr."""
         return in_units_of_lr(self.settings["method"])
 
     @property
     def path(self) -> Path:
-        """Its place in a store, without suffix."""
+        """The path in a store, without suffix."""
         return Path(f"{self.experiment}-{self.size}") / self.method / hash_of(self.settings) / f"seed{self.seed}"
 
 
 def hash_of(settings: dict[str, Any]) -> str:
-    """A short name of some settings."""
+    """A short hash of settings."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def completed(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """A recorded protocol: "cut" are the batches of those that are older than this field of `Protocol`."""
+    """A recorded protocol with all fields. Older records lack `batches`, which was "cut" then."""
     return {"batches": "cut", **protocol}
 
 
 def in_units_of_lr(hyperparameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Recorded hyperparameters, with alpha / lr in place of alpha where its unit is not stated: there it is a rate."""
-    own = dict(hyperparameters)
-    if "alpha" in own and ALPHA_UNIT not in own:
-        own |= {"alpha": round(own["alpha"] / own["lr"], 4), ALPHA_UNIT: "lr"}
-    return own
+    """Recorded hyperparameters with alpha in units of lr. Records without a unit have alpha as a learning rate."""
+    converted = dict(hyperparameters)
+    if "alpha" in converted and ALPHA_UNIT not in converted:
+        converted |= {"alpha": round(converted["alpha"] / converted["lr"], 4), ALPHA_UNIT: "lr"}
+    return converted
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Writes a file in one piece: a reader finds the old content or the new, also if the writer is killed."""
+    """Writes a file in one piece: readers find the old or the new content, even if the writer is killed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -119,20 +119,20 @@ class Store:
         self.folder = folder
 
     def lock(self, record: Record) -> FileLock:
-        """Whoever holds it may work on the run."""
+        """The lock of a run; only its holder may work on the run."""
         path = self._checkpoint(record, ".lock")
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
     def save(self, record: Record, state: dict[str, Any]) -> None:
-        """Keeps a run after a task, with what is needed to go on from there; of a finished run only the record."""
+        """Stores a run after a task: its record and, unless it is finished, a checkpoint."""
         text = json.dumps(asdict(record)) + "\n"
         checkpoint = self._checkpoint(record, ".pt")
         if record.finished:
             write(self.folder / record.path.with_suffix(".json"), text)
             checkpoint.unlink(missing_ok=True)
             return
-        # The checkpoint holds the record, too, so that the two agree wherever the process is killed.
+        # The checkpoint contains the record, too, so that the two agree whenever the process is killed.
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         temporary = checkpoint.with_suffix(f".{os.getpid()}")
         torch.save({"record": text, **state}, temporary)
@@ -140,10 +140,10 @@ class Store:
         write(self.folder / record.path.with_suffix(".json"), text)
 
     def load(self, record: Record) -> tuple[Record, dict[str, Any] | None]:
-        """The run as it was saved: finished, or with the state to go on from, or else as given.
+        """Returns the stored record and, unless the run is finished, the checkpoint; else the given record and None.
 
         Raises:
-            StoreError: what was saved is damaged; the message names the file.
+            StoreError: a stored file is damaged; the message names it.
         """
         path = self.folder / record.path.with_suffix(".json")
         if path.exists() and (stored := _read(path)).finished:
@@ -158,7 +158,7 @@ class Store:
             raise StoreError(f"{checkpoint} is damaged: {error}; delete it to start the run anew") from error
 
     def records(self) -> Iterator[Record]:
-        """All runs, finished or not, in order of their names. Raises StoreError where a file is damaged."""
+        """All runs, finished or not, in order of their names. Raises StoreError if a file is damaged."""
         for path in sorted(self.folder.glob("*/*/*/seed*.json")):
             yield _read(path)
 

@@ -12,16 +12,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Task:
-    """The samples of some classes, which are neighbouring outputs of the network.
+    """The samples of some classes, which are adjacent outputs of the network.
 
     Attributes:
-        classes: the outputs of the network that compete with each other, ascending without gaps.
+        classes: the outputs of the network that compete with each other, ascending and without gaps.
         train_images, test_images: (B, C, H, W), uint8 or float.
         train_labels, test_labels: (B,) int64, among `classes`.
-        mean, std: (1, C, 1, 1) float32, or (B, C, 1, 1) where training images come from several data sets: what makes
-            the images' values standard for the network.
-        rivals: (outputs, outputs) bool, row i is true where an output competes with label i; None: all `classes` do.
-        name: for tables and figures.
+        mean, std: (1, C, 1, 1) float32, to standardize images; (B, C, 1, 1) if training images come from several data
+            sets.
+        rivals: (outputs, outputs) bool, true where an output competes with the label of the row; None: all `classes`.
+        name: name of the task in tables and figures.
     """
 
     classes: tuple[int, ...]
@@ -36,7 +36,7 @@ class Task:
 
     @property
     def outputs(self) -> slice:
-        """Where `classes` lie among the network's outputs."""
+        """The slice of the network's outputs that are `classes`."""
         return slice(self.classes[0], self.classes[-1] + 1)
 
     def to(self, device: torch.device) -> Task:
@@ -46,7 +46,7 @@ class Task:
 
 
 def digits(classes_per_task: int = 2) -> list[Task]:
-    """The 1,797 handwritten digits of 8x8 pixels that ship inside scikit-learn, four fifths of them for training."""
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; four fifths of them are for training."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -73,7 +73,7 @@ def split(
 
 
 def joint(tasks: Sequence[Task]) -> Task:
-    """All tasks' training samples as one task in which a sample's rivals are still its own task's classes only."""
+    """Joins the training samples of all tasks. A sample still competes only with the classes of its own task."""
     classes = tuple(label for task in tasks for label in task.classes)
     rivals = torch.zeros(len(classes), len(classes), dtype=torch.bool)
     for task in tasks:

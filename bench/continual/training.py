@@ -1,10 +1,10 @@
-"""Training on one task, and testing: samples stay on the device, and no step waits for the device to answer.
+"""Training and testing on one task. Samples stay on the device, and no step waits for the device.
 
-Every batch is whole. A smaller one at an epoch's end would count as much as the others, and be far noisier: the
-gradient of four samples can be so large that one step ruins what was learned.
+Every batch is whole. A smaller batch at the end of an epoch would count as much as the others and be far noisier: the
+gradient of four samples can be so large that one step destroys what was learned.
 
-An epoch's order, crops and flips are drawn at once and by a generator on the CPU, so that they are the same numbers on
-every machine; a batch is then cut out of the padded images by one gather.
+Order, crops and flips of an epoch are drawn at once by a generator on the CPU, so that they are the same on every
+machine. One gather then cuts a batch out of the padded images.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Step = Callable[[Tensor], None]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random crops of images with `padding` black pixels around them, and flips of left and right."""
+    """Random crops of images that are padded with `padding` black pixels, and horizontal flips."""
 
     padding: int = 0
     flip: bool = False
@@ -34,7 +34,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where and how training is computed; `bf16` and `tf32` change the arithmetic, the rest only the speed."""
+    """Where and how to compute. `bf16` and `tf32` change the arithmetic; the other fields only change the speed."""
 
     device: str = "cpu"
     bf16: bool = False
@@ -49,7 +49,7 @@ class Machine:
 
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
-        """Multiplies float32 matrices as `tf32` says, within the block."""
+        """Multiplies float32 matrices in TF32 within the block if `tf32` is set."""
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = self.tf32
@@ -71,8 +71,8 @@ class Machine:
 class Batches:
     """A task's training samples in batches of `batch_size`, epoch by epoch.
 
-    Passes over all samples, each in random order and with augmentation, follow each other without a gap and are cut
-    into batches. What an epoch has beyond its last batch counts towards the next epoch.
+    Passes over all samples, in random order and with augmentation, follow each other without a gap and are cut into
+    batches. Samples that an epoch has beyond its last batch count towards the next epoch.
     """
 
     def __init__(
@@ -84,21 +84,21 @@ class Batches:
         epoch_samples: int | None = None,
         augmentation: Augmentation | None = None,
     ) -> None:
-        """What is drawn.
+        """Prepares the images.
 
         Args:
-            task: whose samples.
-            batch_size: samples in every batch.
-            generator: on the CPU; decides order, crops and flips.
-            epoch_samples: samples in an epoch; default: as many as the task has.
-            augmentation: crops and flips; default: none.
+            task: the task to draw samples from.
+            batch_size: number of samples in every batch.
+            generator: a generator on the CPU, for order, crops and flips.
+            epoch_samples: number of samples in an epoch (default: as many as the task has).
+            augmentation: crops and flips (default: none).
         """
         augmentation = augmentation or Augmentation()
         self.task, self.batch_size = task, batch_size
         self._augmentation, self._generator = augmentation, generator
         self._epoch_samples = epoch_samples or len(task.train_labels)
-        self._due = 0  # samples of earlier epochs that were fewer than a batch
-        self._pass = torch.empty(0, dtype=torch.int64)  # what is left of the pass
+        self._due = 0  # samples left from earlier epochs, fewer than a batch
+        self._pass = torch.empty(0, dtype=torch.int64)  # what is left of the current pass
         _, channels, self._height, self._width = task.train_images.shape
         device = task.train_images.device
         # Padding all images once makes a crop a plain gather.
@@ -108,12 +108,12 @@ class Batches:
         self._columns = torch.arange(self._width, device=device).view(1, 1, 1, -1)
 
     def epoch(self) -> tuple[Tensor, ...]:
-        """The batches of the next epoch, each for `images_and_labels`; none if too few samples are due."""
+        """The batches of the next epoch, to be passed to `images_and_labels`. Empty if too few samples are left."""
         steps, self._due = divmod(self._due + self._epoch_samples, self.batch_size)
         return self._draw(steps * self.batch_size).split(self.batch_size) if steps else ()
 
     def _draw(self, count: int) -> Tensor:
-        """What the next samples are: (count, 4) int64 of sample, first row, first column, and whether flipped."""
+        """Draws the next samples: (count, 4) int64 of sample, first row, first column, and whether it is flipped."""
         generator, available = self._generator, len(self.task.train_labels)
         passes = [
             torch.randperm(available, generator=generator) for _ in range(-(-(count - len(self._pass)) // available))
@@ -130,7 +130,7 @@ class Batches:
         return drawn.to(self._padded.device)
 
     def images_and_labels(self, drawn: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch: images (B, C, H, W) float32 that are standard for the network, and labels (B,)."""
+        """A batch: standardized images (B, C, H, W) float32, and labels (B,)."""
         sample, top, left, flipped = drawn.view(-1, 4, 1, 1, 1).unbind(1)
         columns = torch.where(flipped.bool(), self._width - 1 - self._columns, self._columns)
         images = self._padded[sample, self._channels, top + self._rows, left + columns]
@@ -143,9 +143,9 @@ def loss_of(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
     """Cross-entropy over the outputs of the task's own classes (task-incremental learning).
 
     Args:
-        outputs: (B, outputs) of the network.
+        outputs: (B, outputs), the network's outputs.
         labels: (B,) int64, among the task's classes.
-        task: whose classes compete.
+        task: the task whose classes compete.
     """
     if task.rivals is not None:
         return F.cross_entropy(outputs.masked_fill(~task.rivals[labels], -torch.inf), labels)
@@ -153,7 +153,7 @@ def loss_of(outputs: Tensor, labels: Tensor, task: Task) -> Tensor:
 
 
 def steps_of(epochs: int, epoch_samples: int, batch_size: int) -> int:
-    """How many steps so many epochs take. Raises ValueError if it is none."""
+    """The number of steps in some epochs. Raises ValueError if it is zero."""
     if epochs * epoch_samples < batch_size:
         raise ValueError(
             f"batch_size is {batch_size}, but a task is learned with {epochs * epoch_samples} samples in all "
@@ -175,11 +175,11 @@ def train(
 
     Args:
         model: the network, on the task's device.
-        optimizer: of its parameters.
-        batches: of the task to learn. A later call with the same ones goes on where this one ends.
-        epochs: how many.
-        machine: how to compute; default: in float32 on the task's device.
-        on_epoch: is called with the mean loss of every epoch, which also waits for the device.
+        optimizer: the optimizer of its parameters.
+        batches: batches of the task. A later call with the same object continues where this one ends.
+        epochs: number of epochs.
+        machine: how to compute (default: in float32 on the task's device).
+        on_epoch: called with the mean loss of every epoch; this waits for the device.
     """
     task = batches.task
     machine = machine or Machine(str(task.train_labels.device))
@@ -214,14 +214,14 @@ def train(
 
 
 def is_finite(model: nn.Module) -> bool:
-    """Whether training has not diverged: every parameter is a number."""
+    """Whether all parameters are finite."""
     return all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def _graph_of(step: Step) -> Step:
-    """The step as a CUDA graph that is replayed.
+    """Returns the step as a CUDA graph.
 
-    The first three steps are ordinary ones on the side, which is what capture asks for as a warm-up.
+    The first three steps run eagerly on another stream, which is the warm-up that a capture needs.
     """
     graph, stream, seen = torch.cuda.CUDAGraph(), torch.cuda.Stream(), 0
     static: Tensor | None = None
@@ -247,7 +247,7 @@ def _graph_of(step: Step) -> Step:
 
 @torch.no_grad()
 def accuracy_of(model: nn.Module, task: Task, machine: Machine | None = None, batch_size: int = 1000) -> float:
-    """The share of test images that are classified right among their own task's classes."""
+    """The share of test images that are classified correctly among the task's classes."""
     machine = machine or Machine(str(task.train_labels.device))
     training = model.training
     model.eval()
@@ -261,5 +261,5 @@ def accuracy_of(model: nn.Module, task: Task, machine: Machine | None = None, ba
 
 
 def standard(images: Tensor, task: Task, machine: Machine) -> Tensor:
-    """Images of a single task as the network wants them."""
+    """Standardized images of a single task."""
     return ((images - task.mean) / task.std).contiguous(memory_format=machine.memory_format())

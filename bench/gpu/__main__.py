@@ -1,20 +1,18 @@
-"""A quarter of an hour of a GPU, in three flights: `python -m bench.gpu --flight correctness --out DIR`.
+"""Tests and measures on a GPU in three flights: `python -m bench.gpu --flight correctness --out DIR`.
 
-    correctness   builds or loads, runs the GPU tests, looks for memory errors, measures what matters most
-    kernels       every row of the kernels beside the ceiling of their reads and writes; another revision; counters
+    correctness   loads or builds the kernels, runs the GPU tests, looks for memory errors, measures what matters most
+    kernels       all kernels next to the ceiling of their reads and writes; another revision; counters
     training      whole training steps, and iCIFAR100 at the paper's size for as long as time is left
 
-A flight takes 230 seconds at most: every part has a limit and is ended at it, with all of its processes.
-DIR gets rows.jsonl, to which every row is added as soon as it is measured, log.txt, and what the training flight needs
-to go on with its run another time. `python -m bench.tables DIR` makes the tables later. `--dry` flies on the CPU, with
-tiny sizes.
+A flight takes at most 230 seconds: every part has a limit, at which it is killed with all of its processes.
+DIR receives rows.jsonl, to which every row is added as soon as it is measured, log.txt, and what a later training
+flight needs to resume the run. `python -m bench.tables DIR` makes the tables. `--dry` runs on the CPU, with tiny sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -27,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..revision import RevisionError, checkout
+from .. import command_line
+from ..against.revision import RevisionError, checkout
 from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
 from .flights import FLIGHTS, Part
@@ -39,7 +38,7 @@ _DRY_SLOWER = 5  # a dry run may be on a slow and busy machine
 
 @dataclass
 class Flight:
-    """A flight on its way: its settings, its worker, and the time."""
+    """A flight in progress: its settings, its worker, and when it started."""
 
     settings: Settings
     slower: int
@@ -47,16 +46,16 @@ class Flight:
     worker: Worker | None = None
 
     def left(self, parts: Sequence[Part]) -> float:
-        """Seconds that the last of some parts may take, if they are all until then."""
+        """Seconds left for the last of the given parts, which are all parts up to it."""
         return self.slower * sum(part.limit for part in parts) - (time.perf_counter() - self.started)
 
     def fly(self, part: Part, limit: float) -> Mapping[str, Any]:
-        """Runs one part: a command of its own, or what the worker measures. What goes wrong is said, and no more."""
+        """Runs one part, as a command or in the worker. Returns how it ended; an error never ends the flight."""
         try:
             if part.name in COMMANDS:
                 command = COMMANDS[part.name](self.settings)
                 return {"state": command} if isinstance(command, str) else command.run(self.settings, limit)
-            if self.worker is None or not self.worker.lives():
+            if self.worker is None or not self.worker.is_running():
                 self.worker = Worker(self.settings)
             ended = dict(self.worker.measure(part.name, limit))
         except Exception as error:
@@ -67,13 +66,13 @@ class Flight:
         return ended
 
     def end(self) -> None:
-        """Ends the worker."""
+        """Kills the worker."""
         if self.worker is not None:
             self.worker.kill()
 
 
 def main() -> int:
-    """Flies; the exit status is 1 if a part failed."""
+    """Runs the flight. The exit status is 1 if a part failed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench.gpu",
         description=__doc__,
@@ -88,7 +87,7 @@ def main() -> int:
     )
     parser.add_argument("--resume", type=Path, metavar="TAR", help="icifar100.tar of an earlier training flight")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts of the flight to run (default: all)")
-    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny: to see that everything runs")
+    parser.add_argument("--dry", action="store_true", help="run on the CPU, with tiny sizes")
     arguments = parser.parse_args()
     parts = FLIGHTS[arguments.flight]
     if unknown := set(arguments.only or ()) - {part.name for part in parts}:
@@ -110,7 +109,7 @@ def main() -> int:
     except (OSError, RevisionError) as error:
         parser.error(str(error))
     arguments.against = against
-    for number in (signal.SIGTERM, signal.SIGINT):  # so that what was started is ended, too
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that all child processes are ended, too
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     scratch = Path(tempfile.mkdtemp(prefix="npc_ext-flight-"))
     try:
@@ -120,8 +119,8 @@ def main() -> int:
 
 
 def _limits() -> str:
-    """What --help says of the parts."""
-    lines = ["Parts, and the seconds that each may take, besides what the parts before it left over:"]
+    """The limits of all parts, for --help."""
+    lines = ["Parts and their limits in seconds (a part may also use what earlier parts have not used):"]
     for flight, parts in FLIGHTS.items():
         listed = ", ".join(f"{part.name} {part.limit}" for part in parts)
         lines.append(f"  {flight}: {listed}")
@@ -130,7 +129,7 @@ def _limits() -> str:
 
 def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) -> int:
     settings = Settings(
-        command=shlex.join(["python", "-m", "bench.gpu", *sys.argv[1:]]),
+        command=command_line("bench.gpu"),
         out=arguments.out.resolve(),
         dry=arguments.dry,
         scratch=scratch,
@@ -174,7 +173,7 @@ def _gpu() -> str:
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:
-    """Of all processes: one cache of kernels, built for the GPU of the flights alone."""
+    """The environment of all processes: they share one cache of kernels, built for the flights' GPU only."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     if arguments.dry:
         environment.setdefault("NPC_EXT_NVCC", "")  # nothing is compiled for a GPU

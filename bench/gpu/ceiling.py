@@ -1,4 +1,4 @@
-"""The ceiling of a kernel: how fast the GPU moves bytes in the same mix of reads and writes (stream.cu)."""
+"""The ceiling of a kernel: how fast the GPU moves bytes with the same mix of reads and writes (stream.cu)."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..revision import ROOT
+from .. import ROOT
 from ..timing import Case
 from .device import Device
 from .prepare import build_stream, stream_library
 
-MIXES = ((2, 0), (1, 1), (2, 1), (3, 2), (4, 3))  # (arrays read, of which so many are written)
+MIXES = ((2, 0), (1, 1), (2, 1), (3, 2), (4, 3))  # (arrays read, arrays written)
 _PACKS_PER_THREAD = (1, 2, 4)
 
 
@@ -32,14 +32,14 @@ def _library() -> Any:
 
 
 class Ceiling:
-    """Reads as many arrays as a kernel does, and writes as many, over as many sets of buffers.
+    """Reads and writes as many arrays as a kernel does, cycling through as many sets of buffers.
 
     Args:
-        device: where.
-        reads, writes: one of `MIXES`.
-        numbers: float32 in each array.
-        sets: how many sets of arrays to go through in turn.
-        in_place: writes into arrays that are read, as optimizers do, and not into others.
+        device: device of the arrays.
+        reads, writes: number of arrays; one of `MIXES`.
+        numbers: number of float32 in each array.
+        sets: number of sets of arrays to cycle through.
+        in_place: write to arrays that are read, as optimizers do, and not to others.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Ceiling:
             self._per_thread = min(_PACKS_PER_THREAD, key=self._seconds)
 
     def __call__(self, index: int) -> None:
-        """Moves the bytes of one set."""
+        """Reads and writes one set."""
         arrays = self._sets[index]
         if self._device.dry:
             mean = torch.stack(arrays[: self._reads]).mean(0)
@@ -81,7 +81,7 @@ class Ceiling:
         return self._sets[index][self._first_written : self._first_written + self._writes]
 
     def check(self) -> None:
-        """Raises AssertionError if the bytes are not moved."""
+        """Raises AssertionError if the arrays are not written."""
         before = torch.stack(self._sets[0][: self._reads]).mean(0)
         self(0)
         for array in self._written(0):

@@ -1,4 +1,4 @@
-"""A plugin of pytest that keeps the outcome of every test as a row, as soon as it is known.
+"""A pytest plugin that records the outcome of every test as a row, as soon as it is known.
 
 `pytest -p bench.gpu.collect` writes to the folder that the environment variable NPC_BENCH_OUT names, as rows of the
 part that NPC_BENCH_PART names.
@@ -21,7 +21,7 @@ def _keep(test: str, **facts: str | float) -> None:
 
 
 def pytest_runtest_logstart(nodeid: str) -> None:
-    """Called by pytest before each test. If the GPU hangs, this row says where; another takes its place otherwise."""
+    """Called by pytest before each test. If the GPU hangs, this row says where; otherwise another row replaces it."""
     _keep(nodeid, outcome="not finished")
 
 

@@ -1,4 +1,4 @@
-"""The parts of the flights that are commands of their own: what to run, and what to keep of it."""
+"""The parts of the flights that run as commands: what to run, and which results to keep."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..rows import NOT_MEASURED, Row, Writer, read
 from .collect import FOLDER, NAME
 from .processes import Command, Settings
 
-# The tests that need a GPU, those first that only a GPU can pass or fail; and those that compile.
+# The tests that need a GPU, with those first that only a GPU can fail; and those that compile.
 TESTS = (
     *("kernels/test_gpu", "kernels/test_importance", "kernels/test_update", "kernels/test_adam_update"),
     *("kernels/test_rounding", "kernels/test_anchored_update", "kernels/test_connection_update", "optim/test_npc"),
     *("neurons/test_relu", "skipping/test_skipping", "baselines/test_consolidation"),
 )
 COMPILE_TESTS = ("kernels/test_gpu_compile",)
-_OURS = "3npc4cuda"  # in the mangled names of all our kernels
+KERNELS = "3npc4cuda"  # part of the mangled names of all our kernels
 _METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__bytes_read.sum": "bytes read",
@@ -40,18 +40,18 @@ _METRICS = {
 
 
 def tests(settings: Settings) -> Command:
-    """The tests that need a GPU. They are skipped, and counted, where there is none."""
+    """Runs the tests that need a GPU. Without one, they are skipped and counted."""
     return _tests(settings, "tests", TESTS)
 
 
 def compile_tests(settings: Settings) -> Command:
-    """The same of models that torch.compile replays as CUDA graphs."""
+    """Runs the tests of models that torch.compile replays as CUDA graphs."""
     return _tests(settings, "compile_tests", COMPILE_TESTS)
 
 
 def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
     files = [f"tests/{name}.py" for name in names]
-    # A test that hangs shows where, and the others still have their time.
+    # A test that hangs prints its stack.
     options = ["-v", "-m", "gpu", "--maxfail=10", "-o", "faulthandler_timeout=25"]
     options += ["-p", "no:cacheprovider", "-p", "bench.gpu.collect"]
 
@@ -64,53 +64,54 @@ def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
             return {"state": "failed", **counts, "error": "no test ran"}
         return {"state": "complete", **counts}
 
-    # Plugins that happen to be installed are not loaded.
+    # Do not load plugins that happen to be installed.
     environment = {FOLDER: str(settings.out), NAME: part, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return Command([sys.executable, "-m", "pytest", *options, *files], verdict, environment=environment)
 
 
 def exercise(settings: Settings) -> Command:
-    """Every kernel on small tensors, against the reference."""
-    program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda"]
-    return Command(program, _plain, environment={FOLDER: str(settings.out)})
+    """Compares every kernel with the reference on small tensors."""
+    return Command(_exercise(settings), _plain, environment={FOLDER: str(settings.out)})
+
+
+def _exercise(settings: Settings, *options: str) -> list[str]:
+    return [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", *options]
 
 
 def sanitizer(settings: Settings) -> Command | str:
-    """The same under compute-sanitizer's memcheck, for kernels of ours alone."""
+    """Does the same under compute-sanitizer's memcheck, for our kernels only."""
     if settings.dry:
         return NOT_MEASURED
-    tool = _tool("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
+    tool = find_tool("compute-sanitizer", "/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
     if tool is None:
         return f"{NOT_MEASURED}: there is no compute-sanitizer"
     report = settings.out / "memcheck.txt"
-    command = [
-        *(tool, "--tool", "memcheck", "--kernel-name", f"kns={_OURS}", "--report-api-errors", "no"),
-        *("--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)),
-        *(sys.executable, "-m", "bench.gpu.exercise", "cuda"),
-    ]
+    options = ["--tool", "memcheck", "--kernel-name", f"kns={KERNELS}", "--report-api-errors", "no"]
+    options += ["--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
         text = report.read_text(errors="replace") if report.exists() else ""
         summary = re.search(r"ERROR SUMMARY: (\d+) error", text)
-        # It sums up at its end; if it was ended before, what it has found so far is counted.
+        # The summary comes last. If the tool was killed before, count the errors found so far.
         errors = int(summary[1]) if summary else len(re.findall(r"========= Invalid ", text))
         told = {"memory errors": errors}
         if status != 0 or errors or not summary:
             return {**_plain(status), "state": "failed", **told}
         return {"state": "complete", **told}
 
-    # Without torch's own reserve of memory every tensor ends where its allocation ends.
-    return Command(command, verdict, environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    # Without torch's caching allocator, every tensor ends where its allocation ends.
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return Command([tool, *options, *_exercise(settings)], verdict, environment=environment)
 
 
-def _tool(name: str, *folders: str) -> str | None:
-    """The path of a tool of NVIDIA's: on the PATH, or in one of the folders, whose patterns are tried in turn."""
+def find_tool(name: str, *folders: str) -> str | None:
+    """The path of one of NVIDIA's tools: on the PATH, or in one of the folders (patterns, tried in order)."""
     found = [shutil.which(name), *(path for folder in folders for path in sorted(glob.glob(f"{folder}/{name}")))]
     return next(filter(None, found), None)
 
 
 def revisions(settings: Settings) -> Command | str:
-    """The kernels of this checkout against those of another revision, in turns."""
+    """Times the kernels of this checkout in turns with those of another revision."""
     if settings.against is None:
         return "not asked for (--against)"
     command = [sys.executable, "-m", "bench.against", settings.against, "bench.gpu.revisions"]
@@ -119,18 +120,16 @@ def revisions(settings: Settings) -> Command | str:
 
 
 def counters(settings: Settings) -> Command | str:
-    """What Nsight Compute counts of the four main kernels; in a dry run they run without it."""
-    program = [sys.executable, "-m", "bench.gpu.exercise", "cpu" if settings.dry else "cuda", "--counters"]
+    """Counts memory traffic of the four main kernels with Nsight Compute; a dry run only runs them."""
+    program = _exercise(settings, "--counters")
     if settings.dry:
         return Command(program, _plain)
-    tool = _tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
+    tool = find_tool("ncu", "/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*")
     if tool is None:
         return f"{NOT_MEASURED}: there is no ncu"
     table = settings.scratch / "counters.csv"
-    command = [
-        *(tool, "--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)),
-        *("--kernel-name-base", "mangled", "--kernel-name", f"regex:{_OURS}"),
-    ]
+    options = ["--clock-control", "none", "--metrics", ",".join(_METRICS), "--csv", "--log-file", str(table)]
+    options += ["--kernel-name-base", "mangled", "--kernel-name", f"regex:{KERNELS}"]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
         found = rows_of_counters(table.read_text()) if table.exists() else []
@@ -138,11 +137,11 @@ def counters(settings: Settings) -> Command | str:
             Writer(settings.out).row(row)
         return _plain(status) if found else {"state": "failed", "error": "ncu counted nothing; see log.txt"}
 
-    return Command([*command, *program], verdict)
+    return Command([tool, *options, *program], verdict)
 
 
 def rows_of_counters(text: str) -> list[Row]:
-    """The rows of ncu's CSV: a line for every metric of every launch, among lines of other kinds."""
+    """The rows of ncu's CSV, which has a line for every metric of every launch, among other lines."""
     lines = text.splitlines()
     start = next((number for number, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     facts: dict[tuple[str, str], dict[str, Any]] = {}
@@ -156,7 +155,7 @@ def rows_of_counters(text: str) -> list[Row]:
 
 
 def icifar100(settings: Settings) -> Command | str:
-    """iCIFAR100 with NPC at the paper's size, one seed, kept task by task; small in a dry run."""
+    """Runs iCIFAR100 with NPC at the paper's size, one seed, stored after every task; a dry run is small."""
     if settings.data is None:
         return "not asked for (--data)"
     store = settings.scratch / "store"
@@ -186,17 +185,17 @@ def icifar100(settings: Settings) -> Command | str:
 
 
 def _pack(store: Path, target: Path) -> None:
-    """Puts a store's records and checkpoints into one file, whose old content stays until the new one is complete."""
+    """Packs a store's records and checkpoints into one file, which is replaced only when it is complete."""
     staged = target.with_suffix(".tmp")
     with tarfile.open(staged, "w") as archive:
         for path in sorted(path for path in store.rglob("*") if path.suffix in (".json", ".pt")):
-            with suppress(FileNotFoundError):  # the run removes its checkpoint when it is finished
+            with suppress(FileNotFoundError):  # a run removes its checkpoint when it finishes
                 archive.add(path, path.relative_to(store))
     staged.replace(target)
 
 
 def _plain(status: int | None) -> Mapping[str, Any]:
-    """What an exit status says; None is that of a command that was ended at its limit."""
+    """How a command ended, from its exit status; None: it was killed at its limit."""
     if status == 0:
         return {"state": "complete"}
     return {"state": "failed"} | ({} if status is None else {"error": f"it ended with status {status}; see log.txt"})

@@ -1,4 +1,4 @@
-"""The device that is measured: a GPU, or in a dry run the CPU, behind the same few functions."""
+"""The device to measure: a GPU or, in a dry run, the CPU, with the same interface."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ..timing import Case, HostTimer, Timer
 
 _MOST_BYTES_OF_SETS = 8 * 2**30
 _DRIVER = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-_CYCLES_PER_SECOND = 2e9  # at most, of a multiprocessor's clock
+_CYCLES_PER_SECOND = 2e9  # upper bound of a multiprocessor's clock
 
 
 class DeviceTimer:
     """Times work on the GPU between two events, so that the host's time does not count.
 
-    The GPU is kept busy by a sleep while the host queues the calls of a turn. If that takes longer than the sleep in a
-    quarter of the turns or more, the row's fact "limited by the host" names the peer: its quartiles are the host's.
+    A sleep keeps the GPU busy while the host queues the calls of a turn. If the host takes longer than the sleep in at
+    least a quarter of the turns, the row's fact "limited by the host" names the peer: its times are the host's.
     """
 
     most_calls = 100
@@ -35,7 +35,7 @@ class DeviceTimer:
         self._timed, self._limited = Counter[str](), Counter[str]()
 
     def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
-        """As `Timer` says."""
+        """See `Timer`."""
         function, key = case.peers[name], (id(case), name)
         if key not in self._host:
             self._host[key] = self._host_seconds(case, name)
@@ -49,13 +49,13 @@ class DeviceTimer:
                 case.prepare()
             function(call % case.sets)
         self._timed[name] += 1
-        self._limited[name] += start.query()  # the sleep was over before all calls were queued
+        self._limited[name] += start.query()  # the sleep ended before all calls were queued
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3 / calls
 
     def finish(self) -> Mapping[str, Any]:
-        """Says whose calls the host limited."""
+        """See `Timer`; the fact names the peers whose calls the host limited."""
         limited = [name for name, turns in self._timed.items() if 4 * self._limited[name] >= turns]
         for known in (self._timed, self._limited, self._host):
             known.clear()
@@ -63,7 +63,7 @@ class DeviceTimer:
 
     @staticmethod
     def _host_seconds(case: Case, name: str) -> float:
-        """Seconds that the host takes to queue a call; the slowest of a few."""
+        """Seconds that the host takes to queue a call, the slowest of three."""
         seconds = []
         for call in range(4):
             torch.cuda.synchronize()
@@ -75,38 +75,29 @@ class DeviceTimer:
         return max(seconds[1:])
 
 
-class HostReturnTimer:
-    """Times until a call returns, whatever the device still does; the device is idle when it begins."""
-
-    most_calls = 20
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def seconds(self, case: Case, name: str, first: int, calls: int) -> float:
-        """As `Timer` says."""
-        total = 0.0
-        for call in range(first, first + calls):
-            if case.prepare is not None:
-                case.prepare()
-            self._device.synchronize()
-            started = time.perf_counter()
-            case.peers[name](call % case.sets)
-            total += time.perf_counter() - started
-        return total / calls
-
-    def finish(self) -> Mapping[str, Any]:
-        """Nothing is known beside the times."""
-        return {}
+def captured(function: Callable[[], object]) -> Callable[[], None]:
+    """Captures a function in a CUDA graph, after three calls on another stream, and returns its replay."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 class Device:
-    """Times and inspects work on a GPU; `dry`: on the CPU, with tiny sizes, to see that everything runs.
+    """Times and inspects work on a GPU or, in a dry run, on the CPU with tiny sizes.
 
     Attributes:
-        name: as torch calls it.
-        timer: of work on it.
-        seconds_to_load: how long it took to load the compiled module, or to build it just in time.
+        dry: whether this is a dry run, which only shows that everything runs.
+        name: the device's name in torch.
+        timer: times work on the device.
+        seconds_to_load: time to load the compiled module, or to build it just in time.
     """
 
     def __init__(self, dry: bool) -> None:
@@ -118,7 +109,7 @@ class Device:
         self.seconds_to_load = time.perf_counter() - started
 
     def describe(self) -> dict[str, Any]:
-        """What `bench.environment` cannot know without a GPU."""
+        """Facts about the GPU that `bench.environment` does not have."""
         if self.dry:
             return {"gpu": "none (dry run)"}
         properties = torch.cuda.get_device_properties(0)
@@ -132,38 +123,27 @@ class Device:
         }
 
     def synchronize(self) -> None:
-        """Waits until the device has done everything."""
+        """Waits until the device has finished all work."""
         if not self.dry:
             torch.cuda.synchronize()
 
     def empty_cache(self) -> None:
-        """Gives back what torch keeps of memory that is not in use."""
+        """Releases memory that torch caches."""
         if not self.dry:
             torch.cuda.empty_cache()
 
     def sets_of(self, bytes_per_set: int) -> int:
-        """How many sets of inputs to go through in turn so that none is in the L2 cache any more (512 at most)."""
+        """How many input sets to cycle through so that none stays in the L2 cache (at most 512)."""
         cache = 2**16 if self.dry else torch.cuda.get_device_properties(0).L2_cache_size
         room = max(1, _MOST_BYTES_OF_SETS // max(bytes_per_set, 1))
         return int(max(1, min(512, room, -(-3 * cache // max(bytes_per_set, 1)))))
 
     def capture(self, function: Callable[[], object]) -> Callable[[], object]:
-        """The function as a CUDA graph, after warming up on a stream of its own; in a dry run the function itself."""
-        if self.dry:
-            return function
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            function()
-        return graph.replay
+        """The function as a CUDA graph; in a dry run the function itself."""
+        return function if self.dry else captured(function)
 
     def launches(self, function: Callable[[], object]) -> dict[str, int] | None:
-        """How often one call launches each kernel, by the profiler; None (not measured) in a dry run."""
+        """How often one call launches each kernel, from the profiler; None (not measured) in a dry run."""
         function()
         self.synchronize()
         if self.dry:
@@ -185,7 +165,7 @@ class Device:
         return counts
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
-        """Most memory that torch allocated during a call, beyond what was allocated before; None in a dry run."""
+        """Peak memory that torch allocates during a call, above what was allocated before; None in a dry run."""
         function()
         if self.dry:
             return None

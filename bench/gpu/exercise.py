@@ -1,7 +1,7 @@
-"""Every kernel on small tensors, against the reference: what compute-sanitizer looks at.
+"""Compares every kernel with the reference on small tensors, also under compute-sanitizer.
 
-`python -m bench.gpu.exercise DEVICE` keeps a row for each group of kernels in the folder that NPC_BENCH_OUT names.
-`--counters` launches the four main kernels on large tensors instead, for a profiler.
+`python -m bench.gpu.exercise DEVICE` writes a row for each group of kernels to the folder that NPC_BENCH_OUT names.
+With `--counters` it launches the four main kernels on large tensors instead, for a profiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .collect import FOLDER
 
 SHAPES = [(64, 33), (4, 64), (8, 24, 7, 7), (8, 32, 16, 16), (1, 2, 9000), (300, 3)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDE = 5000  # neurons, for which measured importance is summed in a launch of its own
+WIDE = 5000  # so many neurons that a launch of its own sums their importance
 
 
 def _eq_2(device: str) -> None:
@@ -59,7 +59,7 @@ def _cnn() -> nn.Sequential:
 
 
 def _many_layers() -> nn.Module:
-    """More parameters than the smaller kernels' arguments hold."""
+    """A model with more parameters than fit the arguments of one launch."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 9), *(nn.Linear(9, 9) for _ in range(30)), nn.Linear(9, 10))
     for parameter in model.parameters():  # so that gradients reach the first layer
         nn.init.orthogonal_(parameter) if parameter.ndim > 1 else nn.init.zeros_(parameter)
@@ -71,7 +71,7 @@ def _wide() -> nn.Module:
 
 
 class _Float32(nn.Linear):
-    """A head that stays in float32, whatever its network is moved to."""
+    """A linear layer that stays in float32 when its network is cast."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32:
         return super()._apply(lambda tensor: fn(tensor).float(), recurse)
@@ -87,7 +87,7 @@ def _two_dtypes() -> nn.Module:
 def _twins(
     kind: Any, make: Callable[[], nn.Module] = _cnn, dtype: torch.dtype = torch.float32, **options: Any
 ) -> Callable[[str], None]:
-    """A few steps by the kernels and by the reference move the weights alike."""
+    """Returns a check: a few steps with the kernels and with the reference move the weights alike."""
 
     def train(device: str) -> None:
         model = make().to(device, dtype)
@@ -140,7 +140,7 @@ EXERCISES: dict[str, Callable[[str], None]] = {
 
 
 def _counted(device: str) -> Iterator[Callable[[], object]]:
-    """The four main kernels, on more data than the caches hold."""
+    """Launches of the four main kernels on more data than the caches hold."""
     shape = (64, 128, 32, 32) if device == "cuda" else (4, 8, 4, 4)
     n, g = (torch.randn(shape, device=device) for _ in range(2))
     yield lambda: ops.importance(n, g)
@@ -151,7 +151,7 @@ def _counted(device: str) -> Iterator[Callable[[], object]]:
 
 
 def main() -> None:
-    """Runs on the device named."""
+    """Runs on the given device."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.exercise", description=__doc__)
     parser.add_argument("device", choices=["cuda", "cpu"])
     parser.add_argument("--counters", action="store_true", help="the four main kernels only, large")

@@ -1,10 +1,10 @@
-"""The flights: what each part does, and how many seconds it may take. Nothing here imports torch."""
+"""The flights: their parts, and how many seconds each may take. Nothing here imports torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SECONDS = 230  # the limits of a flight add up to no more
+SECONDS = 230  # the sum of a flight's limits is at most this
 
 
 @dataclass(frozen=True)
@@ -12,8 +12,8 @@ class Part:
     """A part of a flight.
 
     Attributes:
-        name: of the part; its rows carry it.
-        limit: seconds that it may take, besides what the parts before it left over of theirs.
+        name: name of the part, which its rows carry.
+        limit: seconds that the part may take, in addition to what earlier parts have not used.
     """
 
     name: str
@@ -25,10 +25,10 @@ def _parts(**limits: int) -> tuple[Part, ...]:
 
 
 FLIGHTS: dict[str, tuple[Part, ...]] = {
-    # Is everything right, and about how fast is it?
+    # Is everything correct, and roughly how fast is it?
     "correctness": _parts(load=40, tests=75, exercise=25, sanitizer=45, decisive=45),
-    # How near are the kernels to what the memory can do, and what do the counters say?
+    # How close are the kernels to the memory's bandwidth, and what do the counters say?
     "kernels": _parts(load=40, importance=50, relu=15, update=55, host=10, revisions=30, counters=30),
-    # What is a whole training step worth, and what does a whole experiment come to? Compiled peers come last.
+    # How fast are whole training steps, and what does an experiment achieve? Compiled peers come last.
     "training": _parts(load=40, step=40, frozen=30, reduce_overhead=30, icifar100=45, compile_tests=25, compiled=20),
 }

@@ -1,4 +1,4 @@
-"""What is measured within one process on a GPU, part by part. A part yields cases to time, or rows of counts."""
+"""The parts that are measured in one process on a GPU. A part yields cases to time, or rows of counts."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, trai
 from ..certified import SGD, SMALL_NETWORKS, UNSKIPPED, Certified, Network
 from ..networks import cnn, mlp, paper_cnn, resnet18
 from ..rows import OURS, Row
-from ..timing import Case, Later, check, ignoring_the_set, measure
+from ..timing import Case, HostTimer, Later, check, ignoring_the_set, measure
 from .ceiling import MIXES, Ceiling
-from .device import Device, HostReturnTimer
+from .device import Device
 
-LARGE = 64 * 2**20  # bytes; the share of the ceiling counts for this much and more
-# What matters most comes first: time may be over before the last.
+LARGE = 64 * 2**20  # bytes; goals relative to the ceiling hold from this size on
+# The most important come first: time may run out before the last.
 SHAPES = [
     (256, 128, 32, 32),
     (4096, 4096),
@@ -36,7 +36,7 @@ SHAPES = [
 DECISIVE_SHAPES = [(4096, 4096), (512, 512, 7, 7), (256, 128, 16, 16), (64, 64, 224, 224)]
 RELU_SHAPES = [(256, 128, 32, 32), (256, 128, 16, 16), (512, 512, 7, 7), (256, 512)]
 SIZES = [10**8, 10**6, 10**7, 5 * 10**8, 10**5, 10**4]
-MOST_SETS = 16  # of optimizers; more take longer to make than to measure
+MOST_SETS = 16  # sets of optimizers; more would take longer to build than to measure
 SHARES = (0.0, 0.75, 1.0)
 TINY_SHAPES = [(16, 32), (4, 8, 4, 4)]
 
@@ -44,7 +44,7 @@ Part = Callable[[Device], Iterator[Later | Row]]
 
 
 def load(device: Device) -> Iterator[Row]:
-    """The kernels are there for this GPU: taken along, or built just in time."""
+    """Loads the kernels for this GPU, or builds them just in time."""
     found = native.status()
     if found.module is None:
         raise RuntimeError(found.reason)
@@ -65,7 +65,7 @@ def load(device: Device) -> Iterator[Row]:
 
 
 def importance(device: Device) -> Iterator[Later]:
-    """Eq. 2 against eager PyTorch and the ceiling of reading its two inputs."""
+    """Eq. 2, next to eager PyTorch and to the ceiling of reading its two inputs."""
     for shape in TINY_SHAPES if device.dry else SHAPES:
         for dtype in (torch.float32, torch.bfloat16):
             for last in (False, True) if len(shape) > 2 else (False,):
@@ -81,7 +81,7 @@ def _importance(
     turns: int = 11,
     alone: bool = False,
 ) -> Later:
-    """Eq. 2 of a shape; `alone`: without peers."""
+    """The case of eq. 2 for one shape. `alone`: without peers."""
     name = f"{_shown(shape)}, {str(dtype)[6:]}{', channels last' if last else ''}"
 
     def make() -> Case:
@@ -109,7 +109,7 @@ def _importance(
 
 
 def relu(device: Device) -> Iterator[Later]:
-    """ReLU's backward pass with importance against the same without, and the ceiling of two reads and one write."""
+    """ReLU's backward pass with importance, next to the same without it and to the ceiling of its traffic."""
     for shape in TINY_SHAPES if device.dry else RELU_SHAPES:
         yield Later(_shown(shape), partial(_relu, device, shape))
 
@@ -146,7 +146,7 @@ def _relu(device: Device, shape: Sequence[int]) -> Case:
 
 
 def update(device: Device) -> Iterator[Later]:
-    """optimizer.step() against torch's and the ceiling of its mix, with nothing frozen and with nine of ten neurons."""
+    """optimizer.step() with nothing frozen and with 90 % frozen, next to torch's and to the ceiling of its traffic."""
     for size in [10**3] if device.dry else SIZES:
         for kind in OPTIMIZERS:
             for frozen in (0.0, 0.9):
@@ -155,13 +155,13 @@ def update(device: Device) -> Iterator[Later]:
 
 
 def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns: int = 9, alone: bool = False) -> Later:
-    """Steps of one kind; `alone`: without peers."""
+    """The case of one optimizer's step. `alone`: without peers."""
     name = f"{size:,} parameters, {kind}{', 90 % frozen, scattered' if frozen else ''}"
 
     def make() -> Case:
         ours, theirs, (reads, writes) = OPTIMIZERS[kind]
         bytes_ = (reads + writes) * 4 * size
-        # Certificates are read from the device now and then, which the queued calls would have to wait for.
+        # Issuing certificates reads from the device, which would stall the queue.
         makers: dict[str, Any] = {OURS: partial(ours, skip_frozen=False), **({} if alone else theirs)}
         sets = device.sets_of(bytes_)
         cold = sets <= MOST_SETS
@@ -173,7 +173,7 @@ def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns:
         fused = next((peer for peer in peers if peer.endswith("fused")), OURS)
         goals = {fused: 1.0} if fused != OURS and not frozen else {}
         ceiling = None
-        if not alone and not frozen:  # a row that is not moved is not read: what is moved is a tenth
+        if not alone and not frozen:  # frozen rows are not read, so there is no such ceiling
             ceiling = Ceiling(device, reads, writes, steps.parameters, sets)
             peers[ceiling.name] = ceiling
             goals |= {ceiling.name: 0.9} if bytes_ >= LARGE else {}
@@ -199,8 +199,8 @@ def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns:
 
 
 def host(device: Device) -> Iterator[Row]:
-    """Time until a step returns, whatever the GPU still does: ours beside torch's, for 16 and for 256 layers."""
-    timer = HostReturnTimer(device)
+    """Time until a step returns, next to torch's, whether or not the GPU has finished."""
+    timer = HostTimer(before=device.synchronize, most_calls=20)  # the device is idle before each call
     for layers in (2,) if device.dry else (8, 128):
         for kind, (ours, theirs, _) in OPTIMIZERS.items():
             steps = Steps(layers * 64 * 64, {OURS: ours, **theirs}, layers=layers, device=device.name)
@@ -212,7 +212,7 @@ def host(device: Device) -> Iterator[Row]:
 
 
 def decisive(device: Device) -> Iterator[Later | Row]:
-    """What matters most, in twenty seconds: bandwidth, eq. 2, large updates, a training step, launches."""
+    """The most important measurements: bandwidth, eq. 2, large updates, a training step, launches."""
     for part, cases in (
         ("copies", _copies(device)),
         ("importance", few_importance(device)),
@@ -223,7 +223,7 @@ def decisive(device: Device) -> Iterator[Later | Row]:
         yield from (
             replace(case, part="step") for case in _training_steps(device, "paper's CNN, batch 256", paper_cnn, 256)
         )
-    yield from _launches(device)  # last: a profiler may slow down what comes after it
+    yield from _launches(device)  # last: a profiler may slow down later work
 
 
 def few_importance(device: Device, *, alone: bool = False) -> Iterator[Later]:
@@ -239,7 +239,7 @@ def few_updates(device: Device, *, alone: bool = False) -> Iterator[Later]:
 
 
 def _copies(device: Device) -> Iterator[Later]:
-    """The ceilings themselves, and torch's copy of 1 GB beside its own."""
+    """The ceilings themselves, and torch's copy of 1 GB next to ours."""
     numbers = 10**3 if device.dry else 2**28
 
     def copy() -> Case:
@@ -266,7 +266,7 @@ def _copies(device: Device) -> Iterator[Later]:
 
 
 def _launches(device: Device) -> Iterator[Row]:
-    """Kernels launched by each operation, and by a step of a plain and of a wide network."""
+    """Kernels that each operation launches, and a step of a common and of a wide network."""
     n, g = _pair(device, (2, 8) if device.dry else (64, 128, 16, 16), torch.float32, False)
     neurons = n.shape[1]
     weight = torch.randn(neurons, 64, device=device.name)
@@ -316,7 +316,7 @@ def step(device: Device) -> Iterator[Later]:
                 yield from _training_steps(device, label, make, batch, autocast)
 
 
-# A step launches some hundred kernels, and the device takes about a thousand into its queue: so few steps make a turn.
+# A step launches about a hundred kernels, and the device's queue holds about a thousand, so a turn has few steps.
 _SECONDS_OF_STEPS = 0.002
 
 
@@ -344,7 +344,7 @@ def _training_steps(
 
 
 def frozen(device: Device) -> Iterator[Later]:
-    """Whole training steps with rows skipped, by the share of neurons certified, scattered at random."""
+    """Whole training steps that skip rows, by the share of certified neurons, which are scattered at random."""
     networks = [
         Network("paper's CNN, batch 256", paper_cnn, (256, 3, 32, 32), 9, has_goals=True),
         Network("ResNet-18, batch 256", resnet18, (256, 3, 32, 32), 9),
@@ -362,12 +362,12 @@ def frozen(device: Device) -> Iterator[Later]:
 
 
 def reduce_overhead(device: Device) -> Iterator[Later]:
-    """Training steps under torch.compile(mode="reduce-overhead"); in a dry run they are eager."""
+    """Training steps under torch.compile(mode="reduce-overhead"); eager in a dry run."""
     yield from _compiled_steps(device, "reduce-overhead")
 
 
 def compiled(device: Device) -> Iterator[Later]:
-    """Peers that torch.compile makes: of training steps, and of eq. 2."""
+    """Training steps under torch.compile, and eq. 2 next to a compiled peer."""
     yield from _compiled_steps(device, "default")
     shape = TINY_SHAPES[0] if device.dry else (256, 128, 32, 32)
 
@@ -381,7 +381,7 @@ def compiled(device: Device) -> Iterator[Later]:
 
 
 def _compiled_steps(device: Device, mode: str) -> Iterator[Later]:
-    """Ours first by itself: compiling takes long, and time may be over before the peer is compiled, too."""
+    """Times ours alone first: compiling is slow, and time may run out before the peer is compiled."""
 
     def make(name: str, peers: tuple[str, ...]) -> Case:
         x, y = _batch(device, 256)
@@ -407,7 +407,7 @@ def _compiled_steps(device: Device, mode: str) -> Iterator[Later]:
 
 @contextmanager
 def _tf32() -> Iterator[None]:
-    """Within it, float32 matrices are multiplied as those who train do it."""
+    """Multiplies float32 matrices in TF32 within the block, as is usual in training."""
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:

@@ -1,7 +1,7 @@
-"""Builds beforehand what a GPU machine would have to build: `PYTHON -m bench.gpu.prepare [--against REV]`.
+"""Builds ahead of time what a GPU machine would have to build: `PYTHON -m bench.gpu.prepare [--against REV]`.
 
-Run it with the Python version of that machine; pybind11 and ninja suffice, torch is not needed. NPC_EXT_ARCHS names the
-GPU's architecture (default: 90). It prints what to take along.
+Run it with the Python version of that machine. It needs pybind11 and ninja, but not torch. NPC_EXT_ARCHS names the
+GPU's architecture (default: 90). It prints the files and folders to copy to that machine.
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ from pathlib import Path
 
 from npc_ext.kernels import build, compilers
 
-from ..revision import ROOT, RevisionError, checkout
+from .. import ROOT
+from ..against.revision import RevisionError, checkout
 
-# How the kernels of a flight are built: for Hopper alone, with line numbers for compute-sanitizer and Nsight Compute.
+# A flight's kernels are built for Hopper only, with line numbers for compute-sanitizer and Nsight Compute.
 ENVIRONMENT = {"NPC_EXT_ARCHS": "90", "NVCC_APPEND_FLAGS": "-lineinfo"}
 _STREAM = Path(__file__).with_name("stream.cu")
 
 
 def main() -> int:
-    """Builds the module of this checkout, that of another revision if asked for, and the ceiling's kernels."""
+    """Builds the module of this checkout, the one of another revision on request, and the ceiling's kernels."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.prepare", description=__doc__)
-    parser.add_argument("--against", metavar="REV", help="another revision, to be measured beside this one")
+    parser.add_argument("--against", metavar="REV", help="another revision, to be compared with this one")
     arguments = parser.parse_args()
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -44,7 +45,7 @@ def main() -> int:
 
 
 def _build_module(folder: Path) -> Path:
-    """Compiles the module of a checkout into its package, in its own way."""
+    """Compiles the module of a checkout into its package, with the checkout's own build file."""
     target = folder / "npc_ext" / build.MODULE_FILE
     objects = ROOT / "build" / "flight" / folder.name
     script = (
@@ -59,12 +60,12 @@ def _build_module(folder: Path) -> Path:
 
 
 def stream_library(folder: Path) -> Path:
-    """Where the compiled stream.cu is in a folder, or will be; its name changes with the source."""
+    """The path of the compiled stream.cu in a folder. Its name depends on the source."""
     return folder / f"libstream-{hashlib.sha256(_STREAM.read_bytes()).hexdigest()[:8]}.so"
 
 
 def build_stream(folder: Path) -> Path:
-    """Compiles stream.cu for the architectures of the kernels, unless that is done, and returns the library.
+    """Compiles stream.cu for the architectures of the kernels unless it is compiled; returns the library.
 
     Raises:
         BuildError: there is no nvcc, or it fails.

@@ -1,4 +1,4 @@
-"""Processes of a flight: each in a group of its own, which is ended as a whole when its time is over."""
+"""Processes of a flight, each in its own process group, which is killed as a whole when its time is over."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
 
-from ..revision import ROOT
+from .. import ROOT
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SECONDS_TO_DIE = 3
@@ -27,15 +27,15 @@ KILLED = "killed at its limit"
 
 @dataclass
 class Settings:
-    """What a flight was asked for, and what its processes need.
+    """The options of a flight, and what its processes need.
 
     Attributes:
-        command: the flight's, as its rows tell it.
-        out: where results go.
-        dry: on the CPU, with tiny sizes.
-        scratch: a folder that goes when the flight is over.
-        data, against, resume: as `python -m bench.gpu --help` says.
-        environment: of all processes.
+        command: the command of the flight, for its rows.
+        out: folder of the results.
+        dry: run on the CPU, with tiny sizes.
+        scratch: temporary folder, removed when the flight is over.
+        data, against, resume: see `python -m bench.gpu --help`.
+        environment: environment variables of all processes.
     """
 
     command: str
@@ -48,12 +48,12 @@ class Settings:
     environment: dict[str, str] = field(default_factory=dict)
 
     def log(self) -> IO[bytes]:
-        """log.txt, to which all processes write."""
+        """Opens log.txt, to which all processes write."""
         return (self.out / "log.txt").open("ab")
 
 
 def _lead_a_group() -> None:
-    """Called in a new process: it leads a group, and dies when its parent does, even if that is killed."""
+    """Called in a new process: makes it the leader of a group that dies with its parent, even a killed one."""
     os.setpgrp()
     ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
@@ -61,7 +61,7 @@ def _lead_a_group() -> None:
 def _start(
     command: list[str], settings: Settings, environment: Mapping[str, str] = MappingProxyType({}), **options: Any
 ) -> subprocess.Popen[bytes]:
-    """Starts a process as the leader of a new group in our session, so that what ends the session ends it, too."""
+    """Starts a process as the leader of a new group in our session, so that the end of the session ends it, too."""
     with settings.log() as log:
         log.write(f"\n$ {' '.join(command)}\n".encode())
         log.flush()
@@ -76,7 +76,7 @@ def _start(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started."""
+    """Kills a process and all processes that it started."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     with suppress(subprocess.TimeoutExpired):  # it may hang in the driver
@@ -85,13 +85,13 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
 
 @dataclass
 class Command:
-    """A part that is a command of its own.
+    """A part that runs as a command.
 
     Attributes:
-        arguments: what to run.
-        look: is called now and then while it runs, and when it has ended: to keep what it has so far.
-        verdict: says from the exit status what came of it, {"state": ..., "error": ...}; None if it was ended.
-        environment: variables beside the flight's.
+        arguments: the command.
+        verdict: returns how the part ended, {"state": ..., "error": ...}, from the exit status (None: it was killed).
+        look: called now and then while the command runs, and when it has ended, to keep intermediate results.
+        environment: environment variables in addition to the flight's.
     """
 
     arguments: list[str]
@@ -100,7 +100,7 @@ class Command:
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, settings: Settings, limit: float) -> Mapping[str, Any]:
-        """Runs it for `limit` seconds at most."""
+        """Runs the command for at most `limit` seconds."""
         deadline = time.perf_counter() + limit
         process = _start(self.arguments, settings, self.environment)
         try:
@@ -118,19 +118,24 @@ class Command:
 
 
 class Worker:
-    """The process that measures within itself (worker.py)."""
+    """The process that measures parts itself (worker.py)."""
 
     def __init__(self, settings: Settings) -> None:
         command = [sys.executable, "-m", "bench.gpu.worker", str(settings.out), "--command", settings.command]
         command += ["--dry"] if settings.dry else []
         self._process = _start(command, settings, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def lives(self) -> bool:
-        """Whether it can be asked."""
+    @property
+    def pid(self) -> int:
+        """The ID of the process."""
+        return self._process.pid
+
+    def is_running(self) -> bool:
+        """Whether the process is running."""
         return self._process.poll() is None
 
     def measure(self, part: str, limit: float) -> Mapping[str, Any]:
-        """Has it measure a part for `limit` seconds at most; it is ended if it takes longer."""
+        """Has the process measure a part for at most `limit` seconds; kills it if it takes longer."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         deadline = time.perf_counter() + limit
@@ -149,5 +154,5 @@ class Worker:
         return dict(json.loads(answer))
 
     def kill(self) -> None:
-        """Ends it."""
+        """Kills the process."""
         _kill(self._process)

@@ -1,4 +1,4 @@
-"""The cases that compare two revisions on a GPU (`bench.against`); without a GPU, tiny ones on the CPU."""
+"""Cases that compare two revisions on a GPU (for `bench.against`); without a GPU, tiny ones on the CPU."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ PARTS: dict[str, Callable[[bool], Iterator[Case]]] = {
 
 
 def timer() -> Timer:
-    """The device's."""
+    """The device's timer."""
     return _device.timer

@@ -1,7 +1,8 @@
-// The ceiling: reads some arrays and writes some, in place or elsewhere, and does next to nothing else. It stands for the
-// fastest that a kernel with the same mix of reads and writes can be.
+// The ceiling: a kernel that reads some arrays, writes some, in place or elsewhere, and does next to
+// nothing else. No kernel with the same mix of reads and writes should be faster.
 //
-// A block moves kPacks * 256 packs of 16 bytes of each array; a thread has all its loads in flight before it stores.
+// A block moves kPacks * 256 packs of 16 bytes of each array. A thread has all its loads in flight
+// before it stores.
 
 #include <cuda_runtime.h>
 
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kThreads) stream_kernel(Arrays arrays, int64_t
     }
     sum += mean.x + mean.y + mean.z + mean.w;
   }
-  if (kWrites == 0 && sum == 1e30f) *never = sum;  // so that the loads are needed
+  if (kWrites == 0 && sum == 1e30f) *never = sum;  // keeps the loads from being optimized away
 }
 
 template <int kReads, int kWrites, int kPacks>
@@ -70,8 +71,9 @@ int launch_packs(int per_thread, const Arrays& arrays, int64_t packs, float* nev
 
 }  // namespace
 
-// Reads the first `reads` of the arrays, of `packs` times 16 bytes each, and writes the mean of what was read to `writes` of
-// them, from number `first_written` on. Returns 0, a CUDA error, or -1 if there is no such mix.
+// Reads the first `reads` arrays, of `packs` times 16 bytes each, and writes the mean of what it read
+// to `writes` arrays, from number `first_written` on. Returns 0, a CUDA error, or -1 if there is no
+// such mix.
 extern "C" int npc_bench_stream(int reads, int writes, int first_written, int per_thread, float* const* arrays,
                                 int64_t packs, float* never, void* stream) {
   if (reads < 1 || writes < 0 || first_written < 0 || first_written + writes > kMostArrays) return -1;

@@ -1,7 +1,7 @@
-"""Measures parts within one process when told to: `python -m bench.gpu.worker OUT`, which `bench.gpu` starts.
+"""Measures parts in one process on request: `python -m bench.gpu.worker OUT`, which `bench.gpu` starts.
 
 Reads a request on each line of standard input, {"part": ..., "limit": seconds}, and answers on standard output with
-{"state": ..., "error": ...}. Rows are kept as they are measured.
+{"state": ..., "error": ...}. Rows are written as soon as they are measured.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ def main() -> None:
     torch.manual_seed(0)
     device, writer = Device(arguments.dry), Writer(arguments.out)
     writer.run(arguments.command, {**environment.describe(), **device.describe()})
-    serve(lambda request: _measure(request["part"], request["limit"], device, writer))
+    serve(lambda request: measure_part(request["part"], request["limit"], device, writer))
 
 
-def _measure(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
-    """Measures a part as far as its time allows. A case that fails says why in its row; the next one is measured."""
+def measure_part(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
+    """Measures a part as far as its time allows. A case that fails gets a row with the error; the others go on."""
     started, longest, errors = time.perf_counter(), 0.0, 0
     try:
         for item in PARTS[part](device):
@@ -53,7 +53,7 @@ def _measure(part: str, limit: float, device: Device, writer: Writer) -> dict[st
             errors += "error" in row.facts
             longest = max(longest, time.perf_counter() - began)
             device.synchronize()
-    except Exception as error:  # of the device, after which nothing works any more, or of the part itself
+    except Exception as error:  # an error of the device, after which nothing works, or of the part itself
         traceback.print_exc()
         return {"state": "failed", "error": f"{type(error).__name__}: {error}", "lost": True}
     finally:
@@ -72,7 +72,7 @@ def _row(later: Later, part: str, device: Device) -> Row:
         traceback.print_exc()
         device.timer.finish()
         return Row(later.part or part, later.name, facts={"error": f"{type(error).__name__}: {error}"})
-    row.goals = {} if device.dry else row.goals  # a dry run reaches none and misses none
+    row.goals = {} if device.dry else row.goals  # a dry run has no goals
     return row
 
 

@@ -1,7 +1,7 @@
-"""How often a training step calls a kernel and other processes, counted rather than timed.
+"""How often a training step calls a kernel or communicates with other processes: counted, not timed.
 
-Other processes are PyTorch's fake ones: its process group for tests, in which every call returns at once. So any number
-of them fits one machine, and what is counted is what this process would ask of them.
+The other processes are fake: in PyTorch's process group for tests every call returns at once. So any number of
+processes fits one machine, and we count what this process would send to them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
 
 @contextmanager
 def counted() -> Iterator[tuple[Counter[str], list[int]]]:
-    """Counts calls of kernels, by their names, and collects the sizes in bytes of what is all-reduced."""
+    """Counts calls of kernels by name, and collects the size in bytes of each all-reduced tensor."""
     launches, sizes = Counter[str](), list[int]()
     usual, all_reduce = launch._launch, distributed.all_reduce
 
@@ -55,7 +55,7 @@ def counted() -> Iterator[tuple[Counter[str], list[int]]]:
 
 
 def calls(quick: bool) -> Iterator[Row]:
-    """What the third training step of the paper's CNN calls, by processes, beside the all-reduce of gradients."""
+    """The calls of the paper's CNN in its third training step, by number of processes, without those for gradients."""
     for processes in PROCESSES:
         for name, make in OPTIMIZERS.items():
             distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)

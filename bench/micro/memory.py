@@ -10,11 +10,11 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_memory(function: Callable[[], object]) -> int:
-    """The most bytes of tensors that `function` has in use at a time, beyond those that were before it.
+    """The peak memory of tensors during a call of `function`, in bytes above what was allocated before.
 
-    Scratch that libraries allocate by themselves is not counted.
+    Scratch memory that libraries allocate themselves is not counted.
     """
-    function()  # what is only allocated once is there then
+    function()  # allocates what is only allocated once
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
     results = profiler.profiler.kineto_results
@@ -27,7 +27,7 @@ def peak_memory(function: Callable[[], object]) -> int:
 
 
 def saved_for_backward(model: nn.Module, inputs: Tensor) -> int:
-    """Bytes of distinct memory that the forward pass keeps for the backward pass, parameters aside."""
+    """Bytes of memory that the forward pass keeps for the backward pass, without parameters."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
 

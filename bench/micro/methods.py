@@ -1,24 +1,27 @@
-"""The other methods' steps beside plain SGD's, and beside the same methods in PyTorch's foreach operations."""
+"""Steps of the other methods, next to plain SGD and to the same methods in PyTorch's foreach operations."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL
-from npc_ext.baselines.anchored import Anchored
 
 from ..certified import LR
 from ..rows import OURS
+
+if TYPE_CHECKING:  # other revisions have it elsewhere
+    from npc_ext.baselines.anchored import Anchored
 
 OLD_TASKS = (1, 5, 9)
 
 
 def with_gradients(model: nn.Module) -> nn.Module:
-    """The model, every parameter with a gradient, the same for copies of the model."""
+    """Gives every parameter a gradient, the same for copies of a model; returns the model."""
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -26,7 +29,7 @@ def with_gradients(model: nn.Module) -> nn.Module:
 
 
 def after_tasks(optimizer: Anchored, tasks: int) -> Anchored:
-    """An optimizer with so many old tasks, whose importances are random."""
+    """Gives an optimizer old tasks with random importance; returns the optimizer."""
     generator = torch.Generator().manual_seed(2)
     for _ in range(tasks):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -35,7 +38,7 @@ def after_tasks(optimizer: Anchored, tasks: int) -> Anchored:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """What an optimizer keeps from step to step."""
+    """Size in bytes of an optimizer's state."""
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
@@ -45,15 +48,15 @@ def _gradients(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pull(parameters: list[Tensor], stiffness: list[Tensor], anchors: list[Tensor]) -> None:
-    """The implicit pull of one anchor, strength 1."""
+    """Pulls parameters to one anchor, implicitly, with strength 1."""
     share = torch._foreach_div(stiffness, torch._foreach_add(stiffness, 1 / (2 * LR)))
     torch._foreach_lerp_(parameters, anchors, share)
 
 
 class ForeachAnchors:
-    """The plain way to write EWC, MAS and SSL well: foreach operations, an anchor for every entry of `tasks`.
+    """EWC, MAS and SSL in foreach operations, with an anchor for every entry of `tasks`.
 
-    One entry for all tasks together is what `npc_ext` does; an entry for every task is what libraries do.
+    `npc_ext` has one entry for all tasks together; other libraries have one for every task.
     """
 
     def __init__(self, parameters: Sequence[Tensor], tasks: Sequence[tuple[list[Tensor], list[Tensor]]]) -> None:
@@ -79,7 +82,7 @@ class ForeachAnchors:
 
 
 class ForeachSI:
-    """The plain way to write SI well."""
+    """SI in foreach operations."""
 
     def __init__(
         self, parameters: Sequence[Tensor], stiffness: list[Tensor], anchors: list[Tensor], paths: list[Tensor]
@@ -98,7 +101,7 @@ class ForeachSI:
 
 
 class ForeachCPC:
-    """The plain way to write CPC well, with the paper's alpha, beta and delta; layers are (weight, bias)."""
+    """CPC in foreach operations, with the paper's alpha, beta and delta. Layers are [weight, bias]."""
 
     def __init__(self, layers: Sequence[list[Tensor]], averages: Sequence[list[Tensor]]) -> None:
         self.layers, self.averages = layers, averages
@@ -125,13 +128,13 @@ class ForeachCPC:
 
 
 class Method:
-    """A method with so many old tasks.
+    """A method that has consolidated some old tasks, and its peers.
 
     Attributes:
-        peers: steps of ours, which comes first, and of the others.
-        models: what they train, in the same order.
-        state: what each keeps from step to step, in bytes.
-        prepare: to be called before each step, if anything.
+        peers: the step of each peer; ours comes first.
+        models: the models that they train, in the same order.
+        state: size in bytes of each peer's state.
+        prepare: called before each step, unless it is None.
     """
 
     def __init__(self, name: str, make: Callable[[], nn.Module], old_tasks: int) -> None:
@@ -171,7 +174,7 @@ class Method:
         self.state = {OURS: state_bytes(ours), **self.state}
 
     def by_peer(self) -> dict[str, nn.Module]:
-        """What each peer trains."""
+        """The model of each peer."""
         return dict(zip(self.peers, self.models, strict=False))
 
     @staticmethod
@@ -181,7 +184,7 @@ class Method:
         method = {"EWC": EWC, "MAS": MAS, "SI": SI, "SSL": SSL}[name]
         ours: Anchored = method(models[0], lr=LR, strength=1.0)
         after_tasks(ours, old_tasks)
-        # Away from the anchors, where the pull is zero and a first step would say nothing about it.
+        # Move the weights away from the anchors, where the pull is zero.
         generator = torch.Generator().manual_seed(3)
         with torch.no_grad():
             for copies in zip(*parameters, strict=True):
@@ -189,10 +192,10 @@ class Method:
                 for parameter in copies:
                     parameter += move
 
-        def beside(kind: str) -> list[Tensor]:
+        def state_tensors(kind: str) -> list[Tensor]:
             return [ours.state[parameter][kind].clone() for parameter in parameters[0]]
 
-        merged = (beside("stiffness"), beside("anchor"))
+        merged = (state_tensors("stiffness"), state_tensors("anchor"))
         if name == "SI":
             paths = [torch.zeros_like(parameter) for parameter in parameters[2]]
             plain = ForeachSI(parameters[2], *merged, paths)

@@ -1,4 +1,4 @@
-"""What is measured on a CPU, part by part. A part yields cases to time, or rows that were counted."""
+"""The parts that are measured on a CPU. A part yields cases to time, or rows of counts."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ IMPORTANCE_SHAPES = [
     *[(64, 512, 2, 2), (64, 256, 4, 4), (64, 512, 7, 7), (64, 512, 8, 8)],
     *[(16, 128, 16, 16), (64, 128, 16, 16), (16, 128, 32, 32), (64, 128, 32, 32), (8, 64, 224, 224)],
 ]
-SMALL_POSITIONS = 64  # up to here the goal is a factor of 1.5
-SCHEDULED = 10**5  # parameters of the case in which the learning rate changes at each step
+SMALL_POSITIONS = 64  # up to this many the goal is a factor of 1.5
+SCHEDULED = 10**5  # parameters in the case whose learning rate changes at each step
 UPDATE_SIZES = [10**3, 10**4, 10**5, 10**6, 10**7, 64 * 10**6]
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
 NETWORKS = [
@@ -51,7 +51,7 @@ Part = Callable[[bool], Iterator[Case | Row]]
 
 
 def importance(quick: bool) -> Iterator[Case]:
-    """Eq. 2 against PyTorch's ways to compute it."""
+    """Eq. 2, next to PyTorch's ways to compute it."""
 
     def vecdot(n: Tensor, g: Tensor) -> Tensor:
         return torch.linalg.vecdot(n.flatten(2), g.flatten(2)).abs().sum(0) if n.ndim > 2 else (n * g).abs().sum(0)
@@ -79,20 +79,20 @@ def importance(quick: bool) -> Iterator[Case]:
 
 
 def update(quick: bool) -> Iterator[Case]:
-    """optimizer.step() with nothing frozen, which is the most work NPC can have, against SGD."""
+    """optimizer.step() with nothing frozen, which is the most work for NPC, next to SGD."""
     for kind, label in (("SGD", ""), ("SGD, momentum", ", momentum 0.9")):
         ours, theirs, _ = OPTIMIZERS[kind]
         yield from _updates(quick, label, kind, {OURS: ours, **theirs, "eager NPC": partial(ours, backend="reference")})
 
 
 def adam(quick: bool) -> Iterator[Case]:
-    """The same for NPCAdamW against AdamW, and against AdamW in a PlasticityWrapper."""
+    """The same for NPCAdamW, next to AdamW and to AdamW in a PlasticityWrapper."""
     ours, theirs, _ = OPTIMIZERS["AdamW"]
     yield from _updates(quick, "", "AdamW", {OURS: ours, **theirs, "wrapped AdamW": _wrapped_adamw})
 
 
 def _wrapped_adamw(model: nn.Module) -> PlasticityWrapper:
-    """With neurons that are all protected, if by little, because others are not copied."""
+    """AdamW in a wrapper. All neurons are protected a little, because only protected ones are copied."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     wrapper = PlasticityWrapper(optimizer, model, alpha=0.9999, beta=2.0)
     for state in wrapper._tracker.state.values():
@@ -102,7 +102,7 @@ def _wrapped_adamw(model: nn.Module) -> PlasticityWrapper:
 
 
 def _updates(quick: bool, label: str, kind: str, makers: dict[str, Maker]) -> Iterator[Case]:
-    """Steps of optimizers that come to about the same weights."""
+    """Cases for the steps of optimizers that compute nearly the same weights."""
     fused = next(name for name in makers if name.endswith("fused"))
     moves = sum(OPTIMIZERS[kind][2])
     for size in UPDATE_SIZES[: 3 if quick else None]:
@@ -136,7 +136,7 @@ def _updates(quick: bool, label: str, kind: str, makers: dict[str, Maker]) -> It
 
 
 def step(quick: bool) -> Iterator[Case]:
-    """The whole training step of the paper's CNN, and of a network so small that only host time counts."""
+    """Whole training steps of the paper's CNN, and of a network so small that host time dominates."""
     configurations: list[tuple[str, Callable[[], nn.Module], tuple[int, ...], int]] = [
         ("digits CNN, batch 16", lambda: cnn(1, 8, (16, 32), 64, 10), (16, 1, 8, 8), 41),
         ("paper's CNN, batch 16", paper_cnn, (16, 3, 32, 32), 21),
@@ -168,7 +168,7 @@ def step(quick: bool) -> Iterator[Case]:
 
 
 def methods(quick: bool) -> Iterator[Case]:
-    """optimizer.step() of every method on the paper's CNN, by the number of old tasks, against SGD and foreach."""
+    """optimizer.step() of every method on the paper's CNN, by number of old tasks, next to SGD and foreach."""
     for name in ("NPC", "CPC", "EWC", "MAS", "SI", "SSL"):
         for old_tasks in OLD_TASKS[: 1 if quick or name in ("NPC", "CPC") else None]:
             method = Method(name, (lambda: cnn(1, 8, (16, 32), 64, 10)) if quick else paper_cnn, old_tasks)
@@ -201,21 +201,21 @@ def methods(quick: bool) -> Iterator[Case]:
 
 
 def frozen(quick: bool) -> Iterator[Case]:
-    """The whole training step by the share of neurons that are certain not to move, against SGD."""
+    """Whole training steps by the share of neurons that are certain not to move, next to SGD."""
     for network in SMALL_NETWORKS[:2] if quick else NETWORKS:
         for share in SHARES[:: 5 if quick else 1]:
             certified = Certified(network, share)
 
             def facts(certified: Certified = certified) -> dict[str, Any]:
                 kept = {peer: saved_for_backward(model, certified.inputs) for peer, model in certified.models.items()}
-                peak = {peer: peak_memory(cycle) for peer, cycle in certified.cycles.items()}
+                peak = {peer: peak_memory(step) for peer, step in certified.steps.items()}
                 return {**certified.facts(), "saved for backward, bytes": kept, "peak memory, bytes": peak}
 
             yield certified.timed(seconds_per_turn=0.1, facts=facts)
 
 
 def host(quick: bool) -> Iterator[Case]:
-    """Time per call where there is next to nothing to compute."""
+    """Time per call where there is almost nothing to compute."""
     n, g = torch.randn(2, 8), torch.randn(2, 8)
     yield Case(
         "importance, 2 x 8",
@@ -228,7 +228,7 @@ def host(quick: bool) -> Iterator[Case]:
     yield next(update(True))
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
     tapped = copy.deepcopy(model)
-    _holding = NPC(tapped)  # taps go with their optimizer
+    _holding = NPC(tapped)  # the taps live as long as their optimizer
     x = torch.randn(2, 8)
     yield Case(
         "forward and backward of 2 layers with taps",

@@ -1,4 +1,5 @@
-// Adam's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.h says which rows they touch.
+// Adam's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.h
+// says which rows they touch.
 //
 // descend_adam() reads value, gradient and both moments once, and writes value and moments once.
 #pragma once
@@ -9,7 +10,8 @@
 
 namespace npc::cpu::NPC_ISA {
 
-template <class T> struct AdamStep {
+template <class T>
+struct AdamStep {
   using R = Real<T>;
   R gradient_factor, weight_decay, one_minus_first_decay, second_decay, one_minus_second_decay;
   R per_first_bias, per_root_of_second_bias, epsilon;

@@ -1,8 +1,8 @@
-// SGD's step with anchors (EWC, MAS, SSL) and path integrals (SI): the loops over memory, compiled once per instruction
-// set (kernels.cpp).
+// SGD's step with anchors (EWC, MAS, SSL) and path integrals (SI): the loops over memory, compiled
+// once per instruction set (kernels.cpp).
 //
-// descend_anchored() reads and writes what descend() does. Besides, it reads stiffness and anchor, and reads and writes
-// the path integral.
+// descend_anchored() reads and writes what descend() does. Besides, it reads stiffness and anchor,
+// and reads and writes the path integral.
 #pragma once
 
 #include "update.h"

@@ -1,8 +1,8 @@
-// CPC, with an importance and a rate to every connection: the loops over memory, compiled once per instruction set
-// (kernels.cpp).
+// CPC, with an importance and a rate to every connection: the loops over memory, compiled once per
+// instruction set (kernels.cpp).
 //
-// measure_connections() reads value and gradient. descend_connections() reads and writes what descend() does, and
-// besides it reads and writes every element's importance.
+// measure_connections() reads value and gradient. descend_connections() reads and writes what
+// descend() does, and besides it reads and writes every element's importance.
 #pragma once
 
 #include "update.h"
@@ -10,12 +10,14 @@
 namespace npc::cpu::NPC_ISA {
 
 // |value * gradient|, and kNoGradient where the gradient is zero.
-template <class R> static inline Vector<R> connection_importance(Vector<R> value, Vector<R> gradient) {
+template <class R>
+static inline Vector<R> connection_importance(Vector<R> value, Vector<R> gradient) {
   return (Vector<R>)((Mask<R>)absolute<R>(value * gradient) |
                      (Mask<R>)keep<R>(gradient == R(0), broadcast_bits<R>(R(kNoGradient))));
 }
 
-// Writes the importance of `count` elements, at most kTile, to out. The lanes that fill its last vector get kNoGradient.
+// Writes the importance of `count` elements, at most kTile, to out. The lanes that fill its last
+// vector get kNoGradient.
 template <class T>
 static inline void connection_importance(const T* value, const T* gradient, int64_t count, Real<T>* out) {
   using R = Real<T>;
@@ -53,8 +55,8 @@ static ConnectionTotal measure_connections(const ParameterParams& p, int64_t beg
 }
 
 template <class O, class T>
-static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total,
-                                     float connections, double gradient_factor, int64_t begin, int64_t end) {
+static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total, float connections,
+                                     double gradient_factor, int64_t begin, int64_t end) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Weights<T> weights(p);

@@ -1,7 +1,7 @@
 // Eq. 2 on the CPU: divides the work among threads. The loops are in importance.h.
 //
-// Threads divide the samples, so that each streams through its own part of memory, and their partial sums are added in a
-// fixed order. Where samples are few, they divide the neurons.
+// Threads divide the samples, so that each streams through its own part of memory, and their
+// partial sums are added in a fixed order. Where samples are few, they divide the neurons.
 
 #include <algorithm>
 #include <vector>
@@ -48,8 +48,7 @@ void launch_importance(const ImportanceParams& params, int threads) {
     kernel(params, {0, params.batch, 0, params.neurons}, params.out);
   } else if (params.batch < kSamplesPerThread * shares && params.neurons >= shares) {
     parallel(shares, [&](int index) {
-      kernel(params,
-             {0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares)},
+      kernel(params, {0, params.batch, share(params.neurons, index, shares), share(params.neurons, index + 1, shares)},
              params.out);
     });
   } else if (params.dtype == DType::float64) {

@@ -1,9 +1,12 @@
-// Eq. 2: the loops over memory, compiled once per instruction set (kernels.cpp). importance.cpp divides the work.
+// Eq. 2: the loops over memory, compiled once per instruction set (kernels.cpp). importance.cpp
+// divides the work.
 //
-// They read n and dL/dn once (dL/dn again where a sum is zero) and write N values. There are three ways through memory:
+// They read n and dL/dn once (dL/dn again where a sum is zero) and write N values. There are three
+// ways through memory:
 //
-//   rows       Positions are contiguous. A row's products are summed in vector lanes. Then the lanes of kLanes rows are
-//              reduced together, in three operations a row. Maps smaller than a vector share one.
+//   rows       Positions are contiguous. A row's products are summed in vector lanes. Then the
+//              lanes of kLanes rows are reduced together, in three operations a row. Maps smaller
+//              than a vector share one.
 //   columns    Neurons are contiguous (fully connected layers, channels-last): one lane per neuron.
 //   scattered  Anything else, element by element.
 #pragma once
@@ -42,7 +45,8 @@ struct Positions {
 
 constexpr int64_t kColumns = 1024;  // their sums fit the first-level cache beside the data that streams through it
 
-// Calls visit(n, g) for every sample of a share, with the addresses of its first neuron's first position.
+// Calls visit(n, g) for every sample of a share, with the addresses of its first neuron's first
+// position.
 template <class T, class Visit>
 static inline void for_each_sample(const ImportanceParams& p, const Share& share, const Visit& visit) {
   for (int64_t b = share.batch_begin; b < share.batch_end; ++b) {
@@ -51,10 +55,14 @@ static inline void for_each_sample(const ImportanceParams& p, const Share& share
   }
 }
 
-template <class T> static inline Vector<Real<T>> product(const T* n, const T* g) { return load(n) * load(g); }
+template <class T>
+static inline Vector<Real<T>> product(const T* n, const T* g) {
+  return load(n) * load(g);
+}
 
 // The lanes' sums of n[i] * g[i] over a contiguous row.
-template <class T> static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
+template <class T>
+static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   if (count < L) return load_partial(n, count) * load_partial(g, count);
@@ -71,7 +79,8 @@ template <class T> static inline Vector<Real<T>> dot_lanes(const T* n, const T* 
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <class T> static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
+template <class T>
+static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
   Vector<Real<T>> lanes = {};
   for (int64_t index = 0; index < positions.outer; ++index) {
     int64_t at_n, at_g;
@@ -81,7 +90,8 @@ template <class T> static inline Vector<Real<T>> row_lanes(const Positions& posi
   return lanes;
 }
 
-// Contiguous rows of `width` positions, in blocks of kLanes rows. row_sums(n, g) returns the sums of one block.
+// Contiguous rows of `width` positions, in blocks of kLanes rows. row_sums(n, g) returns the sums
+// of one block.
 template <class T, class RowSums>
 static inline void blocks_of_rows(const ImportanceParams& p, int64_t width, const Share& share, Real<T>* out,
                                   const RowSums& row_sums) {
@@ -104,8 +114,8 @@ static void packed_rows(const ImportanceParams& p, const Share& share, Real<T>* 
   });
 }
 
-// Rows of at least a vector each: as many whole vectors as fit, then one that ends with the row. Of that one, only the
-// lanes that are not counted yet are kept.
+// Rows of at least a vector each: as many whole vectors as fit, then one that ends with the row. Of
+// that one, only the lanes that are not counted yet are kept.
 template <class T>
 static void long_rows(const ImportanceParams& p, int64_t width, const Share& share, Real<T>* out) {
   using R = Real<T>;
@@ -137,27 +147,28 @@ static void short_rows(const ImportanceParams& p, int64_t width, const Share& sh
 }
 
 // Rows in any arrangement, one after the other.
-template <class T> static void single_rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void single_rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
   using R = Real<T>;
   const Positions positions(p);
   for_each_sample<T>(p, share, [&](const T* n, const T* g) {
     for (int64_t i = share.neuron_begin; i < share.neuron_end; ++i) {
-      const R sum = sum_lanes<R>(
-          row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
+      const R sum =
+          sum_lanes<R>(row_lanes(positions, n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride));
       out[i] += sum < 0 ? -sum : sum;
     }
   });
 }
 
-// Rows of a few vectors do not repay a reduction each, so contiguous ones go through in blocks of kLanes. The rows that
-// fill no block, and all others, follow one by one.
-template <class T> static void rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
+// Rows of a few vectors do not repay a reduction each, so contiguous ones go through in blocks of
+// kLanes. The rows that fill no block, and all others, follow one by one.
+template <class T>
+static void rows(const ImportanceParams& p, const Share& share, Real<T>* out) {
   constexpr int L = kLanes<Real<T>>;
   constexpr int kLongestBlocked = 16 * L;
   const Positions positions(p);
   const int64_t width = positions.inner;
-  const bool dense =
-      positions.outer == 1 && p.activation_neuron_stride == width && p.gradient_neuron_stride == width;
+  const bool dense = positions.outer == 1 && p.activation_neuron_stride == width && p.gradient_neuron_stride == width;
   Share blocks = share, rest = share;
   blocks.neuron_end = share.neuron_begin;
   if (dense && width <= kLongestBlocked) {
@@ -173,7 +184,8 @@ template <class T> static void rows(const ImportanceParams& p, const Share& shar
     } else if (width >= L) {
       long_rows<T>(p, width, blocks, out);
     } else {
-      // The last row of a block reads L - width elements beyond itself, which must still belong to its sample.
+      // The last row of a block reads L - width elements beyond itself, which must still belong to
+      // its sample.
       int64_t& end = blocks.neuron_end;
       while (end > share.neuron_begin && (end - 1) * width + L > p.neurons * width) end -= L;
       short_rows<T>(p, width, blocks, out);
@@ -183,8 +195,9 @@ template <class T> static void rows(const ImportanceParams& p, const Share& shar
   single_rows<T>(p, rest, out);
 }
 
-// Columns [column, column + width), sample by sample and position by position as they lie in memory. Reading a row at a
-// time and not a column at a time lets the processor fetch ahead. The sums of a sample stay in the first-level cache.
+// Columns [column, column + width), sample by sample and position by position as they lie in
+// memory. Reading a row at a time and not a column at a time lets the processor fetch ahead. The
+// sums of a sample stay in the first-level cache.
 template <class T>
 static void column_block(const ImportanceParams& p, const Positions& positions, const Share& share, int64_t column,
                          int64_t width, Real<T>* out) {
@@ -216,7 +229,8 @@ static void column_block(const ImportanceParams& p, const Positions& positions, 
   });
 }
 
-template <class T> static void scattered(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void scattered(const ImportanceParams& p, const Share& share, Real<T>* out) {
   using R = Real<T>;
   const Positions positions(p);
   for_each_sample<T>(p, share, [&](const T* sample_n, const T* sample_g) {
@@ -236,13 +250,15 @@ template <class T> static void scattered(const ImportanceParams& p, const Share&
   });
 }
 
-template <class T> static void columns(const ImportanceParams& p, const Share& share, Real<T>* out) {
+template <class T>
+static void columns(const ImportanceParams& p, const Share& share, Real<T>* out) {
   constexpr int L = kLanes<Real<T>>;
   const Positions positions(p);
   Share rest = share;
   rest.neuron_begin += (share.neuron_end - share.neuron_begin) / L * L;
   const int64_t begin = share.neuron_begin, end = rest.neuron_begin;
-  const int64_t widest = positions.outer * positions.inner == 1 ? end - begin : kColumns;  // one position: no sums to keep
+  // Where there is a single position, there are no sums to keep.
+  const int64_t widest = positions.outer * positions.inner == 1 ? end - begin : kColumns;
   for (int64_t i = begin; i < end; i += widest) {
     column_block<T>(p, positions, share, i, end - i < widest ? end - i : widest, out);
   }
@@ -270,7 +286,8 @@ static bool no_gradient(const ImportanceParams& p, const Positions& positions, c
   return true;
 }
 
-template <class T> static void importance(const ImportanceParams& p, const Share& share, void* untyped_out) {
+template <class T>
+static void importance(const ImportanceParams& p, const Share& share, void* untyped_out) {
   auto* out = static_cast<Real<T>*>(untyped_out);
   for (int64_t i = share.neuron_begin; i < share.neuron_end; ++i) out[i] = 0;
   const Positions positions(p);

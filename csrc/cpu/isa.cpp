@@ -1,4 +1,5 @@
-// Chooses the instruction set of the kernels: the best that this processor runs, or the one that NPC_EXT_ISA names.
+// Chooses the instruction set of the kernels: the best that this processor runs, or the one that
+// NPC_EXT_ISA names.
 
 #include <atomic>
 #include <cstdlib>
@@ -21,7 +22,7 @@ const Entry* entries() {
       {&avx2::kernels(),
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
       {&avx512::kernels(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
 #endif
   };
   return table;

@@ -1,5 +1,5 @@
-// The table of the inner loops for one instruction set. npc_ext's build compiles this file once for each, with NPC_ISA as
-// its name and the compiler's flags for it.
+// The table of the inner loops for one instruction set. npc_ext's build compiles this file once for
+// each, with NPC_ISA as its name and the compiler's flags for it.
 
 #if !defined(NPC_ISA)
 #define NPC_ISA baseline

@@ -1,4 +1,5 @@
-// The inner loops: one table of them for each instruction set. A loop works on one thread's share and nothing else.
+// The inner loops: one table of them for each instruction set. A loop works on one thread's share
+// and nothing else.
 #pragma once
 
 #include "../api.h"
@@ -18,16 +19,18 @@ struct ConnectionTotal {
 struct Kernels {
   const char* isa;
 
-  // Eq. 2 of a share's neurons over its samples. Overwrites out[i], with i counted from the layer's first neuron; -0.0
-  // means that those samples gave the neuron no gradient.
+  // Eq. 2 of a share's neurons over its samples. Overwrites out[i], with i counted from the layer's
+  // first neuron; -0.0 means that those samples gave the neuron no gradient.
   void (*importance[kDTypes])(const ImportanceParams& params, const Share& share, void* out);
 
-  // Eqs. 3, 4 and 7. out[i] is the plasticity of neuron i (rules.h). `average` moves by `measured`, unless that is null
-  // (not measured) or its total is zero or not finite. `active` is the number of neurons that the mean is over.
+  // Eqs. 3, 4 and 7. out[i] is the plasticity of neuron i (rules.h). `average` moves by `measured`,
+  // unless that is null (not measured) or its total is zero or not finite. `active` is the number
+  // of neurons that the mean is over.
   void (*plasticity)(const LayerParams& layer, float* average, const float* measured, float* out, int64_t neurons,
                      float total, float active);
 
-  // The weight update of elements [begin, end) of a parameter. `plasticity` is its layer's, or null for plain rates.
+  // The weight update of elements [begin, end) of a parameter. `plasticity` is its layer's, or null
+  // for plain rates.
   void (*descend[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
                            int64_t begin, int64_t end);
 
@@ -39,9 +42,9 @@ struct Kernels {
   void (*descend_anchored[kDTypes])(const ParameterParams& parameter, double gradient_factor, int64_t begin,
                                     int64_t end);
 
-  // CPC. The first returns the sum over |value * gradient| and the number of elements whose gradient is not zero. The
-  // second applies eqs. 3, 4, 7 and the weight update, given that sum over the whole layer. A total that is zero or not
-  // finite leaves C as it is.
+  // CPC. The first returns the sum over |value * gradient| and the number of elements whose
+  // gradient is not zero. The second applies eqs. 3, 4, 7 and the weight update, given that sum
+  // over the whole layer. A total that is zero or not finite leaves C as it is.
   ConnectionTotal (*measure_connections[kDTypes])(const ParameterParams& parameter, int64_t begin, int64_t end);
   void (*descend_connections[kDTypes])(const ParameterParams& parameter, const LayerParams& layer, float total,
                                        float connections, double gradient_factor, int64_t begin, int64_t end);

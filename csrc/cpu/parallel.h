@@ -1,10 +1,10 @@
-// Runs a body on several threads of the OpenMP runtime that torch has already loaded.
+// Runs a function on several threads of the OpenMP runtime that torch has loaded.
 #pragma once
 
 namespace npc::cpu {
 
-// Calls body(context, index) for every index in [0, tasks), each once, on up to `tasks` threads, and waits.
-// Which index runs where does not influence results: bodies write disjoint memory.
+// Calls body(context, index) once for every index in [0, tasks), on up to `tasks` threads, and
+// waits. Results do not depend on which thread runs which index: bodies write disjoint memory.
 void run_parallel(int tasks, void (*body)(void* context, int index), void* context);
 
 template <class Body>

@@ -1,5 +1,6 @@
-// Vectors of kVectorBytes, with GCC's and Clang's vector extension: the same source for every instruction set.
-// Included once per instruction set, in that set's own namespace NPC_ISA, so that no copy is shared between them.
+// Vectors of kVectorBytes, with GCC's and Clang's vector extension: one source for every
+// instruction set. Each set has these functions in a namespace of its name, NPC_ISA, so that the
+// linker merges none of them with those of another set.
 #pragma once
 
 #include <cmath>
@@ -20,43 +21,68 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-struct half_bits { uint16_t bits; };
-struct bfloat_bits { uint16_t bits; };
+struct half_bits {
+  uint16_t bits;
+};
+struct bfloat_bits {
+  uint16_t bits;
+};
 
 // The type in which elements of T are computed.
-template <class T> struct Compute { using type = float; };
-template <> struct Compute<double> { using type = double; };
-template <class T> using Real = typename Compute<T>::type;
+template <class T>
+struct Compute {
+  using type = float;
+};
+template <>
+struct Compute<double> {
+  using type = double;
+};
+template <class T>
+using Real = typename Compute<T>::type;
 
-template <class R> struct SameSizeInt { using type = int32_t; };
-template <> struct SameSizeInt<double> { using type = int64_t; };
+template <class R>
+struct SameSizeInt {
+  using type = int32_t;
+};
+template <>
+struct SameSizeInt<double> {
+  using type = int64_t;
+};
 
-template <class R> struct VectorOf {
+template <class R>
+struct VectorOf {
   using Int = typename SameSizeInt<R>::type;
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(R));
   typedef R type __attribute__((vector_size(kVectorBytes)));
   typedef Int mask __attribute__((vector_size(kVectorBytes)));
 };
-template <class R> using Vector = typename VectorOf<R>::type;
-template <class R> using Mask = typename VectorOf<R>::mask;  // lanes of all ones or all zeros
-template <class R> constexpr int kLanes = VectorOf<R>::lanes;
+template <class R>
+using Vector = typename VectorOf<R>::type;
+template <class R>
+using Mask = typename VectorOf<R>::mask;  // lanes of all ones or all zeros
+template <class R>
+constexpr int kLanes = VectorOf<R>::lanes;
 
 constexpr int kHalfLanes = kLanes<float>;
 typedef uint16_t Words __attribute__((vector_size(kHalfLanes * 2)));
 typedef uint32_t Dwords __attribute__((vector_size(kVectorBytes)));
 
-template <class V> static inline V read(const void* source) {
+template <class V>
+static inline V read(const void* source) {
   V value;
   __builtin_memcpy(&value, source, sizeof(V));
   return value;
 }
-template <class V> static inline void write(void* target, V value) { __builtin_memcpy(target, &value, sizeof(V)); }
+template <class V>
+static inline void write(void* target, V value) {
+  __builtin_memcpy(target, &value, sizeof(V));
+}
 
 static inline Dwords select(Dwords condition, Dwords yes, Dwords no) { return (condition & yes) | (~condition & no); }
 
 static inline Vector<float> widen_half(Words bits) {
 #if defined(__AVX512F__)
-  // The unmasked intrinsics start from an uninitialized register, of which GCC 12 warns.
+  // The unmasked intrinsics start from an uninitialized register, and GCC 12 warns about that.
   return (Vector<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)bits);
 #elif defined(__F16C__)
   return (Vector<float>)_mm256_cvtph_ps((__m128i)bits);
@@ -100,7 +126,8 @@ static inline Words narrow_bfloat(Vector<float> value) {
   return __builtin_convertvector(select(is_nan, Dwords{} + 0x7fc0u, rounded), Words);
 }
 
-// Up with the probability of the part that is cut off. Infinities and NaN, which have an exponent of ones, are not moved.
+// Rounds the magnitude up with the probability that the cut-off bits give. Infinities and NaN (all
+// exponent bits set) are kept.
 static inline Words narrow_bfloat_stochastically(Vector<float> value, Dwords random) {
   const Dwords bits = (Dwords)value;
   const Dwords special = (Dwords)((bits & 0x7f800000u) == 0x7f800000u);
@@ -119,47 +146,60 @@ static inline void store(double* target, Vector<double> value) { write(target, v
 static inline void store(half_bits* target, Vector<float> value) { write(target, narrow_half(value)); }
 static inline void store(bfloat_bits* target, Vector<float> value) { write(target, narrow_bfloat(value)); }
 
-// The first `count` elements, the other lanes zero; reads nothing beyond them.
-template <class T> static inline Vector<Real<T>> load_partial(const T* source, int64_t count) {
+// The first `count` elements; the other lanes are zero. Reads nothing beyond these elements.
+template <class T>
+static inline Vector<Real<T>> load_partial(const T* source, int64_t count) {
   T buffer[kLanes<Real<T>>] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = source[i];
   return load(buffer);
 }
-template <class T> static inline void store_partial(T* target, Vector<Real<T>> value, int64_t count) {
+template <class T>
+static inline void store_partial(T* target, Vector<Real<T>> value, int64_t count) {
   T buffer[kLanes<Real<T>>];
   store(buffer, value);
   for (int64_t i = 0; i < count; ++i) target[i] = buffer[i];
 }
 
-template <class R> static inline Vector<R> broadcast(R value) { return Vector<R>{} + value; }
+template <class R>
+static inline Vector<R> broadcast(R value) {
+  return Vector<R>{} + value;
+}
 
-// The same with the sign of a zero.
-template <class R> static inline Vector<R> broadcast_bits(R value) {
+// The same, but a zero keeps its sign.
+template <class R>
+static inline Vector<R> broadcast_bits(R value) {
   Vector<R> lanes;
   for (int i = 0; i < kLanes<R>; ++i) lanes[i] = value;
   return lanes;
 }
 
-template <class R> static inline Vector<R> absolute(Vector<R> value) {
+template <class R>
+static inline Vector<R> absolute(Vector<R> value) {
   constexpr auto sign = typename VectorOf<R>::Int(typename VectorOf<R>::Int(1) << (sizeof(R) * 8 - 1));
   return (Vector<R>)((Mask<R>)value & ~(Mask<R>{} + sign));
 }
 
-// value where the mask's lanes are ones, zero elsewhere, whatever value holds there (also NaN).
-template <class R> static inline Vector<R> keep(Mask<R> mask, Vector<R> value) {
+// The value in the mask's lanes of ones, and zero in the others, even where the value is NaN.
+template <class R>
+static inline Vector<R> keep(Mask<R> mask, Vector<R> value) {
   return (Vector<R>)((Mask<R>)value & mask);
 }
 
 // Ones in the first `count` lanes, and ones in the last `count` lanes.
-template <class R> static inline Mask<R> first_lanes(int count) {
+template <class R>
+static inline Mask<R> first_lanes(int count) {
   using Int = typename VectorOf<R>::Int;
   Mask<R> lane;
   for (int i = 0; i < kLanes<R>; ++i) lane[i] = static_cast<Int>(i);
   return lane < static_cast<Int>(count);
 }
-template <class R> static inline Mask<R> last_lanes(int count) { return ~first_lanes<R>(kLanes<R> - count); }
+template <class R>
+static inline Mask<R> last_lanes(int count) {
+  return ~first_lanes<R>(kLanes<R> - count);
+}
 
-template <class V, int... I> static inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
+template <class V, int... I>
+static inline V add_pairs(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 #else
@@ -168,29 +208,34 @@ template <class V, int... I> static inline V add_pairs(V a, V b, std::integer_se
 #endif
 }
 // {a0 + a1, a2 + a3, ..., b0 + b1, ...}
-template <class R> static inline Vector<R> add_pairs(Vector<R> a, Vector<R> b) {
+template <class R>
+static inline Vector<R> add_pairs(Vector<R> a, Vector<R> b) {
   return add_pairs(a, b, std::make_integer_sequence<int, kLanes<R>>{});
 }
 
-// `rows` vectors hold the lanes of kLanes rows, kLanes / (kLanes / rows) lanes to a row in order; returns the row sums.
-template <class R, int rows> static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
-  if constexpr (rows == 1) {
+// The sums of kLanes rows that fill `vectors` vectors in order, so that each row has `vectors`
+// lanes.
+template <class R, int vectors>
+static inline Vector<R> reduce_rows(const Vector<R>* lanes) {
+  if constexpr (vectors == 1) {
     return lanes[0];
   } else {
-    Vector<R> half[rows / 2];
-    for (int i = 0; i < rows / 2; ++i) half[i] = add_pairs<R>(lanes[2 * i], lanes[2 * i + 1]);
-    return reduce_rows<R, rows / 2>(half);
+    Vector<R> half[vectors / 2];
+    for (int i = 0; i < vectors / 2; ++i) half[i] = add_pairs<R>(lanes[2 * i], lanes[2 * i + 1]);
+    return reduce_rows<R, vectors / 2>(half);
   }
 }
 
-template <class R> static inline Vector<R> square_root(Vector<R> value) {
+template <class R>
+static inline Vector<R> square_root(Vector<R> value) {
   R lanes[kLanes<R>];
   write(lanes, value);
   for (int i = 0; i < kLanes<R>; ++i) lanes[i] = std::sqrt(lanes[i]);
   return read<Vector<R>>(lanes);
 }
 
-template <class R> static inline R sum_lanes(Vector<R> value) {
+template <class R>
+static inline R sum_lanes(Vector<R> value) {
   R lanes[kLanes<R>];
   write(lanes, value);
   for (int width = kLanes<R> / 2; width > 0; width /= 2) {

@@ -1,9 +1,10 @@
-// Eqs. 3, 4, 7 and the weight updates on the CPU: divides the work among threads. The loops are in update.h, adam.h,
-// anchored.h and connections.h.
+// Eqs. 3, 4, 7 and the weight updates on the CPU: divides the work among threads. The loops are in
+// update.h, adam.h, anchored.h and connections.h.
 //
-// The calling thread computes every layer's rates first, one float per neuron. Then the threads move all elements of all
-// parameters, in equal shares. With anchors (EWC, MAS, SI) there are no rates to compute. With connections (CPC) the
-// threads go through the elements twice, because the rates depend on the layer's sum.
+// The calling thread computes every layer's rates first, one float per neuron. Then the threads
+// move all elements of all parameters, in equal shares. With anchors (EWC, MAS, SI) there are no
+// rates to compute. With connections (CPC) the threads go through the elements twice, because the
+// rates depend on the layer's sum.
 
 #include <algorithm>
 #include <cmath>
@@ -18,8 +19,8 @@ namespace {
 
 constexpr int64_t kElementsPerThread = 32768;
 
-// Eqs. 3, 4 and 7: moves C and writes the plasticity of every neuron. A sum that is not finite is counted and leaves C as
-// it is; so does a sum of zero, uncounted.
+// Eqs. 3, 4 and 7: moves C and writes the plasticity of every neuron. A sum that is not finite is
+// counted and leaves C as it is; so does a sum of zero, uncounted.
 void move_layer(const LayerParams& layer, float* plasticity) {
   double sum = 0;
   int64_t active = layer.neurons;
@@ -59,7 +60,8 @@ int64_t boundary(int64_t element, int64_t size) {
   return std::clamp((element + line - 1) / line * line, int64_t{0}, size);
 }
 
-// Calls work(share, parameter, begin, end) for the elements of every share, on one thread per share.
+// Calls work(share, parameter, begin, end) for the elements of every share, on one thread per
+// share.
 template <class Work>
 void for_each_share(const UpdateParams& params, int shares, const Work& work) {
   const int64_t size = elements(params);
@@ -143,7 +145,8 @@ void launch_connection_update(const UpdateParams& params, int threads) {
   for_each_share(params, shares, [&](int share, const ParameterParams& parameter, int64_t begin, int64_t end) {
     if (parameter.layer < 0) return;
     ConnectionTotal& sum = partial[share * params.layer_count + parameter.layer];
-    const ConnectionTotal part = kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
+    const ConnectionTotal part =
+        kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
     sum.sum += part.sum;
     sum.active += part.active;
   });

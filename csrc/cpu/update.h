@@ -1,9 +1,10 @@
-// Eqs. 3, 4, 7 and SGD's step: the loops over memory, compiled once per instruction set (kernels.cpp). update.cpp divides
-// the work. adam.h, anchored.h and connections.h have the loops of the other steps.
+// Eqs. 3, 4, 7 and SGD's step: the loops over memory, compiled once per instruction set
+// (kernels.cpp). update.cpp divides the work. adam.h, anchored.h and connections.h have the loops
+// of the other steps.
 //
-// descend() reads value, gradient and momentum once and writes value and momentum once. It does not touch frozen rows,
-// unless rows are so short that every element has a rate: then it writes frozen elements back as they were. Rows that
-// this step freezes lose their first moment.
+// descend() reads value, gradient and momentum once and writes value and momentum once. It does not
+// touch frozen rows, unless rows are so short that every element has a rate: then it writes frozen
+// elements back as they were. Rows that this step freezes lose their first moment.
 #pragma once
 
 #include <type_traits>
@@ -50,22 +51,26 @@ static void plasticity(const LayerParams& layer, float* average, const float* me
 
 constexpr int64_t kTile = 256;  // elements that get a rate each at a time
 
-// Stands in place of the rate of an element that stays as it is. kClears: only its first moment changes, to 0.
+// Stands in place of the rate of an element that stays as it is. kClears: only its first moment
+// changes, to 0.
 constexpr float kStays = -2.0f;
 
 // What happens to an element, given its neuron's plasticity: its rate, kStays or kClears.
-template <class R> static inline R rate_of(float plasticity, R lr) {
+template <class R>
+static inline R rate_of(float plasticity, R lr) {
   if (plasticity <= 0) return R(plasticity == 0 ? kStays : kClears);
   return plasticity * lr;
 }
 
-template <class R> static inline R largest_rate(const ParameterParams& p) {
+template <class R>
+static inline R largest_rate(const ParameterParams& p) {
   return static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
 }
 
-// Calls on_run(at, count, rate) for the runs of elements [begin, end) that move, and clear(at, count) for those that lose
-// their first moment. Where runs are shorter than `short_run`, calls on_tile(at, count, rates) instead for tiles of at
-// most kTile elements with a rate_of() each; a vector's worth of kStays follows the last rate.
+// Goes through elements [begin, end) run by run: calls on_run(at, count, rate) for runs that move
+// and clear(at, count) for runs that lose their first moment. Where runs are shorter than
+// `short_run`, it calls on_tile(at, count, rates) instead, for tiles of at most kTile elements with
+// a rate_of() each. A vector's worth of kStays follows the last rate.
 template <class R, class OnRun, class Clear, class OnTile>
 static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R lr, int64_t short_run,
                                  int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,
@@ -126,17 +131,23 @@ static inline void for_each_rate(const ParameterParams& p, const float* plastici
 // ------------------------------------------------------------------------------------------- how elements are written
 
 // The mask's lanes from `result`, the others from `old`.
-template <class R> static inline Vector<R> blend(Mask<R> mask, Vector<R> result, Vector<R> old) {
+template <class R>
+static inline Vector<R> blend(Mask<R> mask, Vector<R> result, Vector<R> old) {
   return (Vector<R>)((Mask<R>)keep<R>(mask, result) | (Mask<R>)keep<R>(~mask, old));
 }
 
-template <class T> static inline void set_to_zero(T* to, int64_t count) {
+template <class T>
+static inline void set_to_zero(T* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = T{};
 }
 
-// How values are rounded to their type: to nearest, or stochastically. `i` counts the elements of a tile.
+// How values are rounded to their type: to nearest, or stochastically. `i` counts the elements of a
+// tile.
 struct ToNearest {
-  template <class T> void operator()(T* to, Vector<Real<T>> value, int64_t) const { store(to, value); }
+  template <class T>
+  void operator()(T* to, Vector<Real<T>> value, int64_t) const {
+    store(to, value);
+  }
 };
 struct Stochastically {
   uint32_t key;
@@ -171,7 +182,8 @@ static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_
 constexpr int64_t kShortRun = 32;  // in shorter runs every element gets a rate; longer runs get a loop each
 
 // The arrays of a parameter.
-template <class T> struct Weights {
+template <class T>
+struct Weights {
   T* value;
   const T* gradient;
   T* momentum;  // or null
@@ -189,7 +201,8 @@ template <class T> struct Weights {
   }
 };
 
-template <class T> struct Step {
+template <class T>
+struct Step {
   using R = Real<T>;
   R gradient_factor;  // 1 / grad_scale, negative to maximize
   R weight_decay, momentum;
@@ -202,7 +215,8 @@ template <class T> struct Step {
 
 // What a parameter asks for, known at compile time so that a plain step computes nothing else.
 enum class Momentum { none, classic, nesterov };
-template <Momentum momentum_, bool scaled_or_decayed> struct Options {
+template <Momentum momentum_, bool scaled_or_decayed>
+struct Options {
   static constexpr Momentum momentum = momentum_;
   static constexpr bool has_momentum = momentum_ != Momentum::none;
   static constexpr bool plain_gradient = !scaled_or_decayed;  // no weight decay, gradient factor 1
@@ -221,8 +235,9 @@ static inline Vector<Real<T>> moved(const Step<T>& step, Vector<Real<T>> value, 
   }
 }
 
-// `count` elements that share one rate. This thread owns `room` elements from the first on. If the room holds another
-// vector, the last vector goes beyond the run and writes the elements there back as they were.
+// `count` elements that share one rate. This thread owns `room` elements from the first on. If the
+// room holds another vector, the last vector goes beyond the run and writes the elements there back
+// as they were.
 template <class O, class T>
 static inline void descend_run(const Step<T>& step, const Weights<T>& weights, int64_t count, int64_t room,
                                Real<T> rate) {
@@ -292,8 +307,8 @@ static void descend_elements(const Step<T>& step, const Weights<T>& weights, int
 }
 
 template <class O, class T>
-static void descend_to_nearest(const ParameterParams& p, const float* plasticity, double gradient_factor,
-                               int64_t begin, int64_t end) {
+static void descend_to_nearest(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
+                               int64_t end) {
   using R = Real<T>;
   const Weights<T> weights(p);
   const Step<T> step(p, gradient_factor);

@@ -1,10 +1,11 @@
-// Eqs. 3, 4, 7 and Adam's step of a whole network in one launch; update.h says how its blocks share the work.
+// Eqs. 3, 4, 7 and Adam's step of a whole network in one launch. update.h says how blocks share the
+// work.
 //
 //   m  <- m + (1 - first decay) (dL/dw - m)          v <- second decay * v + (1 - second decay) (dL/dw)^2
 //   w  <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight decay * w),     s_i of eq. 7
 //
-// with m' and v' freed of their bias. Rows of frozen neurons (s_i = 0) are neither read nor written, moments included;
-// in the step that freezes them, m is set to 0.
+// where m' and v' are m and v after bias correction. Rows of frozen neurons (s_i = 0) and their
+// moments are neither read nor written. The step that freezes a row sets its m to 0.
 // Traffic for float32: 28 bytes an element (w, m and v read and written, dL/dw read).
 
 #include "network.h"
@@ -34,20 +35,18 @@ void fill(AdamParameter& parameter, const ParameterParams& from) {
 using SmallNetwork = Network<24, 12, AdamParameter>;
 using LargeNetwork = Network<160, 60, AdamParameter>;
 
-// A visitor as elements.h says.
+// A visitor (elements.h).
 template <class Kind>
-struct Adam {
-  using T = typename Kind::T;
-  static constexpr int kPacks = sizeof(T) == sizeof(float) ? 2 : 1;
+struct Adam : Weights<typename Kind::T, false> {
+  using Base = Weights<typename Kind::T, false>;
+  static constexpr int kPacks = sizeof(typename Kind::T) == sizeof(float) ? 2 : 1;
   static constexpr int kBlocks = 3;
 
   template <class P>
-  struct Packs {
-    P value, gradient;
+  struct Packs : WeightPacks<P> {
     Floats<P> first_moment, second_moment;
   };
 
-  Weights<T, false> weights;
   float* first_moment;
   float* second_moment;
   const AdamParameter& constants;
@@ -55,13 +54,13 @@ struct Adam {
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Adam(const AdamParameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         first_moment(p.first_moment + begin),
         second_moment(p.second_moment + begin),
         constants(p),
         rounding(p, begin) {
     const Step plain = step_of(p, grad_scale);
-    const float steps = p.steps == nullptr ? 1.0f : *p.steps + 1.0f;  // null: a layer without parameters, see describe()
+    const float steps = p.steps == nullptr ? 1.0f : *p.steps + 1.0f;  // null: no elements
     lr = plain.lr;
     factor = plain.factor;
     per_first_bias = 1.0f / bias_correction(p.log_first_decay, steps);
@@ -70,13 +69,13 @@ struct Adam {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted, first_moment + at, packs.first_moment);
     load_if(wanted, second_moment + at, packs.second_moment);
   }
 
   __device__ __forceinline__ void prefetch(int at) const {
-    weights.prefetch(at);
+    Base::prefetch(at);
     ::npc::cuda::prefetch(first_moment + at);
     ::npc::cuda::prefetch(second_moment + at);
   }
@@ -99,7 +98,7 @@ struct Adam {
       }
       if (plasticity[k] != 0.0f) first = plasticity[k] > 0.0f ? new_first : 0.0f;
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     store(first_moment + at, packs.first_moment);
     store(second_moment + at, packs.second_moment);
   }

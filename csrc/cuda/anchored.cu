@@ -1,13 +1,17 @@
-// The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a network in one launch.
+// The weight update with anchors (EWC, MAS, SSL) and path integrals (SI), for all parameters of a
+// network in one launch.
 //
 //   d     = dL/dw + weight decay * w                      (+ 2 strength * stiffness * (w - anchor), if explicit)
 //   w    <- w - lr * d                                    (or with momentum, as in SGD)
 //   w    <- (w + c * anchor) / (1 + c)                    (if implicit, with c = lr * pull * stiffness)
 //   path <- path - dL/dw * (the movement of w)
 //
-// A block works on one item of at most kItem elements of one parameter, a thread on packs of 16 bytes.
-// Where no parameter has an anchor or a path, as in the first task of EWC, this is SGD's step, and its kernel takes it.
-// Traffic for float32: 12 bytes an element as for SGD, 8 more with an anchor, 8 more with a path, 8 with momentum.
+// A block works on one item of at most kItem elements of one parameter, and a thread on packs of 16
+// bytes. If no parameter has an anchor or a path, as in the first task of EWC, the step is SGD's,
+// and SGD's kernel is launched.
+//
+// Traffic for float32: 12 bytes an element as in SGD, and 8 more each with an anchor, a path and
+// momentum.
 
 #include <vector>
 
@@ -20,7 +24,7 @@ struct AnchoredParameter : Elements {
   const float* stiffness;
   const float* anchor;
   float* path;
-  float pull;  // as in anchor_pull()
+  float pull;  // see anchor_pull()
   bool implicit;
 };
 
@@ -38,19 +42,17 @@ using SmallNetwork = AnchoredNetwork<24>;
 using LargeNetwork = AnchoredNetwork<256>;
 static_assert(sizeof(LargeNetwork) <= kMostArguments);
 
-// A visitor as elements.h says.
+// A visitor (elements.h).
 template <class Kind>
-struct Anchored {
-  using T = typename Kind::T;
+struct Anchored : Weights<typename Kind::T, true> {
+  using Base = Weights<typename Kind::T, true>;
   static constexpr int kPacks = 2;
 
   template <class P>
-  struct Packs {
-    P value, gradient, momentum;
+  struct Packs : WeightPacks<P> {
     Floats<P> stiffness, anchor, path;
   };
 
-  Weights<T, true> weights;
   const float* stiffness;
   const float* anchor;
   float* path;
@@ -59,7 +61,7 @@ struct Anchored {
   Step step;
 
   __device__ __forceinline__ Anchored(const AnchoredParameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         stiffness(from(p.stiffness, begin)),
         anchor(from(p.anchor, begin)),
         path(from(p.path, begin)),
@@ -71,7 +73,7 @@ struct Anchored {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted && stiffness != nullptr, stiffness + at, packs.stiffness);
     load_if(wanted && stiffness != nullptr, anchor + at, packs.anchor);
     load_if(wanted && path != nullptr, path + at, packs.path);
@@ -86,13 +88,13 @@ struct Anchored {
       if (step.weight_decay != 0.0f) d += step.weight_decay * before;
       const float anchor_k = packs.anchor.at[k], stiffness_k = packs.stiffness.at[k];
       if (stiffness != nullptr && !implicit) d += anchor_gradient<float>(before, anchor_k, stiffness_k, pull);
-      float after = moved_along(step, before, d, step.lr, weights.has_momentum(), velocity);
+      float after = moved_along(step, before, d, step.lr, this->has_momentum(), velocity);
       if (stiffness != nullptr && implicit) after = towards_anchor<float>(after, anchor_k, stiffness_k, compliance);
       from_float(after, packs.value.at[k]);
       from_float(velocity, packs.momentum.at[k]);
       packs.path.at[k] -= loss_gradient * (to_float(packs.value.at[k]) - before);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     if (path != nullptr) store(path + at, packs.path);
   }
 };
@@ -114,14 +116,14 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
   network.found_inf = params.found_inf;
   for (int i = 0; i < count; ++i) {
     const double pull = anchor_pull(from[i]->strength, from[i]->momentum_factor, from[i]->implicit);
-    AnchoredParameter p{elements(*from[i]), static_cast<const float*>(from[i]->stiffness),
-                        static_cast<const float*>(from[i]->anchor), static_cast<float*>(from[i]->path),
-                        static_cast<float>(pull), from[i]->implicit};
+    AnchoredParameter p{elements(*from[i]),
+                        static_cast<const float*>(from[i]->stiffness),
+                        static_cast<const float*>(from[i]->anchor),
+                        static_cast<float*>(from[i]->path),
+                        static_cast<float>(pull),
+                        from[i]->implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
-    p.first_item = network.items;
-    p.item_size = static_cast<int>(item);
-    network.items += (p.size + item - 1) / item;
-    network.parameters[network.parameter_count++] = p;
+    add_parameter(network, p, item);
   }
   with_type(from[0]->dtype, [&](auto number) {
     launch(anchored_update_kernel<decltype(number), N>, network.items, false, stream, network);
@@ -132,9 +134,8 @@ void launch_parameters(const UpdateParams& params, const ParameterParams* const*
 
 void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
   const ParameterParams* end = params.parameters + params.parameter_count;
-  const bool plain = std::all_of(params.parameters, end, [](const ParameterParams& p) {
-    return p.stiffness == nullptr && p.path == nullptr;
-  });
+  const bool plain = std::all_of(params.parameters, end,
+                                 [](const ParameterParams& p) { return p.stiffness == nullptr && p.path == nullptr; });
   if (plain) return launch_update(params, stream);  // the same step, with more loads in flight
   const OnDevice guard(stream.device);
   std::vector<const ParameterParams*> of_type[kDTypes];  // one launch for each

@@ -1,13 +1,16 @@
-// CPC: an importance and a learning rate to every connection, in one cooperative launch.
+// CPC: every connection has an importance and a learning rate. One cooperative launch.
 //
-//   c = |w dL/dw|,  then eqs. 3 (over the layer's connections), 4, 7 and the weight update, element by element.
-// Where dL/dw is 0, c is -0.0.
+//   c = |w dL/dw|, and -0.0 where dL/dw is 0
 //
-// First every block sums c over its items, layer by layer, and writes one partial sum for each layer; all blocks meet;
-// then each adds up the partial sums of the layers that its items are in, all in the same order, and moves its elements.
-// An item is at most kItem elements of one parameter; block k works on items k, k + blocks, ...
-// Traffic for float32: w and dL/dw (8 bytes an element) twice, C read and written, w written: 28 bytes; 20 where the
-// network fits the cache.
+// Eqs. 3 (over the layer's connections), 4, 7 and the weight update follow, element by element.
+//
+// First every block sums c over its items, layer by layer, and writes one partial sum for each
+// layer. After a barrier of the whole grid it adds up the partial sums of the layers that its items
+// are in, in the same order as all other blocks, and moves its elements. An item is at most kItem
+// elements of one parameter; block k works on items k, k + blocks, ...
+//
+// Traffic for float32: w and dL/dw read twice (8 bytes an element), C read and written, w written.
+// That is 28 bytes, or 20 where the network fits the cache.
 
 #include <vector>
 
@@ -19,7 +22,7 @@ namespace {
 
 struct ConnectionParameter : Elements {
   float* importance;
-  int layer;  // or -1: plain rate
+  int layer;  // -1: none, the rate is lr
 };
 
 struct ConnectionLayer {
@@ -59,29 +62,17 @@ __device__ __forceinline__ float connection_importance(float value, float gradie
   return c == 0.0f && gradient == 0.0f ? kNoGradient : c;
 }
 
-// Visitors as elements.h says: the first sums importance, the second moves.
-template <class T_>
-struct Measure {
-  using T = T_;
+// Two visitors (elements.h): the first sums importance, the second moves the elements.
+template <class T>
+struct Measure : Weights<T, false> {
   static constexpr int kPacks = 4;
 
-  template <class P>
-  struct Packs {
-    P value, gradient;
-  };
+  float sum = 0, active = 0;  // of one thread, over an item
 
-  Weights<T, false> weights;
-  float sum = 0, active = 0;  // of this thread, over an item
-
-  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin) : weights(p, begin) {}
+  __device__ __forceinline__ Measure(const ConnectionParameter& p, int64_t begin) : Weights<T, false>(p, begin) {}
 
   template <class P>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
-  }
-
-  template <class P>
-  __device__ __forceinline__ void use(int, const Packs<P>& packs, const float (&)[P::size]) {
+  __device__ __forceinline__ void use(int, const WeightPacks<P>& packs, const float (&)[P::size]) {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
       const float c = connection_importance(to_float(packs.value.at[k]), to_float(packs.gradient.at[k]));
@@ -91,18 +82,16 @@ struct Measure {
   }
 };
 
-template <class T_>
-struct Move {
-  using T = T_;
+template <class T>
+struct Move : Weights<T, true> {
+  using Base = Weights<T, true>;
   static constexpr int kPacks = 2;
 
   template <class P>
-  struct Packs {
-    P value, gradient, momentum;
+  struct Packs : WeightPacks<P> {
     Floats<P> importance;
   };
 
-  Weights<T, true> weights;
   float* importance;             // null for parameters of no layer
   const ConnectionLayer& layer;  // any, for those
   Total total;
@@ -110,7 +99,7 @@ struct Move {
 
   __device__ __forceinline__ Move(const ConnectionParameter& p, const ConnectionLayer& layer, const Total& total,
                                   int64_t begin, const float* grad_scale)
-      : weights(p, begin),
+      : Base(p, begin),
         importance(p.layer < 0 ? nullptr : p.importance + begin),
         layer(layer),
         total(total),
@@ -118,11 +107,11 @@ struct Move {
 
   template <class P>
   __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
+    Base::load(wanted, at, packs);
     load_if(wanted && importance != nullptr, importance + at, packs.importance);
   }
 
-  // Moves C of one connection, and says with which plasticity its weight moves.
+  // Moves the C of one connection and returns the plasticity with which its weight moves.
   __device__ __forceinline__ float move_importance(float value, float gradient, float& average) const {
     const float before = average, c = connection_importance(value, gradient);
     if (layer.active_only && received_no_gradient(c)) return 0.0f;  // takes no part: as it is, to the bit
@@ -142,16 +131,17 @@ struct Move {
       const float before = to_float(packs.value.at[k]), d = to_float(packs.gradient.at[k]);
       const float plasticity = importance == nullptr ? 1.0f : move_importance(before, d, packs.importance.at[k]);
       float velocity = to_float(packs.momentum.at[k]);
-      const float after = moved(step, before, d, plasticity * step.lr, weights.has_momentum(), velocity);
+      const float after = moved(step, before, d, plasticity * step.lr, this->has_momentum(), velocity);
       if (plasticity > 0.0f) from_float(after, packs.value.at[k]);
       if (plasticity != 0.0f) from_float(plasticity > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
     if (importance != nullptr) store(importance + at, packs.importance);
   }
 };
 
-// The first half: a block's partial sums. `layers` counts up through a block's items, because parameters are sorted.
+// The first half: a block's partial sums. Its items come layer by layer, because parameters are
+// sorted.
 template <class N>
 __device__ __forceinline__ void measure(const N& network, ConnectionShared& shared) {
   const auto place = [&](int layer) { return static_cast<int64_t>(layer) * gridDim.x + blockIdx.x; };
@@ -193,8 +183,9 @@ __device__ __forceinline__ Total total_of(const N& network, int layer, Connectio
     active += network.partial_counts[static_cast<int64_t>(layer) * gridDim.x + block];
   }
   const double total = sum_over_block(sum, shared.totals), count = sum_over_block(active, shared.counts);
-  const ConnectionLayer& own = network.layers[layer];
-  return {static_cast<float>(total), own.active_only ? static_cast<float>(count) : static_cast<float>(own.connections)};
+  const ConnectionLayer& current = network.layers[layer];
+  return {static_cast<float>(total),
+          current.active_only ? static_cast<float>(count) : static_cast<float>(current.connections)};
 }
 
 template <class N>
@@ -224,7 +215,8 @@ __global__ void __launch_bounds__(kThreads, 2) connection_update_kernel(const __
   }
 }
 
-// The layers and parameters of one launch, as indices into UpdateParams; a layer's parameters stay together.
+// The layers and parameters of one launch, as indices into UpdateParams. A layer's parameters stay
+// together.
 struct Part {
   std::vector<int64_t> layers, parameters;
 };
@@ -232,20 +224,20 @@ struct Part {
 std::vector<Part> divide(const UpdateParams& params) {
   std::vector<Part> parts(1);
   for (int64_t layer = -1; layer < params.layer_count; ++layer) {
-    std::vector<int64_t> own;
+    std::vector<int64_t> in_layer;
     for (int64_t i = 0; i < params.parameter_count; ++i) {
-      if (params.parameters[i].layer == layer && params.parameters[i].size > 0) own.push_back(i);
+      if (params.parameters[i].layer == layer && params.parameters[i].size > 0) in_layer.push_back(i);
     }
     const auto room = [&] { return size_t{LargeNetwork::kParameters} - parts.back().parameters.size(); };
     if (layer >= 0) {
-      if (own.size() > size_t{LargeNetwork::kParameters}) {
+      if (in_layer.size() > size_t{LargeNetwork::kParameters}) {
         throw std::length_error("npc_ext: a layer has more than " + std::to_string(LargeNetwork::kParameters) +
                                 " parameters");
       }
-      if (own.size() > room() || parts.back().layers.size() == size_t{LargeNetwork::kLayers}) parts.emplace_back();
+      if (in_layer.size() > room() || parts.back().layers.size() == size_t{LargeNetwork::kLayers}) parts.emplace_back();
       parts.back().layers.push_back(layer);
     }
-    for (const int64_t parameter : own) {
+    for (const int64_t parameter : in_layer) {
       if (room() == 0) parts.emplace_back();  // only parameters outside layers come here
       parts.back().parameters.push_back(parameter);
     }
@@ -253,7 +245,7 @@ std::vector<Part> divide(const UpdateParams& params) {
   return parts;
 }
 
-// The scratch that a part needs, on a device that runs so many blocks at a time.
+// The scratch memory that a part needs on a device that runs `resident` blocks at a time.
 int64_t scratch_bytes(const Part& part, int64_t resident) {
   return 2 * Scratch::bytes_of<float>(static_cast<int64_t>(part.layers.size()) * resident);
 }
@@ -267,9 +259,14 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
   for (const int64_t index : part.layers) {
     const LayerParams& from = params.layers[index];
     place[index] = network.layer_count;
-    network.layers[network.layer_count++] = {
-        from.nonfinite_steps, 0, static_cast<float>(from.alpha), static_cast<float>(from.beta),
-        static_cast<float>(from.delta), static_cast<float>(1 - from.delta), from.error_function, from.active_only};
+    network.layers[network.layer_count++] = {from.nonfinite_steps,
+                                             0,
+                                             static_cast<float>(from.alpha),
+                                             static_cast<float>(from.beta),
+                                             static_cast<float>(from.delta),
+                                             static_cast<float>(1 - from.delta),
+                                             from.error_function,
+                                             from.active_only};
   }
   int64_t size = 0;
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
@@ -279,15 +276,12 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
     const ParameterParams& from = params.parameters[index];
     ConnectionParameter p{elements(from), from.importance, from.layer < 0 ? -1 : place[from.layer]};
     p.packed = p.packed && on_16_bytes(p.importance);
-    p.first_item = network.items;
-    p.item_size = static_cast<int>(item);
-    network.items += (p.size + item - 1) / item;
+    add_parameter(network, p, item);
     if (p.layer >= 0) network.layers[p.layer].connections += p.size;
-    network.parameters[network.parameter_count++] = p;
   }
   if (network.items == 0) return;
   const int64_t blocks = std::min(network.items, resident);
-  Scratch scratch(stream, scratch_bytes(part, resident));  // launches follow each other, so they may share it
+  Scratch scratch(stream, scratch_bytes(part, resident));  // shared by launches, which follow each other
   network.partial_sums = scratch.array<float>(network.layer_count * blocks);
   network.partial_counts = scratch.array<float>(network.layer_count * blocks);
   launch(connection_update_kernel<N>, blocks, true, stream, network);
@@ -301,7 +295,8 @@ void launch_connection_update(const UpdateParams& params, const Stream& stream) 
   const auto is_small = [](const Part& part) {
     return part.layers.size() <= SmallNetwork::kLayers && part.parameters.size() <= SmallNetwork::kParameters;
   };
-  // The scratch of the largest part is there before the first launch, so that a step is done as a whole or not at all.
+  // The scratch memory of the largest part is allocated before the first launch, so that a step
+  // happens as a whole or not at all.
   const int64_t resident = std::max(resident_blocks(connection_update_kernel<SmallNetwork>),
                                     resident_blocks(connection_update_kernel<LargeNetwork>));
   int64_t bytes = 0;

@@ -1,4 +1,4 @@
-// What every kernel uses: sums over warps and blocks, and the last block to arrive.
+// For all kernels: sums over warps and blocks, and which block arrives last.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,8 @@
 
 namespace npc::cuda {
 
-// The sum over `lanes` neighbouring threads of a warp (a power of two), in all of them. All threads of the warp call it.
+// The sum over `lanes` neighbouring threads of a warp (a power of two), in all of them. All threads
+// of the warp call it.
 template <class T>
 __device__ __forceinline__ T sum_over_lanes(T value, int lanes) {
   for (int offset = lanes / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(0xffffffffu, value, offset);
@@ -20,7 +21,8 @@ constexpr int kWarps = kThreads / kWarp;
 // This thread's number in its block.
 __device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
 
-// The sum over a block, in all its threads and the same in every block. All threads call it; `scratch` is shared.
+// The sum over a block, always in the same order, for all of its threads. All threads call it;
+// `scratch` is in shared memory.
 template <class T>
 __device__ __forceinline__ T sum_over_block(T value, T (&scratch)[kWarps]) {
   value = sum_over_lanes(value, kWarp);
@@ -28,12 +30,13 @@ __device__ __forceinline__ T sum_over_block(T value, T (&scratch)[kWarps]) {
   __syncthreads();
   T sum = 0;
   for (int warp = 0; warp < kWarps; ++warp) sum += scratch[warp];
-  __syncthreads();  // the scratch may be used again
+  __syncthreads();  // scratch may be used again
   return sum;
 }
 
-// Whether this is the last of `expected` arrivals at a counter, which then counts from 0 again. What the others did
-// before they arrived happens before what the last one does after. One thread of a block calls it for the block.
+// Whether this is the last of `expected` arrivals at a counter, which then starts at 0 again. What
+// the others did before they arrived happens before what the last one does afterwards. One thread
+// of a block calls it for the block.
 __device__ __forceinline__ bool arrive(unsigned* counter, unsigned expected) {
   ::cuda::atomic_ref<unsigned, ::cuda::thread_scope_device> arrived(*counter);
   const bool last = arrived.fetch_add(1, ::cuda::memory_order_acq_rel) + 1 == expected;
@@ -41,7 +44,8 @@ __device__ __forceinline__ bool arrive(unsigned* counter, unsigned expected) {
   return last;
 }
 
-// The same with what all threads of the block do. All threads call it; `last` is shared.
+// The same for everything that the block's threads did. All threads call it; `last` is in shared
+// memory.
 __device__ __forceinline__ bool arrives_last(unsigned* counter, unsigned expected, bool& last) {
   __syncthreads();
   if (thread() == 0) last = arrive(counter, expected);

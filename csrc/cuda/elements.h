@@ -1,4 +1,5 @@
-// The elements of parameters, in items that blocks work on, and how one element moves: what all weight updates share.
+// For all weight updates: the elements of parameters, in the items that blocks work on, and how one
+// element moves.
 #pragma once
 
 #include <algorithm>
@@ -9,10 +10,10 @@
 
 namespace npc::cuda {
 
-constexpr int kItem = 16384;  // elements at most
-constexpr int64_t kMostArguments = 32764;  // bytes that a kernel's arguments may take, since CUDA 12.1
+constexpr int kItem = 16384;               // the most elements of an item
+constexpr int64_t kMostArguments = 32764;  // bytes of a kernel's arguments, since CUDA 12.1
 
-// A parameter's elements. Items are counted through all parameters of a launch.
+// A parameter's elements. Items are numbered through all parameters of a launch.
 struct Elements {
   void* value;
   const void* gradient;
@@ -30,26 +31,48 @@ struct Elements {
 inline bool on_16_bytes(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 inline Elements elements(const ParameterParams& from) {
-  return {from.value, from.gradient, from.momentum, from.lr_address, from.steps, from.size, 0, 0,
-          static_cast<float>(from.lr), static_cast<float>(from.momentum_factor),
-          static_cast<float>(from.weight_decay), from.maximize ? -1.0f : 1.0f, from.seed, from.dtype, from.nesterov,
+  return {from.value,
+          from.gradient,
+          from.momentum,
+          from.lr_address,
+          from.steps,
+          from.size,
+          0,
+          0,
+          static_cast<float>(from.lr),
+          static_cast<float>(from.momentum_factor),
+          static_cast<float>(from.weight_decay),
+          from.maximize ? -1.0f : 1.0f,
+          from.seed,
+          from.dtype,
+          from.nesterov,
           from.stochastic_rounding,
           on_16_bytes(from.value) && on_16_bytes(from.gradient) && on_16_bytes(from.momentum)};
 }
 
-// How many items a parameter has; one without elements is there to count its steps.
+// The number of a parameter's items. A parameter without elements has one, which counts its steps.
 __host__ __device__ inline int64_t items_of(const Elements& p) {
   const int64_t items = (p.size + p.item_size - 1) / p.item_size;
   return items > 0 ? items : 1;
 }
 
-// The elements of an item of a network that `blocks` blocks work on at a time. Small networks are cut smaller, so that all
-// of the device works on them, in one turn.
+// The number of elements of an item in a network that `blocks` blocks work on at a time. Small
+// networks get small items, so that the whole device works on them at once.
 inline int64_t item_size(int64_t all_elements, int64_t blocks) {
   constexpr int64_t unit = kThreads * 4;
   return std::clamp<int64_t>((all_elements + blocks * unit - 1) / (blocks * unit) * unit, unit, kItem);
 }
 
+// Adds a parameter to the network of a launch, in items of `item` elements.
+template <class N, class P>
+void add_parameter(N& network, P parameter, int64_t item) {
+  parameter.first_item = network.items;
+  parameter.item_size = static_cast<int>(item);
+  network.items += (parameter.size + item - 1) / item;
+  network.parameters[network.parameter_count++] = parameter;
+}
+
+// The parameter that an item belongs to.
 template <class N>
 __device__ __forceinline__ const auto& parameter_of(const N& network, int64_t item) {
   int first = 0, last = network.parameter_count - 1;
@@ -61,7 +84,7 @@ __device__ __forceinline__ const auto& parameter_of(const N& network, int64_t it
   return network.parameters[first];
 }
 
-// work(number), of the parameter's type: float, __half or __nv_bfloat16.
+// Calls work() with a number of the parameter's type: float, __half or __nv_bfloat16.
 #pragma nv_exec_check_disable
 template <class Work>
 __host__ __device__ __forceinline__ auto with_type(DType dtype, const Work& work) {
@@ -82,13 +105,13 @@ __device__ __forceinline__ Interval elements_of(const Elements& p, int64_t item)
   return {begin, begin + p.item_size < p.size ? begin + p.item_size : p.size};
 }
 
-// Whether the whole step is to be left out because gradients overflowed.
+// Whether gradients overflowed, so that the step changes nothing.
 template <class N>
 __device__ __forceinline__ bool overflowed(const N& network) {
   return network.found_inf != nullptr && *network.found_inf != 0.0f;
 }
 
-// What every element of a parameter has in common.
+// What all elements of a parameter have in common.
 struct Step {
   float lr, factor, weight_decay, momentum;
   bool nesterov;
@@ -100,8 +123,8 @@ __device__ __forceinline__ Step step_of(const Elements& p, const float* grad_sca
           p.nesterov};
 }
 
-// What a kernel is compiled for: the type of the parameters, and what any of them may have. It decides how many
-// registers there are for packs in flight.
+// What a kernel is compiled for: the type of the parameters, and what they may have. This decides
+// how many registers are left for packs in flight.
 template <class T_, bool kMomentum_, bool kRandom_>
 struct Kind {
   using T = T_;
@@ -109,7 +132,7 @@ struct Kind {
   static constexpr bool kRandom = kRandom_;  // stochastic rounding
 };
 
-// How the values of an item are rounded to their type.
+// Rounds the values of an item to their type.
 template <class Kind>
 class Rounding {
   using T = typename Kind::T;
@@ -117,18 +140,18 @@ class Rounding {
  public:
   __device__ __forceinline__ Rounding(const Elements& p, int64_t begin) {
     if constexpr (Kind::kRandom) {
-      at_random_ = p.stochastic_rounding;
+      stochastic_ = p.stochastic_rounding;
       index_ = static_cast<uint32_t>(begin);
-      if (at_random_) key_ = rounding_key(p.seed, *p.steps, static_cast<uint32_t>(begin >> 32));
+      if (stochastic_) key_ = rounding_key(p.seed, *p.steps, static_cast<uint32_t>(begin >> 32));
     }
   }
 
-  // `at`: the element, counted from the item's first.
+  // `at`: the element's index in the item.
   __device__ __forceinline__ T operator()(float value, int at) const {
     T result;
     if constexpr (Kind::kRandom) {
-      if (at_random_) {
-        from_float_at_random(value, random_bits<uint32_t>(key_, index_ + static_cast<uint32_t>(at)), result);
+      if (stochastic_) {
+        from_float_stochastically(value, random_bits<uint32_t>(key_, index_ + static_cast<uint32_t>(at)), result);
         return result;
       }
     }
@@ -137,11 +160,11 @@ class Rounding {
   }
 
  private:
-  bool at_random_ = false;
+  bool stochastic_ = false;
   uint32_t key_ = 0, index_ = 0;
 };
 
-// The value after a step along d, the gradient with everything that was added to it.
+// The value after a step along d: the gradient and all that was added to it.
 __device__ __forceinline__ float moved_along(const Step& step, float value, float d, float rate, bool has_momentum,
                                              float& velocity) {
   if (!has_momentum) return value - rate * d;
@@ -167,20 +190,29 @@ struct Everywhere {
   }
   template <int size>
   __device__ __forceinline__ void expand(Found, int, float (&plasticity)[size]) const {
-    for (float& one : plasticity) one = 1.0f;
+    for (float& of_element : plasticity) of_element = 1.0f;
   }
 };
 
-// An array from an item's first element on; null if there is none.
+// An array from an item's first element on; null if the parameter has no such array.
 template <class T>
 __device__ __forceinline__ T* from(T* array, int64_t begin) {
   return array == nullptr ? nullptr : array + begin;
 }
 
-// The arrays that all visitors have, of an item; packs: a struct of P value, gradient and momentum. kMomentum: whether
-// there may be a momentum.
-template <class T, bool kMomentum>
+// A pack of each array that all visitors have.
+template <class P>
+struct WeightPacks {
+  P value, gradient, momentum;
+};
+
+// The base of all visitors: an item's arrays. kMomentum: whether there may be a momentum.
+template <class T_, bool kMomentum>
 struct Weights {
+  using T = T_;
+  template <class P>
+  using Packs = WeightPacks<P>;
+
   T* value;
   const T* gradient;
   T* momentum;  // or null
@@ -192,8 +224,8 @@ struct Weights {
 
   __device__ __forceinline__ bool has_momentum() const { return kMomentum && momentum != nullptr; }
 
-  template <class Packs>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs& packs) const {
+  template <class P>
+  __device__ __forceinline__ void load(bool wanted, int at, WeightPacks<P>& packs) const {
     load_if(wanted, value + at, packs.value);
     load_if(wanted, gradient + at, packs.gradient);
     if constexpr (kMomentum) load_if(wanted && has_momentum(), momentum + at, packs.momentum);
@@ -205,8 +237,8 @@ struct Weights {
     if (has_momentum()) ::npc::cuda::prefetch(momentum + at);
   }
 
-  template <class Packs>
-  __device__ __forceinline__ void write(int at, const Packs& packs) const {
+  template <class P>
+  __device__ __forceinline__ void write(int at, const WeightPacks<P>& packs) const {
     store(value + at, packs.value);
     if constexpr (kMomentum) {
       if (has_momentum()) store(momentum + at, packs.momentum);
@@ -214,16 +246,18 @@ struct Weights {
   }
 };
 
-// A visitor holds the arrays of an item and moves its elements; V says how:
+// A visitor v of type V derives from Weights, which has all of this but kPacks and use(). It holds
+// an item's arrays and moves its elements:
 //
-//   V::T, V::kPacks                    the parameter's type, and how many packs of each array are in flight at a time
+//   V::T, V::kPacks                    the parameter's type; how many packs of each array are in flight at a time
 //   V::Packs<P>                        a pack P of each array
-//   v.load(wanted, at, packs)          loads them from element `at` of the item on, if they are wanted
-//   v.prefetch(at)                     starts to bring them into the L2 cache
-//   v.use(at, packs, plasticity)       moves their elements and stores them
+//   v.load(wanted, at, packs)          loads the packs that begin at element `at` of the item, if they are wanted
+//   v.prefetch(at)                     starts to bring these packs into the L2 cache
+//   v.use(at, packs, plasticity)       moves the elements of the packs and stores them
 
-// Moves all whole packs of an item, except those whose elements all have a plasticity of 0: they are neither read nor
-// written. `plasticity` finds out which, and then expands what it found to the elements.
+// Moves all whole packs of an item. A pack whose elements all have a plasticity of 0 is neither
+// read nor written: plasticity.find() tells which these are, and plasticity.expand() gives every
+// element of the others its own.
 template <class V, class Plasticity>
 __device__ __forceinline__ void use_packs(V& visitor, int count, const Plasticity& plasticity) {
   using P = Pack<typename V::T>;
@@ -248,7 +282,8 @@ __device__ __forceinline__ void use_packs(V& visitor, int count, const Plasticit
   }
 }
 
-// Elements from `from` on, one at a time: the end of an item that fills no pack, and parameters not on 16 bytes.
+// Moves the elements from `from` on, one at a time: the end of an item, which fills no pack, and
+// parameters that do not lie on a multiple of 16 bytes.
 template <class V, class Plasticity>
 __device__ __forceinline__ void use_singles(V& visitor, int from, int count, const Plasticity& plasticity) {
   for (int at = from + thread(); at < count; at += kThreads) {
@@ -262,7 +297,7 @@ __device__ __forceinline__ void use_singles(V& visitor, int from, int count, con
   }
 }
 
-// Elements that are moved in packs, if the parameter allows it.
+// The number of elements that are moved in packs: none if the parameter does not allow it.
 template <class V>
 __device__ __forceinline__ int in_packs(const Elements& p, int count) {
   constexpr int size = Pack<typename V::T>::size;
@@ -276,7 +311,8 @@ __device__ __forceinline__ void use_elements(const Elements& p, V& visitor, int 
   use_singles(visitor, packed, count, plasticity);
 }
 
-// Starts to bring the first packs of an item into the L2 cache, if wants(at) holds for their first element.
+// Starts to bring the first packs of an item into the L2 cache, as far as wants(at) is true of
+// their first element.
 template <class V, class Wants>
 __device__ __forceinline__ void prefetch_elements(const Elements& p, const V& visitor, int count, const Wants& wants) {
   constexpr int size = Pack<typename V::T>::size;

@@ -1,28 +1,34 @@
-// Eq. 2 on the device: a_i = sum over b of |sum over p of n_bip * dL/dn_bip|, each tensor read once.
+// Eq. 2 on the device: a_i = sum over b of |sum over p of n_bip * dL/dn_bip|, each tensor read
+// once.
 //
-// The neurons are divided into tiles. Several blocks share a tile where there are too few tiles to keep the device
-// busy; each leaves its sums in scratch, and the last to arrive adds them up in a fixed order. A block's threads form
-// groups of `lanes` neighbours that read along the dimension without gaps:
+// The neurons are divided into tiles. Where there are too few tiles to keep the device busy,
+// several blocks share a tile: each leaves its sums in scratch memory, and the last one to arrive
+// adds them up in a fixed order. A block's threads form groups of `lanes` neighbours, which read
+// along the contiguous dimension:
 //
-//   rows      (B, N, P) contiguous: a group sums the positions of one neuron of one sample, the neuron's row. The sum
-//             over the group is a few shuffles. Where P is odd, rows begin and end inside packs of 16 bytes: the groups
-//             of both neighbours read such a pack, and each leaves out what belongs to the other.
-//   columns   (B, N), channels-last, sequences: each thread of a group has neurons of its own, one or one 16-byte pack
-//             of them, and sums the positions of one sample (`team` = 1), or the block's groups share a sample's
-//             positions (`team` = all) and add them up in shared memory before the absolute value.
+//   rows      (B, N, P) contiguous. A group sums the positions of one neuron in one sample: the
+//             neuron's row. The sum over the group takes a few shuffles. If P is odd, rows begin
+//             and end inside packs of 16 bytes. The groups of both rows then read the pack, and
+//             each ignores the elements of the other row.
+//   columns   (B, N), channels-last, sequences. Each thread of a group has one neuron, or a 16-byte
+//             pack of them. It sums all positions of a sample (`team` = 1). Or the groups of a
+//             block share the positions of a sample (`team` = all of them) and add them up in
+//             shared memory before the absolute value.
 //
-// The items that a block goes through are samples. Where there are too few, a sample's positions are cut into `chunks`;
-// then a group has a single chunk as its item, scratch holds sums with their sign, and the last block takes the absolute
-// values.
+// A block goes through items, which are samples. Where there are too few, a sample's positions are
+// cut into `chunks`, and each group has a single chunk as its item. Then scratch memory holds
+// signed sums, and the last block takes the absolute values.
 //
-// What a thread reads is a sequence of slots (class Slots): pack by pack through an item, and on into the next item. It
-// loads kBatch slots of n and of dL/dn, 8 x 16 bytes, before it uses the first, also where they belong to several items.
+// A thread reads a sequence of slots (class Slots): pack by pack through an item, and on into the
+// next item. It loads kBatch slots of n and of dL/dn, 8 x 16 bytes, before it uses the first, even
+// if they belong to several items.
 //
-// A neuron that received no gradient has the importance -0.0, all other zeros are +0.0. marked_product() tells the two
-// apart, and sums that begin at -0.0 keep them apart.
+// A neuron that received no gradient has the importance -0.0; all other zeros are +0.0.
+// marked_product() tells the two apart, and sums that begin at -0.0 keep them apart.
 //
-// Traffic: (2 * B * N * P) * sizeof(T) read, N floats written; with ReLU's backward pass B * N * P * sizeof(T) more
-// written, which that pass writes anyway. Packs that two rows share are read from memory once, from the cache twice.
+// Traffic: 2 * B * N * P * sizeof(T) bytes read and N floats written. ReLU's backward pass writes
+// another B * N * P * sizeof(T) bytes, as it does without importance. Packs that two rows share are
+// read from memory once and from the cache twice.
 #pragma once
 
 #include "../api.h"
@@ -31,32 +37,32 @@
 
 namespace npc::cuda {
 
-constexpr int kBatch = 4;  // slots that are loaded together
+constexpr int kBatch = 4;  // slots loaded together
 
 enum class Layout : int8_t { rows, columns };
 
-// How eq. 2 of one layer is divided among blocks. Blocks are numbered slice * tiles + tile, so that those which run at the
-// same time read from memory that lies together.
+// How eq. 2 of one layer is divided among blocks. Blocks are numbered slice * tiles + tile, so that
+// blocks that run at the same time read neighbouring memory.
 struct ImportanceWork {
   ImportanceParams params;
   Layout layout;
-  bool packed;              // 16-byte accesses are allowed
-  int lanes;                // threads of a group, a power of two up to 32
-  int tile;                 // neurons of a tile, a power of two
-  int team;                 // columns: how many groups share a sample's positions
-  int rows;                 // items that a block works on at a time
-  int step;                 // positions from one slot of an item to the next
-  int slots;                // of an item
-  int chunk;                // positions of an item, or fewer; in rows a multiple of a pack
-  int slice;                // how many of the batch * chunks items each block has; `rows` if chunks > 1
+  bool packed;  // 16-byte accesses are allowed
+  int lanes;    // threads in a group, a power of two up to 32
+  int tile;     // neurons in a tile, a power of two
+  int team;     // columns: how many groups share a sample's positions
+  int rows;     // items that a block works on at a time
+  int step;     // positions from one slot of an item to the next
+  int slots;    // slots in an item
+  int chunk;    // the most positions in an item; in rows a multiple of a pack
+  int slice;    // how many of the batch * chunks items each block has; `rows` if chunks > 1
   int tiles;
-  int slices;               // blocks of a tile
-  int64_t positions;        // of a sample
-  int64_t chunks;           // items of a sample
-  int64_t step_n, step_g;   // packs from one slot of an item to the next; without packs 0
-  int64_t next_n, next_g;   // packs, or elements, from an item's last slot to the first one of the thread's next item
-  float* partial;           // scratch: sums of [slices][neurons], or of [batch * chunks][neurons] if chunks > 1
-  unsigned* arrived;        // [tiles], zero
+  int slices;              // blocks for each tile
+  int64_t positions;       // positions in a sample
+  int64_t chunks;          // items in a sample
+  int64_t step_n, step_g;  // packs from one slot of an item to the next; 0 without packs
+  int64_t next_n, next_g;  // packs, or elements, from an item's last slot to the first slot of the thread's next item
+  float* partial;          // scratch memory: sums [slices][neurons], or [batch * chunks][neurons] if chunks > 1
+  unsigned* arrived;       // [tiles], all zero
 
   __host__ __device__ int64_t items() const { return params.batch * chunks; }
   int64_t blocks() const { return int64_t{tiles} * slices; }
@@ -66,35 +72,38 @@ struct ImportanceWork {
   }
 };
 
-// Divides the work for the current device, in the same way with and without ReLU's backward pass, and for a launch of its
-// own and inside a network's step, so that the sums have the same bits.
+// Divides the work for the current device. The division is the same with and without ReLU's
+// backward pass, and for a separate launch and inside a network's step, so the sums have the same
+// bits.
 ImportanceWork divide_importance(const ImportanceParams& params);
 
 struct ImportanceShared {
   float sums[kThreads * 8];  // [groups][tile] for the widest pack
-  int tile, slice;           // of the block; registers are for packs
+  int tile, slice;           // the block's; not in registers, which packs need
   bool last;
 };
 
-// Where one pack of n and one of dL/dn lie.
+// The places of a pack of n and the same pack of dL/dn.
 template <class T>
 struct Slot {
   const T *n, *g;
   int at;       // the first position, counted from the item's first
-  bool wanted;  // else there is nothing to read
+  bool wanted;  // false: there is nothing to read
   bool last;    // of its item; the same in all threads of a block
 };
 
-// The slots of one thread: packs `step` positions apart through an item, and then through the item that comes `rows`
-// later, as long as the block's slice has items. What changes from slot to slot is the same for all threads of a block.
+// The slots of one thread: packs that are `step` positions apart in an item, then those of the item
+// that comes `rows` later, as long as the block's slice has items. All threads of a block go from
+// slot to slot in the same way.
 template <Layout layout, class P>
 class Slots {
   using T = typename P::T;
   static constexpr bool kPacked = P::size > 1;  // positions have one stride, which is 1 in rows
 
  public:
-  // row: of the `rows` items that the block works on at a time; used: whether the thread has a neuron; first: its first
-  // position in an item; length: positions of a sample; n and g: where position 0 of the neuron lies in sample 0.
+  // row: which of the `rows` items that the block works on at a time. used: whether the thread has
+  // a neuron. first: the thread's first position in an item. length: the positions in a sample.
+  // n, g: the offsets of the neuron's position 0 in sample 0.
   __device__ __forceinline__ Slots(const ImportanceWork& w, int slice, int row, bool used, int first, int64_t length,
                                    int64_t n, int64_t g)
       : work_(w), row_(used ? row : kNoRow), first_(first), at_(first) {
@@ -115,14 +124,14 @@ class Slots {
     }
   }
 
-  // The same for all threads of a block, because they meet in sums.
+  // The same for all threads of a block, which meet at barriers.
   __device__ __forceinline__ bool more() const { return left_ > 0; }
 
-  // Whether the thread's items begin where their samples do, and the end of an item's positions.
+  // Whether the thread's items begin where their samples begin, and where an item's positions end.
   __device__ __forceinline__ bool at_begin() const { return from_ == 0; }
   __device__ __forceinline__ int end() const { return end_; }
 
-  // After the last one come slots that are not wanted.
+  // After the last slot, returns slots that are not wanted.
   __device__ __forceinline__ Slot<T> next() {
     Slot<T> slot{n_, g_, at_, row_ < left_ && at_ < end_, ++index_ == work_.slots};
     if constexpr (!kPacked) add_position(slot);
@@ -143,7 +152,7 @@ class Slots {
     from += kPacked ? P::size * int64_t{static_cast<int>(accesses)} : accesses;
   }
 
-  // Where positions may have several dimensions that no common stride merges.
+  // For positions of several dimensions that no common stride merges.
   __device__ __forceinline__ void add_position(Slot<T>& slot) const {
     const ImportanceParams& p = work_.params;
     int64_t rest = from_ + at_;
@@ -160,12 +169,12 @@ class Slots {
   const int row_, first_;
   int end_;
   int64_t from_ = 0;      // the item's first position in its sample
-  const T *n_, *g_;       // where the next slot lies, or, without packs, where its sample does
-  int left_, index_ = 0;  // items that the block still has; the next slot's number in its item
+  const T *n_, *g_;       // the next slot, or, without packs, its sample
+  int left_, index_ = 0;  // items that the block still has; the next slot's index in its item
   int at_;                // the next slot's position
 };
 
-// Loads the next slots, as zeros where they are not wanted.
+// Loads the next slots. Slots that are not wanted become zeros.
 template <Layout layout, class P>
 __device__ __forceinline__ void load_batch(Slots<layout, P>& slots, P (&n)[kBatch], P (&g)[kBatch]) {
 #pragma unroll
@@ -177,9 +186,11 @@ __device__ __forceinline__ void load_batch(Slots<layout, P>& slots, P (&n)[kBatc
   }
 }
 
-// ReLU's gradient of a pack: dL/dn where n > 0, else 0. It lies in memory as n does, which was loaded from `from`.
+// Stores ReLU's gradient of a pack: dL/dn where n > 0, else 0. It has the memory order of n, which
+// was loaded from `from`.
 template <class P>
-__device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n, const P& g) {
+__device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n,
+                                           const P& g) {
   using T = typename P::T;
   P out = g;
   for (int k = 0; k < P::size; ++k) {
@@ -188,7 +199,7 @@ __device__ __forceinline__ void store_relu(const ImportanceParams& p, const type
   store(static_cast<T*>(p.gradient_in) + (from - static_cast<const T*>(p.activation)), out);
 }
 
-// Sets the elements of a pack to 0 that come before `begin` or from `end` on.
+// Sets all elements of a pack to 0 but those in [begin, end).
 template <class P>
 __device__ __forceinline__ void keep(P& pack, int begin, int end) {
   for (int k = 0; k < P::size; ++k) {
@@ -196,8 +207,8 @@ __device__ __forceinline__ void keep(P& pack, int begin, int end) {
   }
 }
 
-// n * dL/dn, where a zero is -0.0 if dL/dn is zero, else +0.0. So a sum that begins at kNoGradient is kNoGradient exactly
-// if no gradient came, and keeps infinities and NaN.
+// n * dL/dn. A zero is -0.0 if dL/dn is zero, else +0.0. So a sum that begins at kNoGradient stays
+// kNoGradient if and only if all gradients are zero. Infinities and NaN are kept.
 __device__ __forceinline__ float marked_product(float n, float g) {
   const float product = n * g;
   return g == 0.0f ? -fabsf(product) : product + 0.0f;
@@ -206,10 +217,12 @@ __device__ __forceinline__ float marked_product(float n, float g) {
 // The absolute value of a sum; a zero keeps its sign.
 __device__ __forceinline__ float magnitude(float sum) { return sum == 0.0f ? sum : fabsf(sum); }
 
-// What the sum of an item adds to the total of a group's items.
-__device__ __forceinline__ float share(const ImportanceWork& w, float sum) { return w.chunks > 1 ? sum : magnitude(sum); }
+// What an item's sum adds to the total of a group's items.
+__device__ __forceinline__ float share(const ImportanceWork& w, float sum) {
+  return w.chunks > 1 ? sum : magnitude(sum);
+}
 
-// What `rows` rows of groups left in shared memory for one of the tile's neurons, added up.
+// The sum of what `rows` rows of groups left in shared memory for one of the tile's neurons.
 __device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, int rows, int tile, int column) {
   float sum = kNoGradient;
 #pragma unroll 4
@@ -217,26 +230,30 @@ __device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, i
   return sum;
 }
 
-// Calls use(slot, n, dL/dn) for all slots of a thread, in turn; a batch is loaded before its first is used.
+// Calls use(slot, n, dL/dn) for each of a thread's slots in turn. A whole batch is loaded before
+// its first slot is used.
 template <Layout layout, class P, class Use>
 __device__ __forceinline__ void for_each_slot(Slots<layout, P> slots, const Use& use) {
   Slots<layout, P> loaded = slots;  // a batch ahead
   while (loaded.more()) {
     P n[kBatch], g[kBatch];
     load_batch(loaded, n, g);
-    if (!slots.more()) break;  // never, but a branch keeps the first use behind the last load
+    if (!slots.more()) break;  // never taken, but the branch keeps the first use after the last load
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) use(slots.next(), n[k], g[k]);
   }
 }
 
-// Leaves in shared memory, for each row of groups and each neuron of the tile, the total of the row's items.
+// Leaves in shared memory, for each row of groups and each neuron of the tile, the total of the
+// row's items.
 template <bool kRelu, class P>
-__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+__device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t first, int slice,
+                                           ImportanceShared& shared) {
   const ImportanceParams& p = w.params;
   const int lane = thread() % w.lanes, group = thread() / w.lanes;
   const int64_t neuron = first + group % w.tile;
-  // Positions are counted from the pack in which the row begins, as many elements before the row in n and in dL/dn.
+  // Positions are counted from the start of the pack in which the row begins: `before` elements
+  // before the row.
   const int64_t row_n = neuron * p.activation_neuron_stride, row_g = neuron * p.gradient_neuron_stride;
   const int before = static_cast<int>(row_n & (P::size - 1));
   const Slots<Layout::rows, P> slots(w, slice, group / w.tile, neuron < p.neurons, lane * P::size, w.positions + before,
@@ -244,7 +261,7 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   const int begin = slots.at_begin() ? before : 0, end = slots.end();
   float sum = kNoGradient, total = kNoGradient;
   for_each_slot(slots, [&](const Slot<typename P::T>& slot, P& n, P& g) {
-    if constexpr (kRelu) {  // a pack of several rows is written once
+    if constexpr (kRelu) {  // a pack that two rows share is written once
       if (slot.wanted && slot.at >= begin) store_relu(p, slot.n, n, g);
     }
     if (P::size > 1 && slot.wanted && (slot.at < begin || slot.at + P::size > end)) {
@@ -265,18 +282,20 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   if (lane == 0) shared.sums[group] = total;
 }
 
-// The same, where neurons lie behind each other.
+// The same where neurons are contiguous.
 template <bool kRelu, class P>
-__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int slice, ImportanceShared& shared) {
+__device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t first, int slice,
+                                              ImportanceShared& shared) {
   const ImportanceParams& p = w.params;
   const int column = thread() % w.lanes * P::size, group = thread() / w.lanes;
   const int64_t neuron = first + column;
   const Slots<Layout::columns, P> slots(w, slice, group / w.team, neuron < p.neurons, group % w.team, w.positions,
                                         neuron, neuron);
-  float sums[P::size];    // of the thread's neurons
-  float totals[P::size];  // the same, or, where groups share a sample, the first is of the tile's neuron thread()
+  float sums[P::size];  // of the thread's neurons, over an item
+  // Over all items. Where groups share a sample, totals[0] belongs to the tile's neuron number thread().
+  float totals[P::size];
   for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = kNoGradient;
-  const auto leave = [&](const float(&values)[P::size]) {
+  const auto leave = [&](const float (&values)[P::size]) {
     for (int i = 0; i < P::size; ++i) shared.sums[group * w.tile + column + i] = values[i];
   };
   for_each_slot(slots, [&](const Slot<typename P::T>& slot, const P& n, const P& g) {
@@ -299,8 +318,8 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   else if (thread() < w.tile) shared.sums[thread()] = totals[0];
 }
 
-// Writes what the block found, shared.sums[rows][tile]: the result if no other block works on the tile, else a part of
-// it, into scratch.
+// Writes the block's sums, shared.sums[rows][tile]: to the result if no other block works on the
+// tile, else to scratch memory.
 __device__ __forceinline__ void leave_sums(const ImportanceWork& w, const ImportanceShared& shared) {
   __syncthreads();
   const int column = thread() % w.tile, row = thread() / w.tile;
@@ -316,7 +335,7 @@ __device__ __forceinline__ void leave_sums(const ImportanceWork& w, const Import
   }
 }
 
-// The sum of `count` numbers that lie `stride` apart; 8 loads are in flight together.
+// The sum of `count` numbers that are `stride` apart. 8 loads are in flight together.
 __device__ __forceinline__ float add_up(const float* from, int64_t count, int64_t stride) {
   constexpr int together = 8;
   float sum = kNoGradient;
@@ -330,20 +349,21 @@ __device__ __forceinline__ float add_up(const float* from, int64_t count, int64_
   return sum;
 }
 
-// The last block of a tile adds up what all of them left, neuron by neuron in the same order each time.
+// The last block of a tile adds up what all blocks left, neuron by neuron, always in the same
+// order.
 __device__ inline void finish_tile(const ImportanceWork& w, ImportanceShared& shared) {
   const int column = thread() % w.tile, row = thread() / w.tile, rows = kThreads / w.tile;
   const int64_t neuron = int64_t{shared.tile} * w.tile + column, neurons = w.params.neurons;
   const float* partial = w.partial + neuron;
   float sum = kNoGradient;
-  int shares = 1;  // threads that share the chunks of a sample, where there are fewer samples than threads
+  int shares = 1;  // threads that share a sample's chunks, where there are fewer samples than threads
   if (w.chunks > 1) {
     while (2 * shares * w.params.batch <= rows) shares *= 2;
     for (int64_t sample = row / shares; sample < w.params.batch; sample += rows / shares) {
       const int64_t chunk = row % shares, of_sample = sample * w.chunks;
       if (neuron >= neurons) break;
-      const float signed_sum = add_up(partial + (of_sample + chunk) * neurons, (w.chunks - chunk + shares - 1) / shares,
-                                      shares * neurons);
+      const float signed_sum =
+          add_up(partial + (of_sample + chunk) * neurons, (w.chunks - chunk + shares - 1) / shares, shares * neurons);
       sum = shares > 1 ? signed_sum : sum + magnitude(signed_sum);
     }
   } else if (neuron < neurons) {

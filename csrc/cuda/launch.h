@@ -1,4 +1,5 @@
-// The one way a kernel is launched: on the given device and stream, checked, with 64-bit arguments by value.
+// How all kernels are launched: on the given device and stream, with arguments by value, and with
+// errors checked.
 #pragma once
 
 #include <map>
@@ -14,7 +15,7 @@ namespace npc::cuda {
 
 constexpr int kWarp = 32;
 
-// Empty, or why the installed driver cannot run the kernels and how to fix that.
+// Why the installed driver cannot run the kernels, and how to fix that; empty if it can.
 std::string why_not_with_this_driver();
 
 // One of the kernels; all are compiled for the same GPUs.
@@ -28,7 +29,8 @@ inline void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error) + (why.empty() ? "" : "; " + why));
 }
 
-// While it lives, this thread may allocate memory although a stream captures: what it allocates is no part of the graph.
+// While it lives, this thread may allocate memory even if a stream captures. The memory is no part
+// of the graph.
 class RelaxedCapture {
  public:
   RelaxedCapture() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "choosing the capture mode"); }
@@ -40,7 +42,7 @@ class RelaxedCapture {
   cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
 };
 
-// Makes a device the current one, and the previous one again at the end.
+// Makes a device the current one while it lives.
 class OnDevice {
  public:
   explicit OnDevice(int device) {
@@ -67,8 +69,9 @@ inline int processors() {
   return count;
 }
 
-// How many blocks of a kernel the current device runs at the same time, which a cooperative launch may not exceed. Asking
-// takes microseconds, so the answers are kept. Thread safe.
+// The number of a kernel's blocks that the current device runs at the same time, which a
+// cooperative launch may not exceed. Asking takes microseconds, so the answers are kept. Thread
+// safe.
 inline int resident_blocks(const void* kernel) {
   static std::mutex& mutex = *new std::mutex;  // never destroyed: host threads may still launch while the process ends
   static auto& known = *new std::map<std::pair<int, const void*>, int>;
@@ -79,7 +82,8 @@ inline int resident_blocks(const void* kernel) {
   if (blocks == 0) {
     const RelaxedCapture relaxed;  // the first question loads the kernel, which may allocate
     int per_processor = 0;
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0), "reading a kernel's size");
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_processor, kernel, kThreads, 0),
+          "reading a kernel's size");
     blocks = per_processor * processors();
   }
   return blocks;

@@ -1,4 +1,5 @@
-// From the parameter structs of api.h to what the device reads (update.h), in as few launches as hold it.
+// Turns the structs of api.h into what the device reads (update.h), in as few launches as can hold
+// it.
 #pragma once
 
 #include <algorithm>
@@ -13,28 +14,28 @@ namespace npc::cuda {
 // The layers and parameters of one launch, as indices into UpdateParams.
 struct Part {
   std::vector<int64_t> layers, parameters;
-  DType dtype = DType::float32;  // of the parameters, if they are divided by it
-  bool has_momentum = false, rounds_at_random = false;  // any of them
-  size_t places = 0;  // of parameters that it takes: one for each, and for each layer without any, see describe()
+  DType dtype = DType::float32;                            // of the parameters, if these are divided by type
+  bool has_momentum = false, stochastic_rounding = false;  // whether any parameter has it
+  size_t places = 0;  // in Network::parameters: one for each parameter and for each layer without any, see describe()
 
   void add(int64_t index, const ParameterParams& parameter) {
     parameters.push_back(index);
     ++places;
     has_momentum |= parameter.momentum != nullptr;
-    rounds_at_random |= parameter.stochastic_rounding;
+    stochastic_rounding |= parameter.stochastic_rounding;
   }
 };
 
 template <class N>
 using Kernel = void (*)(N);
 
-// The kernel for a part. Kernels::get<Kind, N>() is the one that is compiled for a kind of parameters, and
-// Kernels::kMomentum says whether the method has momentum at all.
+// The kernel for a part. Kernels::get<Kind, N>() is the kernel that is compiled for a kind of
+// parameters, and Kernels::kMomentum says whether the method has momentum.
 template <class Kernels, class N, class T>
 Kernel<N> kernel_of_type(const Part& part) {
   constexpr bool kMomentum = Kernels::kMomentum, kRandom = std::is_same_v<T, __nv_bfloat16>;
   const bool has_momentum = kMomentum && part.has_momentum;
-  if (kRandom && part.rounds_at_random) {
+  if (kRandom && part.stochastic_rounding) {
     return has_momentum ? Kernels::template get<Kind<T, kMomentum, kRandom>, N>()
                         : Kernels::template get<Kind<T, false, kRandom>, N>();
   }
@@ -51,14 +52,14 @@ Kernel<N> kernel_of(const Part& part) {
   }
 }
 
-// Divides a network into launches, of parameters of one type each if `by_type`. A layer's parameters may end in another
-// launch than they begin in.
+// Divides a network into launches. If `by_type`, each launch has parameters of one type. A layer's
+// parameters may be in several launches.
 template <class N>
 std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
   constexpr size_t most_layers = N::kLayers, most_places = N::kParameters;
-  const size_t plain = params.layer_count;  // stands for the parameters of no layer
+  const size_t plain = params.layer_count;  // stands for the parameters outside layers
   const auto type_of = [&](int64_t i) { return by_type ? params.parameters[i].dtype : DType::float32; };
-  const DType home = params.parameter_count > 0 ? type_of(0) : DType::float32;  // of layers without parameters
+  const DType home = params.parameter_count > 0 ? type_of(0) : DType::float32;  // the type of layers without parameters
   std::vector<std::vector<int64_t>> of_layer(plain + 1);
   bool present[kDTypes] = {};
   present[static_cast<int>(home)] = true;
@@ -68,28 +69,28 @@ std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
     present[static_cast<int>(type_of(i))] = true;
   }
   std::vector<Part> parts;
-  std::vector<int64_t> own;  // of a layer, and of a type
+  std::vector<int64_t> members;  // the parameters of a layer and a type
   for (const DType type : {DType::float32, DType::float16, DType::bfloat16}) {
     if (!present[static_cast<int>(type)]) continue;
     const size_t begin = parts.size();
     for (size_t layer = 0; layer <= plain; ++layer) {
-      own.clear();
+      members.clear();
       for (const int64_t i : of_layer[layer]) {
-        if (type_of(i) == type) own.push_back(i);
+        if (type_of(i) == type) members.push_back(i);
       }
       const bool empty = of_layer[layer].empty();
-      if (own.empty() && (layer == plain || type != home || !empty)) continue;
+      if (members.empty() && (layer == plain || type != home || !empty)) continue;
       const auto new_part = [&] { parts.emplace_back().dtype = type; };
       const auto begin_layer = [&] {
         if (layer < plain) parts.back().layers.push_back(layer);
       };
       if (parts.size() == begin) new_part();
-      const size_t places = parts.back().places + (empty ? 1 : own.size());
+      const size_t places = parts.back().places + (empty ? 1 : members.size());
       const bool full = parts.back().layers.size() == most_layers || (places > most_places && parts.back().places > 0);
       if (full && layer < plain) new_part();
       begin_layer();
       if (empty) ++parts.back().places;
-      for (const int64_t i : own) {
+      for (const int64_t i : members) {
         if (parts.back().places == most_places) {
           new_part();
           begin_layer();
@@ -101,7 +102,8 @@ std::vector<Part> divide_network(const UpdateParams& params, bool by_type) {
   return parts;
 }
 
-// Of each layer whether its C, if it was measured, is moved before the update: of wide ones and those in several parts.
+// For each layer, whether its C is moved before the update, if it was measured: it is if the layer
+// is wide or in several parts.
 inline std::vector<bool> layers_to_move_first(const UpdateParams& params, const std::vector<Part>& parts) {
   std::vector<int> count(params.layer_count);
   for (const Part& part : parts) {
@@ -119,7 +121,7 @@ bool fits(const Part& part) {
   return part.layers.size() <= N::kLayers && part.places <= N::kParameters;
 }
 
-// What another step needs beside a Parameter is filled in by an overload.
+// An overload fills in what another step needs besides a Parameter.
 inline void fill(Parameter& parameter, const ParameterParams& from) {
   static_cast<Elements&>(parameter) = elements(from);
   parameter.outer = from.outer, parameter.middle = from.middle, parameter.run = from.run;
@@ -127,9 +129,18 @@ inline void fill(Parameter& parameter, const ParameterParams& from) {
 }
 
 inline Layer layer_of(const LayerParams& from) {
-  return {from.importance, from.measured, nullptr, from.nonfinite_steps, from.neurons,
-          static_cast<float>(from.alpha), static_cast<float>(from.beta), static_cast<float>(from.delta),
-          static_cast<float>(1 - from.delta), from.error_function, from.active_only, 0};
+  return {from.importance,
+          from.measured,
+          nullptr,
+          from.nonfinite_steps,
+          from.neurons,
+          static_cast<float>(from.alpha),
+          static_cast<float>(from.beta),
+          static_cast<float>(from.delta),
+          static_cast<float>(1 - from.delta),
+          from.error_function,
+          from.active_only,
+          0};
 }
 
 inline std::vector<Layer> layers_of(const UpdateParams& params) {
@@ -138,7 +149,8 @@ inline std::vector<Layer> layers_of(const UpdateParams& params) {
   return layers;
 }
 
-// `layers`: of the whole network. `blocks`: how many the device runs at a time.
+// What the device reads of a part. `layers`: those of the whole network. `blocks`: how many the
+// device runs at a time.
 template <class N>
 N describe(const UpdateParams& params, const std::vector<Layer>& layers, const Part& part, int64_t blocks) {
   N network{};
@@ -174,7 +186,7 @@ N describe(const UpdateParams& params, const std::vector<Layer>& layers, const P
     parameter.layer = from.layer < 0 ? -1 : place[from.layer];
     add(parameter);
   }
-  // C moves also where nothing depends on it: an item without elements sees to that.
+  // A layer without parameters gets an item without elements, which moves its C.
   for (int layer = 0; layer < network.layer_count; ++layer) {
     if (network.layers[layer].items > 0 || network.layers[layer].measured == nullptr) continue;
     network.layers[layer].items = 1;
@@ -196,7 +208,8 @@ void launch_part(const UpdateParams& params, const std::vector<Layer>& layers, c
   if (network.items > 0) launch(kernel, network.items, false, stream, network);
 }
 
-// Launches all parts of a network, one after the other, as a Small where that holds it, else as a Large.
+// Launches all parts of a network one after the other: as a Small if that holds the part, else as a
+// Large.
 template <class Kernels, class Small, class Large>
 void launch_parts(const UpdateParams& params, const Stream& stream) {
   static_assert(sizeof(Large) <= kMostArguments);

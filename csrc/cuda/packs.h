@@ -1,8 +1,10 @@
-// How numbers move between memory and registers: in packs of 16 bytes, several of them in flight at a time.
+// How numbers move between memory and registers: in packs of 16 bytes, with several loads in flight
+// at a time.
 //
-// A multiprocessor reaches the memory's bandwidth only if enough loads are outstanding (docs/kernels.md), so a thread
-// loads all packs of a batch before it uses the first. The accesses are written in PTX (runtime.h), because the compiler
-// splits copies of structs into words and halves. tests/test_machine_code.py holds the compiled kernels to that.
+// A multiprocessor reaches the memory's bandwidth only if enough loads are outstanding
+// (docs/kernels.md), so a thread loads all packs of a batch before it uses the first. The accesses
+// are written in PTX (runtime.h), because the compiler splits copies of structs into words and
+// halves. test_machine_code.py checks the compiled kernels.
 #pragma once
 
 #include <cstring>
@@ -19,9 +21,9 @@ __device__ __forceinline__ void from_float(float value, float& out) { out = valu
 __device__ __forceinline__ void from_float(float value, __half& out) { out = __float2half_rn(value); }
 __device__ __forceinline__ void from_float(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
 
-// Stochastic rounding: up with the probability of the part that is cut off. Infinities and NaN, which have an exponent
-// of ones, are not moved.
-__device__ __forceinline__ void from_float_at_random(float value, uint32_t random, __nv_bfloat16& out) {
+// Stochastic rounding: rounds the magnitude up with the probability that the cut-off bits give.
+// Infinities and NaN (all exponent bits set) are kept.
+__device__ __forceinline__ void from_float_stochastically(float value, uint32_t random, __nv_bfloat16& out) {
   const uint32_t bits = __float_as_uint(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return from_float(value, out);
   out = __ushort_as_bfloat16(static_cast<unsigned short>((bits + (random & 0xffffu)) >> 16));
@@ -29,7 +31,7 @@ __device__ __forceinline__ void from_float_at_random(float value, uint32_t rando
 
 constexpr int kPackBytes = 16;
 
-// As many numbers as one access moves.
+// The numbers that one access moves.
 template <class T_>
 struct alignas(kPackBytes) Pack {
   using T = T_;
@@ -45,7 +47,7 @@ struct Single {
   T at[1];
 };
 
-// As many floats as P has numbers: one pack, or two.
+// As many floats as P has numbers, in one pack or two.
 template <class P>
 struct alignas(P::size == 1 ? sizeof(float) : kPackBytes) Floats {
   using T = float;
@@ -53,7 +55,8 @@ struct alignas(P::size == 1 ? sizeof(float) : kPackBytes) Floats {
   float at[size];
 };
 
-// The pack that begins at `from`, if it is wanted; else `pack` keeps its bits, and nothing is read.
+// Loads the pack that begins at `from`, if it is wanted. Otherwise nothing is read and `pack` keeps
+// its bits.
 template <class P>
 __device__ __forceinline__ void load_if(bool wanted, const typename P::T* from, P& pack) {
   if constexpr (P::size == 1) {

@@ -1,9 +1,10 @@
-// Which neurons a parameter's elements belong to, and with which plasticity they move.
+// The neurons that a parameter's elements belong to, and the plasticity with which the elements
+// move.
 //
-// The elements of one run lie behind each other and belong to one neuron (api.h). A block keeps the plasticity of its
-// item's neurons in a table in shared memory; a pack finds out from it what its elements do. If no run is shorter than a
-// pack, the pack belongs to two neurons at most. In biases and transposed linear layers each element belongs to a
-// different neuron.
+// The elements of one run are contiguous and belong to one neuron (api.h). A block keeps the
+// plasticity of its item's neurons in a table in shared memory, where each pack looks up that of
+// its elements. If no run is shorter than a pack, a pack belongs to two neurons at most. In biases
+// and transposed linear layers, each element belongs to another neuron.
 #pragma once
 
 #include "elements.h"
@@ -11,7 +12,7 @@
 
 namespace npc::cuda {
 
-constexpr int kRuns = 4096;  // runs of one neuron that an item holds at most, but for the one it begins in
+constexpr int kRuns = 4096;  // the most runs of an item, not counting the one in which it begins
 
 struct Parameter : Elements {
   int64_t outer, middle, run;
@@ -23,16 +24,18 @@ __device__ __forceinline__ int64_t neuron_of_run(const Parameter& p, int64_t run
   return p.first_neuron + run / (p.outer * p.middle) * p.middle + run % p.middle;
 }
 
-// Whether a parameter's neurons follow each other again and again, so few of them that a table holds them all.
+// Whether a parameter's neurons follow each other repeatedly, and are so few that a table holds
+// them all.
 __host__ __device__ inline bool repeats(const Parameter& p) {
   return p.outer > 1 && p.middle <= kRuns && p.outer * p.middle * p.run == p.size;
 }
 
-// To which neurons an item's elements belong, as places in a table of their plasticity: run after run, or, if the
-// parameter repeats, neuron after neuron. Lengths count elements, and none is longer than an item may be.
+// The neurons that an item's elements belong to, as places in a table of their plasticity. The
+// table goes run by run, or neuron by neuron if the parameter repeats. Lengths count elements and
+// are cut to what an item can hold.
 struct Runs {
-  int first, others;      // length of the item's first run, and of each other
-  int place, places;      // of the first run, and how many there are before the first comes again
+  int first, others;            // the length of the item's first run and of each other run
+  int place, places;            // the first run's place, and the number of places before the first comes again
   float per_other, per_places;  // 1 / others and 1 / places; 0 if places do not come again
 
   // floor(number / divisor), exact for numbers below 2^21.
@@ -47,14 +50,14 @@ struct Runs {
   }
 };
 
-// What a visitor finds out about a pack before it loads it.
+// What is known about a pack before it is loaded.
 struct PackPlasticity {
-  bool any;             // of its elements has a plasticity that differs from 0
-  float first, second;  // of the neurons that it belongs to, two at most if no run is shorter than a pack
-  int split;            // the element with which the second begins
+  bool any;             // whether any element has a plasticity other than 0
+  float first, second;  // the plasticity of its neurons: two at most if no run is shorter than a pack
+  int split;            // the element at which the second neuron begins
 };
 
-// The plasticity of an item's elements, by the table.
+// Looks up the plasticity of an item's elements in the table.
 struct FromTable {
   const Runs& runs;
   const float* table;
@@ -78,12 +81,12 @@ struct FromTable {
 #pragma unroll
       for (int k = 0; k < size; ++k) plasticity[k] = k < found.split ? found.first : found.second;
     } else {
-      for_each<size>(at, [&](int k, float one) { plasticity[k] = one; });
+      for_each<size>(at, [&](int k, float of_element) { plasticity[k] = of_element; });
     }
   }
 
  private:
-  // Where a pack may belong to many neurons.
+  // For packs that may belong to many neurons.
   template <int size, class Visit>
   __device__ __forceinline__ void for_each(int at, const Visit& visit) const {
     int run = runs.run_of(at), end = runs.first + run * runs.others - at;
@@ -108,7 +111,7 @@ __device__ __forceinline__ Runs runs_of(const Parameter& p, int64_t begin, int64
   return {first, others, static_cast<int>(first_run % p.middle), places, 1.0f / others, 1.0f / places};
 }
 
-// Writes the plasticity of the neurons of an item as Runs finds it, `places` of them.
+// Writes the first `places` places of an item's table, in the order of Runs.
 __device__ inline void fill_table(const Parameter& p, const Layer& layer, const Total& total, int64_t first_run,
                                   int places, float* table) {
   for (int place = thread(); place < places; place += kThreads) {

@@ -1,5 +1,5 @@
-// The CUDA runtime, and the few things that a host compiler needs in its place: the tests also compile the kernels for
-// the CPU, with the header of tests/cuda_on_cpu.
+// The CUDA runtime, and what depends on the GPU itself. The tests also compile the kernels for the
+// CPU; then cuda_on_cpu.h in tests/ stands in for both.
 #pragma once
 
 #if defined(NPC_CUDA_ON_CPU)
@@ -15,7 +15,7 @@
 
 namespace npc::cuda {
 
-constexpr int kThreads = 256;  // of every block
+constexpr int kThreads = 256;                             // in every block
 constexpr int64_t kFirstBytes = int64_t{4} << 20;         // of a stream's workspace; more than most launches need
 constexpr int64_t kFirstCaptureBytes = int64_t{1} << 20;  // of a workspace inside a CUDA graph
 
@@ -26,18 +26,18 @@ __device__ __forceinline__ T& shared_memory() {
   return memory;
 }
 
-// 16 bytes, as one access moves them between memory and registers.
+// The 16 bytes that one access moves between memory and registers.
 struct alignas(16) Words {
   uint32_t at[4];
 };
 
-// Reads if `wanted`; else `words` stays as it is. An access that the compiler can neither split nor move past another.
+// Reads if `wanted`; otherwise `words` stays as it is. The compiler can neither split this access
+// nor move it past another.
 __device__ __forceinline__ void load_16_bytes_if(bool wanted, const void* from, Words& words) {
-  asm volatile(
-      "{ .reg .pred wanted; setp.ne.u32 wanted, %4, 0; @wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%5]; }"
-      : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3])
-      : "r"(static_cast<uint32_t>(wanted)), "l"(__cvta_generic_to_global(from))
-      : "memory");
+  asm volatile("{ .reg .pred wanted; setp.ne.u32 wanted, %4, 0; @wanted ld.global.v4.u32 {%0, %1, %2, %3}, [%5]; }"
+               : "+r"(words.at[0]), "+r"(words.at[1]), "+r"(words.at[2]), "+r"(words.at[3])
+               : "r"(static_cast<uint32_t>(wanted)), "l"(__cvta_generic_to_global(from))
+               : "memory");
 }
 
 __device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {
@@ -51,7 +51,8 @@ __device__ __forceinline__ void prefetch(const void* from) {
   asm volatile("prefetch.global.L2 [%0];" ::"l"(__cvta_generic_to_global(from)));
 }
 
-// Waits until every thread of a cooperative launch is here; what they wrote before is visible after.
+// Waits until every thread of a cooperative launch is here. What they wrote before is visible
+// afterwards.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
 }  // namespace npc::cuda

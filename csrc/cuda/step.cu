@@ -1,5 +1,5 @@
-// A whole NPC step in one cooperative launch: eq. 2 of every layer, a barrier for the whole device, and then eqs. 3, 4,
-// 7 and the weight update. importance.h and update.h hold the two halves.
+// A whole NPC step in one cooperative launch: eq. 2 of every layer, a barrier of the whole grid,
+// and then eqs. 3, 4, 7 and the weight update. importance.h and update.h have the two halves.
 
 #include "importance.h"
 #include "network.h"
@@ -12,7 +12,7 @@ using StepNetwork = Network<114, 34>;
 struct NetworkStep {
   StepNetwork network;
   WideLayers<StepNetwork::kLayers> wide;
-  int64_t blocks[StepNetwork::kLayers + 1];  // of eq. 2, counted up through the layers
+  int64_t blocks[StepNetwork::kLayers + 1];  // eq. 2's blocks before each layer, and of all
   ImportanceWork importance[StepNetwork::kLayers];
 };
 static_assert(sizeof(NetworkStep) <= kMostArguments);
@@ -40,11 +40,11 @@ __device__ __forceinline__ void importance_of_all(const NetworkStep& step, Impor
   for (int64_t block = blockIdx.x; block < step.blocks[step.network.layer_count]; block += gridDim.x) {
     while (block >= step.blocks[layer + 1]) ++layer;
     const ImportanceWork& work = step.importance[layer];
-    const int64_t own = block - step.blocks[layer];
+    const int64_t in_layer = block - step.blocks[layer];
     switch (work.params.dtype) {
-      case DType::float32: importance_typed<float>(work, own, shared); break;
-      case DType::float16: importance_typed<__half>(work, own, shared); break;
-      default: importance_typed<__nv_bfloat16>(work, own, shared); break;
+      case DType::float32: importance_typed<float>(work, in_layer, shared); break;
+      case DType::float16: importance_typed<__half>(work, in_layer, shared); break;
+      default: importance_typed<__nv_bfloat16>(work, in_layer, shared); break;
     }
     __syncthreads();  // shared memory may be written again
   }
@@ -69,14 +69,15 @@ __global__ void __launch_bounds__(kThreads, 2) step_kernel(const __grid_constant
   }
 }
 
-// The scratch that a layer needs.
+// The scratch memory that a layer needs.
 int64_t scratch_bytes(const LayerParams& layer, const ImportanceWork& work, bool moves_first) {
   return Scratch::bytes_of<float>(work.partial_sums()) + Scratch::bytes_of<float>(work.params.neurons) +
          (moves_first ? wide_scratch_bytes(layer) : 0);
 }
 
-// Describes a part of a network, whose layers are all measured, and takes its scratch. `works`: eq. 2 of every layer;
-// `done`: the layers that the launches before this one measure, and move first.
+// Describes a part of a network whose layers are all measured, and takes its scratch memory. works:
+// eq. 2 of every layer. done: the layers that earlier launches measure, and whose C they move if it
+// is moved before the update.
 NetworkStep describe_step(const std::vector<ImportanceWork>& works, const UpdateParams& params,
                           const std::vector<Layer>& layers, std::vector<bool>& done, const Part& part, int64_t resident,
                           Scratch& scratch) {
@@ -115,7 +116,8 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
     bytes += scratch_bytes(params.layers[layer], works.back(), first[layer]);
   }
 
-  // All scratch is there before the first launch, so that a step is done as a whole or not at all.
+  // All scratch memory is allocated before the first launch, so that a step happens as a whole or
+  // not at all.
   Scratch scratch(stream, bytes);
   std::vector<Layer> layers = layers_of(params);
   for (int64_t layer = 0; layer < params.layer_count; ++layer) {
@@ -128,8 +130,7 @@ void launch_network_step(const ImportanceParams* inputs, const UpdateParams& par
     steps.push_back(describe_step(works, params, layers, done, part, resident, scratch));
   }
   for (const NetworkStep& step : steps) {
-    const int64_t blocks =
-        std::max({step.network.items, step.blocks[step.network.layer_count], step.wide.chunks()});
+    const int64_t blocks = std::max({step.network.items, step.blocks[step.network.layer_count], step.wide.chunks()});
     if (blocks > 0) launch(step_kernel, std::min(blocks, resident), true, stream, step);
   }
 }

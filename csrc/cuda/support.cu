@@ -1,4 +1,5 @@
-// Whether the kernels run on a GPU: is the driver new enough, and does the module have code for the GPU?
+// Whether the kernels run on a GPU: the driver must be new enough, and the module must have code for
+// the GPU.
 
 #include <algorithm>
 #include <sstream>
@@ -8,11 +9,11 @@
 namespace npc::cuda {
 namespace {
 
-// The oldest CUDA version that a driver must support: that of the runtime that is linked in, by its major version, and
-// 12.1 for kernels with more than 4 KB of arguments.
+// The oldest CUDA version that a driver must support: the major version of the runtime that is
+// linked in, and at least 12.1, because kernels have more than 4 KB of arguments.
 constexpr int kNeededDriver = std::max(12010, CUDART_VERSION / 1000 * 1000);
 
-// The driver of that version, where its number is known.
+// The first driver of that version, where its number is known.
 const char* needed_driver_name() { return kNeededDriver == 12010 ? "530" : kNeededDriver == 13000 ? "580" : ""; }
 
 // As in "13.0".
@@ -33,7 +34,7 @@ std::string arch_of(int device) {
   return std::to_string(major) + std::to_string(minor);
 }
 
-// Both calls look the kernel up for the current device, and load it where loading is lazy.
+// Both calls look up the kernel for the current device, and load it if loading is lazy.
 cudaError_t find_kernel(const void* kernel) {
   cudaFuncAttributes attributes = {};
   if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel); error != cudaSuccess) return error;
@@ -41,8 +42,8 @@ cudaError_t find_kernel(const void* kernel) {
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0);
 }
 
-// Whether code compiled for this very GPU would have been found.
-bool is_for_want_of_code(cudaError_t error) {
+// Whether code compiled for this GPU would have been found.
+bool lacks_code(cudaError_t error) {
   switch (error) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
@@ -85,7 +86,7 @@ Obstacle why_not_on(int device, const std::string& archs) {
     const cudaError_t error = find_kernel(any_kernel());
     if (error == cudaSuccess) return {"", false};
     cudaGetLastError();  // clears it, so that no later call reports it
-    if (!is_for_want_of_code(error)) check(error, "looking for a kernel");
+    if (!lacks_code(error)) check(error, "looking for a kernel");
     const std::string arch = arch_of(device);
     return {"the module has code for " + listed(archs) + ", but GPU " + std::to_string(device) + " is sm_" + arch +
                 " (" + cudaGetErrorName(error) + ")",

@@ -1,4 +1,4 @@
-// Eqs. 3, 4, 7 and the weight update of a whole network in one launch; update.h says how.
+// Eqs. 3, 4, 7 and SGD's step of a whole network in one launch. update.h says how.
 
 #include "network.h"
 
@@ -24,7 +24,9 @@ struct SgdKernels {
 
 }  // namespace
 
-const void* any_kernel() { return reinterpret_cast<const void*>(update_kernel<Kind<float, false, false>, SmallNetwork>); }
+const void* any_kernel() {
+  return reinterpret_cast<const void*>(update_kernel<Kind<float, false, false>, SmallNetwork>);
+}
 
 void launch_update(const UpdateParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);

@@ -1,36 +1,42 @@
 // Eqs. 3, 4, 7 and the weight update of all layers on the device.
 //
-// The elements of all parameters are divided into items of at most kItem elements, each of one parameter; a block works
-// on one item. It
+// The elements of all parameters are divided into items of at most kItem elements. Each item is
+// part of one parameter, and a block works on one item:
 //
-//   1. starts to bring the item's first packs into the L2 cache, except those of neurons that are frozen already;
-//   2. sums its layer's measured importance, as every block of the layer does, in the same order, so that all agree;
-//   3. fills a table with the plasticity of the neurons that the item's elements belong to, from their C and its new
-//      value, and arrives at the layer's counter;
-//   4. moves the elements, several packs a thread at a time (elements.h). A pack whose neurons are all frozen is neither
-//      read nor written; one that lies in a frozen neuron and another writes the frozen bits back as they were;
-//   5. writes the layer's new C, if it was the last block to arrive: the others have read the old one.
+//   1. It starts to bring the item's first packs into the L2 cache, except those of neurons that
+//      are already frozen.
+//   2. It sums its layer's measured importance. All blocks of the layer do so in the same order, so
+//      that they agree.
+//   3. It fills a table with the plasticity of the item's neurons, from their old C and their new
+//      one, and arrives at the layer's counter.
+//   4. It moves the elements, several packs a thread at a time (elements.h). A pack whose neurons
+//      are all frozen is neither read nor written. In a pack that is partly frozen, the frozen
+//      elements are written back as they were.
+//   5. If it was the last block to arrive, it writes the layer's new C: all others have read the
+//      old one.
 //
-// Layers of very many neurons, and those whose parameters are in several launches, have their C moved before, and their
-// plasticity written (wide.h). The last block of a parameter counts its steps, where they are counted.
+// Where a layer has very many neurons, or its parameters are in several launches, C is moved and
+// the plasticity written before the update (wide.h). The last block of a parameter counts its
+// steps, where they are counted.
 //
-// Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), 5 * sizeof(T) with momentum; nothing
-// for the elements of frozen neurons, whose first moment was cleared in the step that froze them. A layer's importance
-// comes out of the cache for all blocks but the first.
+// Traffic: 3 * sizeof(T) bytes an element (value read and written, gradient read), or 5 * sizeof(T)
+// with momentum. The elements of frozen neurons cause none. All blocks of a layer but the first
+// read its importance from the cache.
 #pragma once
 
 #include "runs.h"
 
 namespace npc::cuda {
 
-// The whole network, by value in the kernel's arguments. P: Parameter, or what another step needs beside it.
+// The whole network, by value in the kernel's arguments. P: Parameter, or a struct with what
+// another step also needs.
 template <int kParameters_, int kLayers_, class P = Parameter>
 struct Network {
   static constexpr int kParameters = kParameters_, kLayers = kLayers_;
   using OneParameter = P;
   const float* grad_scale;
   const float* found_inf;
-  unsigned* arrived;  // [layer_count], and [parameter_count] more where steps are counted, zero
+  unsigned* arrived;  // [layer_count], and [parameter_count] more where steps are counted; all zero
   int64_t items;
   int parameter_count, layer_count;
   Layer layers[kLayers];
@@ -38,53 +44,40 @@ struct Network {
 };
 
 struct UpdateShared {
-  float plasticity[kRuns + 2];  // of the neurons that an item's runs belong to
+  float plasticity[kRuns + 2];  // of the neurons of an item's runs
   SumShared sums;
   bool last;
 };
 
-// The step of SGD; a visitor as elements.h says.
+// SGD's step; a visitor (elements.h).
 template <class Kind>
-struct Sgd {
-  using T = typename Kind::T;
+struct Sgd : Weights<typename Kind::T, Kind::kMomentum> {
+  using Base = Weights<typename Kind::T, Kind::kMomentum>;
   static constexpr int kPacks = Kind::kMomentum ? 2 : 4;
-  static constexpr int kBlocks = Kind::kRandom && !Kind::kMomentum ? 2 : 3;  // a multiprocessor: what registers allow
+  static constexpr int kBlocks = Kind::kRandom && !Kind::kMomentum ? 2 : 3;  // of a multiprocessor, as registers allow
 
-  template <class P>
-  struct Packs {
-    P value, gradient, momentum;
-  };
-
-  Weights<T, Kind::kMomentum> weights;
   Step step;
   Rounding<Kind> rounding;
 
   __device__ __forceinline__ Sgd(const Parameter& p, int64_t begin, const float* grad_scale)
-      : weights(p, begin), step(step_of(p, grad_scale)), rounding(p, begin) {}
+      : Base(p, begin), step(step_of(p, grad_scale)), rounding(p, begin) {}
 
   template <class P>
-  __device__ __forceinline__ void load(bool wanted, int at, Packs<P>& packs) const {
-    weights.load(wanted, at, packs);
-  }
-
-  __device__ __forceinline__ void prefetch(int at) const { weights.prefetch(at); }
-
-  template <class P>
-  __device__ __forceinline__ void use(int at, Packs<P>& packs, const float (&plasticity)[P::size]) const {
+  __device__ __forceinline__ void use(int at, WeightPacks<P>& packs, const float (&plasticity)[P::size]) const {
 #pragma unroll
     for (int k = 0; k < P::size; ++k) {
       const float before = to_float(packs.value.at[k]), rate = plasticity[k] * step.lr;
       float velocity = to_float(packs.momentum.at[k]);
-      const float after =
-          moved(step, before, to_float(packs.gradient.at[k]), rate, weights.has_momentum(), velocity);
+      const float after = moved(step, before, to_float(packs.gradient.at[k]), rate, this->has_momentum(), velocity);
       if (plasticity[k] > 0.0f) packs.value.at[k] = rounding(after, at + k);
       if (plasticity[k] != 0.0f) from_float(plasticity[k] > 0.0f ? velocity : 0.0f, packs.momentum.at[k]);
     }
-    weights.write(at, packs);
+    this->write(at, packs);
   }
 };
 
-// Counts a step of the parameter if this is the last of its blocks, where steps are counted; a barrier for the block.
+// Counts a step of the parameter, where steps are counted, if this is the last of its blocks. A
+// barrier for the block.
 template <class N, class P>
 __device__ __forceinline__ void count_step(const N& network, const P& p, UpdateShared& shared) {
   if (p.steps == nullptr) return __syncthreads();
@@ -92,7 +85,7 @@ __device__ __forceinline__ void count_step(const N& network, const P& p, UpdateS
   if (arrives_last(counter, static_cast<unsigned>(items_of(p)), shared.last) && thread() == 0) ++*p.steps;
 }
 
-// One item. All threads of the block call it, and may call it again at once.
+// Works on one item. All threads of the block call it, and may call it again right away.
 template <template <class> class Visitor, class Kind, class N>
 __device__ __forceinline__ void update_item(const N& network, int64_t item, UpdateShared& shared) {
   const auto& p = parameter_of(network, item);
@@ -110,9 +103,8 @@ __device__ __forceinline__ void update_item(const N& network, int64_t item, Upda
   const int places = repeats(p) ? runs.places : runs.run_of(count - 1) + (count > 0);
   if (p.outer == 1 || repeats(p)) {
     const int64_t first_neuron = p.first_neuron + (repeats(p) ? 0 : first_run);
-    prefetch_elements(p, visitor, count, [&](int at) {
-      return may_move(layer, first_neuron + runs.place_of(runs.run_of(at)));
-    });
+    prefetch_elements(p, visitor, count,
+                      [&](int at) { return may_move(layer, first_neuron + runs.place_of(runs.run_of(at))); });
   }
   const bool measured = layer.measured != nullptr;
   const Total total = measured ? total_of(layer, shared.sums) : Total{0.0f, 0.0f};

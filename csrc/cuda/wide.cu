@@ -1,4 +1,4 @@
-// Eqs. 3, 4 and 7 of layers of very many neurons, before the update; wide.h says why and how.
+// Eqs. 3, 4 and 7 before the update. wide.h says of which layers, and how.
 
 #include "wide.h"
 

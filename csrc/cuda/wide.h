@@ -1,17 +1,20 @@
-// Layers whose C is moved before the update: those of very many neurons, and those whose parameters are in several
-// launches.
+// Layers whose C is moved before the update: those with very many neurons, and those with
+// parameters in several launches.
 //
-// In update.h every block sums its layer's whole measured importance again, which costs little while that is small.
-// A head of 128,000 neurons by 4,096 has 32,000 blocks: 16 GB out of the cache, beside 6.3 GB of memory traffic. So the
-// importance of a layer above kWide neurons is summed once, and its C is moved before the update, in one cooperative
-// launch: blocks sum chunks of kChunk neurons, meet, add up the sums of all chunks in the same order, and move the C of
-// their chunks (eqs. 3 and 4). The update then could no longer tell which neurons this step freezes, so the launch also
-// writes their plasticity (eq. 7), which the update reads. step.cu does the same within its launch; chunks do not
-// depend on the number of blocks, so both give the same bits.
+// In update.h every block of a layer sums the layer's whole measured importance, which costs little
+// while there is little of it. A head of 128,000 neurons by 4,096 has 32,000 blocks: they would
+// read 16 GB from the cache, in addition to 6.3 GB of memory traffic. So the importance of a layer
+// above kWide neurons is summed once, and its C is moved before the update, in one cooperative
+// launch. Blocks sum chunks of kChunk neurons, meet at a barrier, add up the sums of all chunks in
+// the same order, and move the C of their chunks (eqs. 3 and 4). The update can then no longer tell
+// which neurons this step freezes, so the launch also writes their plasticity (eq. 7) for the
+// update to read. step.cu does the same within its launch. Chunks do not depend on the number of
+// blocks, so both give the same bits.
 //
-// A layer whose parameters are in several launches goes the same way, whatever its size.
+// A layer with parameters in several launches is treated in the same way, whatever its size.
 //
-// Traffic: 8 bytes a neuron for the sum and C read and written, from the cache the second time; 4 for its plasticity.
+// Traffic: 8 bytes a neuron for the sum, and for C read and written, from the cache the second
+// time; 4 for plasticity.
 #pragma once
 
 #include <vector>
@@ -22,16 +25,16 @@
 
 namespace npc::cuda {
 
-constexpr int64_t kWide = 4096;   // neurons: layers above have their C moved before
+constexpr int64_t kWide = 4096;   // neurons; the C of larger layers is moved before the update
 constexpr int64_t kChunk = 1024;  // neurons
 
-// Chunks are counted through all layers.
+// Chunks are numbered through all layers.
 template <int kLayers_>
 struct WideLayers {
   static constexpr int kLayers = kLayers_;
   ChunkSum* sums;  // scratch, [chunks]
   int layer_count;
-  int64_t first_chunk[kLayers + 1];  // of each layer, and the end
+  int64_t first_chunk[kLayers + 1];  // of each layer, and after the last
   Layer layers[kLayers];
 
   void add(const Layer& layer) {
@@ -49,7 +52,7 @@ __device__ __forceinline__ Interval neurons_of(const W& wide, int layer, int64_t
   return {begin, begin + kChunk < neurons ? begin + kChunk : neurons};
 }
 
-// The first half, before the grid's barrier.
+// The first half, before the barrier of the grid.
 template <class W>
 __device__ __forceinline__ void sum_chunks(const W& wide, SumShared& shared) {
   int layer = 0;
@@ -74,7 +77,7 @@ __device__ __forceinline__ Total total_of_chunks(const W& wide, int layer, SumSh
   return {static_cast<float>(total), static_cast<float>(active)};
 }
 
-// The second half, behind the barrier.
+// The second half, after the barrier.
 template <class W>
 __device__ __forceinline__ void average_chunks(const W& wide, SumShared& shared) {
   Total total = {0.0f, 0.0f};
@@ -83,26 +86,25 @@ __device__ __forceinline__ void average_chunks(const W& wide, SumShared& shared)
     while (chunk >= wide.first_chunk[layer + 1]) ++layer;
     if (layer != summed) total = total_of_chunks(wide, layer, shared);
     summed = layer;
-    const Layer& own = wide.layers[layer];
+    const Layer& current = wide.layers[layer];
     const Interval neurons = neurons_of(wide, layer, chunk);
     for (int64_t i = neurons.begin + thread(); i < neurons.end; i += kThreads) {
-      const float average = averaged(own, total, i);
-      own.plasticity[i] = plasticity_of(own, average, i);
-      own.importance[i] = average;
+      const float average = averaged(current, total, i);
+      current.plasticity[i] = plasticity_of(current, average, i);
+      current.importance[i] = average;
     }
-    if (chunk == wide.first_chunk[layer] && thread() == 0 && !isfinite(total.sum)) ++*own.nonfinite_steps;
+    if (chunk == wide.first_chunk[layer] && thread() == 0 && !isfinite(total.sum)) ++*current.nonfinite_steps;
   }
 }
 
 inline bool is_wide(const LayerParams& layer) { return layer.neurons > kWide; }
 
-// The scratch that a layer needs whose C is moved before.
+// The scratch memory that a layer needs if its C is moved before the update.
 inline int64_t wide_scratch_bytes(const LayerParams& layer) {
-  return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) +
-         Scratch::bytes_of<float>(layer.neurons);
+  return Scratch::bytes_of<ChunkSum>((layer.neurons + kChunk - 1) / kChunk) + Scratch::bytes_of<float>(layer.neurons);
 }
 
-// Moves the C of those of `layers` that are to be moved before (`first`, of each layer), and sets their plasticity.
+// Moves the C of the layers for which `first` is true, and sets their plasticity.
 void move_first(std::vector<Layer>& layers, const std::vector<bool>& first, const float* found_inf, Scratch& scratch,
                 const Stream& stream);
 

@@ -1,4 +1,4 @@
-// Allocates and keeps workspaces; workspace.h says which there are.
+// Allocates and keeps the workspaces that workspace.h describes.
 
 #include "workspace.h"
 
@@ -10,7 +10,7 @@
 namespace npc::cuda {
 namespace {
 
-// Ids are unique while the process lives.
+// Ids are unique in a process.
 struct Capture {
   bool active;
   unsigned long long id;
@@ -20,7 +20,7 @@ Capture capture_of(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   unsigned long long id = 0;
   const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id);
-  if (error == cudaErrorStreamCaptureImplicit) {  // the default stream, while another stream captures: it does not
+  if (error == cudaErrorStreamCaptureImplicit) {  // the default stream, which does not capture, while another one does
     cudaGetLastError();
     return {false, 0};
   }
@@ -29,8 +29,8 @@ Capture capture_of(cudaStream_t stream) {
   return {true, id};
 }
 
-// Zeros the counters. Inside a capture the memset must run now, and must not become a node of the graph: it runs on a
-// stream that depends on nothing, and is waited for.
+// Sets the counters to zero. Inside a capture, the memset must run now and must not become a node
+// of the graph. So it runs on a stream that depends on nothing, and this waits for it.
 cudaError_t clear(void* data, cudaStream_t stream, const Capture& capture) {
   if (!capture.active) return cudaMemsetAsync(data, 0, kZeroedBytes, stream);
   cudaStream_t aside = nullptr;
@@ -62,7 +62,7 @@ Workspace allocate(const Stream& stream, int64_t bytes, const Capture& capture) 
 struct Workspaces {
   std::mutex mutex;
   std::map<std::tuple<int, void*, bool, unsigned long long>, Workspace> newest;  // device, stream, capture
-  std::map<int, int64_t> bytes;                                                  // of all, by device
+  std::map<int, int64_t> bytes;                                                  // of all workspaces, by device
 };
 
 // Never destroyed: host threads may still launch while the process ends.

@@ -1,11 +1,11 @@
-// Scratch memory of the launches. It belongs to this module and not to torch, so that a launch inside a CUDA graph takes
-// no memory from the graph's pool and adds no node to the graph.
+// Scratch memory of the launches. It belongs to this module and not to torch, so a launch inside a
+// CUDA graph takes no memory from the graph's pool and adds no node to the graph.
 //
-// Launches on one stream follow each other, so they share a workspace. A captured graph may be replayed on any stream
-// at any time, so each capture gets workspaces of its own. Nothing is ever given back: a launch in flight or a replay
-// may still use it. That keeps
+// Launches on one stream follow each other, so they share a workspace. A captured graph may be
+// replayed on any stream at any time, so each capture has separate workspaces. No workspace is ever
+// freed, because a launch in flight or a replay may still use it. So the module keeps
 //
-//   kFirstBytes (4 MiB) for each stream; a workspace that is too small is replaced by one at least twice as large,
+//   kFirstBytes (4 MiB) for each stream; if that is too little, another one at least twice as large;
 //   kFirstCaptureBytes (1 MiB) for each captured graph and each stream that it was captured on.
 #pragma once
 
@@ -15,24 +15,25 @@
 
 namespace npc::cuda {
 
-constexpr int64_t kZeroedBytes = 256 * 1024;  // at the start of a workspace: zero before and after every launch
+constexpr int64_t kZeroedBytes = 256 * 1024;  // at the start of a workspace; zero before and after every launch
 
 struct Workspace {
   void* data;
   int64_t bytes;
 };
 
-// The workspace of a stream of the current device, or of its capture, with at least so many bytes. Thread safe.
+// The workspace of a stream of the current device, or of its capture, with at least `bytes` bytes.
+// Thread safe.
 Workspace workspace_of(const Stream& stream, int64_t bytes);
 
-// Hands out the scratch of one operation, whose launches follow each other: counters, which are zero between launches,
-// and arrays.
+// Divides the scratch memory of one operation, whose launches follow each other, into arrays and
+// into counters. Counters are zero between launches.
 class Scratch {
  public:
-  // `bytes`: the sum of bytes_of() for all arrays.
+  // bytes: the sum of bytes_of() over all arrays.
   Scratch(const Stream& stream, int64_t bytes) : workspace_(workspace_of(stream, kZeroedBytes + bytes)) {}
 
-  // What an array takes: each begins on 16 bytes.
+  // The bytes that an array takes. Every array begins at a multiple of 16.
   template <class T>
   static int64_t bytes_of(int64_t count) {
     return (count * int64_t{sizeof(T)} + 15) / 16 * 16;

@@ -1,16 +1,19 @@
-// CUDA for the tests, on the CPU: what csrc/cuda uses of the CUDA runtime, with a host meaning.
+// CUDA on the CPU, for the tests: implements what csrc/cuda uses of the CUDA runtime.
 //
-// Every thread of a block is a thread of the process where a sanitizer watches, else a fiber (threads.h). They meet at
-// __syncthreads(), at shuffles and, in a cooperative launch, at the grid's barrier, and nowhere else. So the thread
-// sanitizer sees a missing barrier, and the address sanitizer sees an index out of bounds. A block's shared memory is heap memory of its exact
-// size, filled with garbage before each block; "device memory" is the process's own.
+// Every thread of a block is a thread of the process if a sanitizer runs, and otherwise a fiber
+// (threads.h). They meet at __syncthreads(), at shuffles and, in a cooperative launch, at the grid's
+// barrier, and nowhere else. So the thread sanitizer sees a missing barrier, and the address sanitizer
+// sees an index out of bounds. A block's shared memory is heap memory of its exact size, filled with
+// garbage before each block. "Device memory" is the process's memory.
 //
-// An environment variable breaks the kernels, so that tests can show that the thread sanitizer objects: with
-// CUDA_ON_CPU_WITHOUT_BARRIER_IN=name the barriers in the function of that name do nothing.
+// An environment variable breaks the kernels, so that tests can show that the thread sanitizer
+// objects: with CUDA_ON_CPU_WITHOUT_BARRIER_IN=name the barriers in the function of that name do
+// nothing.
 //
-// Tests find the variables in "state" by their names and set them: what the "GPU" is like, and whether streams capture.
-// As on a GPU, a capture forbids allocations, unless the thread's capture mode is relaxed. A capture here runs kernels at
-// once; what else would become a node of the graph is an error, because the launches of npc_ext are to be kernels only.
+// Tests find the variables marked CUDA_ON_CPU_STATE by their names and set them: they describe the
+// "GPU" and say whether streams capture. As on a GPU, a capture forbids allocations, unless the
+// thread's capture mode is relaxed. A capture here runs kernels at once. Anything else that would
+// become a node of the graph is an error, because npc_ext launches kernels only.
 #pragma once
 
 #include <algorithm>
@@ -90,7 +93,7 @@ T shuffle_xor(T value, int offset) {
 #define __syncthreads() cuda_on_cpu::syncthreads(__func__)
 #define __shfl_xor_sync(mask, value, offset) cuda_on_cpu::shuffle_xor(value, offset)
 
-// "State", as tests set and read it; more of it below.
+// Variables that tests set and read. There are more below.
 #define CUDA_ON_CPU_STATE __attribute__((used, visibility("default"))) inline
 CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_loads = 0;     // of 16 bytes, so far
 CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_launches = 0;  // of kernels, so far
@@ -98,7 +101,8 @@ CUDA_ON_CPU_STATE std::atomic<long long> cuda_on_cpu_launches = 0;  // of kernel
 namespace npc::cuda {
 
 constexpr int kThreads = 64;  // two warps: enough for what goes on between warps
-// Workspaces are as small as they can be, so that the address sanitizer sees an index beyond their end.
+// Workspaces are as small as they can be, so that the address sanitizer sees an index beyond their
+// end.
 constexpr int64_t kFirstBytes = 0, kFirstCaptureBytes = 0;
 
 template <class T>
@@ -194,7 +198,11 @@ enum cudaError_t {
 enum { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 enum { cudaLaunchAttributeCooperative };
 enum { cudaStreamNonBlocking = 1 };
-enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal, cudaStreamCaptureModeRelaxed };
+enum cudaStreamCaptureMode {
+  cudaStreamCaptureModeGlobal,
+  cudaStreamCaptureModeThreadLocal,
+  cudaStreamCaptureModeRelaxed
+};
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 
 namespace cuda_on_cpu {
@@ -203,9 +211,7 @@ inline thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGl
 inline char created_stream;  // the handle of every stream that is created: none of them captures
 
 inline bool captures(cudaStream_t stream) { return cuda_on_cpu_capture != 0 && stream != &created_stream; }
-inline bool forbids_unsafe_calls() {
-  return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed;
-}
+inline bool forbids_unsafe_calls() { return cuda_on_cpu_capture != 0 && capture_mode != cudaStreamCaptureModeRelaxed; }
 
 }  // namespace cuda_on_cpu
 
@@ -234,8 +240,9 @@ inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_o
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? cuda_on_cpu::kProcessors
-                                                       : attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? cuda_on_cpu::kProcessors
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
   return cudaSuccess;
 }
 struct cudaFuncAttributes {};

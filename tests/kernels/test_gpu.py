@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import npc_ext
+from bench.gpu.device import captured
 from npc_ext import NPC, NPCAdamW, ops, reference
 from npc_ext.kernels import native
 from npc_ext.optim import npc
@@ -108,15 +109,7 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
     optimizer = OPTIMIZERS[name](ours, lr=lr)
     x, y = batch()
     train = trainer(ours, optimizer, x, y)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            train()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train()
+    replay = captured(train)
     state = [*ours.parameters(), *_state(optimizer)]
     saved = [tensor.detach().clone() for tensor in state]
 
@@ -128,7 +121,7 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
             generator = torch.Generator("cuda").manual_seed(step)
             x.normal_(generator=generator)
             lr.fill_(0.05 / (step + 1))
-            graph.replay()
+            replay()
         return [tensor.detach().clone() for tensor in state]
 
     first = run()
@@ -138,7 +131,7 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
         for tensor, old in zip(state, saved, strict=True):
             tensor.copy_(old)
     lr.zero_()
-    graph.replay()
+    replay()
     assert torch.equal(next(ours.parameters()), saved[0]), (
         "a learning rate of zero, set after the capture, moves nothing"
     )

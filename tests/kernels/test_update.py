@@ -876,13 +876,13 @@ def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: 
 
 def test_the_kernels_name_the_columns_of_their_tables() -> None:
     columns = cuda_on_cpu.module().COLUMNS
-    assert columns == {
-        "parameter_numbers": ("dtype", "size", "outer", "middle", "run", "layer", "nesterov", "maximize", "first_neuron"),
-        "parameter_options": ("lr", "momentum", "weight_decay"),
-        "adam_options": ("first_decay", "second_decay", "epsilon"),
-        "anchor_options": ("strength", "implicit"),
-        "layer_numbers": ("neurons", "sigma", "active_only"),
-        "layer_options": ("alpha", "beta", "delta"),
+    assert {table: " ".join(names) for table, names in columns.items()} == {
+        "parameter_numbers": "dtype size outer middle run layer nesterov maximize first_neuron",
+        "parameter_options": "lr momentum weight_decay",
+        "adam_options": "first_decay second_decay epsilon",
+        "anchor_options": "strength implicit",
+        "layer_numbers": "neurons sigma active_only",
+        "layer_options": "alpha beta delta",
     }
     operations = [getattr(torch.ops.npc_ext, name).default for name in ("update_", "adam_update_", "anchored_update_")]
     arguments = {argument.name for operation in operations for argument in operation._schema.arguments}

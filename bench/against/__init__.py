@@ -1,0 +1,1 @@
+"""Compares this checkout with another revision. `revision` works without torch, so nothing is imported here."""

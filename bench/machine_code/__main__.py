@@ -1,0 +1,88 @@
+"""What the kernels' machine code says about their memory traffic: `python -m bench.machine_code` prints a table."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from npc_ext.kernels import build, compilers
+
+from ..rows import NOT_MEASURED
+from ..tables import markdown
+from .kernels import OBJECTS, SHARED_KIB, Kernel, compiled, compiler_version, cuobjdump, kernels
+
+PACKAGES = "nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"
+# KiB in flight per multiprocessor that saturate a card's memory, and the memory's peak bandwidth in TB/s. The first
+# number is from NVIDIA's tuning of cub::DeviceTransform (cub/device/dispatch/tuning/tuning_transform.cuh). By Little's
+# law it means a latency of 1.3 microseconds under load, on 132 multiprocessors.
+CARDS = {"H100": (32, 3.35), "H200": (48, 4.8)}
+
+
+def table(found: Sequence[Kernel]) -> str:
+    """The table of docs/kernels.md: kernels with packed loops, and what their loads in flight allow."""
+    rows: list[list[str]] = []
+    for kernel in found:
+        name = re.sub(r"(, )?\w*Network<[^<>]*>", "", kernel.name).replace("<>", "")  # for any number of parameters
+        allowed = [min(1, kernel.kib_in_flight / needed) * peak for needed, peak in CARDS.values()]
+        numbers = [kernel.loads_in_flight, kernel.registers, kernel.blocks, kernel.kib_in_flight]
+        row = [f"`{name}`", *map(str, numbers), *(f"{bandwidth:.2f}" for bandwidth in allowed), NOT_MEASURED]
+        if kernel.loops and row not in rows:
+            rows.append(row)
+    header = ["kernel", "loads in flight", "registers", "blocks", "KiB in flight"]
+    return markdown([*header, *(f"TB/s, {card}" for card in CARDS), "measured share"], rows)
+
+
+def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kernel]:
+    """The kernels of files (default: of the build) whose names match. Raises ValueError if there are none."""
+    if cuobjdump() is None:
+        raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
+    if absent := [str(one) for one in files if not one.exists()]:
+        raise ValueError(f"there is no {', '.join(absent)}")
+    if any(one.suffix == ".cu" for one in files) and compilers.nvcc() is None:
+        raise ValueError("there is no nvcc to compile with")
+    if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
+        raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
+    if OBJECTS in files[0].parents and (why := _why_stale()):
+        raise ValueError(f"the objects in {OBJECTS} are older than the sources ({why}); call make first")
+    with tempfile.TemporaryDirectory() as folder:
+        objects = [compiled(one, arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
+        if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:
+            return found
+    raise ValueError(f"no such kernel with code for sm_{arch} in {', '.join(map(str, files))}")
+
+
+def _why_stale() -> str:
+    built = build.PACKAGE / build.MODULE_FILE
+    return build.why_stale(built.read_bytes()) if built.exists() else "there is no module"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.machine_code", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "files", nargs="*", type=Path, help=".cu files, objects or cubins; default: the build's objects"
+    )
+    parser.add_argument("--arch", default="90", choices=SHARED_KIB, help="default: 90, of H100 and H200")
+    parser.add_argument("--kernel", default="", help="only kernels whose name has this regular expression")
+    parser.add_argument("--loops", action="store_true", help="each packed loop, instead of the table")
+    options = parser.parse_args(arguments)
+    try:
+        found = _found(options.files, options.arch, re.compile(options.kernel))
+    except (ValueError, re.error, compilers.BuildError) as error:
+        parser.error(str(error))
+    if not options.loops:
+        print(f"{table(found)}\n\nCompiled for sm_{options.arch} by {compiler_version()}.")
+        return
+    for kernel in found:
+        print(
+            f"{kernel.name}: {kernel.registers} registers, {kernel.blocks} blocks, {kernel.kib_in_flight} KiB in "
+            f"flight, {kernel.spills} spills, {kernel.stack} bytes of stack, {kernel.instructions} instructions"
+        )
+        for loop in kernel.loops:
+            print(f"  {loop}", *(f"    narrow: 0x{one.address:04x} {one.text}" for one in loop.narrow[:8]), sep="\n")
+
+
+if __name__ == "__main__":
+    main()

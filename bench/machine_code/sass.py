@@ -1,0 +1,186 @@
+"""Loops in NVIDIA's machine code (SASS), as cuobjdump prints it, and their loads in flight.
+
+* A loop is *packed* if it has global accesses of 16 bytes. All its global accesses should be that wide. Accesses of an
+  inner loop belong to the inner loop only.
+* The *loads in flight* of a loop are the most 16-byte loads that a thread has outstanding at once on any path through
+  the loop's body. A load is outstanding until its result, or the result of a later load, is used. Loads for the next
+  iteration count, too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction. `registers` are all registers that it names; `target` is the address that it may jump to."""
+
+    address: int
+    text: str
+    opcode: str
+    registers: frozenset[str]
+    target: int | None
+
+    @property
+    def kind(self) -> str:
+        """The opcode without its modifiers."""
+        return self.opcode.partition(".")[0]
+
+    @property
+    def width(self) -> int:
+        """Bytes that a thread reads from or writes to global memory; 0 if this is not a global access."""
+        if self.kind not in ("LDG", "STG", "LDGSTS", "LD", "ST"):
+            return 0
+        found = re.search(r"\.[US]?(8|16|64|128|256)(\.|$)", self.opcode)
+        return int(found[1]) // 8 if found else 4
+
+    @property
+    def is_wide_load(self) -> bool:
+        return self.width >= 16 and self.opcode.startswith("LD")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A packed loop: its first and last address, its loads in flight, and its wide and narrow accesses."""
+
+    first: int
+    last: int
+    loads_in_flight: int
+    wide: tuple[Instruction, ...]
+    narrow: tuple[Instruction, ...]
+
+    def __str__(self) -> str:
+        counts = Counter(one.opcode for one in (*self.wide, *self.narrow))
+        accesses = ", ".join(f"{count} {opcode}" for opcode, count in sorted(counts.items()))
+        return f"0x{self.first:04x} to 0x{self.last:04x}: {self.loads_in_flight} loads in flight; {accesses}"
+
+
+def parse(code: str) -> Iterator[Instruction]:
+    """The instructions of a disassembled function."""
+    for found in re.finditer(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;", code, re.MULTILINE):
+        text = re.sub(r"^@!?U?P[0-9T]+\s+", "", found[2])
+        opcode = text.split()[0]
+        jump = re.match(r"(BRA|BRX|JMP|CALL|BSSY|WARPSYNC\.COLLECTIVE)\b", opcode)
+        targets = re.findall(r"\b0x[0-9a-f]+", text) if jump else []
+        yield Instruction(
+            int(found[1], 16),
+            found[2],
+            opcode,
+            frozenset(re.findall(r"\bR\d+\b", text)),
+            int(targets[-1], 16) if targets else None,
+        )
+
+
+@dataclass
+class Block:
+    """Instructions that run one after the other, and the indices of the blocks that may follow."""
+
+    instructions: list[Instruction]
+    followers: list[int]
+
+
+def blocks_of(instructions: Sequence[Instruction]) -> tuple[list[Block], list[int]]:
+    """The basic blocks in order of their addresses, and the indices of those where the kernel or a call enters."""
+    leaders = {instructions[0].address}
+    for one, following in pairwise(instructions):
+        if one.target is not None and not one.opcode.startswith("BSSY"):
+            leaders.add(one.target)
+        if re.match(r"(BRA|BRX|JMP|EXIT|RET|CALL)\b", one.opcode):
+            leaders.add(following.address)
+    blocks: list[Block] = []
+    for one in instructions:
+        if one.address in leaders:
+            blocks.append(Block([], []))
+        blocks[-1].instructions.append(one)
+    number = {block.instructions[0].address: index for index, block in enumerate(blocks)}
+    entries = [0]
+    for index, block in enumerate(blocks):
+        last = block.instructions[-1]
+        if last.opcode.startswith("CALL"):
+            entries += [number[last.target]] if last.target in number else []
+        elif last.opcode.startswith(("BRA", "JMP", "WARPSYNC")) and last.target in number:
+            block.followers.append(number[last.target])
+        ends = re.fullmatch(r"(?:BRA(?:\.U)? 0x\w+|BRX\b.*|JMP 0x\w+|EXIT|RET\b.*)", last.text)
+        if not ends and index + 1 < len(blocks):
+            block.followers.append(index + 1)
+    return blocks, entries
+
+
+def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> list[set[int]]:
+    """The blocks of each loop. A branch back to a block that dominates it closes a loop."""
+    before: list[list[int]] = [[] for _ in blocks]
+    for index, block in enumerate(blocks):
+        for follower in block.followers:
+            before[follower].append(index)
+    # Sets of blocks are the bits of a number. A block that cannot be reached is dominated by all.
+    everything = (1 << len(blocks)) - 1
+    dominators = [everything] * len(blocks)
+    changed = True
+    while changed:
+        changed = False
+        for index in range(len(blocks)):
+            common = 0 if index in entries else everything
+            for earlier in before[index]:
+                common &= dominators[earlier]
+            common |= 1 << index
+            changed |= common != dominators[index]
+            dominators[index] = common
+    loops: dict[int, set[int]] = {}
+    for index, block in enumerate(blocks):
+        for head in block.followers:
+            if dominators[index] >> head & 1 and dominators[index] != everything:
+                inside, waiting = loops.setdefault(head, {head}), [index]
+                while waiting:
+                    if (one := waiting.pop()) not in inside:
+                        inside.add(one)
+                        waiting += before[one]
+    return list(loops.values())
+
+
+def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
+    """The most 16-byte loads in flight on a path through a loop. Where paths meet, the one with more loads counts."""
+    most = 0
+    after: dict[int, list[frozenset[str]]] = {}  # for each block: the registers of each load in flight
+    for _ in range(2):  # the second time with the loads that an iteration leaves in flight
+        for index in sorted(loop):
+            before = [after[one] for one in loop if index in blocks[one].followers and one in after]
+            flying = max(before, key=lambda some: len(some), default=[])
+            for one in blocks[index].instructions:
+                # The load that is used has arrived, and so have all loads before it.
+                used = [place for place, registers in enumerate(flying) if registers & one.registers]
+                if used:
+                    flying = flying[used[-1] + 1 :]
+                if one.opcode.startswith("DEPBAR"):  # waits for loads to shared memory
+                    flying = [registers for registers in flying if registers]
+                if one.is_wide_load:
+                    flying = [*flying, *loaded(one)]
+                most = max(most, len(flying))
+            after[index] = flying
+    return most
+
+
+def loaded(load: Instruction) -> list[frozenset[str]]:
+    """The registers of each 16 bytes that are loaded; empty if they go to shared memory directly."""
+    if load.opcode.startswith("LDGSTS"):
+        return [frozenset()] * (load.width // 16)
+    first = map(int, re.findall(r"\bR(\d+)\b", load.text.split("[")[0]))
+    return [frozenset(f"R{register + k}" for k in range(4)) for register in first]
+
+
+def packed_loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
+    """The packed loops of a kernel, in the order of their addresses."""
+    blocks, entries = blocks_of(instructions)
+    loops = natural_loops(blocks, entries)
+    for loop in sorted(loops, key=min):
+        inner = {index for other in loops if other < loop for index in other}
+        outside = [one for index in sorted(loop - inner) for one in blocks[index].instructions]
+        wide = tuple(one for one in outside if one.width >= 16)
+        if wide:
+            narrow = tuple(one for one in outside if 0 < one.width < 16)
+            ends = blocks[min(loop)].instructions[0].address, blocks[max(loop)].instructions[-1].address
+            yield Loop(*ends, most_in_flight(blocks, loop), wide, narrow)

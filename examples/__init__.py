@@ -1,0 +1,1 @@
+"""NPC in common training libraries: small programs that train a model in seconds, offline."""

@@ -1,0 +1,400 @@
+"""The flights of a GPU, rehearsed on the CPU: with the packages that are there, within their limits, losing nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import ROOT, rows, tables
+from bench.gpu import commands, worker
+from bench.gpu.device import Device
+from bench.gpu.flights import FLIGHTS, SECONDS
+from bench.gpu.processes import KILLED, Command, Settings, Worker
+from bench.rows import Writer
+from bench.timing import Case, Later
+
+from .programs import python
+from .published import write_small_cifar100
+
+# What a GPU machine has, apart from what these need themselves.
+PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybind11", "matplotlib", "tqdm", "npc_ext")
+
+
+def needed(names: Iterable[str]) -> set[str]:
+    """The given distributions and all that they require."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        if name in found:
+            continue
+        found.add(name)
+        try:
+            requires = metadata.requires(name) or []
+        except metadata.PackageNotFoundError:
+            continue
+        waiting += [match[0] for one in requires if "extra ==" not in one and (match := re.match(r"[\w.-]+", one))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Environment variables with which Python can import only the packages of a GPU machine."""
+    present = needed(PRESENT)
+    blocked = [
+        package
+        for package, owners in metadata.packages_distributions().items()
+        if not any(re.sub(r"[-_.]+", "-", owner).lower() in present for owner in owners)
+    ]
+    assert {"pooch", "sklearn", "scipy"} <= set(blocked)
+    folder = tmp_path_factory.mktemp("clean")
+    # None among the modules refuses an import, but not the question whether a package is there, which torch asks.
+    (folder / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({sorted(blocked)!r}))\n")
+    return {**os.environ, "PYTHONPATH": str(folder), "NPC_BENCH_COMMIT": "abc1234"}
+
+
+def fly(
+    flight: str, out: Path, environment: dict[str, str] | None, *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    options = ["--dry", "--flight", flight, "--out", str(out), *arguments]
+    return python("-m", "bench.gpu", *options, environment=environment)
+
+
+@dataclass
+class Flown:
+    """A dry flight with all options.
+
+    Attributes:
+        out: folder of the results.
+        data: folder of the data sets.
+        status: exit status.
+        printed: what it printed, and the end of its log.
+    """
+
+    out: Path
+    data: Path
+    status: int
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def flown(clean: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Flown]:
+    """Returns a function that runs each flight once."""
+
+    @cache
+    def once(flight: str) -> Flown:
+        folder = tmp_path_factory.mktemp(flight)
+        out, data = folder / "out", folder / "data"
+        write_small_cifar100(data / "cifar-100-python")
+        result = fly(flight, out, clean, "--against", str(ROOT), "--data", str(data))
+        printed = result.stdout + result.stderr + (out / "log.txt").read_text()[-3000:]
+        return Flown(out, data, result.returncode, printed)
+
+    return once
+
+
+@pytest.mark.slow
+def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
+    """Found by their marker, so that a new file is not forgotten."""
+    result = python("-m", "pytest", "-q", "-m", "gpu", "--collect-only", "-p", "no:cacheprovider")
+    assert result.returncode == 0, result.stdout + result.stderr
+    files = set(re.findall(r"^tests/([\w/]+)\.py::", result.stdout, re.MULTILINE))
+    assert files == {*commands.TESTS, *commands.COMPILE_TESTS}
+
+
+def test_the_limits_of_a_flight_add_up_to_no_more_than_its_seconds() -> None:
+    assert SECONDS <= 230
+    for parts in FLIGHTS.values():
+        assert sum(part.limit for part in parts) <= SECONDS
+        assert parts[0].name == "load"
+
+
+def test_blocked_packages_cannot_be_imported(clean: dict[str, str]) -> None:
+    assert "import of pooch halted" in python("-c", "import pooch", environment=clean).stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flight", FLIGHTS)
+def test_a_dry_flight_needs_no_more_packages_than_a_gpu_machine_has(
+    flight: str, flown: Callable[[str], Flown], tmp_path: Path
+) -> None:
+    one = flown(flight)
+    assert one.status == 0, one.printed
+    found = rows.read(one.out)
+    states = {part.name: "complete" for part in FLIGHTS[flight]}
+    if "sanitizer" in states:
+        states["sanitizer"] = rows.NOT_MEASURED
+    assert {name: part["state"] for name, part in found.parts.items()} == states
+    assert {run["environment"]["commit"] for run in found.runs.values()} == {"abc1234"}
+    files = [path.relative_to(one.out) for path in one.out.rglob("*") if path.is_file()]
+    assert len(files) <= 8
+    assert all(len(path.parts) <= 3 for path in files)
+    tables.write(found, tmp_path)
+    assert {f"{name}.md" for name in found.names()} <= {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_the_flight_counts_the_tests_that_ran_and_no_launches_without_a_gpu(flown: Callable[[str], Flown]) -> None:
+    found = rows.read(flown("correctness").out)
+    tests = found.parts["tests"]
+    assert tests["passed"] + tests["skipped"] == len(found.of_part("tests")) > 300
+    assert tests["failed"] == 0
+    assert all(row.facts["launches"] is None for row in found.of_part("launches"))
+
+
+@pytest.mark.slow
+def test_the_flight_times_another_revision_in_turns_with_this_one(flown: Callable[[str], Flown]) -> None:
+    found = rows.read(flown("kernels").out)
+    for part in ("importance-revisions", "update-revisions"):
+        assert found.of_part(part)
+        assert all("before" in row.ratio for row in found.of_part(part))
+
+
+@pytest.mark.slow
+def test_a_run_of_icifar100_goes_on_where_an_earlier_flight_stopped(
+    clean: dict[str, str], flown: Callable[[str], Flown], tmp_path: Path
+) -> None:
+    earlier = flown("training")
+    first = rows.read(earlier.out).of_part("icifar100")[-1]
+    assert first.facts["accuracy"]
+    resume = ("--resume", str(earlier.out / "icifar100.tar"))
+    resumed = fly("training", tmp_path, clean, "--only", "icifar100", "--data", str(earlier.data), *resume)
+    assert resumed.returncode == 0, resumed.stderr
+    second = rows.read(tmp_path).of_part("icifar100")[-1]
+    assert first.facts["seconds"] == second.facts["seconds"], "what was learned is not learned again"
+
+
+def begun(flight: str, out: Path, environment: dict[str, str], part: str) -> subprocess.Popen[bytes]:
+    """Starts a dry flight and waits until it has rows of a part."""
+    command = [sys.executable, "-m", "bench.gpu", "--dry", "--flight", flight, "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while f'"{part}"' not in (text := (out / rows.NAME).read_text() if (out / rows.NAME).exists() else ""):
+        if process.poll() is not None or time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"the flight does not come to {part}:\n{text}")
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.slow
+def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
+    clean: dict[str, str], tmp_path: Path
+) -> None:
+    process = begun("kernels", tmp_path, clean, "update")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+    found = rows.read(tmp_path)
+    assert found.of_part("importance")
+    assert found.of_part("relu")
+    assert list(found.parts.values())[-1]["state"] == "interrupted"
+    assert not running(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: Path) -> None:
+    process = begun("correctness", tmp_path, clean, "tests")
+    assert len(running(str(tmp_path))) >= 3, "the flight, its worker and the tests"
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline and running(str(tmp_path)):
+        time.sleep(0.05)
+    assert not running(str(tmp_path))
+
+
+def running(text: str) -> list[str]:
+    """The command lines of processes that have a text there or in their environment, this one's aside."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            line, variables = ((folder / name).read_bytes().decode(errors="replace") for name in ("cmdline", "environ"))
+        except OSError:
+            continue
+        if text in line + variables and folder.name != str(os.getpid()):
+            found.append(line.replace("\0", " "))
+    return found
+
+
+def settings(out: Path, dry: bool = True) -> Settings:
+    return Settings("a test", out, dry, out, None, None, None, dict(os.environ))
+
+
+def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
+    mark = f"3{os.getpid()}"
+    script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep({mark})'])"
+    looks = list[float]()
+    command = Command(
+        [sys.executable, "-c", script], lambda status: {"state": "x", "so far": 7}, lambda: looks.append(0)
+    )
+    started = time.perf_counter()
+    assert command.run(settings(tmp_path), 2) == {"state": KILLED, "so far": 7}
+    assert time.perf_counter() - started < 4
+    assert looks
+    assert not running(mark)
+
+
+@pytest.mark.slow
+def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path: Path) -> None:
+    process = Worker(settings(tmp_path))
+    assert process.measure("load", 60) == {"state": "complete"}
+    os.kill(process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
+    assert process.measure("relu", 1) == {"state": KILLED}
+    assert not process.is_running()
+    assert rows.read(tmp_path).of_part("load"), "what it had measured is kept"
+
+
+def test_no_case_is_begun_for_which_time_is_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that takes as long as the longest so far has to fit: what is measured is kept, and nothing is killed."""
+    slow = Later("slow", lambda: Case("slow", {"npc_ext": lambda _: time.sleep(0.05)}))
+    monkeypatch.setitem(worker.PARTS, "relu", lambda device: (replace(slow, name=str(n)) for n in range(9)))
+    assert worker.measure_part("relu", 0.6, Device(dry=True), Writer(tmp_path)) == {"state": "out of time"}
+    assert 1 <= len(rows.read(tmp_path).of_part("relu")) <= 3
+
+
+def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
+    answer = worker.measure_part("no such part", 60, Device(dry=True), Writer(tmp_path))
+    assert answer == {"state": "failed", "error": "KeyError: 'no such part'", "lost": True}
+
+
+def test_a_case_that_fails_says_why_and_the_next_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Case:
+        raise MemoryError("too large")
+
+    sound = Later("sound", lambda: Case("sound", {"npc_ext": lambda _: None}))
+    monkeypatch.setitem(worker.PARTS, "relu", lambda device: iter([Later("broken", broken), sound]))
+    answer = worker.measure_part("relu", 60, Device(dry=True), Writer(tmp_path))
+    assert answer == {"state": "failed", "error": "1 cases failed"}
+    broken_row, sound_row = rows.read(tmp_path).of_part("relu")
+    assert broken_row.facts == {"error": "MemoryError: too large"}
+    assert sound_row.seconds
+
+
+def test_variables_of_one_command_do_not_reach_the_next(tmp_path: Path) -> None:
+    flight = settings(tmp_path)
+    script = "import os, sys; sys.exit(7 if 'ONLY_ONCE' in os.environ else 0)"
+    for environment, status in (({"ONLY_ONCE": "1"}, 7), ({}, 0)):
+        command = Command(
+            [sys.executable, "-c", script], lambda status: {"state": str(status)}, environment=environment
+        )
+        assert command.run(flight, 30) == {"state": str(status)}
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "status", "state", "error"),
+    [
+        (["passed", "skipped"], 0, "complete", None),
+        (["passed", "failed"], 1, "failed", "it ended with status 1; see log.txt"),
+        (["skipped"], 0, "failed", "no test ran"),
+        ([], 5, "failed", "it ended with status 5; see log.txt"),
+        ([], 0, "failed", "no test ran"),
+    ],
+)
+def test_tests_count_only_if_some_ran(
+    tmp_path: Path, outcomes: list[str], status: int, state: str, error: str | None
+) -> None:
+    on_a_gpu = settings(tmp_path, dry=False)
+    writer = Writer(tmp_path)
+    writer.run("a test", {})
+    for number, outcome in enumerate(outcomes):
+        writer.row(rows.Row("tests", str(number), facts={"outcome": outcome}))
+    verdict = commands.tests(on_a_gpu).verdict(status)
+    assert verdict["state"] == state
+    assert verdict.get("error") == error
+
+
+def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: f"/tools/{name}")
+    on_a_gpu = settings(tmp_path, dry=False)
+    command = commands.sanitizer(on_a_gpu)
+    assert isinstance(command, Command)
+    assert command.arguments[:3] == ["/tools/compute-sanitizer", "--tool", "memcheck"]
+    assert command.arguments[command.arguments.index("--kernel-name") + 1] == "kns=3npc4cuda"
+    assert command.verdict(0)["state"] == "failed", "no report is no result"
+    report = tmp_path / "memcheck.txt"
+    report.write_text("========= Invalid __global__ read of size 4 bytes\n")
+    assert command.verdict(None)["memory errors"] == 1, "so far"
+    report.write_text("========= ERROR SUMMARY: 0 errors\n")
+    assert command.verdict(0) == {"state": "complete", "memory errors": 0}
+    report.write_text("========= ERROR SUMMARY: 1 error\n")
+    assert command.verdict(9)["state"] == "failed"
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: None)
+    assert commands.sanitizer(on_a_gpu) == "not measured: there is no compute-sanitizer"
+
+
+def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
+    objects = list((ROOT / "build").glob("_C*/cuda_*.o"))
+    if not objects:
+        pytest.skip("the kernels' objects are not in build/ (no nvcc)")
+    logs = "".join(path.with_suffix(".o.log").read_text() for path in objects)
+    kernels = set(re.findall(r"Compiling entry function '(\w+)'", logs))
+    assert kernels
+    assert all(commands.KERNELS in kernel for kernel in kernels)
+
+
+def test_counters_are_rows_of_launches() -> None:
+    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
+    importance = "void npc::cuda::(anonymous namespace)::importance_kernel<(npc::cuda::Layout)0, (bool)0, float>(Work)"
+    lines = [
+        "==PROF== Connected to process 1",
+        header,
+        f'"0","1","{importance}","gpu__time_duration.sum","us","12.5"',
+        f'"0","1","{importance}","dram__bytes_read.sum","Mbyte","134.2"',
+        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","gpu__time_duration.sum","us","99"',
+        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","no_such_metric","us","99"',
+        "==WARNING== something",
+    ]
+    found = commands.rows_of_counters("\n".join(lines))
+    names = ["importance_kernel<(npc::cuda::Layout)0, (bool)0, float>", "update_kernel<Network<24, 12>>"]
+    assert [row.case for row in found] == [f"{number}: {name}" for number, name in enumerate(names)]
+    assert found[0].facts == {"duration": "12.5 us", "bytes read": "134.2 Mbyte"}
+    assert commands.rows_of_counters("==ERROR== nothing") == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_only_a_dry_flight_is_possible(tmp_path: Path) -> None:
+    result = python("-m", "bench.gpu", "--flight", "kernels", "--out", str(tmp_path))
+    assert result.returncode == 2
+    assert "there is no GPU here (no nvidia-smi, no /dev/nvidia0); --dry flies on the CPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--against", "no-such"],
+            "'no-such' is neither a revision of this repository nor a folder with npc_ext in it",
+        ),
+        (["--data", "/no/such"], "--data /no/such is not a folder"),
+        (["--resume", "/no/such.tar"], "--resume /no/such.tar needs --data and has to be a file"),
+    ],
+)
+def test_what_a_flight_cannot_do_is_said_before_it_begins(tmp_path: Path, arguments: list[str], message: str) -> None:
+    result = fly("kernels", tmp_path, None, *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def test_two_flights_do_not_share_a_folder(tmp_path: Path) -> None:
+    (tmp_path / rows.NAME).write_text("")
+    result = fly("kernels", tmp_path, None)
+    assert result.returncode == 2
+    assert "has the rows of another flight" in result.stderr
+
+
+def test_a_part_that_a_flight_does_not_have_is_refused(tmp_path: Path) -> None:
+    result = fly("kernels", tmp_path, None, "--only", "step")
+    assert result.returncode == 2
+    assert "the flight kernels has no part step; it has load, importance" in result.stderr
