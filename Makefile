@@ -1,9 +1,10 @@
-# make demo   five tasks in a row, with SGD and with NPC: a table and figures
-# make test   all tests (make test-fast: without the slow ones)
-# make bench  micro-benchmarks
-# make lint   format, lint and type-check Python, format C++ and CUDA (CI=true: check the formats only)
+# make demo       five tasks in a row, with SGD and with NPC: a table and figures
+# make test       all tests
+# make test-fast  all tests but the slow ones, in under three minutes
+# make bench      micro-benchmarks
+# make lint       format, lint and type-check Python, format C++ and CUDA (CI=true: check the formats only)
 #
-# Each sets up .venv where it is missing or out of date. PYTHON=python3.12 chooses the interpreter it is made with.
+# Each target first sets up .venv if it is missing or out of date. PYTHON=python3.12 chooses the interpreter for it.
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -11,7 +12,7 @@ REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
 CHECK_FORMAT := $(filter true,$(CI))
 NATIVE = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py $(shell find csrc -type f)
+SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py npc_ext/kernels/compilers.py $(shell find csrc -type f)
 
 .PHONY: demo test test-fast bench lint clean
 .DELETE_ON_ERROR:

@@ -1,8 +1,7 @@
-"""Builds the extension module. npc_ext/kernels/build.py says what is compiled and how; torch is not imported here."""
+"""Builds the extension module. npc_ext/kernels/build.py says what is compiled and how; it does not import torch."""
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import sys
 from pathlib import Path
@@ -12,28 +11,24 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # for the package in this folder, before an installed one
 
-_spec = importlib.util.spec_from_file_location("npc_ext_build", ROOT / "npc_ext" / "kernels" / "build.py")
-assert _spec is not None
-assert _spec.loader is not None
-_build = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _build
-_spec.loader.exec_module(_build)
+from npc_ext.kernels import build, compilers  # noqa: E402
 
 
 class BuildModule(build_ext):
-    """Hands the one extension to npc_ext/kernels/build.py."""
+    """Builds the one extension with npc_ext/kernels/build.py."""
 
     def build_extension(self, ext: Extension) -> None:
         try:
-            # A folder that stays, so that the next build compiles only what changed.
-            _build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / "build" / _build.MODULE_FILE)
-        except (_build.BuildError, OSError) as error:
+            # This folder is kept, so that the next build compiles only what changed.
+            build.build(Path(self.get_ext_fullpath(ext.name)).resolve(), ROOT / "build" / build.MODULE_FILE)
+        except (compilers.BuildError, OSError) as error:
             sys.exit(f"npc_ext: {error}")
 
 
 class BuildPython(build_py):
-    """Puts csrc/ into the package, so that an installed npc_ext can compile its kernels just in time."""
+    """Copies csrc/ into the package, so that an installed npc_ext can compile its kernels just in time."""
 
     def run(self) -> None:
         super().run()

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from . import __version__
-from .kernels import build, native
+from .kernels import compilers, native
 
 
 def _torch() -> tuple[ModuleType | None, str]:
@@ -59,7 +59,7 @@ def _dotted(version: int) -> str:
 
 def _cuda_compiler() -> str:
     try:
-        plan = build.cuda()
+        plan = compilers.cuda()
     except Exception as error:
         return str(error)
     if plan.nvcc is None:
@@ -76,7 +76,7 @@ def _version(package: str) -> str:
 
 def _compiler() -> str:
     try:
-        return " ".join(build.compiler_command())
+        return " ".join(compilers.compiler_command())
     except Exception as error:
         return str(error)
 

@@ -1,8 +1,8 @@
-"""PyTorch's private names: every one that this package uses, and what takes its place where a torch has none.
+"""All private names of PyTorch that this package uses, with fallbacks for versions that lack them.
 
-A name that begins with an underscore may change with any release of torch. So no other module uses one (a test looks
-for them), and a new torch is made to work here. All of them are in every torch from the oldest that pyproject.toml
-promises, but for those that have a fallback.
+A name that begins with an underscore may change with any release of torch. So no other module uses one
+(a test checks this), and support for a new torch is added here. Names without a fallback exist in every
+torch from the oldest that pyproject.toml allows.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ def version_tuple(version: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-# The functions that project the inputs of attention, for weights of one piece and for separate ones, as they are called
+# The names of the functions that project the inputs of attention, for packed and for separate weights,
 # in torch.nn.functional.multi_head_attention_forward.
 INPUT_PROJECTIONS = ("_in_projection_packed", "_in_projection")
-# Nested tuples, lists and dictionaries: the same nesting with some leaves, or all, replaced.
+# For nested tuples, lists and dictionaries.
 tree_map_only: Callable[..., Any] = _pytree.tree_map_only
 tree_flatten: Callable[[Any], tuple[list[Any], Any]] = _pytree.tree_flatten
 tree_unflatten: Callable[[list[Any], Any], Any] = _pytree.tree_unflatten
@@ -67,62 +67,63 @@ def _always_listening() -> int:
     return 1
 
 
-# The address of a GPU's current stream. A torch without CUDA has none; torch's public way takes microseconds.
+# The address of a GPU's current stream. A torch without CUDA lacks it; the public function takes microseconds.
 current_raw_stream: Callable[[int], int] = getattr(torch._C, "_cuda_getCurrentRawStream", _raw_stream)
-# How many dispatch modes see every operation. Where that is not known, operations take the way through the dispatcher.
+# The number of active dispatch modes. If it is unknown, operations go through the dispatcher.
 listening_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", _always_listening)
 
 
-# The number of the backward pass that runs in this thread, another one for each; -1 if none does.
+# The number of the backward pass that runs in this thread, different for each pass; -1 without one.
 current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def in_backward() -> bool:
-    """Whether autograd is running in this thread: a forward pass is then a checkpoint's."""
+    """Whether autograd is running in this thread. A forward pass then belongs to a checkpoint."""
     return current_backward_pass() != -1
 
 
 def after_backward(callback: Callable[[], None]) -> None:
-    """Within a backward pass: calls `callback` when that is over."""
+    """Calls `callback` at the end of the current backward pass."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
-# How often a tensor has been changed in place. Every step asks for it, and this is quicker than a function of ours.
+# The number of in-place changes of a tensor. Every step reads it, and attrgetter is faster than a function.
 version_of: Callable[[Tensor], int] = attrgetter("_version")
 
 
 def versions_of(tensors: Iterable[Tensor]) -> list[int]:
-    """The versions of several tensors, for one call from the step."""
+    """The versions of several tensors, in one call."""
     return list(map(version_of, tensors))
 
 
-# Whether Dynamo traces a module whose forward is a bound method, which it guards by its code. That of torch 2.6 does
-# not. Callable objects work everywhere, but are guarded by their identity, so that equal blocks do not share a graph.
+# Whether Dynamo traces a module if its forward is a bound method. Dynamo guards a bound method by its
+# code. Torch 2.6 cannot trace it. Callable objects work everywhere, but are guarded by their identity, so
+# equal blocks do not share a graph.
 TRACES_BOUND_FORWARDS = version_tuple(torch.__version__) >= (2, 13)
 
 
 def own_parameters(module: nn.Module) -> dict[str, Any]:
-    """A module's parameters without those of its children, by name; None where it was registered without one."""
+    """A module's parameters without those of its children, by name. A registered name without a parameter has None."""
     return module._parameters
 
 
 def own_children(module: nn.Module) -> dict[str, Any]:
-    """A module's children by name; None where one was registered without a module."""
+    """A module's children by name. A registered name without a module has None."""
     return module._modules
 
 
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
-    """A module's buffers without those of its children, by name; may be changed."""
+    """A module's buffers without those of its children, by name. The caller may change the dictionary."""
     return module._buffers
 
 
 def own_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """A module's forward hooks and forward pre-hooks; may be changed."""
+    """A module's forward hooks and forward pre-hooks. The caller may change the dictionaries."""
     return module._forward_hooks, module._forward_pre_hooks
 
 
 def is_looked_into(model: nn.Module, kinds: tuple[type, ...]) -> bool:
-    """Whether a module of the model is compiled or has hooks, apart from forward hooks of these types."""
+    """Whether a module of the model is compiled or has hooks other than forward hooks of these types."""
     # torch 2.6 has no _has_any_global_hook.
     if (
         _module._global_forward_hooks
@@ -135,54 +136,54 @@ def is_looked_into(model: nn.Module, kinds: tuple[type, ...]) -> bool:
     for module in modules:  # several times as fast as model.modules()
         if module is None:
             continue
-        own = module.__dict__
-        if own["_backward_hooks"] or own["_backward_pre_hooks"] or _is_compiled(own):
+        attributes = module.__dict__
+        if attributes["_backward_hooks"] or attributes["_backward_pre_hooks"] or _is_compiled(attributes):
             return True
-        for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
+        for hooks in (attributes["_forward_hooks"], attributes["_forward_pre_hooks"]):
             if hooks and not all(isinstance(hook, kinds) for hook in hooks.values()):
                 return True
-        if own["_modules"]:
-            modules.extend(own["_modules"].values())
+        if attributes["_modules"]:
+            modules.extend(attributes["_modules"].values())
     return False
 
 
-def _is_compiled(own: dict[str, Any]) -> bool:
-    """Whether a module with these attributes is compiled: in place, as what torch.compile returned, or its forward."""
-    if own.get("_compiled_call_impl") is not None or "_orig_mod" in own["_modules"]:
+def _is_compiled(attributes: dict[str, Any]) -> bool:
+    """Whether a module with these attributes is compiled: in place, as a result of torch.compile, or by its forward."""
+    if attributes.get("_compiled_call_impl") is not None or "_orig_mod" in attributes["_modules"]:
         return True
-    return hasattr(own.get("forward"), "_torchdynamo_orig_callable")
+    return hasattr(attributes.get("forward"), "_torchdynamo_orig_callable")
 
 
 def compiled_from(model: Any) -> Any:
-    """The model of which `torch.compile` made this one, or None if it made none of it."""
+    """The model from which `torch.compile` made this one; None if it did not."""
     return getattr(model, "_orig_mod", None)
 
 
 def class_index_before_fully_shard(module: nn.Module) -> int:
-    """Where in its class's `__mro__` the class is that a module had before `fully_shard`."""
-    return getattr(module, "_orig_cls_mro_index", 2)  # torch 2.6 has no such attribute
+    """The index in the `__mro__` of a module's class of the class that it had before `fully_shard`."""
+    return getattr(module, "_orig_cls_mro_index", 2)  # torch 2.6 lacks the attribute
 
 
 def reversed_padding(convolution: Any) -> list[int]:
-    """A convolution's padding as `torch.nn.functional.pad` takes it."""
+    """A convolution's padding in the format of `torch.nn.functional.pad`."""
     return convolution._reversed_padding_repeated_twice
 
 
 def guard_hooks() -> None:
-    """Has torch.compile run a graph without taps only where there are none, as it should.
+    """Makes torch.compile check the hooks of modules before it reuses a graph.
 
-    Equal blocks share graphs, but not always the places of their taps: the last block may be measured behind it. By
-    default Dynamo does not look whether hooks were added to the modules that it has compiled without.
+    Equal blocks share graphs, but their taps are not always in the same places: the last block may be measured behind
+    it. By default, Dynamo does not check whether hooks were added to modules after they were compiled without.
     """
-    dynamo = sys.modules.get("torch._dynamo")  # imported by the first optimizer of torch
+    dynamo = sys.modules.get("torch._dynamo")  # the first optimizer of torch imports it
     if dynamo is not None and hasattr(dynamo.config, "skip_nnmodule_hook_guards"):
         dynamo.config.skip_nnmodule_hook_guards = False
 
 
 @contextmanager
 def as_written() -> Iterator[None]:
-    """Has what `compile()` and `torch.compile` returned run as it was written, where they refuse stand-ins."""
-    dynamo = sys.modules.get("torch._dynamo")  # where it was never imported, nothing is compiled
+    """Runs compiled modules uncompiled, because compiled ones refuse the proxies of torch.fx."""
+    dynamo = sys.modules.get("torch._dynamo")  # if it was never imported, nothing is compiled
     if dynamo is None or not hasattr(dynamo.config, "error_on_nested_fx_trace"):
         yield
         return

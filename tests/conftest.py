@@ -1,4 +1,4 @@
-"""What all tests share: threads, time limits, seeds, GPU selection, and the kernels to run them with."""
+"""Settings of all tests: threads, time limits, seeds and GPUs; and the kernels to run tests with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
-# Threads that wait for each other by spinning take forever where other processes are busy. So there is one in this
-# process and in those that tests start. Tests of several threads ask for them with torch.set_num_threads. These have to
-# be set before torch, which reads them once.
+# Threads that spin while they wait are very slow if other processes are busy. So this process and those
+# that tests start use one thread. Tests of several threads call torch.set_num_threads. torch reads these
+# variables once, so they are set before it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -23,11 +23,12 @@ from npc_ext.kernels import launch, native
 from . import cuda_on_cpu
 
 settings.register_profile("npc_ext", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("sanitizers", deadline=None, derandomize=True, max_examples=15)  # they are slow
 settings.load_profile("npc_ext")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Not in pyproject.toml: pytest would import torch for it before this file sets the number of threads.
+    # Not in pyproject.toml, because pytest would then import torch before this file sets the number of threads.
     config.addinivalue_line("filterwarnings", "error::npc_ext.neurons.tap.ImportanceWarning")
     tiny = (
         "ignore:only .* of the elements that are trained:npc_ext.neurons.tap.ImportanceWarning"  # as tests' models are
@@ -43,13 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
-# The slowest test, which compiles, takes a minute of an idle machine.
+# The slowest tests compile, and take a few minutes on an idle machine.
 MOST_SECONDS = 600
 
 
 @pytest.fixture(autouse=True)
 def _in_time() -> Iterator[None]:
-    """Fails a test that hangs, where it hangs. A child that it waits for by `subprocess.run` ends with it."""
+    """Fails a test that hangs, with the place where it hangs. This also ends a child of `subprocess.run`."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise TimeoutError(f"the test has taken more than {MOST_SECONDS} seconds")
@@ -68,12 +69,12 @@ def _seed() -> None:
 
 @pytest.fixture(autouse=True)
 def _exact_gpu() -> Iterator[None]:
-    """On a GPU: float32 as it is, not TF32, and the same bits in every run."""
+    """On a GPU: true float32 instead of TF32, and the same bits in every run."""
     if not torch.cuda.is_available():
         yield
         return
     before = torch.backends.cuda.matmul.allow_tf32
-    # The context manager of torch is allowed to set flags also after torch.testing._internal was imported.
+    # This context manager of torch can set flags even after torch.testing._internal was imported.
     with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         torch.backends.cuda.matmul.allow_tf32 = False
         yield
@@ -82,9 +83,10 @@ def _exact_gpu() -> Iterator[None]:
 
 @pytest.fixture(params=["baseline", "avx2", "avx512", "cuda_on_cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs a test with all kernels there are and returns where its tensors have to be.
+    """Runs a test with all kernels, and returns the device for its tensors.
 
-    The CPU's kernels once for each instruction set that this machine has, the CUDA kernels on the CPU, and on a GPU.
+    These are the CPU's kernels for each instruction set of this machine, the CUDA kernels compiled for the CPU, and the
+    CUDA kernels on a GPU.
     """
     if request.param == "cuda":
         yield "cuda"

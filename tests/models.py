@@ -1,4 +1,4 @@
-"""Networks of the kinds that users have, small."""
+"""Small networks of the kinds that users train."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class ManyHeads(nn.Module):
 
 
 class Conv1D(nn.Module):
-    """As GPT-2 has it: y = x @ weight + bias."""
+    """The layer of GPT-2: y = x @ weight + bias."""
 
     def __init__(self, nf: int, nx: int) -> None:
         super().__init__()
@@ -95,12 +95,12 @@ class Conv1D(nn.Module):
 
 
 def transposed_and_not() -> tuple[nn.Sequential, nn.Sequential]:
-    """Equal networks, the first one of Conv1D layers, the other one of Linear layers."""
-    ours = nn.Sequential(Conv1D(16, 6), nn.ReLU(), Conv1D(12, 16), nn.LayerNorm(12), nn.Tanh(), Conv1D(3, 12))
+    """Two equal networks: the first has Conv1D layers, the second has Linear layers."""
+    transposed = nn.Sequential(Conv1D(16, 6), nn.ReLU(), Conv1D(12, 16), nn.LayerNorm(12), nn.Tanh(), Conv1D(3, 12))
     usual = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.LayerNorm(12), nn.Tanh(), nn.Linear(12, 3))
-    values = {name: p.t() if p.ndim == 2 else p for name, p in ours.state_dict().items()}
+    values = {name: p.t() if p.ndim == 2 else p for name, p in transposed.state_dict().items()}
     usual.load_state_dict(values)
-    return ours, usual
+    return transposed, usual
 
 
 class SetTask(nn.Module):
@@ -117,7 +117,7 @@ class SetTask(nn.Module):
 
 
 class DataDependent(nn.Module):
-    """Control flow that depends on data, so that it cannot be traced."""
+    """A model that cannot be traced, because its control flow depends on data."""
 
     def __init__(self, norm: nn.Module | None = None) -> None:
         super().__init__()

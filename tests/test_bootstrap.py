@@ -1,4 +1,4 @@
-"""Setting up: every failure to be expected ends in one sentence with its fix, and nothing is done twice."""
+"""Setting up: every expected failure ends in one sentence with its fix, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-# What an outer `make test` leaves in the environment, and what would send pip elsewhere than a test wants.
+# Variables that an outer `make test` leaves in the environment, or that change where pip looks for packages.
 OUTER = (
     "MAKEFLAGS",
     "MAKELEVEL",
@@ -30,7 +30,7 @@ OUTER = (
     "PIP_FIND_LINKS",
     "PIP_EXTRA_INDEX_URL",
 )
-# Python's venv as Debian ships it without python3-venv: it leaves a .venv without pip behind.
+# Python's venv module in Debian without python3-venv: it leaves a .venv without pip.
 VENV_WITHOUT_ENSUREPIP = """
 import pathlib, sys
 folder = pathlib.Path(sys.argv[-1], "bin"); folder.mkdir(parents=True); (folder / "python").symlink_to(sys.executable)
@@ -46,7 +46,7 @@ for name in ("python", "pip"):
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A copy of what setting up reads, in a folder whose name has a space, that asks for a package nobody has."""
+    """A copy of the files for setting up, in a folder with a space in its name. It requires a package that does not exist."""
     root = tmp_path / "a checkout"
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "csrc")
     shutil.copytree(ROOT / "npc_ext", root / "npc_ext", ignore=ignored)
@@ -66,7 +66,7 @@ def script(path: Path, text: str) -> Path:
 
 
 def made_venv(checkout: Path, python: str = f'exec "{sys.executable}" "$@"') -> None:
-    """A .venv whose Python is a shell command: by default the Python of this test, so that its pip is a real one."""
+    """Makes a .venv with a shell command as its Python: by default the Python of this test, with its pip."""
     for name in ("python", "pip"):
         script(checkout / ".venv" / "bin" / name, f"#!/bin/sh\n{python}\n")
 
@@ -77,7 +77,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def bootstrap(checkout: Path, step: str, first: str = "", **more: str) -> subprocess.Popen[str]:
-    """Starts tools/bootstrap.py; `first` is Python that runs before it, to make this machine another one."""
+    """Starts tools/bootstrap.py. `first` is Python code that runs before it, to imitate another machine."""
     path = checkout / "tools" / "bootstrap.py"
     program = (
         f"import runpy, sys; sys.argv = ['', {step!r}]\n{first}\nrunpy.run_path({str(path)!r}, run_name='__main__')"
@@ -92,7 +92,7 @@ def bootstrap(checkout: Path, step: str, first: str = "", **more: str) -> subpro
 
 
 def sentence(process: subprocess.Popen[str], checkout: Path) -> str:
-    """The one sentence of a failed run; the lines before it say what was being done, and no step is marked done."""
+    """The sentence of a failed run. The lines before it name the steps, and no step is marked as done."""
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 1
     assert not output
@@ -104,7 +104,7 @@ def sentence(process: subprocess.Popen[str], checkout: Path) -> str:
 
 
 def make(checkout: Path, *arguments: str, **more: str) -> str:
-    """What make would run, or says."""
+    """The output of make: the commands that it would run, or its messages."""
     command = ["make", "-C", str(checkout), "--no-print-directory", *arguments]
     result = subprocess.run(command, env=environment(**more), capture_output=True, text=True, check=False)
     return result.stdout + result.stderr
@@ -246,7 +246,7 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(checkout: P
 
 @pytest.fixture
 def finished(checkout: Path) -> Path:
-    """A checkout that was set up a moment ago, as make sees it."""
+    """A checkout that was just set up, from the view of make."""
     for path in checkout.rglob("*"):
         os.utime(path, (1000, 1000))
     for name, at in [("requirements.stamp", 2000), ("build.stamp", 3000)]:
@@ -256,6 +256,7 @@ def finished(checkout: Path) -> Path:
 
 def test_a_second_run_sets_nothing_up_again(finished: Path) -> None:
     assert make(finished, "--dry-run", "test").splitlines() == [".venv/bin/python -m pytest"]
+    assert make(finished, "--dry-run", "test-fast").splitlines() == ['.venv/bin/python -m pytest -m "not slow"']
 
 
 @pytest.mark.parametrize(
@@ -266,6 +267,7 @@ def test_a_second_run_sets_nothing_up_again(finished: Path) -> None:
         ("csrc/rules.h", ["build"]),
         ("csrc/cpu/isa.cpp", ["build"]),
         ("npc_ext/kernels/build.py", ["build"]),
+        ("npc_ext/kernels/compilers.py", ["build"]),
         ("setup.py", ["build"]),
         ("pyproject.toml", ["build"]),
         ("npc_ext/optim/npc.py", []),

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from npc_ext.kernels import build
+from npc_ext.kernels import compilers
 
-from .kernels.test_build import NOBODY, imitated_compiler
+from .kernels.imitations import NOBODY, imitated_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -33,7 +33,7 @@ def test_a_sound_installation_is_described() -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     for text in ("npc_ext   0.", "torch", "kernels   built", "in use; this processor runs baseline"):
         assert text in result.stdout
-    assert not build.nvcc() or "; needs a driver for CUDA 1" in result.stdout
+    assert not compilers.nvcc() or "; needs a driver for CUDA 1" in result.stdout
 
 
 def test_a_broken_torch_is_reported_and_not_raised(tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_why_the_module_beside_the_sources_is_not_used_is_reported(tmp_path: Pat
     assert f"files, for CPUs only), {why}" in result.stderr
 
 
-@pytest.mark.skipif(build.nvcc() is None, reason="there is no nvcc (CUDA 12.1 or newer) on this machine")
+@pytest.mark.skipif(compilers.nvcc() is None, reason="there is no nvcc (CUDA 12.1 or newer) on this machine")
 def test_architectures_that_nvcc_does_not_know_are_reported() -> None:
     result = report(TORCH_CUDA_ARCH_LIST="4.0 8.0+PTX", NPC_EXT_ARCHS="")
     assert result.returncode == 0

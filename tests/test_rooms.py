@@ -37,7 +37,7 @@ WITHIN = {
     "skipping": (("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
     "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),
     "distributed": (("sinks",), ("shards",)),
-    "kernels": (("checks",), ("launch",), ("native",), ("build",)),
+    "kernels": (("checks",), ("launch",), ("native",), ("just_in_time",), ("build",), ("compilers",)),
 }
 MODULES = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.py"))
 

@@ -1,4 +1,4 @@
-"""PyTorch's private names stand in one file, npc_ext/_torch.py, so that another torch is made to work there."""
+"""All private names of PyTorch are in npc_ext/_torch.py, where support for another torch is added."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import npc_ext
 
 FOLDER = Path(npc_ext.__file__).parent
 FILES = {path.relative_to(FOLDER).as_posix(): ast.parse(path.read_text()) for path in sorted(FOLDER.rglob("*.py"))}
-# Names that torch looks for on objects of ours, which therefore have to stand in their classes.
+# Names that torch looks for on our objects, so our classes must define them.
 LOOKED_FOR = {"_step_supports_amp_scaling"}
 
 
@@ -29,11 +29,11 @@ def names_of_torch() -> set[str]:
     optimizer = torch.optim.SGD(module.parameters(), fused=True)
     stateful = [module, convolution, optimizer, torch.zeros(()), torch.Generator()]
     classes = [Tensor, nn.Parameter, torch.autograd.Function, torch.autograd.graph.Node, torch.fx.Tracer, torch.fx.Node]
-    return {name for one in [*stateful, *classes] for name in dir(one) if is_private(name)}
+    return {name for thing in [*stateful, *classes] for name in dir(thing) if is_private(name)}
 
 
 def defined_in(tree: ast.AST) -> Iterator[str]:
-    """Names to which a file gives a meaning: functions, classes, variables, attributes, fields."""
+    """The names that a file defines: functions, classes, variables, attributes, fields."""
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield node.name
@@ -55,7 +55,7 @@ def root_of(node: ast.AST) -> str:
 
 
 def private_names(tree: ast.AST, ours: set[str], torchs: set[str]) -> list[str]:
-    """What in a file is a private name, and not ours."""
+    """The private names in a file that are not ours."""
     found, from_torch = [], {"torch"}
     for node in ast.walk(tree):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -81,13 +81,15 @@ def private_names(tree: ast.AST, ours: set[str], torchs: set[str]) -> list[str]:
             if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in ours | torchs:
                 found.append(f"{node.lineno}: {name.value!r}")
         elif isinstance(node, ast.ClassDef):
-            assigned = [one for one in node.body if isinstance(one, (ast.Assign, ast.AnnAssign))]
-            inside = {getattr(one, "name", "") for one in node.body} | {n for one in assigned for n in defined_in(one)}
+            assigned = [part for part in node.body if isinstance(part, (ast.Assign, ast.AnnAssign))]
+            inside = {getattr(part, "name", "") for part in node.body} | {
+                n for part in assigned for n in defined_in(part)
+            }
             found += [f"{node.lineno}: {node.name}.{name}" for name in inside & torchs - LOOKED_FOR if node.bases]
     return found
 
 
-def test_private_names_of_torch_stand_in_one_file() -> None:
+def test_private_names_of_torch_are_in_one_file() -> None:
     torchs = names_of_torch()
     ours = {name for tree in FILES.values() for name in defined_in(tree) if is_private(name)}
     found = [
@@ -96,7 +98,7 @@ def test_private_names_of_torch_stand_in_one_file() -> None:
         if name != "_torch.py"
         for place in private_names(tree, ours, torchs)
     ]
-    assert not found, "these belong into npc_ext/_torch.py:\n" + "\n".join(found)
+    assert not found, "these belong in npc_ext/_torch.py:\n" + "\n".join(found)
 
 
 @pytest.mark.parametrize(
@@ -124,5 +126,5 @@ def test_a_private_name_is_found(line: str) -> None:
 @pytest.mark.parametrize(
     "line", ["self._step()", "super()._step()", "watch._step", "from . import _torch", "x.__dict__", "{'_step': 1}"]
 )
-def test_names_of_ours_are_no_private_names_of_torch(line: str) -> None:
+def test_our_names_are_no_private_names_of_torch(line: str) -> None:
     assert not private_names(ast.parse(line), {"_step"}, names_of_torch())

@@ -1,10 +1,10 @@
-"""Makes .venv and builds the extension, for the Makefile. Every failure to be expected ends in one sentence.
+"""Makes .venv and builds the extension, for the Makefile. Every expected failure ends in one sentence.
 
-`bootstrap.py requirements` makes .venv with the Python that runs it and installs requirements.txt.
-`bootstrap.py build`, run with .venv's Python, compiles and installs the package in place.
+`bootstrap.py requirements` makes .venv with the Python that runs it, and installs requirements.txt.
+`bootstrap.py build`, run with .venv's Python, compiles the package and installs it in place.
 
-Standard library only, and in a syntax that Python 3.6 can still read, so that a Python too old for the package is
-told so: hence no `from __future__ import annotations` here.
+This file uses the standard library only, and syntax that Python 3.6 can read. So a Python that is too
+old for the package gets a clear message. This is why `from __future__ import annotations` is missing.
 """
 
 import argparse
@@ -29,8 +29,9 @@ NO_COMPILER = "install one (for example 'apt install g++') or set CXX to one"
 NO_HEADERS = "Python's headers are missing; install them (for example 'apt install python3-dev')"
 NO_NETWORK = "the package index cannot be reached; check the network and run the command again"
 
-# What a failing command's output says, and the sentence for it; the first that fits is told. pip names the trouble
-# with the network only in its warnings about retries, and then ends with "No matching distribution found".
+# Texts in the output of a failing command, each with the sentence to print. The first match is used.
+# pip names network errors only in its warnings about retries, and then ends with "No matching
+# distribution found".
 CAUSES = [
     ("No space left on device", "the disk is full; free some space and run the command again"),
     ("ensurepip is not available", NO_VENV),
@@ -57,7 +58,7 @@ def fail(sentence: str) -> NoReturn:
 
 
 def run(what: str, command: "list[str]") -> None:
-    """Runs a command quietly, its output in the log; on failure says what went wrong in one sentence."""
+    """Runs a command with its output in the log. On failure, prints the cause in one sentence."""
     print(f"npc_ext: {what} ...", file=sys.stderr, flush=True)
     with open(LOG, "a") as log:
         log.write("\n$ {}\n".format(" ".join(command)))
@@ -88,7 +89,7 @@ def check_python() -> None:
 
 
 def check_compiler() -> None:
-    """Refuses before minutes of installation what the build would refuse after them."""
+    """Fails for a missing compiler now, and not in the build after minutes of installation."""
     value = os.environ.get("CXX", "").strip()
     try:
         wanted = [value] if shutil.which(value) else shlex.split(value)[:1]
@@ -102,7 +103,7 @@ def check_compiler() -> None:
 
 
 def stamp(name: str) -> None:
-    """Marks a step as done, for make; nothing is marked that was interrupted."""
+    """Marks a step as done, for make. An interrupted step is not marked."""
     with open(os.path.join(VENV, name + ".stamp"), "w"):
         pass
 
@@ -113,10 +114,10 @@ def install_requirements() -> None:
     check_compiler()
     if os.path.exists(LOG):
         os.remove(LOG)
-    # venv makes python first and pip last: without both it was interrupted, or its Python is gone.
+    # venv makes python first and pip last. If one is missing, it was interrupted or its Python was removed.
     if not (os.path.exists(VENV_PYTHON) and os.path.exists(VENV_PIP)):
         run("making .venv", [sys.executable, "-m", "venv", "--clear", VENV])
-    # At least one retry: pip tells a broken connection only when it tries again.
+    # At least one retry: pip reports a broken connection only when it tries again.
     pip = [VENV_PYTHON, "-m", "pip", "--disable-pip-version-check", "--retries", "2", "--timeout", "20"]
     what = "installing the versions in requirements.txt (torch among them, this takes a while)"
     run(what, [*pip, "install", "-r", "requirements.txt"])
@@ -126,7 +127,7 @@ def install_requirements() -> None:
 def build() -> None:
     """Compiles the extension and installs the package in place."""
     check_compiler()
-    # Verbose, because pip drops what a build that succeeds has to say.
+    # Verbose, because pip hides the output of a successful build.
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-v"]
     run("compiling the extension", [*pip, "install", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."])
     stamp("build")

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from npc_ext.kernels import build
+from npc_ext.kernels import build, compilers
 
 from .. import ROOT
 from ..against.revision import RevisionError, checkout
@@ -36,7 +36,7 @@ def main() -> int:
             other = checkout(arguments.against)
             _build_module(other)
             made.append(other)
-    except (build.BuildError, RevisionError) as error:
+    except (compilers.BuildError, RevisionError) as error:
         print(f"bench.gpu.prepare: {error}", file=sys.stderr)
         return 1
     for path in made:
@@ -55,7 +55,7 @@ def _build_module(folder: Path) -> Path:
     command = [sys.executable, "-c", script, str(target), str(objects)]
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise build.BuildError(f"building {folder} failed:\n{result.stderr}")
+        raise compilers.BuildError(f"building {folder} failed:\n{result.stderr}")
     return target
 
 
@@ -73,15 +73,23 @@ def build_stream(folder: Path) -> Path:
     target = stream_library(folder)
     if target.exists():
         return target
-    compiler = build.nvcc()
+    compiler = compilers.nvcc()
     if compiler is None:
-        raise build.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
+        raise compilers.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
-    command = [str(compiler), "-O3", *build.nvcc_flags(), "-shared", str(_STREAM), "-o", str(staged)]
+    command = [
+        str(compiler),
+        "-O3",
+        *build.nvcc_flags(compilers.architectures()[0]),
+        "-shared",
+        str(_STREAM),
+        "-o",
+        str(staged),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise build.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
+        raise compilers.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")
     os.replace(staged, target)
     return target
 

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from npc_ext.kernels import build
+from npc_ext.kernels import build, compilers
 
 from ..rows import NOT_MEASURED
 from ..tables import markdown
@@ -41,7 +41,7 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
         raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
     if absent := [str(one) for one in files if not one.exists()]:
         raise ValueError(f"there is no {', '.join(absent)}")
-    if any(one.suffix == ".cu" for one in files) and build.nvcc() is None:
+    if any(one.suffix == ".cu" for one in files) and compilers.nvcc() is None:
         raise ValueError("there is no nvcc to compile with")
     if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
         raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
@@ -55,7 +55,7 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
 
 
 def _why_stale() -> str:
-    built = Path(build.__file__).with_name(build.MODULE_FILE)
+    built = build.PACKAGE / build.MODULE_FILE
     return build.why_stale(built.read_bytes()) if built.exists() else "there is no module"
 
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         found = _found(options.files, options.arch, re.compile(options.kernel))
-    except (ValueError, re.error, build.BuildError) as error:
+    except (ValueError, re.error, compilers.BuildError) as error:
         parser.error(str(error))
     if not options.loops:
         print(f"{table(found)}\n\nCompiled for sm_{options.arch} by {compiler_version()}.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-from npc_ext.kernels import build
+from npc_ext.kernels import build, compilers
 
 from .. import ROOT
 from .sass import Loop, packed_loops, parse
@@ -71,7 +71,7 @@ def cuobjdump() -> Path | None:
         files = []
     packaged = [Path(str(file.locate())) for file in files if file.name == "cuobjdump"]
     found = [Path(one)] if (one := shutil.which("cuobjdump")) else []
-    of_nvcc = [compiler.resolve().parent / "cuobjdump"] if (compiler := build.nvcc()) else []
+    of_nvcc = [compiler.resolve().parent / "cuobjdump"] if (compiler := compilers.nvcc()) else []
     whole = (one for one in [*packaged, *found, *of_nvcc] if one.exists() and _has_nvdisasm(one))
     return next(whole, None)
 
@@ -83,8 +83,8 @@ def _has_nvdisasm(path: Path) -> bool:
 def compiled(source: Path, arch: str, folder: Path) -> Path:
     """Compiles a .cu file for one architecture, with the flags of the build."""
     out = folder / f"{source.stem}.{arch}.cubin"
-    flags = [flag for flag in build.nvcc_flags(build.Cuda(archs=())) if not flag.startswith("-Xptxas")]
-    command = [build.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
+    flags = [flag for flag in build.nvcc_flags(()) if not flag.startswith("-Xptxas")]
+    command = [compilers.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
     done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{source} does not compile:\n{done.stderr.strip()}")
@@ -136,6 +136,6 @@ def readable(names: Sequence[str]) -> list[str]:
 
 def compiler_version() -> str:
     """As in "nvcc 13.0.88"; empty without nvcc."""
-    compiler = build.nvcc()
+    compiler = compilers.nvcc()
     words = subprocess.run([str(compiler), "--version"], capture_output=True, text=True).stdout if compiler else ""
     return f"nvcc {found[1]}" if (found := re.search(r"\bV([\d.]+)", words)) else ""

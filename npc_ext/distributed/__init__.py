@@ -1,1 +1,1 @@
-"""Training in several processes: importance that is added up over them, and parameters sharded over them."""
+"""Training in several processes: importance summed over processes, and parameters sharded over them."""

@@ -1,8 +1,8 @@
-"""Parameters that are sharded over processes, as FSDP2 (`torch.distributed.fsdp.fully_shard`) does it.
+"""Parameters that are sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Such a parameter is a DTensor: each process of a device mesh holds a block of its rows, the first ones a row more than
-the last, which may hold none. Rows are neurons, and all processes have the importance of all of them (one float each),
-so every process moves its own rows as one process would move them all.
+Such a parameter is a DTensor: each process of a device mesh holds a block of its rows. The last
+processes may have fewer rows, or none. Rows are neurons, and every process has the importance of all
+neurons (one float each). So each process moves its rows as a single process would.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..kernels.launch import in_memory_order_of
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor (asked for without importing torch.distributed.tensor)."""
+    """Whether a tensor is a DTensor. Does not import torch.distributed.tensor."""
     return hasattr(tensor, "placements")
 
 
 def has_no_memory(tensor: Any) -> bool:
-    """Whether a tensor is of a class that keeps its numbers in other tensors, as quantized weights may."""
+    """Whether the class of a tensor keeps its elements in other tensors, as quantized weights may."""
     return hasattr(tensor, "__tensor_flatten__")
 
 
 def local(tensor: Any) -> Any:
-    """What this process holds of a tensor: of a DTensor its shard, of others all. No copy, and no part of a graph."""
+    """The part of a tensor in this process: a DTensor's shard, or the tensor itself. Not copied, without a graph."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -34,17 +34,17 @@ def local(tensor: Any) -> Any:
 
 
 def first_row(parameter: Any) -> int:
-    """Which row of a sharded parameter is the first of this process's shard."""
+    """The index of the first row of this process's shard."""
     return _rows(parameter)[0]
 
 
 def processes_of(parameter: Any) -> list[int]:
-    """The ranks of all processes over which a sharded parameter is distributed."""
+    """The ranks of all processes over which a parameter is sharded."""
     return sorted(parameter.device_mesh.mesh.flatten().tolist())
 
 
 def why_not(parameter: Any, model: nn.Module) -> str:
-    """Why a DTensor is none that `fully_shard` made of a parameter, by whole rows; empty if it is one."""
+    """The reason why a DTensor was not made by `fully_shard` with whole rows; empty if it was."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import Replicate, Shard
 
@@ -54,7 +54,7 @@ def why_not(parameter: Any, model: nn.Module) -> str:
             "tensor parallelism"
         )
     sharded = [placement for placement in parameter.placements if type(placement) is not Replicate]
-    if len(sharded) > 1 or any(type(one) is not Shard or one.dim != 0 for one in sharded):
+    if len(sharded) > 1 or any(type(placement) is not Shard or placement.dim != 0 for placement in sharded):
         return (
             f"its placements are {parameter.placements}; expected Shard(dim=0) in one dimension of the mesh and "
             "Replicate() in others, as fully_shard makes them without tensor parallelism and shard_placement_fn"
@@ -66,30 +66,30 @@ def why_not(parameter: Any, model: nn.Module) -> str:
 
 
 def like(parameter: Any, tensor: Any, dtype: torch.dtype) -> Any:
-    """`tensor`, one number for each of a parameter's, in a dtype, and otherwise like it: device, layout, shards.
+    """Converts a tensor of a parameter's shape to a dtype and to the parameter's device, layout and shards.
 
-    Itself if it is so already.
+    Returns the tensor itself if nothing changes.
 
     Raises:
-        ValueError: it is sharded in another way.
+        ValueError: the tensor is sharded differently.
     """
     if not is_sharded(parameter):
         return in_memory_order_of(parameter, tensor.to(parameter.device, dtype))
     from torch.distributed.tensor import DTensor
 
-    own, part = local(parameter), local(tensor)
+    shard, part = local(parameter), local(tensor)
     if not is_sharded(tensor):
         begin, end = _rows(parameter)
         part = tensor[begin:end]
-    elif part.shape != own.shape:
+    elif part.shape != shard.shape:
         raise ValueError(
             f"a tensor with placements {tensor.placements} belongs to a parameter with {parameter.placements}; "
             "they must be sharded alike: load checkpoints through torch.distributed.checkpoint"
         )
-    elif part.stride() == own.stride() and part.dtype == dtype and part.device == own.device:
+    elif part.stride() == shard.stride() and part.dtype == dtype and part.device == shard.device:
         return tensor
     return DTensor.from_local(
-        in_memory_order_of(own, part.to(own.device, dtype)),
+        in_memory_order_of(shard, part.to(shard.device, dtype)),
         parameter.device_mesh,
         parameter.placements,
         run_check=False,

@@ -1,12 +1,14 @@
-"""Importance that several processes measure together, on torch.distributed.
+"""Importance that several processes measure together with torch.distributed.
 
-In data-parallel training (`DistributedDataParallel`, `fully_shard`) each process sees its own part of a batch. The
-importance a_i (eq. 2) of the whole batch is the sum of what the processes measured, so the sinks of all layers are
-added up over the processes once a step, before eq. 3, in one flat all-reduce. All of them get the same bits from it, so
-they go on alike, also where each holds a shard of the weights only.
+In data-parallel training (`DistributedDataParallel`, `fully_shard`), each process sees a part of the
+batch. The importance a_i (eq. 2) of the whole batch is the sum over processes. So the sinks of all
+layers (small leaf tensors whose gradients are the importance) are summed over processes once per step,
+before eq. 3, in one flat all-reduce. All processes get the same bits, so their optimizers stay equal,
+also if each process holds only a shard of the weights.
 
-Processes with fewer batches than others go along within `torch.distributed.algorithms.Join([model, optimizer])`: while
-the others train, those that are done add zeros, and in the end they take over what the others have come to.
+If some processes have fewer batches, train within
+`torch.distributed.algorithms.Join([model, optimizer])`. Processes without batches add zeros while the
+others train. At the end they take over the state of the others.
 """
 
 from __future__ import annotations
@@ -26,10 +28,10 @@ AUTO = "auto"
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model inside of what torch.compile and DistributedDataParallel return.
+    """The user's model without the wrappers of torch.compile and DistributedDataParallel.
 
     Raises:
-        TypeError: it is in an `nn.DataParallel`, whose copies cannot be measured, or a part of it is in a
+        TypeError: the model is in `nn.DataParallel`, whose copies cannot be measured, or a part of it is in
             `FullyShardedDataParallel`, whose parameters are not whole rows.
     """
     while True:
@@ -69,7 +71,7 @@ def _group_of(model: nn.Module) -> Any:
 
 
 def _group_of_mesh(mesh: Any) -> Any:
-    """One group of all processes of a mesh: all its dimensions take part of a batch."""
+    """One group of all processes of a mesh: each of its dimensions divides the batch."""
     if mesh.ndim == 1:
         return mesh.get_group()
     ranks = sorted(mesh.mesh.flatten().tolist())
@@ -82,7 +84,7 @@ class SharedSinks:
     """Adds up the sinks of a model's layers over the processes of a group.
 
     Args:
-        model: as the user has it, so that its DistributedDataParallel or its sharded parameters tell the group.
+        model: the user's model. Its DistributedDataParallel or its sharded parameters define the group.
         group: a process group, None (each process for itself) or "auto" (the model's).
     """
 
@@ -100,13 +102,13 @@ class SharedSinks:
         self._works: list[Any] = []
 
     def look_for_group(self, model: nn.Module) -> None:
-        """Takes the group of a model that has been sharded since, where it was not told one."""
+        """Takes the group of a model that was sharded later, if the user gave no group."""
         if self._auto and self._group is None:
             self._group = _group_of(model)
 
     @property
     def group(self) -> Any:
-        """The processes that measure together; None if each does so for itself."""
+        """The processes that measure together; None if each measures for itself."""
         return self._group
 
     @property
@@ -114,7 +116,7 @@ class SharedSinks:
         """Whether several processes measure together.
 
         Raises:
-            RuntimeError: there are several processes, but nobody said whether they do.
+            RuntimeError: there are several processes, and it is unknown whether they do.
         """
         if self._group is not None:
             return distributed.get_world_size(self._group) > 1
@@ -132,19 +134,20 @@ class SharedSinks:
 
     def check_covers(self, processes: Sequence[int], name: str) -> None:
         """Raises ValueError unless all processes over which a parameter is sharded measure together."""
-        own = [] if self._group is None else distributed.get_process_group_ranks(self._group)
-        if not set(processes) <= set(own) and len(processes) > 1:
+        group = [] if self._group is None else distributed.get_process_group_ranks(self._group)
+        if not set(processes) <= set(group) and len(processes) > 1:
             raise ValueError(
-                f"{name} is sharded over processes {_short(processes)}, but importance is added up over {_short(own)} "
-                "(process_group); it has to be over all that hold a part: shard all parameters over the same "
-                "processes, and leave process_group at 'auto'"
+                f"{name} is sharded over processes {_short(processes)}, but importance is added up over "
+                f"{_short(group)} (process_group); it has to be over all that hold a part: shard all parameters over "
+                "the same processes, and leave process_group at 'auto'"
             )
 
     def notify_join(self, optimizer: Any) -> None:
-        """Called in each step before anything is added up: tells processes that have no more batches to go along.
+        """Tells processes without batches to take part in a step. Call it in each step before `start`.
 
         Raises:
-            RuntimeError: they would not, because the context they are in does not know the optimizer, or asks it first.
+            RuntimeError: they would not take part, because the optimizer is not in their join context, or is the first
+                in it.
         """
         data_parallel = None if self._data_parallel is None else self._data_parallel()
         comes_second = optimizer._join_config.enable and not optimizer._join_config.is_first_joinable
@@ -157,10 +160,10 @@ class SharedSinks:
         Join.notify_join_context(optimizer)
 
     def start(self, sinks: Iterable[Tensor]) -> None:
-        """Begins to add up, without waiting; from now on the sinks hold the sums, which come with `finish`.
+        """Starts the sums without waiting. The sinks then refer to the sums, which are complete after `finish`.
 
-        A sink without a gradient, of a layer that was not measured here, counts as -0.0. That changes nothing, as for
-        neurons that received no gradient.
+        A layer that was not measured here has a sink without a gradient. It counts as -0.0, as for neurons that
+        received no gradient, which changes nothing.
         """
         by_device: dict[torch.device, list[Tensor]] = {}
         for sink in sinks:
@@ -180,7 +183,7 @@ class SharedSinks:
             self._works.append(distributed.all_reduce(flat, group=self._group, async_op=True))
 
     def finish(self) -> None:
-        """Waits for the sums: on a GPU its stream does, not the CPU."""
+        """Waits for the sums. On a GPU, the stream waits, not the CPU."""
         works, self._works = self._works, []
         for work in works:
             work.wait()
@@ -196,12 +199,12 @@ class SharedSinks:
 
 
 class SinksJoinHook(JoinHook):
-    """What a process does that has no more batches, while others train.
+    """The work of a process without batches while others train.
 
     Args:
         optimizer: takes over the state of the process that trained longest.
         group: the processes.
-        add_nothing: takes part in what a step adds up, with zeros.
+        add_nothing: takes part in the sums of a step with zeros.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, group: Any, add_nothing: Callable[[], None]) -> None:
@@ -212,16 +215,16 @@ class SinksJoinHook(JoinHook):
         self._add_nothing()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Called when all are done; the model's DistributedDataParallel takes over the weights."""
-        own = distributed.get_rank(self._group)
+        """Called when all are done. The model's DistributedDataParallel takes over the weights."""
+        rank = distributed.get_rank(self._group)
         device = self._optimizer.param_groups[0]["params"][0].device
-        last = torch.tensor(own if is_last_joiner else -1, dtype=torch.int64, device=device)
+        last = torch.tensor(rank if is_last_joiner else -1, dtype=torch.int64, device=device)
         distributed.all_reduce(last, op=distributed.ReduceOp.MAX, group=self._group)
         source, states = int(last), list[Any]([None])
-        if own == source:
+        if rank == source:
             states = [tree_map_only(Tensor, Tensor.cpu, self._optimizer.state_dict())]
         distributed.broadcast_object_list(states, distributed.get_global_rank(self._group, source), self._group)
-        if own != source:
+        if rank != source:
             self._optimizer.load_state_dict(states[0])
 
 

@@ -1,10 +1,12 @@
-"""The compiled module: the one built ahead of time, else one built just in time, else a remembered, explained failure.
+"""Loads the compiled module: the one built ahead of time, else one built just in time. A failure is remembered.
 
-Loaded when an optimizer is built, or at the first use, once per process. A module that was compiled from other sources
-or flags than those beside it (a checkout in which csrc/ was edited) counts as missing, so a stale module is never run.
+The module is loaded once per process: when an optimizer is built, or at the first use. A module that was compiled from
+other sources or flags than those beside it (csrc/ was edited in a checkout) counts as missing. So a stale module never
+runs.
 
-At the first use of a GPU the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
-second module is built just in time, for the GPUs present; it runs there, and the first one still does on the CPU.
+At the first use of a GPU, the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
+second module is built just in time for the GPUs present. The second module then runs on the GPU, and the first one
+still runs on the CPU.
 """
 
 from __future__ import annotations
@@ -18,10 +20,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from types import ModuleType
 
-from . import build
-
-_NAME = "npc_ext._C"
-_PACKAGE = Path(__file__).parent.parent
+from . import build, compilers, just_in_time
 
 
 class NativeUnavailableError(RuntimeError):
@@ -30,17 +29,17 @@ class NativeUnavailableError(RuntimeError):
 
 @dataclass(frozen=True)
 class Native:
-    """What loading came to: a module and where it is from, or the reason why there is none."""
+    """The outcome of loading: a module and where it is from, or the reason why there is none."""
 
     module: ModuleType | None
     origin: str
     reason: str = ""
-    why_not_prebuilt: str = ""  # the module built ahead of time is not used
+    why_not_prebuilt: str = ""  # why the module built ahead of time is not used
 
 
 @lru_cache(maxsize=1)
 def status() -> Native:
-    """Loads the module if that has not been tried yet, and says what came of it. Never raises."""
+    """Loads the module, unless that was tried before, and returns the outcome. Never raises."""
     why_not = ""
     try:
         prebuilt, why_not = _prebuilt()
@@ -53,43 +52,48 @@ def status() -> Native:
 
 
 def _sentence(error: Exception) -> str:
-    expected = isinstance(error, (build.BuildError, ImportError))
+    expected = isinstance(error, (compilers.BuildError, ImportError))
     return str(error) if expected else f"{type(error).__name__}: {error}"
 
 
 def _just_in_time(why: str = "") -> ModuleType:
-    """Imports the module built just in time, and builds it if need be. One that does not load is built once more."""
-    path = build.build_cached(why)
+    """Imports the module built just in time, and builds it if needed.
+
+    A module that does not load is built once more.
+    """
+    path = just_in_time.build_cached(why)
     try:
-        return _import_from(path)
+        return import_from(path)
     except ImportError as error:
-        build.say(f"the module {path} does not load ({error}); it is deleted and built again")
-        build.discard(path)
-    path = build.build_cached(why)
+        compilers.say(f"the module {path} does not load ({error}); it is deleted and built again")
+        just_in_time.discard(path)
+    path = just_in_time.build_cached(why)
     try:
-        return _import_from(path)
+        return import_from(path)
     except ImportError as error:
-        build.discard(path)
-        raise build.BuildError(f"the module built just in time does not load, and was deleted: {error}") from error
+        just_in_time.discard(path)
+        raise compilers.BuildError(f"the module built just in time does not load, and was deleted: {error}") from error
 
 
 def _prebuilt() -> tuple[ModuleType | None, str]:
-    path = _PACKAGE / build.MODULE_FILE
+    """The module built ahead of time, or why it cannot be used."""
+    path = build.PACKAGE / build.MODULE_FILE
     if not path.exists():
         return None, f"no module built ahead of time is there ({path.name} is not in {path.parent})"
-    # Found without loading it: an extension that has been loaded cannot be replaced in the same process.
+    # The file is read but not loaded: an extension that was loaded cannot be replaced in the same process.
     if differs := build.why_stale(path.read_bytes()):
         return None, (
             f"the module built ahead of time is older than the sources beside it ({differs}; to build it anew: "
             "'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
         )
     try:
-        return _import_from(path), ""
+        return import_from(path), ""
     except ImportError as error:
         return None, f"the module built ahead of time does not load ({error})"
 
 
-def _import_from(path: Path, name: str = _NAME) -> ModuleType:
+def import_from(path: Path, name: str = "npc_ext._C") -> ModuleType:
+    """Imports an extension module from a file."""
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
@@ -103,7 +107,7 @@ def available() -> bool:
     return status().module is not None
 
 
-@lru_cache(maxsize=1)  # read on every launch; a failure is remembered by status() instead
+@lru_cache(maxsize=1)  # for every launch; status() remembers a failure
 def module() -> ModuleType:
     """The compiled module. Raises NativeUnavailableError with the reason and the fix if there is none."""
     native = status()
@@ -116,16 +120,16 @@ def module() -> ModuleType:
     return native.module
 
 
-_looking = threading.Lock()  # autograd's threads may use a GPU for the first time at the same time
+_first_use = threading.Lock()  # autograd's threads may use a GPU for the first time at the same time
 
 
 @cache
 def status_on(device: int) -> Native:
-    """What runs on the GPU of that index; looks, and builds if need be, at the first call. Never raises.
+    """What runs on the GPU of that index. The first call checks it, and builds a module if needed. Never raises.
 
-    Initializes CUDA there, so it is for GPUs that are in use.
+    This initializes CUDA on the GPU, so call it only for GPUs that are in use.
     """
-    with _looking:
+    with _first_use:
         if reason := why_no_cuda():
             return Native(None, "none", reason)
         try:
@@ -138,16 +142,16 @@ def status_on(device: int) -> Native:
 
 
 def _built_for_gpus(device: int, reason: str) -> Native:
-    """A module built just in time for the GPUs present, because the first one does not run there for that reason."""
+    """A module built just in time for the GPUs present. `reason` says why the first one does not run there."""
     try:
-        if build.nvcc() is None:
+        if compilers.nvcc() is None:
             return Native(
                 None,
                 "none",
                 f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc 12.1 or "
                 "newer), and the kernels are compiled at their next use",
             )
-        path = build.build_cached()
+        path = just_in_time.build_cached()
         if path != Path(str(module().__file__)):
             built = _import_once(path)
             if not hasattr(built, "cuda"):
@@ -162,7 +166,7 @@ def _built_for_gpus(device: int, reason: str) -> Native:
 
 @cache
 def _import_once(path: Path) -> ModuleType:
-    return _import_from(path)
+    return import_from(path)
 
 
 def why_not_on(device: int) -> str:
@@ -191,7 +195,7 @@ def _compiled_without_cuda(compiled: ModuleType) -> str:
     reason = getattr(compiled, "why_no_cuda", "")
     because = f" ({reason})" if reason else ""
     path = Path(str(getattr(compiled, "__file__", "")))
-    if path.parent != _PACKAGE and path.is_absolute():
+    if path.parent != build.PACKAGE and path.is_absolute():
         return f"the module was compiled without CUDA{because}; fix that and delete {path.parent} to compile it again"
     return (
         f"the module was compiled without CUDA{because}; install the CUDA toolkit (nvcc 12.1 or newer) and compile it "

@@ -1,1 +1,1 @@
-"""The neurons of a model: which parameters they have, where they are measured, and how."""
+"""The neurons of a model: their parameters, where their activation is measured, and how."""

@@ -1,12 +1,12 @@
-"""The tap inside `nn.MultiheadAttention`: it measures the neurons of the input projection.
+"""The tap inside `nn.MultiheadAttention`, which measures the neurons of the input projection.
 
-The module projects its inputs to queries, keys and values, n = x W^T + b, in the middle of its forward pass. No module
-begins or ends there, so no hook sees them. Its forward pass is therefore replaced by torch's own code with one change:
-the functions of torch that compute the projection return tapped tensors. Masks, dropout, attention weights and all
-other options are torch's.
+The module projects its inputs to queries, keys and values, n = x W^T + b, in the middle of its forward
+pass. No module begins or ends there, so hooks cannot see them. So the forward pass is replaced by
+torch's code with one change: the functions that compute the projection return tapped tensors. Masks,
+dropout, attention weights and all other options are torch's.
 
-In that code positions come first and samples second, with `batch_first` and without, and a single sample is a batch
-of one.
+In that code positions come first and samples second, with and without `batch_first`. A single sample
+is a batch of one.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from torch.nn import functional as F
 
 from .._torch import INPUT_PROJECTIONS
 from .layer import NeuronLayer
-from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_what_was_cleared, like
+from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_cleared_importance, like
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 
 
 class _Tap(torch.autograd.Function):
-    """Hands on queries, keys and values; the gradient of the sink is the importance of their neurons, in this order."""
+    """Returns queries, keys and values. The gradient of the sink is the importance of their neurons, in this order."""
 
     @staticmethod
     def forward(
@@ -41,16 +41,16 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.compiler.is_compiling():
-            drop_what_was_cleared(ctx.layer)
+            drop_cleared_importance(ctx.layer)
         pairs = zip(ctx.saved_tensors, gradients, strict=True)
         parts = [ctx.layer.measure(like(gradient, n), gradient, 2, ctx.batch_dim) for n, gradient in pairs]
         return *gradients, torch.cat(parts).to(torch.float32), None, None
 
 
 class AttentionForward(SharedStandIn):
-    """Stands in for the `forward` of a MultiheadAttention, as the module's attribute of that name; picklable with it.
+    """Replaces the `forward` of a MultiheadAttention, as the module's attribute of that name.
 
-    It calls the class's own `forward` unless the module trains.
+    It calls the `forward` of the class unless the module is training. It can be pickled with the module.
     """
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
@@ -75,7 +75,7 @@ class AttentionForward(SharedStandIn):
                 if hook.measures(query) or hook.measures(key) or hook.measures(value):
                     check_device(query, hook.layer)
                     batch_dim = hook.point.batch_dim
-                    if self._module.batch_first:  # the module has exchanged its first two dimensions
+                    if self._module.batch_first:  # the module has swapped the first two dimensions
                         batch_dim = 1 - batch_dim
                     query, key, value = _Tap.apply(query, key, value, hook.layer.sink, hook.layer, batch_dim)
             return query, key, value
@@ -83,7 +83,7 @@ class AttentionForward(SharedStandIn):
         return tapped
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: own for name, own in self.__dict__.items() if name != "_measured"}
+        return {name: value for name, value in self.__dict__.items() if name != "_measured"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -91,10 +91,10 @@ class AttentionForward(SharedStandIn):
 
 
 def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
-    """Measures a module's input projection from now on; returns a handle that undoes it by `remove()`.
+    """Places the tap in a module's input projection. The returned handle's `remove()` takes it out.
 
     Raises:
-        ValueError: `why_not` has an objection to the module.
+        ValueError: it cannot be measured; `why_not` returns the reason.
     """
     if reason := why_not(module):
         raise ValueError(f"the input projection of {module} cannot be measured: {reason}")
@@ -103,7 +103,7 @@ def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
 
 
 def why_not(module: nn.MultiheadAttention) -> str:
-    """Why a module's input projection cannot be measured; empty if it can."""
+    """The reason why a module's input projection cannot be measured; empty if it can."""
     if type(module).forward is not nn.MultiheadAttention.forward:
         return "its class has a forward of its own"
     if "forward" in module.__dict__ and not isinstance(StandIn.of(module), AttentionForward):
@@ -115,15 +115,15 @@ def why_not(module: nn.MultiheadAttention) -> str:
 
 
 def _with_globals(function: Any, **replaced: Any) -> Any:
-    """A copy of a function that sees other values of some of the names in its module."""
-    own = {"__builtins__": vars(builtins), **_used(function, function.__globals__), **replaced}
-    copy = FunctionType(function.__code__, own, function.__name__, function.__defaults__, function.__closure__)
+    """A copy of a function for which some names of its module have other values."""
+    names = {"__builtins__": vars(builtins), **_used(function, function.__globals__), **replaced}
+    copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
 def _used(function: Any, names: dict[str, Any]) -> dict[str, Any]:
-    """Those of the names that a function may ask for."""
+    """The names that a function may use."""
     return {name: names[name] for name in _names(function.__code__) if name in names}
 
 

@@ -1,13 +1,15 @@
-"""Which parameters make up which neuron, and where in the model its activation is measured.
+"""Finds the neurons of a model: their parameters, and where in the model their activation is measured.
 
-The model is traced symbolically (torch.fx), nothing is computed. From each weighted layer the walk goes downstream
-through normalization, activation, pooling and dropout to the last point at which the tensor still holds this layer's
-neurons and nothing else: up to a flatten, an addition, a second consumer or an unknown operation. Parts of a model that
-cannot be traced (control flow that depends on data) are searched child by child.
+The model is traced symbolically (torch.fx); nothing is computed. From each weighted layer, a walk goes
+downstream through normalization, activation, pooling and dropout. It ends at the last point at which
+the tensor still holds the neurons of this layer only: before a flatten, an addition, a second consumer
+or an unknown operation. Parts of a model that cannot be traced (control flow that depends on data) are
+searched child by child.
 
-Two facts decide between points (the tests prove both). Before a normalization the importance is zero but for rounding,
-so the point is always behind it. Over operations that are positively homogeneous within each channel (ReLU, pooling,
-dropout) it is the same before and after (Euler), so any of those points will do.
+Two facts decide between points, and tests prove both. Before a normalization the importance is zero
+except for rounding, so the point is always behind it. Operations that are positively homogeneous within
+each channel (ReLU, pooling, dropout) do not change the importance (Euler), so the points before and
+after them are equivalent.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from .layer import PROJECTION, NeuronLayer, NeuronParameter, OtherParameter, Tap
 from .table import Neurons
 
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# These take a matrix for one sequence without a dimension of samples.
+# For these, a matrix is one sequence without a dimension of samples.
 _TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -37,14 +39,14 @@ _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 def find_neurons(
     model: nn.Module, *, measure_at: Mapping[str, str] | None = None, batch_dim: Mapping[str, int] | None = None
 ) -> Neurons:
-    """Finds the neurons of a model and where to measure them; computes nothing and changes nothing.
+    """Finds the neurons of a model and where to measure them. Computes nothing and changes nothing.
 
     Args:
-        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and those of the form
-            of GPT-2's Conv1D. So has the input projection of MultiheadAttention: those of queries, keys and values, one
-            after the other.
+        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and also layers like
+            GPT-2's Conv1D. The input projection of MultiheadAttention has the neurons of queries, keys and values, in
+            this order.
         measure_at: layer name -> name of the module whose output holds the layer's activation, instead of the place
-            found.
+            that is found.
         batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
 
     Raises:
@@ -104,12 +106,12 @@ def find_neurons(
 
 
 def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Layers with neurons, and those that would have some but for a reason."""
+    """The layers with neurons, and those whose neurons cannot be used, with the reason."""
     weighted: dict[str, nn.Module] = {}
     unusable: dict[str, str] = {}
     for name, module in modules.items():
-        for own, parameter in module.named_parameters(recurse=False):
-            full = f"{name}.{own}".lstrip(".")
+        for short, parameter in module.named_parameters(recurse=False):
+            full = f"{name}.{short}".lstrip(".")
             if isinstance(parameter, UninitializedParameter):
                 raise ValueError(f"parameter {full!r} is not initialized yet: pass one batch through the model first")
             if parameter.is_complex():
@@ -128,9 +130,9 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
 
 
 def _why_packed(module: Any) -> str:
-    """Why the elements of a weight are not one for each connection, as where several share a byte; empty if they are.
+    """The reason why a weight does not have one element per connection, for example because it is packed.
 
-    The number of neurons may have changed since the module was built: heads grow.
+    Empty if it has. The number of neurons may have changed since the module was built, because heads grow.
     """
     weight = module.weight
     if weight.dtype not in _TRAINABLE:
@@ -148,7 +150,7 @@ def _why_packed(module: Any) -> str:
 
 
 def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of the layers that have neurons, by the layer's name, whether or not they can be measured.
+    """The parameters of all layers with neurons, by the layer's name, whether or not they can be measured.
 
     Layers are Linear, Conv, ConvTranspose and Conv1D with a weight of their own, and the input projections of
     attention.
@@ -163,8 +165,8 @@ def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         if name in weighted:
             found[name] = list(module.parameters(recurse=False))
         elif isinstance(module, nn.MultiheadAttention) and not _why_no_projection(module):
-            own = (getattr(module, each) for each in (*_projection_weights(module), "in_proj_bias"))
-            found[_join(name, "in_proj")] = [parameter for parameter in own if parameter is not None]
+            parameters = (getattr(module, short) for short in (*_projection_weights(module), "in_proj_bias"))
+            found[_join(name, "in_proj")] = [parameter for parameter in parameters if parameter is not None]
     if not found:
         reasons = "".join(f"; {name!r}: {reason}" for name, reason in unusable.items())
         raise ValueError(f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{reasons}")
@@ -172,12 +174,12 @@ def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
-    """Whether several modules of a model have a weight in common."""
-    return sum(any(own is weight for own in own_parameters(m).values()) for m in model.modules()) > 1
+    """Whether several modules of a model share a weight."""
+    return sum(any(parameter is weight for parameter in own_parameters(m).values()) for m in model.modules()) > 1
 
 
 def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
-    """Names of layers grouped by the weight that they share."""
+    """The names of layers, grouped by the weight that they share."""
     groups: dict[int, list[str]] = {}
     for name, module in weighted.items():
         groups.setdefault(id(module.weight), []).append(name)
@@ -209,7 +211,7 @@ def _layer(
     batch_dim: Mapping[str, int],
     claimed: Mapping[int, str],
 ) -> NeuronLayer | str:
-    """The layer whose weight the modules `names` share, or why it cannot be measured."""
+    """The layer whose weight the modules `names` share, or the reason why it cannot be measured."""
     first: Any = modules[names[0]]
     weight: nn.Parameter = first.weight
     neurons, dim, groups = _neuron_place(first)
@@ -229,7 +231,7 @@ def _layer(
             found: list[tuple[str, str, bool]] | str = [
                 (measure_at[name], "output", graphs.needs_copy(measure_at[name]))
             ]
-            # A normalization on the way is the neurons' own, wherever they are measured.
+            # A normalization on the path belongs to the neurons, wherever they are measured.
             _, scales, _ = graphs.measuring_points(name)
             if torch_class(modules[measure_at[name]]) in NORMALIZATION:
                 scales = [*scales, measure_at[name]]
@@ -245,9 +247,9 @@ def _layer(
         for at, where, copy in found:
             in_backward = where == "output" and not copy and is_measuring_relu(modules[at])
             points.append(TapPoint(at, where, channel_dim, samples, unbatched, copy, in_backward))
-        own = [(_join(name, "bias"), getattr(module, "bias", None))]
-        own += [(_join(scale, n), p) for scale in scales for n, p in modules[scale].named_parameters(recurse=False)]
-        for full, parameter in own:
+        others = [(_join(name, "bias"), getattr(module, "bias", None))]
+        others += [(_join(scale, n), p) for scale in scales for n, p in modules[scale].named_parameters(recurse=False)]
+        for full, parameter in others:
             if parameter is None or id(parameter) in taken or tuple(parameter.shape) != (neurons,):
                 continue
             taken.add(id(parameter))
@@ -264,19 +266,19 @@ def _layer(
 
 
 def _sink(neurons: int, device: torch.device) -> Tensor:
-    """A leaf (N,), whose values nobody reads, so that they are one number in memory."""
+    """A leaf (N,). Its values are never read, so they are one number in memory."""
     return torch.zeros((), dtype=torch.float32, device=device).expand(neurons).requires_grad_()
 
 
 def input_projections(model: nn.Module) -> list[str]:
-    """The names under which the input projections of attention are layers."""
+    """The names of the layers that are input projections of attention."""
     return [_join(name, "in_proj") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
 
 
 def _by_projection(
     projections: list[str], modules: Mapping[str, nn.Module], unusable: dict[str, str]
 ) -> dict[int, list[str]]:
-    """Names of attention modules grouped by the weight of their input projection; adds to those that are unusable."""
+    """The names of attention modules, grouped by the weight of their input projection. Adds to `unusable`."""
     groups: dict[int, list[str]] = {}
     for owner in (name.rpartition(".")[0] for name in projections):
         module: Any = modules[owner]
@@ -290,11 +292,11 @@ def _by_projection(
 
 
 def _why_no_projection(module: nn.MultiheadAttention) -> str:
-    """Why the weights of an input projection are no parameters that can be trained; empty if they are."""
-    own = [getattr(module, name) for name in _projection_weights(module)]
-    if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in own):
+    """The reason why the weights of an input projection cannot be trained; empty if they can."""
+    weights = [getattr(module, name) for name in _projection_weights(module)]
+    if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in weights):
         return "its weight is computed from other parameters (a parametrization)"
-    packed = next((weight for weight in own if weight.dtype not in _TRAINABLE), None)
+    packed = next((weight for weight in weights if weight.dtype not in _TRAINABLE), None)
     return "" if packed is None else f"its weight is {packed.dtype}, packed or quantized"
 
 
@@ -313,24 +315,24 @@ def _projection_layer(names: list[str], modules: Mapping[str, nn.Module], batch_
         samples = batch_dim.get(_join(name, "in_proj"), _samples_dim(name, modules))
         points.append(TapPoint(name, PROJECTION, -1, samples, 2))
         first = 0
-        for own in (*_projection_weights(module), "in_proj_bias"):
-            parameter = getattr(module, own)
+        for short in (*_projection_weights(module), "in_proj_bias"):
+            parameter = getattr(module, short)
             if parameter is not None and all(parameter is not known.parameter for known in parameters):
-                rows = 0 if own == "in_proj_bias" else first
-                parameters.append(NeuronParameter(_join(name, own), parameter, first=rows))
+                rows = 0 if short == "in_proj_bias" else first
+                parameters.append(NeuronParameter(_join(name, short), parameter, first=rows))
                 first += len(parameter)
-    weights = [own for own in parameters if own.parameter.ndim == 2]
-    neurons = sum(len(own.parameter) for own in weights)
-    fan_in = sum(own.parameter.numel() for own in weights) // max(neurons, 1)
+    weights = [p for p in parameters if p.parameter.ndim == 2]
+    neurons = sum(len(p.parameter) for p in weights)
+    fan_in = sum(p.parameter.numel() for p in weights) // max(neurons, 1)
     sink = _sink(neurons, weights[0].parameter.device)
     note = f"its weight is shared with {', '.join(names[1:])}; importance adds up over all of them" if names[1:] else ""
     return NeuronLayer(_join(names[0], "in_proj"), neurons, fan_in, tuple(parameters), tuple(points), note, sink)
 
 
 def _outputs_of_adapters(weighted: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layer -> module for the second factors of low-rank adapters (LoRA, as PEFT has it), y = W x + B A x.
+    """Layer -> module for the second factors of low-rank adapters (LoRA as in PEFT), y = W x + B A x.
 
-    The rows of B are the output neurons, whose activation is y, not B's own output, which is zero at first.
+    The rows of B are the output neurons. Their activation is y, not the output of B, which is zero at first.
     """
     found = {}
     for name in weighted:
@@ -341,7 +343,7 @@ def _outputs_of_adapters(weighted: Mapping[str, nn.Module], modules: Mapping[str
 
 
 def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
-    """Transformer layers say themselves whether samples or positions come first."""
+    """The dimension that counts samples: attention and transformer layers define it by `batch_first`."""
     parts = name.split(".")
     for end in range(len(parts), -1, -1):
         module = modules.get(".".join(parts[:end]))
@@ -352,7 +354,7 @@ def _samples_dim(name: str, modules: Mapping[str, nn.Module]) -> int:
 
 
 def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[str, str]) -> str:
-    owner, _, own = name.rpartition(".")
+    owner, _, short = name.rpartition(".")
     for layer, reason in unusable.items():
         if owner == layer or owner.startswith(_join(layer, "parametrizations")):
             return reason
@@ -365,7 +367,7 @@ def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[st
         return "a key and a value that attention adds to every sequence"
     if torch_class(module) in NORMALIZATION:
         return "normalization that follows no single layer's neurons"
-    return f"{own} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"
+    return f"{short} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"
 
 
 def _check_name(option: str, name: str, known: list[str]) -> None:
@@ -374,5 +376,5 @@ def _check_name(option: str, name: str, known: list[str]) -> None:
     raise ValueError(f"{option} names {name!r}, which is not in the model; {close_to(name, known)}")
 
 
-def _join(owner: str, own: str) -> str:
-    return f"{owner}.{own}" if owner else own
+def _join(owner: str, name: str) -> str:
+    return f"{owner}.{name}" if owner else name

@@ -1,4 +1,4 @@
-"""The model as a graph, and the walk from a layer downstream to the points where its neurons can be measured."""
+"""The model as a graph, and the walk from a layer downstream to the points where it can be measured."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ import torch
 from torch import fx, nn
 
 from .._torch import as_written, compiled_from, version_of
-from .kinds import CONVOLUTIONS, NORMALIZATION, is_linear, is_managed, is_weighted, own_class, torch_class
+from .kinds import (
+    CONVOLUTIONS,
+    NORMALIZATION,
+    class_before_fully_shard,
+    is_linear,
+    is_managed,
+    is_weighted,
+    torch_class,
+)
 from .relu import ReLU
 
 _TRACED_INTO = (
@@ -50,11 +58,11 @@ _VIEWS = {
 
 
 def is_measuring_relu(module: nn.Module) -> bool:
-    """Whether a module is an `npc_ext.nn.ReLU`; a class derived from it may do something else, or something more."""
+    """Whether a module is an `npc_ext.nn.ReLU`. A derived class does not count: it may compute something else."""
     return type(module) is ReLU
 
 
-# --------------------------------------------------------------------------------------------------------- the graphs
+# ------------------------------------------------------------------------------------------ the graphs
 
 
 _IN_PLACE_OPERATORS = {
@@ -64,7 +72,7 @@ _IN_PLACE_OPERATORS = {
 
 
 class _Value(fx.Proxy):
-    """A stand-in that keeps `x += y` apart from `x + y`, and allows `x[i] = y`."""
+    """A proxy that records `x += y` differently from `x + y`, and allows `x[i] = y`."""
 
 
 for _operator in _IN_PLACE_OPERATORS:
@@ -76,9 +84,9 @@ for _operator in _IN_PLACE_OPERATORS:
 
 
 class _Tracer(fx.Tracer):
-    """Goes into containers and users' modules, not into layers, nor into what torch.nn computes in one piece.
+    """Traces into containers and users' modules, but not into layers and other modules of torch.nn.
 
-    A module whose forward cannot be traced is one node of its caller's graph, and is listed in `opaque`.
+    A module that cannot be traced becomes one node of its caller's graph, and is listed in `opaque`.
     """
 
     def __init__(self) -> None:
@@ -90,12 +98,12 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         before = len(self.graph.nodes)
         if is_managed(m) and not self.is_leaf_module(m, ""):
-            forward = m.forward  # without fully_shard's hooks, which would gather the parameters
+            forward = m.forward  # without the hooks of fully_shard, which would gather the parameters
         if isinstance(inner := compiled_from(m), nn.Module):
             forward = inner
         try:
             return super().call_module(m, forward, args, kwargs)
-        # The user's forward runs on stand-ins for tensors; whatever it raises means the same: not this way.
+        # The user's forward runs on proxies for tensors. Any exception means that it cannot be traced.
         except Exception:
             for node in reversed(list(self.graph.nodes)[before:]):
                 self.graph.erase_node(node)
@@ -109,11 +117,11 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, torch.jit.ScriptModule) or is_weighted(m) or is_measuring_relu(m):
             return True
-        return own_class(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
+        return class_before_fully_shard(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
 
 class Graphs:
-    """The traced parts of a model: where each module is called, and what becomes of what it returns."""
+    """The traced parts of a model: where each module is called, and how its output is used."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
@@ -123,7 +131,7 @@ class Graphs:
         self._opaque: set[str] = set()
         self._traced: set[nn.Module] = set()
         self._trace(model)
-        # Branches that the forward pass did not take, as another task's head, are graphs of their own.
+        # Branches that the forward pass did not take, as the head of another task, are separate graphs.
         for name, module in self.modules.items():
             if name and not any(call == name or call.startswith(f"{name}.") for call in self.calls):
                 self._trace(module)
@@ -148,7 +156,7 @@ class Graphs:
         return self._target[node]
 
     def operation(self, node: fx.Node) -> str:
-        """What a node does, by the name of its module's class in torch.nn, its function or its method."""
+        """The operation of a node: the name of its module's class in torch.nn, of its function or of its method."""
         if node.op == "call_module":
             return torch_class(self.modules[self.target(node)])
         if node.op == "call_function":
@@ -156,7 +164,7 @@ class Graphs:
         return str(node.target) if node.op == "call_method" else node.op
 
     def kind(self, node: fx.Node, convolution: bool) -> str | None:
-        """Either "normalization", "homogeneous" or "activation"; None for everything that ends a walk."""
+        """The kind of an operation: "normalization", "homogeneous" or "activation"; None if it ends a walk."""
         name = _POOLING_FUNCTIONS.get(node.target, "") if node.op == "call_function" else ""
         name = name or self.operation(node)
         if name in NORMALIZATION:
@@ -169,7 +177,7 @@ class Graphs:
         return "activation" if name in _OTHER_ACTIVATIONS else None
 
     def consumers(self, node: fx.Node) -> list[fx.Node]:
-        """Who uses a value, apart from those who only ask for its shape."""
+        """The nodes that use a value, except for those that only read its shape."""
         return [user for user in node.users if self.operation(user) not in _ASKS_FOR_SHAPE]
 
     def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
@@ -190,12 +198,12 @@ class Graphs:
         return False
 
     def is_overwritten(self, value: fx.Node) -> bool:
-        """Whether what follows a value works in place, or is out of sight."""
+        """Whether a consumer of a value works in place, or is unknown."""
         users = self.consumers(value)
         return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
 
     def leads_to(self, name: str, target: str) -> bool:
-        """Whether what a module returns reaches another one; True also where their way was not traced."""
+        """Whether the output of a module reaches another module; True also if the path was not traced."""
         starts, ends = self.calls.get(name, []), self.calls.get(target, [])
         if not {node.graph for node in ends} <= {node.graph for node in starts}:
             return True
@@ -208,16 +216,18 @@ class Graphs:
         return not ends or any(node in reached for node in ends)
 
     def needs_copy(self, name: str) -> bool:
-        """Whether the output of a module is overwritten in any of its calls, or may be."""
+        """Whether the output of a module is, or may be, overwritten in any of its calls."""
         return any(map(self.is_overwritten, self.calls.get(name, []))) or name not in self.calls
 
     def measuring_points(self, name: str) -> tuple[list[tuple[str, str, bool]] | str, list[str], str]:
-        """Where to measure a layer: (module, "output" or "input", copy) for each of its calls, or why nowhere.
+        """Where to measure a layer.
 
-        Also returns the modules on the way whose per-channel parameters belong to the neurons, and a note.
+        Returns:
+            (module, "output" or "input", copy) for each of its calls, or the reason why it cannot be measured; the
+            modules on the path whose per-channel parameters belong to the neurons; a note.
         """
         starts, at = self.calls.get(name, []), name
-        if not starts and name.endswith("out_proj"):  # attention never calls it as a module
+        if not starts and name.endswith("out_proj"):  # attention does not call it as a module
             owner = name.rpartition(".")[0]
             if isinstance(self.modules[owner], nn.MultiheadAttention):
                 starts, at = self.calls.get(owner, []), owner
@@ -225,14 +235,14 @@ class Graphs:
             return [(at, "output", True)], [], ""
         convolution = not is_linear(self.modules[name])
         walks = [_Walk(self, start, convolution) for start in starts]
-        own = {node for walk in walks for node in walk.values}
-        choices = [walk.choose(own) for walk in walks]
+        values = {node for walk in walks for node in walk.values}
+        choices = [walk.choose(values) for walk in walks]
         scales = [
             self.target(node)
             for node in walks[0].values[1:]
             if node.op == "call_module"
-            and all(call in own for call in self.calls[self.target(node)])
-            # Behind a convolution their scales count positions.
+            and all(call in values for call in self.calls[self.target(node)])
+            # Behind a convolution, the scales of these count positions.
             and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
         ]
         if any(isinstance(choice, str) for choice in choices):
@@ -242,7 +252,7 @@ class Graphs:
             where == "output" and self._walks_through(module, walks) > sum(c[:2] == (module, where) for c in choices)
             for module, where in points
         ):
-            # A tap sees every call of its module, so a call that chose another point would count twice.
+            # A tap sees every call of its module, so a call that is measured at another point would count twice.
             if any("normalization" in walk.kinds for walk in walks):
                 return (
                     "it is called several times, and not all calls can be measured at the same place behind their "
@@ -260,7 +270,7 @@ class Graphs:
 
 
 class _Walk:
-    """The way of one call's result downstream: `values[i]` becomes `values[i + 1]` by an operation of `kinds[i]`."""
+    """The path of one call's result downstream: an operation of `kinds[i]` turns `values[i]` into `values[i + 1]`."""
 
     def __init__(self, graphs: Graphs, start: fx.Node, convolution: bool) -> None:
         self.graphs = graphs
@@ -282,25 +292,29 @@ class _Walk:
     def _is_attention(self) -> bool:
         return len(self.values) == 1 and self.graphs.operation(self.values[0]) == "MultiheadAttention"
 
-    def choose(self, own: set[fx.Node]) -> tuple[str, str, bool, str] | str:
-        """The last point that a hook can reach, or one that is equal to it; a note, or why there is none.
+    def choose(self, layer_values: set[fx.Node]) -> tuple[str, str, bool, str] | str:
+        """The last point that a hook can reach, or an equivalent one, with a note; or the reason why there is none.
 
-        `own` are all values of this layer: a module that is called for another layer too is out of the question.
+        `layer_values` are all values of this layer. A module that is also called for another layer is not used.
         """
         last = len(self.values) - 1
-        equal = last  # from here on every operation is homogeneous, so importance is the same
+        equal = last  # every operation from here on is homogeneous, so importance is the same
         while equal > 0 and self.kinds[equal - 1] == "homogeneous":
             equal -= 1
         for at in range(last, equal - 1, -1):
-            if (point := self._output(at, own)) and not point[2] and is_measuring_relu(self.graphs.modules[point[0]]):
+            if (
+                (point := self._output(at, layer_values))
+                and not point[2]
+                and is_measuring_relu(self.graphs.modules[point[0]])
+            ):
                 return (*point, "")
-        # A convolution's input is kept for its own backward pass: measuring there costs no memory. Another consumer's
-        # input comes second, because which head consumes it may change from task to task.
+        # A convolution keeps its input for its backward pass, so measuring there takes no memory. The input of another
+        # consumer comes second, because the head that consumes it may change from task to task.
         for at in range(last, equal - 1, -1):
-            if point := self._output(at, own) or self._input(at, own, CONVOLUTIONS):
+            if point := self._output(at, layer_values) or self._input(at, layer_values, CONVOLUTIONS):
                 return (*point, "")
         for at in range(last, equal - 1, -1):
-            if point := self._input(at, own, nn.Module):
+            if point := self._input(at, layer_values, nn.Module):
                 return (*point, "")
         for at in range(equal - 1, -1, -1):
             if self.kinds[at] == "normalization":
@@ -308,20 +322,20 @@ class _Walk:
                     "a normalization follows that no module's output or input comes behind: make that normalization or "
                     "what follows it a module that is used once, or name a place with measure_at"
                 )
-            if point := self._output(at, own) or self._input(at, own, nn.Module):
+            if point := self._output(at, layer_values) or self._input(at, layer_values, nn.Module):
                 name = self.graphs.operation(self.values[at + 1])
                 return (*point, f"measured before {name}, which is not a module that is used once")
         return "no module's output or input shows its activation: name a place with measure_at"
 
-    def _output(self, at: int, own: set[fx.Node]) -> tuple[str, str, bool] | None:
+    def _output(self, at: int, layer_values: set[fx.Node]) -> tuple[str, str, bool] | None:
         node = self.values[at]
-        if at == 1 and self._is_attention():  # its tuple's first element, which a hook can reach
+        if at == 1 and self._is_attention():  # the first element of its tuple, which a hook can reach
             node = self.values[0]
-        if node.op != "call_module" or not self._is_only_ours(node, own):
+        if node.op != "call_module" or not self._is_only_ours(node, layer_values):
             return None
         return self.graphs.target(node), "output", self.graphs.is_overwritten(self.values[at])
 
-    def _input(self, at: int, own: set[fx.Node], consumer: Any) -> tuple[str, str, bool] | None:
+    def _input(self, at: int, layer_values: set[fx.Node], consumer: Any) -> tuple[str, str, bool] | None:
         users = self.graphs.consumers(self.values[at])
         if len(users) != 1 or users[0].op != "call_module" or users[0].args[:1] != (self.values[at],):
             return None
@@ -330,9 +344,9 @@ class _Walk:
             return None
         return target, "input", self.graphs.works_in_place(users[0], self.values[at])
 
-    def _is_only_ours(self, node: fx.Node, own: set[fx.Node]) -> bool:
+    def _is_only_ours(self, node: fx.Node, layer_values: set[fx.Node]) -> bool:
         calls = self.graphs.calls[self.graphs.target(node)]
-        return all(call in own for call in calls) and sum(call in self.values for call in calls) == 1
+        return all(call in layer_values for call in calls) and sum(call in self.values for call in calls) == 1
 
 
 # torch.nn.functional wraps pooling in dispatchers that do not carry the function's name.
@@ -342,7 +356,7 @@ _POOLING_FUNCTIONS: dict[Any, str] = {
 
 
 def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
-    """The module's graph, empty if it cannot be traced, and the modules in it that cannot. Leaves no trace in them."""
+    """The module's graph (empty if it cannot be traced) and the modules in it that cannot be traced. Changes none."""
     defaults: dict[str, Any] = {}
     with contextlib.suppress(TypeError, ValueError):
         defaults = {
@@ -352,7 +366,7 @@ def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
         }
     for concrete in [defaults, None] if defaults else [None]:
         tracer = _Tracer()
-        # As in `_Tracer.call_module`, whatever it raises means: not this way.
+        # As in `_Tracer.call_module`, any exception means that it cannot be traced.
         with contextlib.suppress(Exception), _unchanged(module), _no_fast_path(), as_written():
             return tracer.trace(module, concrete_args=concrete), tracer.opaque
     return fx.Graph(), [module]
@@ -360,9 +374,11 @@ def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
 
 @contextlib.contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Undoes what a forward pass on stand-ins leaves in modules' attributes and buffers, and in the random state."""
+    """Restores the attributes and buffers of modules, and the random state, after a forward pass on proxies."""
     saved = [(m, dict(m.__dict__)) for m in module.modules()]
-    containers = [(c, c.copy()) for _, own in saved for c in own.values() if isinstance(c, (dict, list, set))]
+    containers = [
+        (c, c.copy()) for _, attributes in saved for c in attributes.values() if isinstance(c, (dict, list, set))
+    ]
     buffers = [(b, version_of(b), b.detach().clone()) for b in module.buffers()]
     with torch.random.fork_rng(devices=[]):
         try:
@@ -382,7 +398,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Transformer layers choose an inference path by the shapes of their input, which stand-ins do not have."""
+    """Disables the inference path of transformer layers: they choose it by input shapes, which proxies do not have."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

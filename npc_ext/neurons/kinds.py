@@ -1,4 +1,4 @@
-"""Which kinds of module have neurons, and which only normalize them."""
+"""Kinds of modules: those that have neurons, and those that normalize."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def is_transposed_linear(module: Any) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is fully connected, with neurons in the last dimension of its output."""
+    """Whether a module is fully connected: its neurons are the last dimension of its output."""
     return isinstance(module, nn.Linear) or is_transposed_linear(module)
 
 
@@ -37,16 +37,16 @@ def is_weighted(module: nn.Module) -> bool:
 
 
 def torch_class(module: nn.Module) -> str:
-    """The name of the torch.nn class that a module is, or that its class is derived from."""
+    """The name of a module's class in torch.nn, or of the torch.nn class from which its class is derived."""
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module itself, and has derived a class of its own from the module's."""
+    """Whether `fully_shard` was applied to a module itself; it then derives a new class from the module's."""
     return hasattr(module, "unshard") and hasattr(module, "set_requires_gradient_sync")
 
 
-def own_class(module: nn.Module) -> type:
-    """The class of a module as the user made it."""
+def class_before_fully_shard(module: nn.Module) -> type:
+    """The class of a module as the user created it."""
     kinds = type(module).__mro__
     return kinds[class_index_before_fully_shard(module)] if is_managed(module) else kinds[0]

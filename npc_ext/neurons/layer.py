@@ -1,4 +1,9 @@
-"""What the neurons of one layer are: their parameters, where they are measured, and the sink of their importance."""
+"""The neurons of one layer: their parameters, where they are measured, and the sink of their importance.
+
+A tap is an identity that a hook places in the model where a layer's activation passes (tap.py). In
+the backward pass it measures the importance of the neurons. A sink is a small leaf tensor with one
+number per neuron. Its gradient is the importance that the layer's taps have measured.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +22,14 @@ PROJECTION = "input projection"
 
 @dataclass(frozen=True)
 class NeuronParameter:
-    """A parameter whose dimension `dim` counts neurons; `groups` > 1 only for grouped transposed convolutions.
+    """A parameter of neurons.
 
-    Its first row belongs to neuron `first` of its layer.
+    Attributes:
+        name: its name in the model.
+        parameter: the parameter.
+        dim: the dimension that counts neurons.
+        groups: more than 1 only for grouped transposed convolutions.
+        first: the neuron of the layer to which its first row belongs.
     """
 
     name: str
@@ -31,16 +41,21 @@ class NeuronParameter:
 
 @dataclass(frozen=True)
 class TapPoint:
-    """A place in the model where a layer's activation passes: what a module returns, or what it takes.
+    """A place in the model where a layer's activation passes.
 
-    Or the input projection of attention, in the middle of a module (attention.py).
-
-    `copy`: what follows works in place, or is unknown, so the tap hands on a copy. `in_backward`: the module is an
-    `npc_ext.nn.ReLU` that needs no tap. A tensor of `unbatched_ndim` dimensions is a single sample.
+    Attributes:
+        module: the name of a module.
+        where: "output" or "input" of the module, or "input projection" of attention, which is inside
+            the module (attention.py).
+        channel_dim: the dimension that counts neurons.
+        batch_dim: the dimension that counts samples.
+        unbatched_ndim: a tensor with this number of dimensions is a single sample.
+        copy: the tap returns a copy, because what follows works in place or is unknown.
+        in_backward: the module is an `npc_ext.nn.ReLU`, which measures without a tap.
     """
 
     module: str
-    where: str  # "output", "input" or "input projection"
+    where: str
     channel_dim: int
     batch_dim: int
     unbatched_ndim: int
@@ -49,7 +64,7 @@ class TapPoint:
 
     @property
     def missing_dim(self) -> int:
-        """Where a single sample lacks the dimension of samples."""
+        """The position of the dimension that a single sample lacks."""
         return self.batch_dim if self.unbatched_ndim > 1 else 0
 
     def __str__(self) -> str:
@@ -65,21 +80,32 @@ def _nothing() -> None:
 
 @dataclass(eq=False)
 class NeuronLayer:
-    """The neurons of one weighted layer (or of several that share their weight).
+    """The neurons of one weighted layer, or of several that share their weight.
 
     Attributes:
         name: the layer's name in the model.
         neurons: N.
         fan_in: weights per neuron.
-        parameters: what belongs to the neurons, weight first: bias, and scales and biases of a following
-            normalization.
+        parameters: the parameters of the neurons, weight first: then the bias, and the scales and
+            biases of a following normalization.
         points: where their activation is measured.
-        note: what a reader of the table should know.
-        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared; -0.0 where a neuron
-            received no gradient.
-        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients the last step did without.
-        resting: whether the layer is measured, but its parameters are constants, in the call that is going on
-            (skipping/constants.py).
+        note: a remark for the reader of the table.
+        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared. It
+            is -0.0 where a neuron received no gradient.
+        measure: the operation that computes importance from an activation and its gradient.
+        relu_backward: the operation that computes it together with ReLU's backward pass.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were not computed
+            for the last step.
+        resting: whether, in the current call of the model, the layer is measured but its parameters are
+            constants (skipping/constants.py).
+        note_rest: the tap of a resting layer calls it in the backward pass.
+        forget_left_out: called when the layer's gradients were cleared: the certificate forgets which
+            ones were left out.
+        checked: whether the first measurement was checked for a point before a normalization (tap.py).
+        last_backward_pass: the number of the last backward pass since the last step.
+        expected_version: the version of the weight's gradient after that backward pass.
+        has_gradients: whether that backward pass left gradients. `fully_shard` keeps gradients that
+            are not synchronized yet in a place of its own.
     """
 
     name: str
@@ -93,15 +119,13 @@ class NeuronLayer:
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
     resting: bool = field(default=False, repr=False)
-    note_rest: Callable[[], None] | None = field(default=None, repr=False)  # to be called by what leaves gradients out
-    checked: bool = field(default=False, repr=False)  # for a point before a normalization, see tap.py
-    # Of tap.drop_what_was_cleared: the last backward pass since the last step, the version of the weight's gradient
-    # after it, and whether it left gradients. `fully_shard` keeps those that are not synchronized yet where only it
-    # finds them.
+    note_rest: Callable[[], None] | None = field(default=None, repr=False)
+    forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)
+    # For the tap (drop_cleared_importance in tap.py).
+    checked: bool = field(default=False, repr=False)
     last_backward_pass: int = field(default=NO_BACKWARD_PASS, repr=False)
     expected_version: int = field(default=0, repr=False)
     has_gradients: bool = field(default=True, repr=False)
-    forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)  # of certificates
 
     @property
     def module(self) -> str:
@@ -109,32 +133,32 @@ class NeuronLayer:
         return self.parameters[0].name.rpartition(".")[0]
 
     def add_note(self, text: str) -> None:
-        """Adds to what a reader of the table should know."""
+        """Adds a remark for the reader of the table."""
         self.note = f"{self.note}; {text}" if self.note else text
 
     def trains(self) -> bool:
         """Whether any of the neurons' parameters requires a gradient."""
-        for own in self.parameters:  # no generator: this is called in every forward pass
-            if own.parameter.requires_grad:
+        for neuron_parameter in self.parameters:  # no generator, which is slower: every forward pass calls this
+            if neuron_parameter.parameter.requires_grad:
                 return True
         return False
 
     @functools.cached_property
     def sharded(self) -> bool:
         """Whether the parameters are sharded over processes."""
-        return any(is_sharded(own.parameter) for own in self.parameters)
+        return any(is_sharded(p.parameter) for p in self.parameters)
 
     def note_gradients(self) -> None:
-        """Notes whether there are gradients; called when a backward pass is over."""
-        self.has_gradients = any(own.parameter.grad is not None for own in self.parameters)
+        """Notes whether there are gradients. Call it at the end of a backward pass."""
+        self.has_gradients = any(p.parameter.grad is not None for p in self.parameters)
 
     def wake_up(self) -> None:
-        """Back to usual, in the next call."""
+        """Ends the rest, from the next call of the model on."""
         self.resting, self.note_rest = False, None
 
     def trained(self) -> list[nn.Parameter]:
-        """Those of the neurons' parameters that require a gradient."""
-        return [own.parameter for own in self.parameters if own.parameter.requires_grad]
+        """The parameters of the neurons that require a gradient."""
+        return [p.parameter for p in self.parameters if p.parameter.requires_grad]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy starts without certificates.
@@ -144,7 +168,7 @@ class NeuronLayer:
 
 @dataclass(frozen=True)
 class OtherParameter:
-    """A parameter that belongs to no neuron, and why."""
+    """A parameter that belongs to no neuron, and the reason."""
 
     name: str
     parameter: nn.Parameter

@@ -1,4 +1,4 @@
-"""Which share of what an optimizer trains is protected, and a warning where that is little."""
+"""The share of the trained parameters that is protected, and a warning if it is small."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Protection:
 
     Attributes:
         trained: elements that require a gradient and that the optimizer moves.
-        protected: those among them that learn at their neuron's (or connection's) rate.
-        chosen: those that do not, because the user said so (consolidate=False).
+        protected: those of them that learn at the rate of their neuron (or connection).
+        chosen: those that do not, because the user chose so (consolidate=False).
     """
 
     trained: int
@@ -30,21 +30,21 @@ class Protection:
 
     @classmethod
     def of(cls, trained: Iterable[Tensor], protected: Collection[int], chosen: Collection[int] = ()) -> Protection:
-        """Counts elements of parameters; `protected` and `chosen` are ids of them."""
-        of_all = [one for one in trained if one.requires_grad]
+        """Counts elements of parameters. `protected` and `chosen` are ids of parameters."""
+        parameters = [parameter for parameter in trained if parameter.requires_grad]
         return cls(
-            sum(one.numel() for one in of_all),
-            sum(one.numel() for one in of_all if id(one) in protected),
-            sum(one.numel() for one in of_all if id(one) in chosen),
+            sum(p.numel() for p in parameters),
+            sum(p.numel() for p in parameters if id(p) in protected),
+            sum(p.numel() for p in parameters if id(p) in chosen),
         )
 
     @property
     def share(self) -> float:
-        """From 0 to 1; 1 if nothing is trained."""
+        """The protected share of the trained elements, from 0 to 1; 1 if nothing is trained."""
         return self.protected / self.trained if self.trained else 1.0
 
     def is_little(self) -> bool:
-        """Whether more than a half is not protected without anybody having said so."""
+        """Whether more than half is unprotected, not counting what the user chose."""
         return self.trained - self.protected - self.chosen > (1 - _LEAST_SHARE) * self.trained
 
     def __str__(self) -> str:
@@ -54,14 +54,14 @@ class Protection:
 def warn_if_little(
     protection: Protection, model: nn.Module, unprotected: Iterable[Tensor], units: str, advice: str
 ) -> None:
-    """Warns, naming where most of the rest is, if more than half of the trained elements are unprotected.
+    """Warns if more than half of the trained elements are unprotected, and names the modules that hold most of them.
 
     Args:
         protection: the counts.
         model: the network.
-        unprotected: trained parameters that are not protected, apart from those for which that was chosen.
-        units: what is protected, "neurons" or "connections".
-        advice: what can be done, a part of a sentence.
+        unprotected: trained parameters that are not protected, except for those that the user chose.
+        units: "neurons" or "connections", whichever the optimizer protects.
+        advice: what to do, as a part of a sentence.
     """
     if not protection.is_little():
         return

@@ -1,11 +1,11 @@
-"""Modules that measure importance in the backward pass which they have anyway.
+"""A ReLU that measures importance in its backward pass.
 
-ReLU's backward pass reads its output y and the gradient dL/dy: the two tensors from which the importance at its output
-is computed, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). Taken on the way it costs no reading of its
-own, and no memory: y is kept for ReLU's backward in any case.
+ReLU's backward pass reads its output y and the gradient dL/dy. The importance at its output is
+computed from the same two tensors, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). So
+measuring there reads nothing twice and takes no memory: y is kept for ReLU's backward pass anyway.
 
 >>> model = nn.Sequential(nn.Linear(784, 100), npc_ext.nn.ReLU(), nn.Linear(100, 10))
->>> optimizer = NPC(model)  # measures layer "0" inside of module "1", without a tap
+>>> optimizer = NPC(model)  # measures layer "0" in module "1", without a tap
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from .tap import TapHook, checked_dims, for_sink, like, tap
 
 
 class ReLU(nn.ReLU):
-    """`torch.nn.ReLU`, never in place, in whose backward pass an optimizer may have its layer's importance measured.
+    """`torch.nn.ReLU`, never in place, that can measure the importance of the layer before it.
 
-    Optimizers find it by themselves, where it is used for one layer only and nothing works in place on what it returns
-    (`print(optimizer.neurons)` says "in its backward pass"); elsewhere, and without an optimizer, it is
-    `torch.nn.ReLU`.
+    Optimizers use it if it follows one layer only and nothing works in place on its output
+    (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer,
+    it is the same as `torch.nn.ReLU`.
 
     Shape:
         Input and output: any shape, (*).
@@ -38,14 +38,14 @@ class ReLU(nn.ReLU):
         self._taps: OrderedDict[int, TapHook] = OrderedDict()
 
     def attach(self, hook: TapHook) -> _Handle:
-        """Has the hook's layer measured here, until the handle that it returns is removed."""
+        """Measures the hook's layer here until the returned handle is removed."""
         key = next(reversed(self._taps), 0) + 1
         self._taps[key] = hook
         return _Handle(self, key)
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
-        if torch.jit.is_scripting():  # which knows nothing of taps
+        if torch.jit.is_scripting():  # it does not support taps
             return F.relu(input)
         else:
             return self._measured(input)
@@ -54,11 +54,11 @@ class ReLU(nn.ReLU):
         hooks = [hook for hook in self._taps.values() if hook.measures(input)]
         if not hooks:
             return F.relu(input)
-        if hooks[0].layer.resting:  # gradients may end here
+        if hooks[0].layer.resting:  # there may be no gradients before this point
             output = F.relu(input)
         else:
             output = _relu(input, hooks[0].layer, hooks[0].point)
-            hooks = hooks[1:]  # of other optimizers
+            hooks = hooks[1:]  # those of other optimizers
         for hook in hooks:
             output = tap(output, hook.layer, hook.point)
         return output
@@ -70,11 +70,11 @@ class _Handle:
     key: int
 
     def remove(self) -> None:
-        self.module._taps.pop(self.key, None)  # torch.export has put an equal dictionary in the place of the first one
+        self.module._taps.pop(self.key, None)  # torch.export may have replaced the dictionary by an equal one
 
 
 def _relu(input: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
-    """max(input, 0), with the measuring of `layer` in its backward pass; raises as `tap` does."""
+    """max(input, 0) that measures `layer` in its backward pass. Raises the same errors as `tap`."""
     if input.ndim == point.unbatched_ndim:  # a batch of one
         return _relu(input.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     return _MeasuredReLU.apply(input, layer.sink, layer, *checked_dims(input, layer, point))
@@ -91,7 +91,7 @@ class _MeasuredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         layer, output = ctx.layer, like(gradient, *ctx.saved_tensors)
-        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated in its turn
+        if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated again
             output = output.detach()
             grad_input = torch.ops.aten.threshold_backward(gradient, output, 0)
             importance = layer.measure(output, gradient.detach(), *ctx.dims)

@@ -1,4 +1,7 @@
-"""All neurons of a model: taps are placed in the model and taken out of it, and a table shows them."""
+"""All neurons of a model: places their taps in the model, removes them, and shows the neurons as a table.
+
+layer.py explains taps and sinks.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +22,12 @@ from .tap import TapHook
 
 
 class Neurons:
-    """All neurons of a model, layer by layer, and the parameters that belong to none. Printing it shows a table."""
+    """All neurons of a model, by layer, and the parameters that belong to none. Printing it shows a table."""
 
     def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
         self.layers, self.others = tuple(layers), tuple(others)
-        self._trained: tuple[Tensor, ...] | None = None  # by the optimizer; None: nobody has said
-        self._left_alone: dict[str, str] = {}  # layers that are not measured, and why
+        self._trained: tuple[Tensor, ...] | None = None  # by the optimizer; None without one
+        self._left_alone: dict[str, str] = {}  # layers that are not measured, with the reason
         self._handles: list[Any] = []
         self._finalizer: weakref.finalize[..., Any] | None = None
 
@@ -47,7 +50,14 @@ class Neurons:
         measure: Callable[..., Tensor] = ops.importance_of_checked,
         relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked,
     ) -> None:
-        """Places the taps of `layers` (default: all) in the model; they measure by the operations given."""
+        """Places the taps of layers in the model.
+
+        Args:
+            model: the model.
+            layers: default: all layers.
+            measure: the operation that computes importance from an activation and its gradient.
+            relu_backward: the operation that computes it together with ReLU's backward pass.
+        """
         guard_hooks()
         for layer in self.layers if layers is None else layers:
             layer.measure, layer.relu_backward = measure, relu_backward
@@ -64,39 +74,39 @@ class Neurons:
                     self._handles.append(module.register_forward_pre_hook(hook))
 
     def hold(self, handle: Any) -> None:
-        """Has `detach` call `remove()` of something else that was placed in the model."""
+        """Lets `detach` also call `remove()` of a handle of something else in the model."""
         self._handles.append(handle)
 
     def detach(self) -> None:
-        """Takes everything that was placed in the model out of it."""
+        """Removes everything from the model that was placed in it."""
         _remove_all(self._handles)
 
     def detach_with(self, owner: object) -> None:
-        """Has everything taken out of the model when `owner` is no more; may be called again."""
+        """Calls `detach` when `owner` is deleted. May be called again."""
         if self._finalizer is None:
             self._finalizer = weakref.finalize(owner, _remove_all, self._handles)
             self._finalizer.atexit = False
 
     def note_training(self, trained: Iterable[Tensor], left_alone: Mapping[str, str]) -> None:
-        """Notes what an optimizer does, for the table.
+        """Notes what an optimizer trains, for the table.
 
         Args:
-            trained: the parameters that it moves where they require a gradient.
-            left_alone: the names of layers that it trains but does not measure, and why.
+            trained: the parameters that it moves if they require a gradient.
+            left_alone: the layers that it trains but does not measure, with the reason.
         """
         self._trained, self._left_alone = tuple(trained), dict(left_alone)
 
     def protection(self) -> Protection:
-        """How much of what is trained is protected, at this moment."""
+        """How much of what is trained is protected at the moment."""
         chosen = {id(p.parameter) for layer in self.layers if layer.name in self._left_alone for p in layer.parameters}
         protected = {id(p.parameter) for layer in self.layers for p in layer.parameters} - chosen
         return Protection.of(self.trained(), protected, chosen)
 
     def trained(self) -> list[Tensor]:
-        """What the optimizer moves at this moment; without one, whatever requires a gradient."""
+        """The tensors that the optimizer moves at the moment. Without an optimizer: all that require a gradient."""
         everything: Iterable[Tensor] | None = self._trained
         if everything is None:
-            in_neurons = (own.parameter for layer in self.layers for own in layer.parameters)
+            in_neurons = (p.parameter for layer in self.layers for p in layer.parameters)
             everything = [*in_neurons, *(other.parameter for other in self.others)]
         return [parameter for parameter in everything if parameter.requires_grad]
 
@@ -110,7 +120,7 @@ class Neurons:
             measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):
                 measured += " (copied)"
-            trains = [id(own.parameter) in trained for own in layer.parameters]
+            trains = [id(p.parameter) in trained for p in layer.parameters]
             if not layer.trains():
                 measured = "nowhere: none of its parameters requires a gradient"
             elif not any(trains):
@@ -118,8 +128,8 @@ class Neurons:
             elif reason := self._left_alone.get(layer.name):
                 measured = f"nowhere: {reason}"
             names = ", ".join(
-                _relative(own.name, layer.module) + ("" if its or not any(trains) else " (not trained)")
-                for own, its in zip(layer.parameters, trains, strict=True)
+                _relative(p.name, layer.module) + ("" if is_trained or not any(trains) else " (not trained)")
+                for p, is_trained in zip(layer.parameters, trains, strict=True)
             )
             counts = f"{layer.neurons:,}", f"{layer.fan_in:,}", f"{layer.gradients_skipped:.0%}"
             rows.append((layer.name or "(the model)", *counts, measured, names))
@@ -135,7 +145,7 @@ class Neurons:
                 if not frozen and id(other.parameter) not in trained:
                     frozen = "; not trained by this optimizer"
                 lines.append(f"  {other.name.ljust(width)}  {other.reason}{frozen}")
-        of_model = {id(own.parameter) for layer in self.layers for own in layer.parameters}
+        of_model = {id(p.parameter) for layer in self.layers for p in layer.parameters}
         of_model.update(id(other.parameter) for other in self.others)
         if outside := [parameter.numel() for parameter in self.trained() if id(parameter) not in of_model]:
             size = f"{len(outside)} parameters, {sum(outside):,} elements"

@@ -1,9 +1,10 @@
 """The tap: an identity in the forward pass whose backward pass measures importance.
 
-A hook puts it behind a layer's measuring point. Its backward hands the gradient on unchanged and gives the importance
-a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) to the layer's sink, a small leaf tensor, as the sink's
-gradient. So importance behaves like any gradient: autograd adds it up over micro-batches and over the calls of a
-module, checkpointing and torch.compile follow it, and clearing it is clearing a gradient.
+A hook places it at a layer's measuring point. Its backward pass returns the gradient unchanged, and
+the importance a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) as the gradient of the
+layer's sink, a small leaf tensor. So importance behaves like any gradient. Autograd adds it up over
+micro-batches and over the calls of a module. Checkpointing and torch.compile support it, and it is
+cleared like a gradient.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from .._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pas
 from .._warn import warn
 from .layer import NeuronLayer, TapPoint
 
-# Before a normalization the gradient sums to zero but for rounding: this share of the absolute sum in float32.
+# Before a normalization the gradient sums to zero except for rounding, which is at most this share of
+# the absolute sum in float32.
 _ZERO_GRADIENT = 1e-5
-# How often a layer may be taken for one before a normalization by chance, when its activations and gradients are as
-# unrelated as random numbers.
+# How often a layer may be mistaken for one before a normalization, if its activations and gradients
+# are independent random numbers.
 _FALSE_ALARMS = 1e-6
-# Halves are so coarse that the gradients of few channels may all sum to zero by chance.
+# In half precision, the gradients of a few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers of so many bytes
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by size in bytes
 
 
 class ImportanceWarning(UserWarning):
-    """Something about the importance of a layer is not as it should be; the message names the layer."""
+    """There is a problem with the importance of a layer; the message names the layer."""
 
 
 class _Tap(torch.autograd.Function):
@@ -69,9 +71,9 @@ def like(gradient: Tensor, activation: Tensor) -> Tensor:
 def for_sink(
     importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> Tensor:
-    """What was measured as the gradient of the layer's sink; the first time, warns if it cannot be right."""
+    """The importance as the gradient of the layer's sink. Warns at the first time if it cannot be right."""
     if not torch.compiler.is_compiling():
-        drop_what_was_cleared(layer)
+        drop_cleared_importance(layer)
         if not layer.checked and not _is_captured(gradient):
             layer.checked = True
             _check_not_before_normalization(layer, activation, gradient, channel_dim, batch_dim)
@@ -79,32 +81,33 @@ def for_sink(
 
 
 def left_out_like(parameter: Tensor) -> Tensor:
-    """A gradient that was not computed: negative zeros, which tell it from one that was cleared in place (0.0)."""
+    """A gradient that was not computed: negative zeros, because zeros mean one that was cleared in place."""
     return torch.full_like(parameter, -0.0)
 
 
-def drop_what_was_cleared(layer: NeuronLayer) -> None:
-    """Drops the importance of earlier backward passes if their gradients have been cleared since, by anybody.
+def drop_cleared_importance(layer: NeuronLayer) -> None:
+    """Drops the importance of earlier backward passes if their gradients have been cleared since.
 
-    Called in a backward pass before the layer's sink and parameters receive anything of it. A backward pass raises the
-    version of the weight's gradient by one. If the version is another one, somebody has written to the gradient: set it
-    to zero, or clipped or unscaled it. Then its values decide, on the device, so that nothing waits for a GPU.
+    Call it in a backward pass before the layer's sink and parameters receive their gradients. A backward
+    pass increases the version of the weight's gradient by one. A different version means that the
+    gradient was written to: it was set to zero, clipped or unscaled. Then the gradient's values decide.
+    They are compared on the device, so nothing waits for a GPU.
     """
     backward_pass = current_backward_pass()
-    if layer.last_backward_pass == backward_pass:  # the layer is used several times in it
+    if layer.last_backward_pass == backward_pass:  # the pass uses the layer several times
         return
     layer.last_backward_pass = backward_pass
     gradient = layer.parameters[0].parameter.grad
     expected = gradient is not None and version_of(gradient) == layer.expected_version
     if not expected and layer.sink.grad is not None:
-        gradients = [one.grad for one in layer.trained() if one.grad is not None]
+        gradients = [parameter.grad for parameter in layer.trained() if parameter.grad is not None]
         if not gradients:
             if layer.has_gradients:
                 layer.sink.grad = None
                 layer.forget_left_out()
         elif not layer.sharded:
             with torch.no_grad():
-                kept = [one.view(_BITS[one.element_size()]).any().to(layer.sink.device) for one in gradients]
+                kept = [grad.view(_BITS[grad.element_size()]).any().to(layer.sink.device) for grad in gradients]
                 layer.sink.grad.masked_fill_(torch.stack(kept).any().logical_not(), -0.0)
     layer.expected_version = 0 if gradient is None else version_of(gradient) + 1
     if layer.sharded:
@@ -113,17 +116,17 @@ def drop_what_was_cleared(layer: NeuronLayer) -> None:
 
 
 def _is_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured, in which no value can be looked at."""
+    """Whether a CUDA graph is being captured, in which no value can be read."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
-    """Returns `activation`, or a copy of it where `point.copy`, with the measuring of `layer` in its backward pass.
+    """Returns `activation`, or a copy of it if `point.copy`, and measures `layer` in the backward pass.
 
-    The parameters of a layer that rests get gradients of zeros here (skipping/constants.py).
+    If the layer rests, its parameters get gradients of zeros here (skipping/constants.py).
 
     Raises:
-        ValueError: the tensor does not hold the layer's neurons where the point says.
+        ValueError: the tensor does not hold the layer's neurons in the dimension of the point.
         RuntimeError: it is on another device than the layer's importance.
     """
     if activation.ndim == point.unbatched_ndim:  # a batch of one
@@ -135,9 +138,9 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
 
 
 def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
-    """The dimensions of an activation, with samples, that count neurons and samples; raises as `tap` does."""
+    """The dimensions of a batched activation that count neurons and samples. Raises the same errors as `tap`."""
     channel_dim = point.channel_dim % activation.ndim
-    # (B, N) has no positions, whichever dimension counts samples in longer shapes.
+    # (B, N) has no positions, so its samples are in dimension 0, whatever longer shapes have.
     batch_dim = 0 if activation.ndim == 2 else point.batch_dim
     if activation.ndim < 2 or activation.shape[channel_dim] != layer.neurons:
         weight = layer.parameters[0]
@@ -177,30 +180,31 @@ def _refuse_script(*_: Any) -> Any:
 class Unscriptable:
     """A hook that torch.jit.script cannot compile.
 
-    It asks hooks for `__name__`, and shows the error. To others an AttributeError says that there is no such attribute.
+    torch.jit.script asks hooks for `__name__`, and shows the error. For other code, the AttributeError means that the
+    attribute does not exist.
     """
 
     __name__ = property(_refuse_script)
 
 
 class StandIn:
-    """Its `__call__` stands in for a module's `forward`, as the attribute of that name; picklable with the module."""
+    """Replaces a module's `forward` by its `__call__`, as the module's attribute. It can be pickled with the module."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module: Any = module
-        self._usual: Callable[..., Any] = type(module).forward  # the class's own
+        self._usual: Callable[..., Any] = type(module).forward
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Takes what the module's forward takes."""
+        """Takes the same arguments as the module's forward."""
         raise NotImplementedError
 
     @property
-    def __code__(self) -> CodeType:  # torch.export looks for the names of arguments
+    def __code__(self) -> CodeType:  # torch.export reads the names of arguments
         return self._usual.__code__
 
     @staticmethod
     def of(module: nn.Module) -> Any:
-        """The object that stands in for a module's `forward`, or whose method does; None without such an attribute."""
+        """The object that replaces a module's `forward`, or whose method does; None without such an attribute."""
         forward = module.__dict__.get("forward")
         return forward if isinstance(forward, StandIn) else getattr(forward, "__self__", None)
 
@@ -209,26 +213,26 @@ class StandIn:
         self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
 
     def _exit(self) -> None:
-        """Takes itself out of the module, if it is still there."""
+        """Removes itself from the module, if it is still there."""
         if StandIn.of(self._module) is self:
             del self._module.forward, self._module.__prepare_scriptable__
 
 
 class SharedStandIn(StandIn):
-    """A stand-in for what each of its users adds, a tap or a layer of each optimizer of the model."""
+    """A stand-in that several users share: taps or layers of all optimizers of the model."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
-        self._users: list[Any] = []  # it is in the module as long as there are some
+        self._users: list[Any] = []  # it stays in the module as long as there are any
 
     def join(self, user: Any) -> StandInHandle:
-        """Puts it into the module for one more user; the handle's `remove()` undoes that."""
+        """Adds a user, and places the stand-in in the module. The handle's `remove()` undoes that."""
         self._users.append(user)
         self._enter()
         return StandInHandle(self, user)
 
     def leave(self, user: Any) -> None:
-        """Takes it out of the module with the last user, if it is still there."""
+        """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
         self._users.remove(user)
         if not self._users:
             self._exit()
@@ -236,41 +240,42 @@ class SharedStandIn(StandIn):
 
 @dataclass(frozen=True)
 class StandInHandle:
-    """One user's part in a stand-in."""
+    """Removes a user from a stand-in."""
 
     stand_in: SharedStandIn
     user: Any
 
     def remove(self) -> None:
-        """Ends it."""
+        """Removes the user."""
         self.stand_in.leave(self.user)
 
 
 class TapHook(Unscriptable):
-    """Forward hook, or forward pre-hook, that taps what a module returns or takes; picklable with the model.
+    """A forward hook or forward pre-hook that taps the output or the input of a module.
 
-    It measures only where gradients flow and the layer is training, so evaluation costs nothing.
+    It measures only if gradients flow and the layer is training, so evaluation costs nothing. It can be pickled with
+    the model.
     """
 
     def __init__(self, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
         self.layer, self.point, self.weighted = layer, point, weighted
 
     def measures(self, value: Any) -> bool:
-        """Whether `value` is to be tapped, at this moment."""
+        """Whether to tap `value` at the moment."""
         if not isinstance(value, Tensor) or not torch.is_grad_enabled():
             return False
         if not value.requires_grad and not self.layer.resting:
             return False
         if not self.weighted.training or not self.layer.trains():
             return False
-        return not torch.jit.is_tracing()  # its graphs have no place for importance
+        return not torch.jit.is_tracing()  # its graphs cannot hold importance
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""
         return tap(value, self.layer, self.point) if self.measures(value) else None
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...], *output: Any) -> Any:
-        """As a forward hook it is called with the output, as a forward pre-hook without."""
+        """A forward hook is called with the output, a forward pre-hook without."""
         values = output[0] if output else inputs
         if not isinstance(values, tuple):
             return self._tapped(values)
@@ -281,14 +286,14 @@ class TapHook(Unscriptable):
 def _check_not_before_normalization(
     layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> None:
-    """Warns if the importance is next to zero by construction, as it is before a normalization whatever the data.
+    """Warns if the importance is close to zero by construction, as it is before a normalization for all data.
 
-    Instance norm changes neither with the mean nor with the scale of one channel of one sample, so every channel's
-    gradient and importance sum to zero over positions; before batch norm they do over samples and positions. (Layer and
-    group norm do not change with those of several channels together, which sum to zero before layers far upstream of
-    any normalization too, and so say nothing.)
+    The output of instance norm does not depend on the mean and the scale of one channel of one sample. So each
+    channel's gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and
+    positions. Layer and group norm are not checked: their output does not depend on the mean and scale of several
+    channels together, but these sums are also zero at layers far upstream of any normalization.
     """
-    if layer.neurons == 1:  # its scale is the sample's scale, see above
+    if layer.neurons == 1:  # its scale is the scale of the sample, see above
         return
     u = torch.finfo(gradient.dtype).eps / 2
     if u > _ZERO_GRADIENT and layer.neurons < _FEWEST_NEURONS_IN_HALVES:
@@ -303,9 +308,10 @@ def _check_not_before_normalization(
     for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
         terms = product.numel() / product.sum(dims).numel()
         zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
-        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization hands it back to its input.
-        # The importance is zero, too, but for the eps added to the variance. Unrelated numbers leave about
-        # 1 / sqrt(terms) of the absolute sum; that all channels stay below a part of that is improbable.
+        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its
+        # input. But the importance is zero, too, except for the eps added to the variance. The sum of
+        # independent numbers is about 1 / sqrt(terms) of the absolute sum. It is improbable that all
+        # channels stay below a fraction of that.
         zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
         if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
             warn(
@@ -318,6 +324,6 @@ def _check_not_before_normalization(
 
 
 def _cancels(values: Tensor, dims: tuple[int, ...], share: float) -> bool:
-    """Whether in each channel of (B, N, P) the sums over `dims` are at most `share` of those of absolute values."""
+    """Whether in each channel of (B, N, P) the sums over `dims` are at most `share` of the sums of absolute values."""
     signed, absolute = values.sum(dims, keepdim=True).abs().sum(0), values.abs().sum((0, 2)).unsqueeze(1)
     return bool((signed <= share * absolute).all())

@@ -27,7 +27,7 @@ from bench.machine_code.kernels import (
 )
 from npc_ext.kernels import build
 
-from ..kernels.test_build import needs_nvcc
+from ..kernels.imitations import needs_nvcc
 
 needs_cuobjdump = pytest.mark.skipif(
     cuobjdump() is None,

@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for the CPU (cuda_on_cpu.h says how), as a module like npc_ext's own."""
+"""The CUDA kernels compiled for the CPU (see cuda_on_cpu.h), as a module like npc_ext's."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from npc_ext.kernels import build, native
+from npc_ext.kernels import build, compilers, native
 
 HERE = Path(__file__).parent
 CSRC = build.source_dir()
-SOURCES = [
-    *("bindings.cpp", "cpu/kernels.cpp", "cpu/importance.cpp", "cpu/update.cpp", "cpu/isa.cpp"),
-    *("cpu/parallel.cpp", "cuda/importance.cu", "cuda/update.cu", "cuda/step.cu", "cuda/anchored.cu"),
-    *("cuda/adam.cu", "cuda/connections.cu", "cuda/wide.cu", "cuda/workspace.cu", "cuda/support.cu"),
-]
+# Those of a build with CUDA, each once: the CPU's kernels are compiled for the baseline only.
+SOURCES = list(dict.fromkeys(source.path for source in build.sources(compilers.Cuda(nvcc=Path("nvcc")))))
 DEFINES = ["-DNPC_CUDA", "-DNPC_CUDA_ON_CPU", '-DNPC_EXT_CUDA_ARCHS="cpu"', '-DNPC_EXT_BUILD_KEY="cuda_on_cpu"']
 
 
 def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
-    """Compiles the module with more flags, unless it is there from before, and returns its path."""
-    compiler = build.compiler_command()
+    """Compiles the module with additional flags, unless it exists already, and returns its path."""
+    compiler = compilers.compiler_command()
     common = [
         *("-std=c++20", "-fPIC", "-fvisibility=hidden", "-O2", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas"),
         *("-fno-math-errno", "-fno-trapping-math", "-Werror", *DEFINES, f"-I{HERE}"),
-        *(f"-I{path}" for path in (build._python_include(), build._pybind11_include())),
+        *(f"-I{path}" for path in (compilers.python_include(), compilers.pybind11_include())),
         *flags,
+        # A sanitizer watches real threads; fibers, which take turns, are faster.
+        *(["-DCUDA_ON_CPU_REAL_THREADS"] if any("-fsanitize" in flag for flag in flags) else []),
     ]
     files = [
         path for folder in (csrc, HERE) for path in sorted(folder.rglob("*")) if path.suffix in (".h", ".cpp", ".cu")
@@ -53,11 +52,11 @@ def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
         return result.stdout
 
     def compile_one(source: str) -> str:
-        # Modules that differ in few sources share the objects of the others: what counts is what the compiler sees.
+        # Modules that differ in few sources share the other objects, which are identified by the preprocessed source.
         what = ("-x", "c++", str(csrc / source))
-        seen = run(*common, "-E", "-P", *what)
+        preprocessed = run(*common, "-E", "-P", *what)
         options = [flag for flag in flags if not flag.startswith("-D")]
-        made = objects / f"{hashlib.sha256(repr((compiler, options)).encode() + seen).hexdigest()[:16]}.o"
+        made = objects / f"{hashlib.sha256(repr((compiler, options)).encode() + preprocessed).hexdigest()[:16]}.o"
         if not made.exists():
             run(*common, "-c", *what, "-o", f"{made}.{os.getpid()}")
             os.replace(f"{made}.{os.getpid()}", made)
@@ -73,13 +72,13 @@ def compiled(flags: tuple[str, ...], csrc: Path = CSRC) -> Path:
 
 @lru_cache
 def module() -> ModuleType:
-    """The module, compiled with the flags in CUDA_ON_CPU_FLAGS (a sanitizer's) from CUDA_ON_CPU_CSRC (with a fault)."""
+    """The module, compiled with the flags in CUDA_ON_CPU_FLAGS (for sanitizers) from CUDA_ON_CPU_CSRC (with a fault)."""
     flags = tuple(os.environ.get("CUDA_ON_CPU_FLAGS", "").split())
-    return native._import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
+    return native.import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
 def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
-    """`npc_ext.kernels.launch._launch` as it is for a GPU, with the CPU's memory and a stream of any number."""
+    """Replaces `npc_ext.kernels.launch._launch`: launches as on a GPU, with the CPU's memory and any stream number."""
     cuda = module().cuda
     getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 
@@ -91,7 +90,7 @@ def _variable(name: str) -> Any:
 
 
 def counted(what: str, function: Callable[[], object]) -> int:
-    """How many "launches" of kernels there are in a call, or "loads" of 16 bytes in one access."""
+    """The number of "launches" of kernels in a call, or of "loads" of 16 bytes in one access."""
     counter = _variable(what)
     before = counter.value
     function()
@@ -100,7 +99,7 @@ def counted(what: str, function: Callable[[], object]) -> int:
 
 @contextmanager
 def state(**values: int) -> Iterator[None]:
-    """Sets variables of the "GPU" for a while: capture, free_bytes, driver, kernel_error (see cuda_on_cpu.h)."""
+    """Sets variables of the "GPU" within the context: capture, free_bytes, driver, kernel_error (see cuda_on_cpu.h)."""
     variables = {name: _variable(name) for name in values}
     before = {name: variable.value for name, variable in variables.items()}
     for name, variable in variables.items():

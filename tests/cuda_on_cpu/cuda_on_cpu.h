@@ -1,13 +1,14 @@
 // CUDA on the CPU, for the tests: implements what csrc/cuda uses of the CUDA runtime.
 //
-// Every thread of a block is a thread of the process. They meet at __syncthreads(), at shuffles and,
-// in a cooperative launch, at the grid's barrier, and nowhere else. So the thread sanitizer sees a
-// missing barrier, and the address sanitizer sees an index out of bounds. A block's shared memory is
-// heap memory of its exact size, filled with garbage before each block. "Device memory" is the
-// process's memory.
+// Every thread of a block is a thread of the process if a sanitizer runs, and otherwise a fiber
+// (threads.h). They meet at __syncthreads(), at shuffles and, in a cooperative launch, at the grid's
+// barrier, and nowhere else. So the thread sanitizer sees a missing barrier, and the address sanitizer
+// sees an index out of bounds. A block's shared memory is heap memory of its exact size, filled with
+// garbage before each block. "Device memory" is the process's memory.
 //
-// A switch breaks the kernels, so that tests can show that the thread sanitizer objects: with
-// CUDA_ON_CPU_WITHOUT_BARRIER_IN="name" the barriers in the function of that name do nothing.
+// An environment variable breaks the kernels, so that tests can show that the thread sanitizer
+// objects: with CUDA_ON_CPU_WITHOUT_BARRIER_IN=name the barriers in the function of that name do
+// nothing.
 //
 // Tests find the variables marked CUDA_ON_CPU_STATE by their names and set them: they describe the
 // "GPU" and say whether streams capture. As on a GPU, a capture forbids allocations, unless the
@@ -17,7 +18,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <barrier>
 #include <bit>
 #include <cmath>
 #include <cstdint>
@@ -26,15 +26,12 @@
 #include <memory>
 #include <mutex>
 #include <string_view>
-#include <thread>
 #include <tuple>
 #include <typeinfo>
 #include <utility>
 #include <vector>
 
-#if !defined(CUDA_ON_CPU_WITHOUT_BARRIER_IN)
-#define CUDA_ON_CPU_WITHOUT_BARRIER_IN ""
-#endif
+#include "threads.h"
 
 #define __global__
 #define __device__
@@ -42,12 +39,6 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
-
-struct dim3 {
-  unsigned x, y, z;
-  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-inline thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 using std::isfinite;
 using std::isinf;
@@ -58,27 +49,27 @@ namespace cuda_on_cpu {
 
 constexpr int kWarp = 32;
 constexpr int kProcessors = 2;
-constexpr int kBlocksAtATime = 3;  // of a launch that is not cooperative; they share no barrier
+constexpr int kBlocksAtATime = 2;  // of a launch that is not cooperative; they share no barrier
 
 struct Warp {
-  std::barrier<> barrier{kWarp};
+  Barrier barrier{kWarp};
   uint64_t lanes[kWarp];
 };
 
 struct Block {
   explicit Block(int threads) : barrier(threads), warps(threads / kWarp) {}
-  std::barrier<> barrier;
+  Barrier barrier;
   std::vector<Warp> warps;
   std::mutex mutex;
   std::unique_ptr<unsigned char[]> shared;
   const std::type_info* shared_type = nullptr;
 };
 
-inline thread_local Block* block;
-inline thread_local std::barrier<>* grid;
+inline thread_local Barrier* grid;
 
 inline bool without_barrier(const char* function) {
-  return std::string_view(function) == CUDA_ON_CPU_WITHOUT_BARRIER_IN;
+  static const char* const name = std::getenv("CUDA_ON_CPU_WITHOUT_BARRIER_IN");
+  return name != nullptr && std::string_view(function) == name;
 }
 
 inline void syncthreads(const char* function) {
@@ -319,27 +310,23 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (cooperative && blocks > 2 * cuda_on_cpu::kProcessors) return cudaErrorCooperativeLaunchTooLarge;
   ++cuda_on_cpu_launches;
   const std::tuple<std::decay_t<Parameters>...> copies(arguments...);
-  std::barrier<> grid(at_a_time * threads);
+  cuda_on_cpu::Barrier grid(at_a_time * threads);
   std::vector<std::unique_ptr<cuda_on_cpu::Block>> slots;
   for (int slot = 0; slot < at_a_time; ++slot) slots.push_back(std::make_unique<cuda_on_cpu::Block>(threads));
-  std::vector<std::thread> running;
-  for (int index = 0; index < at_a_time * threads; ++index) {
-    running.emplace_back([&, index] {
-      const int thread = index % threads;
-      cuda_on_cpu::block = slots[index / threads].get();
-      cuda_on_cpu::grid = &grid;
-      threadIdx = dim3(thread, 0, 0);
-      blockDim = config->blockDim;
-      gridDim = config->gridDim;
-      for (int number = index / threads; number < blocks; number += at_a_time) {
-        blockIdx = dim3(number, 0, 0);
-        std::apply(kernel, copies);
-        cuda_on_cpu::block->barrier.arrive_and_wait();
-        if (thread == 0) cuda_on_cpu::block->shared_type = nullptr;  // the next block finds garbage again
-        cuda_on_cpu::block->barrier.arrive_and_wait();
-      }
-    });
-  }
-  for (std::thread& thread : running) thread.join();
+  cuda_on_cpu::run_threads(at_a_time * threads, [&](int index) {
+    const int thread = index % threads;
+    cuda_on_cpu::block = slots[index / threads].get();
+    cuda_on_cpu::grid = &grid;
+    threadIdx = dim3(thread, 0, 0);
+    blockDim = config->blockDim;
+    gridDim = config->gridDim;
+    for (int number = index / threads; number < blocks; number += at_a_time) {
+      blockIdx = dim3(number, 0, 0);
+      std::apply(kernel, copies);
+      cuda_on_cpu::block->barrier.arrive_and_wait();
+      if (thread == 0) cuda_on_cpu::block->shared_type = nullptr;  // the next block finds garbage again
+      cuda_on_cpu::block->barrier.arrive_and_wait();
+    }
+  });
   return cudaSuccess;
 }

@@ -1,4 +1,4 @@
-"""Functions that run in processes of their own, one per rank, for test_distributed.py."""
+"""Functions that test_distributed.py runs in several processes, one per rank."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from npc_ext import CPC, EWC, NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.distributed.shards import local
 
 STEPS = 50
-FEW = 20  # enough where another scenario takes all steps of the same kind
+FEW = 20  # enough if another scenario takes all steps in the same way
 BATCH = 12
 OPTIONS: dict[str, Any] = {"lr": 0.05, "delta": 0.98, "momentum": 0.9, "weight_decay": 0.01}
 SCENARIOS: dict[str, Callable[[], Any]] = {}
 
 
 def scenario(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Has every process run the function; what it returns is what the tests look at."""
+    """Runs the function in every process. The tests check what it returns."""
     SCENARIOS[function.__name__] = function
     return function
 
 
-# torch 2.6 has fully_shard, but runs it on GPUs only.
+# torch 2.6 has fully_shard, but only for GPUs.
 HAS_SHARDS_ON_CPU = torch.__version__ >= (2, 7)
 
 
 def scenario_of_shards(function: Callable[[], Any]) -> Callable[[], Any]:
-    """A scenario where torch runs fully_shard on the CPU."""
+    """A scenario if torch runs fully_shard on the CPU."""
     return scenario(function) if HAS_SHARDS_ON_CPU else function
 
 
 def run(rank: int, processes: int, folder: str) -> None:
-    """One process of a group: runs all scenarios and writes their results to a file."""
+    """Runs all scenarios in one process of a group, and writes their results to a file."""
     begin(rank, processes, folder)
     results = {}
     for name, function in SCENARIOS.items():
@@ -67,7 +67,7 @@ def run(rank: int, processes: int, folder: str) -> None:
 
 
 def begin(rank: int, processes: int, folder: str, store: str = "store") -> None:
-    """Joins the group, which meets in a file that is new to it; what is written goes to the folder."""
+    """Joins the group, which meets in a new file. Changes to the folder."""
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.chdir(folder)
@@ -75,14 +75,14 @@ def begin(rank: int, processes: int, folder: str, store: str = "store") -> None:
 
 
 def end(rank: int, folder: str, results: Any) -> None:
-    """Leaves the group, together, and writes results to a file."""
+    """Writes results to a file, and leaves the group together with the others."""
     torch.save(results, Path(folder) / f"{rank}.pt")
     distributed.barrier()
     distributed.destroy_process_group()
 
 
 def network() -> nn.Module:
-    """A convolution with a norm of its own, a hidden layer and an output layer; 5, 9 and 3 neurons."""
+    """A convolution with a norm, a hidden layer and an output layer; 5, 9 and 3 neurons."""
     torch.manual_seed(1)
     return nn.Sequential(
         nn.Conv2d(1, 5, 3), nn.InstanceNorm2d(5, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
@@ -96,29 +96,29 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(BATCH, 1, 8, 8, generator=generator), torch.randint(3, (BATCH,), generator=generator)
 
 
-def own_part(tensor: Tensor) -> Tensor:
-    """What this process sees of a batch."""
+def part_of_this_process(tensor: Tensor) -> Tensor:
+    """The part of a batch that this process sees."""
     return tensor.chunk(distributed.get_world_size())[distributed.get_rank()]
 
 
 def numbers(optimizer: NPC | NPCAdamW | PlasticityWrapper) -> dict[str, Tensor]:
-    """Weights, put together where they are sharded, and importance."""
+    """Weights, gathered if they are sharded, and importance."""
     parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in optimizer.param_groups[0]["params"]]
     weights = {f"weight {index}": parameter.detach().clone() for index, parameter in enumerate(parameters)}
     return weights | {name: layer.importance for name, layer in optimizer.plasticity().items()}
 
 
 def alike(optimizer: NPC | NPCAdamW | PlasticityWrapper, shards: bool = False) -> bool:
-    """Whether all processes have the same weights (`shards`: sharded ones, too) and importance, to the last bit."""
+    """Whether all processes have the same bits of weights (`shards`: also of sharded ones) and importance."""
     if shards or not isinstance(optimizer.param_groups[0]["params"][0], DTensor):
         compared = numbers(optimizer)
     else:
         compared = {name: layer.importance for name, layer in optimizer.plasticity().items()}
-    own = torch.cat([tensor.flatten() for tensor in compared.values()]).view(torch.int32).long()
-    checksum = (own * torch.arange(1, len(own) + 1)).sum()
-    everybodys = [torch.zeros_like(checksum) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(everybodys, checksum)
-    return all(bool(one == checksum) for one in everybodys)
+    bits = torch.cat([tensor.flatten() for tensor in compared.values()]).view(torch.int32).long()
+    checksum = (bits * torch.arange(1, len(bits) + 1)).sum()
+    checksums = [torch.zeros_like(checksum) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(checksums, checksum)
+    return all(bool(other == checksum) for other in checksums)
 
 
 def train(
@@ -127,25 +127,46 @@ def train(
     *,
     first: int = 0,
     steps: int = STEPS,
-    part: Any = own_part,
+    part: Any = part_of_this_process,
 ) -> bool:
-    """Trains on this process's parts; returns whether all processes were alike after every step."""
+    """Trains on the parts of this process. Returns whether all processes were alike after every step."""
     same = True
     for step in range(first, steps):
         x, y = map(part, batch(step))
         optimizer.zero_grad()
         F.cross_entropy(model(x).float(), y).backward()
         optimizer.step()
-        same &= part is not own_part or alike(optimizer)
-    return same and (part is not own_part or alike(optimizer, shards=True))
+        same &= part is not part_of_this_process or alike(optimizer)
+    return same and (part is not part_of_this_process or alike(optimizer, shards=True))
+
+
+def trained(model: nn.Module, optimizer: NPC | NPCAdamW | PlasticityWrapper, **options: Any) -> dict[str, Any]:
+    """Trains; returns whether all processes were alike, and the weights and importance."""
+    return {"alike": train(model, optimizer, **options), "numbers": numbers(optimizer)}
 
 
 @scenario
 def data_parallel() -> Any:
     model = DistributedDataParallel(network())
     optimizer = NPC(model, **OPTIONS)
-    names = [layer.name for layer in optimizer.neurons]
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer), "names": names}
+    return trained(model, optimizer) | {"names": [layer.name for layer in optimizer.neurons]}
+
+
+OTHER_OPTIMIZERS = ("npc_adamw", "wrapped_adamw")
+
+
+def trained_by_others(make: Callable[[], nn.Module]) -> dict[str, Any]:
+    """The results of the other optimizers, by kind."""
+    results = {}
+    for kind in OTHER_OPTIMIZERS:
+        model = make()
+        results[kind] = trained(model, of_kind(kind, model))
+    return results
+
+
+@scenario
+def other_optimizers() -> Any:
+    return trained_by_others(lambda: DistributedDataParallel(network()))
 
 
 def accelerated(rank: int, processes: int, folder: str) -> None:
@@ -172,7 +193,7 @@ def accelerated(rank: int, processes: int, folder: str) -> None:
         npc = NPC(model, **OPTIONS)
         model, optimizer = prepare(model, npc)
         for step in range(FEW):
-            x, y = map(own_part, batch(step))
+            x, y = map(part_of_this_process, batch(step))
             optimizer.zero_grad()
             accelerator.backward(F.cross_entropy(model(x), y))
             accelerator.clip_grad_norm_(model.parameters(), 1e9)
@@ -182,7 +203,7 @@ def accelerated(rank: int, processes: int, folder: str) -> None:
 
 
 def uneven_steps(rank: int) -> int:
-    """How many batches a process has."""
+    """The number of batches of a process."""
     return 4 + 2 * rank
 
 
@@ -195,7 +216,7 @@ def uneven() -> Any:
         optimizer = of_kind(kind, model)
         with Join([model, optimizer]):
             for step in range(uneven_steps(distributed.get_rank())):
-                x, y = map(own_part, batch(step))
+                x, y = map(part_of_this_process, batch(step))
                 optimizer.zero_grad()
                 F.cross_entropy(model(x), y).backward()
                 optimizer.step()
@@ -207,7 +228,7 @@ def uneven() -> Any:
 
 @scenario
 def uneven_and_refused() -> Any:
-    """What is said where the context does not know the optimizer, or asks it before the model."""
+    """The errors if the join context does not have the optimizer, or has it before the model."""
     messages = []
     for kind in ("npc", "wrapped_adamw"):
         for contexts in (lambda model, optimizer: model.join(), lambda model, optimizer: Join([optimizer, model])):
@@ -217,7 +238,7 @@ def uneven_and_refused() -> Any:
             try:
                 with contexts(model, optimizer):
                     for step in range(uneven_steps(distributed.get_rank())):
-                        x, y = map(own_part, batch(step))
+                        x, y = map(part_of_this_process, batch(step))
                         F.cross_entropy(model(x), y).backward()
                         optimizer.step()
             except RuntimeError as error:
@@ -229,17 +250,16 @@ def uneven_and_refused() -> Any:
 
 @scenario
 def with_frozen_rows() -> Any:
-    """Some rows and a whole layer are certified; what is left out is so in all processes alike."""
+    """Some rows and a whole layer are certified. All processes leave out the same gradients."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, lr=0.05, delta=0.9999)
     freeze(optimizer)
-    same = train(model, optimizer)
-    skipped = {name: layer.gradients_skipped for name, layer in optimizer.plasticity().items()}
-    return {"alike": same, "numbers": numbers(optimizer), "skipped": skipped}
+    result = trained(model, optimizer)
+    return result | {"skipped": {name: layer.gradients_skipped for name, layer in optimizer.plasticity().items()}}
 
 
 def freeze(optimizer: NPC) -> None:
-    """Makes the convolution important, and so certain not to move."""
+    """Makes the convolution so important that it is certain not to move."""
     optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"].fill_(3.0)
 
 
@@ -250,7 +270,7 @@ def accumulated() -> Any:
     optimizer = NPC(model, **OPTIONS)
     same = True
     for step in range(STEPS):
-        x, y = map(own_part, batch(step))
+        x, y = map(part_of_this_process, batch(step))
         halves = list(zip(x.chunk(2), y.chunk(2), strict=True))
         optimizer.zero_grad()
         with model.no_sync():
@@ -263,13 +283,13 @@ def accumulated() -> Any:
 
 @scenario
 def outputs_of_some_processes_only() -> Any:
-    """Each process uses one output, by its rank's parity, and none the last, whose row nothing may move."""
+    """Each process uses the output of its rank's parity. None uses the last output, so its row must not move."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, lr=0.05, delta=0.9, weight_decay=0.1, momentum=0.9, layers={"7": {"normalize": "active"}})
-    before, own, same = model.module[7].weight.detach().clone(), distributed.get_rank() % 2, True
+    before, output, same = model.module[7].weight.detach().clone(), distributed.get_rank() % 2, True
     for step in range(3):
         optimizer.zero_grad()
-        model(own_part(batch(step)[0]))[:, own].square().mean().backward()
+        model(part_of_this_process(batch(step)[0]))[:, output].square().mean().backward()
         optimizer.step()
         same &= alike(optimizer)
     moved = (model.module[7].weight != before).any(1).tolist()
@@ -293,14 +313,14 @@ class Heads(nn.Module):
 
 @scenario
 def heads_of_some_processes_only() -> Any:
-    """Each process uses the head of its rank's parity; what one measured reaches all."""
+    """Each process uses the head of its rank's parity. All get what each one measured."""
     model = DistributedDataParallel(Heads(), find_unused_parameters=True)
     optimizer = NPC(model, lr=0.05, delta=0.98)
     same = True
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
         for step in range(STEPS):
-            x, y = map(own_part, batch(step))
+            x, y = map(part_of_this_process, batch(step))
             optimizer.zero_grad()
             F.cross_entropy(model(x, distributed.get_rank() % 2), y).backward()
             optimizer.step()
@@ -309,22 +329,8 @@ def heads_of_some_processes_only() -> Any:
 
 
 @scenario
-def wrapped_adamw() -> Any:
-    model = DistributedDataParallel(network())
-    optimizer = of_kind("wrapped_adamw", model)
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
-
-
-@scenario
-def npc_adamw() -> Any:
-    model = DistributedDataParallel(network())
-    optimizer = of_kind("npc_adamw", model)
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
-
-
-@scenario
 def collectives() -> Any:
-    """How often all_reduce is called in a step, and with how many numbers."""
+    """The sizes of all calls of all_reduce in a step."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, **OPTIONS)
     train(model, optimizer, steps=2)
@@ -344,7 +350,7 @@ def collectives() -> Any:
 
 
 @scenario
-def group_that_nobody_named() -> Any:
+def group_that_is_missing() -> Any:
     model = network()
     optimizer = NPC(model, lr=0.05)
     before = numbers(optimizer)
@@ -364,13 +370,13 @@ def each_for_itself() -> Any:
 
 
 @scenario_of_shards
-def group_that_was_named() -> Any:
+def group_that_is_given() -> Any:
     """Gradients are averaged by hand, importance by the optimizer."""
     model = network()
     optimizer = NPC(model, process_group=distributed.group.WORLD, **OPTIONS)
     same = True
     for step in range(STEPS):
-        x, y = map(own_part, batch(step))
+        x, y = map(part_of_this_process, batch(step))
         optimizer.zero_grad()
         F.cross_entropy(model(x), y).backward()
         for parameter in model.parameters():
@@ -397,11 +403,15 @@ def in_shards(model: nn.Module, **options: Any) -> nn.Module:
 def sharded() -> Any:
     model = in_shards(network())
     optimizer = NPC(model, **OPTIONS)
-    same = train(model, optimizer)
+    result = trained(model, optimizer)
     rows = [local(parameter).shape[0] for parameter in model.parameters()]
     buffers = [optimizer.state[parameter]["momentum_buffer"].placements for parameter in model.parameters()]
-    table = str(optimizer.neurons)
-    return {"alike": same, "numbers": numbers(optimizer), "rows": rows, "buffers": str(buffers), "table": table}
+    return result | {"rows": rows, "buffers": str(buffers), "table": str(optimizer.neurons)}
+
+
+@scenario_of_shards
+def sharded_other_optimizers() -> Any:
+    return trained_by_others(lambda: in_shards(network()))
 
 
 @scenario_of_shards
@@ -410,7 +420,7 @@ def sharded_with_an_optimizer_that_gets_the_shards() -> Any:
     optimizer = NPC(model, **OPTIONS)
     in_shards(model)
     optimizer.param_groups[0]["params"] = list(model.parameters())  # as Accelerate does
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+    return trained(model, optimizer)
 
 
 @scenario_of_shards
@@ -421,7 +431,7 @@ def sharded_and_accumulated() -> Any:
     optimizer = NPC(model, **OPTIONS)
     same = True
     for step in range(STEPS):
-        x, y = map(own_part, batch(step))
+        x, y = map(part_of_this_process, batch(step))
         optimizer.zero_grad()
         for micro, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
             model.set_requires_gradient_sync(micro == 1)
@@ -439,7 +449,7 @@ def sharded_and_cleared() -> Any:
         model: Any = in_shards(network())
         optimizer = NPC(model, **OPTIONS)
         for step in range(FEW):
-            x, y = map(own_part, batch(step))
+            x, y = map(part_of_this_process, batch(step))
             if thrown_away:
                 model(x).square().sum().backward()
                 model.zero_grad()
@@ -451,7 +461,7 @@ def sharded_and_cleared() -> Any:
 
 
 def bottleneck() -> nn.Module:
-    """5, 2 and 3 neurons, of whose shards some are empty."""
+    """5, 2 and 3 neurons. Some of the shards are empty."""
     torch.manual_seed(3)
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 5), nn.Tanh(), nn.Linear(5, 2), nn.Tanh(), nn.Linear(2, 3))
 
@@ -460,28 +470,27 @@ def bottleneck() -> nn.Module:
 def sharded_with_empty_shards() -> Any:
     model = in_shards(bottleneck())
     optimizer = NPC(model, **OPTIONS)
-    same = train(model, optimizer, steps=FEW)
-    return {"alike": same, "numbers": numbers(optimizer), "rows": local(model[3].weight).shape[0]}
+    return trained(model, optimizer, steps=FEW) | {"rows": local(model[3].weight).shape[0]}
 
 
 @scenario_of_shards
 def sharded_and_replicated() -> Any:
-    """A mesh with two dimensions: shards in the second, copies of them in the first."""
+    """A mesh with two dimensions: copies in the first, shards in the second."""
     processes, results = distributed.get_world_size(), []
     for shape, options in (((processes, 1), {"backend": "reference"}), ((1, processes), {})):
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
         model = in_shards(network(), mesh=mesh)
         optimizer = NPC(model, **OPTIONS, **options)
-        results.append({"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)})
+        results.append(trained(model, optimizer, steps=FEW))
     return results
 
 
 @scenario_of_shards
 def sharded_transposed() -> Any:
-    """A transposed convolution counts its neurons in dimension 1, so every process has a part of all of them."""
+    """A transposed convolution counts neurons in dimension 1, so every process has a part of each neuron."""
     model = in_shards(transposed())
     optimizer = NPC(model, **OPTIONS)
-    return {"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)}
+    return trained(model, optimizer, steps=FEW)
 
 
 def transposed(groups: int = 1) -> nn.Module:
@@ -492,7 +501,7 @@ def transposed(groups: int = 1) -> nn.Module:
 
 
 class Attending(nn.Module):
-    """Attention over an image's rows, whose 24 neurons of queries, keys and values are in three weights."""
+    """Attention over the rows of an image. Three weights hold its 24 neurons of queries, keys and values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -509,36 +518,22 @@ def sharded_attention() -> Any:
     model = Attending()
     fully_shard(model)
     optimizer = NPC(model, **OPTIONS)
-    return {"alike": train(model, optimizer, steps=FEW), "numbers": numbers(optimizer)}
-
-
-@scenario_of_shards
-def sharded_wrapped_adamw() -> Any:
-    model = in_shards(network())
-    optimizer = of_kind("wrapped_adamw", model)
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
-
-
-@scenario_of_shards
-def sharded_npc_adamw() -> Any:
-    model = in_shards(network())
-    optimizer = of_kind("npc_adamw", model)
-    return {"alike": train(model, optimizer), "numbers": numbers(optimizer)}
+    return trained(model, optimizer, steps=FEW)
 
 
 @scenario_of_shards
 def sharded_and_recomputed() -> Any:
-    """Activations of the first five modules are computed again in the backward pass."""
+    """The backward pass recomputes the activations of the first five modules."""
     layers = list(network())
     model = nn.Sequential(checkpoint_wrapper(nn.Sequential(*layers[:5])), *layers[5:])
     optimizer = NPC(in_shards(model), **OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
         same = train(model, optimizer, steps=FEW)
-    own = numbers(optimizer)
-    first = next(name for name in own if name.endswith("_checkpoint_wrapped_module.0"))
+    found = numbers(optimizer)
+    first = next(name for name in found if name.endswith("_checkpoint_wrapped_module.0"))
     names = {first: "0", "1": "5", "3": "7"}
-    return {"alike": same, "numbers": {names.get(name, name): tensor for name, tensor in own.items()}}
+    return {"alike": same, "numbers": {names.get(name, name): tensor for name, tensor in found.items()}}
 
 
 @scenario_of_shards
@@ -557,7 +552,7 @@ def sharded_and_rounded_at_random() -> Any:
     model = in_shards(network().to(torch.bfloat16))
     optimizer = NPC(model, stochastic_rounding=True, **OPTIONS)
     for step in range(3):
-        x, y = map(own_part, batch(step))
+        x, y = map(part_of_this_process, batch(step))
         optimizer.zero_grad()
         F.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
         optimizer.step()
@@ -574,7 +569,7 @@ def sharded_with_a_scaler() -> Any:
     last = distributed.get_rank() == distributed.get_world_size() - 1
     for step in range(6):
         before = numbers(optimizer)
-        x, y = map(own_part, batch(step))
+        x, y = map(part_of_this_process, batch(step))
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
         scaler.scale(loss).backward()
@@ -587,7 +582,7 @@ def sharded_with_a_scaler() -> Any:
 
 @scenario_of_shards
 def refusals() -> Any:
-    """What is said of models that are sharded in ways that are not supported."""
+    """The errors for models that are sharded in ways that are not supported."""
     processes = distributed.get_world_size()
     mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "tensor"))
     plan = {"5": ColwiseParallel(), "7": RowwiseParallel()}
@@ -659,7 +654,7 @@ def save(model: nn.Module, optimizer: Any, folder: str, **options: Any) -> None:
 
 
 def load(model: nn.Module, optimizer: Any, folder: str) -> None:
-    """Takes it over, whatever the number of processes that saved it."""
+    """Loads a checkpoint that any number of processes saved."""
     of_model, of_optimizer = get_state_dict(model, optimizer)
     checkpoint.load({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer)

@@ -46,12 +46,14 @@ def test_b_is_measured_where_base_and_adapter_are_added() -> None:
     handle = model.base_model.model[0].register_forward_hook(keep)
     F.cross_entropy(model(x), y).backward()
     handle.remove()
-    assert not model.base_model.model[0].lora_B["default"].weight.any()  # B's own output is zero, its neurons' is not
+    assert (
+        not model.base_model.model[0].lora_B["default"].weight.any()
+    )  # the output of B is zero, that of its neurons is not
     gradient = outputs[0].grad
     assert gradient is not None
     want = reference.importance(outputs[0].detach(), gradient)
     got = optimizer.neurons[B].sink.grad
-    assert got is not None and torch.allclose(got, want, rtol=1e-6, atol=0)  # six samples, added up in another order
+    assert got is not None and torch.allclose(got, want, rtol=1e-6, atol=0)  # six samples, summed in another order
     assert want.all() and "output of base_model.model.0 " in str(optimizer.neurons)
 
 
@@ -105,7 +107,7 @@ def test_convolutions_have_adapters_too() -> None:
 
 def test_packed_base_layers_have_no_neurons_and_the_adapter_has() -> None:
     class Packed(nn.Linear):
-        """Holds its weights as a quantized layer does, in bytes."""
+        """Stores its weights in bytes, like a quantized layer."""
 
         def __init__(self, inputs: int, outputs: int) -> None:
             super().__init__(inputs, outputs)

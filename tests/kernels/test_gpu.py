@@ -1,4 +1,4 @@
-"""What only a GPU can show: streams, graphs, threads, several devices, and sizes over 2**31."""
+"""Tests that need a GPU: streams, graphs, threads, several devices, and sizes over 2**31."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def trainer(network: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: 
 
 
 def scratch() -> int:
-    """The bytes that are kept for workspaces on the first GPU."""
+    """The bytes of all workspaces on the first GPU."""
     kept: int = native.module_on(0).cuda.workspace_bytes(0)
     return kept
 
@@ -60,7 +60,7 @@ def test_kernels_run_on_the_current_stream() -> None:
     for _ in range(3):
         with torch.cuda.stream(stream):
             torch.cuda._sleep(50_000_000)
-            n.fill_(2.0)  # long after the host is here
+            n.fill_(2.0)  # runs long after the host has continued
             got = ops.importance(n, n)
         stream.synchronize()
         assert torch.equal(got, torch.full((512,), 256.0, device="cuda"))
@@ -139,7 +139,7 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
 
 
 def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None:
-    """The workspace is allocated inside of the capture, and replays on any stream find it as it was."""
+    """The workspace is allocated within the capture, and replays use it on any stream."""
     n, g = torch.randn(512, 7, device="cuda"), torch.randn(512, 7, device="cuda")
     captured, twin = network(momentum=0.9, device="cuda"), network(momentum=0.9, device="cuda")
     for name in test_update.WRITTEN[:3]:
@@ -191,14 +191,14 @@ def test_replays_and_launches_reallocate_no_workspace() -> None:
 
 
 def _state(optimizer: Any) -> list[Tensor]:
-    return [value for own in optimizer.state.values() for value in own.values() if isinstance(value, Tensor)]
+    return [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
 
 
 @pytest.mark.parametrize("skip_frozen", [True, False])
 def test_a_step_reads_nothing_from_the_gpu_at_once(skip_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's debug mode does not see waits for events and devices, so those are counted: with skip_frozen, 7 for an event.
+    """torch's debug mode does not see waits for events and devices, so they are counted: with skip_frozen, 7 for an event.
 
-    One for each copy of importance, 8 steps after it was sent for. Nothing freezes here, so nothing is timed.
+    This is one for each copy of importance, 8 steps after it was started. Nothing freezes here, so nothing is timed.
     """
     ours = model()
     x, y = batch()
@@ -211,7 +211,7 @@ def test_a_step_reads_nothing_from_the_gpu_at_once(skip_frozen: bool, monkeypatc
     monkeypatch.setattr(torch.cuda, "synchronize", lambda *device: waits.append("device"))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        for _ in range(250):  # more than once through what is looked at now and then
+        for _ in range(250):  # several times through everything that happens in some steps only
             train()
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -221,7 +221,7 @@ def test_a_step_reads_nothing_from_the_gpu_at_once(skip_frozen: bool, monkeypatc
 def test_memory_does_not_grow() -> None:
     ours = model()
     x, y = batch()
-    # Certificates keep the rows that they leave to be computed: memory that comes and goes.
+    # Without skipping, because certificates store the rows that are still computed: memory that comes and goes.
     train = trainer(ours, NPC(ours, momentum=0.9, skip_frozen=False), x, y)
     for _ in range(5):
         train()
@@ -251,9 +251,9 @@ def test_a_skipped_layer_is_reported_without_waiting() -> None:
         train_on()
 
 
-def test_backward_in_threads_of_their_own() -> None:
+def test_backward_in_several_threads() -> None:
     networks = [model() for _ in range(4)]
-    optimizers = [NPC(one) for one in networks]
+    optimizers = [NPC(network) for network in networks]
     x, y = batch()
     steps = [trainer(*pair, x, y) for pair in zip(networks, optimizers, strict=True)]
 
@@ -290,8 +290,8 @@ def test_a_head_of_128_thousand_neurons() -> None:
     test_update.check(test_update.wide_network(128_000, inputs=64, device="cuda"))
     whole = test_update.wide_network(128_000, inputs=64, device="cuda")
     del whole["measured"]
-    activations = [torch.randn(4, len(one), device="cuda") for one in whole["importances"]]
-    gradients = [torch.randn_like(one) for one in activations]
+    activations = [torch.randn(4, len(average), device="cuda") for average in whole["importances"]]
+    gradients = [torch.randn_like(activation) for activation in activations]
     parts = test_update.copied(whole)
     ops.network_step_(activations, gradients, [1] * 3, [0] * 3, **whole)
     ops.update_(**parts, measured=[ops.importance(*pair) for pair in zip(activations, gradients, strict=True)])

@@ -1,4 +1,4 @@
-"""Models that torch.compile replays as CUDA graphs. Compiling takes most of the time, so these tests come last on a GPU."""
+"""Models that torch.compile replays as CUDA graphs. They take long to compile, so these tests run last on a GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ COMPILED: list[tuple[dict[str, Any], int]] = [
 
 @pytest.mark.parametrize(("options", "micro_batches"), COMPILED, ids=str)
 def test_a_model_compiled_into_cuda_graphs_trains_as_the_eager_one(options: dict[str, Any], micro_batches: int) -> None:
-    """Gradients that are accumulated need memory of their own, as torch says: those of graphs are overwritten."""
+    """Accumulated gradients need memory outside of the graphs, as torch documents: graphs overwrite theirs."""
     if "mode" in options and not has_triton():
         pytest.skip("Inductor needs Triton")
     torch._dynamo.reset()
@@ -35,11 +35,11 @@ def test_a_model_compiled_into_cuda_graphs_trains_as_the_eager_one(options: dict
     kept = []
     for step in range(12):
         data = [batch() for _ in range(micro_batches)]
-        for own in (optimizer, plain):
-            own.zero_grad(set_to_none=micro_batches == 1)
+        for each in (optimizer, plain):
+            each.zero_grad(set_to_none=micro_batches == 1)
         if micro_batches > 1:
-            for one in ours.parameters():
-                one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+            for parameter in ours.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             for layer in optimizer.neurons:
                 layer.sink.grad = torch.full_like(layer.sink, -0.0)
         for x, y in data:

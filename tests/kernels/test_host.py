@@ -1,4 +1,4 @@
-"""What a step costs the host, counted: launches, collective calls and allocations."""
+"""The host's cost of a step: counts of launches, collective calls and allocations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(native.status().module is None, reason="the comp
 def trained(**options: Any) -> tuple[nn.Module, NPC]:
     model = paper_cnn()
     optimizer = NPC(model, delta=0.999, **options)
-    for _ in range(40):  # past the first certificates
+    for _ in range(40):  # until after the first certificates
         step(model, optimizer)
     return model, optimizer
 
@@ -47,7 +47,7 @@ def test_a_training_step_is_a_launch_for_each_layer_and_one_for_the_network(monk
         usual(kernel, *arguments)
 
     def collective(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("one process calls no other")
+        raise AssertionError("a single process makes no collective call")
 
     monkeypatch.setattr(launch, "_launch", counted)
     monkeypatch.setattr(torch.distributed, "all_reduce", collective)
@@ -56,7 +56,7 @@ def test_a_training_step_is_a_launch_for_each_layer_and_one_for_the_network(monk
 
 
 def allocations(function: Callable[[], object]) -> list[int]:
-    """The bytes of each allocation; what is given back, perhaps by the garbage collector, is none."""
+    """The bytes of each allocation. Memory that is freed, for example by the garbage collector, does not count."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function()
         probe = torch.empty(1000)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import mmap
 import random
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -28,12 +30,12 @@ SHAPES = [
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """The same values in several memory layouts, cut out of larger tensors so that what is beside them shows."""
-    beside = torch.full(
+    """The same values in several memory layouts, some of them parts of larger tensors filled with NaN."""
+    surroundings = torch.full(
         [*(size + 3 for size in tensor.shape[:-1]), 2 * tensor.shape[-1] + 5], torch.nan, device=tensor.device
     )
-    cut = beside.to(tensor.dtype, copy=True)[tuple(slice(1, 1 + size) for size in tensor.shape)]
-    every_other = beside.to(tensor.dtype, copy=True)[tuple(slice(0, size) for size in tensor.shape[:-1])]
+    cut = surroundings.to(tensor.dtype, copy=True)[tuple(slice(1, 1 + size) for size in tensor.shape)]
+    every_other = surroundings.to(tensor.dtype, copy=True)[tuple(slice(0, size) for size in tensor.shape[:-1])]
     every_other = every_other[..., : 2 * tensor.shape[-1] : 2]
     return {
         "contiguous": tensor,
@@ -64,7 +66,7 @@ def with_few_gradients(activation: Tensor, gradient: Tensor) -> None:
     gradient.fill_(-0.0)
     *_, last = torch.cartesian_prod(*map(torch.arange, gradient.shape)) if gradient.numel() else [()]
     if gradient.numel():
-        gradient[tuple(last.tolist())] = 1  # the last of the last neuron's
+        gradient[tuple(last.tolist())] = 1  # the last position of the last neuron
         gradient[0, :: 3 if gradient.shape[1] > 2 else 2] = 1
 
 
@@ -82,8 +84,8 @@ def test_importance_is_negative_zero_where_there_was_no_gradient(
     received = torch.zeros(shape[1], dtype=torch.bool)
     received[:: 3 if shape[1] > 2 else 2] = received[-1] = True
     activations, gradients = layouts(activation.to(device)), layouts(gradient.to(device))
-    for name, own in activations.items():
-        got = ops.importance(own, gradients[name])
+    for name, in_layout in activations.items():
+        got = ops.importance(in_layout, gradients[name])
         assert not got.any()
         assert torch.equal(got.signbit().cpu(), ~received), name
 
@@ -115,7 +117,7 @@ def test_importance_agrees_with_the_reference_in_every_layout(
 def test_importance_of_any_number_of_positions_alone_and_with_relu(
     positions: int, dtype: torch.dtype, device: str
 ) -> None:
-    """Rows that begin and end inside packs, few and many packs a row, batches that go on in the next sample's row."""
+    """Rows that begin and end inside packs; few and many packs per row; batches that continue in the next sample's row."""
     for batch, neurons in [(1 + positions % 5, 8), (16 if positions < 256 else 2, 5 + positions % 2)]:
         activation = torch.randn(batch, neurons, positions).relu().to(device, dtype)
         gradient = torch.randn(batch, neurons, positions).to(device, dtype)
@@ -141,7 +143,7 @@ def test_importance_of_any_number_of_positions_alone_and_with_relu(
 def test_cuda_kernels_read_contiguous_tensors_in_packs_of_16_bytes_only(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every pack once, and those that two rows share twice."""
+    """Every pack is read once, and twice if two rows share it."""
     monkeypatch.setattr(launch, "_launch", cuda_on_cpu.launch)
     activation, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     rows, packs = shape[0] * shape[1], 2 * activation.numel() * dtype.itemsize // 16
@@ -153,13 +155,13 @@ def test_cuda_kernels_read_contiguous_tensors_in_packs_of_16_bytes_only(
 
 def test_samples_may_lie_further_apart_than_32_bits_count(device: str) -> None:
     if device == "cuda":
-        pytest.skip("a GPU has no memory to promise and not to use")
+        pytest.skip("a GPU cannot reserve memory without using it")
     stride, shape = 2**33 + 8, (5, 64, 4)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
     try:
         memory = mmap.mmap(-1, 4 * (4 * stride + 256), flags)
     except OSError:
-        pytest.skip("the machine does not lend addresses without memory behind them")
+        pytest.skip("the machine does not reserve addresses without memory behind them")
     activation = torch.frombuffer(memory, dtype=torch.float32).as_strided(shape, (stride, 4, 1))
     activation.copy_(torch.randn(shape))
     check(activation, torch.randn(shape))
@@ -219,13 +221,13 @@ def test_every_half_precision_number_is_read_exactly(dtype: torch.dtype, device:
 
 @st.composite
 def strided_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
-    """Two tensors of one shape with strides of their own: dimensions permuted in memory, with gaps, or expanded."""
+    """Two tensors of one shape with different strides: dimensions permuted in memory, with gaps, or expanded."""
     ndim = draw(st.integers(2, 5))
     shape = [draw(st.integers(1, 20 if dim < 2 else 6)) for dim in range(ndim)]
     dtype = draw(st.sampled_from(DTYPES))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
 
-    def one() -> Tensor:
+    def strided() -> Tensor:
         order = draw(st.permutations(range(ndim)))  # from the outermost dimension in memory to the innermost
         steps = [draw(st.sampled_from([0, 1, 1, 2, 3])) for _ in range(ndim)]
         sizes = [shape[dim] * steps[dim] if steps[dim] else 1 for dim in range(ndim)]
@@ -234,7 +236,7 @@ def strided_pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor, int, int]:
         return view[tuple(slice(None, None, max(step, 1)) for step in steps)].expand(shape)
 
     channel_dim, batch_dim = draw(st.permutations(range(ndim)))[:2]
-    return one(), one(), channel_dim, batch_dim
+    return strided(), strided(), channel_dim, batch_dim
 
 
 @given(pair=strided_pairs())
@@ -249,13 +251,13 @@ def test_importance_of_random_shapes_and_strides(count: int, device: str) -> Non
     shape = [generator.randint(1, 20 if dim < 2 else 6) for dim in range(generator.randint(2, 5))]
     dtype = generator.choice([torch.float32, torch.float16, torch.bfloat16])
 
-    def one() -> Tensor:
+    def strided() -> Tensor:
         order = generator.sample(range(len(shape)), len(shape))
         memory = torch.randn([2 * shape[dim] for dim in order]).to(device, dtype)
         view = memory.permute([order.index(dim) for dim in range(len(shape))])
         return view[tuple(slice(None, None, 2) if generator.random() < 0.5 else slice(size) for size in shape)]
 
-    check(one(), one(), *generator.sample(range(len(shape)), 2))
+    check(strided(), strided(), *generator.sample(range(len(shape)), 2))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -301,22 +303,24 @@ def test_importance_inside_a_compiled_function() -> None:
 
 
 @pytest.mark.parametrize(
+    ("operation", "name"), [(ops.importance, "activation"), (ops.relu_backward_importance, "output")]
+)
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((torch.ones(2, 3), torch.ones(2, 4)), r"gradient has shape \(2, 4\), but activation has \(2, 3\)"),
-        (
-            (torch.ones(2, 3), torch.ones(2, 3).double()),
-            "gradient is torch.float64 on cpu, but activation is torch.float32",
-        ),
-        ((torch.ones(2, 3).int(), torch.ones(2, 3).int()), "activation is torch.int32; expected float32"),
-        ((torch.ones(3), torch.ones(3)), r"activation has shape \(3,\); expected samples and neurons"),
-        ((torch.ones(2, 3), torch.ones(2, 3), 2), "channel_dim is 2, but activation has 2 dimensions"),
+        ((torch.ones(2, 3), torch.ones(2, 4)), r"gradient has shape \(2, 4\), but NAME has \(2, 3\)"),
+        ((torch.ones(2, 3), torch.ones(2, 3).double()), "gradient is torch.float64 on cpu, but NAME is torch.float32"),
+        ((torch.ones(2, 3).int(), torch.ones(2, 3).int()), "NAME is torch.int32; expected float32"),
+        ((torch.ones(3), torch.ones(3)), r"NAME has shape \(3,\); expected samples and neurons"),
+        ((torch.ones(2, 3), torch.ones(2, 3), 2), "channel_dim is 2, but NAME has 2 dimensions"),
         ((torch.ones(2, 3), torch.ones(2, 3), 1, -1), "channel_dim and batch_dim are both dimension 1"),
     ],
 )
-def test_importance_refuses_what_does_not_fit(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=message):
-        ops.importance(*arguments)
+def test_what_does_not_fit_is_refused(
+    arguments: tuple[Any, ...], message: str, operation: Callable[..., object], name: str
+) -> None:
+    with pytest.raises(ValueError, match=message.replace("NAME", name)):
+        operation(*arguments)
 
 
 def test_more_positions_than_the_kernel_takes_are_refused() -> None:

@@ -1,6 +1,6 @@
-"""The kernels' own tests, run again under sanitizers: the CPU's kernels, and the CUDA kernels compiled for the CPU.
+"""Runs the kernels' tests again under sanitizers: the CPU's kernels, and the CUDA kernels compiled for the CPU.
 
-And proof that the sanitizers bite: kernels that are broken on purpose.
+Other tests here break kernels on purpose, and show that the sanitizers report it.
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from npc_ext.kernels import build
+from npc_ext.kernels import compilers
 
 from .. import cuda_on_cpu
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
-ADDRESS = "-fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-THREAD = "-fno-omit-frame-pointer -fsanitize=thread"
+ADDRESS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
+THREAD = "-O1 -fno-omit-frame-pointer -fsanitize=thread"
 SUPPRESSIONS = cuda_on_cpu.HERE / "thread_sanitizer.supp"
 KERNEL_TESTS = [
-    *("tests/kernels/test_importance.py", "tests/kernels/test_update.py"),
-    *("tests/kernels/test_adam_update.py", "tests/kernels/test_rounding.py"),
-    *(
-        "tests/kernels/test_anchored_update.py",
-        "tests/kernels/test_connection_update.py",
-        "tests/kernels/test_workspace.py",
-    ),
+    f"tests/kernels/test_{name}.py"
+    for name in (
+        *("importance", "update", "adam_update", "rounding", "anchored_update", "connection_update", "workspace"),
+    )
 ]
-# A launch takes a quarter of a second under the thread sanitizer: tests with few launches that, all together, go
-# through every kernel, layout, dtype and option.
+# A launch takes a quarter of a second under the thread sanitizer. These tests have few launches, and
+# together they cover every kernel, layout, dtype and option.
 FEW_LAUNCHES = (
     "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
     "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round "
@@ -41,8 +42,8 @@ FEW_LAUNCHES = (
 
 
 def runtime(name: str) -> str:
-    """The sanitizer's library, which has to be in the process before Python."""
-    compiler = build.compiler_command()
+    """The sanitizer's library, which must be loaded before Python."""
+    compiler = compilers.compiler_command()
     path = subprocess.run([*compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout
     return path.strip()
 
@@ -51,7 +52,7 @@ def run(arguments: list[str], libraries: list[str], **environment: str) -> subpr
     paths = [runtime(name) for name in libraries]
     if not all(os.path.isabs(path) for path in paths):
         pytest.skip("the compiler comes without sanitizer libraries")
-    # Without random addresses: the thread sanitizer's own memory has to be where it expects it.
+    # Without random addresses, because the thread sanitizer needs its memory at fixed addresses.
     fixed = [setarch, platform.machine(), "-R"] if (setarch := shutil.which("setarch")) else []
     return subprocess.run(
         [*fixed, sys.executable, *arguments],
@@ -72,23 +73,23 @@ def run_with_address_sanitizer(
         ["libasan.so", "libubsan.so"],
         NPC_EXT_CACHE=str(cache),
         NPC_EXT_NVCC="",
-        NPC_EXT_CXXFLAGS=f"-O1 -g {ADDRESS}",
+        NPC_EXT_CXXFLAGS=f"-g {ADDRESS}",
         CUDA_ON_CPU_FLAGS=ADDRESS,
         CUDA_ON_CPU_CSRC=str(csrc),
-        # Python itself leaks; torch's allocations go through the sanitizer and are checked at their ends.
+        # Python leaks memory. The sanitizer checks the ends of torch's allocations, too.
         ASAN_OPTIONS="detect_leaks=0",
     )
 
 
-def run_with_thread_sanitizer(arguments: list[str], more: str = "") -> subprocess.CompletedProcess[str]:
-    flags = f"{THREAD} {more}".strip()
-    cuda_on_cpu.compiled(tuple(flags.split()))  # here, because the compiler does not run beside the sanitizer
+def run_with_thread_sanitizer(arguments: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    cuda_on_cpu.compiled(tuple(THREAD.split()))  # here, because the compiler does not run under the sanitizer
     return run(
         arguments,
         ["libtsan.so"],
-        CUDA_ON_CPU_FLAGS=flags,
+        CUDA_ON_CPU_FLAGS=THREAD,
         OMP_NUM_THREADS="1",
         TSAN_OPTIONS=f"halt_on_error=1 exitcode=66 report_thread_leaks=0 suppressions={SUPPRESSIONS}",
+        **environment,
     )
 
 
@@ -97,23 +98,30 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sanitized")
 
 
-def test_kernels_are_clean_under_address_and_undefined_behaviour_sanitizers(cache: Path) -> None:
-    selection = f"not opcheck and not compiled and (not cuda_on_cpu or {FEW_LAUNCHES})"
-    options = ["-q", "-p", "no:cacheprovider", "-k", selection]
-    result = run_with_address_sanitizer(["-m", "pytest", *KERNEL_TESTS, *options], cache)
-    assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
-    assert " passed" in result.stdout
+@pytest.fixture(scope="module")
+def runs(cache: Path) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """The kernels' tests under both sanitizers, at the same time."""
+    tests = ["-m", "pytest", *KERNEL_TESTS, "-qs", "-p", "no:cacheprovider", "--hypothesis-profile=sanitizers", "-k"]
+    of_address = f"not opcheck and not compiled and (not cuda_on_cpu or {FEW_LAUNCHES})"
+    of_thread = f"workspace or (cuda_on_cpu and ({FEW_LAUNCHES}))"
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            "address": pool.submit(run_with_address_sanitizer, [*tests, of_address], cache),
+            "thread": pool.submit(run_with_thread_sanitizer, [*tests, of_thread]),
+        }
 
 
-def test_cuda_kernels_are_clean_under_the_thread_sanitizer() -> None:
-    options = ["-qs", "-p", "no:cacheprovider", "-k", f"workspace or (cuda_on_cpu and ({FEW_LAUNCHES}))"]
-    result = run_with_thread_sanitizer(["-m", "pytest", *KERNEL_TESTS, *options])
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])  # address: and undefined behaviour
+def test_kernels_are_clean_under_the_sanitizers(
+    sanitizer: str, runs: dict[str, Future[subprocess.CompletedProcess[str]]]
+) -> None:
+    result = runs[sanitizer].result()
     assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
     assert " passed" in result.stdout
 
 
 def test_the_sanitizer_objects_to_a_kernel_that_reads_one_element_too_many(cache: Path) -> None:
-    # The same module, told that the tensors are one row longer than they are.
+    # The kernel is called with one row more than the tensors have.
     script = (
         "import torch; from npc_ext.kernels import native; n = torch.randn(4, 40); out = torch.empty(40); m = native.module();"
         "m.cpu.importance(m.cpu.Threads(1), n.data_ptr(), n.data_ptr(), out.data_ptr(), 0, 0, (5, 40), (40, 1), (40, 1),"
@@ -138,7 +146,7 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
 
 @pytest.mark.parametrize("function", ["sum_over_block", "grid_barrier"])
 def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str) -> None:
-    # A sampling detector: it remembers the last four accesses to a word, and sees the race in most launches, not in all.
+    # The sanitizer remembers the last four accesses to a word, so it sees the race in most launches, but not in all.
     script = (
         "from npc_ext import ops; from npc_ext.kernels import launch; from tests import cuda_on_cpu; from tests.kernels import test_update\n"
         "launch._launch = cuda_on_cpu.launch\n"
@@ -147,6 +155,6 @@ def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str) -> Non
         "for _ in range(40): ops.network_step_(**inputs, **arguments)\n"
         "print('not seen')"
     )
-    result = run_with_thread_sanitizer(["-c", script], f'-DCUDA_ON_CPU_WITHOUT_BARRIER_IN="{function}"')
+    result = run_with_thread_sanitizer(["-c", script], CUDA_ON_CPU_WITHOUT_BARRIER_IN=function)
     assert result.returncode == 66, result.stdout + result.stderr[-5000:]
     assert "ThreadSanitizer: data race" in result.stderr

@@ -1,6 +1,6 @@
-"""Scratch memory of the CUDA kernels: one workspace per stream, one per captured graph, and none ever given back.
+"""Scratch memory of the CUDA kernels: one workspace per stream and one per captured graph, which are never freed.
 
-On the CPU with a simulated CUDA (cuda_on_cpu.h), in which a capture refuses what may not be part of a graph.
+This runs on the CPU with a simulated CUDA (cuda_on_cpu.h), in which a capture refuses what a graph cannot contain.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def kept() -> int:
 
 
 def importance(stream: int, samples: int = 600, neurons: int = 3) -> Tensor:
-    """Eq. 2 of so few neurons that several blocks share them, which takes scratch."""
+    """Eq. 2 for so few neurons that several blocks share them, which needs scratch memory."""
     n = torch.ones(samples, neurons)
     out = torch.empty(neurons)
     strides = n.stride()
@@ -62,7 +62,7 @@ def test_a_workspace_that_is_too_small_is_replaced_by_one_twice_as_large(stream:
     assert kept() == before + larger
 
 
-def test_each_capture_gets_a_workspace_of_its_own(stream: int) -> None:
+def test_each_capture_gets_its_workspace(stream: int) -> None:
     importance(stream)
     before = kept()
     for capture in (7, 8):
@@ -85,7 +85,7 @@ def test_a_capture_may_be_the_first_launch_on_its_stream(stream: int) -> None:
     importance(stream)
 
 
-def test_memory_that_cannot_be_had_is_an_error_that_says_how_to_fix_it(stream: int) -> None:
+def test_memory_that_cannot_be_allocated_is_an_error_that_says_how_to_fix_it(stream: int) -> None:
     before = kept()
     with (
         cuda_on_cpu.state(free_bytes=1000),
@@ -100,18 +100,18 @@ def test_memory_that_cannot_be_had_is_an_error_that_says_how_to_fix_it(stream: i
     importance(stream)
 
 
-def test_threads_launch_on_streams_of_their_own_at_the_same_time() -> None:
+def test_threads_launch_on_different_streams_at_the_same_time() -> None:
     streams = [next(_streams) for _ in range(4)]
     before, failures = kept(), list[BaseException]()
 
-    def work(own: int) -> None:
+    def work(stream: int) -> None:
         try:
             for samples in (600, 900):
-                importance(own, samples)
+                importance(stream, samples)
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(own,)) for own in streams]
+    threads = [threading.Thread(target=work, args=(stream,)) for stream in streams]
     for thread in threads:
         thread.start()
     for thread in threads:

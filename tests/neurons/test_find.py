@@ -1,6 +1,6 @@
-"""Which neurons a model has, and that what is measured of them is what eq. 2 says.
+"""The neurons of models, and their measured importance against eq. 2.
 
-Every expected importance comes from a float64 forward pass written out in the test.
+Every expected importance comes from a float64 forward pass that is written out in the test.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: 
 def measured(
     model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object
 ) -> tuple[Neurons, dict[str, Tensor]]:
-    """Taps the model, runs it forward and backward, and returns what the sinks hold."""
+    """Taps the model, runs it forward and backward, and returns the content of the sinks."""
     neurons = find_neurons(model, **options)  # type: ignore[arg-type]
     neurons.attach(model)
     loss(model(*inputs)).backward()
@@ -52,7 +52,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 
 def through(sequence: nn.Sequential, x: Tensor, keep: dict[str, str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs a sequence; `keep` says behind which module which layer's activation is taken."""
+    """Runs a sequence. `keep` maps modules to layers: the output of the module is the layer's activation."""
     activations = {}
     for name, module in sequence.named_children():
         x = module(x)
@@ -127,7 +127,7 @@ def test_mlp_on_three_dimensional_input_sums_over_the_middle() -> None:
 def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=batch_first)
     model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-    for parameter in model.parameters():  # the encoder copies one layer; let the copies differ
+    for parameter in model.parameters():  # the encoder copies one layer; this makes the copies different
         nn.init.normal_(parameter, std=0.3)
     x, target = (torch.randn(3, 5, 8) for _ in range(2))
     exact = copy.deepcopy(model).double()
@@ -283,7 +283,7 @@ def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
 
 
 def test_attention_that_cannot_be_measured_inside_says_why() -> None:
-    class Own(nn.MultiheadAttention):
+    class Overridden(nn.MultiheadAttention):
         def forward(self, *inputs: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
             return super().forward(*inputs, **options)  # type: ignore[arg-type]
 
@@ -292,7 +292,10 @@ def test_attention_that_cannot_be_measured_inside_says_why() -> None:
             super().__init__(*sizes)
             self.forward = super().forward
 
-    for module, reason in ((Own(8, 2), "its class has a forward of its own"), (Replaced(8, 2), "has been replaced")):
+    for module, reason in (
+        (Overridden(8, 2), "its class has a forward of its own"),
+        (Replaced(8, 2), "has been replaced"),
+    ):
         neurons = find_neurons(nn.Sequential(module))
         assert [layer.name for layer in neurons] == ["0.out_proj"]
         assert all(reason in other.reason for other in neurons.others)
@@ -441,29 +444,24 @@ def test_functional_gelu_is_followed_and_measured_at_the_next_layers_input() -> 
     assert str(neurons["up"].points[0]) == "input of down"
 
 
+class WithFunction(nn.Module):
+    """A function behind a convolution, which no module shows."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.function, self.out = nn.Conv2d(1, 4, 3), function, nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.function(self.conv(x)).mean((2, 3)))
+
+
 def test_a_functional_activation_that_cannot_be_reached_is_noted() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(F.gelu(self.conv(x)).mean((2, 3)))
-
-    note = find_neurons(Net())["conv"].note
+    note = find_neurons(WithFunction(F.gelu))["conv"].note
     assert note == "measured before gelu, which is not a module that is used once"
 
 
 def test_a_layer_before_an_unreachable_normalization_trains_plainly_and_says_why() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.out = nn.Conv2d(1, 4, 3), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(F.instance_norm(self.conv(x)).mean((2, 3)))
-
-    neurons = find_neurons(Net())
+    neurons = find_neurons(WithFunction(F.instance_norm))
     assert [layer.name for layer in neurons] == ["out"]
     assert "a normalization follows" in neurons.others[0].reason
 
@@ -491,7 +489,7 @@ def test_heads_that_the_trace_does_not_reach_are_measured_behind_their_normaliza
     assert [p.name for p in layer.parameters][2:] == ["heads.1.1.weight", "heads.1.1.bias"]
 
 
-def test_a_model_that_cannot_be_traced_is_measured_at_its_layers_own_outputs() -> None:
+def test_a_model_that_cannot_be_traced_is_measured_at_the_outputs_of_its_layers() -> None:
     model, x = DataDependent(), torch.randn(4, 3, 5, 5)
     exact = copy.deepcopy(model).double()
     neurons, got = measured(model, x)
@@ -711,7 +709,7 @@ def tied_across_dimensions() -> nn.Module:
         (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_is_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_invalid_models_and_options_are_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(ValueError, match=message):
         find_neurons(make(), **options)
 
@@ -725,10 +723,10 @@ def test_a_normalization_that_is_named_or_passed_belongs_to_the_neurons() -> Non
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     for at in ("1", "2"):
         layer = find_neurons(model, measure_at={"0": at})["0"]
-        assert [own.name for own in layer.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        assert [p.name for p in layer.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
     class Hidden(nn.Module):
-        """Depends on data, so that nothing is traced."""
+        """Cannot be traced, because it depends on data."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -751,15 +749,15 @@ def test_the_table_says_what_is_not_trained() -> None:
 
 
 def test_transposed_linear_layers_have_the_neurons_of_linear_ones() -> None:
-    ours, usual = transposed_and_not()
+    transposed, usual = transposed_and_not()
     x = torch.randn(4, 5, 6)  # a sequence
-    neurons, got = measured(ours, x)
+    neurons, got = measured(transposed, x)
     twin, want = measured(usual, x)
     assert_same(got, {name: importance.double() for name, importance in want.items()})
-    for own, other in zip(neurons, twin, strict=True):
-        assert (own.neurons, own.fan_in, own.points) == (other.neurons, other.fan_in, other.points)
-        assert [p.name for p in own.parameters] == [p.name for p in other.parameters]
-        assert own.parameters[0].dim == 1 and {p.dim for p in own.parameters[1:]} == {0}
+    for layer, other in zip(neurons, twin, strict=True):
+        assert (layer.neurons, layer.fan_in, layer.points) == (other.neurons, other.fan_in, other.points)
+        assert [p.name for p in layer.parameters] == [p.name for p in other.parameters]
+        assert layer.parameters[0].dim == 1 and {p.dim for p in layer.parameters[1:]} == {0}
 
 
 def test_what_is_only_called_conv1d_is_no_layer() -> None:
@@ -769,7 +767,7 @@ def test_what_is_only_called_conv1d_is_no_layer() -> None:
 
 
 class PackedLinear(nn.Linear):
-    """Holds four weights in a byte, and behaves as if it did not."""
+    """Stores four weights in a byte, and hides that."""
 
     def __init__(self, inputs: int, outputs: int, packed: Tensor) -> None:
         super().__init__(inputs, outputs)
@@ -854,7 +852,7 @@ def test_a_parametrized_input_projection_of_the_model_itself_says_why_it_is_no_l
 def test_convolutions_in_a_sequence_first_transformer_have_their_samples_first() -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=False)
     layer.conv = nn.Conv1d(8, 8, 3)
-    dims = {one.name: one.points[0].batch_dim for one in find_neurons(layer)}
+    dims = {found.name: found.points[0].batch_dim for found in find_neurons(layer)}
     assert dims["conv"] == 0 and dims["linear1"] == 1
 
 

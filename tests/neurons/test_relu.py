@@ -17,7 +17,6 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
 from torch.library import opcheck
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 import npc_ext
 from npc_ext import NPC, ImportanceWarning, find_neurons, ops, reference
@@ -26,6 +25,7 @@ from npc_ext.neurons.table import Neurons
 
 from ..kernels.test_importance import SHAPES, layouts
 from ..tolerances import DTYPES, TRAJECTORY, assert_importance
+from .measuring import assert_equal, assert_gradients_equal, attached, batch, take_sinks
 
 
 def with_relu(relu: type[nn.ReLU], *modules: nn.Module | None) -> nn.Sequential:
@@ -41,33 +41,6 @@ def pair(*modules: nn.Module | None) -> tuple[nn.Sequential, nn.Sequential]:
 def cnn(relu: type[nn.ReLU] = ReLU) -> nn.Sequential:
     hidden = (nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 16, 12), None, nn.Dropout(0.0), nn.Linear(12, 5))
     return with_relu(relu, nn.Conv2d(3, 6, 3, padding=1), nn.InstanceNorm2d(6), None, *hidden)
-
-
-def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.randn(samples, 3, 8, 8), torch.randint(5, (samples,))
-
-
-def attached(model: nn.Module, **options: Any) -> Neurons:
-    neurons = find_neurons(model, **options)
-    neurons.attach(model)
-    return neurons
-
-
-def sinks(neurons: Neurons) -> dict[str, Tensor]:
-    got = {layer.name: layer.sink.grad for layer in neurons if layer.sink.grad is not None}
-    for layer in neurons:
-        layer.sink.grad = None
-    return got
-
-
-def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys()
-    assert all(torch.equal(got[name], want[name]) for name in want)
-
-
-def assert_gradients_equal(model: nn.Module, twin: nn.Module) -> None:
-    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
 
 
 # ------------------------------------------------------------------------------------------------------ the operation
@@ -125,25 +98,6 @@ def test_the_operation_passes_opcheck() -> None:
     last = torch.randn(2, 5, 4, 4).contiguous(memory_format=torch.channels_last)
     opcheck(operation, (last, torch.randn(2, 5, 4, 4)))
     opcheck(operation, (torch.randn(2, 4, 5), torch.randn(2, 1, 1).expand(2, 4, 5), -1, 1))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ((torch.ones(2, 3), torch.ones(2, 4)), r"gradient has shape \(2, 4\), but output has \(2, 3\)"),
-        (
-            (torch.ones(2, 3), torch.ones(2, 3).double()),
-            "gradient is torch.float64 on cpu, but output is torch.float32",
-        ),
-        ((torch.ones(2, 3).int(), torch.ones(2, 3).int()), "output is torch.int32; expected float32"),
-        ((torch.ones(3), torch.ones(3)), r"output has shape \(3,\); expected samples and neurons"),
-        ((torch.ones(2, 3), torch.ones(2, 3), 2), "channel_dim is 2, but output has 2 dimensions"),
-        ((torch.ones(2, 3), torch.ones(2, 3), 1, -1), "channel_dim and batch_dim are both dimension 1"),
-    ],
-)
-def test_the_operation_refuses_what_does_not_fit(arguments: tuple, message: str) -> None:  # type: ignore[type-arg]
-    with pytest.raises(ValueError, match=message):
-        ops.relu_backward_importance(*arguments)
 
 
 @pytest.mark.gpu
@@ -221,7 +175,7 @@ def test_gradients_and_importance_are_those_of_torchs_relu_with_a_tap(
     want.pow(2).sum().backward()
     assert torch.equal(x.grad, y.grad)
     assert_gradients_equal(mine, plain)
-    assert_equal(sinks(neurons), sinks(taps))
+    assert_equal(take_sinks(neurons), take_sinks(taps))
 
 
 def test_the_table_says_where_it_measures() -> None:
@@ -233,7 +187,7 @@ def test_the_table_says_where_it_measures() -> None:
 
 
 def test_importance_at_the_relu_equals_importance_behind_pooling_and_dropout() -> None:
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     model[7] = nn.Dropout(0.5)
     plain = with_relu(nn.ReLU, *[None if isinstance(m, ReLU) else m for m in copy.deepcopy(model)])
     neurons, taps = attached(model), attached(plain)
@@ -241,14 +195,14 @@ def test_importance_at_the_relu_equals_importance_behind_pooling_and_dropout() -
     for twin in (model, plain):
         torch.manual_seed(1)
         F.cross_entropy(twin(x), y).backward()
-    got, want = sinks(neurons), sinks(taps)
+    got, want = take_sinks(neurons), take_sinks(taps)
     for name in want:
         torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-5 * want[name].max().item())
 
 
 @pytest.mark.parametrize("backend", ["auto", "native", "reference"])
 def test_training_gives_the_weights_that_torchs_relu_gives(backend: Any) -> None:
-    mine, (x, y) = cnn(), batch()
+    mine, (x, y) = cnn(), batch(channels=3, classes=5)
     plain = with_relu(nn.ReLU, *[None if isinstance(m, ReLU) else m for m in copy.deepcopy(mine)])
     exact = copy.deepcopy(plain)
     options: dict[str, Any] = {"lr": 0.1, "delta": 0.9, "momentum": 0.5, "backend": backend}
@@ -269,7 +223,7 @@ def test_the_reference_backend_uses_the_reference(monkeypatch: pytest.MonkeyPatc
     calls = []
     original = reference.relu_backward_importance
     monkeypatch.setattr(reference, "relu_backward_importance", lambda *a: calls.append(a) or original(*a))
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     for backend, want in (("auto", 0), ("reference", 2)):
         optimizer = NPC(model, backend=backend)  # type: ignore[arg-type]
         F.cross_entropy(model(x), y).backward()
@@ -283,60 +237,35 @@ def test_nothing_more_is_saved_for_the_backward_pass_than_by_torchs_relu() -> No
     x, saved = torch.randn(6, 5), []
     for model in (mine, plain):
         tensors: list[Tensor] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, own=tensors: own.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, tensors=tensors: tensors.append(t) or t, lambda t: t):
             hidden = model[1](model[0](x))
         saved.append([tuple(t.shape) for t in tensors])
-        # ReLU keeps its own output, in memory that the next layer keeps too.
+        # ReLU keeps its output, which the next layer keeps, too.
         assert hidden.data_ptr() in [t.data_ptr() for t in tensors]
     assert saved[0] == saved[1]
 
 
-def test_importance_adds_up_over_micro_batches_and_calls() -> None:
-    model, (x, y) = cnn(), batch()
-    neurons = attached(model)
-    F.cross_entropy(model(x), y, reduction="sum").backward()
-    whole = sinks(neurons)
-    for part in (slice(0, 3), slice(3, 8)):
-        F.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
-    for name, parts in sinks(neurons).items():
-        torch.testing.assert_close(parts, whole[name], rtol=1e-4, atol=1e-6)
-
-
-def test_nothing_is_measured_in_eval_mode_without_gradients_or_in_frozen_layers() -> None:
-    model, (x, y) = cnn(), batch()
-    neurons = attached(model)
-    with torch.no_grad():
-        assert model(x).grad_fn is None
-    model.eval()
-    F.cross_entropy(model(x), y).backward()
-    assert not sinks(neurons)
-    model.train()
-    model[0].requires_grad_(False)
-    F.cross_entropy(model(x.requires_grad_()), y).backward()
-    assert sinks(neurons).keys() == {"5", "8"}
-
-
 def test_detaching_makes_it_torchs_relu_again() -> None:
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     neurons = attached(model)
     assert type(model[2](model[0](x)).grad_fn).__name__ == "_MeasuredReLUBackward"
     neurons.detach()
     assert type(model[2](model[0](x)).grad_fn).__name__ == "ReluBackward0"
     F.cross_entropy(model(x), y).backward()
-    assert not sinks(neurons)
+    assert not take_sinks(neurons)
 
 
 def test_two_optimizers_on_one_model_both_measure() -> None:
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     first, second = attached(model), attached(model)
     F.cross_entropy(model(x), y).backward()
-    want = sinks(first)
+    want = take_sinks(first)
     assert want.keys() == {"0", "5", "8"}
-    assert_equal(sinks(second), want)
+    assert_equal(take_sinks(second), want)
     first.detach()
     F.cross_entropy(model(x), y).backward()
-    assert not sinks(first)
-    assert_equal(sinks(second), want)
+    assert not take_sinks(first)
+    assert_equal(take_sinks(second), want)
 
 
 def test_a_model_that_grows_keeps_measuring() -> None:
@@ -347,66 +276,38 @@ def test_a_model_that_grows_keeps_measuring() -> None:
     optimizer.add_param_group({"params": model[4].parameters()})
     assert [layer.points[0].in_backward for layer in optimizer.neurons] == [True, True, False]
     model(x).pow(2).sum().backward()
-    assert sinks(optimizer.neurons).keys() == {"0", "2", "4"}
+    assert take_sinks(optimizer.neurons).keys() == {"0", "2", "4"}
     assert [len(module._taps) for module in (model[1], model[3])] == [1, 1]
 
 
 def test_a_measured_model_can_be_copied_and_pickled() -> None:
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     neurons = attached(model)
     saved = io.BytesIO()
     torch.save(model, saved)
     saved.seek(0)
     twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(saved, weights_only=False)]
     F.cross_entropy(model(x), y).backward()
-    want = sinks(neurons)
+    want = take_sinks(neurons)
     for twin in twins:
         F.cross_entropy(twin(x), y).backward()
-        assert not sinks(neurons)
+        assert not take_sinks(neurons)
         assert torch.equal(twin(x), model(x))
-        (hook,) = twin[2]._taps.values()  # the twin measures into a sink of its own
+        (hook,) = twin[2]._taps.values()  # the twin has a different sink
         assert torch.equal(hook.layer.sink.grad, want["0"])
         assert hook.weighted is twin[0]
 
 
-def test_a_copied_optimizer_measures_its_own_model() -> None:
-    model, (x, y) = cnn(), batch()
+def test_a_copied_optimizer_measures_the_copied_model() -> None:
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     optimizer = NPC(model)
     twin = copy.deepcopy(optimizer)
     F.cross_entropy(twin._model(x), y).backward()
-    assert sinks(twin.neurons).keys() == {"0", "5", "8"}
-    assert not sinks(optimizer.neurons)
+    assert take_sinks(twin.neurons).keys() == {"0", "5", "8"}
+    assert not take_sinks(optimizer.neurons)
     twin.neurons.detach()
     assert not twin._model[2]._taps
     assert model[2]._taps
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_measures_once(reentrant: bool) -> None:
-    model, (x, y) = cnn(), batch()
-    neurons = attached(model)
-    F.cross_entropy(model(x), y).backward()
-    want = sinks(neurons)
-    x.requires_grad_()  # reentrant checkpointing passes gradients on only if its input has some
-    F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y).backward()
-    assert_equal(sinks(neurons), want)
-
-
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_a_compiled_model_is_measured_without_graph_breaks(backend: str) -> None:
-    model, (x, y) = cnn(), batch()
-    plain = copy.deepcopy(model)
-    neurons = attached(model)
-    F.cross_entropy(model(x), y).backward()
-    F.cross_entropy(plain(x), y).backward()
-    want = sinks(neurons)
-    model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    F.cross_entropy(compiled(x), y).backward()
-    for name, got in sinks(neurons).items():
-        torch.testing.assert_close(got, want[name], rtol=1e-3, atol=1e-5 * want[name].max().item())
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_a_compiled_backward_pass_holds_the_operation_in_place_of_relus_own() -> None:
@@ -416,7 +317,7 @@ def test_a_compiled_backward_pass_holds_the_operation_in_place_of_relus_own() ->
         graphs.append(graph)
         return make_boxed_func(graph.forward)
 
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     attached(model)
     F.cross_entropy(torch.compile(model, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))(x), y).backward()
     operations = [str(node.target) for graph in graphs for node in graph.graph.nodes]
@@ -424,16 +325,16 @@ def test_a_compiled_backward_pass_holds_the_operation_in_place_of_relus_own() ->
     assert "aten.threshold_backward.default" not in operations
 
 
-def test_autocast_measures_half_precision_in_float32_sinks() -> None:
+def test_autocast_measures_half_precision_in_float32_take_sinks() -> None:
     mine, plain = pair(nn.Linear(8, 16), None, nn.Linear(16, 4))
     x, neurons, taps = torch.randn(32, 8), attached(mine), attached(plain)
     for model in (mine, plain):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(x).float().pow(2).sum()
         loss.backward()
-    got = sinks(neurons)
+    got = take_sinks(neurons)
     assert got["0"].dtype == torch.float32
-    assert_equal(got, sinks(taps))
+    assert_equal(got, take_sinks(taps))
     assert_gradients_equal(mine, plain)
 
 
@@ -462,10 +363,10 @@ def test_a_gradient_penalty_trains_as_with_torchs_relu() -> None:
         (gradient.norm(dim=1) - 1).pow(2).mean().backward()
     for mine_p, plain_p in zip(mine.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(mine_p.grad, plain_p.grad)
-    assert not any(importance.requires_grad for importance in sinks(neurons).values())
+    assert not any(importance.requires_grad for importance in take_sinks(neurons).values())
 
 
-# ----------------------------------------------------------------------------------------- where an ordinary tap it is
+# ------------------------------------------------------------------------------- where an ordinary tap is used instead
 
 
 class SharedReLU(nn.Module):
@@ -494,14 +395,14 @@ class CalledTwice(SharedReLU):
 
 
 def of_twins(make: Callable[[type[nn.ReLU]], nn.Module], x: Tensor) -> tuple[Neurons, dict[str, Tensor], Tensor]:
-    """A model's neurons, importance and gradients with `npc_ext.nn.ReLU`, having checked them by `torch.nn.ReLU`."""
+    """A model's neurons, importance and gradients with `npc_ext.nn.ReLU`, checked against `torch.nn.ReLU`."""
     results = []
     for relu in (nn.ReLU, ReLU):
         torch.manual_seed(3)
         model = make(relu)
         neurons = attached(model)
         model(x).pow(2).sum().backward()
-        results.append((neurons, sinks(neurons), torch.cat([p.grad.flatten() for p in model.parameters()])))
+        results.append((neurons, take_sinks(neurons), torch.cat([p.grad.flatten() for p in model.parameters()])))
     (_, want, gradients), (neurons, got, mine) = results
     assert torch.equal(mine, gradients)
     assert got.keys() == want.keys()
@@ -522,6 +423,8 @@ def test_a_layer_called_twice_with_its_relu_adds_up() -> None:
 
 
 class OverwritesItsOutput(nn.Module):
+    """Works in place on the output of its ReLU."""
+
     def __init__(self, relu: type[nn.ReLU]) -> None:
         super().__init__()
         self.layer, self.relu, self.out = nn.Linear(4, 6), relu(), nn.Linear(6, 2)
@@ -579,12 +482,12 @@ def test_a_derived_class_may_do_more_and_is_tapped_from_outside() -> None:
         neurons = attached(model, **options)
         assert not neurons["0"].points[0].in_backward
         model(torch.randn(5, 4)).sum().backward()
-        assert sinks(neurons)["0"].max() > 0
+        assert take_sinks(neurons)["0"].max() > 0
         neurons.detach()
 
 
 def test_measure_at_uses_it_and_moves_away_from_it() -> None:
-    model, (x, y) = cnn(), batch()
+    model, (x, y) = cnn(), batch(channels=3, classes=5)
     neurons = find_neurons(model, measure_at={"0": "3", "5": "6"})
     assert [str(layer.points[0]) for layer in neurons][:2] == ["output of 3", "output of 6"]
     assert [layer.points[0].in_backward for layer in neurons] == [False, True, False]
@@ -605,7 +508,7 @@ def test_in_a_transformer_with_samples_second() -> None:
     for model in (layer, plain):
         (model(x) * weight).sum().backward()
     assert_gradients_equal(layer, plain)
-    got, want = sinks(neurons), sinks(taps)
+    got, want = take_sinks(neurons), take_sinks(taps)
     torch.testing.assert_close(got["linear1"], want["linear1"], rtol=1e-4, atol=1e-6)
 
 
@@ -617,7 +520,7 @@ def test_a_relu_with_another_number_of_channels_is_refused() -> None:
     attached(model, measure_at={"0": "6"})
     message = r"output of 6 gave a tensor of shape \(8, 12\), but layer '0' has 6 neurons"
     with pytest.raises(ValueError, match=message):
-        model(batch()[0])
+        model(batch(channels=3)[0])
 
 
 def test_a_model_that_moved_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The tap as autograd, the compiler and checkpointing see it."""
+"""The tap with autograd, the compiler and checkpointing."""
 
 from __future__ import annotations
 
@@ -16,60 +16,41 @@ from torch.utils.checkpoint import checkpoint
 import npc_ext
 from npc_ext import NPC, ImportanceWarning, find_neurons
 from npc_ext._torch import TRACES_BOUND_FORWARDS
-from npc_ext.neurons.table import Neurons
 
 from ..models import DataDependent, ResNet, paper_cnn
-
-
-def tapped(model: nn.Module) -> Neurons:
-    neurons = find_neurons(model)
-    neurons.attach(model)
-    return neurons
-
-
-def sinks(neurons: Neurons) -> list[Tensor]:
-    return [layer.sink.grad.clone() for layer in neurons if layer.sink.grad is not None]
-
-
-def batch(samples: int = 8) -> tuple[Tensor, Tensor]:
-    return torch.randn(samples, 1, 8, 8), torch.randint(10, (samples,))
+from .measuring import assert_equal, assert_gradients_equal, attached, batch, both_points, measured, take_sinks
 
 
 def test_taps_change_neither_the_output_nor_the_gradients() -> None:
     model, (x, y) = ResNet(), (torch.randn(4, 3, 6, 6), torch.randint(5, (4,)))
     plain = copy.deepcopy(model)
-    tapped(model)
+    attached(model)
     assert torch.equal(model(x), plain(x))
     F.cross_entropy(model(x), y).backward()
     F.cross_entropy(plain(x), y).backward()
-    for mine, theirs in zip(model.parameters(), plain.parameters(), strict=True):
-        assert torch.equal(mine.grad, theirs.grad)
+    assert_gradients_equal(model, plain)
 
 
 def test_importance_adds_up_over_micro_batches_and_is_cleared_like_a_gradient() -> None:
-    model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
+    model, (x, y) = both_points(), batch()
+    neurons = attached(model)
     F.cross_entropy(model(x), y, reduction="sum").backward()
-    whole = sinks(neurons)
-    for layer in neurons:
-        layer.sink.grad = None
+    whole = take_sinks(neurons)
     for part in (slice(0, 3), slice(3, 8)):
         F.cross_entropy(model(x[part]), y[part], reduction="sum").backward()
-    for one, parts in zip(whole, sinks(neurons), strict=True):
-        torch.testing.assert_close(parts, one, rtol=1e-4, atol=1e-6)
+    parts = take_sinks(neurons)
+    assert parts.keys() == whole.keys() == {"conv1", "conv2", "hidden", "output"}
+    for name, importance in whole.items():
+        torch.testing.assert_close(parts[name], importance, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_measures_once(reentrant: bool) -> None:
-    model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
-    F.cross_entropy(model(x), y).backward()
-    want = sinks(neurons)
-    for layer in neurons:
-        layer.sink.grad = None
-    x.requires_grad_()  # reentrant checkpointing passes gradients on only if its input has some
+    model, (x, y) = both_points(), batch()
+    neurons, want = measured(model, x, y)
+    x.requires_grad_()  # reentrant checkpointing passes gradients on only if its input requires one
     F.cross_entropy(checkpoint(model, x, use_reentrant=reentrant), y).backward()
-    assert all(map(torch.equal, sinks(neurons), want))
+    assert_equal(take_sinks(neurons), want)
     assert len(want) == 4
 
 
@@ -77,77 +58,81 @@ def test_checkpointing_measures_once(reentrant: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_is_measured_under_checkpointing_and_autocast(reentrant: bool, dtype: torch.dtype) -> None:
     model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
-    neurons, x = tapped(model), torch.randn(4, 6, 8, requires_grad=True)
+    neurons, x = attached(model), torch.randn(4, 6, 8, requires_grad=True)
 
-    def run(*, checkpointed: bool) -> list[Tensor]:
-        for layer in neurons:
-            layer.sink.grad = None
+    def run(*, checkpointed: bool) -> dict[str, Tensor]:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is not torch.float32):
             output = checkpoint(model, x, use_reentrant=reentrant) if checkpointed else model(x)
         output.float().sin().sum().backward()
-        return sinks(neurons)
+        return take_sinks(neurons)
 
     want = run(checkpointed=False)
     assert len(want) == 4
-    assert all(one.dtype == torch.float32 and one.min() > 0 for one in want)
-    assert all(map(torch.equal, run(checkpointed=True), want))
+    assert all(importance.dtype == torch.float32 and importance.min() > 0 for importance in want.values())
+    assert_equal(run(checkpointed=True), want)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_measured_without_graph_breaks(backend: str) -> None:
-    model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
-    F.cross_entropy(model(x), y).backward()
-    want = sinks(neurons)
-    for layer in neurons:
-        layer.sink.grad = None
+    model, (x, y) = both_points(), batch()
+    plain = copy.deepcopy(model)
+    F.cross_entropy(plain(x), y).backward()
+    neurons, want = measured(model, x, y)
+    model.zero_grad()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     F.cross_entropy(compiled(x), y).backward()
-    for got, importance in zip(sinks(neurons), want, strict=True):
-        torch.testing.assert_close(got, importance, rtol=1e-3, atol=1e-5 * importance.max().item())
+    got = take_sinks(neurons)
+    assert got.keys() == want.keys()
+    for name, importance in want.items():
+        torch.testing.assert_close(got[name], importance, rtol=1e-3, atol=1e-5 * importance.max().item())
+    for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, other.grad)
 
 
 def test_autocast_measures_half_precision_activations_in_float32_sinks() -> None:
     model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
-    F.cross_entropy(model(x), y).backward()
-    want = sinks(neurons)
-    for layer in neurons:
-        layer.sink.grad = None
+    neurons, want = measured(model, x, y)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = F.cross_entropy(model(x), y)
     loss.backward()
-    for got, importance in zip(sinks(neurons), want, strict=True):
-        assert got.dtype == torch.float32
-        assert torch.corrcoef(torch.stack([got, importance]))[0, 1] > 0.9
+    got = take_sinks(neurons)
+    assert got.keys() == want.keys()
+    for name, importance in want.items():
+        assert got[name].dtype == torch.float32
+        assert torch.corrcoef(torch.stack([got[name], importance]))[0, 1] > 0.9
 
 
 def test_nothing_is_measured_in_eval_mode_without_gradients_or_in_frozen_layers() -> None:
-    model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
+    model, (x, y) = both_points(), batch()
+    neurons = attached(model)
     with torch.no_grad():
         assert model(x).grad_fn is None
     model.eval()
     F.cross_entropy(model(x), y).backward()
-    assert not sinks(neurons)
-    model.train().requires_grad_(False)
+    assert not take_sinks(neurons)
+    model.train()
+    for frozen, rest in (("conv1", {"conv2", "hidden", "output"}), ("conv2", {"hidden", "output"})):
+        model.get_submodule(frozen).requires_grad_(False)
+        F.cross_entropy(model(x.requires_grad_()), y).backward()
+        assert take_sinks(neurons).keys() == rest
+    model.requires_grad_(False)
     F.cross_entropy(model(x.requires_grad_()), y).backward()
-    assert not sinks(neurons)
+    assert not take_sinks(neurons)
 
 
 def test_a_gradient_expanded_from_one_number_is_measured() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
-    neurons, x = tapped(model), torch.randn(5, 4)
+    neurons, x = attached(model), torch.randn(5, 4)
     model(x).sum().backward()
     torch.testing.assert_close(neurons["0"].sink.grad, model(x).abs().sum(0).detach())
 
 
 def test_a_tapped_model_can_be_copied_and_pickled() -> None:
     model, (x, y) = paper_cnn(), batch()
-    neurons = tapped(model)
+    neurons = attached(model)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         F.cross_entropy(twin(x), y).backward()
-        assert not sinks(neurons)
+        assert not take_sinks(neurons)
         assert torch.equal(twin(x), model(x))
 
 
@@ -155,7 +140,7 @@ def test_a_tapped_model_can_be_copied_and_pickled() -> None:
 @pytest.mark.parametrize("norm", [nn.InstanceNorm2d(6), nn.BatchNorm2d(6)], ids=["instance norm", "batch norm"])
 def test_a_measuring_point_before_a_normalization_is_reported_once(norm: nn.Module, dtype: torch.dtype) -> None:
     model = DataDependent(norm)
-    tapped(model)
+    attached(model)
 
     def train() -> None:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
@@ -169,7 +154,7 @@ def test_a_measuring_point_before_a_normalization_is_reported_once(norm: nn.Modu
 
 
 def sound_models() -> list[tuple[nn.Module, Tensor]]:
-    """Models whose taps are in place, among them those whose gradients sum to zero all the same."""
+    """Models with taps in the right places, among them some whose gradients sum to zero anyway."""
     return [
         (nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)), torch.randn(64, 6)),
         (
@@ -194,7 +179,7 @@ def test_sound_models_are_not_reported(dtype: torch.dtype) -> None:
     for seed in range(40):
         torch.manual_seed(seed)
         for model, x in sound_models():
-            tapped(model)
+            attached(model)
             with warnings.catch_warnings(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
                 warnings.simplefilter("error", ImportanceWarning)
                 F.cross_entropy(model(x).float(), torch.arange(64) % 2).backward()
@@ -212,11 +197,11 @@ def test_sound_models_and_dead_layers_are_not_reported() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", ImportanceWarning)
         for model, x in ((paper_cnn(), batch()[0]), (ResNet(), torch.randn(4, 3, 6, 6))):
-            tapped(model)
+            attached(model)
             model(x).pow(2).sum().backward()
         dead = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
         nn.init.constant_(dead[0].bias, -1e3)
-        tapped(dead)
+        attached(dead)
         dead(torch.randn(5, 3)).sum().backward()
 
 
@@ -230,7 +215,7 @@ def test_a_point_with_another_number_of_channels_is_refused() -> None:
 
 def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
-    tapped(model)
+    attached(model)
     model.to("meta")
     with pytest.raises(
         RuntimeError, match="layer '0' runs on meta, but its importance is on cpu; build the optimizer after"
@@ -284,9 +269,9 @@ def test_a_tapped_model_is_traced_and_exported_without_its_taps(training: bool) 
 @pytest.mark.skipif(not TRACES_BOUND_FORWARDS, reason="this torch cannot export a model with taps")
 def test_detaching_takes_a_measuring_relu_out_of_a_model_that_was_exported() -> None:
     model = nn.Sequential(nn.Linear(4, 8), npc_ext.nn.ReLU(), nn.Linear(8, 3))
-    neurons = tapped(model)
+    neurons = attached(model)
     torch.export.export(model, (torch.randn(2, 4),))
     model(torch.randn(2, 4)).sum().backward()
-    assert len(sinks(neurons)) == 2
+    assert len(take_sinks(neurons)) == 2
     neurons.detach()
     assert not model[1]._taps
