@@ -11,13 +11,14 @@ what W_k is. The pull is added where the weights are updated, in the same pass o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import ops, reference
+from .. import reference
+from ..columns import AnchorOptions, Anchors, SGDOptions, columns_of
 from ..kernels import launch
 from ..optim.base import Descent
 from ..optim.options import SGD_OPTIONS, check_choice, check_number
@@ -61,7 +62,7 @@ class Anchored(Descent):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
-    _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
         "implicit": (
@@ -126,7 +127,7 @@ class Anchored(Descent):
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         own = ((name, states.get(id(parameter), {})) for name, parameter in self._trained_by_name().items())
         return {
-            name: {tensor: state[tensor] for tensor in self._BESIDE if tensor in state}
+            name: {tensor: state[tensor] for tensor in self._STATE_TENSORS if tensor in state}
             for name, state in own
             if "stiffness" in state
         }
@@ -142,8 +143,8 @@ class Anchored(Descent):
         taken: dict[Tensor, dict[str, Tensor]] = {}
         for name, parameter in self._trained_by_name().items():
             if name in held and parameter not in taken:  # it may have several names
-                dtype = self._dtype_beside(parameter)
-                begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
+                dtype = self._state_tensor_dtype(parameter)
+                begin = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._STATE_TENSORS}
                 begin["anchor"] = parameter.detach().to(dtype, copy=True)
                 blocks = blocks_of(self._model, name)
                 taken[parameter] = {
@@ -153,35 +154,23 @@ class Anchored(Descent):
             self.state[parameter].update(tensors)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
-        parameters, groups = [p for p, _ in members], [group for _, group in members]
         common = self._common(device, members)
-        strength = [float(group["strength"]) for group in groups]
-        implicit = [bool(group["implicit"]) for group in groups]
-        sgd = (common["rates"], *([group[name] for group in groups] for name in SGD_OPTIONS))
-        options = (strength, implicit, *sgd)
-        tables = launch.AnchoredTables(parameters, *options) if self._takes(parameters) else None
-        return Plan(**common, options=options, tables=tables)
+        groups = common["groups"]
+        strength, implicit = (
+            [float(group["strength"]) for group in groups],
+            [bool(group["implicit"]) for group in groups],
+        )
+        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), AnchorOptions(strength, implicit))
+        return Plan(**common, columns=columns, tables=self._tables(common["parameters"], columns))
 
     def _launch(self, plan: Plan) -> None:
-        stiffness, paths = plan.beside("stiffness"), plan.beside("path")
+        stiffness = plan.state_tensors("stiffness")
+        pairs = zip(plan.state_tensors("anchor"), stiffness, strict=True)
         # SI remembers where a task began before there is any stiffness.
-        anchors = [
-            anchor if stiff is not None else None
-            for anchor, stiff in zip(plan.beside("anchor"), stiffness, strict=True)
-        ]
-        network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
+        anchors = [None if stiff is None else anchor for anchor, stiff in pairs]
+        network, kept = plan.network(), Anchors(stiffness, anchors, plan.state_tensors("path"))
         if plan.tables is not None:
-            assert isinstance(plan.tables, launch.AnchoredTables)
-            launch.anchored_update_(plan.tables, *network, stiffness, anchors, paths)
+            launch.anchored_update_(plan.tables, network, kept)
             return
-        beside = (_or_empty(each, plan.device) for each in (stiffness, anchors, paths))
-        update: Callable[..., None] = ops.anchored_update_
-        if self._backend == "reference":
-            update = reference.anchored_update_
         with torch.no_grad():
-            update(*network, *beside, *plan.options)
-
-
-def _or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-    nothing = torch.empty(0, dtype=torch.float32, device=device)
-    return [nothing if tensor is None else tensor for tensor in tensors]
+            self._operations().anchored_update_(network, kept, *plan.columns)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from torch import Tensor
 
 from .._names import close_to
+from ..columns import PlasticityOptions, columns_of
 from ..kernels.checks import SIGMAS
 
 if TYPE_CHECKING:
@@ -100,6 +101,12 @@ def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> Non
         raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
     check_choice(f"{where}sigma", options["sigma"], SIGMAS)
     check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
+
+
+def plasticity_columns(layers: Sequence[Mapping[str, Any]]) -> PlasticityOptions:
+    """The constants of layers as operations take them."""
+    active_only = [own["normalize"] == "active" for own in layers]
+    return columns_of(PlasticityOptions, layers, active_only=active_only)
 
 
 PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # of groups, beside alpha, beta and delta

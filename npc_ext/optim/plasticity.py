@@ -15,7 +15,7 @@ class LayerPlasticity:
         importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
         frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, whatever the learning rate of the group.
-        skipped: in how many steps the measured importance was not finite and was left out.
+        nonfinite_steps: in how many steps the measured importance was not finite and was left out.
         frozen_for: (N,) int64, for how many more steps each neuron is certain not to move whatever the data, under the
             constants in force; 0 where that is not certain, at most a million.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were left out of the last step's
@@ -25,7 +25,7 @@ class LayerPlasticity:
     importance: Tensor
     learning_rate: Tensor
     frozen: float
-    skipped: int
+    nonfinite_steps: int
     frozen_for: Tensor
     gradients_skipped: float
 
