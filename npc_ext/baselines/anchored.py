@@ -12,6 +12,7 @@ what W_k is. The pull is added where the weights are updated, in the same pass o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -153,24 +154,29 @@ class Anchored(Descent):
         for parameter, tensors in taken.items():
             self.state[parameter].update(tensors)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         common = self._common(device, members)
-        groups = common["groups"]
+        groups, kept = common["groups"], common["checked"]
         strength, implicit = (
             [float(group["strength"]) for group in groups],
             [bool(group["implicit"]) for group in groups],
         )
         columns = (columns_of(SGDOptions, groups, lr=common["rates"]), AnchorOptions(strength, implicit))
-        return Plan(**common, columns=columns, tables=self._tables(common["parameters"], columns))
-
-    def _launch(self, plan: Plan) -> None:
-        stiffness = plan.state_tensors("stiffness")
-        pairs = zip(plan.state_tensors("anchor"), stiffness, strict=True)
         # SI remembers where a task began before there is any stiffness.
-        anchors = [None if stiff is None else anchor for anchor, stiff in pairs]
-        network, kept = plan.network(), Anchors(stiffness, anchors, plan.state_tensors("path"))
+        pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
+        anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]
+        paths = kept.get("path", [None] * len(anchors))
+        tables = self._tables(common["parameters"], columns)
+        return _Plan(**common, columns=columns, tables=tables, anchors=Anchors(kept["stiffness"], anchors, paths))
+
+    def _launch(self, plan: _Plan) -> None:
         if plan.tables is not None:
-            launch.anchored_update_(plan.tables, network, kept)
+            launch.anchored_update_(plan.tables, plan.network(), plan.anchors)
             return
         with torch.no_grad():
-            self._operations().anchored_update_(network, kept, *plan.columns)
+            self._operations().anchored_update_(plan.network(), plan.anchors, *plan.columns)
+
+
+@dataclass(frozen=True)
+class _Plan(Plan):
+    anchors: Anchors

@@ -264,16 +264,20 @@ def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
 
 
-def _of_parameters(tables: Tables, network: Network | AdamNetwork) -> tuple[Any, ...]:
+def _of_parameters(
+    tables: Tables,
+    parameters: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None] = (),
+) -> tuple[Any, ...]:
     """The arguments that all updates begin with."""
-    momentum = [0] * len(network.parameters)
-    if tables.any_momentum and isinstance(network, Network):
-        pairs = zip(network.momentum_buffers, tables.has_momentum, strict=True)
-        buffers = [buffer if has else None for buffer, has in pairs]
-        momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, network.parameters, _same)
+    momentum = [0] * len(parameters)
+    if tables.any_momentum:
+        buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
+        momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
     return (
         tables.parameter_addresses,
-        [gradient.data_ptr() for gradient in network.gradients],
+        [gradient.data_ptr() for gradient in gradients],
         momentum,
         tables.lr_addresses,
         tables.of["parameter_numbers"],
@@ -331,10 +335,12 @@ def _flags(scaler: Scaler, device: torch.device) -> list[Tensor | None]:
     return [None if flag is None else flag.to(device, torch.float32) for flag in scaler]
 
 
-def _raise_versions(tables: Tables, network: Network | AdamNetwork, *others: Tensor) -> None:
-    written = [*network.parameters, *others]
-    if tables.any_momentum and isinstance(network, Network):
-        pairs = zip(network.momentum_buffers, tables.has_momentum, strict=True)
+def _raise_versions(
+    tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None], *others: Tensor
+) -> None:
+    written = [*parameters, *others]
+    if tables.any_momentum:
+        pairs = zip(momentum_buffers, tables.has_momentum, strict=True)
         written += [buffer for buffer, has in pairs if has and buffer is not None]
     torch.autograd.graph.increment_version(written)
 
@@ -362,13 +368,20 @@ def update_(
     _launch(
         "update",
         device,
-        *_of_parameters(tables, network),
+        *_of_parameters(tables, *network),
         *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
         *map(_address, flags),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
     )
-    _raise_versions(tables, network, *layers.importances, layers.nonfinite_steps, *_there(steps.steps))
+    _raise_versions(
+        tables,
+        network.parameters,
+        network.momentum_buffers,
+        *layers.importances,
+        layers.nonfinite_steps,
+        *_there(steps.steps),
+    )
 
 
 def adam_update_(
@@ -389,7 +402,7 @@ def adam_update_(
     _launch(
         "adam_update",
         device,
-        *_of_parameters(tables, network),
+        *_of_parameters(tables, network.parameters, network.gradients),
         tables.addresses("first_moments", network.first_moments, *like),
         tables.addresses("second_moments", network.second_moments, *like),
         tables.of["adam_options"],
@@ -398,8 +411,8 @@ def adam_update_(
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
     )
-    moments = (*network.first_moments, *network.second_moments)
-    _raise_versions(tables, network, *moments, *layers.importances, layers.nonfinite_steps, *_there(steps.steps))
+    written = [*network.first_moments, *network.second_moments, *layers.importances, layers.nonfinite_steps]
+    _raise_versions(tables, network.parameters, (), *written, *_there(steps.steps))
 
 
 def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler: Scaler = NO_SCALER) -> None:
@@ -414,7 +427,7 @@ def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler:
     _launch(
         "anchored_update",
         device,
-        *_of_parameters(tables, network),
+        *_of_parameters(tables, *network),
         tables.addresses("stiffness", anchors.stiffness, *like),
         tables.addresses("anchors", anchors.anchors, *like),
         tables.addresses("paths", anchors.paths, *like),
@@ -423,7 +436,7 @@ def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler:
         tables.of["layer_options"],
         *map(_address, flags),
     )
-    _raise_versions(tables, network, *_there(anchors.paths))
+    _raise_versions(tables, network.parameters, network.momentum_buffers, *_there(anchors.paths))
 
 
 def connection_update_(
@@ -442,14 +455,20 @@ def connection_update_(
     _launch(
         "connection_update",
         device,
-        *_of_parameters(tables, network),
+        *_of_parameters(tables, *network),
         tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
         _counters(connections.nonfinite_steps, counted_at),
         tables.of["layer_numbers"],
         tables.of["layer_options"],
         *map(_address, flags),
     )
-    _raise_versions(tables, network, *_there(connections.importances), connections.nonfinite_steps)
+    _raise_versions(
+        tables,
+        network.parameters,
+        network.momentum_buffers,
+        *_there(connections.importances),
+        connections.nonfinite_steps,
+    )
 
 
 def network_step_(
@@ -475,8 +494,8 @@ def network_step_(
         "network_step",
         device,
         inputs,
-        *_of_parameters(tables, network),
+        *_of_parameters(tables, *network),
         *_of_layers(tables, layers, None),
         *map(_address, flags),
     )
-    _raise_versions(tables, network, *layers.importances, layers.nonfinite_steps)
+    _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

@@ -141,4 +141,4 @@ class NPC(Plastic):
         return self._plastic_plan(common, columns_of(SGDOptions, common["groups"], lr=common["rates"]))
 
     def _launch(self, plan: PlasticPlan) -> None:
-        plan.launch(launch.update_, self._operations().update_, plan.network(), self._measured(plan))
+        plan.launch(launch.update_, self._operations, plan.network(), self._measured(plan))

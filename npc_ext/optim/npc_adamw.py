@@ -135,9 +135,9 @@ class NPCAdamW(Plastic):
         return self._plastic_plan(common, options)
 
     def _launch(self, plan: PlasticPlan) -> None:
-        first, second = (plan.state_tensors(name) for name in self._STATE_TENSORS)
-        network = AdamNetwork(plan.parameters, plan.gradients(), first, second)
-        plan.launch(launch.adam_update_, self._operations().adam_update_, network, self._measured(plan))
+        moments = plan.state_tensors("exp_avg"), plan.state_tensors("exp_avg_sq")
+        network = AdamNetwork(plan.parameters, plan.gradients(), *moments)
+        plan.launch(launch.adam_update_, self._operations, network, self._measured(plan))
 
 
 def _is_decay(value: object) -> bool:

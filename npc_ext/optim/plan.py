@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..columns import NO_STEPS, Layers, Network, Steps
+from ..columns import Layers, Network, Steps
 from ..distributed.shards import local
 from ..kernels import launch
 
@@ -86,22 +86,25 @@ class PlasticPlan(LayersPlan):
     """A plan of an operation with a learning rate for every neuron."""
 
     layer_states: list[dict[str, Any]]  # the states that hold the layers' importance
-    importances: list[Tensor]  # those, as they were checked
-    seeds: list[int]  # of the parameters' random rounding, or empty
+    kept: Layers  # their importance, as it was checked, and `nonfinite_steps`
+    steps: Steps  # of the parameters, as far as they are counted
 
     def is_current(self) -> bool:
         """Whether the states still hold the tensors that were checked when the plan was made."""
         averages = [state.get("importance") for state in self.layer_states]
-        return all(map(is_, self.importances, averages)) and super().is_current()
+        return all(map(is_, self.kept.importances, averages)) and super().is_current()
 
     def launch(
-        self, kernel: Callable[..., None], operation: Callable[..., None], network: NamedTuple, measured: Sequence[Any]
+        self,
+        kernel: Callable[..., None],
+        operations: Callable[[], Any],
+        network: NamedTuple,
+        measured: Sequence[Tensor | None],
     ) -> None:
-        """Takes a step with a kernel in `launch`, or with the operation of that name where there is none."""
-        steps = Steps(self.state_tensors("step"), self.seeds) if "step" in self.checked else NO_STEPS
+        """Takes a step with a kernel in `launch`, or where there is none with the operation of the same name."""
         if self.tables is not None:
-            layers = Layers(self.importances, self.nonfinite_steps)
-            kernel(self.tables, network, layers, measured, steps, counted_at=self.layers)
+            kernel(self.tables, network, self.kept, measured, self.steps, counted_at=self.layers)
             return
+        operation = getattr(operations(), kernel.__name__)
         with self.counters() as counts:
-            operation(network, Layers(self.importances, counts), measured, *self.columns, steps)
+            operation(network, Layers(self.kept.importances, counts), measured, *self.columns, self.steps)

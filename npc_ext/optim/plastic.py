@@ -18,7 +18,7 @@ from .. import ops, reference
 from .._names import ByLayer, close_to
 from .._torch import version_of
 from .._warn import warn
-from ..columns import Placement
+from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
@@ -475,6 +475,8 @@ class Plastic(Descent, Joinable):
         layers = sorted({layer for layer, _, _ in places})
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
+        counts = common["checked"].get("step")
+        counters = self._nonfinite_steps.on(common["device"])
         placement = self._placement(moved, layers, common["sharded"])
         columns = (placement, options, plasticity_columns([self._constants(layer) for layer in layers]))
         return PlasticPlan(
@@ -483,9 +485,9 @@ class Plastic(Descent, Joinable):
             tables=self._tables(common["parameters"], columns, importances),
             layers=layers,
             layer_states=layer_states,
-            importances=importances,
-            nonfinite_steps=self._nonfinite_steps.on(common["device"]),
-            seeds=self._seeds(moved, common["groups"]),
+            kept=Layers(importances, counters),
+            nonfinite_steps=counters,
+            steps=NO_STEPS if counts is None else Steps(counts, self._seeds(moved, common["groups"])),
         )
 
     def _placement(self, parameters: Sequence[Tensor], layers: Sequence[int], sharded: bool) -> Placement:
