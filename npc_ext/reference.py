@@ -1,19 +1,42 @@
 """The equations of neuron-level plasticity control in plain PyTorch: the specification of every kernel.
 
 One function per equation of Paik, Oh, Kwak and Kim, "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity
-Control" (AAAI 2020, arXiv 1907.13322), then the operations of `npc_ext.ops` composed from them with the same
-signatures. Everything runs on any device; float64 tensors are computed in float64 throughout, half precision in
-float32. Written to be read, not to be fast.
+Control" (AAAI 2020, arXiv 1907.13322), then the operations composed from them, which `npc_ext.ops` has with the same
+signatures. The classes in `npc_ext.columns` say what is in their arguments. Everything runs on any device; float64
+tensors are computed in float64 throughout, half precision in float32. Written to be read, not to be fast.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .columns import (
+    LAYER_STEP,
+    NO_SCALER,
+    NO_STEPS,
+    Activations,
+    AdamNetwork,
+    AdamOptions,
+    AnchorOptions,
+    Anchors,
+    Connections,
+    Layer,
+    Layers,
+    LayerStepOptions,
+    MaybeTensors,
+    Network,
+    Placement,
+    PlasticityOptions,
+    Scaler,
+    SGDOptions,
+    Steps,
+    columns_of,
+)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -265,54 +288,39 @@ def per_element(per_neuron: Tensor, parameter: Tensor, neuron_dim: int, groups: 
 
 
 def update_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    measured: Sequence[Tensor],
-    skipped: Tensor,
-    layer: Sequence[int],
-    neuron_dim: Sequence[int],
-    groups: Sequence[int],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    nesterov: Sequence[bool],
-    weight_decay: Sequence[float],
-    maximize: Sequence[bool],
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    delta: Sequence[float],
-    sigma: Sequence[str],
-    active_only: Sequence[bool],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    first_neuron: Sequence[int] | None = None,
-    steps: Sequence[Tensor] = (),
-    seeds: Sequence[int] = (),
+    network: Network,
+    layers: Layers,
+    measured: MaybeTensors,
+    placement: Placement,
+    options: SGDOptions,
+    constants: PlasticityOptions,
+    steps: Steps = NO_STEPS,
+    scaler: Scaler = NO_SCALER,
 ) -> None:
-    """Eqs. 3, 4, 7 and Algorithm 1 for a whole network, in place; see `npc_ext.ops.update_` for the arguments."""
-    if found_inf is not None and bool(found_inf):
+    """Eqs. 3, 4 and 7 and Algorithm 1 for all layers of a network in one call, in place.
+
+    w <- w - lr s_i (dw + weight_decay w), with eq. 7's share s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0))) of the
+    neuron, and with momentum as in `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; the
+    compiled kernels neither read nor write long ones, nor their momentum. The rows of a neuron that freezes in this
+    call (C_i >= beta after it, but not before) lose their momentum: it is set to 0.
+
+    Args:
+        network: the parameters (P of them) and their tensors.
+        layers: the layers (L of them) and their importance.
+        measured: L float32 tensors (N,), sums from `importance`. None leaves that layer's C as it is, as do sums of
+            zero and, counted in `nonfinite_steps`, sums that are not finite. To clear sums, fill them with -0.0.
+        placement, options: of each parameter.
+        constants: of each layer.
+        steps: how many steps each parameter has taken, and seeds of stochastic rounding.
+        scaler: what a gradient scaler knows of the gradients.
+    """
+    if _overflowed(scaler):
         return
-    neurons = _move_layers(importances, measured, skipped, alpha, beta, delta, sigma, active_only)
-    for index, parameter in enumerate(parameters):
-        where = (layer[index], neuron_dim[index], groups[index])
-        first = None if first_neuron is None else first_neuron[index]
-        rate, frozen, cleared = _rate(parameter, neurons, *where, lr[index], first)
-        descend_(
-            parameter,
-            _unscaled(gradients[index], grad_scale),
-            momentum_buffers[index] if momentum[index] != 0 else None,
-            rate,
-            frozen,
-            momentum[index],
-            nesterov[index],
-            weight_decay[index],
-            maximize[index],
-            _rounding_key(index, steps, seeds),
-            cleared,
-        )
-    for count in steps:
-        count += 1
+    neurons = _move_layers(layers, measured, constants)
+    for index, parameter in enumerate(network.parameters):
+        rate = _rate_of(parameter, neurons, placement, index, options.lr[index])
+        _descend_(network, options, index, rate, scaler, _rounding_key(index, steps))
+    _count(steps)
 
 
 class _Neurons(NamedTuple):
@@ -327,337 +335,283 @@ class _Neurons(NamedTuple):
     cleared: Tensor
 
 
-def _move_layer(
-    average: Tensor,
-    measured: Tensor,
-    counts: bool,
-    alpha: float,
-    beta: float,
-    delta: float,
-    sigma: str,
-    active_only: bool,
-    normalized: Tensor,
-) -> _Neurons:
-    """Eqs. 4 and 7 of a layer from its normalized importance, which enters C if it `counts`.
+class _Rate(NamedTuple):
+    """The learning rates of a parameter's elements, which are frozen, and which of them lose their first moment."""
 
-    With `active_only` neurons without a gradient take no part: C, weights and moments stay as they are.
+    rate: Tensor | float
+    frozen: Tensor | bool = False
+    cleared: Tensor | bool = False
+
+
+def _move_layer(
+    average: Tensor, measured: Tensor | None, normalized: Tensor | None, constants: PlasticityOptions, layer: int
+) -> _Neurons:
+    """Eqs. 4 and 7 of a layer. Its normalized importance enters C; None leaves C as it is.
+
+    With `active_only` neurons without a gradient take no part: C, weights and moments stay as they are. `measured` is
+    None where nothing was measured.
     """
-    was_free = plasticity(average, alpha, beta, sigma) != 0
-    active = ~received_no_gradient(measured) if active_only else torch.ones_like(measured, dtype=torch.bool)
-    if counts:
-        average.copy_(torch.where(active, moving_average(average, normalized, delta), average))
-    share = plasticity(average, alpha, beta, sigma)
+    of_eq_7 = constants.alpha[layer], constants.beta[layer], constants.sigma[layer]
+    was_free = plasticity(average, *of_eq_7) != 0
+    active = torch.ones_like(average, dtype=torch.bool)
+    if measured is not None and constants.active_only[layer]:
+        active = ~received_no_gradient(measured)
+    if normalized is not None:
+        moved = moving_average(average, normalized, constants.delta[layer])
+        average.copy_(torch.where(active, moved, average))
+    share = plasticity(average, *of_eq_7)
     return _Neurons(torch.where(active, share, 0), active & was_free & (share == 0))
 
 
-def _move_layers(
-    importances: Sequence[Tensor],
-    measured: Sequence[Tensor],
-    skipped: Tensor,
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    delta: Sequence[float],
-    sigma: Sequence[str],
-    active_only: Sequence[bool],
-) -> list[_Neurons]:
-    """Eqs. 3, 4 and 7 of all layers. Sums that are not finite are counted and left out."""
+def _normalized(sums: Tensor, nonfinite_steps: Tensor, constants: PlasticityOptions, layer: int) -> Tensor | None:
+    """Eq. 3 of a layer. None if its sums are zero, or not finite, which is counted."""
+    total = float(sums.sum())
+    if not math.isfinite(total):
+        nonfinite_steps[layer] += 1
+        return None
+    return normalize(sums, constants.active_only[layer]) if total > 0 else None
+
+
+def _move_layers(layers: Layers, measured: MaybeTensors, constants: PlasticityOptions) -> list[_Neurons]:
+    """Eqs. 3, 4 and 7 of all layers."""
     result = []
-    for index, (average, sums) in enumerate(zip(importances, measured, strict=True)):
-        constants = (alpha[index], beta[index], delta[index], sigma[index])
-        if sums.numel() == 0:
-            result.append(_move_layer(average, torch.ones_like(average), False, *constants, False, average))
-            continue
-        total = float(sums.sum())
-        if not math.isfinite(total):
-            skipped[index] += 1
-        normalized = normalize(sums.to(average.dtype), active_only[index])
-        counts = math.isfinite(total) and total > 0
-        result.append(_move_layer(average, sums, counts, *constants, active_only[index], normalized))
+    for index, (average, sums) in enumerate(zip(layers.importances, measured, strict=True)):
+        normalized = None
+        if sums is not None:
+            normalized = _normalized(sums.to(average.dtype), layers.nonfinite_steps, constants, index)
+        result.append(_move_layer(average, sums, normalized, constants, index))
     return result
 
 
-def _rate(
-    parameter: Tensor,
-    neurons: Sequence[_Neurons],
-    layer: int,
-    neuron_dim: int,
-    groups: int,
-    lr: float,
-    first_neuron: int | None,
-) -> tuple[Tensor | float, Tensor | bool, Tensor | bool]:
-    """Eq. 7 for the elements of a parameter, which are frozen, and which lose their first moment.
-
-    A shard's rows begin with the neuron `first_neuron`; None for whole parameters.
-    """
-    if layer < 0:
-        return lr, False, False
-    share, cleared = neurons[layer]
-    if first_neuron is not None:
-        rows = parameter.shape[neuron_dim] * groups
-        share, cleared = share.narrow(0, first_neuron, rows), cleared.narrow(0, first_neuron, rows)
-    share = per_element(share.to(compute_dtype(parameter.dtype)), parameter, neuron_dim, groups)
-    return lr * share, share == 0, per_element(cleared, parameter, neuron_dim, groups)
+def _rate_of(parameter: Tensor, neurons: Sequence[_Neurons], placement: Placement, index: int, lr: Any) -> _Rate:
+    """Eq. 7 for the elements of a parameter. Of a shard, rows begin with the neuron `first_neuron`."""
+    if placement.layer[index] < 0:
+        return _Rate(lr)
+    share, cleared = neurons[placement.layer[index]]
+    dim, groups = placement.neuron_dim[index], placement.groups[index]
+    if placement.first_neuron is not None:
+        rows = parameter.shape[dim] * groups
+        share, cleared = (one.narrow(0, placement.first_neuron[index], rows) for one in (share, cleared))
+    share = per_element(share.to(compute_dtype(parameter.dtype)), parameter, dim, groups)
+    return _Rate(lr * share, share == 0, per_element(cleared, parameter, dim, groups))
 
 
-def _unscaled(gradient: Tensor, grad_scale: Tensor | None) -> Tensor:
-    return gradient if grad_scale is None else gradient.to(compute_dtype(gradient.dtype)) / grad_scale
+def _descend_(
+    network: Network, options: SGDOptions, index: int, rate: _Rate, scaler: Scaler, rounding_key: int | None = None
+) -> None:
+    """`descend_` for a parameter of a network."""
+    momentum = options.momentum[index]
+    descend_(
+        network.parameters[index],
+        _unscaled(network.gradients[index], scaler),
+        network.momentum_buffers[index] if momentum != 0 else None,
+        rate.rate,
+        rate.frozen,
+        momentum,
+        options.nesterov[index],
+        options.weight_decay[index],
+        options.maximize[index],
+        rounding_key,
+        rate.cleared,
+    )
 
 
-def _rounding_key(index: int, steps: Sequence[Tensor], seeds: Sequence[int]) -> int | None:
-    return rounding_key(seeds[index], int(steps[index])) if seeds and seeds[index] >= 0 else None
+def _overflowed(scaler: Scaler) -> bool:
+    return scaler.found_inf is not None and bool(scaler.found_inf)
+
+
+def _unscaled(gradient: Tensor, scaler: Scaler) -> Tensor:
+    return gradient if scaler.grad_scale is None else gradient.to(compute_dtype(gradient.dtype)) / scaler.grad_scale
+
+
+def _rounding_key(index: int, steps: Steps) -> int | None:
+    count = steps.steps[index] if steps.seeds and steps.seeds[index] >= 0 else None
+    return None if count is None else rounding_key(steps.seeds[index], int(count))
+
+
+def _count(steps: Steps) -> None:
+    for count in steps.steps:
+        if count is not None:
+            count += 1
 
 
 def adam_update_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    measured: Sequence[Tensor],
-    skipped: Tensor,
-    layer: Sequence[int],
-    neuron_dim: Sequence[int],
-    groups: Sequence[int],
-    lr: Sequence[float],
-    first_decay: Sequence[float],
-    second_decay: Sequence[float],
-    epsilon: Sequence[float],
-    weight_decay: Sequence[float],
-    maximize: Sequence[bool],
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    delta: Sequence[float],
-    sigma: Sequence[str],
-    active_only: Sequence[bool],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    first_neuron: Sequence[int] | None = None,
-    seeds: Sequence[int] = (),
+    network: AdamNetwork,
+    layers: Layers,
+    measured: MaybeTensors,
+    placement: Placement,
+    options: AdamOptions,
+    constants: PlasticityOptions,
+    steps: Steps,
+    scaler: Scaler = NO_SCALER,
 ) -> None:
-    """Eqs. 3, 4, 7 and Adam's step for a whole network, in place; see `npc_ext.ops.adam_update_` for the arguments."""
-    if found_inf is not None and bool(found_inf):
+    """`update_` with the step of `torch.optim.AdamW`, of which each neuron takes a share, in one call, in place.
+
+        w <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight_decay w)
+
+    with the share s_i as in `update_`, the moving averages m of the gradient and v of its square, m' and v' freed of
+    their bias. Rows of frozen neurons (C_i >= beta) stay bit-identical, and so do their moments; in the call that
+    freezes them their first moment is set to 0.
+
+    Args:
+        network: the parameters, and as moments m and v.
+        layers, measured, placement, constants: as in `update_`.
+        options: of each parameter, as in `torch.optim.AdamW`.
+        steps: as in `update_`, and every parameter's are counted.
+        scaler: as in `update_`.
+    """
+    if _overflowed(scaler):
         return
-    neurons = _move_layers(importances, measured, skipped, alpha, beta, delta, sigma, active_only)
-    for index, parameter in enumerate(parameters):
-        where = (layer[index], neuron_dim[index], groups[index])
-        first = None if first_neuron is None else first_neuron[index]
-        rate, frozen, cleared = _rate(parameter, neurons, *where, lr[index], first)
+    neurons = _move_layers(layers, measured, constants)
+    for index, (parameter, count) in enumerate(zip(network.parameters, steps.steps, strict=True)):
+        assert count is not None
+        rate = _rate_of(parameter, neurons, placement, index, options.lr[index])
         adam_(
             parameter,
-            _unscaled(gradients[index], grad_scale),
-            first_moments[index],
-            second_moments[index],
-            int(steps[index]) + 1,
-            rate,
-            frozen,
-            first_decay[index],
-            second_decay[index],
-            epsilon[index],
-            weight_decay[index],
-            maximize[index],
-            _rounding_key(index, steps, seeds),
-            cleared,
+            _unscaled(network.gradients[index], scaler),
+            network.first_moments[index],
+            network.second_moments[index],
+            int(count) + 1,
+            rate.rate,
+            rate.frozen,
+            options.first_decay[index],
+            options.second_decay[index],
+            options.epsilon[index],
+            options.weight_decay[index],
+            options.maximize[index],
+            _rounding_key(index, steps),
+            rate.cleared,
         )
-    for count in steps:
-        count += 1
+    _count(steps)
 
 
 def anchored_update_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    stiffness: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    paths: Sequence[Tensor],
-    strength: Sequence[float],
-    implicit: Sequence[bool],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    nesterov: Sequence[bool],
-    weight_decay: Sequence[float],
-    maximize: Sequence[bool],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    network: Network, anchors: Anchors, options: SGDOptions, pull: AnchorOptions, scaler: Scaler = NO_SCALER
 ) -> None:
-    """SGD with anchors and path integrals, in place; see `npc_ext.ops.anchored_update_` for the arguments."""
-    if found_inf is not None and bool(found_inf):
+    """The weight update of EWC, MAS, SI and SSL for a whole network in one call, in place: SGD with anchors.
+
+    Adds the penalty strength * stiffness * (w - anchor)^2 of every weight w to the loss. An implicit pull is a proximal
+    step after the step that `torch.optim.SGD` takes along dL/dw, see `npc_ext.baselines.anchored.Anchored`. An explicit
+    one adds the penalty's gradient to dL/dw.
+
+    Args:
+        network: the parameters, and dL/dw without the penalty's gradient.
+        anchors: the stiffness and the anchor of each parameter, and its path integral.
+        options: of each parameter.
+        pull: strength of the pull to each anchor, and whether it is implicit.
+        scaler: as in `update_`.
+    """
+    if _overflowed(scaler):
         return
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
+    for index, (parameter, gradient) in enumerate(zip(network.parameters, network.gradients, strict=True)):
         before = parameter.to(compute_dtype(parameter.dtype), copy=True)
-        loss_gradient = gradient.to(before.dtype) * (-1 if maximize[index] else 1)
-        if grad_scale is not None:
-            loss_gradient = loss_gradient / grad_scale
-        has_anchor, whole, moved = stiffness[index].numel() > 0, loss_gradient, before.clone()
-        if has_anchor and not implicit[index]:
-            whole = whole + anchor_gradient(before, anchors[index], stiffness[index], strength[index])
-        buffer = momentum_buffers[index] if momentum[index] != 0 else None
-        options = (momentum[index], nesterov[index], weight_decay[index])
-        descend_(moved, whole, buffer, lr[index], False, *options)
-        if has_anchor and implicit[index]:
-            scales = (strength[index], lr[index], momentum[index])
-            moved = towards_anchor(moved, anchors[index], stiffness[index], *scales)
+        loss_gradient = _unscaled(gradient.to(before.dtype) * (-1 if options.maximize[index] else 1), scaler)
+        stiffness, anchor, path = anchors.stiffness[index], anchors.anchors[index], anchors.paths[index]
+        lr, momentum, strength = options.lr[index], options.momentum[index], pull.strength[index]
+        whole, moved = loss_gradient, before.clone()
+        if stiffness is not None and anchor is not None and not pull.implicit[index]:
+            whole = whole + anchor_gradient(before, anchor, stiffness, strength)
+        buffer = network.momentum_buffers[index] if momentum != 0 else None
+        descend_(moved, whole, buffer, lr, False, momentum, options.nesterov[index], options.weight_decay[index])
+        if stiffness is not None and anchor is not None and pull.implicit[index]:
+            moved = towards_anchor(moved, anchor, stiffness, strength, lr, momentum)
         parameter.copy_(moved)
-        if paths[index].numel():
-            paths[index].sub_(loss_gradient * (parameter.to(before.dtype) - before))
+        if path is not None:
+            path.sub_(loss_gradient * (parameter.to(before.dtype) - before))
 
 
 def connection_update_(
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    skipped: Tensor,
-    layer: Sequence[int],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    nesterov: Sequence[bool],
-    weight_decay: Sequence[float],
-    maximize: Sequence[bool],
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    delta: Sequence[float],
-    sigma: Sequence[str],
-    active_only: Sequence[bool],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    network: Network,
+    connections: Connections,
+    options: SGDOptions,
+    constants: PlasticityOptions,
+    scaler: Scaler = NO_SCALER,
 ) -> None:
-    """CPC: eqs. 3, 4, 7 and Algorithm 1 for each connection; see `npc_ext.ops.connection_update_`."""
-    if found_inf is not None and bool(found_inf):
+    """CPC for a whole network in one call, in place: `update_` with an importance and a rate for every connection.
+
+    The importance |w dL/dw| of a connection takes the place of a neuron's; eq. 3's mean is over all connections of the
+    layer. Frozen connections (C >= beta) stay bit-identical. With `active_only`, connections whose gradient is 0 take
+    no part.
+
+    Args:
+        network: as in `update_`.
+        connections: the importance of each parameter's connections, and its layer.
+        options, constants, scaler: as in `update_`.
+    """
+    if _overflowed(scaler):
         return
-    connections: dict[int, _Neurons] = {}  # by parameter
-    for at in range(len(alpha)):
-        own = [index for index, of in enumerate(layer) if of == at]
-        if not own:
+    moved: dict[int, _Neurons] = {}  # by parameter
+    for layer in range(len(constants.alpha)):
+        averages = {
+            index: average
+            for index, (average, of) in enumerate(zip(connections.importances, connections.layer, strict=True))
+            if of == layer and average is not None
+        }
+        if not averages:
             continue
-        measured = [connection_importance(parameters[index], gradients[index]) for index in own]
+        measured = [connection_importance(network.parameters[index], network.gradients[index]) for index in averages]
         everything = torch.cat([sums.flatten() for sums in measured])
-        total = float(everything.sum())
-        if not math.isfinite(total):
-            skipped[at] += 1
-        counts = math.isfinite(total) and total > 0
-        normalized = normalize(everything, active_only[at]).split([sums.numel() for sums in measured])
-        constants = (alpha[at], beta[at], delta[at], sigma[at], active_only[at])
-        for index, sums, new in zip(own, measured, normalized, strict=True):
-            connections[index] = _move_layer(importances[index], sums, counts, *constants, new.view_as(sums))
-    for index, (parameter, gradient) in enumerate(zip(parameters, gradients, strict=True)):
-        rate: Tensor | float = lr[index]
-        frozen: Tensor | bool = False
-        cleared: Tensor | bool = False
-        if index in connections:
-            share, cleared = connections[index]
-            rate, frozen = lr[index] * share.to(compute_dtype(parameter.dtype)), share == 0
-        buffer = momentum_buffers[index] if momentum[index] != 0 else None
-        options = (momentum[index], nesterov[index], weight_decay[index], maximize[index])
-        descend_(parameter, _unscaled(gradient, grad_scale), buffer, rate, frozen, *options, cleared=cleared)
+        normalized = _normalized(everything, connections.nonfinite_steps, constants, layer)
+        parts = [None] * len(measured) if normalized is None else normalized.split([sums.numel() for sums in measured])
+        for (index, average), sums, part in zip(averages.items(), measured, parts, strict=True):
+            new = None if part is None else part.view_as(sums)
+            moved[index] = _move_layer(average, sums, new, constants, layer)
+    for index, parameter in enumerate(network.parameters):
+        rate = _Rate(options.lr[index])
+        if index in moved:
+            share, cleared = moved[index]
+            rate = _Rate(options.lr[index] * share.to(compute_dtype(parameter.dtype)), share == 0, cleared)
+        _descend_(network, options, index, rate, scaler)
 
 
 def network_step_(
-    activations: Sequence[Tensor],
-    activation_gradients: Sequence[Tensor],
-    channel_dim: Sequence[int],
-    batch_dim: Sequence[int],
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    skipped: Tensor,
-    layer: Sequence[int],
-    neuron_dim: Sequence[int],
-    groups: Sequence[int],
-    lr: Sequence[float],
-    momentum: Sequence[float],
-    nesterov: Sequence[bool],
-    weight_decay: Sequence[float],
-    maximize: Sequence[bool],
-    alpha: Sequence[float],
-    beta: Sequence[float],
-    delta: Sequence[float],
-    sigma: Sequence[str],
-    active_only: Sequence[bool],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    activations: Activations,
+    network: Network,
+    layers: Layers,
+    placement: Placement,
+    options: SGDOptions,
+    constants: PlasticityOptions,
+    scaler: Scaler = NO_SCALER,
 ) -> None:
-    """A whole NPC step from every layer's activation and its gradient: `importance`, then `update_`."""
-    measured = [
-        importance(*arguments)
-        for arguments in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
-    ]
-    update_(
-        parameters,
-        gradients,
-        momentum_buffers,
-        importances,
-        measured,
-        skipped,
-        layer,
-        neuron_dim,
-        groups,
-        lr,
-        momentum,
-        nesterov,
-        weight_decay,
-        maximize,
-        alpha,
-        beta,
-        delta,
-        sigma,
-        active_only,
-        grad_scale,
-        found_inf,
-    )
+    """A whole NPC step in one call: `importance` of every layer from its activation, then `update_`, in place.
+
+    On CUDA it is a single cooperative launch. It saves launches, which is what small networks spend their time on. For
+    large ones `importance` for each layer and `update_` should be faster: this kernel is compiled for every layout and
+    dtype at once, so fewer of its blocks fit on a multiprocessor (docs/kernels.md). We have not measured where the one
+    overtakes the other.
+
+    Args:
+        activations: for each layer the arguments of `importance`.
+        network, layers, placement, options, constants, scaler: as in `update_`.
+    """
+    measured = [importance(*arguments) for arguments in zip(*activations, strict=True)]
+    update_(network, layers, measured, placement, options, constants, scaler=scaler)
 
 
 def layer_step_(
-    activation: Tensor,
-    activation_gradient: Tensor,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importance: Tensor,
-    skipped: Tensor,
-    neuron_dim: Sequence[int],
-    groups: Sequence[int],
-    channel_dim: int = 1,
-    batch_dim: int = 0,
-    lr: float = 0.1,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
-    alpha: float = 0.5,
-    beta: float = 0.5,
-    delta: float = 1 - 2e-4,
-    sigma: str = "sigmoid",
-    active_only: bool = False,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    layer: Layer, network: Network, options: LayerStepOptions = LAYER_STEP, scaler: Scaler = NO_SCALER
 ) -> None:
-    """`network_step_` for one layer whose parameters share their options."""
-    count = len(parameters)
-    network_step_(
-        [activation],
-        [activation_gradient],
-        [channel_dim],
-        [batch_dim],
-        parameters,
-        gradients,
-        momentum_buffers,
-        [importance],
-        skipped,
-        [0] * count,
-        neuron_dim,
-        groups,
-        [lr] * count,
-        [momentum] * count,
-        [nesterov] * count,
-        [weight_decay] * count,
-        [maximize] * count,
-        [alpha],
-        [beta],
-        [delta],
-        [sigma],
-        [active_only],
-        grad_scale,
-        found_inf,
-    )
+    """`network_step_` for one layer whose parameters share their options: from n and dL/dn to the new weights.
+
+    Args:
+        layer, network: as in the classes.
+        options: one value for all parameters.
+        scaler: as in `update_`.
+    """
+    network_step_(**as_network_step(layer, network, options, scaler))
+
+
+def as_network_step(layer: Layer, network: Network, options: LayerStepOptions, scaler: Scaler) -> dict[str, Any]:
+    """The arguments of `network_step_`, by name, from those of `layer_step_`."""
+    values, count = options._asdict(), len(network.parameters)
+    return {
+        "activations": Activations(
+            [layer.activation], [layer.activation_gradient], [options.channel_dim], [options.batch_dim]
+        ),
+        "network": network,
+        "layers": Layers([layer.importance], layer.nonfinite_steps),
+        "placement": Placement([0] * count, layer.neuron_dim, layer.groups),
+        "options": columns_of(SGDOptions, [values] * count),
+        "constants": columns_of(PlasticityOptions, [values]),
+        "scaler": scaler,
+    }

@@ -22,6 +22,7 @@ FLOORS = (
     ("ops",),
     ("kernels",),
     ("reference", "_torch", "_warn", "_names"),
+    ("columns",),
 )
 # Within a room, from the top down. Rooms that are not listed hold modules that do not use each other.
 WITHIN = {
@@ -37,7 +38,7 @@ WITHIN = {
     "skipping": (("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
     "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),
     "distributed": (("sinks",), ("shards",)),
-    "kernels": (("checks",), ("launch",), ("native",), ("just_in_time",), ("build",), ("compilers",)),
+    "kernels": (("checks",), ("launch",), ("native", "register"), ("just_in_time",), ("build",), ("compilers",)),
 }
 MODULES = sorted(path.relative_to(FOLDER).with_suffix("") for path in FOLDER.rglob("*.py"))
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from npc_ext import CPC, EWC, NPC, SI, NPCAdamW, ops, reference
+from npc_ext.columns import Layer, Network
 
 from ..cases import OPTIMIZERS, Steps
 from ..rows import OURS, Row, Writer
@@ -45,12 +46,13 @@ def _layer_step(device: str) -> None:
         for neurons in (33, WIDE):
             weight, gradient = (torch.randn(neurons, 70, device=device).to(dtype) for _ in range(2))
             n, g = torch.randn(16, neurons, device=device), torch.randn(16, neurons, device=device)
-            average, skipped = torch.rand(neurons, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-            exact, exact_average, counted = [weight.double()], average.double(), skipped.clone()
-            ops.layer_step_(n, g, [weight], [gradient], [], average, skipped, [0], [1])
-            exact_gradient = [gradient.double()]
-            reference.layer_step_(n.double(), g.double(), exact, exact_gradient, [], exact_average, counted, [0], [1])
-            check("layer_step_", weight, exact[0], 1e-2)
+            average, steps = torch.rand(neurons, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+            layer = Layer(n, g, average, steps, [0], [1])
+            exact, exact_average = weight.double(), average.double()
+            exact_layer = Layer(n.double(), g.double(), exact_average, steps.clone(), [0], [1])
+            ops.layer_step_(layer, Network([weight], [gradient]))
+            reference.layer_step_(exact_layer, Network([exact], [gradient.double()]))
+            check("layer_step_", weight, exact, 1e-2)
             check("layer_step_'s importance", average, exact_average, 1e-4)
 
 

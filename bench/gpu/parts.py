@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npc_ext import NPC, ops, reference
+from npc_ext import NPC, columns, ops, reference
 from npc_ext.kernels import native
 
 from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, training
@@ -271,11 +271,12 @@ def _launches(device: Device) -> Iterator[Row]:
     neurons = n.shape[1]
     weight = torch.randn(neurons, 64, device=device.name)
     average = torch.zeros(neurons, device=device.name)
-    skipped = torch.zeros(1, dtype=torch.int64, device=device.name)
+    nonfinite_steps = torch.zeros(1, dtype=torch.int64, device=device.name)
+    layer = columns.Layer(n, g, average, nonfinite_steps, [0], [1])
     operations: dict[str, Callable[[], object]] = {
         "importance": lambda: ops.importance(n, g),
         "relu_backward_importance": lambda: ops.relu_backward_importance(n, g),
-        "layer_step_": lambda: ops.layer_step_(n, g, [weight], [weight * 2], [], average, skipped, [0], [1]),
+        "layer_step_": lambda: ops.layer_step_(layer, columns.Network([weight], [weight * 2])),
     }
     for name, function in operations.items():
         yield Row("launches", name, facts={"launches": device.launches(function)})

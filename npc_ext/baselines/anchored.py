@@ -12,13 +12,15 @@ that updates the weights also adds the pull, in the same pass over memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
+from ..columns import AnchorOptions, Anchors, SGDOptions, columns_of
 from ..kernels import launch
 from ..optim.base import ModelOptimizer
 from ..optim.options import SGD_OPTIONS, check_choice, check_number
@@ -77,7 +79,7 @@ class Anchored(ModelOptimizer):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
-    _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
     _STRENGTH: ClassVar[float] = 1.0  # the default
     # Options of groups that a subclass adds; its constructor sets their defaults before it calls this one.
@@ -167,7 +169,7 @@ class Anchored(ModelOptimizer):
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         named = {name: states.get(id(parameter), {}) for name, parameter in self._trained_by_name().items()}
         return {
-            name: {tensor: state[tensor] for tensor in self._BESIDE if tensor in state}
+            name: {tensor: state[tensor] for tensor in self._STATE_TENSORS if tensor in state}
             for name, state in named.items()
             if "stiffness" in state
         }
@@ -180,8 +182,8 @@ class Anchored(ModelOptimizer):
         taken: dict[Tensor, dict[str, Tensor]] = {}
         for name, parameter in self._trained_by_name().items():
             if name in held and parameter not in taken:  # it may have several names
-                dtype = self._dtype_beside(parameter)
-                initial = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._BESIDE}
+                dtype = self._state_tensor_dtype(parameter)
+                initial = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._STATE_TENSORS}
                 initial["anchor"] = parameter.detach().to(dtype, copy=True)
                 blocks = blocks_of(self._model, name)
                 taken[parameter] = {
@@ -190,36 +192,29 @@ class Anchored(ModelOptimizer):
         for parameter, tensors in taken.items():
             self.state[parameter].update(tensors)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Plan:
-        parameters, groups = [p for p, _ in members], [group for _, group in members]
+    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         common = self._common(device, members)
-        strength = [float(group["strength"]) for group in groups]
-        implicit = [bool(group["implicit"]) for group in groups]
-        sgd = (common["rates"], *([group[name] for group in groups] for name in SGD_OPTIONS))
-        options = (strength, implicit, *sgd)
-        tables = launch.AnchoredTables(parameters, *options) if self._takes(parameters) else None
-        return Plan(**common, options=options, tables=tables)
-
-    def _launch(self, plan: Plan) -> None:
-        stiffness, paths = plan.beside("stiffness"), plan.beside("path")
+        groups, kept = common["groups"], common["checked"]
+        strength, implicit = (
+            [float(group["strength"]) for group in groups],
+            [bool(group["implicit"]) for group in groups],
+        )
+        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), AnchorOptions(strength, implicit))
         # SI remembers where a task began before there is any stiffness.
-        anchors = [
-            anchor if stiff is not None else None
-            for anchor, stiff in zip(plan.beside("anchor"), stiffness, strict=True)
-        ]
-        network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
+        pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
+        anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]
+        paths = kept.get("path", [None] * len(anchors))
+        tables = self._tables(common["parameters"], columns)
+        return _Plan(**common, columns=columns, tables=tables, anchors=Anchors(kept["stiffness"], anchors, paths))
+
+    def _launch(self, plan: _Plan) -> None:
         if plan.tables is not None:
-            assert isinstance(plan.tables, launch.AnchoredTables)
-            launch.anchored_update_(plan.tables, *network, stiffness, anchors, paths)
+            launch.anchored_update_(plan.tables, plan.network(), plan.anchors)
             return
-        beside = (_or_empty(each, plan.device) for each in (stiffness, anchors, paths))
-        update: Callable[..., None] = ops.anchored_update_
-        if self._backend == "reference":
-            update = reference.anchored_update_
         with torch.no_grad():
-            update(*network, *beside, *plan.options)
+            self._operations().anchored_update_(plan.network(), plan.anchors, *plan.columns)
 
 
-def _or_empty(tensors: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
-    nothing = torch.empty(0, dtype=torch.float32, device=device)
-    return [nothing if tensor is None else tensor for tensor in tensors]
+@dataclass(frozen=True)
+class _Plan(Plan):
+    anchors: Anchors

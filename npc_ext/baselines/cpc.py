@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -10,15 +10,16 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
 from .._names import ByLayer
+from ..columns import Connections, Placement, SGDOptions, columns_of
 from ..kernels import launch
 from ..neurons.find import connections
 from ..neurons.protection import Protection
 from ..optim.control import PlasticityControl
-from ..optim.nonfinite import SkippedSteps
-from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS
-from ..optim.plan import Plan
+from ..optim.nonfinite import NonfiniteSteps
+from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, plasticity_columns
+from ..optim.plan import LayersPlan
 from ..optim.plasticity import spread
 from ..optim.succession import fitted
 
@@ -34,13 +35,13 @@ class ConnectionPlasticity:
             layer tends to 1.
         learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
         frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, whatever the learning rate.
-        skipped: in how many steps the measured importance was not finite and was left out.
+        nonfinite_steps: in how many steps the measured importance was not finite and was left out.
     """
 
     importance: dict[str, Tensor]
     learning_rate: dict[str, Tensor]
     frozen: float
-    skipped: int
+    nonfinite_steps: int
 
     def __repr__(self) -> str:
         importance, rate = (
@@ -92,7 +93,7 @@ class CPC(PlasticityControl):
 
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
     _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
-    _BESIDE: ClassVar[tuple[str, ...]] = ("importance",)
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("importance",)
     _KIND = "importance of connections"
     _UNITS = "connections"
     _NONFINITE_IN = "weights or gradients"
@@ -138,7 +139,7 @@ class CPC(PlasticityControl):
         layers = connections(self._model)
         self._layer_options.check(layers, self._check_layer_options)
         self._names = [name for name in layers if self._layer_options.of(name).get("consolidate", True)]
-        self._skipped = SkippedSteps(len(self._names))
+        self._nonfinite_steps = NonfiniteSteps(len(self._names))
         self._index_parameters()
 
     def _index_parameters(self) -> None:
@@ -171,14 +172,14 @@ class CPC(PlasticityControl):
 
     def _step(self) -> None:
         super()._step()
-        self._report_skipped()
+        self._report_nonfinite_steps()
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
         if id(parameter) in self._layer_of and self.state[parameter].get("importance") is None:
             self.state[parameter]["importance"] = torch.zeros_like(parameter, dtype=torch.float32)
 
-    def _dtype_beside(self, parameter: Tensor) -> torch.dtype:
+    def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
         return torch.float32
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
@@ -212,49 +213,38 @@ class CPC(PlasticityControl):
                 self._first_moments.settle(parameter, moment, importance, beta, partial(torch.ge, importance, beta))
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
-        parameters, groups = [p for p, _ in members], [group for _, group in members]
         common = self._common(device, members)
-        layers = sorted({self._layer_of[id(p)] for p in parameters if id(p) in self._layer_of})
-        position = {layer: at for at, layer in enumerate(layers)}
-        constants = [self._constants(layer) for layer in layers]
-        of = [position[self._layer_of[id(p)]] if id(p) in self._layer_of else -1 for p in parameters]
-        options: tuple[Any, ...] = (
-            of,
-            common["rates"],
-            *([group[name] for group in groups] for name in SGD_OPTIONS),
-            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
-            [own["normalize"] == "active" for own in constants],
+        own = [self._layer_of.get(id(parameter), -1) for parameter in common["owners"]]
+        layers = sorted(set(own) - {-1})
+        position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
+        layer = [position[one] for one in own]
+        options = columns_of(SGDOptions, common["groups"], lr=common["rates"])
+        columns = (options, plasticity_columns([self._constants(one) for one in layers]))
+        return _Plan(
+            **common,
+            columns=columns,
+            tables=self._tables(common["parameters"], (Placement.of_layers(layer), *columns)),
+            layers=layers,
+            nonfinite_steps=self._nonfinite_steps.on(device),
+            layer=layer,
         )
-        tables = None
-        if self._takes(parameters):
-            whole = ([0] * len(parameters), [1] * len(parameters))
-            tables = launch.Tables(parameters, [0] * len(layers), of, *whole, *options[1:])
-        skipped = self._skipped.on(device)
-        return _Plan(**common, options=options, tables=tables, layers=layers, skipped=skipped)
 
     def _launch(self, plan: _Plan) -> None:
-        network = (plan.parameters, plan.gradients(), plan.momentum_buffers())
-        importances = plan.beside("importance")
+        network, importances = plan.network(), plan.state_tensors("importance")
         if plan.tables is not None:
-            counters = (plan.skipped, plan.layers)
-            launch.connection_update_(plan.tables, *network, importances, *counters, None, None)
+            connections = Connections(importances, plan.nonfinite_steps, plan.layer)
+            launch.connection_update_(plan.tables, network, connections, counted_at=plan.layers)
             return
-        nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
-        skipped = plan.skipped[plan.layers]
-        averages = [nothing if average is None else average for average in importances]
-        update: Callable[..., None] = ops.connection_update_
-        if self._backend == "reference":
-            update = reference.connection_update_
-        with torch.no_grad():
-            update(*network, averages, skipped, *plan.options)
-        plan.skipped[plan.layers] = skipped
+        with plan.counters() as counts:
+            connections = Connections(importances, counts, plan.layer)
+            self._operations().connection_update_(network, connections, *plan.columns)
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, ConnectionPlasticity]:
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
         # Replaced parameters have no name in the model any more. Of several names the first counts.
         names = {id(parameter): name for name, parameter in reversed(self._trained_by_name().items())}
-        counts, result = self._skipped.now(), ByLayer[ConnectionPlasticity]()
+        counts, result = self._nonfinite_steps.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             constants = self._constants(index)
             average, rate = {}, {}
@@ -282,6 +272,5 @@ class CPC(PlasticityControl):
 
 
 @dataclass(frozen=True)
-class _Plan(Plan):
-    layers: Sequence[int]  # indices of the layers
-    skipped: Tensor  # counters of all layers, on the device
+class _Plan(LayersPlan):
+    layer: list[int]  # of each parameter, among those that take part; -1: none

@@ -47,7 +47,7 @@ class SI(Anchored):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("damping", *Anchored._OPTIONS)
-    _BESIDE: ClassVar[tuple[str, ...]] = ("stiffness", "anchor", "path")
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("stiffness", "anchor", "path")
     _KIND = "anchors and paths"
 
     def __init__(

@@ -10,12 +10,27 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._torch import current_raw_stream
+from ..columns import (
+    NO_LAYERS,
+    NO_SCALER,
+    NO_STEPS,
+    Activations,
+    AdamNetwork,
+    Anchors,
+    Connections,
+    Layers,
+    Network,
+    Placement,
+    Scaler,
+    Steps,
+)
 from ..reference import compute_dtype
 from . import native
 
@@ -142,154 +157,131 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 class Tables:
     """What the kernels must know of a network's parameters and layers, apart from where they are; checked once.
 
-    Rows of `parameter_numbers`: dtype, size, outer, middle, run, layer, nesterov, maximize, first neuron; of
-    `parameter_options`: lr, momentum, weight decay; of `layer_numbers`: neurons, error function, active only; of
-    `layer_options`: alpha, beta, delta. They stay valid while the parameters keep their memory, shape, dtype and order.
+    `of[name]` is a table of numbers, for each name in the module's `COLUMNS`, which says what its columns are. They
+    stay valid while the parameters keep their memory, shape, dtype and order.
+
+    Args:
+        parameters: the network's.
+        neurons: how many each layer has, as far as layers have importances of neurons.
+        groups: groups of columns (`npc_ext.columns`). Parameters are outside of all layers if they do not say
+            otherwise. Learning rates may be tensors in device memory.
     """
 
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        neurons: Sequence[int],
-        layer: Sequence[int],
-        neuron_dim: Sequence[int],
-        groups: Sequence[int],
-        lr: Sequence[float | Tensor],
-        momentum: Sequence[float],
-        nesterov: Sequence[bool],
-        weight_decay: Sequence[float],
-        maximize: Sequence[bool],
-        alpha: Sequence[float] = (),
-        beta: Sequence[float] = (),
-        delta: Sequence[float] = (),
-        sigma: Sequence[str] = (),
-        active_only: Sequence[bool] = (),
-        *,
-        first_neuron: Sequence[int] | None = None,
-    ) -> None:
-        numbers, options = array("q"), array("d")
-        for index, parameter in enumerate(parameters):
-            place = geometry(parameter.shape, parameter.stride(), neuron_dim[index], groups[index])
-            numbers.extend((DTYPES[parameter.dtype], parameter.numel(), *place, layer[index]))
-            numbers.extend((nesterov[index], maximize[index], first_neuron[index] if first_neuron else 0))
-            rate = lr[index]
-            options.extend((0.0 if isinstance(rate, Tensor) else rate, momentum[index], weight_decay[index]))
-        layer_numbers, layer_options = array("q"), array("d")
-        for index, count in enumerate(neurons):
-            layer_numbers.extend((count, sigma[index] == "erf", active_only[index]))
-            layer_options.extend((alpha[index], beta[index], delta[index]))
-        self.parameter_numbers, self.parameter_options = numbers, options
-        self.layer_numbers, self.layer_options = layer_numbers, layer_options
+    def __init__(self, parameters: Sequence[Tensor], neurons: Sequence[int], *groups: NamedTuple) -> None:
+        count = len(parameters)
+        columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
+        columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
+        for group in groups:
+            columns |= group._asdict()
+        rates, momentum = columns["lr"], columns["momentum"]
+        columns["lr"] = list(map(_rate_in_table, rates))
+        columns["neurons"] = neurons or [0] * len(columns["alpha"])
+        columns["sigma"] = [sigma == "erf" for sigma in columns["sigma"]]
+        columns["first_neuron"] = columns["first_neuron"] or [0] * count
+        columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
+        columns["size"] = list(map(Tensor.numel, parameters))
+        places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
+        geometries = [geometry(one.shape, one.stride(), dim, groups) for one, dim, groups in places]
+        columns |= {name: [one[at] for one in geometries] for at, name in enumerate(("outer", "middle", "run"))}
+        self.of = {
+            name: _table("q" if name.endswith("_numbers") else "d", [columns[column] for column in names])
+            for name, names in native.module().COLUMNS.items()
+            if columns.keys() >= set(names)
+        }
+        self.neurons = columns["neurons"]
         self.parameter_addresses = [parameter.data_ptr() for parameter in parameters]
         # A rate in device memory is read there, so that a CUDA graph's replays see it change.
-        rates = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in lr]
-        self.lr_addresses = rates if any(rates) else []
-        self.lr_tensors = [rate for rate in lr if isinstance(rate, Tensor)]  # held while their addresses are
+        addresses = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in rates]
+        self.lr_addresses = addresses if any(addresses) else []
+        self.lr_tensors = [rate for rate in rates if isinstance(rate, Tensor)]  # held while their addresses are
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
         self._checked: dict[str, list[int]] = {}  # the addresses of tensors that were checked, by what they are
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
-        self.parameter_options[::3] = array("d", [0.0 if isinstance(rate, Tensor) else rate for rate in lr])
+        names = native.module().COLUMNS["parameter_options"]
+        self.of["parameter_options"][names.index("lr") :: len(names)] = array("d", map(_rate_in_table, lr))
 
     def addresses(
-        self,
-        name: str,
-        tensors: Sequence[Tensor | None],
-        parameters: Sequence[Tensor],
-        dtype_of: Callable[[torch.dtype], torch.dtype],
+        self, name: str, tensors: Sequence[Tensor | None], check: Callable[..., None], *expected: Any
     ) -> list[int]:
-        """The addresses of tensors that lie in memory like their parameters; 0 where there is none.
+        """The addresses of tensors; 0 where there is none.
 
-        They are checked whenever their addresses are others than those that were checked before.
+        They are checked (by their name, index and what is expected) whenever their addresses are others than those that
+        were checked before.
         """
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
         if addresses != self._checked.get(name):
             for index, tensor in enumerate(tensors):
                 if tensor is not None:
-                    parameter = parameters[index]
-                    _check_tensor(name, index, tensor, parameter, dtype_of(parameter.dtype), parameter.stride())
+                    check(name, index, tensor, *expected)
             self._checked[name] = addresses
         return addresses
 
-    def importance_addresses(self, importances: Sequence[Tensor], device: torch.device) -> list[int]:
-        """The addresses of the layers' averages, checked likewise."""
-        addresses = [average.data_ptr() for average in importances]
-        if addresses != self._checked.get("importances"):
-            _check_of_layers("importances", self, importances, device)
-            self._checked["importances"] = addresses
-        return addresses
+
+def _check_like_parameter(
+    name: str,
+    index: int,
+    tensor: Tensor,
+    parameters: Sequence[Tensor],
+    dtype_of: Callable[[torch.dtype], torch.dtype],
+) -> None:
+    """Raises ValueError unless a tensor lies in memory like its parameter."""
+    like, dtype, stride = parameters[index], dtype_of(parameters[index].dtype), parameters[index].stride()
+    fits = tensor.dtype is dtype and tensor.device == like.device and tensor.numel() == like.numel()
+    if not fits or tensor.stride() != stride:
+        raise ValueError(
+            f"{name}[{index}] is {_described(tensor)}; expected {dtype} of shape {tuple(like.shape)} with strides "
+            f"{stride} on {like.device}"
+        )
 
 
-class AdamTables(Tables):
-    """The same for Adam's step. Rows of `adam_options`: the two betas and eps of a parameter."""
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        neurons: Sequence[int],
-        layer: Sequence[int],
-        neuron_dim: Sequence[int],
-        groups: Sequence[int],
-        lr: Sequence[float | Tensor],
-        first_decay: Sequence[float],
-        second_decay: Sequence[float],
-        epsilon: Sequence[float],
-        weight_decay: Sequence[float],
-        maximize: Sequence[bool],
-        *of_layers: Any,
-        first_neuron: Sequence[int] | None = None,
-    ) -> None:
-        momentum = ([0.0] * len(parameters), [False] * len(parameters))
-        places = (layer, neuron_dim, groups)
-        options = (lr, *momentum, weight_decay, maximize, *of_layers)
-        super().__init__(parameters, neurons, *places, *options, first_neuron=first_neuron)
-        self.adam_options = array("d")
-        for row in zip(first_decay, second_decay, epsilon, strict=True):
-            self.adam_options.extend(row)
+def _check_of_layer(name: str, index: int, tensor: Tensor, neurons: Sequence[int], device: torch.device) -> None:
+    """Raises ValueError unless a tensor has a number for each neuron of its layer."""
+    fits = tensor.dtype is torch.float32 and tensor.numel() == neurons[index] and tensor.device == device
+    if not fits or not tensor.is_contiguous():
+        raise ValueError(
+            f"{name}[{index}] is {_described(tensor)}; expected contiguous float32 of shape ({neurons[index]},) on "
+            f"{device}"
+        )
 
 
-class AnchoredTables(Tables):
-    """The same for steps with anchors. Rows of `anchor_options`: strength and whether the pull is implicit."""
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        strength: Sequence[float],
-        implicit: Sequence[bool],
-        lr: Sequence[float | Tensor],
-        momentum: Sequence[float],
-        nesterov: Sequence[bool],
-        weight_decay: Sequence[float],
-        maximize: Sequence[bool],
-    ) -> None:
-        count = len(parameters)
-        outside = ([-1] * count, [0] * count, [1] * count)  # of all layers
-        super().__init__(parameters, [], *outside, lr, momentum, nesterov, weight_decay, maximize)
-        self.anchor_options = array("d")
-        for row in zip(strength, implicit, strict=True):
-            self.anchor_options.extend(row)
+def _check_count(name: str, index: int, tensor: Tensor, device: torch.device) -> None:
+    if tensor.dtype is not torch.float32 or tensor.numel() != 1 or tensor.device != device:
+        raise ValueError(f"{name}[{index}] is {_described(tensor)}; expected one float32 on {device}")
 
 
-def _addresses(
+def _rate_in_table(lr: float | Tensor) -> float:
+    return 0.0 if isinstance(lr, Tensor) else lr
+
+
+def _table(typecode: str, columns: Sequence[Sequence[Any]]) -> array[Any]:
+    return array(typecode, chain.from_iterable(zip(*columns, strict=True)))
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
+
+
+def _of_parameters(
     tables: Tables,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-) -> tuple[list[int], list[int], list[int], list[int], array[int], array[float]]:
+    momentum_buffers: Sequence[Tensor | None] = (),
+) -> tuple[Any, ...]:
     """The arguments that all updates begin with."""
     momentum = [0] * len(parameters)
     if tables.any_momentum:
         buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
-        momentum = tables.addresses("momentum_buffers", buffers, parameters, _same)
+        momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
     return (
         tables.parameter_addresses,
         [gradient.data_ptr() for gradient in gradients],
         momentum,
         tables.lr_addresses,
-        tables.parameter_numbers,
-        tables.parameter_options,
+        tables.of["parameter_numbers"],
+        tables.of["parameter_options"],
     )
 
 
@@ -305,239 +297,186 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _check_tensor(
-    name: str, index: int, tensor: Tensor, like: Tensor, dtype: torch.dtype, stride: tuple[int, ...]
-) -> None:
-    if (
-        tensor.dtype is not dtype
-        or tensor.device != like.device
-        or tensor.numel() != like.numel()
-        or tensor.stride() != stride
-    ):
-        raise ValueError(
-            f"{name}[{index}] is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on "
-            f"{tensor.device}; expected {dtype} of shape {tuple(like.shape)} with strides {stride} on {like.device}"
-        )
+def _counters(nonfinite_steps: Tensor, counted_at: Sequence[int] | None) -> list[int]:
+    if nonfinite_steps.dtype is not torch.int64 or not nonfinite_steps.is_contiguous():
+        raise ValueError(f"nonfinite_steps is {_described(nonfinite_steps)}; expected contiguous int64")
+    start, width = nonfinite_steps.data_ptr(), nonfinite_steps.element_size()
+    return [start + width * at for at in (range(nonfinite_steps.numel()) if counted_at is None else counted_at)]
 
 
-def _check_of_layers(name: str, tables: Tables, tensors: Sequence[Tensor | None], device: torch.device) -> None:
-    for tensor, neurons in zip(tensors, tables.layer_numbers[::3], strict=True):
-        if tensor is None:
-            continue
-        fits = tensor.dtype is torch.float32 and tensor.numel() == neurons and tensor.device == device
-        if not fits or not tensor.is_contiguous():
-            raise ValueError(
-                f"one of {name} is {tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on "
-                f"{tensor.device}; expected contiguous float32 of shape ({neurons},) on {device}"
-            )
-
-
-def _counters(skipped: Tensor, at: Sequence[int]) -> list[int]:
-    if skipped.dtype is not torch.int64 or not skipped.is_contiguous():
-        raise ValueError(f"skipped is {skipped.dtype} with strides {skipped.stride()}; expected contiguous int64")
-    start, width = skipped.data_ptr(), skipped.element_size()
-    return [start + width * index for index in at]
-
-
-def _of_layers(
-    tables: Tables,
-    importances: Sequence[Tensor],
-    measured: Sequence[Tensor | None],
-    skipped: Tensor,
-    skipped_at: Sequence[int] | None,
-) -> tuple[list[int], list[int], list[int], array[int], array[float]]:
+def _of_layers(tables: Tables, layers: Layers, counted_at: Sequence[int] | None, *measured: list[int]) -> list[Any]:
     """The arguments about layers of updates that have a rate for every neuron."""
+    averages, counts = layers.importances, layers.nonfinite_steps
+    return [
+        tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device),
+        *measured,
+        _counters(counts, counted_at),
+        tables.of["layer_numbers"],
+        tables.of["layer_options"],
+    ]
+
+
+def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
     # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
-    if not all(map(Tensor.is_contiguous, [sums for sums in measured if sums is not None])):
-        _check_of_layers("measured", tables, measured, skipped.device)
-    return (
-        tables.importance_addresses(importances, skipped.device),
-        [0 if sums is None else sums.data_ptr() for sums in measured],
-        _counters(skipped, range(len(importances)) if skipped_at is None else skipped_at),
-        tables.layer_numbers,
-        tables.layer_options,
-    )
+    if not all(map(Tensor.is_contiguous, _there(measured))):
+        for index, sums in enumerate(measured):
+            if sums is not None:
+                _check_of_layer("measured", index, sums, tables.neurons, device)
+    return [0 if sums is None else sums.data_ptr() for sums in measured]
+
+
+def _flags(scaler: Scaler, device: torch.device) -> list[Tensor | None]:
+    """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
+    if scaler.grad_scale is None and scaler.found_inf is None:
+        return [None, None]
+    for flag in scaler:
+        if flag is not None and flag.numel() != 1:
+            raise ValueError(f"grad_scale or found_inf has shape {tuple(flag.shape)}; expected one number")
+    return [None if flag is None else flag.to(device, torch.float32) for flag in scaler]
 
 
 def _raise_versions(
-    tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor], *others: Tensor
+    tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None], *others: Tensor
 ) -> None:
     written = [*parameters, *others]
     if tables.any_momentum:
-        written += [buffer for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True) if has]
+        pairs = zip(momentum_buffers, tables.has_momentum, strict=True)
+        written += [buffer for buffer, has in pairs if has and buffer is not None]
     torch.autograd.graph.increment_version(written)
 
 
-def _step_addresses(tables: Tables, steps: Sequence[Tensor | None], device: torch.device) -> list[int]:
-    addresses = [0 if count is None else count.data_ptr() for count in steps]
-    if addresses != tables._checked.get("steps"):
-        for index, count in enumerate(steps):
-            if count is not None and (count.dtype is not torch.float32 or count.numel() != 1 or count.device != device):
-                raise ValueError(
-                    f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)} on {count.device}; expected one "
-                    f"float32 on {device}"
-                )
-        tables._checked["steps"] = addresses
-    return addresses
-
-
-def _flags(device: torch.device, grad_scale: Tensor | None, found_inf: Tensor | None) -> list[Tensor | None]:
-    """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
-    if grad_scale is None and found_inf is None:
-        return [None, None]
-    for flag in (grad_scale, found_inf):
-        if flag is not None and flag.numel() != 1:
-            raise ValueError(f"grad_scale or found_inf has shape {tuple(flag.shape)}; expected one number")
-    return [None if flag is None else flag.to(device, torch.float32) for flag in (grad_scale, found_inf)]
+def _there(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
 
 
 def update_(
     tables: Tables,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    network: Network,
+    layers: Layers,
     measured: Sequence[Tensor | None],
-    skipped: Tensor,
-    skipped_at: Sequence[int] | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    steps: Sequence[Tensor | None] = (),
-    seeds: Sequence[int] = (),
+    steps: Steps = NO_STEPS,
+    scaler: Scaler = NO_SCALER,
+    counted_at: Sequence[int] | None = None,
 ) -> None:
-    """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.ops.update_`.
+    """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.reference.update_`.
 
-    Gradients lie in memory like their parameters (`in_memory_order_of`). A layer whose `measured` is None keeps its
-    average. `skipped_at` says which element of `skipped` counts for which layer; by default they run side by
-    side. `steps` may be None where a parameter's are not counted.
+    Gradients lie in memory like their parameters (`in_memory_order_of`). `counted_at` says which element of
+    `nonfinite_steps` counts for which layer; by default they run side by side.
     """
-    flags = _flags(skipped.device, grad_scale, found_inf)
+    device = layers.nonfinite_steps.device
+    flags = _flags(scaler, device)
     _launch(
         "update",
-        skipped.device,
-        *_addresses(tables, parameters, gradients, momentum_buffers),
-        *_of_layers(tables, importances, measured, skipped, skipped_at),
+        device,
+        *_of_parameters(tables, *network),
+        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
         *map(_address, flags),
-        _step_addresses(tables, steps, skipped.device),
-        seeds,
+        tables.addresses("steps", steps.steps, _check_count, device),
+        steps.seeds,
     )
-    counted = (count for count in steps if count is not None)
-    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped, *counted)
+    _raise_versions(
+        tables,
+        network.parameters,
+        network.momentum_buffers,
+        *layers.importances,
+        layers.nonfinite_steps,
+        *_there(steps.steps),
+    )
 
 
 def adam_update_(
-    tables: AdamTables,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    first_moments: Sequence[Tensor],
-    second_moments: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    importances: Sequence[Tensor],
+    tables: Tables,
+    network: AdamNetwork,
+    layers: Layers,
     measured: Sequence[Tensor | None],
-    skipped: Tensor,
-    skipped_at: Sequence[int] | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    seeds: Sequence[int] = (),
+    steps: Steps,
+    scaler: Scaler = NO_SCALER,
+    counted_at: Sequence[int] | None = None,
 ) -> None:
-    """Launches eqs. 3, 4, 7 and Adam's step; see `npc_ext.ops.adam_update_`, and `update_` for what is as there.
+    """Launches eqs. 3, 4, 7 and Adam's step; see `npc_ext.reference.adam_update_`, and `update_` for what is as there.
 
     Moments lie in memory like their parameters.
     """
-    flags = _flags(skipped.device, grad_scale, found_inf)
+    device, like = layers.nonfinite_steps.device, (_check_like_parameter, network.parameters, compute_dtype)
+    flags = _flags(scaler, device)
     _launch(
         "adam_update",
-        skipped.device,
-        *_addresses(tables, parameters, gradients, ()),
-        tables.addresses("first_moments", first_moments, parameters, compute_dtype),
-        tables.addresses("second_moments", second_moments, parameters, compute_dtype),
-        tables.adam_options,
-        *_of_layers(tables, importances, measured, skipped, skipped_at),
+        device,
+        *_of_parameters(tables, network.parameters, network.gradients),
+        tables.addresses("first_moments", network.first_moments, *like),
+        tables.addresses("second_moments", network.second_moments, *like),
+        tables.of["adam_options"],
+        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
         *map(_address, flags),
-        _step_addresses(tables, steps, skipped.device),
-        seeds,
+        tables.addresses("steps", steps.steps, _check_count, device),
+        steps.seeds,
     )
-    _raise_versions(tables, parameters, (), *first_moments, *second_moments, *steps, *importances, skipped)
+    written = [*network.first_moments, *network.second_moments, *layers.importances, layers.nonfinite_steps]
+    _raise_versions(tables, network.parameters, (), *written, *_there(steps.steps))
 
 
-def anchored_update_(
-    tables: AnchoredTables,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    stiffness: Sequence[Tensor | None],
-    anchors: Sequence[Tensor | None],
-    paths: Sequence[Tensor | None],
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """Launches the weight update with anchors and path integrals; see `npc_ext.ops.anchored_update_`.
+def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler: Scaler = NO_SCALER) -> None:
+    """Launches the weight update with anchors and path integrals; see `npc_ext.reference.anchored_update_`.
 
-    Gradients, stiffness, anchors and paths lie in memory like their parameters; None where a parameter has none.
+    Gradients, stiffness, anchors and paths lie in memory like their parameters.
     """
-    device = parameters[0].device
-    flags = _flags(device, grad_scale, found_inf)
+    if not network.parameters:
+        return
+    device, like = network.parameters[0].device, (_check_like_parameter, network.parameters, compute_dtype)
+    flags = _flags(scaler, device)
     _launch(
         "anchored_update",
         device,
-        *_addresses(tables, parameters, gradients, momentum_buffers),
-        tables.addresses("stiffness", stiffness, parameters, compute_dtype),
-        tables.addresses("anchors", anchors, parameters, compute_dtype),
-        tables.addresses("paths", paths, parameters, compute_dtype),
-        tables.anchor_options,
-        tables.layer_numbers,
-        tables.layer_options,
+        *_of_parameters(tables, *network),
+        tables.addresses("stiffness", anchors.stiffness, *like),
+        tables.addresses("anchors", anchors.anchors, *like),
+        tables.addresses("paths", anchors.paths, *like),
+        tables.of["anchor_options"],
+        tables.of["layer_numbers"],
+        tables.of["layer_options"],
         *map(_address, flags),
     )
-    _raise_versions(tables, parameters, momentum_buffers, *(path for path in paths if path is not None))
+    _raise_versions(tables, network.parameters, network.momentum_buffers, *_there(anchors.paths))
 
 
 def connection_update_(
     tables: Tables,
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor | None],
-    skipped: Tensor,
-    skipped_at: Sequence[int] | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    network: Network,
+    connections: Connections,
+    scaler: Scaler = NO_SCALER,
+    counted_at: Sequence[int] | None = None,
 ) -> None:
-    """Launches CPC's update, with an importance to every connection; see `npc_ext.ops.connection_update_`.
+    """Launches CPC's update, with an importance of every connection; see `npc_ext.reference.connection_update_`.
 
-    Gradients and importances lie in memory like their parameters; parameters outside layers have None.
+    Gradients and importances lie in memory like their parameters. `counted_at` is as in `update_`.
     """
-    flags = _flags(skipped.device, grad_scale, found_inf)
+    device = connections.nonfinite_steps.device
+    flags = _flags(scaler, device)
     _launch(
         "connection_update",
-        skipped.device,
-        *_addresses(tables, parameters, gradients, momentum_buffers),
-        tables.addresses("importances", importances, parameters, _float32),
-        _counters(skipped, range(skipped.numel()) if skipped_at is None else skipped_at),
-        tables.layer_numbers,
-        tables.layer_options,
+        device,
+        *_of_parameters(tables, *network),
+        tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
+        _counters(connections.nonfinite_steps, counted_at),
+        tables.of["layer_numbers"],
+        tables.of["layer_options"],
         *map(_address, flags),
     )
-    written = [average for average in importances if average is not None]
-    _raise_versions(tables, parameters, momentum_buffers, *written, skipped)
+    _raise_versions(
+        tables,
+        network.parameters,
+        network.momentum_buffers,
+        *_there(connections.importances),
+        connections.nonfinite_steps,
+    )
 
 
 def network_step_(
-    tables: Tables,
-    activations: Sequence[Tensor],
-    activation_gradients: Sequence[Tensor],
-    channel_dim: Sequence[int],
-    batch_dim: Sequence[int],
-    parameters: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    skipped: Tensor,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    tables: Tables, activations: Activations, network: Network, layers: Layers, scaler: Scaler = NO_SCALER
 ) -> None:
-    """The same with eq. 2 before it, still in one launch; see `npc_ext.ops.network_step_`."""
-    flags = _flags(skipped.device, grad_scale, found_inf)
+    """The same with eq. 2 before it, still in one launch; see `npc_ext.reference.network_step_`."""
+    device = layers.nonfinite_steps.device
+    flags = _flags(scaler, device)
     inputs = [
         (
             n.data_ptr(),
@@ -549,17 +488,14 @@ def network_step_(
             channel % n.ndim,
             batch % n.ndim,
         )
-        for n, g, channel, batch in zip(activations, activation_gradients, channel_dim, batch_dim, strict=True)
+        for n, g, channel, batch in zip(*activations, strict=True)
     ]
     _launch(
         "network_step",
-        skipped.device,
+        device,
         inputs,
-        *_addresses(tables, parameters, gradients, momentum_buffers),
-        tables.importance_addresses(importances, skipped.device),
-        _counters(skipped, range(len(importances))),
-        tables.layer_numbers,
-        tables.layer_options,
+        *_of_parameters(tables, *network),
+        *_of_layers(tables, layers, None),
         *map(_address, flags),
     )
-    _raise_versions(tables, parameters, momentum_buffers, *importances, skipped)
+    _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter, is_, itemgetter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from .._names import listed
 from .._warn import warn
 from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
-from ..kernels import native
+from ..kernels import launch, native
 from .known_model import KnownModel, Lost, check_not_sharded
 from .options import ALPHA_UNIT, BACKENDS, SGD_OPTIONS, check_choice, check_number
 from .succession import ImportanceHolder
@@ -41,7 +41,7 @@ class ModelOptimizer(ImportanceHolder):
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
     # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
-    _BESIDE: ClassVar[tuple[str, ...]] = ()
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Group keys that earlier versions did not save: what groups without them mean, and how to convert them.
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
 
@@ -314,7 +314,7 @@ class ModelOptimizer(ImportanceHolder):
     def _check_state_fits(self, parameter: Any) -> None:
         """Raises ValueError if tensors of a parameter's state do not have its shape."""
         for name, tensor in self.state.get(parameter, {}).items():
-            if tensor is None or name not in ("momentum_buffer", *self._BESIDE):
+            if tensor is None or name not in ("momentum_buffer", *self._STATE_TENSORS):
                 continue
             if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
                 got = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else f"type {type(tensor).__name__}"
@@ -336,13 +336,13 @@ class ModelOptimizer(ImportanceHolder):
         They can differ after loading, or after the model was moved or cast.
         """
         state = self.state[parameter]
-        for name in ("momentum_buffer", *self._BESIDE):
+        for name in ("momentum_buffer", *self._STATE_TENSORS):
             if state.get(name) is not None:
-                dtype = parameter.dtype if name == "momentum_buffer" else self._dtype_beside(parameter)
+                dtype = parameter.dtype if name == "momentum_buffer" else self._state_tensor_dtype(parameter)
                 state[name] = like(parameter, state[name], dtype)
 
-    def _dtype_beside(self, parameter: Tensor) -> torch.dtype:
-        """The dtype of the tensors `_BESIDE` of a parameter."""
+    def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of a parameter's `_STATE_TENSORS`."""
         return reference.compute_dtype(parameter.dtype)
 
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
@@ -376,15 +376,29 @@ class ModelOptimizer(ImportanceHolder):
     def _read_by_steps(self, members: list[tuple[Any, dict[str, Any]]]) -> list[str]:
         """The names of the state's tensors that steps read."""
         has_momentum = any(self._has_momentum(group) for _, group in members)
-        return [*(["momentum_buffer"] if has_momentum else []), *self._BESIDE]
+        return [*(["momentum_buffer"] if has_momentum else []), *self._STATE_TENSORS]
 
     def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
         rates = (group["lr"] for group in groups)
         return [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in rates]
 
-    def _takes(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the compiled kernels do the work on these tensors."""
-        return self._backend != "reference" and ops.native_takes(tensors)
+    def _tables(
+        self, parameters: Sequence[Tensor], columns: Sequence[NamedTuple], importances: Sequence[Tensor] = ()
+    ) -> launch.Tables | None:
+        """Tables for the compiled kernels; None where these do not take the tensors.
+
+        Args:
+            parameters: those that steps work on.
+            columns: of these, and of layers.
+            importances: of the neurons of each layer.
+        """
+        if self._backend == "reference" or not ops.native_takes([*parameters, *importances]):
+            return None
+        return launch.Tables(parameters, [average.numel() for average in importances], *columns)
+
+    def _operations(self) -> Any:
+        """The module whose operations do the work where the compiled kernels do not take the tensors."""
+        return reference if self._backend == "reference" else ops
 
     # ------------------------------------------------------------------------------------------------ model changes
 
@@ -500,7 +514,7 @@ class ModelOptimizer(ImportanceHolder):
 
     def _check_saved_tensors(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
         """Raises ValueError if saved tensors do not have the shape and the shards of their parameter."""
-        for name in ("momentum_buffer", *self._BESIDE):
+        for name in ("momentum_buffer", *self._STATE_TENSORS):
             tensor = saved.get(name)
             if tensor is not None and tensor.shape != parameter.shape:
                 raise ValueError(
@@ -531,8 +545,8 @@ class ModelOptimizer(ImportanceHolder):
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Copies the saved tensors that torch would cast to the parameter's dtype."""
         for parameter in self._all_parameters():
-            dtype = self._dtype_beside(parameter)
-            for name in self._BESIDE:
+            dtype = self._state_tensor_dtype(parameter)
+            for name in self._STATE_TENSORS:
                 if name in saved[id(parameter)]:
                     tensor = saved[id(parameter)][name].detach()
                     self.state[parameter][name] = tensor.to(parameter.device, dtype, copy=True)

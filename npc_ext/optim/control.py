@@ -15,7 +15,7 @@ from ..neurons.protection import Protection, warn_if_little
 from .base import ModelOptimizer
 from .measured import LayerWarnings
 from .moments import FirstMoments
-from .nonfinite import SkippedSteps
+from .nonfinite import NonfiniteSteps
 from .options import LayerOptions, check_choice, check_plasticity_options
 
 
@@ -32,7 +32,7 @@ class PlasticityControl(ModelOptimizer):
     _NONFINITE_IN: ClassVar[str]
 
     _has_layers = False  # whether the model has been searched; the constructor adds groups before that
-    _skipped: SkippedSteps
+    _nonfinite_steps: NonfiniteSteps
 
     def __init__(
         self,
@@ -107,18 +107,18 @@ class PlasticityControl(ModelOptimizer):
         super()._check_options(options, where)
         check_plasticity_options(options, where)
 
-    def _report_skipped(self) -> None:
+    def _report_nonfinite_steps(self) -> None:
         """Called once a step. Warns of layers with an importance that was not finite."""
-        counts = self._skipped.news()
+        counts = self._nonfinite_steps.news()
         if counts is None:
             return
         for layer, count in zip(self._layer_names(), counts, strict=True):
             if count:
                 self._layer_warnings.warn_once(
                     layer,
-                    "skipped",
+                    "nonfinite_steps",
                     f"had an importance that is not finite (inf or nan in {self._NONFINITE_IN}); such steps leave its "
-                    "importance as it was and are counted in plasticity()[...].skipped",
+                    "importance as it was and are counted in plasticity()[...].nonfinite_steps",
                 )
 
     def _forget_plans(self) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 _STEPS_BETWEEN_COPIES = 100
 
 
-class SkippedSteps:
+class NonfiniteSteps:
     """One counter for each layer, on every device that has layers."""
 
     def __init__(self, layers: int) -> None:

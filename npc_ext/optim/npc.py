@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import ops, reference
+from ..columns import SGDOptions, columns_of
 from ..kernels import launch
 from .options import ALPHA_IN_UNITS_OF_LR, PLASTIC_OPTIONS, SGD_OPTIONS
 from .plan import PlasticPlan
@@ -138,49 +138,8 @@ class NPC(Plastic):
         )
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common, groups = self._common(device, members), [group for _, group in members]
-        layers, of_parameters, of_layers = self._neuron_options(common["owners"])
-        options = (
-            *of_parameters,
-            common["rates"],
-            *([group[name] for group in groups] for name in ("momentum", "nesterov", "weight_decay", "maximize")),
-            *of_layers,
-        )
-        return self._plastic_plan(common, layers, options, launch.Tables)
+        common = self._common(device, members)
+        return self._plastic_plan(common, columns_of(SGDOptions, common["groups"], lr=common["rates"]))
 
     def _launch(self, plan: PlasticPlan) -> None:
-        gradients, buffers = plan.gradients(), plan.momentum_buffers()
-        importances = plan.importances
-        measured = [self._consolidated[index].sink.grad for index in plan.layers]
-        if plan.tables is not None:
-            launch.update_(
-                plan.tables,
-                plan.parameters,
-                gradients,
-                buffers,
-                importances,
-                measured,
-                plan.skipped,
-                plan.layers,
-                None,
-                None,
-                plan.beside("step") if plan.seeds else (),
-                plan.seeds,
-            )
-            return
-        self._update_by_pytorch(plan, gradients, buffers, importances, measured)
-
-    def _update_by_pytorch(
-        self,
-        plan: PlasticPlan,
-        gradients: list[Tensor],
-        buffers: list[Tensor],
-        importances: list[Tensor],
-        measured: list[Tensor | None],
-    ) -> None:
-        nothing = torch.empty(0, dtype=torch.float32, device=plan.device)
-        steps = [nothing if count is None else count for count in plan.beside("step")] if plan.seeds else []
-        update: Callable[..., None] = reference.update_ if self._backend == "reference" else ops.update_
-        with plan.without_kernels(measured) as (sums, skipped):
-            network = (plan.parameters, gradients, buffers, importances, sums, skipped)
-            update(*network, *plan.options, None, None, plan.first_neuron, steps, plan.seeds)
+        plan.launch(launch.update_, self._operations, plan.network(), self._measured(plan))

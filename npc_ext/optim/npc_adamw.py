@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .. import ops, reference
+from .. import reference
+from ..columns import AdamNetwork, AdamOptions, columns_of
 from ..distributed.shards import local
 from ..kernels import launch
 from .options import PLASTIC_OPTIONS, check_number, check_plasticity_options
@@ -53,7 +54,7 @@ class NPCAdamW(Plastic):
         *("alpha", "beta", "delta", "betas", "eps", "weight_decay", "maximize"),
         *PLASTIC_OPTIONS,
     )
-    _BESIDE: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -117,7 +118,7 @@ class NPCAdamW(Plastic):
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         state, dtype = self.state[parameter], reference.compute_dtype(parameter.dtype)
-        for name in self._BESIDE:
+        for name in self._STATE_TENSORS:
             if state.get(name) is None:
                 state[name] = torch.zeros_like(parameter, dtype=dtype)
         super()._create_state(parameter, group)
@@ -126,29 +127,17 @@ class NPCAdamW(Plastic):
         return local(state["exp_avg"])
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common, groups = self._common(device, members), [group for _, group in members]
-        layers, of_parameters, of_layers = self._neuron_options(common["owners"])
-        betas = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
-        options = (
-            *of_parameters,
-            common["rates"],
-            *betas,
-            *([group[name] for group in groups] for name in ("eps", "weight_decay", "maximize")),
-            *of_layers,
-        )
-        return self._plastic_plan(common, layers, options, launch.AdamTables)
+        common = self._common(device, members)
+        rates, groups = common["rates"], common["groups"]
+        first, second = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
+        epsilon = [group["eps"] for group in groups]
+        options = columns_of(AdamOptions, groups, lr=rates, first_decay=first, second_decay=second, epsilon=epsilon)
+        return self._plastic_plan(common, options)
 
     def _launch(self, plan: PlasticPlan) -> None:
-        beside = [plan.beside(name) for name in (*self._BESIDE, "step")]
-        network = [plan.parameters, plan.gradients(), *beside, plan.importances]
-        measured = [self._consolidated[index].sink.grad for index in plan.layers]
-        if plan.tables is not None:
-            fused: Callable[..., None] = launch.adam_update_
-            fused(plan.tables, *network, measured, plan.skipped, plan.layers, None, None, plan.seeds)
-            return
-        update: Callable[..., None] = reference.adam_update_ if self._backend == "reference" else ops.adam_update_
-        with plan.without_kernels(measured) as (sums, skipped):
-            update(*network, sums, skipped, *plan.options, None, None, plan.first_neuron, plan.seeds)
+        moments = plan.state_tensors("exp_avg"), plan.state_tensors("exp_avg_sq")
+        network = AdamNetwork(plan.parameters, plan.gradients(), *moments)
+        plan.launch(launch.adam_update_, self._operations, network, self._measured(plan))
 
 
 def _is_decay(value: object) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._names import close_to
+from ..columns import PlasticityOptions, columns_of
 from ..kernels.checks import SIGMAS
 
 BACKENDS = ("auto", "native", "reference")
@@ -110,3 +111,9 @@ def check_rounding(group: Mapping[str, Any]) -> None:
             "torch.bfloat16 only: convert the model first (model.to(torch.bfloat16)), or turn it off (for one "
             "group: {'params': ..., 'stochastic_rounding': False})"
         )
+
+
+def plasticity_columns(layers: Sequence[Mapping[str, Any]]) -> PlasticityOptions:
+    """The constants of layers as operations take them."""
+    active_only = [layer["normalize"] == "active" for layer in layers]
+    return columns_of(PlasticityOptions, layers, active_only=active_only)

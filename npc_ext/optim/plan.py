@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import is_
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..columns import Layers, Network, Steps
 from ..distributed.shards import local
 from ..kernels import launch
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -32,7 +30,7 @@ class Plan:
     has_momentum: list[bool]
     groups: list[dict[str, Any]]  # of each parameter
     rates: list[float | Tensor]  # the learning rate of each parameter, one of the options
-    options: tuple[Any, ...]  # of the operation in ops, after its tensors
+    columns: tuple[NamedTuple, ...]  # arguments of the operation that stay the same from step to step
     tables: launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
 
     def gradients(self) -> list[Any]:
@@ -55,14 +53,11 @@ class Plan:
                 return False
         return True
 
-    def momentum_buffers(self) -> list[Tensor]:
-        """The momentum buffers, and in place of missing ones anything."""
-        if "momentum_buffer" not in self.checked:
-            return self.parameters
-        own = zip(self.parameters, self.beside("momentum_buffer"), strict=True)
-        return [parameter if buffer is None else buffer for parameter, buffer in own]
+    def network(self) -> Network:
+        """The tensors that SGD works on."""
+        return Network(self.parameters, self.gradients(), self.state_tensors("momentum_buffer"))
 
-    def beside(self, name: str) -> list[Tensor | None]:
+    def state_tensors(self, name: str) -> list[Any]:
         """One tensor of each parameter's state, or None where it has none of that name."""
         tensors = self.checked.get(name)
         if tensors is None:
@@ -71,26 +66,45 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class PlasticPlan(Plan):
-    """What one device's part of a step works on."""
+class LayersPlan(Plan):
+    """A plan of an operation that counts the steps in which a layer's importance is not finite."""
 
-    layers: list[int]  # indices of consolidated layers
-    layer_states: list[dict[str, Any]]  # the states that hold their importance
-    importances: list[Tensor]  # those, as they were checked
-    skipped: Tensor  # counters of all layers, on the device
-    first_neuron: list[int] | None  # of each parameter's first row; None where all parameters have all neurons' rows
-    seeds: list[int]  # of the parameters' random rounding, or empty
+    layers: list[int]  # indices of the layers that take part
+    nonfinite_steps: Tensor  # counters of all layers, on the device
+
+    @contextmanager
+    def counters(self) -> Iterator[Tensor]:
+        """Counters of the layers that take part, as the operations of `npc_ext.ops` take them."""
+        counts = self.nonfinite_steps[self.layers]
+        with torch.no_grad():
+            yield counts
+            self.nonfinite_steps[self.layers] = counts
+
+
+@dataclass(frozen=True)
+class PlasticPlan(LayersPlan):
+    """A plan of an operation with a learning rate for every neuron."""
+
+    layer_states: list[dict[str, Any]]  # the states that hold the layers' importance
+    kept: Layers  # their importance, as it was checked, and `nonfinite_steps`
+    steps: Steps  # of the parameters, as far as they are counted
 
     def is_current(self) -> bool:
         """Whether the states still hold the tensors that were checked when the plan was made."""
         averages = [state.get("importance") for state in self.layer_states]
-        return all(map(is_, self.importances, averages)) and super().is_current()
+        return all(map(is_, self.kept.importances, averages)) and super().is_current()
 
-    @contextmanager
-    def without_kernels(self, measured: Sequence[Tensor | None]) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """What the operations of `npc_ext.ops` take: measured sums, and counters of this plan's layers."""
-        nothing, skipped = torch.empty(0, dtype=torch.float32, device=self.device), self.skipped[self.layers]
-        sums = [nothing if one is None else one for one in measured]
-        with torch.no_grad():
-            yield sums, skipped
-            self.skipped[self.layers] = skipped
+    def launch(
+        self,
+        kernel: Callable[..., None],
+        operations: Callable[[], Any],
+        network: NamedTuple,
+        measured: Sequence[Tensor | None],
+    ) -> None:
+        """Takes a step with a kernel in `launch`, or where there is none with the operation of the same name."""
+        if self.tables is not None:
+            kernel(self.tables, network, self.kept, measured, self.steps, counted_at=self.layers)
+            return
+        operation = getattr(operations(), kernel.__name__)
+        with self.counters() as counts:
+            operation(network, Layers(self.kept.importances, counts), measured, *self.columns, self.steps)

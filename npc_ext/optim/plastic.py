@@ -6,9 +6,9 @@ and skips gradients that are certain not to be needed. Subclasses define the wei
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import ops, reference
 from .._names import ByLayer, close_to
+from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
@@ -31,8 +32,8 @@ from ..skipping.forward import PartialForward, why_not
 from .base import uncompiled
 from .control import PlasticityControl
 from .measured import MeasurementChecks
-from .nonfinite import SkippedSteps
-from .options import check_choice, check_rounding
+from .nonfinite import NonfiniteSteps
+from .options import check_choice, check_rounding, plasticity_columns
 from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
@@ -119,7 +120,7 @@ class Plastic(PlasticityControl, Joinable):
             if layer.name not in self._left_alone and any(id(p.parameter) in trained for p in layer.parameters)
         ]
         self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
-        self._skipped = SkippedSteps(len(self._consolidated))
+        self._nonfinite_steps = NonfiniteSteps(len(self._consolidated))
         self._index_parameters()
         for index, layer in enumerate(self._consolidated):
             if layer.trains():  # other layers get a state once they train
@@ -240,7 +241,7 @@ class Plastic(PlasticityControl, Joinable):
         self._launch_all()
         self._certificates.after_step()
         self._drop_measured()
-        self._report_skipped()
+        self._report_nonfinite_steps()
 
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
 
@@ -343,27 +344,6 @@ class Plastic(PlasticityControl, Joinable):
             state, device = self._layer_state(index), self._keys[index].device
             state["importance"] = state["importance"].to(device, torch.float32).contiguous()
 
-    def _neuron_options(self, parameters: Sequence[Tensor]) -> tuple[list[int], tuple[Any, ...], tuple[Any, ...]]:
-        """What the operations must know of neurons: the layers that take part, and two parts of their options.
-
-        The first part says of each parameter which of those layers it belongs to (-1: to none), which of its dimensions
-        counts neurons, and in how many groups; the second one has the constants of eqs. 4, 7 and 3 of each layer.
-        """
-        places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
-        layers = sorted({layer for layer, _, _ in places if layer >= 0})
-        position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
-        constants = [self._constants(layer) for layer in layers]
-        of_parameters = (
-            [position[layer] for layer, _, _ in places],
-            [dim for _, dim, _ in places],
-            [count for _, _, count in places],
-        )
-        of_layers = (
-            *([own[name] for own in constants] for name in ("alpha", "beta", "delta", "sigma")),
-            [own["normalize"] == "active" for own in constants],
-        )
-        return layers, of_parameters, of_layers
-
     def _rounds_stochastically(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         return bool(group["stochastic_rounding"]) and parameter.dtype == torch.bfloat16
 
@@ -384,31 +364,49 @@ class Plastic(PlasticityControl, Joinable):
         ]
 
     def _plastic_plan(
-        self,
-        common: dict[str, Any],
-        layers: list[int],
-        options: tuple[Any, ...],
-        tables: Callable[..., Any],
+        self, common: dict[str, Any], options: NamedTuple, parameters: Sequence[Tensor] | None = None
     ) -> PlasticPlan:
-        """A plan with its tables, which are made of parameters, numbers of neurons and options."""
-        parameters = common["parameters"]
-        partial = common["sharded"] or any(id(owner) in self._first for owner in common["owners"])
-        first_neuron = list(map(self._first_neuron, common["owners"])) if partial else None
+        """A plan of a step.
+
+        Args:
+            common: the fields that do not depend on the method.
+            options: of the parameters that the step moves.
+            parameters: those whose layers take part; by default those that the step moves.
+        """
+        moved = common["owners"]
+        places = [self._place[id(one)] for one in parameters or moved if id(one) in self._place]
+        layers = sorted({layer for layer, _, _ in places})
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
-        neurons = [average.numel() for average in importances]
-        native = self._takes([*parameters, *importances])
+        counts = common["checked"].get("step")
+        counters = self._nonfinite_steps.on(common["device"])
+        placement = self._placement(moved, layers, common["sharded"])
+        columns = (placement, options, plasticity_columns([self._constants(layer) for layer in layers]))
         return PlasticPlan(
             **common,
-            options=options,
-            tables=tables(parameters, neurons, *options, first_neuron=first_neuron) if native else None,
-            first_neuron=first_neuron,
+            columns=columns,
+            tables=self._tables(common["parameters"], columns, importances),
             layers=layers,
             layer_states=layer_states,
-            importances=importances,
-            skipped=self._skipped.on(common["device"]),
-            seeds=self._seeds(common["owners"], common["groups"]),
+            kept=Layers(importances, counters),
+            nonfinite_steps=counters,
+            steps=NO_STEPS if counts is None else Steps(counts, self._seeds(moved, common["groups"])),
         )
+
+    def _placement(self, parameters: Sequence[Tensor], layers: Sequence[int], sharded: bool) -> Placement:
+        """Which of these layers parameters belong to, and which of their neurons."""
+        places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
+        position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
+        in_parts = sharded or any(id(parameter) in self._first for parameter in parameters)
+        return Placement(
+            layer=[position[layer] for layer, _, _ in places],
+            neuron_dim=[dim for _, dim, _ in places],
+            groups=[groups for _, _, groups in places],
+            first_neuron=list(map(self._first_neuron, parameters)) if in_parts else None,
+        )
+
+    def _measured(self, plan: PlasticPlan) -> list[Tensor | None]:
+        return [self._consolidated[index].sink.grad for index in plan.layers]
 
     def _first_neuron(self, parameter: Tensor) -> int:
         """The neuron that the first row of a parameter, or of this process's shard, belongs to."""
@@ -449,7 +447,7 @@ class Plastic(PlasticityControl, Joinable):
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """Importance, learning rates and the share of frozen neurons of every consolidated layer, by name."""
         result = ByLayer[LayerPlasticity]()
-        counts = self._skipped.now()
+        counts = self._nonfinite_steps.now()
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
             known = self.state.get(key, {}).get("importance")

@@ -15,7 +15,7 @@ class LayerPlasticity:
         importance: (N,) float32, the moving average C of eq. 4; its mean tends to 1.
         learning_rate: (N,) float32, eta of eq. 7 under the learning rate of the layer's weight.
         frozen: the share of neurons, from 0 to 1, for which eq. 7 is 0, regardless of the group's learning rate.
-        skipped: in how many steps the measured importance was not finite and was left out.
+        nonfinite_steps: in how many steps the measured importance was not finite and was left out.
         frozen_for: (N,) int64, the number of steps for which each neuron is certain to stay frozen with the current
             options, regardless of the data: 0 if it is not certain, at most a million.
         gradients_skipped: the share of neurons, from 0 to 1, for which the last step's backward passes skipped the
@@ -25,7 +25,7 @@ class LayerPlasticity:
     importance: Tensor
     learning_rate: Tensor
     frozen: float
-    skipped: int
+    nonfinite_steps: int
     frozen_for: Tensor
     gradients_skipped: float
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
+from ..columns import SGDOptions, columns_of
 from ..distributed.shards import local
 from ..distributed.sinks import SinksJoinHook
-from ..kernels import launch
 from ..neurons.table import Neurons
 from .base import uncompiled
 from .npc import NPC
@@ -464,9 +464,8 @@ class _Tracker(NPC):
                         moment.masked_fill_(self._spread(froze, parameter), 0)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        layers, _, of_layers = self._neuron_options([parameter for parameter, _ in members])
-        nothing: tuple[list[Any], ...] = ([],) * 8
-        return self._plastic_plan(self._common(device, []), layers, (*nothing, *of_layers), launch.Tables)
+        common, trained = self._common(device, []), [parameter for parameter, _ in members]
+        return self._plastic_plan(common, columns_of(SGDOptions, [], lr=[]), trained)
 
     def _warn_if_little_is_protected(self) -> None:
         """Does nothing: the wrapper calls `warn_if_little_is_protected` after its checks."""

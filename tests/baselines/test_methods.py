@@ -719,4 +719,4 @@ def test_cpc_counts_and_reports_importance_that_is_not_finite() -> None:
         warnings.simplefilter("always")
         optimizer.step()
     assert "layer '0' had an importance that is not finite" in str(caught[0].message)
-    assert optimizer.plasticity()["0"].skipped == 1
+    assert optimizer.plasticity()["0"].nonfinite_steps == 1

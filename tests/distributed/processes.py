@@ -557,7 +557,7 @@ def sharded_and_rounded_at_random() -> Any:
         F.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
         optimizer.step()
     counted = [float(optimizer.state[parameter]["step"]) for parameter in model.parameters()]
-    return {"alike": alike(optimizer), "seeds": optimizer._plans[0].seeds, "steps": counted}
+    return {"alike": alike(optimizer), "seeds": optimizer._plans[0].steps.seeds, "steps": counted}
 
 
 @scenario_of_shards

@@ -12,13 +12,28 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
-from npc_ext.kernels.checks import SIGMAS
 
-from ..tolerances import DTYPES, U, assert_adam_stepped, assert_average
+from ..tolerances import DTYPES, U, assert_adam_stepped
 from . import test_update
-from .test_update import PARAMETERS, copied
+from .arguments import (
+    Arguments,
+    adam,
+    any_options,
+    any_plasticity,
+    call,
+    check_averages_and_start_again,
+    check_changes_nothing,
+    check_is_refused,
+    copied,
+    flat,
+    no_layers,
+    no_nonfinite_steps,
+    one_layer,
+    with_threads,
+)
+from .test_update import PARAMETERS
 
-WRITTEN = ("parameters", "first_moments", "second_moments", "steps", "importances", "skipped")
+WRITTEN = ("parameters", "first_moments", "second_moments", "steps", "importances", "nonfinite_steps")
 
 
 def network(
@@ -27,56 +42,45 @@ def network(
     steps: int = 3,
     weight_decay: float = 0.01,
     maximize: bool = False,
-    sigma: str = "sigmoid",
-    active_only: bool = False,
-    grad_scale: float | None = None,
-    channels_last: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:
+    **options: Any,
+) -> Arguments:
     """Arguments of `adam_update_` for the network of test_update.py, a third of whose neurons are frozen."""
-    options: dict[str, Any] = {"channels_last": channels_last, "device": device}
-    plain = test_update.network(dtype, sigma=sigma, active_only=active_only, grad_scale=grad_scale, **options)
-    real, count = reference.compute_dtype(dtype), len(PARAMETERS)
-
-    def moments() -> list[Tensor]:
-        return [torch.randn_like(parameter.cpu(), dtype=real).to(device) for parameter in plain["parameters"]]
-
+    plain = test_update.network(dtype, maximize=maximize, weight_decay=weight_decay, device=device, **options)
+    count = len(PARAMETERS)
     return {
-        "parameters": plain["parameters"],
-        "gradients": plain["gradients"],
-        "first_moments": moments(),
-        "second_moments": [moment.square() for moment in moments()],
-        "steps": [torch.tensor(float(steps), device=device) for _ in range(count)],
-        **{name: plain[name] for name in ("importances", "measured", "skipped", "layer", "neuron_dim", "groups")},
+        **with_moments(plain, steps),
         "lr": [0.01 + 0.001 * index for index in range(count)],
         "first_decay": [0.9] * (count - 1) + [0.0],
         "second_decay": [0.999] * (count - 1) + [0.5],
         "epsilon": [1e-8] * (count - 1) + [1e-3],
-        "weight_decay": [weight_decay] * count,
-        "maximize": [maximize] * count,
-        **{name: plain[name] for name in ("alpha", "beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")},
-        "seeds": [],
+        "weight_decay": plain["weight_decay"],
+        "maximize": plain["maximize"],
     }
 
 
-def check(arguments: dict[str, Any]) -> None:
+def with_moments(plain: Arguments, steps: int = 3) -> Arguments:
+    """Arguments of `update_` with Adam's state and options in place of SGD's."""
+    parameters = plain["parameters"]
+
+    def moments() -> list[Tensor]:
+        reals = [reference.compute_dtype(parameter.dtype) for parameter in parameters]
+        pairs = zip(parameters, reals, strict=True)
+        return [torch.randn_like(one.cpu(), dtype=real).to(one.device) for one, real in pairs]
+
+    return {
+        **{name: value for name, value in plain.items() if name not in ("momentum_buffers", "momentum", "nesterov")},
+        "first_moments": moments(),
+        "second_moments": [moment.square() for moment in moments()],
+        "steps": [torch.tensor(float(steps), device=parameter.device) for parameter in parameters],
+        "seeds": [],
+        **adam(len(parameters)),
+    }
+
+
+def check(arguments: Arguments) -> None:
     """Importance against float64; weights and moments against float64 from the importance that the kernel came to."""
-    before, exact = copied(arguments), copied(arguments, double=True)
-    ops.adam_update_(**arguments)
-    reference.adam_update_(**exact)
-    for got, want in zip(arguments["importances"], exact["importances"], strict=True):
-        assert_average(got, want, got.numel())
-    from_average = copied(before, double=True)
-    from_average["importances"] = [average.double() for average in arguments["importances"]]
-    from_average["measured"] = [torch.empty(0, device=average.device) for average in arguments["importances"]]
-    exceptions = test_update.expected_exceptions(before, arguments["importances"])
-    for index, (cleared, _) in exceptions.items():
-        from_average["first_moments"][index][cleared] = 0
-    reference.adam_update_(**from_average)
-    for index, (_, inactive) in exceptions.items():
-        for name in ("parameters", "first_moments", "second_moments"):
-            assert torch.equal(arguments[name][index][inactive], before[name][index][inactive])
-            from_average[name][index][inactive] = before[name][index][inactive].double()
+    before, from_average = check_averages_and_start_again("adam_update_", arguments, "first_moments")
     for index, got in enumerate(arguments["parameters"]):
         one = {name: before[name][index] for name in ("lr", "first_decay", "second_decay", "epsilon", "weight_decay")}
         steps = int(before["steps"][index]) + 1
@@ -97,14 +101,13 @@ def check(arguments: dict[str, Any]) -> None:
 
 def test_adam_update_scales_every_neurons_step_with_lr_and_a_warm_up_may_begin_at_zero(device: str) -> None:
     importance = torch.cat([torch.zeros(3), torch.rand(61)]).to(device)
-    unmeasured, skipped = torch.empty(0, device=device), torch.zeros(1, dtype=torch.int64, device=device)
 
     def moved(lr: float) -> Tensor:
         weight = torch.zeros(64, 2, device=device)
-        first, second, steps = torch.zeros_like(weight), torch.zeros_like(weight), torch.zeros(1, device=device)
-        of_neurons = ([importance], [unmeasured], skipped, [0], [0], [1])
-        options = ([lr], [0.9], [0.999], [1e-8], [0.01], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
-        ops.adam_update_([weight], [torch.ones_like(weight)], [first], [second], [steps], *of_neurons, *options)
+        arguments = with_moments(one_layer(importance, [weight], [torch.ones_like(weight)]), steps=0)
+        for name in ("first_moments", "second_moments"):
+            arguments[name][0].zero_()
+        call(ops.adam_update_, {**arguments, **adam(1, lr)})
         return weight
 
     full = moved(0.125)
@@ -130,26 +133,7 @@ def test_adam_update_agrees_with_the_reference(dtype: torch.dtype, options: dict
 @test_update.around_4096
 @pytest.mark.parametrize("active_only", [False, True])
 def test_adam_update_of_layers_of_very_many_neurons(neurons: int, active_only: bool, device: str) -> None:
-    plain = test_update.wide_network(neurons, active_only=active_only, device=device)
-    count = len(plain["parameters"])
-    names = ("parameters", "gradients", "importances", "measured", "skipped", "layer", "neuron_dim", "groups")
-    of_layers = ("alpha", "beta", "delta", "sigma", "active_only", "grad_scale", "found_inf")
-    check(
-        {
-            **{name: plain[name] for name in names},
-            "first_moments": [torch.randn_like(one.cpu()).to(device) for one in plain["parameters"]],
-            "second_moments": [torch.rand_like(one.cpu()).to(device) for one in plain["parameters"]],
-            "steps": [torch.tensor(3.0, device=device) for _ in range(count)],
-            "lr": [0.01] * count,
-            "first_decay": [0.9] * count,
-            "second_decay": [0.999] * count,
-            "epsilon": [1e-8] * count,
-            "weight_decay": [0.01] * count,
-            "maximize": [False] * count,
-            **{name: plain[name] for name in of_layers},
-            "seeds": [],
-        }
-    )
+    check(with_moments(test_update.wide_network(neurons, active_only=active_only, device=device)))
 
 
 @pytest.mark.parametrize("count", [3, 400])
@@ -159,12 +143,10 @@ def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(count:
     average, measured = (
         torch.tensor(values, device=device) for values in ([0.4, 0.6, 0.0, 0.4], [2.0, 2.0, 0.0, -0.0])
     )
-    skipped = torch.zeros(1, dtype=torch.int64, device=device)
     steps = [torch.zeros((), device=device) for _ in range(count)]
-    places = ([0] * count, [0] * count, [1] * count)
-    options = ([0.1] * count, [0.9] * count, [0.99] * count, [1e-8] * count, [0.0] * count, [False] * count)
-    rest = (skipped, *places, *options, [0.5], [0.5], [0.5], ["sigmoid"], [True])
-    ops.adam_update_(weights, gradients, firsts, seconds, steps, [average], [measured], *rest)
+    arguments = one_layer(average, weights, gradients, measured) | {"delta": [0.5], "active_only": [True]}
+    arguments |= {"first_moments": firsts, "second_moments": seconds, "steps": steps}
+    call(ops.adam_update_, {**arguments, **adam(count, 0.1, weight_decay=0.0, second_decay=0.99)})
     torch.testing.assert_close(average.cpu(), torch.tensor([0.95, 1.05, 0.0, 0.4]))
     for weight, first, second, step in zip(weights, firsts, seconds, steps, strict=True):
         moved = (weight != 1).any(1).tolist()
@@ -175,18 +157,9 @@ def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(count:
 @given(st.data())
 def test_adam_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    check(
-        network(
-            draw(st.sampled_from(DTYPES)),
-            steps=draw(st.integers(0, 10**6)),
-            weight_decay=draw(st.sampled_from([0.0, 0.1])),
-            maximize=draw(st.booleans()),
-            sigma=draw(st.sampled_from(SIGMAS)),
-            active_only=draw(st.booleans()),
-            grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
-        )
-    )
+    options = {**any_options(draw), **any_plasticity(draw)}
+    del options["momentum"], options["nesterov"]
+    check(network(steps=draw(st.integers(0, 10**6)), **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -194,15 +167,19 @@ def test_without_neurons_it_is_adamw(dtype: torch.dtype, device: str) -> None:
     value = torch.randn(40, 9).to(device, dtype)
     peer = torch.nn.Parameter(value.clone())
     optimizer = torch.optim.AdamW([peer], lr=0.01, weight_decay=0.1)
-    moments = [[torch.zeros_like(value)], [torch.zeros_like(value)]]
-    steps = [torch.zeros((), device=device)]
-    outside: list[Any] = [[], [], torch.zeros(0, dtype=torch.int64, device=device), [-1], [0], [1]]
+    arguments = {**outside(value), **adam(1, weight_decay=0.1)}
     for _ in range(20):
         peer.grad = torch.randn_like(peer.cpu()).to(device)
         optimizer.step()
-        constants = [[0.01], [0.9], [0.999], [1e-8], [0.1], [False]]
-        ops.adam_update_([value], [peer.grad], *moments, steps, *outside, *constants, *[[]] * 5)
+        call(ops.adam_update_, {**arguments, "gradients": [peer.grad]})
     torch.testing.assert_close(value, peer.detach(), rtol=40 * U[dtype], atol=0.01 * 20 * 24 * U[dtype])
+
+
+def outside(value: Tensor) -> Arguments:
+    """Arguments for a parameter in no layer, without its gradient and options."""
+    state = {"first_moments": [torch.zeros_like(value)], "second_moments": [torch.zeros_like(value)]}
+    steps = [torch.zeros((), device=value.device)]
+    return {"parameters": [value], **state, "steps": steps, **no_layers(1, str(value.device))}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -215,7 +192,7 @@ def test_frozen_rows_and_their_moments_stay_bit_identical_but_for_the_first_once
     arguments = network(dtype, device=device)
     arguments["seeds"] = list(range(len(PARAMETERS))) if at_random else []
     before = copied(arguments)
-    ops.adam_update_(**arguments)
+    call(ops.adam_update_, arguments)
     seen = 0
     for index, (_, layer, dim, groups) in enumerate(PARAMETERS):
         if layer < 0:
@@ -261,7 +238,7 @@ def test_parameters_without_elements_count_their_steps(device: str) -> None:
     arguments["first_neuron"] = [10, 10, *[0] * 9]
     before = copied(arguments)
     for _ in range(2):
-        ops.adam_update_(**arguments)
+        call(ops.adam_update_, arguments)
     assert [int(count) for count in arguments["steps"]] == [5] * len(PARAMETERS)
     assert not torch.equal(arguments["importances"][0], before["importances"][0])
 
@@ -276,7 +253,7 @@ def test_a_shard_takes_the_step_of_its_rows(dtype: torch.dtype, device: str) -> 
         for at, (first, last) in rows.items():
             shards[name][at] = shards[name][at][first:last].clone()
     for arguments in (whole, shards):
-        ops.adam_update_(**arguments)
+        call(ops.adam_update_, arguments)
     for name in ("parameters", "first_moments", "second_moments"):
         for at, (first, last) in rows.items():
             assert torch.equal(shards[name][at], whole[name][at][first:last])
@@ -291,39 +268,28 @@ def test_adam_update_of_any_number_of_layers_and_parameters(layers: int, each: i
         count = layers if name in per_layer else layers * each
         arguments[name] = [value.clone() if isinstance(value, Tensor) else value for _ in range(count)]
     arguments["layer"] = [index // each for index in range(layers * each)]
-    arguments["skipped"] = torch.zeros(layers, dtype=torch.int64, device=device)
+    arguments["nonfinite_steps"] = no_nonfinite_steps(layers, device)
     check(arguments)
 
 
 def test_an_overflow_changes_nothing(device: str) -> None:
     arguments = network(device=device)
     arguments["found_inf"] = torch.ones(1, device=device)
-    before = copied(arguments)
-    ops.adam_update_(**arguments)
-    for name in WRITTEN:
-        assert all(map(torch.equal, arguments[name], before[name]))
+    check_changes_nothing(ops.adam_update_, arguments, WRITTEN)
 
 
 def test_adam_update_does_not_depend_on_the_number_of_threads() -> None:
-    results = []
-    for threads in (1, 2):
+    def run() -> Tensor:
         torch.manual_seed(0)
         value, gradient = torch.randn(70_001), torch.randn(70_001)
-        moments = [[torch.zeros(70_001)], [torch.zeros(70_001)]]
-        outside: list[Any] = [[torch.zeros(())], [], [], torch.zeros(0, dtype=torch.int64), [-1], [0], [1]]
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            constants = [[0.01], [0.9], [0.999], [1e-8], [0.1], [False]]
-            ops.adam_update_([value], [gradient], *moments, *outside, *constants, *[[]] * 5)
-        finally:
-            torch.set_num_threads(before)
-        results.append(value)
-    assert torch.equal(*results)
+        call(ops.adam_update_, {**outside(value), "gradients": [gradient], **adam(1, weight_decay=0.1)})
+        return value
+
+    assert torch.equal(with_threads(1, run), with_threads(2, run))
 
 
 def test_adam_update_passes_opcheck() -> None:
-    opcheck(torch.ops.npc_ext.adam_update_.default, tuple(network().values()))
+    opcheck(torch.ops.npc_ext.adam_update_.default, flat("adam_update_", network()))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +297,7 @@ def test_adam_update_passes_opcheck() -> None:
     [
         ("first_moments", lambda a: a["first_moments"][:-1], "first_moments has 10 entries, expected 11"),
         ("second_moments", lambda a: [a["second_moments"][0].half(), *a["second_moments"][1:]], r"second_moments\[0\] is torch.float16"),
-        ("steps", lambda a: [torch.empty(0), *a["steps"][1:]], r"steps\[0\] has 0 elements"),
+        ("steps", lambda a: [None, *a["steps"][1:]], r"steps\[0\] is None"),
         ("steps", lambda a: [a["steps"][0].long(), *a["steps"][1:]], r"steps\[0\] is torch.int64"),
         ("seeds", lambda a: [0] * 11, r"seeds\[0\] is 0, but parameters\[0\] is torch.float32"),
         ("beta", lambda a: a["beta"][:2], "beta has 2 entries, expected 5"),
@@ -341,8 +307,4 @@ def test_adam_update_passes_opcheck() -> None:
 def test_adam_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
     arguments = network()
     arguments[name] = value(arguments)
-    before = copied(arguments)
-    with pytest.raises(ValueError, match=message):
-        ops.adam_update_(**arguments)
-    for written in WRITTEN:
-        assert all(map(torch.equal, arguments[written], before[written]))
+    check_is_refused(ops.adam_update_, arguments, message, WRITTEN)

@@ -12,10 +12,25 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
+from npc_ext.columns import AnchorOptions, Anchors, Network, SGDOptions, columns_of
 from npc_ext.kernels import launch
 
 from ..tolerances import DTYPES, U, assert_stepped
-from .test_update import copied
+from .arguments import (
+    Arguments,
+    any_options,
+    assert_equal,
+    at_offset,
+    call,
+    check_changes_nothing,
+    check_is_refused,
+    copied,
+    exact,
+    flat,
+    no_layers,
+    sgd,
+    tensors,
+)
 
 SHAPES = [(10, 7), (64, 3, 3, 3), (1,), (33,), (), (3, 400), (5, 0)]
 WRITTEN = ("parameters", "momentum_buffers", "paths")
@@ -27,70 +42,54 @@ def network(
     anchors: bool = True,
     paths: bool = True,
     implicit: bool = True,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
     grad_scale: float | None = None,
     channels_last: bool = False,
     device: str = "cpu",
     shapes: list[tuple[int, ...]] = SHAPES,
-) -> dict[str, Any]:
+    **options: Any,
+) -> Arguments:
     """Arguments of `anchored_update_`. The second parameter has neither an anchor nor a path."""
-    real = reference.compute_dtype(dtype)
+    real, count = reference.compute_dtype(dtype), len(shapes)
 
-    def tensors(dtype: torch.dtype, wanted: bool = True) -> list[Tensor]:
-        made = [torch.randn(shape).to(device, dtype) for shape in shapes]
-        if channels_last:
-            made = [t.contiguous(memory_format=torch.channels_last) if t.ndim == 4 else t for t in made]
-        return [t if wanted and at != 1 else torch.empty(0, dtype=dtype, device=device) for at, t in enumerate(made)]
+    def kept(wanted: bool) -> list[Tensor | None]:
+        made = tensors(shapes, real, device, channels_last)
+        return [one if wanted and at != 1 else None for at, one in enumerate(made)]
 
-    def all_tensors() -> list[Tensor]:
-        made = tensors(dtype)
-        made[1] = torch.randn(shapes[1]).to(device, dtype)
-        return [t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t for t in made]
-
-    count = len(shapes)
+    of_parameters = ("parameters", "gradients", "momentum_buffers")
     return {
-        "parameters": all_tensors(),
-        "gradients": all_tensors(),
-        "momentum_buffers": all_tensors(),
-        "stiffness": [stiff.abs() for stiff in tensors(real, anchors)],
-        "anchors": tensors(real, anchors),
-        "paths": tensors(real, paths),
+        **{name: tensors(shapes, dtype, device, channels_last) for name in of_parameters},
+        "stiffness": [None if stiff is None else stiff.abs() for stiff in kept(anchors)],
+        "anchors": kept(anchors),
+        "paths": kept(paths),
         "strength": [0.1 + 0.05 * index for index in range(count)],
         "implicit": [implicit] * count,
-        "lr": [0.1 + 0.01 * index for index in range(count)],
-        "momentum": [momentum] * count,
-        "nesterov": [nesterov] * count,
-        "weight_decay": [weight_decay] * count,
-        "maximize": [maximize] * count,
+        **sgd(count, [0.1 + 0.01 * index for index in range(count)], **options),
         "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
         "found_inf": None,
     }
 
 
-def check(arguments: dict[str, Any]) -> None:
-    before, exact = copied(arguments, double=True), copied(arguments, double=True)
-    ops.anchored_update_(**arguments)
-    reference.anchored_update_(**exact)
+def check(arguments: Arguments) -> None:
+    before, want = exact(arguments), exact(arguments)
+    call(ops.anchored_update_, arguments)
+    call(reference.anchored_update_, want)
     for index, got in enumerate(arguments["parameters"]):
         scale = before["grad_scale"] or 1
         loss_gradient, value = before["gradients"][index].abs() / scale, before["parameters"][index]
         step = loss_gradient + before["weight_decay"][index] * value.abs()
-        has_anchor, implicit = before["stiffness"][index].numel() > 0, before["implicit"][index]
+        has_anchor, implicit = before["stiffness"][index] is not None, before["implicit"][index]
         if has_anchor and not implicit:
             distance = value.abs() + before["anchors"][index].abs()
             step = step + 2 * before["strength"][index] * before["stiffness"][index] * distance
         if before["momentum"][index]:
             step = 2 * step + before["momentum"][index] * before["momentum_buffers"][index].abs()
-            assert_stepped(arguments["momentum_buffers"][index], exact["momentum_buffers"][index], 2 * step, 0.0)
+            assert_stepped(arguments["momentum_buffers"][index], want["momentum_buffers"][index], 2 * step, 0.0)
         if has_anchor and implicit:
             step = (
                 step + value.abs() + before["anchors"][index].abs()
             )  # the pull's share of their distance is at most 1
-        assert_stepped(got, exact["parameters"][index], 2 * step, 0.0)
-        if before["paths"][index].numel():
+        assert_stepped(got, want["parameters"][index], 2 * step, 0.0)
+        if before["paths"][index] is not None:
             # The movement is that of the weight as stored, whose rounding the float64 reference does not know.
             path, moved = before["paths"][index], got.double() - value
             share = before["gradients"][index] / scale * moved * (-1 if before["maximize"][index] else 1)
@@ -121,22 +120,9 @@ def test_anchored_update_agrees_with_the_reference(dtype: torch.dtype, options: 
 @given(st.data())
 def test_anchored_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    momentum = draw(st.sampled_from([0.0, 0.9]))
-    check(
-        network(
-            draw(st.sampled_from(DTYPES)),
-            anchors=draw(st.booleans()),
-            paths=draw(st.booleans()),
-            implicit=draw(st.booleans()),
-            momentum=momentum,
-            nesterov=momentum > 0 and draw(st.booleans()),
-            weight_decay=draw(st.sampled_from([0.0, 0.1])),
-            maximize=draw(st.booleans()),
-            grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
-            shapes=draw(st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=2, max_size=5)),
-        )
-    )
+    wanted = {name: draw(st.booleans()) for name in ("anchors", "paths", "implicit")}
+    shapes = draw(st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=2, max_size=5))
+    check(network(**any_options(draw), **wanted, shapes=shapes))
 
 
 @pytest.mark.parametrize("count", [2, 24, 25, 300])
@@ -148,24 +134,18 @@ def test_anchored_update_of_any_number_of_parameters(count: int, device: str) ->
 def test_anchored_update_of_tensors_that_begin_anywhere(offset: int, device: str) -> None:
     arguments = network(shapes=[(6, 24), (1,)], device=device)
 
-    def cut(tensor: Tensor) -> Tensor:
-        return torch.cat([torch.zeros(offset, device=device), tensor.flatten()])[offset:].view(tensor.shape)
-
     for name in ("parameters", "stiffness", "anchors", "paths"):
-        arguments[name][0] = cut(arguments[name][0])
+        arguments[name][0] = at_offset(arguments[name][0], offset)
     check(arguments)
 
 
 def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
     arguments = network(anchors=False, paths=False, device=device)
-    plain = copied(arguments)
-    ops.anchored_update_(**arguments)
-    nothing = torch.empty(0, dtype=torch.int64, device=device)
-    count = len(SHAPES)
-    outside = ([-1] * count, [0] * count, [1] * count)
-    rest = [plain[name] for name in ("lr", "momentum", "nesterov", "weight_decay", "maximize")]
-    ops.update_(*(plain[n] for n in ("parameters", "gradients")), [], [], [], nothing, *outside, *rest, *[[]] * 5)
-    assert all(map(torch.equal, arguments["parameters"], plain["parameters"]))
+    kept = ("stiffness", "anchors", "paths", "strength", "implicit")
+    plain = {name: value for name, value in copied(arguments).items() if name not in kept}
+    call(ops.anchored_update_, arguments)
+    call(ops.update_, {**plain, **no_layers(len(SHAPES), device)})
+    assert_equal(arguments, plain, ["parameters"])
 
 
 @pytest.mark.parametrize(
@@ -182,38 +162,37 @@ def test_implicit_anchors_change_no_bit_where_there_is_no_stiffness_nor_of_the_b
 ) -> None:
     """Beside the same kernel without strength: where compilers fuse products with sums differs between kernels."""
     arguments = network(**options, paths=False, device=device, shapes=[(40, 30), (1,)])
-    sgd = copied(arguments)
-    sgd["strength"] = [0.0, 0.0]
+    plain = copied(arguments)
+    plain["strength"] = [0.0, 0.0]
     stiffness = arguments["stiffness"][0]
     stiffness[2] *= -1
     stiffness[::4] = 0
     arguments["anchors"][0][4] = torch.inf
-    ops.anchored_update_(**arguments)
-    ops.anchored_update_(**sgd)
-    same = arguments["parameters"][0] == sgd["parameters"][0]
+    call(ops.anchored_update_, arguments)
+    call(ops.anchored_update_, plain)
+    same = arguments["parameters"][0] == plain["parameters"][0]
     assert torch.equal(same, stiffness <= 0)
-    assert all(map(torch.equal, arguments["momentum_buffers"], sgd["momentum_buffers"]))
+    assert_equal(arguments, plain, ["momentum_buffers"])
 
 
 def test_a_negative_zero_without_stiffness_stays_one(device: str) -> None:
     arguments = on(device, one_weight(-0.0, 0.0))
-    ops.anchored_update_(**arguments)
+    call(ops.anchored_update_, arguments)
     assert bool(arguments["parameters"][0].signbit())
 
 
 def one_weight(
     value: float, stiffness: float, *, gradient: float = 0.0, velocity: float = 0.0, path: bool = False, **options: Any
-) -> dict[str, Any]:
+) -> Arguments:
     """Arguments for one weight whose anchor is at 1."""
     numbers = {"parameters": value, "gradients": gradient, "momentum_buffers": velocity, "stiffness": stiffness}
-    tensors = {name: [torch.full((1,), number)] for name, number in {**numbers, "anchors": 1.0}.items()}
-    paths = {"paths": [torch.zeros(1) if path else torch.empty(0)]}
-    scalars = {"strength": 1.0, "implicit": True, "lr": 0.5, "momentum": 0.0, "nesterov": False}
-    scalars |= {"weight_decay": 0.0, "maximize": False, **options}
-    return {**tensors, **paths, **{name: [scalar] for name, scalar in scalars.items()}}
+    of_weight = {name: [torch.full((1,), number)] for name, number in {**numbers, "anchors": 1.0}.items()}
+    paths = [torch.zeros(1) if path else None]
+    scalars = {"strength": 1.0, "implicit": True, **options}
+    return {**of_weight, "paths": paths, **sgd(1, 0.5), **{name: [scalar] for name, scalar in scalars.items()}}
 
 
-def on(device: str, arguments: dict[str, Any]) -> dict[str, Any]:
+def on(device: str, arguments: Arguments) -> Arguments:
     return {
         name: [one.to(device) if isinstance(one, Tensor) else one for one in own] for name, own in arguments.items()
     }
@@ -242,7 +221,7 @@ def test_a_step_of_one_weight_is_the_one_done_by_hand(
 ) -> None:
     for update in (ops.anchored_update_, reference.anchored_update_):
         arguments = on(device, one_weight(3.0, 3.0, gradient=2.0, path=True, **options))
-        update(**arguments)
+        call(update, arguments)
         assert arguments["parameters"][0].item() == pytest.approx(weight, rel=1e-6)
         assert arguments["momentum_buffers"][0].item() == pytest.approx(velocity)
         # The path integral takes the loss's gradient times the whole movement, the pull's part of it, too.
@@ -256,11 +235,12 @@ def test_a_rate_in_memory_scales_the_pull_as_well(implicit: bool, device: str) -
     rate, usual = torch.ones((), device=device), on(device, one_weight(3.0, 3.0, gradient=2.0, implicit=implicit))
     inputs = {name: usual[name] for name in ("parameters", "gradients", "momentum_buffers", "stiffness", "anchors")}
     read = {name: [tensor.clone() for tensor in tensors] for name, tensors in inputs.items()}
-    rest = [usual[name] for name in ("momentum", "nesterov", "weight_decay", "maximize")]
-    tables = launch.AnchoredTables(read["parameters"], usual["strength"], usual["implicit"], [rate], *rest)
+    options = columns_of(SGDOptions, [{name: usual[name][0] for name in SGDOptions._fields}], lr=[rate])
+    tables = launch.Tables(read["parameters"], [], options, AnchorOptions(usual["strength"], usual["implicit"]))
     rate.fill_(0.5)
-    launch.anchored_update_(tables, *read.values(), [None])
-    ops.anchored_update_(**usual)
+    network = Network(read["parameters"], read["gradients"], read["momentum_buffers"])
+    launch.anchored_update_(tables, network, Anchors(read["stiffness"], read["anchors"], [None]))
+    call(ops.anchored_update_, usual)
     assert torch.equal(read["parameters"][0], usual["parameters"][0])
 
 
@@ -282,7 +262,7 @@ def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explic
             scale = 2**-23 * (weight.abs() + anchor.abs())
             for _ in range(4):
                 before = (weight - anchor).abs()
-                ops.anchored_update_(**arguments)
+                call(ops.anchored_update_, arguments)
                 diverged.append(bool(((weight - anchor).abs() > before + scale).any() | ~weight.isfinite().all()))
                 overshot.append(bool(((weight - anchor) * side < -scale).any()))
             if implicit and strength >= 1e9:
@@ -302,7 +282,7 @@ def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(o
             arguments["lr"] = [(1 - arguments["momentum"][0]) / steps] * 2
             arguments["strength"] = [1.0] * 2
             for _ in range(steps):
-                ops.anchored_update_(**arguments)
+                call(ops.anchored_update_, arguments)
             ends.append(arguments["parameters"][0])
         apart.append((ends[0] - ends[1]).abs().max().item())
     assert apart[1] < 0.12 * apart[0]
@@ -315,7 +295,7 @@ def test_steps_come_to_rest_at_the_minimum_of_loss_and_penalty(implicit: bool, o
     arguments = one_weight(5.0, 3.0, implicit=implicit, **{"lr": 0.05, **options})
     for _ in range(400):
         arguments["gradients"][0].copy_(arguments["parameters"][0] + 2)
-        ops.anchored_update_(**arguments)
+        call(ops.anchored_update_, arguments)
     assert arguments["parameters"][0].item() == pytest.approx((3 * 2 * 1 - 2) / (3 * 2 + 1), rel=1e-5)
 
 
@@ -323,17 +303,14 @@ def test_steps_come_to_rest_at_the_minimum_of_loss_and_penalty(implicit: bool, o
 def test_no_rate_and_no_strength_are_no_pull(scale: dict[str, float], device: str) -> None:
     for update in (ops.anchored_update_, reference.anchored_update_):
         arguments = on(device, one_weight(3.0, 3.0, **scale))
-        update(**arguments)
+        call(update, arguments)
         assert arguments["parameters"][0].item() == 3.0
 
 
 def test_an_overflow_changes_nothing(device: str) -> None:
     arguments = network(momentum=0.9, device=device)
     arguments["found_inf"] = torch.ones(1, device=device)
-    before = copied(arguments)
-    ops.anchored_update_(**arguments)
-    for name in WRITTEN:
-        assert all(map(torch.equal, arguments[name], before[name]))
+    check_changes_nothing(ops.anchored_update_, arguments, WRITTEN)
 
 
 def test_the_pull_is_the_gradient_of_the_penalty() -> None:
@@ -349,7 +326,7 @@ def test_the_pull_is_the_gradient_of_the_penalty() -> None:
 
 def test_anchored_update_passes_opcheck() -> None:
     arguments = network(momentum=0.9)
-    opcheck(torch.ops.npc_ext.anchored_update_.default, tuple(arguments.values()))
+    opcheck(torch.ops.npc_ext.anchored_update_.default, flat("anchored_update_", arguments))
 
 
 @pytest.mark.parametrize(
@@ -357,7 +334,7 @@ def test_anchored_update_passes_opcheck() -> None:
     [
         ("stiffness", lambda a: a["stiffness"][:-1], "stiffness has 6 entries, expected 7"),
         ("stiffness", lambda a: [a["stiffness"][0].half(), *a["stiffness"][1:]], r"stiffness\[0\] is torch.float16"),
-        ("anchors", lambda a: [torch.empty(0), *a["anchors"][1:]], r"stiffness\[0\] and anchors\[0\] go together"),
+        ("anchors", lambda a: [None, *a["anchors"][1:]], r"stiffness\[0\] and anchors\[0\] go together"),
         ("paths", lambda a: [torch.randn(7, 10).t(), *a["paths"][1:]], r"paths\[0\] has strides \(1, 10\)"),
         ("gradients", lambda a: [a["gradients"][0].half(), *a["gradients"][1:]], r"gradients\[0\] is torch.float16"),
         ("implicit", lambda a: a["implicit"][:-1], "implicit has 6 entries, expected 7"),
@@ -371,8 +348,4 @@ def test_anchored_update_passes_opcheck() -> None:
 def test_anchored_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
     arguments = network(momentum=0.9)
     arguments[name] = value(arguments)
-    before = copied(arguments)
-    with pytest.raises(ValueError, match=message):
-        ops.anchored_update_(**arguments)
-    for written in WRITTEN:
-        assert all(map(torch.equal, arguments[written], before[written]))
+    check_is_refused(ops.anchored_update_, arguments, message, WRITTEN)

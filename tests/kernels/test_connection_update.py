@@ -12,10 +12,24 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
-from npc_ext.kernels.checks import SIGMAS
 
 from ..tolerances import DTYPES, assert_average, assert_stepped
-from .test_update import copied
+from .arguments import (
+    Arguments,
+    any_options,
+    any_plasticity,
+    at_offset,
+    call,
+    check_changes_nothing,
+    check_is_refused,
+    copied,
+    exact,
+    flat,
+    no_nonfinite_steps,
+    plasticity,
+    sgd,
+    tensors,
+)
 
 # shape and layer
 PARAMETERS: list[tuple[tuple[int, ...], int]] = [
@@ -28,51 +42,36 @@ PARAMETERS: list[tuple[tuple[int, ...], int]] = [
     ((), 2),
     ((3, 700), 3),
 ]
-WRITTEN = ("parameters", "momentum_buffers", "importances", "skipped")
+WRITTEN = ("parameters", "momentum_buffers", "importances", "nonfinite_steps")
 
 
 def network(
     dtype: torch.dtype = torch.float32,
     *,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
     sigma: str = "sigmoid",
     active_only: bool = False,
     grad_scale: float | None = None,
     channels_last: bool = False,
     device: str = "cpu",
     parameters: list[tuple[tuple[int, ...], int]] = PARAMETERS,
-) -> dict[str, Any]:
+    **options: Any,
+) -> Arguments:
     """Arguments of `connection_update_`; half of all connections are frozen."""
-
-    def tensors(dtype: torch.dtype) -> list[Tensor]:
-        made = [torch.randn(shape).to(device, dtype) for shape, _ in parameters]
-        return [t.contiguous(memory_format=torch.channels_last) if channels_last and t.ndim == 4 else t for t in made]
-
     count, layers = len(parameters), max(layer for _, layer in parameters) + 1
-    gradients = tensors(dtype)
-    gradients[0].flatten()[:20] = 0
-    nothing = torch.empty(0, device=device)
-    averages = [average.abs() for average in tensors(torch.float32)]
+    shapes = [shape for shape, _ in parameters]
+    of_parameters = {
+        name: tensors(shapes, dtype, device, channels_last) for name in ("parameters", "gradients", "momentum_buffers")
+    }
+    of_parameters["gradients"][0].flatten()[:20] = 0
+    averages = tensors(shapes, device=device, last=channels_last)
     return {
-        "parameters": tensors(dtype),
-        "gradients": gradients,
-        "momentum_buffers": tensors(dtype),
-        "importances": [a if layer >= 0 else nothing for a, (_, layer) in zip(averages, parameters, strict=True)],
-        "skipped": torch.zeros(layers, dtype=torch.int64, device=device),
+        **of_parameters,
+        "importances": [a.abs() if layer >= 0 else None for a, (_, layer) in zip(averages, parameters, strict=True)],
+        "nonfinite_steps": no_nonfinite_steps(layers, device),
         "layer": [layer for _, layer in parameters],
-        "lr": [0.1 + 0.01 * index for index in range(count)],
-        "momentum": [momentum] * count,
-        "nesterov": [nesterov] * count,
-        "weight_decay": [weight_decay] * count,
-        "maximize": [maximize] * count,
-        "alpha": [0.5] * layers,
-        "beta": [0.5] * layers,
+        **sgd(count, [0.1 + 0.01 * index for index in range(count)], **options),
+        **plasticity(layers, sigma=sigma, active=active_only),
         "delta": [0.9, 0.99, 0.5, 0.98][:layers] + [0.9] * (layers - 4),
-        "sigma": [sigma] * layers,
-        "active_only": [active_only] * layers,
         "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
         "found_inf": None,
     }
@@ -80,15 +79,15 @@ def network(
 
 def check(arguments: dict[str, Any]) -> None:
     """Importance against float64; weights against float64 from the importance that the kernel came to."""
-    before, exact = copied(arguments), copied(arguments, double=True)
-    ops.connection_update_(**arguments)
-    reference.connection_update_(**exact)
+    before, want = copied(arguments), exact(arguments)
+    call(ops.connection_update_, arguments)
+    call(reference.connection_update_, want)
     sizes: dict[int, int] = {}
     for parameter, layer in zip(before["parameters"], before["layer"], strict=True):
         sizes[layer] = sizes.get(layer, 0) + parameter.numel()
-    for got, want, layer in zip(arguments["importances"], exact["importances"], before["layer"], strict=True):
+    for got, average, layer in zip(arguments["importances"], want["importances"], before["layer"], strict=True):
         if layer >= 0:
-            assert_average(got, want, sizes[layer])
+            assert_average(got, average, sizes[layer])
     for index, got in enumerate(arguments["parameters"]):
         double = copied({name: before[name][index] for name in WRITTEN[:2]} | {"g": before["gradients"][index]}, True)
         value, gradient = double["parameters"], double["g"] / (before["grad_scale"] or 1)
@@ -129,9 +128,10 @@ def test_connections_move_at_the_papers_rates_and_these_scale_with_lr_down_to_ze
     importance = torch.cat([torch.zeros(3), torch.rand(600)]).to(device)
 
     def moved(lr: float) -> Tensor:  # from zero, so that |w dL/dw| leaves C as it is
-        weight, skipped = torch.zeros(603, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-        options = ([lr], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], [sigma], [False])
-        ops.connection_update_([weight], [torch.ones_like(weight)], [], [importance], skipped, [0], *options)
+        weight = torch.zeros(603, device=device)
+        arguments = {"parameters": [weight], "gradients": [torch.ones_like(weight)], "importances": [importance]}
+        arguments |= {"nonfinite_steps": no_nonfinite_steps(1, device), "layer": [0]}
+        call(ops.connection_update_, {**arguments, **sgd(1, lr), **plasticity(1, sigma=sigma)})
         return weight
 
     ratio = 0.5 / importance.double()
@@ -161,20 +161,7 @@ def test_connection_update_agrees_with_the_reference(dtype: torch.dtype, options
 @given(st.data())
 def test_connection_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    momentum = draw(st.sampled_from([0.0, 0.9]))
-    check(
-        network(
-            draw(st.sampled_from(DTYPES)),
-            momentum=momentum,
-            nesterov=momentum > 0 and draw(st.booleans()),
-            weight_decay=draw(st.sampled_from([0.0, 0.1])),
-            maximize=draw(st.booleans()),
-            sigma=draw(st.sampled_from(SIGMAS)),
-            active_only=draw(st.booleans()),
-            grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
-        )
-    )
+    check(network(**any_options(draw), **any_plasticity(draw)))
 
 
 @pytest.mark.parametrize(("layers", "each"), [(130, 2), (1, 200), (1, 1)])
@@ -187,11 +174,8 @@ def test_connection_update_of_any_number_of_layers_and_parameters(layers: int, e
 def test_connection_update_of_tensors_that_begin_anywhere(offset: int, device: str) -> None:
     arguments = network(parameters=[((6, 24), 0), ((9,), 0)], device=device)
 
-    def cut(tensor: Tensor) -> Tensor:
-        return torch.cat([torch.zeros(offset, device=device), tensor.flatten()])[offset:].view(tensor.shape)
-
     for name in ("parameters", "importances"):
-        arguments[name][0] = cut(arguments[name][0])
+        arguments[name][0] = at_offset(arguments[name][0], offset)
     check(arguments)
 
 
@@ -199,7 +183,7 @@ def test_connection_update_of_tensors_that_begin_anywhere(offset: int, device: s
 def test_frozen_connections_stay_bit_identical_but_for_the_momentum_once(dtype: torch.dtype, device: str) -> None:
     arguments = network(dtype, momentum=0.9, weight_decay=0.1, device=device)
     before = copied(arguments)
-    ops.connection_update_(**arguments)
+    call(ops.connection_update_, arguments)
     seen = 0
     for index, average in enumerate(arguments["importances"]):
         if arguments["layer"][index] < 0:
@@ -224,8 +208,8 @@ def test_importance_that_is_not_finite_is_left_out_and_counted(device: str) -> N
     arguments["gradients"][3].zero_()
     arguments["gradients"][4].zero_()
     before = copied(arguments)
-    ops.connection_update_(**arguments)
-    assert arguments["skipped"].tolist() == [1, 0, 0, 0]
+    call(ops.connection_update_, arguments)
+    assert arguments["nonfinite_steps"].tolist() == [1, 0, 0, 0]
     for index in (0, 2, 3, 4):  # of the layer that overflowed, and of the one without any importance
         assert torch.equal(arguments["importances"][index], before["importances"][index])
     assert not torch.equal(arguments["importances"][7], before["importances"][7])
@@ -234,14 +218,11 @@ def test_importance_that_is_not_finite_is_left_out_and_counted(device: str) -> N
 def test_an_overflow_changes_nothing(device: str) -> None:
     arguments = network(momentum=0.9, device=device)
     arguments["found_inf"] = torch.ones(1, device=device)
-    before = copied(arguments)
-    ops.connection_update_(**arguments)
-    for name in WRITTEN[:3]:
-        assert all(map(torch.equal, arguments[name], before[name]))
+    check_changes_nothing(ops.connection_update_, arguments, WRITTEN)
 
 
 def test_connection_update_passes_opcheck() -> None:
-    opcheck(torch.ops.npc_ext.connection_update_.default, tuple(network(momentum=0.9).values()))
+    opcheck(torch.ops.npc_ext.connection_update_.default, flat("connection_update_", network(momentum=0.9)))
 
 
 @pytest.mark.parametrize(
@@ -251,15 +232,11 @@ def test_connection_update_passes_opcheck() -> None:
         ("importances", lambda a: [torch.empty(0), *a["importances"][1:]], r"importances\[0\] is torch.float32 of shape \(0,\)"),
         ("layer", lambda a: [9, *a["layer"][1:]], r"layer\[0\] is 9, but there are 4 layers"),
         ("beta", lambda a: a["beta"][:2], "beta has 2 entries, expected 4"),
-        ("skipped", lambda a: torch.zeros(4), "skipped is torch.float32"),
+        ("nonfinite_steps", lambda a: torch.zeros(4), "nonfinite_steps is torch.float32"),
         ("sigma", lambda a: ["relu"] * 4, "sigma is 'relu'"),
     ],
 )  # fmt: skip
 def test_connection_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
     arguments = network(momentum=0.9)
     arguments[name] = value(arguments)
-    before = copied(arguments)
-    with pytest.raises(ValueError, match=message):
-        ops.connection_update_(**arguments)
-    for written in ("parameters", "momentum_buffers"):
-        assert all(map(torch.equal, arguments[written], before[written]))
+    check_is_refused(ops.connection_update_, arguments, message, ["parameters", "momentum_buffers"])

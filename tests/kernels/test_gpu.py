@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +18,7 @@ from npc_ext.kernels import native
 from npc_ext.optim import npc
 
 from . import test_update
+from .arguments import assert_equal, call, check_is_refused, copied, one_layer, sgd
 from .test_update import network
 
 pytestmark = pytest.mark.gpu
@@ -152,7 +152,7 @@ def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None
     before, graph = scratch(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=torch.cuda.Stream()):
         got = ops.importance(n, g)
-        ops.update_(**captured)
+        call(ops.update_, captured)
     assert scratch() - before == 2**20, "of the graph"
     for stream in (torch.cuda.current_stream(), torch.cuda.Stream(), torch.cuda.Stream()):
         torch.cuda.synchronize()
@@ -161,7 +161,7 @@ def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None
         with torch.cuda.stream(stream):
             graph.replay()
         stream.synchronize()
-        ops.update_(**twin)
+        call(ops.update_, twin)
         assert torch.equal(got, ops.importance(n, g))
         for name in test_update.WRITTEN[:3]:
             assert all(map(torch.equal, captured[name], twin[name]))
@@ -239,7 +239,7 @@ def test_a_skipped_layer_is_reported_without_waiting() -> None:
     F.cross_entropy(ours(x), y).backward()
     layer.sink.grad[0] = torch.nan
     optimizer.step()
-    assert optimizer.plasticity()["0"].skipped == 1
+    assert optimizer.plasticity()["0"].nonfinite_steps == 1
     train = trainer(ours, optimizer, x, y)
 
     def train_on() -> None:
@@ -290,13 +290,19 @@ def test_a_head_of_128_thousand_neurons() -> None:
     test_update.check(test_update.wide_network(128_000, inputs=64, device="cuda"))
     whole = test_update.wide_network(128_000, inputs=64, device="cuda")
     del whole["measured"]
-    activations = [torch.randn(4, len(average), device="cuda") for average in whole["importances"]]
-    gradients = [torch.randn_like(activation) for activation in activations]
-    parts = test_update.copied(whole)
-    ops.network_step_(activations, gradients, [1] * 3, [0] * 3, **whole)
-    ops.update_(**parts, measured=[ops.importance(*pair) for pair in zip(activations, gradients, strict=True)])
-    for name in test_update.WRITTEN:
-        assert all(map(torch.equal, whole[name], parts[name]))
+    activations = [torch.randn(4, len(one), device="cuda") for one in whole["importances"]]
+    gradients = [torch.randn_like(one) for one in activations]
+    parts = copied(whole)
+    inputs = {
+        "activations": activations,
+        "activation_gradients": gradients,
+        "channel_dim": [1] * 3,
+        "batch_dim": [0] * 3,
+    }
+    call(ops.network_step_, {**inputs, **whole})
+    measured = [ops.importance(*pair) for pair in zip(activations, gradients, strict=True)]
+    call(ops.update_, {**parts, "measured": measured})
+    assert_equal(whole, parts, test_update.WRITTEN)
 
 
 def test_importance_of_more_than_two_to_the_31_elements() -> None:
@@ -316,22 +322,20 @@ def test_update_of_more_than_two_to_the_31_elements() -> None:
         pytest.skip("needs 20 GiB of free GPU memory")
     weight = torch.zeros(2**15 + 1, 2**16, dtype=torch.float16, device="cuda")
     gradient = torch.ones_like(weight)
-    average, skipped = torch.zeros(2**15 + 1, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+    average = torch.zeros(2**15 + 1, device="cuda")
     average[5] = 1
-    rest = ([0], [0], [1], [0.5], [0.0], [False], [0.0], [False], [0.1], [0.5], [0.9], ["sigmoid"], [False])
-    ops.update_([weight], [gradient], [], [average], [torch.empty(0, device="cuda")], skipped, *rest)
+    arguments = one_layer(average, [weight], [gradient]) | {"alpha": [0.1], "delta": [0.9]}
+    call(ops.update_, {**arguments, **sgd(1, 0.5)})
     assert bool((weight[5] == 0).all())
     assert bool((weight[:5] == -0.5).all())
     assert bool((weight[6:] == -0.5).all())
 
 
 def test_operations_refuse_tensors_on_several_devices() -> None:
-    arguments: dict[str, Any] = network(device="cuda")
-    arguments["skipped"] = arguments["skipped"].cpu()
-    before = copy.deepcopy(arguments["parameters"])
-    with pytest.raises(ValueError, match="skipped has a tensor on cpu, but others are on cuda:0"):
-        ops.update_(**arguments)
-    assert all(map(torch.equal, arguments["parameters"], before))
+    arguments = network(device="cuda")
+    arguments["nonfinite_steps"] = arguments["nonfinite_steps"].cpu()
+    message = "nonfinite_steps has a tensor on cpu, but others are on cuda:0"
+    check_is_refused(ops.update_, arguments, message, ["parameters"])
 
 
 def test_float64_is_left_to_pytorch() -> None:

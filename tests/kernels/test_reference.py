@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from npc_ext import reference
 
+from .arguments import call, one_layer, sgd
+
 
 def test_importance_takes_the_absolute_value_per_sample_after_the_sum_over_positions() -> None:
     activation = torch.tensor([[[1.0, 2.0], [1.0, 1.0]], [[3.0, 0.0], [2.0, 2.0]]])
@@ -57,9 +59,9 @@ def test_a_neuron_that_freezes_loses_its_momentum(
 ) -> None:
     parameter, gradient, buffer = torch.ones(2, 1), torch.ones(2, 1), torch.full((2, 1), 3.0)
     averages, sums = torch.tensor([before, 0.0]), torch.tensor([measured, 2.0])
-    skipped = torch.zeros(1, dtype=torch.int64)
-    rest = (skipped, [0], [0], [1], [0.1], [0.9], [False], [0.5], [False], [0.5], [0.5], [0.8], ["erf"], [False])
-    reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest)
+    arguments = one_layer(averages, [parameter], [gradient], sums) | {"momentum_buffers": [buffer]}
+    arguments |= {**sgd(1, momentum=0.9, weight_decay=0.5), "delta": [0.8], "sigma": ["erf"]}
+    call(reference.update_, arguments)
     assert averages[0].item() == pytest.approx(after)
     assert parameter[0].item() == pytest.approx(weight)
     assert buffer[0].item() == pytest.approx(momentum)
@@ -68,9 +70,9 @@ def test_a_neuron_that_freezes_loses_its_momentum(
 def test_a_neuron_without_a_gradient_takes_no_part_among_the_active() -> None:
     parameter, gradient, buffer = (torch.full((3, 1), value) for value in (1.0, 0.0, 3.0))
     averages, sums = torch.tensor([0.4, 0.4, 0.0]), torch.tensor([-0.0, 0.0, 2.0])
-    skipped = torch.zeros(1, dtype=torch.int64)
-    rest = (skipped, [0], [0], [1], [0.1], [0.5], [False], [0.5], [False], [0.5], [0.5], [0.8], ["erf"])
-    reference.update_([parameter], [gradient], [buffer], [averages], [sums], *rest, [True])
+    arguments = one_layer(averages, [parameter], [gradient], sums) | {"momentum_buffers": [buffer]}
+    arguments |= {**sgd(1, momentum=0.5, weight_decay=0.5), "delta": [0.8], "sigma": ["erf"], "active_only": [True]}
+    call(reference.update_, arguments)
     torch.testing.assert_close(averages, torch.tensor([0.4, 0.32, 0.4]))
     assert parameter[0] == 1
     assert buffer[0] == 3

@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from npc_ext import NPC, NPCAdamW, ops, reference
 
 from . import test_adam_update, test_update
-from .test_update import PARAMETERS, copied
+from .arguments import Arguments, call, copied, no_layers, sgd
+from .test_update import PARAMETERS
 
 SEEDS = list(range(len(PARAMETERS)))
 
 
-def sgd_network(device: str, **options: Any) -> dict[str, Any]:
+def sgd_network(device: str, **options: Any) -> Arguments:
     arguments = test_update.network(torch.bfloat16, device=device, **options)
     return arguments | {"steps": [torch.zeros((), device=device) for _ in PARAMETERS], "seeds": SEEDS}
 
 
-def adam_network(device: str, **options: Any) -> dict[str, Any]:
+def adam_network(device: str, **options: Any) -> Arguments:
     return test_adam_update.network(torch.bfloat16, device=device, **options) | {"seeds": SEEDS}
 
 
@@ -41,9 +42,9 @@ def test_kernels_round_as_the_reference_does(
     """The same bits, but where float32 results differ in the last place and so a random number falls between them."""
     arguments = network(device, **options)
     want, nearest = copied(arguments), copied(arguments) | {"seeds": []}
-    getattr(ops, operation)(**arguments)
-    getattr(reference, operation)(**want)
-    getattr(reference, operation)(**nearest)
+    call(getattr(ops, operation), arguments)
+    call(getattr(reference, operation), want)
+    call(getattr(reference, operation), nearest)
     pairs = list(zip(arguments["parameters"], want["parameters"], strict=True))
     same = torch.cat([(got == exact).flatten() for got, exact in pairs])
     assert same.double().mean() > 0.999
@@ -55,10 +56,8 @@ def test_kernels_round_as_the_reference_does(
 
 
 def one_update(value: Tensor, gradient: Tensor, steps: Tensor, seed: int) -> None:
-    nothing = torch.zeros(0, dtype=torch.int64, device=value.device)
-    outside = ([-1], [0], [1], [1.0], [0.0], [False], [0.0], [False])
-    flags = (None, None, None, [steps], [seed])
-    ops.update_([value], [gradient], [], [], [], nothing, *outside, *[[]] * 5, *flags)
+    arguments = {"parameters": [value], "gradients": [gradient], "steps": [steps], "seeds": [seed]}
+    call(ops.update_, {**arguments, **no_layers(1, str(value.device)), **sgd(1, 1.0)})
 
 
 @pytest.mark.parametrize("share", [1 / 128, 0.25, 0.5, 0.99])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import random
 from typing import Any
 
@@ -13,10 +14,32 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
-from npc_ext.kernels.checks import SIGMAS
+from npc_ext.columns import Layer, LayerStepOptions, Network
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES, assert_average, assert_stepped
+from .arguments import (
+    Arguments,
+    any_options,
+    any_plasticity,
+    assert_equal,
+    at_offset,
+    call,
+    check_averages_and_start_again,
+    check_changes_nothing,
+    check_is_refused,
+    copied,
+    exact,
+    expected_exceptions,
+    flat,
+    no_nonfinite_steps,
+    one_layer,
+    placement,
+    plasticity,
+    sgd,
+    tensors,
+    with_threads,
+)
 from .test_importance import strided_pairs
 
 LAYERS = (10, 64, 12, 33, 1)
@@ -34,94 +57,48 @@ PARAMETERS: list[tuple[tuple[int, ...], int, int, int]] = [
     ((100,), -1, 0, 1),
     ((7, 9), -1, 0, 1),
 ]
-ARGUMENTS = (
-    *("parameters", "gradients", "momentum_buffers", "importances", "measured", "skipped", "layer", "neuron_dim"),
-    *("groups", "lr", "momentum", "nesterov", "weight_decay", "maximize", "alpha", "beta", "delta", "sigma"),
-    *("active_only", "grad_scale", "found_inf"),
-)
-WRITTEN = ("parameters", "momentum_buffers", "importances", "skipped")
+WRITTEN = ("parameters", "momentum_buffers", "importances", "nonfinite_steps")
 
 
 def network(
     dtype: torch.dtype = torch.float32,
     *,
-    momentum: float = 0.0,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-    maximize: bool = False,
     sigma: str = "sigmoid",
     active_only: bool = False,
     grad_scale: float | None = None,
     channels_last: bool = False,
     device: str = "cpu",
-) -> dict[str, Any]:
+    **options: Any,
+) -> Arguments:
     """Arguments of `update_` for a small network with every kind of parameter; a third of all neurons are frozen."""
-    count, layers = len(PARAMETERS), len(LAYERS)
-
-    def tensors() -> list[Tensor]:
-        made = [torch.randn(shape).to(device, dtype) for shape, *_ in PARAMETERS]
-        last = torch.channels_last
-        return [t.contiguous(memory_format=last) if channels_last and t.ndim == 4 else t for t in made]
-
+    count, layers, shapes = len(PARAMETERS), len(LAYERS), [shape for shape, *_ in PARAMETERS]
     importances = [torch.rand(neurons).to(device) * 0.75 for neurons in LAYERS]
     importances[0][:2] = 0
     measured = [torch.rand(neurons).to(device) * 100 for neurons in LAYERS]
     measured[1][:40] = -0.0  # received no gradient
     measured[1][:5] = 0  # received gradients, which sum to zero
+    of_parameters = ("parameters", "gradients", "momentum_buffers")
     return {
-        "parameters": tensors(),
-        "gradients": tensors(),
-        "momentum_buffers": tensors(),
+        **{name: tensors(shapes, dtype, device, channels_last) for name in of_parameters},
         "importances": importances,
         "measured": measured,
-        "skipped": torch.zeros(layers, dtype=torch.int64, device=device),
+        "nonfinite_steps": no_nonfinite_steps(layers, device),
         "layer": [layer for _, layer, _, _ in PARAMETERS],
         "neuron_dim": [dim for _, _, dim, _ in PARAMETERS],
         "groups": [groups for *_, groups in PARAMETERS],
-        "lr": [0.1 + 0.01 * index for index in range(count)],
-        "momentum": [momentum] * count,
-        "nesterov": [nesterov] * count,
-        "weight_decay": [weight_decay] * count,
-        "maximize": [maximize] * count,
+        **sgd(count, [0.1 + 0.01 * index for index in range(count)], **options),
+        **plasticity(layers, sigma=sigma, active=active_only),
         "alpha": [0.5, 0.4, 0.6, 0.5, 0.5],
         "beta": [0.5, 0.6, 0.5, 0.4, 0.5],
         "delta": [0.99, 0.9, 0.0, 0.98, 0.99],
-        "sigma": [sigma] * layers,
-        "active_only": [active_only] * layers,
         "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
         "found_inf": None,
     }
 
 
-def copied(arguments: dict[str, Any], double: bool = False) -> dict[str, Any]:
-    def copy(value: Any) -> Any:
-        if isinstance(value, list):
-            return [copy(one) for one in value]
-        if not isinstance(value, Tensor):
-            return value
-        return value.to(torch.float64, copy=True) if double and value.is_floating_point() else value.clone()
-
-    return {name: copy(value) for name, value in arguments.items()}
-
-
-def check(arguments: dict[str, Any]) -> None:
+def check(arguments: Arguments) -> None:
     """Importance against float64; weights against float64 from the importance that the kernel came to."""
-    before, exact = copied(arguments), copied(arguments, double=True)
-    ops.update_(**arguments)
-    reference.update_(**exact)
-    for got, want in zip(arguments["importances"], exact["importances"], strict=True):
-        assert_average(got, want, got.numel())
-    given_average = copied(before, double=True)
-    given_average["importances"] = [average.double() for average in arguments["importances"]]
-    given_average["measured"] = [torch.empty(0, device=average.device) for average in arguments["importances"]]
-    for index, (cleared, _) in expected_exceptions(before, arguments["importances"]).items():
-        given_average["momentum_buffers"][index][cleared] = 0
-    reference.update_(**given_average)
-    for index, (_, inactive) in expected_exceptions(before, arguments["importances"]).items():
-        for name in ("parameters", "momentum_buffers"):
-            if before[name]:
-                assert torch.equal(arguments[name][index][inactive], before[name][index][inactive])
-                given_average[name][index][inactive] = before[name][index][inactive].double()
+    before, given_average = check_averages_and_start_again("update_", arguments, "momentum_buffers")
     for index, got in enumerate(arguments["parameters"]):
         # Every term of the step in absolute value: the scale of its rounding.
         gradient, value = before["gradients"][index].double().abs(), before["parameters"][index].double().abs()
@@ -136,43 +113,18 @@ def check(arguments: dict[str, Any]) -> None:
             assert_stepped(arguments["momentum_buffers"][index], given_average["momentum_buffers"][index], step, 0.0)
 
 
-def expected_exceptions(before: dict[str, Any], averages: list[Tensor]) -> dict[int, tuple[Tensor, Tensor]]:
-    """By parameter, which elements lose their first moment in a step to these averages, and which take no part in it."""
-    exceptions = {}
-    for index, layer in enumerate(before["layer"]):
-        if layer < 0:
-            continue
-        constants = [before[name][layer] for name in ("alpha", "beta", "sigma")]
-        free_before, free = (
-            reference.plasticity(average, *constants) != 0
-            for average in (before["importances"][layer], averages[layer])
-        )
-        inactive = reference.received_no_gradient(before["measured"][layer])
-        if not before["active_only"][layer] or not before["measured"][layer].numel():
-            inactive = torch.zeros_like(free)
-        parameter, dim, groups = (before[name][index] for name in ("parameters", "neuron_dim", "groups"))
-        first = (before.get("first_neuron") or [0] * (index + 1))[index]
-        rows = slice(first, first + parameter.shape[dim] * groups)
-        exceptions[index] = tuple(
-            reference.per_element(one[rows], parameter, dim, groups).expand_as(parameter)
-            for one in (free_before & ~free & ~inactive, inactive)
-        )
-    return exceptions  # type: ignore[return-value]
-
-
-def one_layer(importance: Tensor, lr: float, sigma: str) -> tuple[Tensor, tuple[Any, ...]]:
+def zero_weights(importance: Tensor, lr: float, sigma: str) -> tuple[Tensor, Arguments]:
     """Weights of zero, two to each neuron, and the arguments of `update_` for them, with the paper's alpha and beta."""
-    weight, device = torch.zeros(importance.numel(), 2, device=importance.device), importance.device
-    unmeasured, skipped = torch.empty(0, device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    options = ([0], [0], [1], [lr], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], [sigma], [False])
-    return weight, ([weight], [torch.ones_like(weight)], [], [importance], [unmeasured], skipped, *options)
+    weight = torch.zeros(importance.numel(), 2, device=importance.device)
+    arguments = one_layer(importance, [weight], [torch.ones_like(weight)])
+    return weight, {**arguments, **sgd(1, lr), "sigma": [sigma]}
 
 
 @pytest.mark.parametrize("sigma", ["sigmoid", "tanh", "erf"])
 def test_update_moves_weights_at_the_rates_that_the_paper_states_for_its_constants(sigma: str, device: str) -> None:
     importance = torch.tensor([0.0, 1e-30, 0.05, 0.1, 0.25, 0.4, 0.499, 0.5, 0.7, 1e30], device=device)
-    weight, arguments = one_layer(importance, 0.1, sigma)
-    ops.update_(*arguments)
+    weight, arguments = zero_weights(importance, 0.1, sigma)
+    call(ops.update_, arguments)
     ratio = 0.5 / importance.double()
     surplus = (ratio.log() if sigma == "erf" else ratio - 1).clamp(min=0)
     eta = (0.05 * surplus.sqrt()).clamp(max=0.1)  # eq. 7 as in the paper, with alpha = 0.05 and eta_max = 0.1
@@ -183,11 +135,11 @@ def test_update_moves_weights_at_the_rates_that_the_paper_states_for_its_constan
 @pytest.mark.parametrize("sigma", ["sigmoid", "erf"])
 def test_update_scales_every_rate_with_lr_and_a_warm_up_may_begin_at_zero(sigma: str, device: str) -> None:
     importance = torch.cat([torch.zeros(3), torch.rand(61)]).to(device)
-    full, arguments = one_layer(importance, 0.125, sigma)
-    ops.update_(*arguments)
+    full, arguments = zero_weights(importance, 0.125, sigma)
+    call(ops.update_, arguments)
     for share in (0.5, 2**-7, 0.0):  # without rounding
-        weight, arguments = one_layer(importance, 0.125 * share, sigma)
-        ops.update_(*arguments)
+        weight, arguments = zero_weights(importance, 0.125 * share, sigma)
+        call(ops.update_, arguments)
         assert torch.equal(weight, share * full)
     assert 0 < int((full == 0).all(1).sum()) < 61
 
@@ -213,7 +165,7 @@ def test_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str,
 MIXED = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def mixed_network(device: str) -> dict[str, Any]:
+def mixed_network(device: str) -> Arguments:
     """A network whose parameters have three dtypes, also those of one layer."""
     arguments = network(momentum=0.9, weight_decay=0.1, device=device)
     for name in ("parameters", "gradients", "momentum_buffers"):
@@ -228,12 +180,12 @@ def test_update_of_parameters_of_several_dtypes(device: str) -> None:
 @pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
 def test_an_update_is_one_launch_and_one_more_for_each_further_dtype(device: str) -> None:
     one_dtype, mixed = network(momentum=0.9, device=device), mixed_network(device)
-    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**one_dtype)) == 1
-    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**mixed)) == 4, (
+    assert cuda_on_cpu.counted("launches", lambda: call(ops.update_, one_dtype)) == 1
+    assert cuda_on_cpu.counted("launches", lambda: call(ops.update_, mixed)) == 4, (
         "three dtypes, and layers that have two of them"
     )
     mixed["layer"] = [-1] * len(mixed["layer"])
-    assert cuda_on_cpu.counted("launches", lambda: ops.update_(**mixed)) == 3
+    assert cuda_on_cpu.counted("launches", lambda: call(ops.update_, mixed)) == 3
 
 
 LONG_RUNS = [  # rows, run, dimension of neurons, groups; the other dimension is 4
@@ -253,21 +205,7 @@ def test_update_of_runs_of_any_length(
 @given(st.data())
 def test_update_of_any_network(data: st.DataObject) -> None:
     draw = data.draw
-    torch.manual_seed(draw(st.integers(0, 2**31)))
-    momentum = draw(st.sampled_from([0.0, 0.9]))
-    check(
-        network(
-            draw(st.sampled_from(DTYPES)),
-            momentum=momentum,
-            nesterov=momentum > 0 and draw(st.booleans()),
-            weight_decay=draw(st.sampled_from([0.0, 0.1])),
-            maximize=draw(st.booleans()),
-            sigma=draw(st.sampled_from(SIGMAS)),
-            active_only=draw(st.booleans()),
-            grad_scale=draw(st.sampled_from([None, 2.0**16, 0.3])),
-            channels_last=draw(st.booleans()),
-        )
-    )
+    check(network(**any_options(draw), **any_plasticity(draw), channels_last=draw(st.booleans())))
 
 
 @given(st.integers(1, 3), st.integers(1, 70), st.integers(1, 70), st.integers(0, 2), st.sampled_from(DTYPES))
@@ -285,17 +223,14 @@ def test_update_of_one_parameter_of_a_random_shape(count: int, device: str) -> N
 
 @pytest.mark.parametrize("offset", [0, 1, 4])
 def test_update_of_parameters_that_begin_anywhere(offset: int, device: str) -> None:
-    def cut(size: int) -> Tensor:
-        return torch.randn(size + offset).to(device)[offset:].view(-1, 24)
-
-    weight, gradient, buffer = cut(240), cut(240), cut(240)
-    exact, velocity = weight.double(), buffer.double()
-    average, skipped = torch.rand(10).to(device) * 0.75, torch.zeros(1, dtype=torch.int64, device=device)
-    rest = ([0], [0], [1], [0.1], [0.9], [False], [0.0], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
-    none = [torch.empty(0, device=device)]
-    ops.update_([weight], [gradient], [buffer], [average], none, skipped, *rest)
-    reference.update_([exact], [gradient.double()], [velocity], [average.double()], none, skipped, *rest)
-    assert_stepped(weight, exact, gradient.double().abs() + velocity.abs(), 0.05)
+    weight, gradient, buffer = (at_offset(torch.randn(10, 24).to(device), offset) for _ in range(3))
+    arguments = one_layer(torch.rand(10).to(device) * 0.75, [weight], [gradient])
+    arguments |= {"momentum_buffers": [buffer], **sgd(1, momentum=0.9)}
+    want = exact(arguments)
+    step = gradient.double().abs() + buffer.double().abs()
+    call(ops.update_, arguments)
+    call(reference.update_, want)
+    assert_stepped(weight, want["parameters"][0], step, 0.05)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -303,15 +238,12 @@ def test_shards_come_to_the_same_bits_as_the_whole(dtype: torch.dtype, device: s
     options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     whole = network(dtype, **options, device=device)
     in_parts = copied(whole)
-    ops.update_(**whole)
+    call(ops.update_, whole)
     for rank in range(12):
         shard = shard_of(in_parts, rank, 12)
-        ops.update_(**shard)
-        for got, want in zip(shard["importances"], whole["importances"], strict=True):
-            assert torch.equal(got, want)
-    for name in ("parameters", "momentum_buffers"):
-        for got, want in zip(in_parts[name], whole[name], strict=True):
-            assert torch.equal(got, want)
+        call(ops.update_, shard)
+        assert_equal(shard, whole, ["importances"])
+    assert_equal(in_parts, whole, ["parameters", "momentum_buffers"])
 
 
 @pytest.mark.parametrize("rank", [0, 2, 11])
@@ -319,10 +251,10 @@ def test_shards_agree_with_the_reference(rank: int, device: str) -> None:
     check(shard_of(network(weight_decay=0.01, sigma="erf", device=device), rank, 12))
 
 
-def shard_of(arguments: dict[str, Any], rank: int, processes: int) -> dict[str, Any]:
+def shard_of(arguments: Arguments, rank: int, processes: int) -> Arguments:
     """What one of several processes holds: views of blocks of rows, some of them empty, and all of the importance."""
     arguments = {**arguments, "first_neuron": [0] * len(PARAMETERS)}
-    for name in ("importances", "skipped"):
+    for name in ("importances", "nonfinite_steps"):
         arguments[name] = copied({name: arguments[name]})[name]
     for name in ("parameters", "gradients", "momentum_buffers"):
         arguments[name] = list(arguments[name])
@@ -341,80 +273,62 @@ def shard_of(arguments: dict[str, Any], rank: int, processes: int) -> dict[str, 
 def test_shards_outside_of_their_layer_are_refused(device: str) -> None:
     arguments = shard_of(network(device=device), 1, 12)
     arguments["first_neuron"][2] = 60
-    with pytest.raises(ValueError, match="6 rows from neuron 60 on, but importance has 64 values"):
-        ops.update_(**arguments)
+    check_is_refused(ops.update_, arguments, "6 rows from neuron 60 on, but importance has 64 values", WRITTEN)
 
 
-def many_layers(layers: int, each: int, device: str = "cpu") -> tuple[Any, ...]:
-    """Positional arguments of `update_` for layers of 4 neurons, and 3 parameters of no layer."""
+def many_layers(layers: int, each: int, device: str = "cpu") -> Arguments:
+    """Arguments of `update_` for layers of 4 neurons, and 3 parameters of no layer."""
     count = layers * each + 3
-
-    def tensors(number: int) -> list[Tensor]:
-        return [torch.randn(4, 5).to(device) for _ in range(number)]
-
-    weights, gradients = tensors(count), tensors(count)
-    averages, measured = ([torch.rand(4).to(device) for _ in range(layers)] for _ in range(2))
-    skipped = torch.zeros(layers, dtype=torch.int64, device=device)
-    layer = [index for index in range(layers) for _ in range(each)] + [-1] * 3
-    per_parameter = ([0] * count, [1] * count, [0.1] * count, [0.0] * count, [False] * count, [0.1] * count)
-    per_layer = ([0.5] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
-    return weights, gradients, [], averages, measured, skipped, layer, *per_parameter, [False] * count, *per_layer
+    return {
+        **{name: tensors([(4, 5)] * count, device=device) for name in ("parameters", "gradients")},
+        **{name: [torch.rand(4).to(device) for _ in range(layers)] for name in ("importances", "measured")},
+        "nonfinite_steps": no_nonfinite_steps(layers, device),
+        **placement(count),
+        "layer": [index for index in range(layers) for _ in range(each)] + [-1] * 3,
+        **sgd(count, weight_decay=0.1),
+        **plasticity(layers, beta=0.9, delta=0.9),
+    }
 
 
 @pytest.mark.parametrize(("layers", "each", "launches"), [(7, 3, 1), (69, 3, 1), (70, 3, 2), (71, 1, 2), (70, 0, 1)])
 @pytest.mark.parametrize("device", ["cuda_on_cpu"], indirect=True)
 def test_a_launch_holds_210_parameters_and_70_layers(layers: int, each: int, launches: int, device: str) -> None:
     arguments = many_layers(layers, each, device)
-    assert cuda_on_cpu.counted("launches", lambda: ops.update_(*arguments)) == launches
+    assert cuda_on_cpu.counted("launches", lambda: call(ops.update_, arguments)) == launches
 
 
 @pytest.mark.parametrize(("layers", "each"), [(130, 2), (69, 3), (1, 400), (90, 1), (3, 0)])
 def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, device: str) -> None:
-    weights, gradients, _, averages, measured, *rest = many_layers(layers, each, device)
-    exact, exact_averages = [w.double() for w in weights], [average.double() for average in averages]
-    ops.update_(weights, gradients, [], averages, measured, *rest)
-    in_double = ([g.double() for g in gradients], [], exact_averages, [one.double() for one in measured])
-    reference.update_(exact, *in_double, *rest)
-    for got, want in zip([*weights, *averages], [*exact, *exact_averages], strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    arguments = many_layers(layers, each, device)
+    want = exact(arguments)
+    call(ops.update_, arguments)
+    call(reference.update_, want)
+    for name in ("parameters", "importances"):
+        for got, other in zip(arguments[name], want[name], strict=True):
+            torch.testing.assert_close(got.double(), other, rtol=1e-5, atol=1e-5)
 
 
 # On CUDA, layers above 4,096 neurons have their importance summed once, before the update (csrc/cuda/wide.h).
 around_4096 = pytest.mark.parametrize("neurons", [4096, 4097, 6000])
 
 
-def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, device: str = "cpu") -> dict[str, Any]:
+def wide_network(neurons: int, *, inputs: int = 1, active_only: bool = False, device: str = "cpu") -> Arguments:
     """Arguments of `update_` for a layer of many neurons, one of few, and one of many that has no parameters."""
     shapes, layers = [(neurons, inputs), (3, 5), (neurons,), (7,)], (neurons, 3, neurons + 1)
-    count = len(shapes)
-
-    def tensors() -> list[Tensor]:
-        return [torch.randn(shape).to(device) for shape in shapes]
-
     measured = [torch.rand(size).to(device) for size in layers]
     for one in measured:
         one[::3] = -0.0  # received no gradient
         one[::9] = 0  # received gradients, which sum to zero
     return {
-        "parameters": tensors(),
-        "gradients": tensors(),
-        "momentum_buffers": tensors(),
+        **{name: tensors(shapes, device=device) for name in ("parameters", "gradients", "momentum_buffers")},
         "importances": [torch.rand(size).to(device) * 0.75 for size in layers],
         "measured": measured,
-        "skipped": torch.zeros(len(layers), dtype=torch.int64, device=device),
+        "nonfinite_steps": no_nonfinite_steps(len(layers), device),
+        **placement(len(shapes)),
         "layer": [0, 1, 0, -1],
-        "neuron_dim": [0] * count,
-        "groups": [1] * count,
-        "lr": [0.1] * count,
-        "momentum": [0.9] * count,
-        "nesterov": [False] * count,
-        "weight_decay": [0.0] * count,
-        "maximize": [False] * count,
-        "alpha": [0.5] * 3,
-        "beta": [0.5] * 3,
+        **sgd(len(shapes), momentum=0.9),
+        **plasticity(3, active=active_only),
         "delta": [0.9, 0.99, 0.8],
-        "sigma": ["sigmoid"] * 3,
-        "active_only": [active_only] * 3,
         "grad_scale": None,
         "found_inf": None,
     }
@@ -427,7 +341,7 @@ def test_update_of_layers_of_very_many_neurons(neurons: int, active_only: bool, 
     before = [average.clone() for average in arguments["importances"]]
     check(arguments)
     assert not any(map(torch.equal, arguments["importances"], before))
-    assert not arguments["skipped"].any()
+    assert not arguments["nonfinite_steps"].any()
 
 
 @around_4096
@@ -435,8 +349,8 @@ def test_many_neurons_with_non_finite_importance_keep_their_average_and_are_coun
     arguments = wide_network(neurons, device=device)
     arguments["measured"][0][-1], arguments["measured"][2][5] = torch.nan, torch.inf
     before = copied(arguments)
-    ops.update_(**arguments)
-    assert arguments["skipped"].tolist() == [1, 0, 1]
+    call(ops.update_, arguments)
+    assert arguments["nonfinite_steps"].tolist() == [1, 0, 1]
     changed = [not torch.equal(a, b) for a, b in zip(arguments["importances"], before["importances"], strict=True)]
     assert changed == [False, True, False]
 
@@ -445,13 +359,11 @@ def test_many_neurons_with_non_finite_importance_keep_their_average_and_are_coun
 def test_many_neurons_do_not_change_on_overflow_nor_their_average_unmeasured(neurons: int, device: str) -> None:
     arguments = wide_network(neurons, device=device)
     arguments["found_inf"] = torch.tensor(1.0, device=device)
+    check_changes_nothing(ops.update_, arguments, WRITTEN)
     before = copied(arguments)
-    ops.update_(**arguments)
-    for name in WRITTEN:
-        assert all(map(torch.equal, arguments[name], before[name]))
     arguments["found_inf"] = torch.tensor(0.0, device=device)
-    arguments["measured"] = [torch.empty(0, device=device)] * 3
-    ops.update_(**arguments)
+    arguments["measured"] = [None] * 3
+    call(ops.update_, arguments)
     assert all(map(torch.equal, arguments["importances"], before["importances"]))
     assert not torch.equal(arguments["parameters"][0], before["parameters"][0])
 
@@ -459,16 +371,15 @@ def test_many_neurons_do_not_change_on_overflow_nor_their_average_unmeasured(neu
 def test_any_number_of_layers_of_very_many_neurons(device: str) -> None:
     layers, neurons = 34, 4097
     averages, measured = ([torch.rand(neurons).to(device) for _ in range(layers)] for _ in range(2))
-    exact, skipped = [average.double() for average in averages], torch.zeros(layers, dtype=torch.int64, device=device)
-    weight, gradient = (torch.randn(neurons, 1).to(device) for _ in range(2))
-    per_layer = ([0.5] * layers, [0.9] * layers, [0.9] * layers, ["sigmoid"] * layers, [False] * layers)
-    rest = (skipped, [33], [0], [1], [0.1], [0.0], [False], [0.0], [False], *per_layer)
-    exact_weight = weight.double()
-    ops.update_([weight], [gradient], [], averages, measured, *rest)
-    in_double = ([gradient.double()], [], exact, [one.double() for one in measured])
-    reference.update_([exact_weight], *in_double, *rest)
-    for got, want in zip(averages, exact, strict=True):
-        assert_average(got, want, neurons)
+    arguments = one_layer(averages[0], tensors([(neurons, 1)], device=device), tensors([(neurons, 1)], device=device))
+    arguments |= {"importances": averages, "measured": measured, "layer": [33], **sgd(1)}
+    arguments |= {**plasticity(layers, beta=0.9, delta=0.9), "nonfinite_steps": no_nonfinite_steps(layers, device)}
+    want = exact(arguments)
+    call(ops.update_, arguments)
+    call(reference.update_, want)
+    for got, other in zip(averages, want["importances"], strict=True):
+        assert_average(got, other, neurons)
+    weight, exact_weight = arguments["parameters"][0], want["parameters"][0]
     torch.testing.assert_close(weight.double(), exact_weight, rtol=1e-5, atol=1e-5)
 
 
@@ -479,56 +390,34 @@ def check_one_parameter(groups: int, rows: int, run: int, dim: int, dtype: torch
     parameter, neurons = torch.randn(shape).to(device, dtype), rows * groups
     importance = torch.rand(neurons).to(device) * 0.75
     gradient = torch.randn_like(parameter.cpu()).to(device)
-    exact, options = (
-        parameter.double(),
-        ([], [importance], [torch.empty(0, device=device)], torch.zeros(1, dtype=torch.int64, device=device)),
-    )
-    scalars = ([0], [dim], [groups], [0.1], [0.0], [False], [0.0], [False], [0.5], [0.5], [0.99], ["sigmoid"], [False])
-    ops.update_([parameter], [gradient], *options, *scalars)
-    reference.update_([exact], [gradient.double()], [], [importance.double()], *options[2:], *scalars)
-    assert_stepped(parameter, exact, gradient.double().abs(), 0.05)
+    arguments = {**one_layer(importance, [parameter], [gradient]), **sgd(1), "neuron_dim": [dim], "groups": [groups]}
+    want = exact(arguments)
+    call(ops.update_, arguments)
+    call(reference.update_, want)
+    assert_stepped(parameter, want["parameters"][0], gradient.double().abs(), 0.05)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 5])
 def test_update_does_not_depend_on_the_number_of_threads(threads: int) -> None:
-    def run(count: int) -> list[Tensor]:
+    def run() -> list[Tensor]:
         torch.manual_seed(1)
         weight, bias = torch.randn(301, 1003), torch.randn(301)
-        options = ([torch.rand(301)], [torch.rand(301)], torch.zeros(1, dtype=torch.int64), [0, 0], [0, 0], [1, 1])
-        torch.set_num_threads(count)
         gradients, buffers = [weight * 2, bias * 3], [weight * 4, bias * 5]
-        ops.update_(
-            [weight, bias],
-            gradients,
-            buffers,
-            *options,
-            [0.1] * 2,
-            [0.9] * 2,
-            [True] * 2,
-            [0.01] * 2,
-            [False] * 2,
-            [0.5],
-            [0.5],
-            [0.9],
-            ["sigmoid"],
-            [False],
-        )
+        arguments = one_layer(torch.rand(301), [weight, bias], gradients, torch.rand(301))
+        arguments |= {"momentum_buffers": buffers, "delta": [0.9]}
+        call(ops.update_, {**arguments, **sgd(2, momentum=0.9, nesterov=True, weight_decay=0.01)})
         return [weight, bias, *buffers]
 
-    before = torch.get_num_threads()
-    try:
-        assert all(map(torch.equal, run(1), run(threads)))
-    finally:
-        torch.set_num_threads(before)
+    assert all(map(torch.equal, with_threads(1, run), with_threads(threads, run)))
 
 
 def test_frozen_rows_stay_bit_identical_under_momentum_nesterov_and_weight_decay(device: str) -> None:
     arguments = network(momentum=0.9, nesterov=True, weight_decay=0.1, device=device)
-    arguments["measured"] = [torch.empty(0, device=device)] * len(LAYERS)
+    arguments["measured"] = [None] * len(LAYERS)
     for gradient in arguments["gradients"]:
         gradient.view(-1)[::3] = torch.nan  # not even read
     before = copied(arguments)
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     for index, (shape, layer, dim, groups) in enumerate(PARAMETERS):
         if layer < 0:
             continue
@@ -552,7 +441,7 @@ def test_a_neuron_that_freezes_loses_its_momentum_once(dtype: torch.dtype, at_ra
         arguments["seeds"] = list(range(len(PARAMETERS)))
     arguments["lr"] = [0.0] * len(PARAMETERS)  # frozen means that eq. 7 is zero, not that lr is
     before = copied(arguments)
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     froze = {index: own for index, (own, _) in expected_exceptions(before, arguments["importances"]).items()}
     assert sum(int(own.sum()) for own in froze.values()) > 100
     for index, (_, layer, dim, groups) in enumerate(PARAMETERS):
@@ -566,10 +455,10 @@ def test_a_neuron_that_freezes_loses_its_momentum_once(dtype: torch.dtype, at_ra
         assert torch.equal(buffer[frozen & ~froze[index]], was[frozen & ~froze[index]])
         assert frozen.all() or bool((buffer != was)[~frozen].double().mean() > 0.5)
     # Once: what is in their momentum after that is nobody's business.
-    arguments["measured"] = [torch.empty(0, device=device)] * len(LAYERS)
+    arguments["measured"] = [None] * len(LAYERS)
     for index, own in froze.items():
         arguments["momentum_buffers"][index][own] = 7
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     for index, own in froze.items():
         assert bool((arguments["momentum_buffers"][index][own] == 7).all())
 
@@ -580,16 +469,21 @@ def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(
     count: int, at_once: bool, device: str
 ) -> None:
     weights, gradients, buffers = ([torch.ones(3, 2, device=device) for _ in range(count)] for _ in range(3))
-    average, skipped = torch.tensor([0.4, 0.6, 0.0], device=device), torch.zeros(1, dtype=torch.int64, device=device)
-    n, measured = torch.tensor([[2.0, 2.0, 0.0]], device=device), torch.tensor([2.0, 2.0, 0.0], device=device)
-    places = ([0] * count, [0] * count, [1] * count)
-    options = ([0.1] * count, [0.9] * count, [False] * count, [0.0] * count, [False] * count)
-    rest = (skipped, *places, *options, [0.5], [0.5], [0.5], ["sigmoid"], [False])
+    average, measured = (torch.tensor(values, device=device) for values in ([0.4, 0.6, 0.0], [2.0, 2.0, 0.0]))
+    arguments = one_layer(average, weights, gradients, measured)
+    arguments |= {"momentum_buffers": buffers, "delta": [0.5], **sgd(count, momentum=0.9)}
     if at_once:
-        ones = [torch.ones_like(n)]
-        ops.network_step_([n], ones, [1], [0], weights, gradients, buffers, [average], *rest)
+        del arguments["measured"]
+        n = measured.unsqueeze(0)
+        inputs = {
+            "activations": [n],
+            "activation_gradients": [torch.ones_like(n)],
+            "channel_dim": [1],
+            "batch_dim": [0],
+        }
+        call(ops.network_step_, {**inputs, **arguments})
     else:
-        ops.update_(weights, gradients, buffers, [average], [measured], *rest)
+        call(ops.update_, arguments)
     torch.testing.assert_close(average.cpu(), torch.tensor([0.95, 1.05, 0.0]))
     for weight, buffer in zip(weights, buffers, strict=True):
         assert weight[:2].eq(1).all(), "frozen now, and frozen before"
@@ -602,7 +496,7 @@ def test_a_neuron_without_a_gradient_takes_no_part_in_a_step_of_the_active(devic
     arguments["measured"][0].copy_(torch.tensor([-0.0, 0.0, 1.0] + [2.0] * 7))
     arguments["measured"][3].fill_(-0.0)  # none of a layer does
     before = copied(arguments)
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     for layer, inactive in ((0, [0]), (3, range(33))):
         kept = torch.zeros(LAYERS[layer], dtype=torch.bool, device=device)
         kept[list(inactive)] = True
@@ -624,7 +518,7 @@ def test_a_neuron_without_a_gradient_stays_also_where_importance_does_not_count(
     arguments["measured"][3].copy_(torch.tensor([-0.0] + [0.0] * 32))
     arguments["measured"][0][1].neg_()  # a NaN of either sign is no mark
     before = copied(arguments)
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     for index in (0, 7):  # the weights of these layers
         for name in ("parameters", "momentum_buffers"):
             changed = (arguments[name][index] != before[name][index]).any(1)
@@ -638,7 +532,7 @@ def test_neurons_that_received_only_gradients_that_sum_to_zero_train(device: str
     for one in arguments["measured"]:
         one.zero_()
     before = copied(arguments)
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     assert all(map(torch.equal, arguments["importances"], before["importances"]))
     for got, was, free in zip(arguments["parameters"], before["parameters"], before["layer"], strict=True):
         assert free == 4 or not torch.equal(got, was)
@@ -648,8 +542,8 @@ def test_a_layer_with_non_finite_importance_keeps_its_average_and_counts(device:
     arguments = network(device=device)
     arguments["measured"][0][3], arguments["measured"][2][0] = torch.nan, torch.inf
     before = copied(arguments)
-    ops.update_(**arguments)
-    assert arguments["skipped"].tolist() == [1, 0, 1, 0, 0]
+    call(ops.update_, arguments)
+    assert arguments["nonfinite_steps"].tolist() == [1, 0, 1, 0, 0]
     changed = [not torch.equal(a, b) for a, b in zip(arguments["importances"], before["importances"], strict=True)]
     assert changed == [False, True, False, True, True]
     assert all(bool(parameter.isfinite().all()) for parameter in arguments["parameters"])
@@ -659,9 +553,9 @@ def test_a_layer_whose_importance_sums_to_zero_keeps_its_average(device: str) ->
     arguments = network(device=device)
     arguments["measured"][1].zero_()
     before = arguments["importances"][1].clone()
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     assert torch.equal(arguments["importances"][1], before)
-    assert not arguments["skipped"].any()
+    assert not arguments["nonfinite_steps"].any()
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-30, 1e30])
@@ -670,7 +564,7 @@ def test_importance_of_extreme_size_is_normalized_like_any_other(size: float, de
     pattern = (torch.arange(33, device=device) % 7).float()
     arguments["measured"][3] = pattern * size
     arguments["delta"][3] = 0.0
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     measured = arguments["measured"][3].double()
     shares = measured / measured.sum() * 33
     torch.testing.assert_close(arguments["importances"][3].double(), shares, rtol=1e-5, atol=0)
@@ -679,38 +573,28 @@ def test_importance_of_extreme_size_is_normalized_like_any_other(size: float, de
 def test_found_inf_changes_nothing_at_all(device: str) -> None:
     arguments = network(momentum=0.9, device=device)
     arguments["found_inf"] = torch.tensor(1.0, device=device)
-    before = copied(arguments)
-    ops.update_(**arguments)
-    for name in WRITTEN:
-        pairs = zip(arguments[name], before[name], strict=True)
-        assert all(torch.equal(after, old) for after, old in pairs)
+    check_changes_nothing(ops.update_, arguments, WRITTEN)
 
 
 def test_every_written_tensor_gets_a_new_version() -> None:
     arguments = network(momentum=0.9)
-    written = [
-        *arguments["parameters"],
-        *arguments["momentum_buffers"],
-        *arguments["importances"],
-        arguments["skipped"],
-    ]
+    written = [one for name in WRITTEN for one in (arguments[name] if name != "nonfinite_steps" else [arguments[name]])]
     versions = [tensor._version for tensor in written]
-    ops.update_(**arguments)
+    call(ops.update_, arguments)
     assert all(tensor._version > old for tensor, old in zip(written, versions, strict=True))
 
 
 def test_update_passes_opcheck() -> None:
     arguments = network(momentum=0.9)
-    given, rounding = tuple(arguments[name] for name in ARGUMENTS), {"steps": [], "seeds": []}
-    opcheck(torch.ops.npc_ext.update_.default, given, rounding)
-    opcheck(torch.ops.npc_ext.update_.default, (*given, [0] * len(PARAMETERS)), rounding)
+    opcheck(torch.ops.npc_ext.update_.default, flat("update_", arguments))
+    opcheck(torch.ops.npc_ext.update_.default, flat("update_", {**arguments, "first_neuron": [0] * len(PARAMETERS)}))
 
 
-def activations(dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Any]:
+def activations(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Arguments:
     shapes = [(4, 10), (4, 64, 5, 5), (4, 12, 3, 3), (4, 7, 33), (4, 1)]
     return {
-        "activations": [torch.randn(shape).to(device, dtype) for shape in shapes],
-        "activation_gradients": [torch.randn(shape).to(device, dtype) for shape in shapes],
+        "activations": tensors(shapes, dtype, device),
+        "activation_gradients": tensors(shapes, dtype, device),
         "channel_dim": [1, 1, 1, -1, 1],
         "batch_dim": [0] * 5,
     }
@@ -721,11 +605,10 @@ def test_network_step_is_importance_and_then_update(dtype: torch.dtype, device: 
     inputs, whole = activations(dtype, device), network(dtype, momentum=0.9, weight_decay=0.01, device=device)
     del whole["measured"]
     parts = copied(whole)
-    ops.network_step_(**inputs, **whole)
+    call(ops.network_step_, {**inputs, **whole})
     measured = [ops.importance(*one).float() for one in zip(*inputs.values(), strict=True)]
-    ops.update_(**parts, measured=measured)
-    for name in ("parameters", "momentum_buffers", "importances"):
-        assert all(map(torch.equal, whole[name], parts[name]))
+    call(ops.update_, {**parts, "measured": measured})
+    assert_equal(whole, parts, ["parameters", "momentum_buffers", "importances"])
 
 
 @around_4096
@@ -735,22 +618,36 @@ def test_network_step_of_very_many_neurons_is_importance_and_then_update(
 ) -> None:
     whole = wide_network(neurons, active_only=active_only, device=device)
     del whole["measured"]
-    activations, gradients = ([torch.randn(2, len(one)).to(device) for one in whole["importances"]] for _ in range(2))
+    shapes = [(2, len(one)) for one in whole["importances"]]
+    activations, gradients = tensors(shapes, device=device), tensors(shapes, device=device)
     for gradient in gradients:
         gradient[:, ::3] = 0
     gradients[2][0, 1] = torch.nan
-    inputs: list[Any] = [activations, gradients, [1] * 3, [0] * 3]
+    inputs = {
+        "activations": activations,
+        "activation_gradients": gradients,
+        "channel_dim": [1] * 3,
+        "batch_dim": [0] * 3,
+    }
     parts, nothing = copied(whole), copied(whole)
-    ops.network_step_(*inputs, **{**nothing, "found_inf": torch.tensor(1.0, device=device)})
-    for name in WRITTEN:
-        assert all(map(torch.equal, nothing[name], whole[name]))
-    ops.network_step_(*inputs, **whole)
+    overflow = {"found_inf": torch.tensor(1.0, device=device)}
+    check_changes_nothing(ops.network_step_, {**inputs, **nothing, **overflow}, WRITTEN)
+    call(ops.network_step_, {**inputs, **whole})
     measured = [ops.importance(n, g) for n, g in zip(activations, gradients, strict=True)]
-    ops.update_(**parts, measured=measured)
-    assert whole["skipped"].tolist() == [0, 0, 1]
-    for name in WRITTEN:
-        assert all(map(torch.equal, whole[name], parts[name]))
+    call(ops.update_, {**parts, "measured": measured})
+    assert whole["nonfinite_steps"].tolist() == [0, 0, 1]
+    assert_equal(whole, parts, WRITTEN)
     assert not torch.equal(whole["importances"][0], nothing["importances"][0])
+
+
+def test_a_network_step_of_shards_is_importance_and_then_update(device: str) -> None:
+    inputs, whole = activations(device=device), shard_of(network(momentum=0.9, device=device), 1, 12)
+    del whole["measured"]
+    parts = copied(whole)
+    call(ops.network_step_, {**inputs, **whole})
+    measured = [ops.importance(*one) for one in zip(*inputs.values(), strict=True)]
+    call(ops.update_, {**parts, "measured": measured})
+    assert_equal(whole, parts, WRITTEN)
 
 
 @pytest.mark.parametrize("shape", [(0, 3), (0, 3, 4, 4), (2, 3, 0), (2, 3, 0, 4), (2, 0), (2, 0, 4, 4)], ids=str)
@@ -764,16 +661,15 @@ def test_a_network_step_with_an_empty_activation_leaves_its_layer_as_unmeasured(
     inputs["channel_dim"].append(1)
     inputs["batch_dim"].append(0)
     whole["importances"].append(torch.rand(shape[1]).to(device))
-    whole["skipped"] = torch.zeros(6, dtype=torch.int64, device=device)
+    whole["nonfinite_steps"] = no_nonfinite_steps(6, device)
     for name in ("alpha", "beta", "delta", "sigma", "active_only"):
         whole[name].append(whole[name][0])
     parts = copied(whole)
-    ops.network_step_(**inputs, **whole)
+    call(ops.network_step_, {**inputs, **whole})
     measured = [ops.importance(*one).float() for one in zip(*inputs.values(), strict=True)]
-    ops.update_(**parts, measured=measured)
-    for name in ("parameters", "importances"):
-        assert all(map(torch.equal, whole[name], parts[name]))
-    assert whole["skipped"].tolist() == [0] * 6
+    call(ops.update_, {**parts, "measured": measured})
+    assert_equal(whole, parts, ["parameters", "importances"])
+    assert whole["nonfinite_steps"].tolist() == [0] * 6
 
 
 @given(st.data())
@@ -784,65 +680,49 @@ def test_steps_of_layers_of_any_shape_and_strides(data: st.DataObject) -> None:
     momentum = draw(st.sampled_from([0.0, 0.9]))
     before = [torch.randn(neurons, inputs), torch.randn(neurons)]
     gradients, buffers = [w * 2 for w in before], [w * 3 for w in before]
-    average, nothing = torch.rand(neurons), torch.zeros(1, dtype=torch.int64)
+    average = torch.rand(neurons)
 
-    def run(step: Any) -> list[Tensor]:
-        state = [[t.clone() for t in before], [t.clone() for t in buffers], average.clone()]
-        step(*state)
-        return [*state[0], *state[1], state[2]]
+    def run(operation: Any, **inputs: Any) -> Arguments:
+        own = {"parameters": before, "momentum_buffers": buffers, "importances": [average]}
+        arguments = {**one_layer(average, before, gradients), **sgd(2, momentum=momentum), "delta": [1 - 2e-4]}
+        arguments |= {**copied(own), **inputs}
+        if "measured" not in inputs:
+            del arguments["measured"]
+        call(operation, arguments)
+        return arguments
 
-    def by_layer(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
-        where = ([0, 0], [1, 1], channel_dim, batch_dim)
-        ops.layer_step_(
-            activation, gradient, weights, gradients, velocities, importance, nothing, *where, 0.1, momentum
-        )
-
-    def by_network(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
-        two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
-        one = ([0.5], [0.5], [1 - 2e-4], ["sigmoid"], [False])
-        inputs = ([activation], [gradient], [channel_dim], [batch_dim])
-        ops.network_step_(*inputs, weights, gradients, velocities, [importance], nothing, *two, *one)
-
-    def by_parts(weights: list[Tensor], velocities: list[Tensor], importance: Tensor) -> None:
-        measured = ops.importance(activation, gradient, channel_dim, batch_dim).float()
-        two = ([0, 0], [0, 0], [1, 1], [0.1] * 2, [momentum] * 2, [False] * 2, [0.0] * 2, [False] * 2)
-        one = ([0.5], [0.5], [1 - 2e-4], ["sigmoid"], [False])
-        ops.update_(weights, gradients, velocities, [importance], [measured], nothing, *two, *one)
-
-    want = run(by_parts)
-    assert all(map(torch.equal, run(by_layer), want))
-    assert all(map(torch.equal, run(by_network), want))
+    want = run(ops.update_, measured=[ops.importance(activation, gradient, channel_dim, batch_dim).float()])
+    dims = {"channel_dim": [channel_dim], "batch_dim": [batch_dim]}
+    got = run(ops.network_step_, activations=[activation], activation_gradients=[gradient], **dims)
+    names = ["parameters", "momentum_buffers", "importances"]
+    assert_equal(got, want, names)
+    options = LayerStepOptions(channel_dim, batch_dim, momentum=momentum)
+    layer = Layer(activation, gradient, average, no_nonfinite_steps(1), [0, 0], [1, 1])
+    ops.layer_step_(layer, Network(before, gradients, buffers), options)
+    alone = {"parameters": before, "momentum_buffers": buffers, "importances": [average]}
+    assert_equal(alone, want, names)
 
 
 def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
-    n, g = torch.randn(4, 64, 5, 5).to(device), torch.randn(4, 64, 5, 5).to(device)
-    weight, bias, average = (tensor.to(device) for tensor in (torch.randn(64, 27), torch.randn(64), torch.rand(64)))
-    skipped = torch.zeros(1, dtype=torch.int64, device=device)
-    gradients = [torch.randn_like(one.cpu()).to(device) for one in (weight, bias)]
-    mine = [weight.clone(), bias.clone(), average.clone()]
-    exact = [tensor.double() for tensor in mine]
-    options = {"lr": 0.2, "weight_decay": 0.1, "delta": 0.9, "sigma": "erf", "alpha": 0.2, "beta": 0.6}
-    ops.layer_step_(n, g, mine[:2], gradients, [], mine[2], skipped, [0, 0], [1, 1], **options)
-    gradients = [gradient.double() for gradient in gradients]
-    reference.layer_step_(
-        n.double(), g.double(), exact[:2], gradients, [], exact[2], skipped, [0, 0], [1, 1], **options
-    )
-    for got, want in zip(mine, exact, strict=True):
-        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(mine[0], weight)
+    n, g, weight, bias = tensors([(4, 64, 5, 5), (4, 64, 5, 5), (64, 27), (64,)], device=device)
+    steps, average = no_nonfinite_steps(1, device), torch.rand(64).to(device)
+    gradients, before = tensors([(64, 27), (64,)], device=device), weight.clone()
+    want = [tensor.double() for tensor in (weight, bias, average)]
+    options = LayerStepOptions(lr=0.2, weight_decay=0.1, delta=0.9, sigma="erf", alpha=0.2, beta=0.6)
+    ops.layer_step_(Layer(n, g, average, steps, [0, 0], [1, 1]), Network([weight, bias], gradients), options)
+    layer = Layer(n.double(), g.double(), want[2], steps, [0, 0], [1, 1])
+    reference.layer_step_(layer, Network(want[:2], [gradient.double() for gradient in gradients]), options)
+    for got, one in zip((weight, bias, average), want, strict=True):
+        torch.testing.assert_close(got.double(), one, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(before, weight)
 
 
 def test_step_operations_pass_opcheck() -> None:
-    arguments = network(momentum=0.9)
-    del arguments["measured"]
-    names = [name for name in ARGUMENTS if name != "measured"]
-    opcheck(
-        torch.ops.npc_ext.network_step_.default,
-        (*activations().values(), *(arguments[name] for name in names)),
-    )
+    arguments = flat("network_step_", {**network(momentum=0.9), **activations()})
+    opcheck(torch.ops.npc_ext.network_step_.default, arguments)
     weight = torch.randn(10, 7)
-    layer = (torch.randn(4, 10), torch.randn(4, 10), [weight], [weight * 2], [], torch.rand(10))
-    opcheck(torch.ops.npc_ext.layer_step_.default, (*layer, torch.zeros(1, dtype=torch.int64), [0], [1]))
+    layer = (torch.randn(4, 10), torch.randn(4, 10), torch.rand(10), no_nonfinite_steps(1), [0], [1])
+    opcheck(torch.ops.npc_ext.layer_step_.default, (*layer, [weight], [weight * 2], []))
 
 
 @pytest.mark.parametrize(
@@ -857,7 +737,7 @@ def test_step_operations_pass_opcheck() -> None:
         ("measured", lambda a: [torch.rand(4), *a["measured"][1:]], r"measured\[0\] is torch.float32 of shape \(4,\)"),
         ("sigma", lambda a: ["relu"] * 5, "sigma is 'relu'; expected one of 'sigmoid', 'tanh', 'erf'"),
         ("layer", lambda a: [5, *a["layer"][1:]], r"layer\[0\] is 5, but there are 5 layers"),
-        ("skipped", lambda a: torch.zeros(2), r"skipped is torch.float32 of shape \(2,\); expected int64 of shape \(5,\)"),
+        ("nonfinite_steps", lambda a: torch.zeros(2), r"nonfinite_steps is torch.float32 of shape \(2,\); expected int64 of shape \(5,\)"),
         ("neuron_dim", lambda a: [3, *a["neuron_dim"][1:]], r"neuron_dim\[0\] is 3, but parameters\[0\] has 2 dimensions"),
         ("parameters", lambda a: [a["parameters"][0].cfloat(), *a["parameters"][1:]], r"parameters\[0\] is torch.complex64"),
         ("momentum_buffers", lambda a: a["momentum_buffers"][:3], "momentum_buffers has 3 entries, expected 11"),
@@ -867,11 +747,26 @@ def test_step_operations_pass_opcheck() -> None:
 def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
     arguments = network(momentum=0.9)
     arguments[name] = value(arguments)
-    before = copied(arguments)
-    with pytest.raises(ValueError, match=message):
+    check_is_refused(ops.update_, arguments, message, WRITTEN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": None}, "misses the arguments network, measured, placement, options, constants"),
+        ({"lr": [0.1]}, "got an unexpected argument 'lr'"),
+    ],
+)
+def test_update_refuses_arguments_that_it_does_not_have(arguments: Arguments, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
         ops.update_(**arguments)
-    for written in WRITTEN:
-        assert all(map(torch.equal, arguments[written], before[written]))
+
+
+@pytest.mark.parametrize(
+    "name", ["update_", "adam_update_", "anchored_update_", "connection_update_", "network_step_", "layer_step_"]
+)
+def test_operations_have_the_signature_of_their_reference(name: str) -> None:
+    assert inspect.signature(getattr(ops, name)) == inspect.signature(getattr(reference, name))
 
 
 def test_the_kernels_name_the_columns_of_their_tables() -> None:

@@ -1211,7 +1211,7 @@ def test_importance_that_is_not_finite_is_left_out_counted_and_reported_once() -
         optimizer.neurons["conv1"].sink.grad[0] = torch.nan
         with expectation:
             optimizer.step()
-    assert optimizer.plasticity()["conv1"].skipped == 2
+    assert optimizer.plasticity()["conv1"].nonfinite_steps == 2
     assert not optimizer.plasticity()["conv1"].importance.any()
     assert optimizer.plasticity()["conv2"].importance.any()
 

@@ -37,7 +37,7 @@ def consolidated(optimizer: Any) -> Any:
 
 
 def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Weights and all that the optimizer keeps, counters of skipped importance included."""
+    """Weights and all that the optimizer keeps, counters of steps without finite importance included."""
     result = {}
     for name, parameter in model.named_parameters():
         own = {"": parameter, **optimizer.state.get(parameter, {})}
@@ -45,7 +45,7 @@ def everything(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
             {f"{name} {key}": value.detach().clone() for key, value in own.items() if isinstance(value, Tensor)}
         )
     for name, layer in optimizer.plasticity().items() if hasattr(optimizer, "plasticity") else ():
-        result[f"{name} skipped"] = torch.tensor(layer.skipped)
+        result[f"{name} nonfinite_steps"] = torch.tensor(layer.nonfinite_steps)
     return result
 
 

@@ -26,6 +26,7 @@ from npc_ext.skipping.certificate import Certificate
 from npc_ext.skipping.forward import PartialForward
 from npc_ext.skipping.rows import Rows, rows_to_compute
 
+from ..kernels.arguments import call, one_layer, sgd
 from ..models import ManyHeads, ResNet, paper_cnn, vgg
 from ..tolerances import TRAJECTORY, U
 
@@ -183,14 +184,13 @@ def run_from_the_bound(
     assert certain[-1] == 0
     neurons, generator = len(average), torch.Generator().manual_seed(seed)
     average, weight = average.to(device), torch.ones(neurons, 2, device=device)
-    skipped = torch.zeros(1, dtype=torch.int64, device=device)
+    options = sgd(1, momentum=0.9, weight_decay=0.01) | {"beta": [beta], "delta": [delta], "sigma": [sigma]}
     for step in range(min(int(certain.max()), most_steps)):
         measured = torch.rand(neurons, generator=generator) * (torch.rand(neurons, generator=generator) > quiet)
         if worst:
             measured = torch.eye(neurons)[-1]
-        lists: Any = [[0], [0], [1], [0.1], [0.9], [False], [0.01], [False], [0.5], [beta], [delta], [sigma], [False]]
-        buffers = [torch.ones_like(weight)]
-        update([weight], [torch.ones_like(weight)], buffers, [average], [measured.to(device)], skipped, *lists)
+        arguments = one_layer(average, [weight], [torch.ones_like(weight)], measured.to(device)) | options
+        call(update, {**arguments, "momentum_buffers": [torch.ones_like(weight)]})
         still = (certain > step).to(device)
         assert bool((weight[still] == 1).all()), (average, certain, step)
         rate = reference.learning_rate(average, 0.1, 0.5, beta, sigma)
