@@ -33,7 +33,7 @@ WITHIN = {
         ("base",),
         ("plan", "options", "moments", "nonfinite", "plasticity", "succession"),
     ),
-    "skipping": (("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
+    "skipping": (("install",), ("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
     "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),
     "distributed": (("sinks",), ("shards",)),
     "kernels": (("checks",), ("launch",), ("native",), ("build",)),

@@ -21,16 +21,15 @@ from .._warn import warn
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
-from ..neurons.find import find_neurons, input_projections, is_shared
+from ..neurons.find import find_neurons, input_projections
 from ..neurons.kinds import is_weighted
 from ..neurons.layer import NO_BACKWARD_PASS, NeuronLayer
 from ..neurons.protection import warn_if_little
 from ..neurons.table import Neurons
 from ..neurons.tap import ImportanceWarning
 from ..skipping.bound import frozen_for
-from ..skipping.certificate import Certificates, Watch
-from ..skipping.constants import Calls, let_rest
-from ..skipping.forward import PartialForward, why_not
+from ..skipping.certificate import Certificates
+from ..skipping.install import install_skipping
 from .base import Descent, uncompiled
 from .moments import FirstMoments
 from .nonfinite import SkippedSteps
@@ -188,49 +187,21 @@ class Plastic(Descent, Joinable):
         else:
             measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
-        self._watch_layers(trained)
+        self._install_skipping(trained)
+
+    def _install_skipping(self, trained: set[int]) -> None:
+        before = self.__dict__.get("_certificates")
+        layers = zip(self._consolidated, self._keys, self._own_options, strict=True)
+        self._certificates = install_skipping(self._model, layers, self._skip_frozen, trained)
+        self.neurons.hold(self._certificates)
+        self._certificates.bind(self.state, self._group_of)
+        if before is not None:
+            self._certificates.take_over_from(before)
 
     def _warn_if_little_is_protected(self) -> None:
         known = {*self._place, *self._plain}
         unprotected = [parameter for parameter in self.neurons.trained() if id(parameter) not in known]
         warn_if_little(self.neurons.protection(), self._model, unprotected, "neurons", self._ADVICE)
-
-    def _watch_layers(self, trained: set[int]) -> None:
-        """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
-        watches: dict[str, Watch] = {}
-        watched: list[NeuronLayer] = []
-        calls = Calls(self._model, watched)
-        for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
-            skip_frozen = own.get("skip_frozen", self._skip_frozen)
-            if not skip_frozen:
-                continue
-            if reason := self._why_all_gradients(layer, trained):
-                layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
-                continue
-            forward = PartialForward.placed_in(self._model.get_submodule(layer.module))
-            if forward.all_or_nothing:
-                layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
-            whole = skip_frozen == "layers" or forward.all_or_nothing
-            watches[layer.name] = Watch(forward, layer, key, own, calls, all_or_nothing=whole)
-            watched.append(layer)
-        handles = [*watches.values(), *let_rest(self._model, watched, trained)]
-        if watched:
-            handles += calls.attach()
-        for handle in handles:
-            self.neurons.hold(handle)
-        before = self._certificates.watches if "_certificates" in self.__dict__ else {}
-        self._certificates = Certificates(watches, calls)
-        self._certificates.bind(self.state, self._group_of)
-        for name in before.keys() & watches.keys():
-            watches[name].go_on_from(before[name])
-        self._certificates.sort()
-
-    def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
-        if any(is_sharded(own.parameter) for own in layer.parameters):
-            return "its parameters are sharded"
-        if is_shared(layer.parameters[0].parameter, self._model):
-            return "its weight is shared"
-        return why_not(self._model.get_submodule(layer.module), trained)
 
     def _index_parameters(self) -> None:
         """Which group and which layer every parameter belongs to; rebuilt wherever parameters may be new objects."""
@@ -622,7 +593,7 @@ class Plastic(Descent, Joinable):
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
-            left_out = self._gradients_skipped(layer.name)
+            left_out = self._certificates.gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
 
@@ -666,10 +637,6 @@ class Plastic(Descent, Joinable):
     def _leave_model(self) -> None:
         self.neurons.detach()
         self._drop_measured()
-
-    def _gradients_skipped(self, layer: str) -> float:
-        watch = self._certificates.watches.get(layer)
-        return 0.0 if watch is None else watch.gradients_skipped()
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The constants in force for a layer: alpha, beta, delta, sigma and normalize."""
@@ -738,7 +705,7 @@ class Plastic(Descent, Joinable):
         return f"consolidated: {neurons} neurons in {len(self._consolidated)} layers\n{self.neurons.protection()}"
 
     def __repr__(self) -> str:
-        rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
+        rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
         return (
             f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"

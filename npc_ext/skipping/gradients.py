@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,13 +16,12 @@ from .rows import Rows
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_TIMINGS = 5
 
 
 # --------------------------------------------------------------------------------------------------------- operations
 
 
-class _Operation(Protocol):
+class Operation(Protocol):
     """What a weighted module computes, and the two halves of its backward pass."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
@@ -37,6 +34,10 @@ class _Operation(Protocol):
         """Gradients of weight and bias, of `rows` only or of all."""
         ...
 
+    def positions(self, x: Tensor) -> int:
+        """How often each weight is multiplied, with another element of the input."""
+        ...
+
     @property
     def neuron_dim(self) -> int:
         """The dimension of the weight that counts neurons."""
@@ -44,7 +45,7 @@ class _Operation(Protocol):
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     neuron_dim = 0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -60,6 +61,9 @@ class _Linear:
         if rows is not None:
             gradient = gradient.index_select(1, rows)
         return gradient.t().mm(x.reshape(-1, weight.shape[1])), gradient.sum(0) if biased else None
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[-1], 1)
 
 
 @dataclass(frozen=True)
@@ -106,11 +110,14 @@ class Convolution:
         _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self._geometry(), (False, True, biased))
         return of_weight, of_bias
 
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[1], 1) // (1 if self.transposed else math.prod(self.stride))
 
-def operation_of(module: Any) -> _Operation | str:
+
+def operation_of(module: Any) -> Operation | str:
     """What a module computes, or why its weight gradients cannot be left out."""
     if type(module) is nn.Linear:
-        return _Linear()
+        return Linear()
     if type(module) not in (*_CONVOLUTIONS, *_TRANSPOSED):
         return f"it is a {type(module).__name__}, no plain Linear or convolution"
     padding = module.padding
@@ -132,7 +139,7 @@ class PartialGradient(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        operation: _Operation,
+        operation: Operation,
         rows: Rows,
         note_use: Callable[[], None],
     ) -> Tensor:
@@ -173,66 +180,35 @@ def _is_channels_last(x: Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- does it pay?
 
-_measured: dict[Any, bool] = {}
+# Multiply-adds, see skipping_pays. That of GPUs is a guess on the safe side; it was not measured.
+_LEAST_WORK = {"cpu": 24e6, "cuda": 2.0**34}
+_LEAST_USES = 128
 
 
-def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool | None:
-    """Whether a layer is faster that computes the gradients of `rows` only, by measuring it once in a process.
+def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
+    """Whether to compute the weight gradients of `rows` only, by a fixed rule, so that runs repeat.
 
-    Measuring waits for the GPU.
+    Leaving out a whole layer always pays. Computing a part of the rows has a price: dL/dy is gathered, the result is
+    scattered into a gradient of zeros, and all that in Python. With the share s of the rows left out, it pays where
 
-    None where it cannot be measured at this moment.
+        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * (positions) >= 128,
 
-    Where the user asked for deterministic algorithms, only whole layers are left out: parts may change the order of
-    summation, and so the last bits, by a clock's verdict and by when a run was resumed.
+    as measured on a CPU (bench/results/skipping-rule). On a GPU, where it was not measured, the first bound is 2 ** 34.
+
+    Under `torch.use_deterministic_algorithms(True)` only whole layers are left out: other shapes may sum in another
+    order, and which rows are certain depends on the step from which a run was resumed.
+
+    Args:
+        operation: what the module computes.
+        x: its input, with a dimension of samples.
+        weight: its weight.
+        rows: those that may move.
     """
-    if len(rows) > 0 and torch.are_deterministic_algorithms_enabled():
+    if x.device.type not in _LEAST_WORK:
         return False
-    if x.device.type not in ("cpu", "cuda"):  # a clock that does not wait for the device measures nothing
+    if len(rows) == 0:
+        return True
+    if torch.are_deterministic_algorithms_enabled():
         return False
-    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
-    layer = (operation, weight.shape, weight.stride(), bias is None, len(rows))
-    key = (*layer, *kind_of(x), x.device, threads)
-    if key not in _measured:
-        with ExitStack() as stack:
-            try:  # a checkpoint's hooks must not see this
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
-            except RuntimeError:  # somebody has disabled such hooks
-                return None
-            _measured[key] = _is_faster(operation, x, weight, bias, rows)
-    return _measured[key]
-
-
-def kind_of(x: Tensor) -> tuple[Any, ...]:
-    """What a verdict depends on. Sizes count up to a factor of 2, so that inputs of many lengths are not all timed."""
-    return x.numel().bit_length(), x.is_contiguous(), x.dtype, x.requires_grad
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
-    """Times forward and backward passes, whose gradients go nowhere; waits for the GPU after each."""
-    inputs = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, weight, bias)]
-    wanted = [one for one in inputs if one is not None and one.requires_grad]
-
-    def in_part() -> Tensor:
-        return PartialGradient.apply(*inputs, operation, rows, lambda: None)
-
-    def in_full() -> Tensor:
-        return operation.forward(*inputs)  # type: ignore[arg-type]
-
-    # The first call warms up; of the others the fastest counts, because disturbances only ever add.
-    seconds: dict[Callable[[], Tensor], float] = {in_part: math.inf, in_full: math.inf}
-    for turn in range(_TIMINGS + 1):
-        for function in seconds:
-            started = time.perf_counter()
-            output = function()
-            # The output has its gradient's shape, and takes nothing from the random generator.
-            torch.autograd.grad(output, wanted, output.detach())
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            if turn > 0:
-                seconds[function] = min(seconds[function], time.perf_counter() - started)
-    return seconds[in_part] < seconds[in_full]
+    share, uses = rows.share_left_out(), operation.positions(x)
+    return share**2 * weight.numel() * uses > _LEAST_WORK[x.device.type] and share * uses >= _LEAST_USES

@@ -877,7 +877,17 @@ def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: 
 def test_the_kernels_name_the_columns_of_their_tables() -> None:
     columns = cuda_on_cpu.module().COLUMNS
     assert columns == {
-        "parameter_numbers": ("dtype", "size", "outer", "middle", "run", "layer", "nesterov", "maximize", "first_neuron"),
+        "parameter_numbers": (
+            "dtype",
+            "size",
+            "outer",
+            "middle",
+            "run",
+            "layer",
+            "nesterov",
+            "maximize",
+            "first_neuron",
+        ),
         "parameter_options": ("lr", "momentum", "weight_decay"),
         "adam_options": ("first_decay", "second_decay", "epsilon"),
         "anchor_options": ("strength", "implicit"),

@@ -28,7 +28,7 @@ def often_and_always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Certificates are issued every second step, and rows are gathered whether it pays or not."""
     monkeypatch.setattr(certificate, "FEWEST_STEPS_BETWEEN_ISSUES", 2)
     monkeypatch.setattr(certificate, "MOST_STEPS_BETWEEN_ISSUES", 2)
-    monkeypatch.setattr(forward, "pays", lambda *arguments: True)
+    monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
 
 
 def network() -> nn.Sequential:
@@ -440,7 +440,7 @@ def test_where_hooks_of_saved_tensors_are_disabled_nothing_is_measured(measured:
         assert forward.pays(operation, x, layer.weight, layer.bias, rows) is None
     model = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
     optimizer = NPC(model)
-    watch = optimizer._certificates.watches["0"]
+    watch = optimizer._certificates.layers["0"]
     watch.record()
     watch.certificate = certificate.Certificate(rows, 10**9)
     watch.forward.follow(watch)

@@ -33,7 +33,7 @@ from ..tolerances import TRAJECTORY, U
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows are gathered whether it pays or not."""
-    monkeypatch.setattr(forward, "pays", lambda *arguments: True)
+    monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
 
 
 @pytest.fixture
@@ -45,9 +45,9 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def certify(optimizer: NPC, layer: str, certain: Tensor) -> Certificate:
     """Gives a layer a certificate that says so."""
-    watch = optimizer._certificates.watches[layer]
+    watch = optimizer._certificates.layers[layer]
     watch.record()
-    rows = rows_to_compute(certain, watch.all_or_nothing)
+    rows = rows_to_compute(certain, watch.whole_only)
     assert rows is not None
     issued = watch.certificate = Certificate(Rows(rows, len(certain), torch.device("cpu")), 10**9)
     watch.forward.follow(watch)
@@ -231,7 +231,7 @@ def test_rows_are_rounded_up_to_few_shapes() -> None:
         rows = rows_to_compute(certain, False)
         assert rows is not None and len(rows) == -(-moving // 32) * 32 and len(rows.unique()) == len(rows)
         assert bool(certain[Rows(rows, 256, torch.device("cpu")).left_out()].all())
-        assert rows_to_compute(certain, all_or_nothing=True) is None
+        assert rows_to_compute(certain, whole_only=True) is None
     assert rows_to_compute(torch.arange(256) < 10, False) is None
     assert rows_to_compute(torch.arange(16) < 10, False) is None  # 16 rows at least
 
@@ -386,7 +386,7 @@ def test_every_kind_of_layer(
     grouped = getattr(layer, "groups", 1) > 1
     certain = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.arange(moving) * 2, False)
     if grouped and moving:
-        assert rows_to_compute(certain, optimizer._certificates.watches["0"].all_or_nothing) is None
+        assert rows_to_compute(certain, optimizer._certificates.layers["0"].whole_only) is None
         return
     issued = certify(optimizer, "0", certain)
     x = torch.randn(shape)
@@ -398,7 +398,7 @@ def test_every_kind_of_layer(
     upstream = torch.randn_like(outputs[0])
     for output in outputs:
         output.backward(upstream)
-    assert issued in optimizer._certificates.watches["0"]._used
+    assert issued in optimizer._certificates.layers["0"]._used
     assert torch.equal(inputs[0].grad, inputs[1].grad)  # type: ignore[arg-type]
     left_out = issued.rows.left_out()
     for (name, got), want in zip(model.named_parameters(), twin.parameters(), strict=True):
@@ -637,7 +637,7 @@ def test_bfloat16_autocast(always: None) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             output = one(x)
         output.float().sum().backward()
-    assert issued in optimizer._certificates.watches["0"]._used
+    assert issued in optimizer._certificates.layers["0"]._used
     got, want = (one[0].weight.grad for one in (model, twin))  # type: ignore[index]
     assert got.dtype == torch.float32 and not got[16:].any()
     assert (got - want)[:16].norm() <= 4 * U[torch.bfloat16] * want.norm()
@@ -689,7 +689,7 @@ def test_a_bias_that_is_not_trained_gets_no_gradient(always: None) -> None:
         issued, x = certify(optimizer, "0", torch.arange(40) >= 16), torch.randn(shape)
         for one in (model, twin):
             one(x).sum().backward()
-        assert issued in optimizer._certificates.watches["0"]._used
+        assert issued in optimizer._certificates.layers["0"]._used
         got, want = (one[0].weight.grad for one in (model, twin))  # type: ignore[index]
         assert layer.bias.grad is None and torch.allclose(got[:16], want[:16], rtol=1e-5, atol=1e-6)
 
@@ -747,7 +747,7 @@ def test_certificates_are_no_reason_to_compile_again(often: None, always: None) 
     set_importance(optimizer, **{"0": 3.0, "2": 3.0})
     for step in range(8):
         small_steps(compiled, optimizer, 1, step)
-    assert optimizer._certificates.watches["0"].in_force() and counter.frame_count == 1
+    assert optimizer._certificates.layers["0"].in_force() and counter.frame_count == 1
     assert skipped(optimizer)["0"] == 0.0  # all were computed
 
 
@@ -928,7 +928,7 @@ def test_an_optimizer_that_is_gone_leaves_nothing_out(often: None, always: None)
 def test_it_can_be_switched_off_altogether_and_for_single_layers() -> None:
     assert not any("forward" in m.__dict__ for m in NPC(small(), skip_frozen=False)._model.modules())
     optimizer = NPC(small(), layers={"2": {"skip_frozen": False}})
-    assert list(optimizer._certificates.watches) == ["0", "4"]
+    assert list(optimizer._certificates.layers) == ["0", "4"]
     with pytest.raises(ValueError, match="skip_frozen is 'yes'; expected one of True, False, 'layers'"):
         NPC(small(), skip_frozen="yes")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"layers\['2'\]: skip_frozen is 'no'; expected one of True, False, 'layers'"):
@@ -956,7 +956,7 @@ def test_layers_whose_gradients_are_always_computed_say_so() -> None:
     model["even"] = nn.Conv1d(4, 4, 2, padding="same")
     trained = [p for name, p in model.named_parameters() if name != "c.bias"]
     optimizer = NPC(model, params=trained)
-    assert list(optimizer._certificates.watches) == []
+    assert list(optimizer._certificates.layers) == []
     text = str(optimizer.neurons)
     for reason in (
         "its weight is shared",
@@ -972,7 +972,7 @@ def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     model = small()
     model[0].forward = lambda x: x @ model[0].weight.t()  # type: ignore[method-assign, index, assignment]
     optimizer = NPC(model)
-    assert "0" not in optimizer._certificates.watches and "replaced" in str(optimizer.neurons)
+    assert "0" not in optimizer._certificates.layers and "replaced" in str(optimizer.neurons)
 
 
 # -------------------------------------------------------------------------------------------------- whole networks
