@@ -64,10 +64,9 @@ class NPC(Plastic):
         skip_frozen: whether to leave out the weight gradients of neurons that are certain not to move in the coming
             step, whatever the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
             changes. Gradients are meant for the step that follows their forward pass. "layers" does so only where all
-            neurons of a layer are certain, which changes no bit; True also for parts of a layer, where a clock says
-            that this is faster, and where the last bits may then differ from run to run. Where it is on, the CPU waits
-            for a GPU now and then: every 8 to 32 steps if it is more than a quarter of that ahead, and while the clock
-            times a layer, once in a process. With False no step waits.
+            neurons of a layer are certain, which changes no bit; True also for parts of a layer that are large enough,
+            where another order of summation may change the last bits. Where it is on, the CPU waits for a GPU every 8
+            to 32 steps if it is more than a quarter of that ahead. With False no step waits.
         process_group: the processes of torch.distributed that train one model together, whose importance is added up
             over them once a step; "auto": those of the `DistributedDataParallel` that the model is in, or of the mesh
             over which `fully_shard` has sharded it. None: each process trains a model of its own.

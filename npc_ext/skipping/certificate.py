@@ -1,23 +1,22 @@
 """Certificates: which neurons of a layer cannot move in the coming steps, and until when.
 
-A certificate names the rows of a layer's weight that may move; the neurons of the others are certain to stay frozen
-(bound.py). Certificates are issued every 8 to 32 steps, for twice as long, from the importance at that moment. On a GPU
-the importance is copied in the background and read a quarter of that interval (2 to 8 steps) later, while the previous
-certificate still holds; a CPU that is further ahead of the GPU waits then.
+A certificate names the rows of a layer's weight that may move. The neurons of all other rows are certain to stay
+frozen (bound.py). Certificates are issued every 8 to 32 steps from the importance at that moment, and are valid for
+twice as long. On a GPU the importance is copied in the background and read a quarter of that interval (2 to 8 steps)
+later, while the previous certificate is still valid; if the CPU is further ahead of the GPU, it waits.
 
-A certificate holds only while nobody but the optimizer changes importance, beta, delta or the parameters (other code
-that changes the parameters may train them, and needs all gradients). Neither a forward pass nor a step can rely on the
-other one's check, because a change may come before or after each of them. The rule:
+A certificate holds only while no other code changes importance, beta, delta or the parameters (other code that changes
+the parameters may train them, and needs all gradients). The rule, which a change before a forward pass and one after it
+cannot escape:
 
 1. After each step the optimizer records what the step left: each layer's importance, the versions of importance and
    parameters, and each group's beta and delta.
 2. A forward pass leaves gradients out only if its layer has a certificate for the coming step and is as recorded.
 3. `step()` compares all layers with the record again, before it moves anything: a layer that differs loses its
    certificate, and gets no new one from importance that was read before.
-4. A backward pass that leaves gradients out notes its certificate: if that does not hold in `step()`, `step()` looks at
-   the importance itself, and raises if a neuron without a gradient may move.
-5. Whoever clears the gradients clears these notes, and nothing else does: not a new certificate, a loaded state or a
-   new group.
+4. A backward pass that leaves gradients out notes its certificate: if that no longer holds in `step()`, `step()` looks
+   at the importance itself, and raises if a neuron without a gradient may move.
+5. Clearing the gradients clears these notes; a new certificate, a loaded state or a new group does not.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ from .constants import Calls
 from .forward import Decision, PartialForward
 from .rows import Rows, rows_to_compute
 
-# Issuing takes time, and a certificate that lasts misses neurons which are certain for a shorter time only: those whose
-# importance is within DECAY of beta. So it lasts as long as importance may take for that decay, within these limits.
+# Issuing certificates takes time. But the longer they are valid, the fewer neurons are certain for that long. They are
+# valid for as long as importance takes to decay by the factor DECAY at least, within these limits.
 FEWEST_STEPS_BETWEEN_ISSUES, MOST_STEPS_BETWEEN_ISSUES = 8, 32
 DECAY = 0.95
 

@@ -1,9 +1,9 @@
 """When the parameters of a layer count as constants: within one call of the model, and nowhere else.
 
-A tap measures the importance of a layer in the backward pass, at some point behind the layer (neurons/tap.py). Upstream
-of the tap of a network's first weighted layer, back-propagation only serves the layer's own parameters, and those of a
-normalization between layer and tap. If no neuron of the layer can move in the coming step (certificate.py), nothing
-there needs a gradient.
+A tap is an identity that is placed behind a layer. Its backward pass measures the layer's importance, and gives it to
+the layer's sink, a small leaf tensor, as the gradient (neurons/tap.py). Before the tap of a network's first weighted
+layer, back-propagation only serves the parameters of the layer, and those of a normalization between layer and tap. If
+no neuron of the layer can move in the coming step (certificate.py), nothing there needs a gradient.
 
 Such a layer rests: for the time of the call its parameters count as constants. No activation before the tap is kept,
 and back-propagation ends at the tap. The tap measures as usual, and gives the parameters the gradients of zeros that

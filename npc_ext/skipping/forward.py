@@ -1,4 +1,4 @@
-"""The forward pass of a module whose weight gradients may be left out in part.
+"""The forward pass of a module in whose backward pass some weight gradients may be left out.
 
 A neuron's incoming weights are a row of its layer's weight (a column, for transposed convolutions). An optimizer can be
 certain that some rows do not move in the coming step (certificate.py). `PartialForward` takes the place of a module's
@@ -37,9 +37,9 @@ class Decision:
     """Which weight gradients of one call are left out.
 
     Attributes:
-        rows: the rows whose gradients are computed; the others may be left out.
+        rows: the rows whose gradients are needed; all others may be left out.
         constants: whether the module's parameters count as constants in this call (constants.py).
-        note_use: the backward pass calls it if it leaves gradients out.
+        note_use: called by the backward pass if it leaves gradients out.
     """
 
     rows: Rows
@@ -102,7 +102,7 @@ class PartialForward(SharedStandIn):
         self._decider = decider
 
     def release(self, decider: Decider) -> None:
-        """Asks nobody from now on, if it has asked `decider`."""
+        """Asks `decider` no longer."""
         if self._decider is decider:
             self._decider = None
 
@@ -164,7 +164,7 @@ def why_not(module: nn.Module, trained: Collection[int]) -> str:
     if is_parametrized(module):
         return "its weight is computed from other parameters (a parametrization)"
     if "forward" in module.__dict__ and type(StandIn.of(module)) is not PartialForward:
-        return "its forward has been replaced by somebody else"
+        return "its forward has been replaced by other code"
     if any(id(p) not in trained for p in module.parameters(recurse=False)):
         return "a part of its parameters is not trained by this optimizer"
     return ""

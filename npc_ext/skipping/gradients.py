@@ -1,4 +1,4 @@
-"""Backward passes that compute the weight gradients of some rows only."""
+"""The backward pass of a module with the weight gradients of some rows only, and a rule when that is faster."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Operation(Protocol):
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor: ...
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias, of `rows` only or of all."""
+        """Gradients of the rows of weight and bias; None for the bias where there is none to compute."""
         ...
 
     def positions(self, x: Tensor) -> int:
@@ -45,7 +45,7 @@ class Operation(Protocol):
 
 
 @dataclass(frozen=True)
-class Linear:
+class _Linear:
     neuron_dim = 0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -55,11 +55,9 @@ class Linear:
         return gradient.reshape(-1, weight.shape[0]).mm(weight).view(shape)
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        gradient = gradient.reshape(-1, weight.shape[0])
-        if rows is not None:
-            gradient = gradient.index_select(1, rows)
+        gradient = gradient.reshape(-1, weight.shape[0]).index_select(1, rows)
         return gradient.t().mm(x.reshape(-1, weight.shape[1])), gradient.sum(0) if biased else None
 
     def positions(self, x: Tensor) -> int:
@@ -68,7 +66,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Convolution:
-    """Any convolution of torch.nn, its input padded already where the padding is not of zeros."""
+    """Any convolution of torch.nn; its input is padded beforehand if the padding is not of zeros."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -88,11 +86,11 @@ class Convolution:
         return torch.convolution(x, weight, bias, *self._geometry())
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-        # The input's values do not matter to its gradient, but its memory format does to the choice of a kernel.
+        # The values of the input do not matter to its gradient, but its memory format decides which kernel runs.
         if channels_last:
             memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
             stand_in = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
-        elif gradient.is_cpu:  # where oneDNN would make a contiguous copy of what is not
+        elif gradient.is_cpu:  # oneDNN would make a contiguous copy of an expanded tensor
             stand_in = gradient.new_empty(shape)
         else:
             stand_in = gradient.new_empty(1).expand(shape)
@@ -100,11 +98,10 @@ class Convolution:
         return backward(gradient, stand_in, weight, None, *self._geometry(), (True, False, False))[0]
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if rows is not None:
-            gradient = gradient.index_select(1, rows)
-            weight = weight.narrow(self.neuron_dim, 0, len(rows))  # its shape counts, not its values
+        gradient = gradient.index_select(1, rows)
+        weight = weight.narrow(self.neuron_dim, 0, len(rows))  # only its shape matters
         backward = torch.ops.aten.convolution_backward
         sizes = [gradient.shape[1]] if biased else None
         _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self._geometry(), (False, True, biased))
@@ -117,22 +114,24 @@ class Convolution:
 def operation_of(module: Any) -> Operation | str:
     """What a module computes, or why its weight gradients cannot be left out."""
     if type(module) is nn.Linear:
-        return Linear()
+        return _Linear()
     if type(module) not in (*_CONVOLUTIONS, *_TRANSPOSED):
         return f"it is a {type(module).__name__}, no plain Linear or convolution"
     padding = module.padding
     if module.padding_mode != "zeros" or padding == "valid":
         padding = (0,) * len(module.kernel_size)
     elif padding == "same":
-        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        if any(one % 2 for one in whole):
+        both_sides = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(size % 2 for size in both_sides):
             return "its padding is uneven (padding='same' with an even kernel)"
-        padding = tuple(one // 2 for one in whole)
+        padding = tuple(size // 2 for size in both_sides)
     transposed = type(module) in _TRANSPOSED
     return Convolution(module.stride, padding, module.dilation, transposed, module.output_padding, module.groups)
 
 
 class PartialGradient(torch.autograd.Function):
+    """What a module computes; the backward pass leaves out the weight gradients of all but some rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -149,8 +148,8 @@ class PartialGradient(torch.autograd.Function):
         ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
         return operation.forward(x, weight, bias)
 
-    # Not once_differentiable: these are operations of torch, which records them where create_graph asks for it. What
-    # was left out is a constant then.
+    # Not once_differentiable: these are operations of torch, which records them if create_graph asks for it. What was
+    # left out is a constant then.
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
