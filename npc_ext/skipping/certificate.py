@@ -118,16 +118,10 @@ class Record:
         state = self._states.get(self._keys[at])
         return None if state is None else state.get("importance")
 
-    def take(self) -> None:
-        """Records everything as it is now."""
-        self._importances, self._versions, self._constants = self._look()
-
-    def _look(self) -> tuple[list[Tensor | None], list[int], list[tuple[Any, Any]]]:
-        get = self._states.get
-        importances = [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
+    def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
         versions = versions_of(self._parameters)
         versions += [-1 if importance is None else version_of(importance) for importance in importances]
-        return importances, versions, [(group["beta"], group["delta"]) for group in self._groups]
+        return versions
 
     def differs(self, at: int) -> bool:
         """Whether a layer differs from the record."""
@@ -143,12 +137,23 @@ class Record:
         )
 
     def changed(self) -> list[int]:
-        """The layers that differ from the record; none where nothing is recorded."""
-        importances, versions, constants = self._look()  # of all at once, which is quicker than one by one
-        same = versions == self._versions and constants == self._constants
-        if not self._versions or (same and all(map(operator.is_, importances, self._importances))):
-            return []
-        return [at for at in range(len(self._keys)) if self.differs(at)]
+        """The layers that differ from the record; none where nothing is recorded. To be followed by `take`."""
+        get = self._states.get  # all layers at once, which is quicker than one by one
+        importances = [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
+        constants = [(group["beta"], group["delta"]) for group in self._groups]
+        changed: list[int] = []
+        if self._versions and not (
+            self._versions_with(importances) == self._versions
+            and constants == self._constants
+            and all(map(operator.is_, importances, self._importances))
+        ):
+            changed = [at for at in range(len(self._keys)) if self.differs(at)]
+        self._importances, self._constants = importances, constants
+        return changed
+
+    def take(self) -> None:
+        """Records the versions, and what `changed` has just seen: a step replaces no tensors, and no beta or delta."""
+        self._versions = self._versions_with(self._importances)
 
 
 class CertifiedLayer:
@@ -372,6 +377,7 @@ class Certificates:
 
     def issue(self) -> None:
         """Issues certificates at once, between two steps; waits for GPUs."""
+        self._record.changed()
         self._record.take()
         self._look()
         self._read()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,12 @@ class Operation(Protocol):
         ...
 
     def positions(self, x: Tensor) -> int:
-        """How often each weight is multiplied, with another element of the input."""
+        """How often each weight is multiplied with an element of the input."""
+        ...
+
+    @property
+    def least_positions(self) -> int:
+        """How many of them make up for writing an element of the weight's gradient, see `skipping_pays`."""
         ...
 
     @property
@@ -46,7 +51,7 @@ class Operation(Protocol):
 
 @dataclass(frozen=True)
 class _Linear:
-    neuron_dim = 0
+    neuron_dim, least_positions = 0, 160
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -74,6 +79,7 @@ class Convolution:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+    least_positions: ClassVar[int] = 128
 
     @property
     def neuron_dim(self) -> int:
@@ -179,9 +185,8 @@ def _is_channels_last(x: Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- does it pay?
 
-# Multiply-adds, see skipping_pays. That of GPUs is a guess on the safe side; it was not measured.
+# See skipping_pays. The number for GPUs is a guess on the safe side; it was not measured.
 _LEAST_WORK = {"cpu": 24e6, "cuda": 2.0**34}
-_LEAST_USES = 128
 
 
 def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
@@ -190,9 +195,10 @@ def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -
     Leaving out a whole layer always pays. Computing a part of the rows has a price: dL/dy is gathered, the result is
     scattered into a gradient of zeros, and all that in Python. With the share s of the rows left out, it pays where
 
-        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * (positions) >= 128,
+        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128, for a Linear 160,
 
     as measured on a CPU (bench/results/skipping-rule). On a GPU, where it was not measured, the first bound is 2 ** 34.
+    Positions are how often each weight is multiplied: there must be enough of them for each element of the gradient.
 
     Under `torch.use_deterministic_algorithms(True)` only whole layers are left out: other shapes may sum in another
     order, and which rows are certain depends on the step from which a run was resumed.
@@ -209,5 +215,6 @@ def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -
         return True
     if torch.are_deterministic_algorithms_enabled():
         return False
-    share, uses = rows.share_left_out(), operation.positions(x)
-    return share**2 * weight.numel() * uses > _LEAST_WORK[x.device.type] and share * uses >= _LEAST_USES
+    share, positions = rows.share_left_out(), operation.positions(x)
+    work = weight.numel() * positions
+    return share**2 * work > _LEAST_WORK[x.device.type] and share * positions >= operation.least_positions
