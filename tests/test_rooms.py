@@ -35,7 +35,7 @@ WITHIN = {
         ("base",),
         ("plan", "options", "measured", "moments", "nonfinite", "plasticity", "succession", "known_model"),
     ),
-    "skipping": (("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
+    "skipping": (("install",), ("certificate",), ("forward",), ("gradients",), ("rows", "bound", "constants")),
     "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),
     "distributed": (("sinks",), ("shards",)),
     "kernels": (("checks",), ("launch",), ("native", "register"), ("just_in_time",), ("build",), ("compilers",)),

@@ -65,10 +65,9 @@ class NPC(Plastic):
         skip_frozen: whether to skip the weight gradients of neurons that are certain not to move in the coming step,
             regardless of the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
             changes. Gradients are meant for the step that follows their forward pass. "layers" skips only whole
-            layers, which changes no bit. True also skips parts of layers where timing shows that this is faster; the
-            last bits may then differ between runs. With either, the CPU sometimes waits for the GPU: every 8 to 32
-            steps if it is more than a quarter of these steps ahead, and once in a process while a layer is timed. With
-            False no step waits.
+            layers, which changes no bit. True also skips parts of layers that are large enough, which may change the
+            last bits because sums are taken in another order. With either, the CPU sometimes waits for the GPU: every
+            8 to 32 steps if it is more than a quarter of these steps ahead. With False no step waits.
         process_group: the processes of torch.distributed that train the model together; importance is summed over them
             once a step. "auto": the processes of the model's `DistributedDataParallel` or `fully_shard` mesh. None:
             each process trains a separate model.

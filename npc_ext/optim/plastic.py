@@ -20,15 +20,14 @@ from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
-from ..neurons.find import find_neurons, input_projections, is_shared
+from ..neurons.find import find_neurons, input_projections
 from ..neurons.kinds import is_weighted
 from ..neurons.layer import NO_BACKWARD_PASS, NeuronLayer
 from ..neurons.protection import Protection
 from ..neurons.table import Neurons
 from ..skipping.bound import frozen_for
-from ..skipping.certificate import Certificates, Watch
-from ..skipping.constants import Calls, let_rest
-from ..skipping.forward import PartialForward, why_not
+from ..skipping.certificate import Certificates
+from ..skipping.install import install_skipping
 from .base import uncompiled
 from .control import PlasticityControl
 from .measured import MeasurementChecks
@@ -130,7 +129,16 @@ class Plastic(PlasticityControl, Joinable):
         else:
             measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
         self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
-        self._watch_layers(trained)
+        self._install_skipping(trained)
+
+    def _install_skipping(self, trained: set[int]) -> None:
+        before = self.__dict__.get("_certificates")
+        layers = zip(self._consolidated, self._keys, self._own_options, strict=True)
+        self._certificates = install_skipping(self._model, layers, self._skip_frozen, trained)
+        self.neurons.hold(self._certificates)
+        self._certificates.bind(self.state, self._group_of)
+        if before is not None:
+            self._certificates.take_over_from(before)
 
     def _keep_sinks(self, found: Neurons) -> None:
         """Gives layers that were known before their sink, with what was measured since the last step."""
@@ -144,43 +152,6 @@ class Plastic(PlasticityControl, Joinable):
 
     def _protection(self) -> Protection:
         return self.neurons.protection()
-
-    def _watch_layers(self, trained: set[int]) -> None:
-        """Has the layers leave out gradients that certificates say are not needed, where that can be done."""
-        watches: dict[str, Watch] = {}
-        watched: list[NeuronLayer] = []
-        calls = Calls(self._model, watched)
-        for layer, key, own in zip(self._consolidated, self._keys, self._own_options, strict=True):
-            skip_frozen = own.get("skip_frozen", self._skip_frozen)
-            if not skip_frozen:
-                continue
-            if reason := self._why_all_gradients(layer, trained):
-                layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
-                continue
-            forward = PartialForward.placed_in(self._model.get_submodule(layer.module))
-            if forward.all_or_nothing:
-                layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
-            whole = skip_frozen == "layers" or forward.all_or_nothing
-            watches[layer.name] = Watch(forward, layer, key, own, calls, all_or_nothing=whole)
-            watched.append(layer)
-        handles = [*watches.values(), *let_rest(self._model, watched, trained)]
-        if watched:
-            handles += calls.attach()
-        for handle in handles:
-            self.neurons.hold(handle)
-        before = self._certificates.watches if "_certificates" in self.__dict__ else {}
-        self._certificates = Certificates(watches, calls)
-        self._certificates.bind(self.state, self._group_of)
-        for name in before.keys() & watches.keys():
-            watches[name].go_on_from(before[name])
-        self._certificates.sort()
-
-    def _why_all_gradients(self, layer: NeuronLayer, trained: set[int]) -> str:
-        if any(is_sharded(own.parameter) for own in layer.parameters):
-            return "its parameters are sharded"
-        if is_shared(layer.parameters[0].parameter, self._model):
-            return "its weight is shared"
-        return why_not(self._model.get_submodule(layer.module), trained)
 
     def _index_parameters(self) -> None:
         """Records the group and the layer of each parameter. Call this wherever parameters may be new objects."""
@@ -458,7 +429,7 @@ class Plastic(PlasticityControl, Joinable):
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
-            left_out = self._gradients_skipped(layer.name)
+            left_out = self._certificates.gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
         return result
 
@@ -500,10 +471,6 @@ class Plastic(PlasticityControl, Joinable):
     def _leave_model(self) -> None:
         self.neurons.detach()
         self._drop_measured()
-
-    def _gradients_skipped(self, layer: str) -> float:
-        watch = self._certificates.watches.get(layer)
-        return 0.0 if watch is None else watch.gradients_skipped()
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
@@ -570,7 +537,7 @@ class Plastic(PlasticityControl, Joinable):
         return f"consolidated: {neurons} neurons in {len(self._consolidated)} layers\n{self.neurons.protection()}"
 
     def __repr__(self) -> str:
-        rows = sum(self._gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
+        rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
         return (
             f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"

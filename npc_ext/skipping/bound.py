@@ -1,6 +1,6 @@
 """How long a neuron is certain to stay frozen, whatever the data.
 
-Normalized importance is never negative, so eq. 4 never takes more than a factor of delta from C. If
+Normalized importance is never negative, so in eq. 4 C loses at most a factor of delta in each step. If
 
     delta ** m * C_i >= beta,
 
@@ -8,11 +8,10 @@ eq. 7 gives eta_i = 0 in each of the next m steps.
 
 **Rounding.** Let u = 2 ** -24, half the distance from 1 to the next float32. A step computes
 C' = fl(fl(fl(delta) * C) + r) with r >= 0. fl(delta) and the product lose at most a factor of 1 - u each. The sum loses
-nothing: rounding is monotonic and its first term is a float32 already, so C' is at least that term (with a fused
-multiply-add likewise). So C' >= delta (1 - u)^2 C, which is more than delta (1 - 4 u) C. In eq. 7, beta is rounded to
-float32, and so is beta / C, which is at most 1 where C >= fl(beta); the bound here asks for C >= beta (1 + 8 u), which
-also pays for the comparison's own rounding. All of that holds above the smallest normal float32 only, so the bound asks
-for that, too.
+nothing: rounding is monotonic and its first term is a float32 already, so C' is at least that term, also with a fused
+multiply-add. So C' >= delta (1 - u)^2 C, which is more than delta (1 - 4 u) C. In eq. 7, beta is rounded to float32,
+and so is beta / C, which is at most 1 where C >= fl(beta). The bound here is C >= beta (1 + 8 u), which also covers the
+rounding of the comparison. All of this holds only above the smallest normal float32, so the bound is never below it.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from torch import Tensor
 
 _U = 2.0**-24
 _SMALLEST_NORMAL = 2.0**-126
-# Beyond this many steps plasticity() does not count.
+# plasticity() counts no more steps than this.
 LONGEST = 10**6
 
 
 def frozen_for(importance: Tensor, beta: float, delta: float) -> Tensor:
-    """For how many more steps each neuron is certain not to move, whatever the data.
+    """The number of coming steps in which each neuron is certain not to move, whatever the data.
 
     Args:
         importance: (N,) float32, C of eq. 4.
@@ -45,7 +44,7 @@ def frozen_for(importance: Tensor, beta: float, delta: float) -> Tensor:
 
 
 def least_importance(beta: float, delta: float, steps: int) -> float:
-    """From which C on a neuron is certain not to move in the next `steps` steps."""
+    """The least C with which a neuron is certain not to move in the next `steps` steps."""
     decay = (delta * (1 - 4 * _U)) ** steps
     return _frozen_from(beta) / decay if decay > 0 else math.inf
 

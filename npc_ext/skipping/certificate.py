@@ -1,18 +1,32 @@
-"""Certificates: which neurons of a layer cannot change in the coming steps, and until when.
+"""Certificates: which neurons of a layer cannot move in the coming steps, and until when.
 
-A certificate names the neurons of a layer that are certain to stay frozen (bound.py), and the last step for which they
-are. It is issued every 8 to 32 steps, for twice as long, from the importance at that moment. On a GPU the importance is
-copied in the background and read a quarter of that interval (2 to 8 steps) later, while the certificate before is still
-in force; a CPU that is more steps ahead of the GPU than that waits then.
+A certificate names the rows of a layer's weight that may move. The neurons of all other rows are certain to stay
+frozen (bound.py). Certificates are issued every 8 to 32 steps from the importance at that moment, and are valid for
+twice as long. On a GPU the importance is copied in the background and read a quarter of that interval (2 to 8 steps)
+later, while the previous certificate is still valid; if the CPU is further ahead of the GPU, it waits.
+
+A certificate holds only while no other code changes importance, beta, delta or the parameters (other code that changes
+the parameters may train them, and needs all gradients). The rule, which a change before a forward pass and one after it
+cannot escape:
+
+1. After each step the optimizer records what the step left: each layer's importance, the versions of importance and
+   parameters, and each group's beta and delta.
+2. A forward pass leaves gradients out only if its layer has a certificate for the coming step and is as recorded.
+3. `step()` compares all layers with the record again, before it moves anything: a layer that differs loses its
+   certificate, and gets no new one from importance that was read before.
+4. A backward pass that leaves gradients out notes its certificate: if that no longer holds in `step()`, `step()` looks
+   at the importance itself, and raises if a neuron without a gradient may move.
+5. Clearing the gradients clears these notes; a new certificate, a loaded state or a new group does not.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -22,18 +36,18 @@ from .._torch import in_backward, version_of, versions_of
 from ..neurons.layer import NeuronLayer
 from .bound import least_importance
 from .constants import Calls
-from .forward import PartialForward
+from .forward import Decision, PartialForward
 from .rows import Rows, rows_to_compute
 
-# Issuing takes time, and a certificate that lasts misses neurons which are certain for a shorter time only: those whose
-# importance is within DECAY of beta. So it lasts as long as importance may take for that decay, within these limits.
+# Issuing certificates takes time. But the longer they are valid, the fewer neurons are certain for that long. They are
+# valid for as long as importance takes to decay by the factor DECAY at least, within these limits.
 FEWEST_STEPS_BETWEEN_ISSUES, MOST_STEPS_BETWEEN_ISSUES = 8, 32
 DECAY = 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class Certificate:
-    """Until step `until` (counted from the optimizer's first), only `rows` of a layer may change."""
+    """Until step `until` (counted from the optimizer's first), only `rows` of a layer may move."""
 
     rows: Rows
     until: int
@@ -72,131 +86,190 @@ class Clock:
         return 2 * self.between
 
 
-class Watch:
-    """One layer, as certificates see it: what is in force for it, and whether somebody else has interfered.
+class Record:
+    """What the last step left of the layers of one optimizer; whatever differs from it, other code has changed.
 
-    A certificate is worth something only as long as nobody but the optimizer changes importance, constants and weights
-    (whoever changes the weights trains them by rules of their own, and needs all gradients).
+    It holds the importance of each layer, the versions of importance and parameters, and each group's beta and delta.
 
-    Attributes:
-        all_or_nothing: whether only the whole layer's gradients are left out.
-        weight, bias: those the certificates are about; a call with others knows nothing of them.
+    Args:
+        states: the optimizer's state.
+        members: of each layer, the parameter under which its importance is kept, all its parameters, and its group.
     """
 
     def __init__(
         self,
-        forward: PartialForward,
+        states: MutableMapping[Any, Any],
+        members: Sequence[tuple[Tensor, Sequence[Tensor], Mapping[str, Any]]],
+    ) -> None:
+        self._states = states
+        self._keys = [key for key, _, _ in members]
+        self._parameters = [parameter for _, parameters, _ in members for parameter in parameters]
+        ends = accumulate((len(parameters) for _, parameters, _ in members), initial=0)
+        self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, among all parameters
+        self._groups = list({id(group): group for _, _, group in members}.values())
+        places = {id(group): place for place, group in enumerate(self._groups)}
+        self._group_of = [places[id(group)] for _, _, group in members]
+        self._importances: list[Tensor | None] = []
+        self._versions: list[int] = []  # of parameters, then of importances; empty while nothing is recorded
+        self._constants: list[tuple[Any, Any]] = []
+
+    def importance(self, at: int) -> Tensor | None:
+        """The importance of a layer as it is now; None where the state has been cleared."""
+        state = self._states.get(self._keys[at])
+        return None if state is None else state.get("importance")
+
+    def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
+        versions = versions_of(self._parameters)
+        versions += [-1 if importance is None else version_of(importance) for importance in importances]
+        return versions
+
+    def differs(self, at: int) -> bool:
+        """Whether a layer differs from the record."""
+        importance = self.importance(at)
+        if importance is None or not self._versions or importance is not self._importances[at]:
+            return True
+        span, place = self._spans[at], self._group_of[at]
+        group = self._groups[place]
+        return (
+            version_of(importance) != self._versions[len(self._parameters) + at]
+            or versions_of(self._parameters[span]) != self._versions[span]
+            or (group["beta"], group["delta"]) != self._constants[place]
+        )
+
+    def changed(self) -> list[int]:
+        """The layers that differ from the record; none where nothing is recorded. To be followed by `take`."""
+        get = self._states.get  # all layers at once, which is quicker than one by one
+        importances = [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
+        constants = [(group["beta"], group["delta"]) for group in self._groups]
+        changed: list[int] = []
+        if self._versions and not (
+            self._versions_with(importances) == self._versions
+            and constants == self._constants
+            and all(map(operator.is_, importances, self._importances))
+        ):
+            changed = [at for at in range(len(self._keys)) if self.differs(at)]
+        self._importances, self._constants = importances, constants
+        return changed
+
+    def take(self) -> None:
+        """Records the versions, and what `changed` has just seen: a step replaces no tensors, and no beta or delta."""
+        self._versions = self._versions_with(self._importances)
+
+
+class CertifiedLayer:
+    """A layer, its certificate, and the certificates by which backward passes have left gradients out.
+
+    Attributes:
+        layer: the layer.
+        key: the parameter under which the optimizer's state keeps its importance.
+        parameters: all its parameters, weight first.
+        whole_only: whether its gradients are left out for all neurons or none.
+        certificate: the one that was issued last, None without one.
+        used: the certificates by which gradients were left out since the last step, or since gradients were cleared.
+        changed: whether other code has changed the layer since importance was last looked at.
+        may_rest: whether its parameters could be constants in the last call, for a checkpoint.
+    """
+
+    def __init__(
+        self,
         layer: NeuronLayer,
         key: Tensor,
-        own: Mapping[str, Any],
+        options: Mapping[str, Any],
+        forward: PartialForward,
+        bias: Tensor | None,
         calls: Calls,
         *,
-        all_or_nothing: bool,
+        whole_only: bool,
     ) -> None:
-        self.forward, self.layer, self.key, self.all_or_nothing = forward, layer, key, all_or_nothing
-        self.weight, self.bias = layer.parameters[0].parameter, forward.bias
-        self._own, self._calls = own, calls
-        self._used: set[Certificate] = set()  # what backward passes since the last step left gradients out by
+        self.layer, self.key, self.whole_only = layer, key, whole_only
+        self.parameters = [part.parameter for part in layer.parameters]
+        self._options, self._forward, self._bias, self._calls = options, forward, bias, calls
+        self.used: set[Certificate] = set()
         self._forget()
 
-    def bind(self, clock: Clock, states: MutableMapping[Any, Any], group: Mapping[str, Any]) -> None:
-        """Says where importance and constants are found; whatever was certified before is void."""
-        self._clock, self._states, self._group = clock, states, group
-        self.forward.join(self)
-        self.layer.forget_left_out = self._used.clear  # holds no watch
+    def bind(self, clock: Clock, record: Record, at: int, group: Mapping[str, Any]) -> None:
+        """Says where the layer is recorded, and where beta and delta are found; ends the certificate."""
+        self._clock, self._record, self._at, self._group = clock, record, at, group
+        self._forward.rejoin(self)
+        self.layer.forget_left_out = self.used.clear
         self._forget()
 
-    def go_on_from(self, before: Watch) -> None:
-        """Takes over what the coming step must know from a watch of the same neurons, whose certificates are void."""
-        self._used = before._used
-        self.layer.forget_left_out = self._used.clear
-
-    def remove(self) -> None:
-        """Leaves the module alone from now on."""
-        self.forward.leave(self)
+    def take_over_from(self, before: CertifiedLayer) -> None:
+        """Takes over what backward passes have left out of the same neurons for the coming step."""
+        self.used = before.used
+        self.layer.forget_left_out = self.used.clear
 
     def _forget(self) -> None:
         self.certificate: Certificate | None = None
-        self.interfered = False  # since the last issue
+        self.changed = self.may_rest = False
         self.layer.gradients_skipped = 0.0
-        self._importance: Tensor | None = None
-        self._seen: tuple[Any, ...] = ()
-        self._allowed_constants = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer is."""
+        return self.parameters[0].device
 
     def constants(self) -> tuple[float, float]:
         """Beta and delta in force. Alpha and sigma do not matter to whether eq. 7 is zero."""
-        own, group = self._own, self._group
-        return float(own.get("beta", group["beta"])), float(own.get("delta", group["delta"]))
+        options, group = self._options, self._group
+        return float(options.get("beta", group["beta"])), float(options.get("delta", group["delta"]))
 
     def importance(self) -> Tensor | None:
         """C as it is now, None where the state has been cleared."""
-        state = self._states.get(self.key)
-        return None if state is None else state.get("importance")
+        return self._record.importance(self._at)
 
-    def _versions(self, importance: Tensor) -> tuple[Any, ...]:
-        group, parameters = self._group, self.layer.parameters
-        versions = versions_of([own.parameter for own in parameters])
-        return version_of(importance), versions, group["beta"], group["delta"]
+    def issue(self, importance: Tensor, issued_at: int) -> None:
+        """Issues a certificate from C of step `issued_at`, (N,) on the CPU, unless the layer was changed since."""
+        if self.changed:
+            return
+        validity = self._clock.validity()
+        certain = importance >= least_importance(*self.constants(), steps=validity)
+        rows = rows_to_compute(certain, self.whole_only)
+        if rows is None:
+            self.certificate = None
+            self._forward.release(self)
+            return
+        before = self.certificate
+        if before is not None and torch.equal(before.rows.on_cpu, rows):
+            kept = before.rows
+        else:
+            kept = Rows(rows, len(certain), self.device)
+        self.certificate = Certificate(kept, issued_at + validity)
+        self._forward.follow(self)
 
-    def record(self) -> None:
-        """Called after a step of ours: whatever changes from now on, somebody else did."""
-        left_out = [used.rows.share_left_out() for used in self._used]
-        self.layer.gradients_skipped = min(left_out, default=0.0)
-        self._used.clear()
-        self.look()
-
-    def look(self) -> None:
-        """Remembers importance, constants and weights as they are: as the last step left them."""
-        importance = self._importance = self.importance()
-        self._seen = () if importance is None else self._versions(importance)
-        self._allowed_constants = False
-
-    def is_idle(self) -> bool:
-        """Whether nothing is certified or was left out, so that the coming step needs nothing of it."""
-        return not (self.certificate or self._used or self.layer.gradients_skipped)
-
-    def is_untouched(self) -> bool:
-        """Whether importance, constants and weights are as the last step left them."""
-        importance = self.importance()
-        return importance is not None and importance is self._importance and self._versions(importance) == self._seen
-
-    def in_force(self) -> Certificate | None:
-        """The certificate for the coming step, if there is one."""
+    def in_force(self) -> bool:
+        """Whether there is a certificate that holds in the coming step."""
         certificate = self.certificate
-        if certificate is None or self._clock.steps >= certificate.until or not self.is_untouched():
+        return certificate is not None and self._clock.steps < certificate.until and not self._record.differs(self._at)
+
+    def decide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Decision | None:
+        """Which weight gradients a call of the module leaves out; None if it computes all.
+
+        Nothing is certain of other parameters than the layer's (`torch.func.functional_call`).
+        """
+        certificate = self.certificate
+        if certificate is None or weight is not self.parameters[0] or bias is not self._bias or not self.in_force():
             return None
-        return certificate
+        note_use = partial(self.used.add, certificate)  # holds no layer: without cycles, that dies with its optimizer
+        constants = len(certificate.rows) == 0 and not x.requires_grad and self._can_rest()
+        if constants:
+            self.layer.resting, self.layer.note_rest = True, note_use
+        return Decision(certificate.rows, constants, note_use)
 
-    def is_constant(self, certificate: Certificate, x: Tensor) -> bool:
-        """Whether the layer's parameters are constants in this call: it rests; remembers that for its taps.
+    def _can_rest(self) -> bool:
+        """Whether the layer's parameters can be constants in this call; a checkpoint does again as the call did."""
+        if in_backward():
+            if self.may_rest:
+                self._calls.end_after_backward()
+        else:
+            self.may_rest = self._calls.allow_constants() and not self._forward.is_shared()
+        return self.may_rest
 
-        Args:
-            certificate: the one in force.
-            x: the layer's input.
-        """
-        again = in_backward()
-        if not again:
-            self._allowed_constants = self._calls.allow_constants() and not self.forward.is_shared()
-        if not self._allowed_constants or len(certificate.rows) > 0 or x.requires_grad:
-            return False
-        self.layer.resting, self.layer.note_rest = True, self.note_use_of(certificate)
-        if again:
-            self._calls.end_after_backward()
-        return True
-
-    def note_use_of(self, certificate: Certificate) -> Callable[[], None]:
-        """What a backward pass is to call that leaves gradients out on the strength of a certificate."""
-        return partial(self._used.add, certificate)  # holds no watch: without cycles, that dies with its optimizer
-
-    def before_step(self) -> None:
-        """Voids the certificate if somebody interfered.
-
-        Raises:
-            RuntimeError: gradients were left out of neurons that may move in this step.
-        """
-        untouched = self.is_untouched()
-        for certificate in self._used:
-            if not (untouched and certificate.until > self._clock.steps) and not self._still_holds(certificate):
+    def check_uses(self) -> None:
+        """Raises RuntimeError if gradients were left out of neurons that may move in the coming step."""
+        differs = self._record.differs(self._at)
+        for certificate in self.used:
+            if (differs or self._clock.steps >= certificate.until) and not self._still_holds(certificate):
                 raise RuntimeError(
                     f"layer {self.layer.name!r}: gradients were left out of neurons that could not move in the coming "
                     "step, but can in this one: beta, delta, importance or the optimizer's state was changed between "
@@ -204,8 +277,6 @@ class Watch:
                     "optimizer's zero_grad() and start again with a forward pass; make such changes between step() "
                     "and the next forward pass, or build the optimizer with skip_frozen=False"
                 )
-        if not untouched and self._seen:
-            self.interfered, self.certificate = True, None
 
     def _still_holds(self, certificate: Certificate) -> bool:
         importance = self.importance()
@@ -214,130 +285,89 @@ class Watch:
         certain = importance >= least_importance(*self.constants(), steps=1)
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
-    def issue(self, importance: Tensor, issued_at: int) -> None:
-        """Certifies from C of step `issued_at`, (N,) on the CPU, unless somebody has interfered since."""
-        if self.interfered:
-            return
-        validity = self._clock.validity()
-        certain = importance >= least_importance(*self.constants(), steps=validity)
-        rows = rows_to_compute(certain, self.all_or_nothing)
-        if rows is None:
-            self.certificate = None
-            self.forward.release(self)
-            return
-        before = self.certificate
-        if before is None:  # nobody has looked at an idle watch's layer
-            self.look()
-        if before is not None and torch.equal(before.rows.on_cpu, rows):
-            kept = before.rows
-        else:
-            kept = Rows(rows, len(certain), self.weight.device)
-        self.certificate = Certificate(kept, issued_at + validity)
-        self.forward.follow(self)
-
-    def void(self) -> None:
-        """Takes back what was certified."""
-        self.certificate = None
-
-    def gradients_dropped(self) -> None:
-        """Called when gradients are cleared: nothing that was left out matters any more."""
-        self._used.clear()
+    def after_step(self) -> None:
+        """Forgets what this step did without, apart from its share."""
+        left_out = [certificate.rows.share_left_out() for certificate in self.used]
+        self.layer.gradients_skipped = min(left_out, default=0.0)
+        self.used.clear()
+        self.may_rest = False
 
     def gradients_skipped(self) -> float:
         """The share of rows whose gradients the last step did without; 0 where that is over."""
-        return 0.0 if self.in_force() is None else self.layer.gradients_skipped
+        return self.layer.gradients_skipped if self.in_force() else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
-        places = ("_clock", "_states", "_group")
+        places = ("_clock", "_record", "_at", "_group")
         kept = {name: value for name, value in self.__dict__.items() if name not in places}
-        return {**kept, "_used": set[Certificate](), "certificate": None, "_importance": None, "_seen": ()}
+        return {**kept, "used": set[Certificate](), "certificate": None}
 
 
 class Certificates:
     """Issues certificates for the layers of one optimizer as its steps go by.
 
-    Most steps of most layers have nothing certified. Such idle watches are not asked one by one; what others may have
-    changed is compared for all of them at once.
+    Args:
+        layers: the layers by name.
+        calls: of the model.
+        handles: of what was placed in the model for it.
     """
 
-    def __init__(self, watches: Mapping[str, Watch], calls: Calls) -> None:
-        self.watches, self._calls = dict(watches), calls
-        # An object of its own: without cycles, watches die with their optimizer.
+    def __init__(self, layers: Mapping[str, CertifiedLayer], calls: Calls, handles: Sequence[Any]) -> None:
+        self.layers, self._calls, self._handles = dict(layers), calls, handles
+        # Clock and record refer to no layer: without cycles, everything dies with its optimizer.
         self.clock = Clock()
         self._captured = False
-        self._on_gpu = any(watch.weight.is_cuda for watch in watches.values())
+        self._on_gpu = any(layer.device.type == "cuda" for layer in layers.values())
         self._arriving: list[_Arriving] = []
-        self._idle: list[Watch] = []
-        self._busy: list[Watch] = []
-        self._keys = [watch.key for watch in watches.values()]
-        self._parameters = [own.parameter for watch in watches.values() for own in watch.layer.parameters]
-        self._left: tuple[list[Tensor | None], list[int]] | None = None  # importance and versions after our last step
 
     def bind(self, states: MutableMapping[Any, Any], group_of: Mapping[int, Mapping[str, Any]]) -> None:
         """Says where importance is kept, and the group of each parameter by its id; ends all certificates."""
         self._arriving.clear()
-        self._states = states
-        for watch in self.watches.values():
-            watch.bind(self.clock, states, group_of[id(watch.key)])
+        layers = list(self.layers.values())
+        groups = [group_of[id(layer.key)] for layer in layers]
+        members = [(layer.key, layer.parameters, group) for layer, group in zip(layers, groups, strict=True)]
+        self._record = Record(states, members)
+        for at, (layer, group) in enumerate(zip(layers, groups, strict=True)):
+            layer.bind(self.clock, self._record, at, group)
         self._set_pace()
-        self._left = None
-        self.sort()
 
-    def sort(self) -> None:
-        """Called whenever watches may have become idle, or busy."""
-        self._idle = [watch for watch in self.watches.values() if watch.is_idle()]
-        self._busy = [watch for watch in self.watches.values() if not watch.is_idle()]
+    def take_over_from(self, before: Certificates) -> None:
+        """Takes over what was left out for the coming step, when the same optimizer has searched its model again."""
+        for name in before.layers.keys() & self.layers.keys():
+            self.layers[name].take_over_from(before.layers[name])
+
+    def remove(self) -> None:
+        """Takes everything that was placed in the model for it out again."""
+        for handle in self._handles:
+            handle.remove()
 
     def _set_pace(self) -> None:
-        deltas = [watch.constants()[1] for watch in self.watches.values()]
+        deltas = [layer.constants()[1] for layer in self.layers.values()]
         self.clock.between = min(map(steps_between_issues, deltas), default=MOST_STEPS_BETWEEN_ISSUES)
 
     def before_step(self) -> None:
-        """Raises RuntimeError if gradients were left out of neurons that may move in this step."""
-        for watch in self._idle:
-            if watch._used:  # in a backward pass whose certificates were voided before it
-                self.sort()
-                break
-        for watch in self._busy:
-            watch.before_step()
-        if self._left is None:
-            return
-        importances, versions = self._left
-        now = self._importances()
-        if self._versions(now) != versions or not all(map(operator.is_, now, importances)):
-            self._find_interference(now)
+        """Ends the certificates of layers that other code has changed.
 
-    def _importances(self) -> list[Tensor | None]:
-        get = self._states.get
-        return [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
-
-    def _versions(self, importances: list[Tensor | None]) -> list[int]:
-        versions = versions_of(self._parameters)
-        return versions + [-1 if importance is None else version_of(importance) for importance in importances]
-
-    def _find_interference(self, importances: list[Tensor | None]) -> None:
-        """Marks the idle watches of layers that somebody else has changed."""
-        assert self._left is not None
-        before, was = self._left
-        at, own_at = 0, len(self._parameters)
-        now = self._versions(importances)
-        for index, watch in enumerate(self.watches.values()):
-            end = at + len(watch.layer.parameters)
-            same = importances[index] is before[index] and now[own_at + index] == was[own_at + index]
-            if not same or now[at:end] != was[at:end]:
-                watch.interfered = True
-            at = end
-        self._left = None  # what the coming step leaves is looked at anew
+        Raises:
+            RuntimeError: gradients were left out of neurons that may move in this step.
+        """
+        for layer in self.layers.values():
+            if layer.used:
+                layer.check_uses()
+        changed = self._record.changed()
+        if changed:
+            layers = list(self.layers.values())
+            for layer in map(layers.__getitem__, changed):
+                layer.changed, layer.certificate = True, None
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""
         self.clock.steps += 1
         self._calls.end()
-        for watch in self._busy:
-            watch.record()
-        importances = self._importances() if self._left is None else self._left[0]
-        self._left = importances, self._versions(importances)
+        for layer in self.layers.values():
+            if layer.used or layer.may_rest or layer.layer.gradients_skipped:
+                layer.after_step()
+        self._record.take()
         if self._is_captured():
             return
         if self.clock.issues():
@@ -347,76 +377,63 @@ class Certificates:
 
     def issue(self) -> None:
         """Issues certificates at once, between two steps; waits for GPUs."""
+        self._record.changed()
+        self._record.take()
         self._look()
         self._read()
 
     def gradients_dropped(self) -> None:
-        """Called when gradients are cleared."""
-        for watch in self._busy:
-            watch.gradients_dropped()
+        """Called when gradients are cleared: nothing that was left out matters any more."""
+        for layer in self.layers.values():
+            layer.used.clear()
+
+    def gradients_skipped(self, name: str) -> float:
+        """The share of a layer's rows whose gradients the last step did without."""
+        return self.layers[name].gradients_skipped() if name in self.layers else 0.0
 
     def _is_captured(self) -> bool:
         """Replays of a CUDA graph change importance unseen: from its capture on, nothing is certified."""
         if not self._captured and self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
             self._arriving.clear()
-            for watch in self._busy:
-                watch.void()
+            for layer in self.layers.values():
+                layer.certificate = None
         return self._captured
 
     def _look(self) -> None:
-        """Reads importance on the CPU, and sends for it on GPUs."""
+        """Reads importance on the CPU, and has it copied from GPUs; not that of layers which other code has changed."""
         self._arriving.clear()
         self._set_pace()
-        on_device: dict[torch.device, list[tuple[Watch, Tensor]]] = {}
-        for watch in self.watches.values():
-            importance, undisturbed = watch.importance(), not watch.interfered
-            watch.interfered = False
-            if importance is not None and undisturbed:
-                on_device.setdefault(importance.device, []).append((watch, importance))
-        for device, members in on_device.items():
-            looks = [_Look(watch, importance, self.clock.steps) for watch, importance in members]
-            if device.type == "cuda":
-                self._arriving.append(_Arriving(device, looks))
+        on_gpus: dict[torch.device, list[tuple[CertifiedLayer, Tensor]]] = {}
+        for layer in self.layers.values():
+            importance, changed, layer.changed = layer.importance(), layer.changed, False
+            if importance is None or changed:
                 continue
-            for look in looks:
-                look.issue(look.importance.cpu())
-        self.sort()
+            if importance.is_cuda:
+                on_gpus.setdefault(importance.device, []).append((layer, importance))
+            else:
+                layer.issue(importance.cpu(), self.clock.steps)
+        self._arriving.extend(_Arriving(members, self.clock.steps) for members in on_gpus.values())
 
     def _read(self) -> None:
-        if not self._arriving:
-            return
         for arriving in self._arriving:
             arriving.issue()
         self._arriving.clear()
-        self.sort()
 
     def __getstate__(self) -> dict[str, Any]:
-        # An event belongs to its process; the rest comes with the next bind().
-        kept = {name: value for name, value in self.__dict__.items() if name != "_states"}
-        return {**kept, "_arriving": [], "_idle": [], "_busy": [], "_left": None}
-
-
-@dataclass(frozen=True)
-class _Look:
-    """A layer's importance after a step."""
-
-    watch: Watch
-    importance: Tensor
-    step: int
-
-    def issue(self, on_cpu: Tensor) -> None:
-        """Issues a certificate, given the importance on the CPU."""
-        self.watch.issue(on_cpu, self.step)
+        # An event belongs to its process; the record comes with the next bind().
+        return {**{name: value for name, value in self.__dict__.items() if name != "_record"}, "_arriving": []}
 
 
 class _Arriving:
-    """Importance of a GPU's layers, on its way to the CPU."""
+    """Importance of the layers of a GPU, after a step, on its way to the CPU."""
 
-    def __init__(self, device: torch.device, looks: list[_Look]) -> None:
-        self._looks = looks
-        with torch.cuda.device(device):
-            together = torch.cat([look.importance for look in looks])
+    def __init__(self, members: Sequence[tuple[CertifiedLayer, Tensor]], step: int) -> None:
+        self._layers, self._step = [layer for layer, _ in members], step
+        importances = [importance for _, importance in members]
+        self._sizes = [importance.numel() for importance in importances]
+        with torch.cuda.device(importances[0].device):
+            together = torch.cat(importances)
             self._copy = torch.empty(together.shape, dtype=together.dtype, device="cpu", pin_memory=True)
             self._arrived = torch.cuda.Event()
             self._copy.copy_(together, non_blocking=True)
@@ -425,6 +442,5 @@ class _Arriving:
     def issue(self) -> None:
         """Issues the layers' certificates; waits for the copy, should it not be there yet."""
         self._arrived.synchronize()
-        sizes = [look.importance.numel() for look in self._looks]
-        for look, importance in zip(self._looks, self._copy.split(sizes), strict=True):
-            look.issue(importance)
+        for layer, importance in zip(self._layers, self._copy.split(self._sizes), strict=True):
+            layer.issue(importance, self._step)

@@ -1,15 +1,20 @@
-"""When parameters may count as constants: within a call of the whole model, and nowhere else.
+"""When the parameters of a layer count as constants: within one call of the model, and nowhere else.
 
-The first weighted layer of a network has no gradient to hand on: where its neurons are all certified (certificate.py),
-nothing upstream of its tap needs one. Such a layer rests while the model is called: its parameters, and the scales of a
-normalization behind it, count as constants, so that no activation before the tap is kept and back-propagation ends
-there. The tap measures as ever and gives the parameters the gradients of zeros that they would have had.
+A tap is an identity that is placed behind a layer. Its backward pass measures the layer's importance, and gives it to
+the layer's sink, a small leaf tensor, as the gradient (neurons/tap.py). Before the tap of a network's first weighted
+layer, back-propagation only serves the parameters of the layer, and those of a normalization between layer and tap. If
+no neuron of the layer can move in the coming step (certificate.py), nothing there needs a gradient.
 
-Whoever calls the model as a whole sees that in none of its outputs. Whoever calls it part by part takes a loss, or
-registers a hook, anywhere in between, and so do hooks of others on its modules. There every layer computes something
-that requires a gradient, as ever (its weight gradients are left out nevertheless, see forward.py).
+Such a layer rests: for the time of the call its parameters count as constants. No activation before the tap is kept,
+and back-propagation ends at the tap. The tap measures as usual, and gives the parameters the gradients of zeros that
+they would have had.
 
-A checkpoint computes a part of a call again during back-propagation; layers then do as they did in that call.
+None of this shows in the outputs of the model. But code that calls the model part by part may take a loss in between,
+and hooks of others on its modules may see what lies before the tap. Therefore layers rest only within a call of the
+whole model, and only if no module has such hooks. Elsewhere the parameters require gradients as usual, and only weight
+gradients are left out (forward.py).
+
+A checkpoint computes a part of a call again during back-propagation. Layers then do as they did in that call.
 """
 
 from __future__ import annotations
@@ -26,10 +31,11 @@ from ..neurons.tap import SharedStandIn, StandIn, TapHook, Unscriptable
 
 
 class Calls(Unscriptable):
-    """Forward pre-hook and forward hook of the whole model; picklable with it.
+    """Forward pre-hook and forward hook of the whole model: knows when a call is going on. Picklable with the model.
 
     Args:
-        layers: those that may rest; none of them does so any more when a call is over.
+        model: the network.
+        layers: the layers that may rest. When a call is over, none of them rests any more.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[NeuronLayer]) -> None:
@@ -37,10 +43,10 @@ class Calls(Unscriptable):
         self._layers = layers
         self._depth = 0  # a model may call itself
         self._is_looked_into: bool | None = None  # not known yet in this call
-        self._asked = False  # whether layers may have gone to rest
+        self._asked = False  # whether layers may rest now
 
     def attach(self) -> list[Any]:
-        """Puts it into the model; returns handles that undo it by `remove()`."""
+        """Registers the hooks; returns their handles."""
         return [
             self._model.register_forward_pre_hook(self),
             self._model.register_forward_hook(self, always_call=True),  # also after an exception
@@ -58,7 +64,7 @@ class Calls(Unscriptable):
             self._wake_all_up()
 
     def allow_constants(self) -> bool:
-        """Whether this is within a call of the model into which nobody looks."""
+        """Whether a call of the model is going on in which nobody else sees what its modules return."""
         if self._depth == 0:
             return False
         self._asked = True
@@ -67,17 +73,17 @@ class Calls(Unscriptable):
         return not self._is_looked_into
 
     def end(self) -> None:
-        """Ends a call that was broken off so that no hook could tell, as by Ctrl-C."""
+        """Ends a call that was interrupted before any hook was called, as by Ctrl-C."""
         self._depth = 0
         self._wake_all_up()
 
     def end_after_backward(self) -> None:
-        """Within a backward pass: has layers wake up when that is over."""
+        """Within a backward pass: ends what rests when the pass is over."""
         self._asked = True
         after_backward(self._backward_is_over)
 
     def _backward_is_over(self) -> None:
-        if self._depth == 0:  # else it was a part of the call
+        if self._depth == 0:  # else the backward pass was a part of the call
             self._wake_all_up()
 
     def _wake_all_up(self) -> None:
@@ -92,7 +98,7 @@ class Calls(Unscriptable):
 
 
 class ConstantScales(SharedStandIn):
-    """Its `__call__` stands in for the forward of a normalization whose scales are a layer's: constants at times.
+    """Its `__call__` stands in for a normalization's forward; the parameters are constants while their layer rests.
 
     Each optimizer of the model has a layer of its own for them. Picklable with the model.
     """
@@ -100,37 +106,37 @@ class ConstantScales(SharedStandIn):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._usual(self._module, *arguments, **options)
-        constant = [layer for layer in self._users if layer.resting]
-        if not constant:
+        resting = [layer for layer in self._users if layer.resting]
+        if not resting:
             return self._usual(self._module, *arguments, **options)
-        parameters = [one for one in self._module.parameters(recurse=False) if one.requires_grad]
-        ours = {id(own.parameter) for own in constant[0].parameters}
-        if not all(id(one) in ours for one in parameters):  # somebody calls the module with others
+        parameters = [parameter for parameter in self._module.parameters(recurse=False) if parameter.requires_grad]
+        expected = {id(part.parameter) for part in resting[0].parameters}
+        if not all(id(parameter) in expected for parameter in parameters):  # as in torch.func.functional_call
             return self._usual(self._module, *arguments, **options)
-        for one in parameters:
-            one.requires_grad_(False)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
         try:
             return self._usual(self._module, *arguments, **options)
         finally:
-            for one in parameters:
-                one.requires_grad_(True)
+            for parameter in parameters:
+                parameter.requires_grad_(True)
 
 
-def let_rest(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:
-    """Prepares the normalizations of layers that rest at times; returns handles that undo it by `remove()`.
+def install_resting(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:
+    """Has the normalizations of layers take part when their layer rests; returns handles that undo it by `remove()`.
 
     Args:
         model: the network.
-        layers: those that may rest.
+        layers: the layers that may rest.
         trained: the ids of the parameters that the optimizer trains.
     """
     handles: list[Any] = []
     for layer in layers:
-        owners = {own.name.rpartition(".")[0] for own in layer.parameters} - {layer.name}
-        for module in map(model.get_submodule, sorted(owners)):
-            ours = all(id(parameter) in trained for parameter in module.parameters(recurse=False))
+        names = {part.name.rpartition(".")[0] for part in layer.parameters} - {layer.name}
+        for module in map(model.get_submodule, sorted(names)):
+            all_trained = all(id(parameter) in trained for parameter in module.parameters(recurse=False))
             forward = StandIn.of(module) if "forward" in module.__dict__ else ConstantScales(module)
-            # What somebody else put there stays; its scales then keep back-propagation going, which changes nothing.
-            if ours and isinstance(forward, ConstantScales):
+            # A forward that other code has replaced stays. Its scales then keep back-propagation going as usual.
+            if all_trained and isinstance(forward, ConstantScales):
                 handles.append(forward.join(layer))
     return handles

@@ -1,22 +1,25 @@
-"""Backward passes that leave out the weight gradients of neurons which are certain not to move.
+"""The forward pass of a module in whose backward pass some weight gradients may be left out.
 
-A neuron's incoming weights are a row of its layer's weight (of a transposed convolution, a column). Where a certificate
-(certificate.py) says that some rows cannot change in the coming step, the others' part of dL/dy is gathered, their
-weight gradient is computed from it, and put into a gradient of zeros:
+A neuron's incoming weights are a row of its layer's weight (a column, for transposed convolutions). An optimizer can be
+certain that some rows do not move in the coming step (certificate.py). `PartialForward` takes the place of a module's
+`forward`. In each call it asks which weight gradients the coming step needs, and computes only those:
 
     dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
 
-dL/dx is computed as ever, so everything upstream, importance included, sees no difference. Where no row can change,
-nothing is computed, and x is not kept for it (the tap of the layer before may keep it); if x requires no gradient,
-back-propagation even ends at the layer's tap (constants.py). Whether that is faster than
-computing everything (gathering takes time, and so does Python) is measured once for each kind of layer and input. On a
-GPU the CPU waits for that: 12 forward and backward passes of the layer, in the first step that would leave rows out.
+dL/dx is computed as usual, so that everything upstream, importance included, sees no difference. If no row can move,
+the module computes no weight gradient and does not keep x for it. If x requires no gradient either, back-propagation
+can end at the point where the layer is measured (constants.py).
+
+Where only some rows can move, `skipping_pays` (gradients.py) decides from the shapes whether to compute those rows
+alone. Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is
+captured, and for sparse or nested input.
 """
 
 from __future__ import annotations
 
-import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +27,46 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._torch import reversed_padding
-from ..neurons.tap import StandIn
-from .gradients import Convolution, PartialGradient, kind_of, operation_of, pays
-
-if TYPE_CHECKING:
-    from .certificate import Watch
+from ..neurons.tap import SharedStandIn, StandIn
+from .gradients import Convolution, PartialGradient, operation_of, skipping_pays
+from .rows import Rows
 
 
-# -------------------------------------------------------------------------------------------------------- the forward
+@dataclass(frozen=True)
+class Decision:
+    """Which weight gradients of one call are left out.
+
+    Attributes:
+        rows: the rows whose gradients are needed; all others may be left out.
+        constants: whether the module's parameters count as constants in this call (constants.py).
+        note_use: called by the backward pass if it leaves gradients out.
+    """
+
+    rows: Rows
+    constants: bool
+    note_use: Callable[[], None]
 
 
-class PartialForward(StandIn):
-    """Its `__call__` stands in for `module.forward`, as the module's attribute of that name; picklable with the model.
+class Decider(Protocol):
+    """Knows which rows of a module's weight can move in the coming step."""
 
-    It calls the class's own `forward` unless a certificate is in force for the coming step, and gradients are to flow.
+    def decide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Decision | None:
+        """Decides for a call with this input and these parameters; None if every gradient may be needed."""
+
+
+class PartialForward(SharedStandIn):
+    """Its `__call__` stands in for a module's `forward`, shared by the optimizers of the model; picklable with it.
+
+    Of several optimizers it asks the one that last issued a certificate.
+
+    Args:
+        module: a Linear or convolution.
+
+    Attributes:
+        whole_only: whether gradients can be left out for all neurons or none.
+
+    Raises:
+        ValueError: the module is of another kind.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -45,105 +74,71 @@ class PartialForward(StandIn):
         if isinstance(operation, str):
             raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
         super().__init__(module)
-        self.all_or_nothing = isinstance(operation, Convolution) and operation.groups > 1
-        self._watch: weakref.ReferenceType[Watch] | None = None
-        self._users: set[weakref.ReferenceType[Watch]] = set()
+        self.whole_only = isinstance(operation, Convolution) and operation.groups > 1
+        self._decider: Decider | None = None
 
     @classmethod
-    def placed_in(cls, module: nn.Module) -> PartialForward:
-        """The one in a module, put there if it is not yet; it stays until all who `join` it have left.
-
-        Raises:
-            ValueError: `why_not` has an objection to the module.
-        """
+    def of_module(cls, module: nn.Module) -> PartialForward:
+        """The one that stands in for a module's forward, else a new one; `join` puts it there."""
         forward = StandIn.of(module)
-        if not isinstance(forward, cls):
-            forward = cls(module)
-            forward._enter()
-        return forward
+        return forward if isinstance(forward, cls) else cls(module)
 
-    @property
-    def bias(self) -> nn.Parameter | None:
-        """The module's bias at this moment."""
-        bias: nn.Parameter | None = self._module.bias
-        return bias
+    def rejoin(self, decider: Decider) -> None:
+        """Adds a user again that a copy of the module has lost."""
+        if decider not in self._users:
+            self._users.append(decider)
 
-    def join(self, watch: Watch) -> None:
-        """Notes that an optimizer looks at the module; may be called again."""
-        self._users.add(weakref.ref(watch))
-
-    def leave(self, watch: Watch) -> None:
-        """Takes itself out of the module, if it is still there and no other optimizer looks at that."""
-        self.release(watch)
-        self._users.discard(weakref.ref(watch))
-        if not self._users:
-            self._exit()
+    def leave(self, user: Decider) -> None:
+        """Takes it out of the module with the last user, if it is still there."""
+        self.release(user)
+        super().leave(user)
 
     def is_shared(self) -> bool:
-        """Whether several optimizers look at the module: another one may want to measure what requires a gradient."""
+        """Whether several optimizers use it: another one may measure what requires a gradient."""
         return len(self._users) > 1
 
-    def follow(self, watch: Watch) -> None:
-        """From now on obeys the certificates of `watch`, as long as that is alive: the last optimizer that issued."""
-        self._watch = weakref.ref(watch)
+    def follow(self, decider: Decider) -> None:
+        """Asks `decider` from now on, and no other."""
+        self._decider = decider
 
-    def release(self, watch: Watch) -> None:
-        """Obeys nobody's certificates if it was `watch` whose it obeyed."""
-        if self.obeys(watch):
-            self._watch = None
-
-    def obeys(self, watch: Watch) -> bool:
-        """Whether it is `watch` whose certificates count."""
-        return self._watch is not None and self._watch() is watch
+    def release(self, decider: Decider) -> None:
+        """Asks `decider` no longer."""
+        if self._decider is decider:
+            self._decider = None
 
     def __call__(self, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
-        # The first comes first: torch.compile must not depend on what changes from step to step.
-        if torch.compiler.is_compiling() or self._watch is None or arguments or options:
+        # is_compiling() comes first: compiled code must not depend on what changes from step to step.
+        if torch.compiler.is_compiling() or self._decider is None or arguments or options:
             return self._usual(self._module, input, *arguments, **options)
-        return self._partial(input, self._watch())
+        return self._decided(input, self._decider)
 
-    def _partial(self, x: Tensor, watch: Watch | None) -> Tensor:
+    def _decided(self, x: Tensor, decider: Decider) -> Tensor:
         module = self._module
-        if watch is None:  # its optimizer is gone
-            self._watch = None
-            return self._usual(module, x)
         weight, bias = module.weight, module.bias
+        operation = operation_of(module)  # strides and paddings may have changed
         if (
-            not (module.training and torch.is_grad_enabled() and weight.requires_grad)
-            or weight is not watch.weight  # as torch.func.functional_call has it
-            or bias is not watch.bias
+            isinstance(operation, str)
+            or not (module.training and torch.is_grad_enabled() and weight.requires_grad)
             or x.layout is not torch.strided
             or x.is_nested
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             return self._usual(module, x)
-        certificate = watch.in_force()
-        if certificate is None:
-            return self._usual(module, x)
-        operation, original = operation_of(module), x  # strides and paddings may have changed
-        if isinstance(operation, str):
+        if isinstance(operation, Convolution) and x.ndim == weight.ndim - 1:  # a single sample
+            return self._decided(x.unsqueeze(0), decider).squeeze(0)
+        decision = decider.decide(x, weight, bias)
+        if decision is None or not (decision.constants or skipping_pays(operation, x, weight, decision.rows)):
             return self._usual(module, x)
         if torch.is_autocast_enabled(x.device.type):
             x, weight, bias = _as_autocast_would(x, weight, bias)
-        if isinstance(operation, Convolution):
-            if x.ndim == weight.ndim - 1:  # a single sample
-                return self._partial(original.unsqueeze(0), watch).squeeze(0)
-            if module.padding_mode != "zeros":
-                x = F.pad(x, reversed_padding(module), mode=module.padding_mode)
-        if watch.is_constant(certificate, x):
+        if isinstance(operation, Convolution) and module.padding_mode != "zeros":
+            x = F.pad(x, reversed_padding(module), mode=module.padding_mode)
+        if decision.constants:
             return operation.forward(x, weight.detach(), None if bias is None else bias.detach())
-        rows, kind = certificate.rows, kind_of(x)
-        decided = rows.pays.get(kind)
-        if decided is None:
-            decided = pays(operation, x, weight, bias, rows)
-            if decided is not None:
-                rows.pays[kind] = decided
-        if not decided:
-            return self._usual(module, original)
-        return PartialGradient.apply(x, weight, bias, operation, rows, watch.note_use_of(certificate))
+        return PartialGradient.apply(x, weight, bias, operation, decision.rows, decision.note_use)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_watch": None, "_users": set()}  # a copy's optimizer joins again
+        return {**self.__dict__, "_decider": None, "_users": []}  # a copy's optimizer joins again
 
 
 def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
@@ -156,7 +151,7 @@ def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
     ]
 
 
-def why_not(module: nn.Module, trained: set[int]) -> str:
+def why_not(module: nn.Module, trained: Collection[int]) -> str:
     """Why a module's weight gradients are always computed in full; empty if they need not be.
 
     Args:
@@ -169,7 +164,7 @@ def why_not(module: nn.Module, trained: set[int]) -> str:
     if is_parametrized(module):
         return "its weight is computed from other parameters (a parametrization)"
     if "forward" in module.__dict__ and type(StandIn.of(module)) is not PartialForward:
-        return "its forward has been replaced by somebody else"
+        return "its forward has been replaced by other code"
     if any(id(p) not in trained for p in module.parameters(recurse=False)):
         return "a part of its parameters is not trained by this optimizer"
     return ""

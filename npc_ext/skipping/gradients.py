@@ -1,13 +1,11 @@
-"""Backward passes that compute the weight gradients of some rows only."""
+"""The backward pass of a module with the weight gradients of some rows only, and a rule when that is faster."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +16,12 @@ from .rows import Rows
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_TIMINGS = 5
 
 
 # --------------------------------------------------------------------------------------------------------- operations
 
 
-class _Operation(Protocol):
+class Operation(Protocol):
     """What a weighted module computes, and the two halves of its backward pass."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
@@ -32,9 +29,18 @@ class _Operation(Protocol):
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor: ...
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias, of `rows` only or of all."""
+        """Gradients of the rows of weight and bias; None for the bias where there is none to compute."""
+        ...
+
+    def positions(self, x: Tensor) -> int:
+        """How often each weight is multiplied with an element of the input."""
+        ...
+
+    @property
+    def least_positions(self) -> int:
+        """How many of them make up for writing an element of the weight's gradient, see `skipping_pays`."""
         ...
 
     @property
@@ -45,7 +51,7 @@ class _Operation(Protocol):
 
 @dataclass(frozen=True)
 class _Linear:
-    neuron_dim = 0
+    neuron_dim, least_positions = 0, 160
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -54,17 +60,18 @@ class _Linear:
         return gradient.reshape(-1, weight.shape[0]).mm(weight).view(shape)
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        gradient = gradient.reshape(-1, weight.shape[0])
-        if rows is not None:
-            gradient = gradient.index_select(1, rows)
+        gradient = gradient.reshape(-1, weight.shape[0]).index_select(1, rows)
         return gradient.t().mm(x.reshape(-1, weight.shape[1])), gradient.sum(0) if biased else None
+
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[-1], 1)
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """Any convolution of torch.nn, its input padded already where the padding is not of zeros."""
+    """Any convolution of torch.nn; its input is padded beforehand if the padding is not of zeros."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -72,6 +79,7 @@ class Convolution:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
+    least_positions: ClassVar[int] = 128
 
     @property
     def neuron_dim(self) -> int:
@@ -84,11 +92,11 @@ class Convolution:
         return torch.convolution(x, weight, bias, *self._geometry())
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
-        # The input's values do not matter to its gradient, but its memory format does to the choice of a kernel.
+        # The values of the input do not matter to its gradient, but its memory format decides which kernel runs.
         if channels_last:
             memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
             stand_in = torch.empty(shape, dtype=gradient.dtype, device=gradient.device, memory_format=memory_format)
-        elif gradient.is_cpu:  # where oneDNN would make a contiguous copy of what is not
+        elif gradient.is_cpu:  # oneDNN would make a contiguous copy of an expanded tensor
             stand_in = gradient.new_empty(shape)
         else:
             stand_in = gradient.new_empty(1).expand(shape)
@@ -96,18 +104,20 @@ class Convolution:
         return backward(gradient, stand_in, weight, None, *self._geometry(), (True, False, False))[0]
 
     def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor | None, biased: bool
+        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
-        if rows is not None:
-            gradient = gradient.index_select(1, rows)
-            weight = weight.narrow(self.neuron_dim, 0, len(rows))  # its shape counts, not its values
+        gradient = gradient.index_select(1, rows)
+        weight = weight.narrow(self.neuron_dim, 0, len(rows))  # only its shape matters
         backward = torch.ops.aten.convolution_backward
         sizes = [gradient.shape[1]] if biased else None
         _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self._geometry(), (False, True, biased))
         return of_weight, of_bias
 
+    def positions(self, x: Tensor) -> int:
+        return x.numel() // max(x.shape[1], 1) // (1 if self.transposed else math.prod(self.stride))
 
-def operation_of(module: Any) -> _Operation | str:
+
+def operation_of(module: Any) -> Operation | str:
     """What a module computes, or why its weight gradients cannot be left out."""
     if type(module) is nn.Linear:
         return _Linear()
@@ -117,22 +127,24 @@ def operation_of(module: Any) -> _Operation | str:
     if module.padding_mode != "zeros" or padding == "valid":
         padding = (0,) * len(module.kernel_size)
     elif padding == "same":
-        whole = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        if any(one % 2 for one in whole):
+        both_sides = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        if any(size % 2 for size in both_sides):
             return "its padding is uneven (padding='same' with an even kernel)"
-        padding = tuple(one // 2 for one in whole)
+        padding = tuple(size // 2 for size in both_sides)
     transposed = type(module) in _TRANSPOSED
     return Convolution(module.stride, padding, module.dilation, transposed, module.output_padding, module.groups)
 
 
 class PartialGradient(torch.autograd.Function):
+    """What a module computes; the backward pass leaves out the weight gradients of all but some rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        operation: _Operation,
+        operation: Operation,
         rows: Rows,
         note_use: Callable[[], None],
     ) -> Tensor:
@@ -142,8 +154,8 @@ class PartialGradient(torch.autograd.Function):
         ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
         return operation.forward(x, weight, bias)
 
-    # Not once_differentiable: these are operations of torch, which records them where create_graph asks for it. What
-    # was left out is a constant then.
+    # Not once_differentiable: these are operations of torch, which records them if create_graph asks for it. What was
+    # left out is a constant then.
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
@@ -173,66 +185,36 @@ def _is_channels_last(x: Tensor) -> bool:
 
 # ------------------------------------------------------------------------------------------------------- does it pay?
 
-_measured: dict[Any, bool] = {}
+# See skipping_pays. The number for GPUs is a guess on the safe side; it was not measured.
+_LEAST_WORK = {"cpu": 24e6, "cuda": 2.0**34}
 
 
-def pays(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool | None:
-    """Whether a layer is faster that computes the gradients of `rows` only, by measuring it once in a process.
+def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
+    """Whether to compute the weight gradients of `rows` only, by a fixed rule, so that runs repeat.
 
-    Measuring waits for the GPU.
+    Leaving out a whole layer always pays. Computing a part of the rows has a price: dL/dy is gathered, the result is
+    scattered into a gradient of zeros, and all that in Python. With the share s of the rows left out, it pays where
 
-    None where it cannot be measured at this moment.
+        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128, for a Linear 160,
 
-    Where the user asked for deterministic algorithms, only whole layers are left out: parts may change the order of
-    summation, and so the last bits, by a clock's verdict and by when a run was resumed.
+    as measured on a CPU (bench/results/skipping-rule). On a GPU, where it was not measured, the first bound is 2 ** 34.
+    Positions are how often each weight is multiplied: there must be enough of them for each element of the gradient.
+
+    Under `torch.use_deterministic_algorithms(True)` only whole layers are left out: other shapes may sum in another
+    order, and which rows are certain depends on the step from which a run was resumed.
+
+    Args:
+        operation: what the module computes.
+        x: its input, with a dimension of samples.
+        weight: its weight.
+        rows: those that may move.
     """
-    if len(rows) > 0 and torch.are_deterministic_algorithms_enabled():
+    if x.device.type not in _LEAST_WORK:
         return False
-    if x.device.type not in ("cpu", "cuda"):  # a clock that does not wait for the device measures nothing
+    if len(rows) == 0:
+        return True
+    if torch.are_deterministic_algorithms_enabled():
         return False
-    threads = torch.get_num_threads() if x.device.type == "cpu" else 0
-    layer = (operation, weight.shape, weight.stride(), bias is None, len(rows))
-    key = (*layer, *kind_of(x), x.device, threads)
-    if key not in _measured:
-        with ExitStack() as stack:
-            try:  # a checkpoint's hooks must not see this
-                stack.enter_context(torch.autograd.graph.saved_tensors_hooks(_itself, _itself))
-            except RuntimeError:  # somebody has disabled such hooks
-                return None
-            _measured[key] = _is_faster(operation, x, weight, bias, rows)
-    return _measured[key]
-
-
-def kind_of(x: Tensor) -> tuple[Any, ...]:
-    """What a verdict depends on. Sizes count up to a factor of 2, so that inputs of many lengths are not all timed."""
-    return x.numel().bit_length(), x.is_contiguous(), x.dtype, x.requires_grad
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _is_faster(operation: _Operation, x: Tensor, weight: Tensor, bias: Tensor | None, rows: Rows) -> bool:
-    """Times forward and backward passes, whose gradients go nowhere; waits for the GPU after each."""
-    inputs = [None if one is None else one.detach().requires_grad_(one.requires_grad) for one in (x, weight, bias)]
-    wanted = [one for one in inputs if one is not None and one.requires_grad]
-
-    def in_part() -> Tensor:
-        return PartialGradient.apply(*inputs, operation, rows, lambda: None)
-
-    def in_full() -> Tensor:
-        return operation.forward(*inputs)  # type: ignore[arg-type]
-
-    # The first call warms up; of the others the fastest counts, because disturbances only ever add.
-    seconds: dict[Callable[[], Tensor], float] = {in_part: math.inf, in_full: math.inf}
-    for turn in range(_TIMINGS + 1):
-        for function in seconds:
-            started = time.perf_counter()
-            output = function()
-            # The output has its gradient's shape, and takes nothing from the random generator.
-            torch.autograd.grad(output, wanted, output.detach())
-            if x.is_cuda:
-                torch.cuda.synchronize(x.device)
-            if turn > 0:
-                seconds[function] = min(seconds[function], time.perf_counter() - started)
-    return seconds[in_part] < seconds[in_full]
+    share, positions = rows.share_left_out(), operation.positions(x)
+    work = weight.numel() * positions
+    return share**2 * work > _LEAST_WORK[x.device.type] and share * positions >= operation.least_positions

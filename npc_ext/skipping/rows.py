@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -17,14 +15,13 @@ class Rows:
     Attributes:
         on_cpu: (r,) int64, ascending.
         on_device: the same, where the layer is.
-        pays: whether computing these rows only is faster than computing all, by the kind of input.
+        neurons: N, of the layer.
     """
 
     def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
         self.on_cpu, self.neurons = on_cpu, neurons
         pinned = device.type == "cuda" and len(on_cpu) > 0  # so that the CPU does not wait
         self.on_device = on_cpu.pin_memory().to(device, non_blocking=True) if pinned else on_cpu.to(device)
-        self.pays: dict[Any, bool] = {}
 
     def __len__(self) -> int:
         return len(self.on_cpu)
@@ -38,15 +35,15 @@ class Rows:
         return 1 - len(self) / self.neurons
 
 
-def rows_to_compute(certain: Tensor, all_or_nothing: bool) -> Tensor | None:
-    """Which rows' gradients to compute when those of `certain` need not be; None for all.
+def rows_to_compute(certain: Tensor, whole_only: bool) -> Tensor | None:
+    """The rows whose gradients to compute if those of `certain` are not needed; None for all rows.
 
-    Their number is rounded up to a multiple of an eighth of the layer, and of 16 at least: so there are few shapes, and
-    such as the libraries are fast for. Some certain rows fill it up.
+    Their number is rounded up to a multiple of an eighth of the layer, of 16 rows at least, and filled up with certain
+    rows. So there are few shapes, and the libraries are fast for them.
 
     Args:
         certain: (N,) bool, on the CPU.
-        all_or_nothing: whether a part of the rows cannot be computed alone.
+        whole_only: whether a part of the rows is never computed alone.
     """
     moving = certain.logical_not().nonzero().flatten()
     if len(moving) == 0:
@@ -54,7 +51,7 @@ def rows_to_compute(certain: Tensor, all_or_nothing: bool) -> Tensor | None:
     neurons = len(certain)
     step = max(_FEWEST_ROWS, -(-neurons // _BUCKETS))
     count = -(-len(moving) // step) * step
-    if all_or_nothing or count >= neurons:
+    if whole_only or count >= neurons:
         return None
     filling = certain.nonzero().flatten()[: count - len(moving)]
     return torch.cat([moving, filling]).sort().values

@@ -325,7 +325,7 @@ def test_a_layer_whose_tap_is_in_a_compiled_module_does_not_rest(way: Callable[[
             with torch._dynamo.config.patch(error_on_recompile=seed > 0):
                 model(x).logsumexp(1).mean().backward()
             optimizer.step()
-    assert optimizers[0]._certificates.watches["0"].in_force()
+    assert optimizers[0]._certificates.layers["0"].in_force()
     assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
     for one, other in zip(*(optimizer.plasticity().values() for optimizer in optimizers), strict=True):
         assert torch.equal(one.importance, other.importance) and one.importance.any()

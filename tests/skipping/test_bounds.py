@@ -19,16 +19,16 @@ from torch.utils.checkpoint import checkpoint
 
 import npc_ext
 from npc_ext import NPC
-from npc_ext.skipping import certificate, forward, gradients
-from npc_ext.skipping.rows import Rows
+from npc_ext.skipping import certificate, forward
+from npc_ext.skipping.gradients import operation_of
 
 
 @pytest.fixture(autouse=True)
 def often_and_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Certificates are issued every second step, and rows are gathered whether it pays or not."""
+    """Certificates are issued every second step, and rows are left out whether it pays or not."""
     monkeypatch.setattr(certificate, "FEWEST_STEPS_BETWEEN_ISSUES", 2)
     monkeypatch.setattr(certificate, "MOST_STEPS_BETWEEN_ISSUES", 2)
-    monkeypatch.setattr(forward, "pays", lambda *arguments: True)
+    monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
 
 
 def network() -> nn.Sequential:
@@ -398,7 +398,7 @@ def test_a_second_optimizer_measures_every_layer() -> None:
 
 def test_the_input_gradient_of_a_convolution_copies_nothing() -> None:
     layer, gradient = nn.Conv2d(4, 32, 3, padding=1), torch.randn(2, 32, 8, 8)
-    operation = gradients.operation_of(layer)
+    operation = operation_of(layer)
     assert not isinstance(operation, str)
     with profile(activities=[ProfilerActivity.CPU]) as profiler, torch.no_grad():
         operation.input_gradient(gradient, layer.weight, torch.Size((2, 4, 8, 8)), False)
@@ -423,37 +423,3 @@ def test_sparse_input_of_a_layer_that_is_certified_in_part() -> None:
     output = model(x.to_sparse())
     output.sum().backward()
     assert torch.allclose(output, model(x)) and model[0].weight.grad.any(1).all()  # type: ignore[union-attr]
-
-
-@pytest.fixture
-def measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pays` as it is, and nothing measured before."""
-    monkeypatch.undo()
-    monkeypatch.setattr(gradients, "_measured", {})
-
-
-def test_where_hooks_of_saved_tensors_are_disabled_nothing_is_measured(measured: None) -> None:
-    layer, x = nn.Linear(64, 128), torch.randn(16, 64)
-    operation, rows = gradients.operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
-    assert not isinstance(operation, str)
-    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        assert forward.pays(operation, x, layer.weight, layer.bias, rows) is None
-    model = nn.Sequential(nn.Linear(64, 128), nn.Tanh())
-    optimizer = NPC(model)
-    watch = optimizer._certificates.watches["0"]
-    watch.record()
-    watch.certificate = certificate.Certificate(rows, 10**9)
-    watch.forward.follow(watch)
-    with torch.autograd.graph.disable_saved_tensors_hooks("not here"):
-        model(x).sum().backward()
-    assert model[0].weight.grad.any(1).all() and not rows.pays  # type: ignore[union-attr]
-    model(x)
-    assert len(rows.pays) == 1
-
-
-def test_on_devices_whose_work_no_clock_here_waits_for_everything_is_computed(measured: None) -> None:
-    layer = nn.Linear(64, 128, device="meta")
-    operation, rows = gradients.operation_of(layer), Rows(torch.arange(16), 128, torch.device("cpu"))
-    assert not isinstance(operation, str)
-    x = torch.randn(16, 64, device="meta")
-    assert forward.pays(operation, x, layer.weight, layer.bias, rows) is False

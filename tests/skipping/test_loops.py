@@ -120,6 +120,7 @@ def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> bo
     return model.rested
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip_frozen", ["layers", True])
 def test_no_loop_notices_that_gradients_are_left_out(skip_frozen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "FEWEST_STEPS_BETWEEN_ISSUES", 2)

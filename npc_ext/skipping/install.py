@@ -1,0 +1,66 @@
+"""Has the layers of a model leave out weight gradients that the coming step cannot need."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..distributed.shards import is_sharded
+from ..neurons.find import is_shared
+from ..neurons.layer import NeuronLayer
+from .certificate import Certificates, CertifiedLayer
+from .constants import Calls, install_resting
+from .forward import PartialForward, why_not
+
+
+def install_skipping(
+    model: nn.Module,
+    layers: Iterable[tuple[NeuronLayer, Tensor, Mapping[str, Any]]],
+    skip_frozen: bool | str,
+    trained: Collection[int],
+) -> Certificates:
+    """Places what skipping needs in the model; a layer whose gradients cannot be left out gets a note that says why.
+
+    Args:
+        model: the network.
+        layers: layers of neurons, each with the parameter under which its importance is kept, and its options.
+        skip_frozen: True, "layers" or False, for layers without such an option.
+        trained: the ids of the parameters that the optimizer trains.
+
+    Returns:
+        Issues the layers' certificates, once it is bound to the optimizer's state. Its `remove()` undoes everything.
+    """
+    chosen: list[tuple[NeuronLayer, Tensor, Mapping[str, Any]]] = []
+    for layer, key, options in layers:
+        if not options.get("skip_frozen", skip_frozen):
+            continue
+        if reason := _why_all_gradients(model, layer, trained):
+            layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
+        else:
+            chosen.append((layer, key, options))
+    resting = [layer for layer, _, _ in chosen]
+    calls = Calls(model, resting)
+    certified: dict[str, CertifiedLayer] = {}
+    handles: list[Any] = []
+    for layer, key, options in chosen:
+        module: Any = model.get_submodule(layer.module)
+        forward = PartialForward.of_module(module)
+        if forward.whole_only:
+            layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
+        whole_only = forward.whole_only or options.get("skip_frozen", skip_frozen) == "layers"
+        member = CertifiedLayer(layer, key, options, forward, module.bias, calls, whole_only=whole_only)
+        certified[layer.name] = member
+        handles.append(forward.join(member))
+    if chosen:
+        handles += [*install_resting(model, resting, trained), *calls.attach()]
+    return Certificates(certified, calls, handles)
+
+
+def _why_all_gradients(model: nn.Module, layer: NeuronLayer, trained: Collection[int]) -> str:
+    if any(is_sharded(part.parameter) for part in layer.parameters):
+        return "its parameters are sharded"
+    if is_shared(layer.parameters[0].parameter, model):
+        return "its weight is shared"
+    return why_not(model.get_submodule(layer.module), trained)
