@@ -187,7 +187,8 @@ class Plastic(PlasticityControl, Joinable):
     # ------------------------------------------------------------------------------------------------------ the step
 
     def _step(self) -> None:
-        if self._shared_sinks.shared and self._groups_changed():
+        shared = self._shared_sinks.shared
+        if shared and self._groups_changed():
             self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
         unmeasured = set[NeuronLayer]()
         for layer in self._consolidated:
@@ -195,7 +196,6 @@ class Plastic(PlasticityControl, Joinable):
                 unmeasured.add(layer)
             elif layer.last_backward_pass == NO_BACKWARD_PASS:
                 self._checks.drop_compiled_leftovers(layer)
-        shared = self._shared_sinks.shared
         if shared:
             self._shared_sinks.notify_join(self)
             self._shared_sinks.start(layer.sink for layer in self._consolidated)
