@@ -54,9 +54,9 @@ class Steps(NamedTuple):
     """How many steps each parameter has taken, and the seeds of its stochastic rounding.
 
     Attributes:
-        steps: empty, or for each parameter one float32, raised by one; None where nobody counts.
-        seeds: empty, or for each parameter -1, or for a bfloat16 one whose steps are counted a seed: its values are
-            then rounded stochastically. The random bits depend on the seed, the steps and the element only.
+        steps: empty, or a float32 number for each parameter, incremented by one; None if its steps are not counted.
+        seeds: empty, or for each parameter -1 or a seed. A bfloat16 parameter with a seed and counted steps is rounded
+            stochastically. The random bits depend only on the seed, the steps and the element.
     """
 
     steps: WrittenMaybeTensors = ()

@@ -1,12 +1,12 @@
-"""The operations, with checked arguments, for eager code, autograd-free loops and `torch.compile`.
+"""The operations with checked arguments, for eager code, loops without autograd, and `torch.compile`.
 
-Each is registered as `torch.ops.npc_ext.<name>` with a schema, a kernel and a fake kernel. On CPU and CUDA the compiled
-kernels do the work; on other devices, for float64 on CUDA, and where the compiled kernels are missing (which is said
-once), the plain PyTorch of `npc_ext.reference` does, which has the same functions with the same signatures.
+Each operation is registered as `torch.ops.npc_ext.<name>` with a schema, a kernel and a fake kernel. The compiled
+kernels run on CPU and CUDA. Plain PyTorch (`npc_ext.reference`, with the same functions and signatures) runs on other
+devices, for float64 on CUDA, and if the compiled kernels are missing; then a warning says so once.
 
-Those that work in place are registered from the functions in `npc_ext.reference`, which document them; their arguments
-are in groups (`npc_ext.columns`). All lists over parameters run side by side, and so do those over layers. They raise
-ValueError where lengths, shapes, dtypes, devices or layouts do not fit. Nothing is changed then.
+Operations that work in place are registered from the functions in `npc_ext.reference`, which document them. Their
+arguments are in groups (`npc_ext.columns`), with an entry for each parameter or each layer. They raise ValueError if
+lengths, shapes, dtypes, devices or layouts do not fit, and change nothing then.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
         batch_dim: the dimension that counts samples; all others are positions.
 
     Returns:
-        (N,), summed and returned in float32, for float64 input in float64. A neuron that received no gradient (dL/dn
-        is 0 everywhere) has -0.0; added to anything else that is lost, so sums keep the meaning.
+        (N,), summed and returned in float32, or in float64 for float64 input. A neuron that received no gradient
+        (dL/dn is 0 everywhere) has -0.0. A sum over micro-batches is -0.0 only if all of its terms are.
 
     Raises:
         ValueError: shapes, dtypes, devices or dimensions do not fit.
@@ -54,7 +54,7 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
 
 
 def importance_of_checked(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
-    """`importance` for a caller who knows that its arguments fit, as autograd does of a tensor and its gradient."""
+    """`importance` without checks, for arguments that are known to fit, such as a tensor and its gradient."""
     if _is_plain_call(activation, gradient) and native_takes((activation,)):
         return launch.importance(activation, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.importance.default(activation, gradient, channel_dim, batch_dim)
@@ -64,7 +64,7 @@ def importance_of_checked(activation: Tensor, gradient: Tensor, channel_dim: int
 def relu_backward_importance(
     output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """The backward pass of ReLU and the `importance` at its output, both from the two tensors that the former reads.
+    """The backward pass of ReLU and the `importance` at its output, in one pass over the output and its gradient.
 
     Args:
         output: y = max(x, 0), at least two-dimensional, as `activation` in `importance`.
@@ -84,7 +84,7 @@ def relu_backward_importance(
 def relu_backward_importance_of_checked(
     output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """`relu_backward_importance` for a caller who knows that its arguments fit, and records no gradients."""
+    """`relu_backward_importance` without checks, for arguments that are known to fit, outside of autograd."""
     if _is_plain_call(output, gradient) and native_takes((output,)):
         return _relu_backward_importance(output, gradient, channel_dim, batch_dim)
     return torch.ops.npc_ext.relu_backward_importance.default(output, gradient, channel_dim, batch_dim)
@@ -103,9 +103,9 @@ def _warn_without_native(kernels: str, reason: str) -> None:
 
 
 def _is_plain_call(*tensors: Tensor) -> bool:
-    """Whether nobody listens in on operations: no compiler, no dispatch mode, no tensor subclass.
+    """Whether a call can bypass the dispatcher: no compiler, no dispatch mode, no tensor subclass.
 
-    PyTorch's dispatcher takes 5 microseconds to come back to Python, as long as the work on a small layer takes.
+    PyTorch's dispatcher takes 5 microseconds to call Python again, as long as a small layer's kernel runs.
     """
     if torch.compiler.is_compiling() or listening_modes() > 0:
         return False
@@ -116,7 +116,7 @@ def _is_plain_call(*tensors: Tensor) -> bool:
 
 
 def native_takes(tensors: Iterable[Tensor]) -> bool:
-    """Whether the compiled kernels do the work on these tensors; warns, once, if they would but are missing."""
+    """Whether the compiled kernels take these tensors; warns once if they would, but are missing."""
     gpu = None
     for tensor in tensors:
         if not launch.supports(tensor):

@@ -1,9 +1,9 @@
 """The equations of neuron-level plasticity control in plain PyTorch: the specification of every kernel.
 
 One function per equation of Paik, Oh, Kwak and Kim, "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity
-Control" (AAAI 2020, arXiv 1907.13322), then the operations composed from them, which `npc_ext.ops` has with the same
-signatures. The classes in `npc_ext.columns` say what is in their arguments. Everything runs on any device; float64
-tensors are computed in float64 throughout, half precision in float32. Written to be read, not to be fast.
+Control" (AAAI 2020, arXiv 1907.13322), then the operations composed from them. `npc_ext.ops` has the same operations
+with the same signatures. The classes in `npc_ext.columns` define their arguments. Everything runs on any device.
+float64 tensors are computed in float64, half precision in float32. The code is written to be read, not to be fast.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ from .columns import (
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The precision in which sums and steps over tensors of `dtype` are taken: float64 for float64, else float32."""
+    """The dtype in which sums and steps over tensors of `dtype` are computed: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
     """Eq. 2 without its two means: a_i = sum over b of |sum over p of n_bip * dL/dn_bip|, shape (N,).
 
-    Every dimension of `activation` but `batch_dim` and `channel_dim` is a position p. The means over b and p are
-    positive factors of the whole layer, which eq. 3 cancels.
+    All dimensions of `activation` except `batch_dim` and `channel_dim` are positions p. The means over b and p are
+    positive factors of the whole layer, and eq. 3 cancels them.
 
-    A neuron that received no gradient (dL/dn is 0 everywhere) has -0.0. That is the identity of addition: a sum of
+    A neuron that received no gradient (dL/dn is 0 everywhere) gets -0.0, the identity of addition. So a sum of
     importance over micro-batches or processes is -0.0 only if all of its terms are.
     """
     dtype = compute_dtype(activation.dtype)
@@ -62,7 +62,7 @@ def importance(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch
 
 
 def received_no_gradient(measured: Tensor) -> Tensor:
-    """Whether importance is -0.0, by which `importance` and `connection_importance` mark what received no gradient."""
+    """Whether importance is -0.0, the mark of `importance` and `connection_importance` for "no gradient"."""
     return (measured == 0) & measured.signbit()
 
 
@@ -71,15 +71,15 @@ def relu_backward_importance(
 ) -> tuple[Tensor, Tensor]:
     """The derivative of ReLU, from its output y and dL/dy, and eq. 2 at y: (dL/dx, `importance` of y).
 
-    dL/dx is dL/dy where y > 0 and else 0; where y is NaN it is dL/dy, as in torch.
+    dL/dx is dL/dy where y > 0 or y is NaN, as in torch, and 0 elsewhere.
     """
     return gradient.masked_fill(output <= 0, 0), importance(output, gradient, channel_dim, batch_dim)
 
 
 def connection_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """What CPC takes in place of eq. 2: |w dL/dw| for each connection, of the parameter's shape.
+    """CPC's form of eq. 2: |w dL/dw| for each connection, in the shape of the parameter.
 
-    Where dL/dw is 0 it is -0.0.
+    It is -0.0 where dL/dw is 0.
     """
     dtype = compute_dtype(parameter.dtype)
     product = (parameter.to(dtype) * gradient.to(dtype)).abs().to(torch.float32)
@@ -87,7 +87,7 @@ def connection_importance(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 
 def normalize(measured: Tensor, active_only: bool = False) -> Tensor:
-    """Eq. 3: importance divided by its mean over the layer, or over those that received a gradient (`active_only`)."""
+    """Eq. 3: importance divided by its mean over the layer, or over what received a gradient (`active_only`)."""
     total = measured.sum()
     neurons = (~received_no_gradient(measured)).sum() if active_only else measured.numel()
     return measured / total * neurons
@@ -101,9 +101,9 @@ def moving_average(importance: Tensor, normalized: Tensor, delta: float) -> Tens
 def plasticity(importance: Tensor, alpha: float, beta: float, sigma: str = "sigmoid") -> Tensor:
     """Eq. 7 as a share of the learning rate: s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0))), and 1 where C_i = 0.
 
-    `alpha` is in units of the learning rate: the paper's 0.05 at its largest rate, 0.1, is 0.5.
-    `sigma` is the function that eq. 5 assumes between a weight's change and the loss. Sigmoid and tanh share the form
-    alpha sqrt(beta / C - 1) (their alpha differs), the error function gives alpha sqrt(ln(beta / C)).
+    `alpha` is in units of the learning rate: 0.5 corresponds to the paper's 0.05 at its largest learning rate of 0.1.
+    `sigma` is the function in eq. 5 that relates the change of a weight to the loss. "sigmoid" and "tanh" give
+    alpha sqrt(beta / C - 1), with different alpha; "erf" gives alpha sqrt(ln(beta / C)).
     """
     ratio = importance.new_full((), beta) / importance  # a plain number would be multiplied by a rounded 1 / C
     surplus = ratio.log() if sigma == "erf" else ratio - 1
@@ -128,10 +128,11 @@ def descend_(
     rounding_key: int | None = None,
     cleared: Tensor | bool = False,
 ) -> None:
-    """Algorithm 1's weight update with the options of `torch.optim.SGD`; frozen elements stay as they are.
+    """The weight update of Algorithm 1 with the options of `torch.optim.SGD`. Frozen elements do not change.
 
-    `rate`, `frozen` and `cleared` broadcast against `parameter`. A frozen element's momentum buffer stays as it is,
-    too, but becomes 0 where it is `cleared`. With a `rounding_key` the result is rounded at random.
+    `rate`, `frozen` and `cleared` broadcast against `parameter`. The momentum of a frozen element does not change
+    either, except that it becomes 0 where `cleared` is true. With a `rounding_key` the result is rounded
+    stochastically.
     """
     dtype = compute_dtype(parameter.dtype)
     value = parameter.to(dtype)
@@ -152,7 +153,7 @@ def _clear_(first_moment: Tensor, cleared: Tensor | bool) -> None:
 
 
 def bias_correction(decay: float, steps: int) -> float:
-    """1 - decay^steps, by which a moving average that began at 0 is too small; written so that nothing cancels."""
+    """1 - decay^steps, the factor by which a moving average that began at 0 is too small, without cancellation."""
     return -math.expm1(steps * math.log(decay)) if decay > 0 else 1.0
 
 
@@ -172,11 +173,11 @@ def adam_(
     rounding_key: int | None = None,
     cleared: Tensor | bool = False,
 ) -> None:
-    """The step of `torch.optim.AdamW`, each element at its rate; frozen elements and moments stay.
+    """The step of `torch.optim.AdamW` with a learning rate for each element. Frozen elements do not change.
 
-    Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv
-    1711.05101. `steps` counts this one. `rate`, `frozen` and `cleared` broadcast against `parameter`. The first moment
-    of a frozen element becomes 0 where it is `cleared`.
+    Sources: Kingma and Ba, "Adam", arXiv 1412.6980; Loshchilov and Hutter, "Decoupled Weight Decay Regularization",
+    arXiv 1711.05101. `steps` includes this step. `rate`, `frozen` and `cleared` broadcast against `parameter`. The
+    moments of a frozen element do not change either, except that the first becomes 0 where `cleared` is true.
     """
     dtype = compute_dtype(parameter.dtype)
     value, d = parameter.to(dtype), (-gradient if maximize else gradient).to(dtype)
@@ -192,11 +193,11 @@ def adam_(
     parameter.copy_(torch.where(frozen, parameter, rounded(result, parameter, rounding_key)))
 
 
-_BITS = 0xFFFFFFFF  # of 32
+_BITS = 0xFFFFFFFF  # 32 of them
 
 
 def random_bits(key: int, index: Tensor) -> Tensor:
-    """32 bits that look random for each index (int64, below 2^32): C. Wellons' lowbias32."""
+    """32 pseudo-random bits for each index (int64, below 2^32), by C. Wellons' lowbias32."""
     x = index ^ key
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & _BITS
     x = ((x ^ (x >> 15)) * 0x846CA68B) & _BITS
@@ -204,7 +205,7 @@ def random_bits(key: int, index: Tensor) -> Tensor:
 
 
 def rounding_key(seed: int, steps: int) -> int:
-    """The key of a parameter's random bits in the step after `steps` others."""
+    """The key of a parameter's random bits in a step, after `steps` earlier steps."""
 
     def bits(key: int, index: int) -> int:
         return int(random_bits(key, torch.tensor(index, dtype=torch.int64, device="cpu")))
@@ -213,10 +214,10 @@ def rounding_key(seed: int, steps: int) -> int:
 
 
 def rounded(value: Tensor, parameter: Tensor, key: int | None = None) -> Tensor:
-    """A value in its parameter's dtype: the nearest one, or with a key, for bfloat16, at random the one above or below.
+    """Rounds a value to the dtype of its parameter: to nearest, or with a key, for bfloat16, stochastically.
 
-    The probabilities are such that the mean over many steps is the value itself. The random bits depend on the key and
-    the element's place in memory only.
+    The expected value of stochastic rounding is the value itself. The random bits depend only on the key and on the
+    place of the element in memory.
     """
     if key is None:
         return value.to(parameter.dtype)
@@ -230,7 +231,7 @@ def rounded(value: Tensor, parameter: Tensor, key: int | None = None) -> Tensor:
 
 
 def anchor_penalty(value: Tensor, anchor: Tensor, stiffness: Tensor, strength: float) -> Tensor:
-    """What EWC, MAS, SI and SSL add to the loss for one parameter: strength * sum of stiffness * (value - anchor)^2."""
+    """The penalty of EWC, MAS, SI and SSL for one parameter: strength * sum of stiffness * (value - anchor)^2."""
     return strength * (stiffness * (value - anchor) ** 2).sum()
 
 
@@ -256,7 +257,7 @@ def towards_anchor(
 def merged_anchors(
     stiffness: Tensor, anchor: Tensor, new_stiffness: Tensor, new_anchor: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Two anchors in one, whose penalty is the sum of theirs but for a constant: (stiffness, anchor).
+    """Merges two anchors into one with the sum of their penalties, up to a constant: (stiffness, anchor).
 
     W_1 (x - a_1)^2 + W_2 (x - a_2)^2 = (W_1 + W_2) (x - a)^2 + constant, with a the mean of a_1 and a_2 weighted by
     W_1 and W_2. So the anchors of any number of tasks need two tensors, exactly. Where both W are zero, a is a_2.
@@ -267,16 +268,16 @@ def merged_anchors(
 
 
 def path_stiffness(path: Tensor, movement: Tensor, damping: float) -> Tensor:
-    """SI's importance of a task that is over: max(omega, 0) / (movement^2 + damping)."""
+    """SI's importance of a task that has ended: max(omega, 0) / (movement^2 + damping)."""
     return path.clamp(min=0) / (movement**2 + damping)
 
 
 def per_element(per_neuron: Tensor, parameter: Tensor, neuron_dim: int, groups: int) -> Tensor:
-    """Views one value per neuron (N,) so that it broadcasts against `parameter`, whose `neuron_dim` indexes neurons.
+    """Views one value per neuron (N,) so that it broadcasts against a parameter with neurons in `neuron_dim`.
 
-    With `groups` > 1 (grouped transposed convolutions) dimension 0 of the parameter runs over groups x inputs and
-    neuron i sits in group i // (N / groups), row i % (N / groups) of `neuron_dim`; the result then has the shape of
-    the parameter's first `neuron_dim` + 1 dimensions, followed by ones.
+    With `groups` > 1 (grouped transposed convolutions), dimension 0 of the parameter runs over groups x inputs, and
+    neuron i is in group i // (N / groups), at index i % (N / groups) of `neuron_dim`. The result then has the shape of
+    the first `neuron_dim` + 1 dimensions of the parameter, followed by ones.
     """
     shape = [1] * parameter.ndim
     if groups == 1:
@@ -300,19 +301,19 @@ def update_(
     """Eqs. 3, 4 and 7 and Algorithm 1 for all layers of a network in one call, in place.
 
     w <- w - lr s_i (dw + weight_decay w), with eq. 7's share s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0))) of the
-    neuron, and with momentum as in `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical; the
-    compiled kernels neither read nor write long ones, nor their momentum. The rows of a neuron that freezes in this
-    call (C_i >= beta after it, but not before) lose their momentum: it is set to 0.
+    neuron, and with momentum as in `torch.optim.SGD`. Rows of frozen neurons (C_i >= beta) stay bit-identical. The
+    compiled kernels neither read nor write them or their momentum if they are long. If a neuron freezes in this call
+    (C_i >= beta after the call, but not before), the momentum of its rows is set to 0.
 
     Args:
         network: the parameters (P of them) and their tensors.
         layers: the layers (L of them) and their importance.
-        measured: L float32 tensors (N,), sums from `importance`. None leaves that layer's C as it is, as do sums of
-            zero and, counted in `nonfinite_steps`, sums that are not finite. To clear sums, fill them with -0.0.
+        measured: L float32 tensors (N,), sums from `importance`. A layer keeps its C if this is None, if the sums are
+            zero, or if they are not finite, which is counted in `nonfinite_steps`. To clear sums, fill them with -0.0.
         placement, options: of each parameter.
         constants: of each layer.
-        steps: how many steps each parameter has taken, and seeds of stochastic rounding.
-        scaler: what a gradient scaler knows of the gradients.
+        steps: the number of steps that each parameter has taken, and the seeds of stochastic rounding.
+        scaler: the scale of the gradients, and whether they overflowed.
     """
     if _overflowed(scaler):
         return
@@ -327,7 +328,7 @@ class _Neurons(NamedTuple):
     """What a step does with the neurons, or connections, of a layer.
 
     Attributes:
-        plasticity: each one's share of the learning rate (eq. 7); 0 where weights and moments stay as they are.
+        plasticity: the share of the learning rate (eq. 7) for each; 0 where weights and moments do not change.
         cleared: of those, the ones whose first moment becomes 0: they were not frozen before this step, and are now.
     """
 
@@ -391,7 +392,8 @@ def _rate_of(parameter: Tensor, neurons: Sequence[_Neurons], placement: Placemen
     dim, groups = placement.neuron_dim[index], placement.groups[index]
     if placement.first_neuron is not None:
         rows = parameter.shape[dim] * groups
-        share, cleared = (one.narrow(0, placement.first_neuron[index], rows) for one in (share, cleared))
+        first = placement.first_neuron[index]
+        share, cleared = share.narrow(0, first, rows), cleared.narrow(0, first, rows)
     share = per_element(share.to(compute_dtype(parameter.dtype)), parameter, dim, groups)
     return _Rate(lr * share, share == 0, per_element(cleared, parameter, dim, groups))
 
@@ -445,19 +447,19 @@ def adam_update_(
     steps: Steps,
     scaler: Scaler = NO_SCALER,
 ) -> None:
-    """`update_` with the step of `torch.optim.AdamW`, of which each neuron takes a share, in one call, in place.
+    """`update_` with the step of `torch.optim.AdamW`, scaled for each neuron, in one call, in place.
 
         w <- w - s_i lr (m' / (sqrt(v') + epsilon) + weight_decay w)
 
-    with the share s_i as in `update_`, the moving averages m of the gradient and v of its square, m' and v' freed of
-    their bias. Rows of frozen neurons (C_i >= beta) stay bit-identical, and so do their moments; in the call that
-    freezes them their first moment is set to 0.
+    with the share s_i as in `update_`, and the bias-corrected moving averages m' of the gradient and v' of its square.
+    Rows of frozen neurons (C_i >= beta) and their moments stay bit-identical. If a neuron freezes in this call, the
+    first moment of its rows is set to 0.
 
     Args:
-        network: the parameters, and as moments m and v.
+        network: the parameters, and m and v as their moments.
         layers, measured, placement, constants: as in `update_`.
         options: of each parameter, as in `torch.optim.AdamW`.
-        steps: as in `update_`, and every parameter's are counted.
+        steps: as in `update_`, with a count for every parameter.
         scaler: as in `update_`.
     """
     if _overflowed(scaler):
@@ -490,15 +492,15 @@ def anchored_update_(
 ) -> None:
     """The weight update of EWC, MAS, SI and SSL for a whole network in one call, in place: SGD with anchors.
 
-    Adds the penalty strength * stiffness * (w - anchor)^2 of every weight w to the loss. An implicit pull is a proximal
-    step after the step that `torch.optim.SGD` takes along dL/dw, see `npc_ext.baselines.anchored.Anchored`. An explicit
-    one adds the penalty's gradient to dL/dw.
+    Adds the penalty strength * stiffness * (w - anchor)^2 of every weight w to the loss. If the pull is implicit, a
+    proximal step of the penalty follows the step of `torch.optim.SGD` along dL/dw (see
+    `npc_ext.baselines.anchored.Anchored`). If it is explicit, the penalty's gradient is added to dL/dw.
 
     Args:
         network: the parameters, and dL/dw without the penalty's gradient.
         anchors: the stiffness and the anchor of each parameter, and its path integral.
         options: of each parameter.
-        pull: strength of the pull to each anchor, and whether it is implicit.
+        pull: the strength of the pull to each anchor, and whether it is implicit.
         scaler: as in `update_`.
     """
     if _overflowed(scaler):
@@ -529,9 +531,8 @@ def connection_update_(
 ) -> None:
     """CPC for a whole network in one call, in place: `update_` with an importance and a rate for every connection.
 
-    The importance |w dL/dw| of a connection takes the place of a neuron's; eq. 3's mean is over all connections of the
-    layer. Frozen connections (C >= beta) stay bit-identical. With `active_only`, connections whose gradient is 0 take
-    no part.
+    The importance of a connection is |w dL/dw|, and the mean of eq. 3 is over all connections of the layer. Frozen
+    connections (C >= beta) stay bit-identical. With `active_only`, connections with a gradient of 0 take no part.
 
     Args:
         network: as in `update_`.
@@ -575,10 +576,10 @@ def network_step_(
 ) -> None:
     """A whole NPC step in one call: `importance` of every layer from its activation, then `update_`, in place.
 
-    On CUDA it is a single cooperative launch. It saves launches, which is what small networks spend their time on. For
-    large ones `importance` for each layer and `update_` should be faster: this kernel is compiled for every layout and
-    dtype at once, so fewer of its blocks fit on a multiprocessor (docs/kernels.md). We have not measured where the one
-    overtakes the other.
+    On CUDA it is a single cooperative launch. This saves launches, which dominate the time of small networks. For
+    large networks, `importance` for each layer and then `update_` should be faster: this kernel is compiled for every
+    layout and dtype at once, so fewer of its blocks fit on a multiprocessor (docs/kernels.md). We have not measured at
+    which size.
 
     Args:
         activations: for each layer the arguments of `importance`.
@@ -591,11 +592,12 @@ def network_step_(
 def layer_step_(
     layer: Layer, network: Network, options: LayerStepOptions = LAYER_STEP, scaler: Scaler = NO_SCALER
 ) -> None:
-    """`network_step_` for one layer whose parameters share their options: from n and dL/dn to the new weights.
+    """`network_step_` for one layer, with the same options for all of its parameters.
 
     Args:
-        layer, network: as in the classes.
-        options: one value for all parameters.
+        layer: the layer, its activation and the gradient of the activation.
+        network: its parameters and their tensors.
+        options: the options of the layer and of all of its parameters.
         scaler: as in `update_`.
     """
     network_step_(**as_network_step(layer, network, options, scaler))

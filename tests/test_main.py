@@ -85,7 +85,9 @@ def test_why_the_module_beside_the_sources_is_not_used_is_reported(tmp_path: Pat
     compiler = imitated_compiler(tmp_path / "c++")
     result = report(NPC_EXT_CXXFLAGS="-DOTHER", CXX=str(compiler), NPC_EXT_CACHE=str(tmp_path))
     assert result.returncode == 0
-    why = "because the module built ahead of time is older than the sources beside it (NPC_EXT_CXXFLAGS changed since; "
+    why = (
+        "because the module built ahead of time is older than the sources next to it (NPC_EXT_CXXFLAGS changed since; "
+    )
     assert f"          built just in time {why}" in result.stdout
     assert f"files, for CPUs only), {why}" in result.stderr
 

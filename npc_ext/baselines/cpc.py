@@ -214,12 +214,12 @@ class CPC(PlasticityControl):
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
         common = self._common(device, members)
-        own = [self._layer_of.get(id(parameter), -1) for parameter in common["owners"]]
-        layers = sorted(set(own) - {-1})
+        layer_of = [self._layer_of.get(id(parameter), -1) for parameter in common["owners"]]
+        layers = sorted(set(layer_of) - {-1})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
-        layer = [position[one] for one in own]
+        layer = [position[index] for index in layer_of]
         options = columns_of(SGDOptions, common["groups"], lr=common["rates"])
-        columns = (options, plasticity_columns([self._constants(one) for one in layers]))
+        columns = (options, plasticity_columns([self._constants(index) for index in layers]))
         return _Plan(
             **common,
             columns=columns,

@@ -219,9 +219,9 @@ def _check_placement(parameters: Sequence[Tensor], layers: Layers, placement: Pl
 
 
 def _check_layer(layer: Sequence[int], layers: int) -> None:
-    for index, own in enumerate(layer):
-        if own >= layers:
-            raise ValueError(f"layer[{index}] is {own}, but there are {layers} layers")
+    for index, number in enumerate(layer):
+        if number >= layers:
+            raise ValueError(f"layer[{index}] is {number}, but there are {layers} layers")
 
 
 def _check_connections(parameters: Sequence[Tensor], connections: Connections, layers: int) -> None:

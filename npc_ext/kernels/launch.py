@@ -181,8 +181,8 @@ class Tables:
         columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
         columns["size"] = list(map(Tensor.numel, parameters))
         places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
-        geometries = [geometry(one.shape, one.stride(), dim, groups) for one, dim, groups in places]
-        columns |= {name: [one[at] for one in geometries] for at, name in enumerate(("outer", "middle", "run"))}
+        geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
+        columns |= {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
         self.of = {
             name: _table("q" if name.endswith("_numbers") else "d", [columns[column] for column in names])
             for name, names in native.module().COLUMNS.items()
@@ -326,7 +326,7 @@ def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torc
 
 
 def _flags(scaler: Scaler, device: torch.device) -> list[Tensor | None]:
-    """The scale and the flag may come in any dtype and from another device; the kernels read float32 beside them."""
+    """The scale and the flag, in any dtype and on any device, as the kernels read them: float32 on `device`."""
     if scaler.grad_scale is None and scaler.found_inf is None:
         return [None, None]
     for flag in scaler:

@@ -1,7 +1,7 @@
 """Loads the compiled module: the one built ahead of time, else one built just in time. A failure is remembered.
 
 The module is loaded once per process: when an optimizer is built, or at the first use. A module that was compiled from
-other sources or flags than those beside it (csrc/ was edited in a checkout) counts as missing. So a stale module never
+other sources or flags than those next to it (csrc/ was edited in a checkout) counts as missing. So a stale module never
 runs.
 
 At the first use of a GPU, the module is asked whether its CUDA kernels run there. If it has no code for that GPU, a
@@ -83,7 +83,7 @@ def _prebuilt() -> tuple[ModuleType | None, str]:
     # The file is read but not loaded: an extension that was loaded cannot be replaced in the same process.
     if differs := build.why_stale(path.read_bytes()):
         return None, (
-            f"the module built ahead of time is older than the sources beside it ({differs}; to build it anew: "
+            f"the module built ahead of time is older than the sources next to it ({differs}; to build it again: "
             "'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
         )
     try:

@@ -62,14 +62,14 @@ class Operation:
     """Defines `torch.ops.npc_ext.<name>` of a function's name and arguments.
 
     Args:
-        function: whose annotations tell the schema. The operation changes tensors that are annotated as `Written`.
-        kernel: does the work; takes the arguments of the function, by name.
-        fake: makes the results without values; takes them, too.
+        function: its annotations define the schema. The operation changes tensors that are annotated as `Written`.
+        kernel: does the work; takes the arguments of the function by name.
+        fake: makes results without values; takes the same arguments.
     """
 
     def __init__(self, function: Callable[..., Any], kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
         hints, parameters = get_type_hints(function, include_extras=True), signature(function).parameters
-        self._defaults = {name: one.default for name, one in parameters.items()}
+        self._defaults = {name: parameter.default for name, parameter in parameters.items()}
         self._groups: dict[str, Any] = {}  # of each argument its named tuple, or None
         self._fields: list[_Field] = []
         for name, default in self._defaults.items():
@@ -135,15 +135,16 @@ class Operation:
         values = [*flat, *(field.default for field in self._fields[len(flat) :])]
         for at, field in enumerate(self._fields):
             if field.has_none:
-                values[at] = [one if one.numel() else None for one in values[at]]
+                values[at] = [tensor if tensor.numel() else None for tensor in values[at]]
         rest = iter(values)
         for group in self._groups.values():
             yield next(rest) if group is None else group(*islice(rest, len(group._fields)))
 
 
 def _without_none(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    device = next((one.device for one in tensors if one is not None), torch.device("cpu"))
-    return [torch.empty(0, dtype=torch.float32, device=device) if one is None else one for one in tensors]
+    device = next((tensor.device for tensor in tensors if tensor is not None), torch.device("cpu"))
+    # A new tensor for each: the operation may write them, and inputs must not alias.
+    return [torch.empty(0, dtype=torch.float32, device=device) if tensor is None else tensor for tensor in tensors]
 
 
 def in_place(

@@ -107,7 +107,7 @@ def why_not(module: nn.MultiheadAttention) -> str:
     if type(module).forward is not nn.MultiheadAttention.forward:
         return "its class has a forward of its own"
     if "forward" in module.__dict__ and not isinstance(StandIn.of(module), AttentionForward):
-        return "its forward has been replaced by somebody else"
+        return "its forward has been replaced by other code"
     known = set(_names(F.multi_head_attention_forward.__code__))
     if not known.issuperset(INPUT_PROJECTIONS) or "F" not in _names(nn.MultiheadAttention.forward.__code__):
         return f"torch {torch.__version__} computes it in a way that is not known"

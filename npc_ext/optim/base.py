@@ -269,8 +269,8 @@ class ModelOptimizer(ImportanceHolder):
             for parameter in group["params"]:
                 if parameter.grad is not None and self._trains(parameter):
                     members.setdefault(parameter.device, []).append((parameter, group))
-        everything = [pair for own in members.values() for pair in own]
-        # Options may have been changed since the last step. A rate in device memory is not looked at: that would wait.
+        everything = [member for on_device in members.values() for member in on_device]
+        # Options may have changed since the last step. Reading a rate in device memory would wait, so that is skipped.
         for group in self.param_groups:
             self._check_options({**self.defaults, **group, "lr": 0.0})
         for parameter, _ in everything:  # before anything is changed
@@ -278,7 +278,7 @@ class ModelOptimizer(ImportanceHolder):
         for parameter, group in everything:
             self._create_state(parameter, group)
             self._lay_out_state(parameter)
-        return [self._make_plan(device, own) for device, own in members.items()]
+        return [self._make_plan(device, on_device) for device, on_device in members.items()]
 
     def _trains(self, parameter: Tensor) -> bool:
         """Whether steps update a parameter that has a gradient."""
@@ -365,7 +365,7 @@ class ModelOptimizer(ImportanceHolder):
             "parameters": parameters,
             "owners": owners,
             "sharded": any(map(is_sharded, owners)),
-            "aligned": all(of_gradient == own for of_gradient, own in strides),
+            "aligned": all(of_gradient == of_parameter for of_gradient, of_parameter in strides),
             "states": (states := [self.state[owner] for owner in owners]),
             "checked": {name: [state.get(name) for state in states] for name in self._read_by_steps(members)},
             "has_momentum": [self._has_momentum(group) for _, group in members],

@@ -345,7 +345,8 @@ class Plastic(PlasticityControl, Joinable):
             parameters: those whose layers take part; by default those that the step moves.
         """
         moved = common["owners"]
-        places = [self._place[id(one)] for one in parameters or moved if id(one) in self._place]
+        taking_part = map(id, parameters or moved)
+        places = [self._place[key] for key in taking_part if key in self._place]
         layers = sorted({layer for layer, _, _ in places})
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]

@@ -323,8 +323,8 @@ def test_a_stale_module_is_not_run(tmp_path: Path) -> None:
         return result.stdout, result.stderr
 
     why = (
-        "the module built ahead of time is older than the sources beside it (csrc/rules.h changed since; to build it "
-        "anew: 'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+        "the module built ahead of time is older than the sources next to it (csrc/rules.h changed since; to build it "
+        "again: 'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
     )
     keep_flags = {"NPC_EXT_CXXFLAGS": ""}
     output, _ = load(CXX="/nowhere/c++", **keep_flags)
