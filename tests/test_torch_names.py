@@ -126,7 +126,7 @@ def test_a_private_name_is_found(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["self._step()", "super()._step()", "watch._step", "from . import _torch", "x.__dict__", "{'_step': 1}"]
+    "line", ["self._step()", "super()._step()", "layer._step", "from . import _torch", "x.__dict__", "{'_step': 1}"]
 )
 def test_our_names_are_no_private_names_of_torch(line: str) -> None:
     assert not private_names(ast.parse(line), {"_step"}, names_of_torch())

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npc_ext import NPC, columns, ops, reference
+from npc_ext import NPC, ops, reference
 from npc_ext.kernels import native
 
 from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, training
@@ -267,6 +267,8 @@ def _copies(device: Device) -> Iterator[Later]:
 
 def _launches(device: Device) -> Iterator[Row]:
     """Kernels that each operation launches, and a step of a common and of a wide network."""
+    from npc_ext import columns  # not above: older revisions are measured, too
+
     n, g = _pair(device, (2, 8) if device.dry else (64, 128, 16, 16), torch.float32, False)
     neurons = n.shape[1]
     weight = torch.randn(neurons, 64, device=device.name)

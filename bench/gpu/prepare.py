@@ -13,8 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from npc_ext.kernels import build, compilers
-
 from .. import ROOT
 from ..against.revision import RevisionError, checkout
 
@@ -28,6 +26,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.prepare", description=__doc__)
     parser.add_argument("--against", metavar="REV", help="another revision, to be compared with this one")
     arguments = parser.parse_args()
+    from npc_ext.kernels.compilers import BuildError
+
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -36,7 +36,7 @@ def main() -> int:
             other = checkout(arguments.against)
             _build_module(other)
             made.append(other)
-    except (compilers.BuildError, RevisionError) as error:
+    except (BuildError, RevisionError) as error:
         print(f"bench.gpu.prepare: {error}", file=sys.stderr)
         return 1
     for path in made:
@@ -45,11 +45,15 @@ def main() -> int:
 
 
 def _build_module(folder: Path) -> Path:
-    """Compiles the module of a checkout into its package, with the checkout's own build file."""
+    """Compiles the module of a checkout into its package, with the checkout's build file."""
+    from npc_ext.kernels import build, compilers  # not above: bench.gpu.parts also measures older revisions
+
     target = folder / "npc_ext" / build.MODULE_FILE
     objects = ROOT / "build" / "flight" / folder.name
     script = (
-        "import sys; from pathlib import Path; from npc_ext.kernels import build; "
+        "import sys; from pathlib import Path\n"
+        "try: from npc_ext.kernels import build\n"
+        "except ImportError: from npc_ext import _build as build  # older revisions\n"
         "build.build(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-c", script, str(target), str(objects)]
@@ -73,6 +77,8 @@ def build_stream(folder: Path) -> Path:
     target = stream_library(folder)
     if target.exists():
         return target
+    from npc_ext.kernels import build, compilers
+
     compiler = compilers.nvcc()
     if compiler is None:
         raise compilers.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")

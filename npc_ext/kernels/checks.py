@@ -166,7 +166,9 @@ def _check_network(network: Network | AdamNetwork, options: SGDOptions | AdamOpt
         _check_like(f"gradients[{index}]", gradient, parameter)
     if isinstance(network, AdamNetwork):
         for name in ("first_moments", "second_moments"):
-            _check_per_element(name, getattr(network, name), network.parameters)
+            for index, moment in enumerate(getattr(network, name)):
+                parameter = network.parameters[index]
+                _check_values(f"{name}[{index}]", moment, parameter, compute_dtype(parameter.dtype))
     elif isinstance(options, SGDOptions) and any(options.momentum):
         check_lengths(len(network.parameters), momentum_buffers=network.momentum_buffers)
         for index, (buffer, momentum) in enumerate(zip(network.momentum_buffers, options.momentum, strict=True)):

@@ -82,7 +82,7 @@ def relu_backward_importance(
 ) -> tuple[Tensor, Tensor]:
     """Launches eq. 2 with the backward pass of ReLU, on CUDA; see `npc_ext.ops.relu_backward_importance`."""
     gradient_in = torch.empty_like(output)
-    if gradient_in.stride() != output.stride():  # of a tensor with gaps or overlaps, which has no likeness
+    if gradient_in.stride() != output.stride():  # `empty_like` does not keep gaps or overlaps
         output = output.contiguous()
         gradient_in = torch.empty_like(output)
     return gradient_in, _importance(output, gradient, channel_dim, batch_dim, gradient_in.data_ptr())
@@ -155,7 +155,7 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Tables:
-    """What the kernels must know of a network's parameters and layers, apart from where they are; checked once.
+    """Sizes, layouts and options of a network's parameters and layers, checked once.
 
     `of[name]` is a table of numbers, for each name in the module's `COLUMNS`, which says what its columns are. They
     stay valid while the parameters keep their memory, shape, dtype and order.
@@ -474,7 +474,7 @@ def connection_update_(
 def network_step_(
     tables: Tables, activations: Activations, network: Network, layers: Layers, scaler: Scaler = NO_SCALER
 ) -> None:
-    """The same with eq. 2 before it, still in one launch; see `npc_ext.reference.network_step_`."""
+    """Launches eqs. 2, 3, 4 and 7 and the weight update at once; see `npc_ext.reference.network_step_`."""
     device = layers.nonfinite_steps.device
     flags = _flags(scaler, device)
     inputs = [

@@ -111,7 +111,12 @@ class Operation:
                 raise TypeError(f"{self._name}() got {what} argument {name!r}")
         given = {**self._defaults, **given, **options}
         if missing := [name for name, value in given.items() if value is _NO_DEFAULT]:
-            raise TypeError(f"{self._name}() misses the arguments {', '.join(missing)}")
+            raise TypeError(f"{self._name}() is missing the arguments {', '.join(missing)}")
+        for name, group in self._groups.items():
+            if group is not None and not isinstance(given[name], group):
+                raise TypeError(
+                    f"{self._name}(): {name} is {type(given[name]).__name__}; expected npc_ext.columns.{group.__name__}"
+                )
         return given
 
     def call(self, given: dict[str, Any]) -> Any:

@@ -115,7 +115,7 @@ class Neurons:
 
     def __str__(self) -> str:
         trained = set(map(id, self.trained()))
-        rows = [("layer", "neurons", "fan-in", "skipped", "measured at", "parameters of its neurons")]
+        rows = [("layer", "neurons", "fan-in", "gradients skipped", "measured at", "parameters of its neurons")]
         for layer in self.layers:
             measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
             if any(point.copy for point in layer.points):

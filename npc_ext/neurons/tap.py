@@ -233,7 +233,8 @@ class SharedStandIn(StandIn):
 
     def leave(self, user: Any) -> None:
         """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
-        self._users.remove(user)
+        if user in self._users:  # those of a copy do not come with it
+            self._users.remove(user)
         if not self._users:
             self._exit()
 

@@ -237,7 +237,7 @@ class ModelOptimizer(ImportanceHolder):
                 gradients = [gradient for gradient in gradients if gradient is not None]
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
-            signature += [id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
+            signature += [id(group), id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
             signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
             # A parameter's device, dtype and memory format change only with its address. Strides and the number of
             # elements determine the shape.
@@ -273,12 +273,16 @@ class ModelOptimizer(ImportanceHolder):
         # Options may have changed since the last step. Reading a rate in device memory would wait, so that is skipped.
         for group in self.param_groups:
             self._check_options({**self.defaults, **group, "lr": 0.0})
+        self._look_up_groups()
         for parameter, _ in everything:  # before anything is changed
             self._check_fits(parameter)
         for parameter, group in everything:
             self._create_state(parameter, group)
             self._lay_out_state(parameter)
         return [self._make_plan(device, on_device) for device, on_device in members.items()]
+
+    def _look_up_groups(self) -> None:
+        """Called when plans are made: groups may have been replaced by other dictionaries."""
 
     def _trains(self, parameter: Tensor) -> bool:
         """Whether steps update a parameter that has a gradient."""

@@ -31,6 +31,7 @@ class PlasticityControl(ModelOptimizer):
     _ADVICE: ClassVar[str]
     _NONFINITE_IN: ClassVar[str]
 
+    _group_of: dict[int, dict[str, Any]]  # the group of each parameter, by the parameter's id
     _has_layers = False  # whether the model has been searched; the constructor adds groups before that
     _nonfinite_steps: NonfiniteSteps
 
@@ -85,6 +86,11 @@ class PlasticityControl(ModelOptimizer):
     def _protection(self) -> Protection:
         """How much of what is trained is protected now."""
         raise NotImplementedError
+
+    def _look_up_groups(self) -> None:
+        groups = {id(p): group for group in self.param_groups for p in group["params"]}
+        if any(self._group_of.get(parameter) is not group for parameter, group in groups.items()):
+            self._group_of = groups
 
     def _take_up_groups(self) -> None:
         super()._take_up_groups()

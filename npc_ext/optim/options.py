@@ -78,7 +78,7 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
 
 
 def check_number(name: str, value: Any, where: str = "", *, positive: bool = False) -> None:
-    """Raises unless an option is a number, or a tensor with one element, that is finite and not negative (or 0)."""
+    """Raises unless an option is a finite number that is not negative (or 0); lr may be a tensor with one element."""
     expected = f"a finite number {'above 0' if positive else 'of at least 0'}"
     number = _number(name, value, expected, where)
     if not (number > 0 if positive else number >= 0) or not number < math.inf:
@@ -86,6 +86,8 @@ def check_number(name: str, value: Any, where: str = "", *, positive: bool = Fal
 
 
 def _number(name: str, value: Any, expected: str, where: str) -> float:
+    if isinstance(value, Tensor) and name != "lr":  # steps would not notice that it is changed in place
+        raise TypeError(f"{where}{name} is a tensor; expected {expected}, as {name}.item()")
     if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, SupportsFloat)):
         raise TypeError(f"{where}{name} is {value!r}; expected {expected}")
     return float(value)

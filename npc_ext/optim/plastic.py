@@ -2,6 +2,9 @@
 
 It finds the neurons of a model, places taps that measure them, keeps the moving average C of their importance (eq. 4),
 and skips gradients that are certain not to be needed. Subclasses define the weight update.
+
+A tap is an identity behind a layer that measures its neurons in the backward pass. The result is the gradient of the
+layer's sink, a small leaf tensor.
 """
 
 from __future__ import annotations
@@ -118,7 +121,7 @@ class Plastic(PlasticityControl, Joinable):
             for layer in found
             if layer.name not in self._left_alone and any(id(p.parameter) in trained for p in layer.parameters)
         ]
-        self._own_options = [self._layer_options.of(layer.name) for layer in self._consolidated]
+        self._options_of_layers = [self._layer_options.of(layer.name) for layer in self._consolidated]
         self._nonfinite_steps = NonfiniteSteps(len(self._consolidated))
         self._index_parameters()
         for index, layer in enumerate(self._consolidated):
@@ -133,10 +136,10 @@ class Plastic(PlasticityControl, Joinable):
 
     def _install_skipping(self, trained: set[int]) -> None:
         before = self.__dict__.get("_certificates")
-        layers = zip(self._consolidated, self._keys, self._own_options, strict=True)
+        layers = zip(self._consolidated, self._keys, self._options_of_layers, strict=True)
         self._certificates = install_skipping(self._model, layers, self._skip_frozen, trained)
         self.neurons.hold(self._certificates)
-        self._certificates.bind(self.state, self._group_of)
+        self._certificates.bind(self, self._group_of)
         if before is not None:
             self._certificates.take_over_from(before)
 
@@ -149,6 +152,12 @@ class Plastic(PlasticityControl, Joinable):
             old = known.get(id(layer.parameters[0].parameter), replaced.get(layer.name))
             if old is not None and old.sink.shape == layer.sink.shape and old.sink.device == layer.sink.device:
                 layer.sink = old.sink
+
+    def _look_up_groups(self) -> None:
+        before = self._group_of
+        super()._look_up_groups()
+        if self._group_of is not before:
+            self._certificates.bind(self, self._group_of)
 
     def _protection(self) -> Protection:
         return self.neurons.protection()
@@ -396,7 +405,7 @@ class Plastic(PlasticityControl, Joinable):
 
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: the group's options, overridden by the layer's."""
-        group, options = self._group_of[id(self._keys[index])], self._own_options[index]
+        group, options = self._group_of[id(self._keys[index])], self._options_of_layers[index]
         return {**group, **options} if options else group
 
     def _drop_measured(self) -> None:
@@ -531,7 +540,7 @@ class Plastic(PlasticityControl, Joinable):
         super().__setstate__(state)  # called by copy, pickle and load_state_dict
         self.neurons.detach_with(self)
         self._index_parameters()
-        self._certificates.bind(self.state, self._group_of)
+        self._certificates.bind(self, self._group_of)
 
     def _summary(self) -> str:
         neurons = sum(layer.neurons for layer in self._consolidated)

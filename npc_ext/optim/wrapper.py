@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -88,6 +88,11 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             raise TypeError(
                 f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
                 "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
+            )
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected the model itself, as in "
+                "PlasticityWrapper(optimizer, model)"
             )
         if isinstance(optimizer, tuple(_WHY_NOT)):
             why_not = next(reason for kind, reason in _WHY_NOT.items() if isinstance(optimizer, kind))
@@ -339,6 +344,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
+        self._check_groups(state_dict.get("param_groups", ()))
         before = self._tracker.state_dict()
         states = state_dict.get("state", {})
         tracked = state_dict.get("plasticity")
@@ -361,6 +367,18 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         except Exception:
             self._tracker.load_state_dict(before)
             raise
+
+    def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Raises ValueError if groups were saved by another kind of optimizer, which torch does not check."""
+        for group, saved_group in zip(self.param_groups, saved, strict=False):
+            missing, unknown = group.keys() - saved_group.keys(), saved_group.keys() - group.keys()
+            if missing and unknown:
+                raise ValueError(
+                    f"the state dict's parameter groups have {', '.join(sorted(unknown))}, but not "
+                    f"{', '.join(sorted(missing))}; they were saved by another optimizer than a wrapped "
+                    f"{type(self.optimizer).__name__}. To take over its importance alone: "
+                    "wrapper.load_importance(state_dict)"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)

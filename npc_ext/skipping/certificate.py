@@ -22,21 +22,20 @@ cannot escape:
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._torch import in_backward, version_of, versions_of
+from .._torch import in_backward
 from ..neurons.layer import NeuronLayer
 from .bound import least_importance
 from .constants import Calls
 from .forward import Decision, PartialForward
+from .record import Record
 from .rows import Rows, rows_to_compute
 
 # Issuing certificates takes time. But the longer they are valid, the fewer neurons are certain for that long. They are
@@ -84,76 +83,6 @@ class Clock:
     def validity(self) -> int:
         """For how many steps certificates are issued."""
         return 2 * self.between
-
-
-class Record:
-    """What the last step left of the layers of one optimizer; whatever differs from it, other code has changed.
-
-    It holds the importance of each layer, the versions of importance and parameters, and each group's beta and delta.
-
-    Args:
-        states: the optimizer's state.
-        members: of each layer, the parameter under which its importance is kept, all its parameters, and its group.
-    """
-
-    def __init__(
-        self,
-        states: MutableMapping[Any, Any],
-        members: Sequence[tuple[Tensor, Sequence[Tensor], Mapping[str, Any]]],
-    ) -> None:
-        self._states = states
-        self._keys = [key for key, _, _ in members]
-        self._parameters = [parameter for _, parameters, _ in members for parameter in parameters]
-        ends = accumulate((len(parameters) for _, parameters, _ in members), initial=0)
-        self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, among all parameters
-        self._groups = list({id(group): group for _, _, group in members}.values())
-        places = {id(group): place for place, group in enumerate(self._groups)}
-        self._group_of = [places[id(group)] for _, _, group in members]
-        self._importances: list[Tensor | None] = []
-        self._versions: list[int] = []  # of parameters, then of importances; empty while nothing is recorded
-        self._constants: list[tuple[Any, Any]] = []
-
-    def importance(self, at: int) -> Tensor | None:
-        """The importance of a layer as it is now; None where the state has been cleared."""
-        state = self._states.get(self._keys[at])
-        return None if state is None else state.get("importance")
-
-    def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
-        versions = versions_of(self._parameters)
-        versions += [-1 if importance is None else version_of(importance) for importance in importances]
-        return versions
-
-    def differs(self, at: int) -> bool:
-        """Whether a layer differs from the record."""
-        importance = self.importance(at)
-        if importance is None or not self._versions or importance is not self._importances[at]:
-            return True
-        span, place = self._spans[at], self._group_of[at]
-        group = self._groups[place]
-        return (
-            version_of(importance) != self._versions[len(self._parameters) + at]
-            or versions_of(self._parameters[span]) != self._versions[span]
-            or (group["beta"], group["delta"]) != self._constants[place]
-        )
-
-    def changed(self) -> list[int]:
-        """The layers that differ from the record; none where nothing is recorded. To be followed by `take`."""
-        get = self._states.get  # all layers at once, which is quicker than one by one
-        importances = [None if (state := get(key)) is None else state.get("importance") for key in self._keys]
-        constants = [(group["beta"], group["delta"]) for group in self._groups]
-        changed: list[int] = []
-        if self._versions and not (
-            self._versions_with(importances) == self._versions
-            and constants == self._constants
-            and all(map(operator.is_, importances, self._importances))
-        ):
-            changed = [at for at in range(len(self._keys)) if self.differs(at)]
-        self._importances, self._constants = importances, constants
-        return changed
-
-    def take(self) -> None:
-        """Records the versions, and what `changed` has just seen: a step replaces no tensors, and no beta or delta."""
-        self._versions = self._versions_with(self._importances)
 
 
 class CertifiedLayer:
@@ -245,10 +174,17 @@ class CertifiedLayer:
     def decide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Decision | None:
         """Which weight gradients a call of the module leaves out; None if it computes all.
 
-        Nothing is certain of other parameters than the layer's (`torch.func.functional_call`).
+        Nothing is certain of other parameters than the layer's (`torch.func.functional_call`), and none is left out if
+        several optimizers use the module: each needs the gradients of neurons that it may move.
         """
         certificate = self.certificate
-        if certificate is None or weight is not self.parameters[0] or bias is not self._bias or not self.in_force():
+        if (
+            certificate is None
+            or self._forward.is_shared()
+            or weight is not self.parameters[0]
+            or bias is not self._bias
+            or not self.in_force()
+        ):
             return None
         note_use = partial(self.used.add, certificate)  # holds no layer: without cycles, that dies with its optimizer
         constants = len(certificate.rows) == 0 and not x.requires_grad and self._can_rest()
@@ -262,7 +198,7 @@ class CertifiedLayer:
             if self.may_rest:
                 self._calls.end_after_backward()
         else:
-            self.may_rest = self._calls.allow_constants() and not self._forward.is_shared()
+            self.may_rest = self._calls.allow_constants()
         return self.may_rest
 
     def check_uses(self) -> None:
@@ -286,14 +222,14 @@ class CertifiedLayer:
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
     def after_step(self) -> None:
-        """Forgets what this step did without, apart from its share."""
+        """Clears the notes of this step, and keeps the share of skipped rows."""
         left_out = [certificate.rows.share_left_out() for certificate in self.used]
         self.layer.gradients_skipped = min(left_out, default=0.0)
         self.used.clear()
         self.may_rest = False
 
     def gradients_skipped(self) -> float:
-        """The share of rows whose gradients the last step did without; 0 where that is over."""
+        """The share of rows whose gradients were skipped for the last step; 0 without a valid certificate."""
         return self.layer.gradients_skipped if self.in_force() else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -314,19 +250,22 @@ class Certificates:
 
     def __init__(self, layers: Mapping[str, CertifiedLayer], calls: Calls, handles: Sequence[Any]) -> None:
         self.layers, self._calls, self._handles = dict(layers), calls, handles
-        # Clock and record refer to no layer: without cycles, everything dies with its optimizer.
+        # The clock refers to no layer: without cycles, everything dies with its optimizer.
         self.clock = Clock()
         self._captured = False
         self._on_gpu = any(layer.device.type == "cuda" for layer in layers.values())
         self._arriving: list[_Arriving] = []
 
-    def bind(self, states: MutableMapping[Any, Any], group_of: Mapping[int, Mapping[str, Any]]) -> None:
-        """Says where importance is kept, and the group of each parameter by its id; ends all certificates."""
+    def bind(self, optimizer: torch.optim.Optimizer, group_of: Mapping[int, Mapping[str, Any]]) -> None:
+        """Takes the optimizer that keeps the importance, and the group of each parameter by its id.
+
+        Ends all certificates.
+        """
         self._arriving.clear()
         layers = list(self.layers.values())
         groups = [group_of[id(layer.key)] for layer in layers]
         members = [(layer.key, layer.parameters, group) for layer, group in zip(layers, groups, strict=True)]
-        self._record = Record(states, members)
+        self._record = Record(optimizer, members)
         for at, (layer, group) in enumerate(zip(layers, groups, strict=True)):
             layer.bind(self.clock, self._record, at, group)
         self._set_pace()
@@ -334,7 +273,8 @@ class Certificates:
     def take_over_from(self, before: Certificates) -> None:
         """Takes over what was left out for the coming step, when the same optimizer has searched its model again."""
         for name in before.layers.keys() & self.layers.keys():
-            self.layers[name].take_over_from(before.layers[name])
+            if self.layers[name].parameters[0] is before.layers[name].parameters[0]:  # else a new layer, with gradients
+                self.layers[name].take_over_from(before.layers[name])
 
     def remove(self) -> None:
         """Takes everything that was placed in the model for it out again."""
@@ -351,14 +291,17 @@ class Certificates:
         Raises:
             RuntimeError: gradients were left out of neurons that may move in this step.
         """
-        for layer in self.layers.values():
-            if layer.used:
-                layer.check_uses()
-        changed = self._record.changed()
+        self._check_uses()
+        changed = self._record.compare()
         if changed:
             layers = list(self.layers.values())
             for layer in map(layers.__getitem__, changed):
                 layer.changed, layer.certificate = True, None
+
+    def _check_uses(self) -> None:
+        for layer in self.layers.values():
+            if layer.used:
+                layer.check_uses()
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""
@@ -376,8 +319,13 @@ class Certificates:
             self._read()
 
     def issue(self) -> None:
-        """Issues certificates at once, between two steps; waits for GPUs."""
-        self._record.changed()
+        """Issues certificates at once, between two steps; waits for GPUs.
+
+        Raises:
+            RuntimeError: gradients were left out of neurons that may move in the coming step.
+        """
+        self._check_uses()
+        self._record.compare()
         self._record.take()
         self._look()
         self._read()
@@ -388,7 +336,7 @@ class Certificates:
             layer.used.clear()
 
     def gradients_skipped(self, name: str) -> float:
-        """The share of a layer's rows whose gradients the last step did without."""
+        """The share of a layer's rows whose gradients were skipped for the last step."""
         return self.layers[name].gradients_skipped() if name in self.layers else 0.0
 
     def _is_captured(self) -> bool:

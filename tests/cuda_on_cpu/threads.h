@@ -1,6 +1,6 @@
 // The threads of a launch, and the barriers at which they meet.
 //
-// With CUDA_ON_CPU_REAL_THREADS, each is a thread of the process, for the sanitizers. Otherwise
+// With CUDA_ON_CPU_REAL_THREADS, each is a thread of the process, for the thread sanitizer. Otherwise
 // all of them are fibers of the thread that launches: they take turns and switch at barriers. This is
 // several times as fast, because barriers do not need the scheduler of the operating system.
 #pragma once
@@ -12,6 +12,9 @@
 #include <ucontext.h>
 
 #include <functional>
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
 #endif
 
 #include <cstddef>
@@ -43,7 +46,8 @@ void run_threads(int count, const Body& body) {
 
 #else
 
-constexpr std::size_t kStackBytes = 256 * 1024;  // a kernel's arguments take up to 32 KiB, several times
+// A kernel's arguments take up to 32 KiB, several times, and more under the address sanitizer.
+constexpr std::size_t kStackBytes = 1024 * 1024;
 
 struct Fiber {
   ucontext_t context;
@@ -52,16 +56,35 @@ struct Fiber {
 };
 
 // Of the thread that launches.
-inline thread_local std::vector<std::unique_ptr<Fiber>> fibers;
+inline thread_local std::vector<std::unique_ptr<Fiber> > fibers;
 inline thread_local ucontext_t scheduler;
 inline thread_local int current;
 inline thread_local const std::function<void(int)>* current_body;
+
+// The address sanitizer must know which stack is in use. These tell it before and after a switch.
+inline thread_local const void* scheduler_stack;
+inline thread_local std::size_t scheduler_stack_bytes;
+inline void before_switch([[maybe_unused]] void** kept, [[maybe_unused]] const void* stack,
+                          [[maybe_unused]] std::size_t bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(kept, stack, bytes);
+#endif
+}
+inline void after_switch([[maybe_unused]] void* kept, [[maybe_unused]] const void** from,
+                         [[maybe_unused]] std::size_t* bytes) {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(kept, from, bytes);
+#endif
+}
 
 // Lets the other fibers run.
 inline void yield() {
   const dim3 thread = threadIdx, index = blockIdx;
   Block* const mine = block;
+  void* kept = nullptr;
+  before_switch(&kept, scheduler_stack, scheduler_stack_bytes);
   swapcontext(&fibers[current]->context, &scheduler);
+  after_switch(kept, &scheduler_stack, &scheduler_stack_bytes);
   threadIdx = thread;
   blockIdx = index;
   block = mine;
@@ -86,8 +109,10 @@ class Barrier {
 };
 
 inline void run_fiber() {
+  after_switch(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   (*current_body)(current);
   fibers[current]->finished = true;
+  before_switch(nullptr, scheduler_stack, scheduler_stack_bytes);
 }
 
 // Calls body(0) to body(count - 1), each in a separate fiber, and returns when all are done.
@@ -107,7 +132,10 @@ inline void run_threads(int count, const std::function<void(int)>& body) {
     for (current = 0; current < count; ++current) {
       Fiber& fiber = *fibers[current];
       if (fiber.finished) continue;
+      void* kept = nullptr;
+      before_switch(&kept, fiber.stack.get(), kStackBytes);
       swapcontext(&scheduler, &fiber.context);
+      after_switch(kept, nullptr, nullptr);
       if (fiber.finished) --left;
     }
   }

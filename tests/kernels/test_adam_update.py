@@ -297,6 +297,7 @@ def test_adam_update_passes_opcheck() -> None:
     [
         ("first_moments", lambda a: a["first_moments"][:-1], "first_moments has 10 entries, expected 11"),
         ("second_moments", lambda a: [a["second_moments"][0].half(), *a["second_moments"][1:]], r"second_moments\[0\] is torch.float16"),
+        ("first_moments", lambda a: [None, *a["first_moments"][1:]], r"first_moments\[0\] is None; expected torch.float32"),
         ("steps", lambda a: [None, *a["steps"][1:]], r"steps\[0\] is None"),
         ("steps", lambda a: [a["steps"][0].long(), *a["steps"][1:]], r"steps\[0\] is torch.int64"),
         ("seeds", lambda a: [0] * 11, r"seeds\[0\] is 0, but parameters\[0\] is torch.float32"),

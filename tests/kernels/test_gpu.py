@@ -15,7 +15,6 @@ import npc_ext
 from bench.gpu.device import captured
 from npc_ext import NPC, NPCAdamW, ops, reference
 from npc_ext.kernels import native
-from npc_ext.optim import npc
 
 from . import test_update
 from .arguments import assert_equal, call, check_is_refused, copied, one_layer, sgd
@@ -198,7 +197,7 @@ def _state(optimizer: Any) -> list[Tensor]:
 def test_a_step_reads_nothing_from_the_gpu_at_once(skip_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch's debug mode does not see waits for events and devices, so they are counted: with skip_frozen, 7 for an event.
 
-    This is one for each copy of importance, 8 steps after it was started. Nothing freezes here, so nothing is timed.
+    This is one for each copy of importance, 8 steps after it was started.
     """
     ours = model()
     x, y = batch()
@@ -231,7 +230,7 @@ def test_memory_does_not_grow() -> None:
     assert torch.cuda.memory_allocated() == before
 
 
-def test_a_skipped_layer_is_reported_without_waiting() -> None:
+def test_nonfinite_importance_is_reported_without_waiting() -> None:
     ours = model()
     x, y = batch()
     optimizer = NPC(ours, lr=0.0)
@@ -247,7 +246,7 @@ def test_a_skipped_layer_is_reported_without_waiting() -> None:
             train()
             torch.cuda.synchronize()
 
-    with pytest.warns(npc.ImportanceWarning, match="not finite"):
+    with pytest.warns(npc_ext.ImportanceWarning, match="not finite"):
         train_on()
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS = "-O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined"
-THREAD = "-O1 -fno-omit-frame-pointer -fsanitize=thread"
+THREAD = "-O2 -fno-omit-frame-pointer -fsanitize=thread"  # with -O1 the compiler itself fails
 SUPPRESSIONS = cuda_on_cpu.HERE / "thread_sanitizer.supp"
 KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"

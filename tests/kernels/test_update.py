@@ -753,8 +753,12 @@ def test_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"layers": None}, "misses the arguments network, measured, placement, options, constants"),
+        ({"layers": None}, "is missing the arguments network, measured, placement, options, constants"),
         ({"lr": [0.1]}, "got an unexpected argument 'lr'"),
+        (
+            {name: [] for name in ("network", "layers", "measured", "placement", "options", "constants")},
+            r"update_\(\): network is list; expected npc_ext.columns.Network",
+        ),
     ],
 )
 def test_update_refuses_arguments_that_it_does_not_have(arguments: Arguments, message: str) -> None:

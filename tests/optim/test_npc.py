@@ -1493,6 +1493,29 @@ def test_options_of_groups_that_were_set_out_of_range_are_refused_by_the_next_st
         assert all(map(torch.equal, before, model.parameters()))
 
 
+def test_options_of_a_group_that_was_replaced_count_from_the_next_step_on() -> None:
+    model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3))
+    optimizer = NPC(model, lr=0.1)
+    x = torch.randn(4, 6)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).logsumexp(1).mean().backward()
+        optimizer.step()
+
+    step()
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "beta": 100.0, "lr": 0.2}
+    step()
+    assert optimizer.constants("0")["beta"] == 100.0
+    assert all(layer.frozen == 0 and layer.learning_rate.max() == 0.2 for layer in optimizer.plasticity().values())
+
+
+@pytest.mark.parametrize("name", ["alpha", "beta", "delta", "momentum", "weight_decay"])
+def test_a_tensor_is_refused_where_a_change_in_place_would_not_be_noticed(name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} is a tensor; expected .*, as {name}.item\(\)"):
+        NPC(nn.Linear(6, 5), **{name: torch.tensor(0.5)})
+
+
 def test_a_model_without_shapes_yet_is_refused_with_what_to_do() -> None:
     for make in (NPC, EWC):
         with pytest.raises(ValueError, match="pass one batch through the model first"):

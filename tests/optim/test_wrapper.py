@@ -438,12 +438,27 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         PlasticityWrapper(PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model), model)
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer"):
         PlasticityWrapper(model, torch.optim.SGD(parameters, lr=0.1))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"model is a generator; expected the model itself, as in PlasticityWrapper"):
+        PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model.parameters())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="none of the SGD's parameters belongs to a neuron of the model"):
         PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), network())
     with pytest.raises(ValueError, match="bucket_bytes is 0"):
         PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model, bucket_bytes=0)
     with pytest.raises(ValueError, match="beta is -1"):
         PlasticityWrapper(torch.optim.SGD(parameters, lr=0.1), model, beta=-1)
+
+
+def test_the_state_of_another_kind_of_optimizer_is_refused() -> None:
+    model = network()
+    ours = PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    loss(model, 0).backward()
+    ours.step()
+    before = copy.deepcopy(ours.state_dict())
+    other = network()
+    for optimizer in (NPC(other), PlasticityWrapper(torch.optim.RMSprop(other.parameters()), other)):
+        with pytest.raises(ValueError, match=r"but not .*dampening.*; they were saved by another optimizer"):
+            ours.load_state_dict(optimizer.state_dict())
+    assert ours.state_dict()["param_groups"] == before["param_groups"]
 
 
 def test_a_step_without_measurement_is_refused() -> None:

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -423,3 +424,50 @@ def test_sparse_input_of_a_layer_that_is_certified_in_part() -> None:
     output = model(x.to_sparse())
     output.sum().backward()
     assert torch.allclose(output, model(x)) and model[0].weight.grad.any(1).all()  # type: ignore[union-attr]
+
+
+def test_a_state_that_was_replaced_by_another_dictionary_voids_certificates() -> None:
+    model, optimizer = frozen("0", "4")
+    assert optimizer.plasticity()["0"].gradients_skipped == 1.0
+    optimizer.state = defaultdict(dict)
+    before = model[0].weight.detach().clone()
+    steps(model, optimizer, 4)
+    assert model[0].weight.grad.any() and not torch.equal(before, model[0].weight)
+
+
+def test_a_layer_that_was_replaced_by_a_larger_one_has_left_nothing_out() -> None:
+    model, optimizer = frozen("0", "4")
+    loss_of(model).backward()
+    model[4], model[7] = nn.Conv2d(16, 48, 3), nn.Linear(192, 10)
+    optimizer.add_param_group({"params": [*model[4].parameters(), *model[7].parameters()]})
+    loss_of(model).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda neurons: pickle.loads(pickle.dumps(neurons))])
+def test_copied_neurons_can_be_detached(copied: Callable[[Any], Any]) -> None:
+    _, optimizer = frozen("0")
+    copied(optimizer.neurons).detach()
+
+
+def test_certificates_that_are_issued_at_once_do_not_hide_a_change() -> None:
+    model, optimizer = frozen("0", "4")
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    optimizer.state[model[0].weight]["importance"].zero_()
+    with pytest.raises(RuntimeError, match="left out of neurons that could not move"):
+        optimizer._certificates.issue()
+
+
+def test_several_optimizers_of_a_model_get_all_gradients() -> None:
+    model, optimizer = frozen("0", "4")
+    second = NPC(model, lr=0.05, delta=0.9999).load_importance(None)
+    for one in (optimizer, second):
+        one.zero_grad()
+    loss_of(model).backward()
+    assert model[0].weight.grad.any() and model[4].weight.grad.any()
+    second.step()
+    del second, one
+    gc.collect()
+    steps(model, optimizer, 6)
+    assert rests(model)

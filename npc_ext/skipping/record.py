@@ -1,0 +1,87 @@
+"""What the last step left of the layers of an optimizer, to find out what other code has changed since."""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import version_of, versions_of
+
+
+class Record:
+    """What the last step left of the layers of one optimizer; whatever differs from it, other code has changed.
+
+    It holds the importance of each layer, the versions of importance and parameters, and each group's beta and delta.
+
+    Args:
+        optimizer: the optimizer. Its `state` is read anew each time, because other code may replace it.
+        members: of each layer, the parameter under which its importance is kept, all its parameters, and its group.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        members: Sequence[tuple[Tensor, Sequence[Tensor], Mapping[str, Any]]],
+    ) -> None:
+        self._optimizer = weakref.ref(optimizer)  # without cycles, everything dies with its optimizer
+        self._keys = [key for key, _, _ in members]
+        self._parameters = [parameter for _, parameters, _ in members for parameter in parameters]
+        ends = accumulate((len(parameters) for _, parameters, _ in members), initial=0)
+        self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, among all parameters
+        self._groups = list({id(group): group for _, _, group in members}.values())
+        places = {id(group): place for place, group in enumerate(self._groups)}
+        self._group_of = [places[id(group)] for _, _, group in members]
+        self._importances: list[Tensor | None] = []
+        self._versions: list[int] = []  # of parameters, then of importances; empty while nothing is recorded
+        self._constants: list[tuple[Any, Any]] = []
+
+    def importance(self, at: int) -> Tensor | None:
+        """The importance of a layer as it is now; None where the state has been cleared."""
+        return self._importance_of(self._keys[at])
+
+    def _importance_of(self, key: Tensor) -> Tensor | None:
+        optimizer = self._optimizer()
+        state = None if optimizer is None else optimizer.state.get(key)
+        return None if state is None else state.get("importance")
+
+    def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
+        versions = versions_of(self._parameters)
+        versions += [-1 if importance is None else version_of(importance) for importance in importances]
+        return versions
+
+    def differs(self, at: int) -> bool:
+        """Whether a layer differs from the record."""
+        importance = self.importance(at)
+        if importance is None or not self._versions or importance is not self._importances[at]:
+            return True
+        span, place = self._spans[at], self._group_of[at]
+        group = self._groups[place]
+        return (
+            version_of(importance) != self._versions[len(self._parameters) + at]
+            or versions_of(self._parameters[span]) != self._versions[span]
+            or (group["beta"], group["delta"]) != self._constants[place]
+        )
+
+    def compare(self) -> list[int]:
+        """The layers that differ from the record; none if nothing is recorded. Call `take` after the step."""
+        importances = list(map(self._importance_of, self._keys))
+        constants = [(group["beta"], group["delta"]) for group in self._groups]
+        changed: list[int] = []
+        if self._versions and not (
+            self._versions_with(importances) == self._versions
+            and constants == self._constants
+            and all(map(operator.is_, importances, self._importances))
+        ):
+            changed = [at for at in range(len(self._keys)) if self.differs(at)]
+        self._importances, self._constants = importances, constants
+        return changed
+
+    def take(self) -> None:
+        """Records the versions, and what `compare` has just seen: a step replaces no tensors, and no beta or delta."""
+        self._versions = self._versions_with(self._importances)
