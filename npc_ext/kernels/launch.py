@@ -317,18 +317,22 @@ def _of_layers(tables: Tables, layers: Layers, counted_at: Sequence[int] | None,
 
 
 def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
-    # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
-    if not all(map(Tensor.is_contiguous, _there(measured))):
-        for index, sums in enumerate(measured):
-            if sums is not None:
-                _check_of_layer("measured", index, sums, tables.neurons, device)
-    return [0 if sums is None else sums.data_ptr() for sums in measured]
+    addresses = []
+    for index, sums in enumerate(measured):
+        # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
+        if sums is not None and not sums.is_contiguous():
+            _check_of_layer("measured", index, sums, tables.neurons, device)
+        addresses.append(0 if sums is None else sums.data_ptr())
+    return addresses
+
+
+_NO_FLAGS: list[Tensor | None] = [None, None]
 
 
 def _flags(scaler: Scaler, device: torch.device) -> list[Tensor | None]:
     """The scale and the flag, in any dtype and on any device, as the kernels read them: float32 on `device`."""
     if scaler.grad_scale is None and scaler.found_inf is None:
-        return [None, None]
+        return _NO_FLAGS
     for flag in scaler:
         if flag is not None and flag.numel() != 1:
             raise ValueError(f"grad_scale or found_inf has shape {tuple(flag.shape)}; expected one number")
@@ -345,8 +349,8 @@ def _raise_versions(
     torch.autograd.graph.increment_version(written)
 
 
-def _there(tensors: Sequence[Tensor | None]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
+def _there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None] if tensors else ()
 
 
 def update_(

@@ -55,7 +55,8 @@ class Plan:
 
     def network(self) -> Network:
         """The tensors that SGD works on."""
-        return Network(self.parameters, self.gradients(), self.state_tensors("momentum_buffer"))
+        buffers = self.state_tensors("momentum_buffer") if "momentum_buffer" in self.checked else ()
+        return Network(self.parameters, self.gradients(), buffers)
 
     def state_tensors(self, name: str) -> list[Any]:
         """One tensor of each parameter's state, or None where it has none of that name."""

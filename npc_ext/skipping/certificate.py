@@ -252,6 +252,9 @@ class Certificates:
         self.layers, self._calls, self._handles = dict(layers), calls, handles
         # The clock refers to no layer: without cycles, everything dies with its optimizer.
         self.clock = Clock()
+        # Most steps of most models leave nothing out. These tell at once.
+        self._uses: list[set[Certificate]] = []  # the `used` of all layers
+        self._active = False  # whether layers may have something for after_step() to clear
         self._captured = False
         self._on_gpu = any(layer.device.type == "cuda" for layer in layers.values())
         self._arriving: list[_Arriving] = []
@@ -268,6 +271,7 @@ class Certificates:
         self._record = Record(optimizer, members)
         for at, (layer, group) in enumerate(zip(layers, groups, strict=True)):
             layer.bind(self.clock, self._record, at, group)
+        self._uses = [layer.used for layer in layers]
         self._set_pace()
 
     def take_over_from(self, before: Certificates) -> None:
@@ -275,6 +279,7 @@ class Certificates:
         for name in before.layers.keys() & self.layers.keys():
             if self.layers[name].parameters[0] is before.layers[name].parameters[0]:  # else a new layer, with gradients
                 self.layers[name].take_over_from(before.layers[name])
+        self._uses = [layer.used for layer in self.layers.values()]
 
     def remove(self) -> None:
         """Takes everything that was placed in the model for it out again."""
@@ -299,16 +304,16 @@ class Certificates:
                 layer.changed, layer.certificate = True, None
 
     def _check_uses(self) -> None:
-        for layer in self.layers.values():
-            if layer.used:
+        if any(self._uses):
+            for layer in self.layers.values():
                 layer.check_uses()
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""
         self.clock.steps += 1
         self._calls.end()
-        for layer in self.layers.values():
-            if layer.used or layer.may_rest or layer.layer.gradients_skipped:
+        if self._active or any(self._uses):
+            for layer in self.layers.values():
                 layer.after_step()
         self._record.take()
         if self._is_captured():
@@ -362,11 +367,16 @@ class Certificates:
             else:
                 layer.issue(importance.cpu(), self.clock.steps)
         self._arriving.extend(_Arriving(members, self.clock.steps) for members in on_gpus.values())
+        self._note_activity()
 
     def _read(self) -> None:
         for arriving in self._arriving:
             arriving.issue()
         self._arriving.clear()
+        self._note_activity()
+
+    def _note_activity(self) -> None:
+        self._active = any(layer.certificate or layer.layer.gradients_skipped for layer in self.layers.values())
 
     def __getstate__(self) -> dict[str, Any]:
         # An event belongs to its process; the record comes with the next bind().

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .._torch import version_of, versions_of
 
+_CONSTANTS = operator.itemgetter("beta", "delta")
+
 
 class Record:
     """What the last step left of the layers of one optimizer; whatever differs from it, other code has changed.
@@ -43,12 +45,12 @@ class Record:
 
     def importance(self, at: int) -> Tensor | None:
         """The importance of a layer as it is now; None where the state has been cleared."""
-        return self._importance_of(self._keys[at])
+        return self._importances_of(self._keys[at : at + 1])[0]
 
-    def _importance_of(self, key: Tensor) -> Tensor | None:
+    def _importances_of(self, keys: Sequence[Tensor]) -> list[Tensor | None]:
         optimizer = self._optimizer()
-        state = None if optimizer is None else optimizer.state.get(key)
-        return None if state is None else state.get("importance")
+        states: Mapping[Any, Any] = {} if optimizer is None else optimizer.state
+        return [None if (state := states.get(key)) is None else state.get("importance") for key in keys]
 
     def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
         versions = versions_of(self._parameters)
@@ -65,13 +67,13 @@ class Record:
         return (
             version_of(importance) != self._versions[len(self._parameters) + at]
             or versions_of(self._parameters[span]) != self._versions[span]
-            or (group["beta"], group["delta"]) != self._constants[place]
+            or _CONSTANTS(group) != self._constants[place]
         )
 
     def compare(self) -> list[int]:
         """The layers that differ from the record; none if nothing is recorded. Call `take` after the step."""
-        importances = list(map(self._importance_of, self._keys))
-        constants = [(group["beta"], group["delta"]) for group in self._groups]
+        importances = self._importances_of(self._keys)
+        constants = list(map(_CONSTANTS, self._groups))
         changed: list[int] = []
         if self._versions and not (
             self._versions_with(importances) == self._versions
