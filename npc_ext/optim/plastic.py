@@ -199,7 +199,7 @@ class Plastic(PlasticityControl, Joinable):
         shared = self._shared_sinks.shared
         if shared and self._groups_changed():
             self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
-        unmeasured = set[NeuronLayer]()
+        unmeasured: set[NeuronLayer] = set()
         for layer in self._consolidated:
             if layer.sink.grad is None:
                 unmeasured.add(layer)
