@@ -118,6 +118,7 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path: Path) -> None:
     assert record.steps[1:] == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_numbers(tmp_path: Path, server: ForkServerContext) -> None:
     arguments = ["run", "--experiment", "idigits", "--set", "epochs=2", "--methods", "npc", "--seeds", "1", "--store"]
     output = tmp_path / "output"
@@ -181,6 +182,7 @@ def succeed(name: Any, *, wait: bool, position: int) -> str:
     return "done"
 
 
+@pytest.mark.slow
 def test_work_that_fails_or_dies_leaves_the_rest_alone() -> None:
     names = [argument_named(name) for name in ("dies", "fails", "first", "second")]
     shown: dict[str, Any] = {}
@@ -616,6 +618,7 @@ def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys:
     assert {method for experiment, method in run if experiment == "icifar100"} == set(METHODS)
 
 
+@pytest.mark.slow
 def test_the_demonstration_writes_table_figures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.main(["--seeds", "2", "--epochs", "2", "--out", str(tmp_path)])
     output = capsys.readouterr().out

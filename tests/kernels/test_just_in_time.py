@@ -88,6 +88,7 @@ def test_a_second_import_takes_milliseconds_and_compiles_nothing(built: Path) ->
     assert float(output.split()[-1]) < 0.5
 
 
+@pytest.mark.slow
 def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
     shutil.copytree(ROOT / "npc_ext", tmp_path / "npc_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
