@@ -379,8 +379,9 @@ class Certificates:
         self._active = any(layer.certificate or layer.layer.gradients_skipped for layer in self.layers.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        # An event belongs to its process; the record comes with the next bind().
-        return {**{name: value for name, value in self.__dict__.items() if name != "_record"}, "_arriving": []}
+        # An event belongs to its process. The next bind() makes the record, and collects the layers' uses.
+        kept = {name: value for name, value in self.__dict__.items() if name != "_record"}
+        return {**kept, "_arriving": [], "_uses": []}
 
 
 class _Arriving:

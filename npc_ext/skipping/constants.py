@@ -64,7 +64,7 @@ class Calls(Unscriptable):
             self._wake_all_up()
 
     def allow_constants(self) -> bool:
-        """Whether a call of the model is going on in which nobody else sees what its modules return."""
+        """Whether the model is being called, and no other code sees the outputs of its modules."""
         if self._depth == 0:
             return False
         self._asked = True
