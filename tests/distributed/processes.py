@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import os
 import signal
-import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, distributed, nn
@@ -33,10 +33,19 @@ from torch.nn.parallel import DistributedDataParallel
 from npc_ext import CPC, EWC, NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.distributed.shards import local
 
-STEPS = 50
-FEW = 20  # enough if another scenario takes all steps in the same way
-BATCH = 12
+from ..models import ManyHeads, normalized_cnn
+from ..training import images, same, set_importance
+
+STEPS = range(50)
+FEW = range(20)  # enough if another scenario takes all steps in the same way
 OPTIONS: dict[str, Any] = {"lr": 0.05, "delta": 0.98, "momentum": 0.9, "weight_decay": 0.01}
+OPTIMIZERS: dict[str, Callable[[nn.Module], Any]] = {
+    "npc": lambda model: NPC(model, **OPTIONS),
+    "without_momentum": lambda model: NPC(model, **{**OPTIONS, "momentum": 0.0}),
+    "npc_adamw": lambda model: NPCAdamW(model, lr=1e-3, delta=0.9),
+    "wrapped_adamw": lambda model: PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9),
+}
+OTHER_OPTIMIZERS = ("npc_adamw", "wrapped_adamw")
 SCENARIOS: dict[str, Callable[[], Any]] = {}
 
 
@@ -55,94 +64,110 @@ def scenario_of_shards(function: Callable[[], Any]) -> Callable[[], Any]:
     return scenario(function) if HAS_SHARDS_ON_CPU else function
 
 
-def run(rank: int, processes: int, folder: str) -> None:
-    """Runs all scenarios in one process of a group, and writes their results to a file."""
-    begin(rank, processes, folder)
+def run_in_group(rank: int, processes: int, folder: str, function: Callable[[], Any]) -> None:
+    """Runs a function in one process of a group, which meets in a new file, and writes its result to a file."""
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.chdir(folder)
+    store = f"file://{folder}/store of {function.__name__}"
+    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=processes)
+    torch.save(function(), f"{rank}.pt")
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def all_scenarios() -> dict[str, Any]:
+    """The results of all scenarios, by name."""
     results = {}
     for name, function in SCENARIOS.items():
         torch.manual_seed(0)
         results[name] = function()
         distributed.barrier()
-    end(rank, folder, results)
-
-
-def begin(rank: int, processes: int, folder: str, store: str = "store") -> None:
-    """Joins the group, which meets in a new file. Changes to the folder."""
-    torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    os.chdir(folder)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/{store}", rank=rank, world_size=processes)
-
-
-def end(rank: int, folder: str, results: Any) -> None:
-    """Writes results to a file, and leaves the group together with the others."""
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return results
 
 
 def network() -> nn.Module:
     """A convolution with a norm, a hidden layer and an output layer; 5, 9 and 3 neurons."""
-    torch.manual_seed(1)
-    return nn.Sequential(
-        nn.Conv2d(1, 5, 3), nn.InstanceNorm2d(5, affine=True), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
-        nn.Linear(45, 9), nn.ReLU(), nn.Linear(9, 3),
-    )  # fmt: skip
+    return normalized_cnn(5, 9)
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The whole batch of a step."""
-    generator = torch.Generator().manual_seed(step)
-    return torch.randn(BATCH, 1, 8, 8, generator=generator), torch.randint(3, (BATCH,), generator=generator)
+def batch(step: int, rank: int = 0, processes: int = 1) -> tuple[Tensor, Tensor]:
+    """The batch of a step, or the part of it that one of several processes sees."""
+    x, y = (tensor.chunk(processes)[rank] for tensor in images(step, size=12))
+    return x, y
 
 
-def part_of_this_process(tensor: Tensor) -> Tensor:
-    """The part of a batch that this process sees."""
-    return tensor.chunk(distributed.get_world_size())[distributed.get_rank()]
+def parts(steps: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
+    """What this process sees of the batches of these steps."""
+    return [batch(step, distributed.get_rank(), distributed.get_world_size()) for step in steps]
 
 
-def numbers(optimizer: NPC | NPCAdamW | PlasticityWrapper) -> dict[str, Tensor]:
-    """Weights, gathered if they are sharded, and importance."""
-    parameters = [p.full_tensor() if isinstance(p, DTensor) else p for p in optimizer.param_groups[0]["params"]]
-    weights = {f"weight {index}": parameter.detach().clone() for index, parameter in enumerate(parameters)}
-    return weights | {name: layer.importance for name, layer in optimizer.plasticity().items()}
+def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    """The backward pass of a step. Some scenarios have another one."""
+    F.cross_entropy(model(x).float(), y).backward()
 
 
-def alike(optimizer: NPC | NPCAdamW | PlasticityWrapper, shards: bool = False) -> bool:
-    """Whether all processes have the same bits of weights (`shards`: also of sharded ones) and importance."""
-    if shards or not isinstance(optimizer.param_groups[0]["params"][0], DTensor):
-        compared = numbers(optimizer)
-    else:
-        compared = {name: layer.importance for name, layer in optimizer.plasticity().items()}
-    bits = torch.cat([tensor.flatten() for tensor in compared.values()]).view(torch.int32).long()
+Backward = Callable[[Any, Tensor, Tensor], None]
+
+
+def take_steps(
+    model: nn.Module, optimizer: Any, batches: Iterable[tuple[Tensor, Tensor]], backward: Backward = backward
+) -> None:
+    """Takes one step for each batch."""
+    for x, y in batches:
+        optimizer.zero_grad()
+        backward(model, x, y)
+        optimizer.step()
+
+
+def numbers(optimizer: Any, gather: bool = True) -> dict[str, Tensor]:
+    """Weights and importance. Sharded weights are gathered, or left out."""
+    weights = {f"weight {index}": weight for index, weight in enumerate(optimizer.param_groups[0]["params"])}
+    whole = {
+        name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+        for name, weight in weights.items()
+        if gather or not isinstance(weight, DTensor)
+    }
+    importance = {name: layer.importance for name, layer in optimizer.plasticity().items()}
+    return {name: tensor.detach().clone() for name, tensor in whole.items()} | importance
+
+
+def alike(optimizer: Any, gather: bool = True) -> bool:
+    """Whether all processes have the same bits of these numbers."""
+    bits = torch.cat([tensor.flatten() for tensor in numbers(optimizer, gather).values()]).view(torch.int32).long()
     checksum = (bits * torch.arange(1, len(bits) + 1)).sum()
     checksums = [torch.zeros_like(checksum) for _ in range(distributed.get_world_size())]
     distributed.all_gather(checksums, checksum)
     return all(bool(other == checksum) for other in checksums)
 
 
-def train(
-    model: nn.Module,
-    optimizer: NPC | NPCAdamW | PlasticityWrapper,
-    *,
-    first: int = 0,
-    steps: int = STEPS,
-    part: Any = part_of_this_process,
-) -> bool:
+def train(model: nn.Module, optimizer: Any, steps: Iterable[int] = STEPS, backward: Backward = backward) -> bool:
     """Trains on the parts of this process. Returns whether all processes were alike after every step."""
-    same = True
-    for step in range(first, steps):
-        x, y = map(part, batch(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x).float(), y).backward()
-        optimizer.step()
-        same &= part is not part_of_this_process or alike(optimizer)
-    return same and (part is not part_of_this_process or alike(optimizer, shards=True))
+    stayed = True
+    for step in steps:
+        take_steps(model, optimizer, parts([step]), backward)
+        stayed &= alike(optimizer, gather=False)
+    return alike(optimizer) and stayed
 
 
-def trained(model: nn.Module, optimizer: NPC | NPCAdamW | PlasticityWrapper, **options: Any) -> dict[str, Any]:
-    """Trains; returns whether all processes were alike, and the weights and importance."""
-    return {"alike": train(model, optimizer, **options), "numbers": numbers(optimizer)}
+def trained(
+    model: nn.Module, optimizer: Any = None, steps: Iterable[int] = STEPS, backward: Backward = backward
+) -> dict[str, Any]:
+    """Trains, by default with NPC; returns whether all processes were alike, and the weights and importance."""
+    optimizer = optimizer or NPC(model, **OPTIONS)
+    return {"alike": train(model, optimizer, steps, backward), "numbers": numbers(optimizer)}
+
+
+def refusal(attempt: Callable[..., Any], *arguments: Any) -> str:
+    """The message of the error that an attempt raises; empty if it raises none."""
+    try:
+        attempt(*arguments)
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------- DistributedDataParallel
 
 
 @scenario
@@ -152,15 +177,12 @@ def data_parallel() -> Any:
     return trained(model, optimizer) | {"names": [layer.name for layer in optimizer.neurons]}
 
 
-OTHER_OPTIMIZERS = ("npc_adamw", "wrapped_adamw")
-
-
 def trained_by_others(make: Callable[[], nn.Module]) -> dict[str, Any]:
     """The results of the other optimizers, by kind."""
     results = {}
     for kind in OTHER_OPTIMIZERS:
         model = make()
-        results[kind] = trained(model, of_kind(kind, model))
+        results[kind] = trained(model, OPTIMIZERS[kind](model))
     return results
 
 
@@ -169,21 +191,19 @@ def other_optimizers() -> Any:
     return trained_by_others(lambda: DistributedDataParallel(network()))
 
 
-def accelerated(rank: int, processes: int, folder: str) -> None:
+def accelerated() -> dict[str, Any]:
     """Sharded by Accelerate (`fsdp_version=2`), in the two ways in which model and optimizer may come to it."""
-    begin(rank, processes, folder)
-    os.environ.update(RANK=f"{rank}", LOCAL_RANK=f"{rank}", WORLD_SIZE=f"{processes}", ACCELERATE_USE_CPU="true")
+    rank, processes = str(distributed.get_rank()), str(distributed.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
     from accelerate import Accelerator, FullyShardedDataParallelPlugin
     from accelerate.utils import DistributedType, fsdp2_prepare_model
 
     accelerator = Accelerator(cpu=True)
 
-    def prepare(model: nn.Module, optimizer: NPC) -> Any:
-        # Accelerate knows FSDP on GPUs only, and sets this back.
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        return accelerator.prepare(model, optimizer)
+    def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        accelerator.backward(F.cross_entropy(model(x), y))
+        accelerator.clip_grad_norm_(model.parameters(), 1e9)
 
     results = {}
     for way in ("together", "sharded before"):
@@ -191,15 +211,12 @@ def accelerated(rank: int, processes: int, folder: str) -> None:
         if way == "sharded before":
             fsdp2_prepare_model(accelerator, model)
         npc = NPC(model, **OPTIONS)
-        model, optimizer = prepare(model, npc)
-        for step in range(FEW):
-            x, y = map(part_of_this_process, batch(step))
-            optimizer.zero_grad()
-            accelerator.backward(F.cross_entropy(model(x), y))
-            accelerator.clip_grad_norm_(model.parameters(), 1e9)
-            optimizer.step()
-        results[way] = {"alike": alike(npc, shards=True), "numbers": numbers(npc)}
-    end(rank, folder, results)
+        # Accelerate knows FSDP on GPUs only, and sets this back.
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        take_steps(*accelerator.prepare(model, npc), parts(FEW), backward)
+        results[way] = {"alike": alike(npc), "numbers": numbers(npc)}
+    return results
 
 
 def uneven_steps(rank: int) -> int:
@@ -207,22 +224,22 @@ def uneven_steps(rank: int) -> int:
     return 4 + 2 * rank
 
 
+def train_unevenly(model: nn.Module, optimizer: Any, join: Callable[[nn.Module, Any], Any]) -> None:
+    """Trains until this process has no more batches."""
+    with join(model, optimizer):
+        take_steps(model, optimizer, parts(range(uneven_steps(distributed.get_rank()))))
+
+
 @scenario
 def uneven() -> Any:
     """Processes run out of batches one by one, and then train together again."""
     results = {}
-    for kind in ("npc", "npc_adamw", "wrapped_adamw"):
+    for kind in ("npc", *OTHER_OPTIMIZERS):
         model = DistributedDataParallel(network())
-        optimizer = of_kind(kind, model)
-        with Join([model, optimizer]):
-            for step in range(uneven_steps(distributed.get_rank())):
-                x, y = map(part_of_this_process, batch(step))
-                optimizer.zero_grad()
-                F.cross_entropy(model(x), y).backward()
-                optimizer.step()
-        joined, same = numbers(optimizer), alike(optimizer)
-        same &= train(model, optimizer, first=100, steps=105)
-        results[kind] = {"alike": same, "numbers": joined}
+        optimizer = OPTIMIZERS[kind](model)
+        train_unevenly(model, optimizer, lambda *both: Join(list(both)))
+        joined = {"alike": alike(optimizer), "numbers": numbers(optimizer)}
+        results[kind] = joined | {"alike later": train(model, optimizer, range(100, 105))}
     return results
 
 
@@ -231,20 +248,12 @@ def uneven_and_refused() -> Any:
     """The errors if the join context does not have the optimizer, or has it before the model."""
     messages = []
     for kind in ("npc", "wrapped_adamw"):
-        for contexts in (lambda model, optimizer: model.join(), lambda model, optimizer: Join([optimizer, model])):
+        for join in (lambda model, optimizer: model.join(), lambda model, optimizer: Join([optimizer, model])):
             model = DistributedDataParallel(network())
-            optimizer = of_kind(kind, model)
+            optimizer = OPTIMIZERS[kind](model)
             before = numbers(optimizer)
-            try:
-                with contexts(model, optimizer):
-                    for step in range(uneven_steps(distributed.get_rank())):
-                        x, y = map(part_of_this_process, batch(step))
-                        F.cross_entropy(model(x), y).backward()
-                        optimizer.step()
-            except RuntimeError as error:
-                messages.append(str(error))
-            after = numbers(optimizer)
-            assert all(torch.equal(before[name], after[name]) for name in before)
+            messages.append(refusal(train_unevenly, model, optimizer, join))
+            assert same(before.values(), numbers(optimizer).values())
     return messages
 
 
@@ -253,32 +262,21 @@ def with_frozen_rows() -> Any:
     """Some rows and a whole layer are certified. All processes leave out the same gradients."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, lr=0.05, delta=0.9999)
-    freeze(optimizer)
+    set_importance(optimizer, "0", 3.0)  # so important that it is certain not to move
     result = trained(model, optimizer)
     return result | {"skipped": {name: layer.gradients_skipped for name, layer in optimizer.plasticity().items()}}
-
-
-def freeze(optimizer: NPC) -> None:
-    """Makes the convolution so important that it is certain not to move."""
-    optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"].fill_(3.0)
 
 
 @scenario
 def accumulated() -> Any:
     """Two micro-batches a step, the first one without synchronization."""
-    model = DistributedDataParallel(network())
-    optimizer = NPC(model, **OPTIONS)
-    same = True
-    for step in range(STEPS):
-        x, y = map(part_of_this_process, batch(step))
-        halves = list(zip(x.chunk(2), y.chunk(2), strict=True))
-        optimizer.zero_grad()
-        with model.no_sync():
-            (F.cross_entropy(model(halves[0][0]), halves[0][1]) / 2).backward()
-        (F.cross_entropy(model(halves[1][0]), halves[1][1]) / 2).backward()
-        optimizer.step()
-        same &= alike(optimizer)
-    return {"alike": same, "numbers": numbers(optimizer)}
+
+    def backward(model: Any, x: Tensor, y: Tensor) -> None:
+        for micro, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
+            with model.no_sync() if micro == 0 else nullcontext():
+                (F.cross_entropy(model(a), b) / 2).backward()
+
+    return trained(DistributedDataParallel(network()), backward=backward)
 
 
 @scenario
@@ -286,46 +284,34 @@ def outputs_of_some_processes_only() -> Any:
     """Each process uses the output of its rank's parity. None uses the last output, so its row must not move."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, lr=0.05, delta=0.9, weight_decay=0.1, momentum=0.9, layers={"7": {"normalize": "active"}})
-    before, output, same = model.module[7].weight.detach().clone(), distributed.get_rank() % 2, True
-    for step in range(3):
-        optimizer.zero_grad()
-        model(part_of_this_process(batch(step)[0]))[:, output].square().mean().backward()
-        optimizer.step()
-        same &= alike(optimizer)
-    moved = (model.module[7].weight != before).any(1).tolist()
-    return {"alike": same, "moved": moved, "importance": optimizer.plasticity()["7"].importance}
+    before = model.module[7].weight.detach().clone()
+
+    def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        model(x)[:, distributed.get_rank() % 2].square().mean().backward()
+
+    result = trained(model, optimizer, range(3), backward)
+    return result | {"moved": (model.module[7].weight != before).any(1).tolist()}
 
 
-class Heads(nn.Module):
-    """A body and two heads, of which a forward pass uses one."""
+def two_heads() -> nn.Module:
+    torch.manual_seed(2)
+    return ManyHeads()
 
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(2)
-        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 7), nn.ReLU())
-        self.heads = nn.ModuleList([nn.Linear(7, 3), nn.Linear(7, 3)])
 
-    def forward(self, x: Tensor, head: int) -> Tensor:
-        """(B, 1, 8, 8) to (B, 3)."""
-        output: Tensor = self.heads[head](self.body(x))
-        return output
+def loss_of_head(model: nn.Module, x: Tensor, y: Tensor, head: int) -> Tensor:
+    """The loss of one of these heads, which see six pixels."""
+    return F.cross_entropy(model(x.flatten(1)[:, :6], head), y)
 
 
 @scenario
 def heads_of_some_processes_only() -> Any:
     """Each process uses the head of its rank's parity. All get what each one measured."""
-    model = DistributedDataParallel(Heads(), find_unused_parameters=True)
-    optimizer = NPC(model, lr=0.05, delta=0.98)
-    same = True
-    with warnings.catch_warnings(record=True):
-        warnings.simplefilter("always")
-        for step in range(STEPS):
-            x, y = map(part_of_this_process, batch(step))
-            optimizer.zero_grad()
-            F.cross_entropy(model(x, distributed.get_rank() % 2), y).backward()
-            optimizer.step()
-            same &= alike(optimizer)
-    return {"alike": same, "numbers": numbers(optimizer)}
+    model = DistributedDataParallel(two_heads(), find_unused_parameters=True)
+
+    def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        loss_of_head(model, x, y, distributed.get_rank() % 2).backward()
+
+    return trained(model, NPC(model, lr=0.05, delta=0.98), backward=backward)
 
 
 @scenario
@@ -333,20 +319,10 @@ def collectives() -> Any:
     """The sizes of all calls of all_reduce in a step."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, **OPTIONS)
-    train(model, optimizer, steps=2)
-    sizes, usual = [], distributed.all_reduce
-
-    @functools.wraps(usual)
-    def counted(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
-        sizes.append(tensor.numel())
-        return usual(tensor, *arguments, **options)
-
-    distributed.all_reduce = counted
-    try:
-        train(model, optimizer, steps=1)
-    finally:
-        distributed.all_reduce = usual
-    return sizes
+    train(model, optimizer, range(2))
+    with mock.patch.object(distributed, "all_reduce", wraps=distributed.all_reduce) as counted:
+        train(model, optimizer, range(2, 3))
+    return [call.args[0].numel() for call in counted.call_args_list]
 
 
 @scenario
@@ -354,37 +330,28 @@ def group_that_is_missing() -> Any:
     model = network()
     optimizer = NPC(model, lr=0.05)
     before = numbers(optimizer)
-    try:
-        train(model, optimizer, steps=1)
-    except RuntimeError as error:
-        after = numbers(optimizer)
-        return str(error), all(torch.equal(before[name], after[name]) for name in before)
-    return "", False
+    return refusal(train, model, optimizer), same(before.values(), numbers(optimizer).values())
 
 
 @scenario
 def each_for_itself() -> Any:
     model = network()
-    optimizer = NPC(model, lr=0.05, process_group=None)
-    return train(model, optimizer, steps=3)
+    return train(model, NPC(model, lr=0.05, process_group=None), range(3))
 
 
 @scenario_of_shards
 def group_that_is_given() -> Any:
     """Gradients are averaged by hand, importance by the optimizer."""
-    model = network()
-    optimizer = NPC(model, process_group=distributed.group.WORLD, **OPTIONS)
-    same = True
-    for step in range(STEPS):
-        x, y = map(part_of_this_process, batch(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+
+    def backward_and_average(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        backward(model, x, y)
         for parameter in model.parameters():
             distributed.all_reduce(parameter.grad)
             parameter.grad /= distributed.get_world_size()  # type: ignore[operator]
-        optimizer.step()
-        same &= alike(optimizer)
-    return {"alike": same, "numbers": numbers(optimizer)}
+
+    model = network()
+    optimizer = NPC(model, process_group=distributed.group.WORLD, **OPTIONS)
+    return trained(model, optimizer, backward=backward_and_average)
 
 
 # ---------------------------------------------------------------------------------------------------- fully_shard, FSDP2
@@ -426,38 +393,27 @@ def sharded_with_an_optimizer_that_gets_the_shards() -> Any:
 @scenario_of_shards
 def sharded_and_accumulated() -> Any:
     """All in one group of parameters; two micro-batches a step, the first one without synchronization."""
-    model: Any = network()
-    fully_shard(model, reshard_after_forward=True)
-    optimizer = NPC(model, **OPTIONS)
-    same = True
-    for step in range(STEPS):
-        x, y = map(part_of_this_process, batch(step))
-        optimizer.zero_grad()
+
+    def backward(model: Any, x: Tensor, y: Tensor) -> None:
         for micro, (a, b) in enumerate(zip(x.chunk(2), y.chunk(2), strict=True)):
             model.set_requires_gradient_sync(micro == 1)
             (F.cross_entropy(model(a), b) / 2).backward()
-        optimizer.step()
-        same &= alike(optimizer)
-    return {"alike": same and alike(optimizer, shards=True), "numbers": numbers(optimizer)}
+
+    model = network()
+    fully_shard(model, reshard_after_forward=True)
+    return trained(model, backward=backward)
 
 
 @scenario_of_shards
 def sharded_and_cleared() -> Any:
     """The model clears the gradients of a loss that is thrown away, and with them what was measured."""
-    results = []
-    for thrown_away in (True, False):
-        model: Any = in_shards(network())
-        optimizer = NPC(model, **OPTIONS)
-        for step in range(FEW):
-            x, y = map(part_of_this_process, batch(step))
-            if thrown_away:
-                model(x).square().sum().backward()
-                model.zero_grad()
-            F.cross_entropy(model(x), y).backward()
-            optimizer.step()
-            model.zero_grad()
-        results.append({"alike": alike(optimizer, shards=True), "numbers": numbers(optimizer)})
-    return results
+
+    def backward_after_another(model: nn.Module, x: Tensor, y: Tensor) -> None:
+        model(x).square().sum().backward()
+        model.zero_grad()
+        backward(model, x, y)
+
+    return [trained(in_shards(network()), steps=FEW, backward=each) for each in (backward_after_another, backward)]
 
 
 def bottleneck() -> nn.Module:
@@ -469,28 +425,30 @@ def bottleneck() -> nn.Module:
 @scenario_of_shards
 def sharded_with_empty_shards() -> Any:
     model = in_shards(bottleneck())
-    optimizer = NPC(model, **OPTIONS)
-    return trained(model, optimizer, steps=FEW) | {"rows": local(model[3].weight).shape[0]}
+    return trained(model, steps=FEW) | {"rows": local(model[3].weight).shape[0]}
+
+
+def in_a_mesh(copies: int, shards: int, **options: Any) -> Any:
+    """A mesh with two dimensions: copies in the first, shards in the second."""
+    mesh = init_device_mesh("cpu", (copies, shards), mesh_dim_names=("replicate", "shard"))
+    model = in_shards(network(), mesh=mesh)
+    return trained(model, NPC(model, **OPTIONS, **options), FEW)
 
 
 @scenario_of_shards
-def sharded_and_replicated() -> Any:
-    """A mesh with two dimensions: copies in the first, shards in the second."""
-    processes, results = distributed.get_world_size(), []
-    for shape, options in (((processes, 1), {"backend": "reference"}), ((1, processes), {})):
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard"))
-        model = in_shards(network(), mesh=mesh)
-        optimizer = NPC(model, **OPTIONS, **options)
-        results.append(trained(model, optimizer, steps=FEW))
-    return results
+def copies_in_a_mesh() -> Any:
+    return in_a_mesh(distributed.get_world_size(), 1, backend="reference")
+
+
+@scenario_of_shards
+def shards_in_a_mesh() -> Any:
+    return in_a_mesh(1, distributed.get_world_size())
 
 
 @scenario_of_shards
 def sharded_transposed() -> Any:
     """A transposed convolution counts neurons in dimension 1, so every process has a part of each neuron."""
-    model = in_shards(transposed())
-    optimizer = NPC(model, **OPTIONS)
-    return trained(model, optimizer, steps=FEW)
+    return trained(in_shards(transposed()), steps=FEW)
 
 
 def transposed(groups: int = 1) -> nn.Module:
@@ -517,8 +475,7 @@ class Attending(nn.Module):
 def sharded_attention() -> Any:
     model = Attending()
     fully_shard(model)
-    optimizer = NPC(model, **OPTIONS)
-    return trained(model, optimizer, steps=FEW)
+    return trained(model, steps=FEW)
 
 
 @scenario_of_shards
@@ -526,24 +483,19 @@ def sharded_and_recomputed() -> Any:
     """The backward pass recomputes the activations of the first five modules."""
     layers = list(network())
     model = nn.Sequential(checkpoint_wrapper(nn.Sequential(*layers[:5])), *layers[5:])
-    optimizer = NPC(in_shards(model), **OPTIONS)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
-        same = train(model, optimizer, steps=FEW)
-    found = numbers(optimizer)
-    first = next(name for name in found if name.endswith("_checkpoint_wrapped_module.0"))
+        result = trained(in_shards(model), steps=FEW)
+    first = next(name for name in result["numbers"] if name.endswith("_checkpoint_wrapped_module.0"))
     names = {first: "0", "1": "5", "3": "7"}
-    return {"alike": same, "numbers": {names.get(name, name): tensor for name, tensor in found.items()}}
+    return result | {"numbers": {names.get(name, name): tensor for name, tensor in result["numbers"].items()}}
 
 
 @scenario_of_shards
 def sharded_in_bfloat16() -> Any:
     model = in_shards(network(), mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     optimizer = NPC(model, **OPTIONS)
-    before = numbers(optimizer)
-    same, after = train(model, optimizer, steps=5), numbers(optimizer)
-    moved = all(not torch.equal(before[name], after[name]) for name in before)
-    return {"alike": same, "moved": moved, "dtypes": {tensor.dtype for tensor in after.values()}}
+    return {"before": numbers(optimizer)} | trained(model, optimizer, range(5))
 
 
 @scenario_of_shards
@@ -551,13 +503,9 @@ def sharded_and_rounded_at_random() -> Any:
     """Whole weights in bfloat16; returns from which seeds each process rounds its shards."""
     model = in_shards(network().to(torch.bfloat16))
     optimizer = NPC(model, stochastic_rounding=True, **OPTIONS)
-    for step in range(3):
-        x, y = map(part_of_this_process, batch(step))
-        optimizer.zero_grad()
-        F.cross_entropy(model(x.to(torch.bfloat16)).float(), y).backward()
-        optimizer.step()
+    result = trained(model, optimizer, range(3), lambda model, x, y: backward(model, x.to(torch.bfloat16), y))
     counted = [float(optimizer.state[parameter]["step"]) for parameter in model.parameters()]
-    return {"alike": alike(optimizer), "seeds": optimizer._plans[0].steps.seeds, "steps": counted}
+    return result | {"seeds": optimizer._plans[0].steps.seeds, "steps": counted}
 
 
 @scenario_of_shards
@@ -565,19 +513,16 @@ def sharded_with_a_scaler() -> Any:
     """Five steps, and one in which the last process alone has infinite gradients."""
     model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer = NPC(model, **OPTIONS)
-    before: dict[str, Tensor] = {}
     last = distributed.get_rank() == distributed.get_world_size() - 1
-    for step in range(6):
+    for step, (x, y) in enumerate(parts(range(6))):
         before = numbers(optimizer)
-        x, y = map(part_of_this_process, batch(step))
         optimizer.zero_grad()
         loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
-    after = numbers(optimizer)
-    unchanged = all(torch.equal(before[name], after[name]) for name in before)
-    return {"unchanged": unchanged, "numbers": after, "scale": scaler.get_scale()}
+    result = {"alike": alike(optimizer), "numbers": numbers(optimizer), "scale": scaler.get_scale()}
+    return result | {"unchanged": same(before.values(), result["numbers"].values())}
 
 
 @scenario_of_shards
@@ -585,66 +530,37 @@ def refusals() -> Any:
     """The errors for models that are sharded in ways that are not supported."""
     processes = distributed.get_world_size()
     mesh = init_device_mesh("cpu", (1, processes), mesh_dim_names=("data", "tensor"))
-    plan = {"5": ColwiseParallel(), "7": RowwiseParallel()}
 
-    def tensor_parallel() -> Any:
-        return NPC(parallelize_module(network(), mesh["tensor"], plan))
+    def tensor_parallel() -> nn.Module:
+        return parallelize_module(network(), mesh["tensor"], {"5": ColwiseParallel(), "7": RowwiseParallel()})
 
-    def both() -> Any:
-        return NPC(in_shards(parallelize_module(network(), mesh["tensor"], plan), mesh=mesh["data"]))
-
-    def columns() -> Any:
+    def columns() -> nn.Module:
         layer = nn.Sequential(nn.Linear(processes * 2, processes * 2))
         fully_shard(layer, shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
-        return NPC(layer)
+        return layer
 
-    def each_for_itself() -> Any:
-        return NPC(in_shards(network()), process_group=None)
-
-    def grouped() -> Any:
-        return NPC(in_shards(transposed(groups=2)))
-
-    def optimizer_first() -> Any:
+    def train_in_shards_afterwards(kind: str) -> None:
         model = network()
-        optimizer = NPC(model, **OPTIONS)
-        train(in_shards(model), optimizer, steps=1)
+        optimizer = OPTIMIZERS[kind](model)
+        train(in_shards(model), optimizer)
 
-    def wrapper_first() -> Any:
-        model = network()
-        optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters()), model)
-        train(in_shards(model), optimizer, steps=1)
-
-    def connections() -> Any:
-        return CPC(in_shards(network()))
-
-    def anchors() -> Any:
-        return EWC(in_shards(network()))
-
-    messages = {}
-    for attempt in (
-        *(tensor_parallel, both, columns, each_for_itself, grouped, optimizer_first, wrapper_first, connections),
-        anchors,
-    ):
-        try:
-            attempt()
-        except (ValueError, RuntimeError) as error:
-            messages[attempt.__name__] = str(error)
-    return messages
+    attempts = {
+        "tensor_parallel": lambda: NPC(tensor_parallel()),
+        "both": lambda: NPC(in_shards(tensor_parallel(), mesh=mesh["data"])),
+        "columns": lambda: NPC(columns()),
+        "each_for_itself": lambda: NPC(in_shards(network()), process_group=None),
+        "grouped": lambda: NPC(in_shards(transposed(groups=2))),
+        "optimizer_first": lambda: train_in_shards_afterwards("npc"),
+        "wrapper_first": lambda: train_in_shards_afterwards("wrapped_adamw"),
+        "connections": lambda: CPC(in_shards(network())),
+        "anchors": lambda: EWC(in_shards(network())),
+    }
+    return {name: refusal(attempt) for name, attempt in attempts.items()}
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
 
 HALF, WHOLE = 10, 20
-KINDS = ("npc", "without_momentum", "npc_adamw", "wrapped_adamw")
-
-
-def of_kind(kind: str, model: nn.Module) -> Any:
-    """An optimizer to be saved."""
-    if kind == "wrapped_adamw":
-        return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
-    if kind == "npc_adamw":
-        return NPCAdamW(model, lr=1e-3, delta=0.9)
-    return NPC(model, **{**OPTIONS, "momentum": 0.9 if kind == "npc" else 0.0})
 
 
 def save(model: nn.Module, optimizer: Any, folder: str, **options: Any) -> None:
@@ -663,30 +579,24 @@ def load(model: nn.Module, optimizer: Any, folder: str) -> None:
 @scenario_of_shards
 def checkpoints() -> Any:
     """Two of the processes train and save; all of them resume. The two also go on, uninterrupted."""
-    two = DeviceMesh("cpu", [0, 1])
+    two, rank = DeviceMesh("cpu", [0, 1]), distributed.get_rank()
     results: dict[str, Any] = {}
-    for kind in KINDS:
+    for kind, build in OPTIMIZERS.items():
         results[kind] = {}
-        rank = distributed.get_rank()
         if rank < 2:
             model = in_shards(network(), mesh=two)
-            optimizer = of_kind(kind, model)
-
-            def part(tensor: Tensor, rank: int = rank) -> Tensor:
-                return tensor.chunk(2)[rank]
-
-            train(model, optimizer, steps=HALF, part=part)
+            optimizer = build(model)
+            take_steps(model, optimizer, [batch(step, rank, 2) for step in range(HALF)])
             save(model, optimizer, kind, process_group=two.get_group())
             options = StateDictOptions(full_state_dict=True, cpu_offload=True)
             results[kind]["full"] = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
-            train(model, optimizer, first=HALF, steps=WHOLE, part=part)
+            take_steps(model, optimizer, [batch(step, rank, 2) for step in range(HALF, WHOLE)])
             results[kind]["uninterrupted"] = numbers(optimizer)
         distributed.barrier()
         model = in_shards(network())
-        optimizer = of_kind(kind, model)
+        optimizer = build(model)
         load(model, optimizer, kind)
-        results[kind]["alike"] = train(model, optimizer, first=HALF, steps=WHOLE)
-        results[kind]["resumed"] = numbers(optimizer)
+        results[kind] |= trained(model, optimizer, range(HALF, WHOLE))
     return results
 
 
@@ -695,15 +605,11 @@ def plain_states() -> Any:
     """The state dict of one process's optimizer in one that is sharded, and the other way."""
     plain = network()
     alone, optimizer = NPC(plain, process_group=None, **OPTIONS), NPC(in_shards(network()), **OPTIONS)
-    train(plain, alone, steps=2, part=lambda whole: whole)
+    take_steps(plain, alone, [batch(0), batch(1)])
     optimizer.load_state_dict(alone.state_dict())
     pairs = zip(optimizer.state.values(), alone.state.values(), strict=True)
     divided = all(torch.equal(a["momentum_buffer"].full_tensor(), b["momentum_buffer"]) for a, b in pairs)
-    try:
-        alone.load_state_dict(optimizer.state_dict())
-    except ValueError as error:
-        return {"divided": divided, "error": str(error)}
-    return {"divided": divided, "error": ""}
+    return {"divided": divided, "error": refusal(alone.load_state_dict, optimizer.state_dict())}
 
 
 class DyingPlanner(checkpoint.DefaultSavePlanner):
@@ -718,28 +624,25 @@ class DyingPlanner(checkpoint.DefaultSavePlanner):
         return super().resolve_data(write_item)
 
 
-def die_while_saving(rank: int, processes: int, folder: str) -> None:
+def die_while_saving() -> None:
     """Saves a checkpoint, and is killed while saving the next."""
-    begin(rank, processes, folder)
     model = in_shards(network())
-    optimizer = of_kind("npc", model)
-    train(model, optimizer, steps=HALF)
+    optimizer = NPC(model, **OPTIONS)
+    train(model, optimizer, range(HALF))
     save(model, optimizer, f"step-{HALF}")
-    train(model, optimizer, first=HALF, steps=HALF + 4)
+    train(model, optimizer, range(HALF, HALF + 4))
     save(model, optimizer, f"step-{HALF + 4}", planner=DyingPlanner())
-    sys.exit("the save came to an end")
 
 
-def resume(rank: int, processes: int, folder: str) -> None:
+def resume() -> dict[str, Any]:
     """Goes on from the last whole checkpoint, and from the beginning without any."""
-    latest = max(int(path.parent.name.removeprefix("step-")) for path in Path(folder).glob("step-*/.metadata"))
-    begin(rank, processes, folder, "store of the second run")
+    latest = max(int(path.parent.name.removeprefix("step-")) for path in Path().glob("step-*/.metadata"))
     results: dict[str, Any] = {"latest": latest}
     for name, first in (("resumed", latest), ("uninterrupted", 0)):
         model = in_shards(network())
-        optimizer = of_kind("npc", model)
+        optimizer = NPC(model, **OPTIONS)
         if first:
             load(model, optimizer, f"step-{first}")
-        train(model, optimizer, first=first, steps=WHOLE)
+        train(model, optimizer, range(first, WHOLE))
         results[name] = numbers(optimizer)
-    end(rank, folder, results)
+    return results
