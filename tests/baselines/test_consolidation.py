@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -56,9 +57,9 @@ def one_by_one(
     return sums
 
 
-def assert_same(importance: dict[Tensor, Tensor], expected: Iterable[Tensor], **tolerance: float) -> None:
+def assert_same(importance: dict[Tensor, Tensor], expected: Iterable[Tensor], **options: Any) -> None:
     for mine, theirs in zip(importance.values(), expected, strict=True):
-        torch.testing.assert_close(mine, theirs, **(tolerance or EXACT))
+        torch.testing.assert_close(mine, theirs, **{**EXACT, **options})
 
 
 def exact_terms(logits: Tensor, _: int) -> list[Tensor]:
@@ -76,6 +77,17 @@ def squared_norm(outputs: Tensor, _: int) -> list[Tensor]:
     return [outputs.square().sum()]
 
 
+def masked(label: int) -> Callable[[Tensor], Tensor]:
+    """Gives one of three labels the probability zero."""
+    return lambda logits: logits.masked_fill(torch.arange(3) == label, -torch.inf)
+
+
+def tied() -> nn.Sequential:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model[2].weight = model[0].weight
+    return model
+
+
 MODELS = {
     "fully connected": (mlp, lambda: data()[0]),
     "paper's, with instance norm": (lambda: paper_cnn((3, 4), 5, 3).double(), lambda: images(6, 1, 8)),
@@ -84,6 +96,7 @@ MODELS = {
         lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(12, 3)).double(),
         lambda: torch.randn(5, 3, 4, dtype=torch.float64),
     ),
+    "tied": (tied, lambda: data(features=4)[0]),
     "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)).double(), lambda: data()[0]),
 }  # fmt: skip
 
@@ -169,12 +182,8 @@ def test_sampled_labels_give_the_fisher_information_on_average() -> None:
 
 def test_a_class_of_probability_zero_is_never_drawn_and_does_no_harm() -> None:
     model, (x, _) = mlp(), data()
-
-    def masked(y: Tensor) -> Tensor:
-        return y.masked_fill(torch.tensor([False, True, False]), -torch.inf)
-
-    drawn = fisher(model, [x], outputs=masked)
-    exact = fisher(model, [x], outputs=masked, labels="exact")
+    drawn = fisher(model, [x], outputs=masked(1))
+    exact = fisher(model, [x], outputs=masked(1), labels="exact")
     assert_same(exact, fisher(model, [x], outputs=lambda y: y[:, [0, 2]], labels="exact").values())
     for importance in (drawn, exact):
         assert all(bool(value.isfinite().all()) for value in importance.values())
@@ -185,20 +194,16 @@ def test_labels_are_drawn_alike_in_every_dtype() -> None:
     model, (x, _) = mlp(), data(50)
     double = fisher(model, [x], generator=torch.Generator().manual_seed(1))
     single = fisher(model.float(), [x.float()], generator=torch.Generator().manual_seed(1))
-    for importance, expected in zip(single.values(), double.values(), strict=True):
-        # A hundred roundings of 6e-8 each. Another draw of a single label changes these means by about 1 / 50.
-        torch.testing.assert_close(importance.double(), expected, rtol=1e-5, atol=1e-7)
+    # A hundred roundings of 6e-8 each. Another draw of a single label changes these means by about 1 / 50.
+    assert_same(single, double.values(), rtol=1e-5, atol=1e-7, check_dtype=False)
 
 
 def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "exponential_", lambda noise, generator: noise.zero_())
     model, (x, _) = mlp(), data()
-
-    def masked(y: Tensor) -> Tensor:
-        return y.masked_fill(torch.tensor([True, False, False]), -torch.inf)
-
-    drawn = fisher(model, [x], outputs=masked)
-    assert_same(drawn, fisher(model, [(x, masked(model(x)).argmax(1))], outputs=masked, labels="data").values())
+    likeliest = masked(0)(model(x)).argmax(1)
+    drawn = fisher(model, [x], outputs=masked(0))
+    assert_same(drawn, fisher(model, [(x, likeliest)], outputs=masked(0), labels="data").values())
 
 
 # ------------------------------------------------------------------------------------- which samples, which parameters
@@ -241,16 +246,9 @@ def test_samples_limits_how_many_are_used_and_how_many_batches_are_read() -> Non
         assert_same(limited, fisher(model, [(x[:samples], y[:samples])], labels="data").values())
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_a_batch_may_be_inputs_alone_or_several_inputs() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 3), nn.Linear(2, 3)
-
-        def forward(self, x: Tensor, z: Tensor) -> Tensor:
-            return self.a(x) * self.b(z)
-
-    model, (x, y), z = Two().double(), data(), torch.randn(12, 2, dtype=torch.float64)
+    model, (x, y), z = nn.Bilinear(5, 2, 3).double(), data(), torch.randn(12, 2, dtype=torch.float64)
     expected = fisher(model, [((x, z), y)], labels="exact").values()
     for batch in (((x, z),), [[x, z], ["any"] * 12], ((x, z), None)):
         assert_same(fisher(model, [batch], labels="exact"), expected)
@@ -284,9 +282,10 @@ def test_a_users_function_calls_a_model_that_takes_the_task() -> None:
     assert_same(by_sample, expected)
 
 
-def test_dictionaries_are_batches_if_a_users_function_takes_them() -> None:
+@pytest.mark.parametrize("mapping", [dict, UserDict])
+def test_mappings_are_batches_if_a_users_function_takes_them(mapping: Any) -> None:
     model, (x, y) = mlp(), data()
-    batches = [{"rows": {"x": x[:5]}, "y": y[:5], "name": "first"}, {"rows": {"x": x[5:]}, "y": y[5:], "name": "last"}]
+    batches = [mapping(rows={"x": x[part]}, y=y[part], name="any") for part in (slice(5), slice(5, None))]
     options = {"forward": lambda model, batch: {"logits": model(batch["rows"]["x"])}, "outputs": lambda y: y["logits"]}
     empirical = fisher(
         model, batches, labels="data", loss=lambda out, batch: F.cross_entropy(out, batch["y"]), **options
@@ -296,15 +295,9 @@ def test_dictionaries_are_batches_if_a_users_function_takes_them() -> None:
     assert_same(output_sensitivity(model, batches, samples=7, **options), output_sensitivity(model, [x[:7]]).values())
 
 
-def test_any_mapping_is_a_batch_like_a_dictionary() -> None:
-    model, (x, _) = mlp(), data()
-    found = output_sensitivity(model, [UserDict(x=x)], forward=lambda model, batch: model(batch["x"]))
-    assert_same(found, output_sensitivity(model, [x]).values())
-
-
 def test_a_users_function_may_call_a_model_that_torch_func_cannot_run() -> None:
-    model, x = HoldsItsWeight(), data()[0]
-    with pytest.warns(UserWarning, match="torch.func cannot run HoldsItsWeight .* one by one"):
+    model, x = holds_its_weight(), data()[0]
+    with pytest.warns(UserWarning, match="torch.func cannot run Linear .* one by one"):
         found = fisher(model, [{"x": x}], labels="exact", forward=lambda model, batch: model(batch["x"]))
     assert_same(found, one_by_one(model, x, exact_terms))
 
@@ -334,29 +327,10 @@ def test_only_the_given_parameters_that_require_a_gradient_are_measured() -> Non
 
 def test_parameters_that_the_outputs_do_not_depend_on_get_zeros() -> None:
     model, (x, _) = mlp(), data()
-    model.register_module("unused", nn.Module())
-    model.unused.register_parameter("weight", nn.Parameter(torch.ones(2, 2)))
-    model.forward = lambda x: model[2](torch.tanh(model[0](x)))
+    model[0].unused = nn.Parameter(torch.ones(2, 2))
     for importance in (fisher(model, [x]), output_sensitivity(model, [x], outputs=lambda y: y[:, :1])):
-        assert importance[model.unused.weight].dtype == torch.float32
-        assert torch.equal(importance[model.unused.weight], torch.zeros(2, 2))
-
-
-class Tied(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-        self.second.weight = self.first.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(x)))
-
-
-def test_tied_weights_count_once_with_their_whole_gradient() -> None:
-    model, x = Tied().double(), torch.randn(7, 4, dtype=torch.float64)
-    importance = output_sensitivity(model, [x])
-    assert len(importance) == 3
-    assert_same(importance, one_by_one(model, x, squared_norm, torch.abs))
+        assert importance[model[0].unused].dtype == torch.float32
+        assert torch.equal(importance[model[0].unused], torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -375,25 +349,16 @@ def test_halves_are_squared_and_summed_in_float32(dtype: torch.dtype) -> None:
 # ------------------------------------------------------------------------------------------------- the model as before
 
 
-class Dropping(nn.Module):
+class Dropping(nn.Sequential):
     """Mixed modes, dropout, and statistics that a user has frozen."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.hidden, self.norm, self.drop, self.out = (
-            nn.Linear(5, 6),
-            nn.BatchNorm1d(6),
-            nn.Dropout(0.5),
-            nn.Linear(6, 3),
-        )
+        super().__init__(nn.Linear(5, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
         self.double()
-        self.norm.eval()
+        self[1].eval()
 
     def train(self, mode: bool = True) -> Dropping:
         raise AssertionError("called although train() and eval() may do more than set modes")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.drop(self.norm(self.hidden(x))))
 
 
 def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:
@@ -412,23 +377,20 @@ def test_the_model_is_measured_in_evaluation_mode_and_left_as_it_was() -> None:
     assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(bool((parameter.grad == 1).all()) and parameter.requires_grad for parameter in model.parameters())
-    plain = nn.Sequential(model.hidden, model.norm, model.out)
+    plain = nn.Sequential(model[0], model[1], model[3])
     assert_same(sensitivity, one_by_one(plain, x, squared_norm, torch.abs))
 
 
-def test_training_continues_with_the_same_random_numbers_whatever_the_batches_draw() -> None:
-    loader = DataLoader(TensorDataset(*data()), batch_size=3, shuffle=True)
-    model = mlp()
-    random = torch.get_rng_state()
-    fisher(model, loader)
+def test_training_continues_in_the_same_modes_with_the_same_random_numbers_also_after_an_error() -> None:
+    model = Dropping()
+    fitting, too_wide = (DataLoader(TensorDataset(*data(12, n)), batch_size=3, shuffle=True) for n in (5, 9))
+    modes, random = [module.training for module in model.modules()], torch.get_rng_state()
+    fisher(model, fitting)
     assert torch.equal(random, torch.get_rng_state())
-    with pytest.raises(ValueError, match="outputs are gone"):
-        output_sensitivity(model, loader, outputs=_raise)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        fisher(model, too_wide)
     assert torch.equal(random, torch.get_rng_state())
-
-
-def _raise(outputs: Tensor) -> Tensor:
-    raise ValueError("outputs are gone")
+    assert [module.training for module in model.modules()] == modes
 
 
 def test_importance_that_is_zero_everywhere_warns() -> None:
@@ -436,32 +398,18 @@ def test_importance_that_is_zero_everywhere_warns() -> None:
         output_sensitivity(mlp(), [data()[0]], outputs=lambda y: 0 * y)
 
 
-def test_importance_can_be_measured_in_inference_mode() -> None:
-    model = mlp()
-    inputs, labels = data()
-    expected = fisher(model, [(inputs, labels)], labels="data")
-    with torch.inference_mode():
-        found = fisher(model, [(inputs.clone(), labels.clone())], labels="data")
-    assert_same(found, expected.values())
-    assert not any(importance.is_inference() for importance in found.values())
-
-
-def test_the_model_is_left_as_it_was_after_an_error() -> None:
-    model = Dropping()
-    modes = [module.training for module in model.modules()]
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        fisher(model, [torch.randn(2, 9, dtype=torch.float64)])
-    assert [module.training for module in model.modules()] == modes
-
-
-def test_importance_can_be_measured_under_no_grad() -> None:
+@pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
+def test_importance_can_be_measured_where_no_gradients_are_recorded(without_gradients: Any) -> None:
     model, (x, y) = mlp(), data()
+    counting = Counting(model)
     expected = fisher(model, [(x, y)], labels="data").values()
-    with torch.no_grad():
-        assert_same(fisher(model, [(x, y)], labels="data"), expected)
+    with without_gradients():
+        found = fisher(model, [(x.clone(), y.clone())], labels="data")
         with pytest.warns(UserWarning, match="one by one"):
-            looped = output_sensitivity(Counting(model), [x])
+            looped = output_sensitivity(counting, [x.clone()])
+    assert_same(found, expected)
     assert_same(looped, output_sensitivity(model, [x]).values())
+    assert not any(importance.is_inference() for importance in (*found.values(), *looped.values()))
 
 
 @pytest.mark.parametrize("relu", [nn.ReLU, npc_ext.nn.ReLU])
@@ -497,16 +445,12 @@ class Counting(nn.Module):
         return y
 
 
-class HoldsItsWeight(nn.Module):
+def holds_its_weight() -> nn.Module:
     """Keeps its weight in a list, too, which torch.func does not see."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 3).double()
-        self.weights = [self.linear.weight]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weights[0], self.linear.bias)
+    model = nn.Linear(5, 3).double()
+    weights = [model.weight]
+    model.forward = lambda x: F.linear(x, weights[0], model.bias)
+    return model
 
 
 class Recurrent(nn.Module):
@@ -523,7 +467,7 @@ class Recurrent(nn.Module):
     [
         (lambda: DataDependent().double(), (5, 3, 6, 6)),
         (lambda: Counting(mlp()), (5, 5)),
-        (HoldsItsWeight, (5, 5)),
+        (holds_its_weight, (5, 5)),
         (Recurrent, (5, 2, 5)),
         (lambda: torch.jit.script(mlp()), (5, 5)),
     ],
@@ -638,10 +582,8 @@ def test_on_a_gpu_batches_are_moved_and_labels_drawn_as_on_the_cpu() -> None:
     for labels in ("sampled", "exact", "data"):
         mine = fisher(on_gpu, DataLoader(TensorDataset(x, y), batch_size=4, pin_memory=True), labels=labels)
         assert all(value.is_cuda for value in mine.values())
-        assert_same(
-            {k: v.cpu() for k, v in mine.items()},
-            fisher(model, DataLoader(TensorDataset(x, y), batch_size=4), labels=labels).values(),
-        )
+        expected = fisher(model, DataLoader(TensorDataset(x, y), batch_size=4), labels=labels)
+        assert_same(mine, expected.values(), check_device=False)
     recurrent = Recurrent().cuda()
     with pytest.warns(UserWarning, match="one by one"):
         assert all(value.is_cuda for value in output_sensitivity(recurrent, [torch.randn(3, 2, 5).double()]).values())

@@ -119,26 +119,26 @@ def test_an_output_takes_part_if_any_process_gave_it_a_gradient(results: Results
         assert (result["numbers"]["7"] > 0).tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("scenario", "make", "steps"),
-    [
-        ("data_parallel", network, STEPS),
-        ("accumulated", network, STEPS),
-        ("group_that_is_given", network, STEPS),
-        ("sharded", network, STEPS),
-        ("sharded_and_accumulated", network, STEPS),
-        ("sharded_with_empty_shards", bottleneck, FEW),
-        ("copies_in_a_mesh", network, FEW),
-        ("shards_in_a_mesh", network, FEW),
-        ("sharded_transposed", transposed, FEW),
-        ("sharded_attention", Attending, FEW),
-        ("sharded_and_recomputed", network, FEW),
-        ("sharded_with_a_scaler", network, range(5)),
-    ],
-)
-def test_processes_stay_alike_and_come_to_what_one_process_comes_to(
-    results: Results, scenario: str, make: Callable[[], nn.Module], steps: range
-) -> None:
+# What one process trains, and for how long, to come to the same.
+MODELS_AND_STEPS: dict[str, tuple[Callable[[], nn.Module], range]] = {
+    "data_parallel": (network, STEPS),
+    "accumulated": (network, STEPS),
+    "group_that_is_given": (network, STEPS),
+    "sharded": (network, STEPS),
+    "sharded_and_accumulated": (network, STEPS),
+    "sharded_with_empty_shards": (bottleneck, FEW),
+    "copies_in_a_mesh": (network, FEW),
+    "shards_in_a_mesh": (network, FEW),
+    "sharded_transposed": (transposed, FEW),
+    "sharded_attention": (Attending, FEW),
+    "sharded_and_recomputed": (network, FEW),
+    "sharded_with_a_scaler": (network, range(5)),
+}
+
+
+@pytest.mark.parametrize("scenario", MODELS_AND_STEPS)
+def test_processes_stay_alike_and_come_to_what_one_process_comes_to(results: Results, scenario: str) -> None:
+    make, steps = MODELS_AND_STEPS[scenario]
     assert_alike_and_close(results[scenario], alone(make(), steps=steps))
 
 

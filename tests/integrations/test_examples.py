@@ -12,13 +12,11 @@ from torch import nn
 
 from npc_ext import NPC, PlasticityWrapper
 
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+from ..training import importances, same
 
 
-def importance(optimizer: Any) -> list[torch.Tensor]:
-    return [layer.importance for layer in optimizer.plasticity().values()]
+def all_measured(optimizer: Any) -> bool:
+    return all(bool(importance.any()) for importance in importances(optimizer))
 
 
 def example(name: str, *packages: str) -> Any:
@@ -47,32 +45,30 @@ def test_hugging_face_trainer(tmp_path: Path, hugging_face: Any) -> None:
     for other in (by_the_trainer, resumed):
         assert isinstance(other.optimizer.optimizer, NPC)
         assert same(whole.model, other.model)
-        pairs = zip(importance(whole.optimizer.optimizer), importance(other.optimizer.optimizer), strict=True)
-        assert all(torch.equal(p, q) and bool(p.any()) for p, q in pairs)
+        assert same(importances(whole.optimizer.optimizer), importances(other.optimizer.optimizer))
+    assert all_measured(whole.optimizer.optimizer)
 
 
 def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path, hugging_face: Any) -> None:
     from transformers import Trainer, TrainingArguments
 
+    options = {"max_steps": 8, "save_steps": 4, "report_to": [], "use_cpu": True, "disable_tqdm": True}
     models = []
-    for resume_from in (None, tmp_path / "whole" / "checkpoint-4"):
+    for name, resume_from in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-4"))):
         model = hugging_face.tiny_llama()
         optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model, delta=0.9)
-        folder = str(tmp_path / ("whole" if resume_from is None else "resumed"))
-        arguments = TrainingArguments(
-            folder, max_steps=8, save_steps=4, report_to=[], use_cpu=True, disable_tqdm=True, save_total_limit=3
-        )
+        arguments = TrainingArguments(str(tmp_path / name), save_total_limit=3, **options)
         trainer = Trainer(model, arguments, train_dataset=hugging_face.samples(), optimizers=(optimizer, None))
-        trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+        trainer.train(resume_from_checkpoint=resume_from)
         models.append(model)
-        assert any(bool(one.any()) for one in importance(optimizer))
+        assert all_measured(optimizer)
     assert same(*models)
 
 
 def test_accelerate() -> None:
     accuracy, optimizer = example("accelerated", "accelerate").train(3)
     assert accuracy > 0.9
-    assert all(bool(one.any()) for one in importance(optimizer))
+    assert all_measured(optimizer)
 
 
 def test_accelerate_says_which_steps_were_skipped() -> None:
@@ -83,12 +79,12 @@ def test_accelerate_says_which_steps_were_skipped() -> None:
     optimizer = accelerator.prepare(NPC(model, delta=0.5))
     skipped = []
     for factor in (1.0, float("inf"), 1.0):
-        before = [*map(torch.clone, model.parameters()), *importance(optimizer.optimizer)]
+        before = [*map(torch.clone, model.parameters()), *importances(optimizer.optimizer)]
         accelerator.backward(model(torch.randn(5, 4)).square().sum() * factor)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        after = [*model.parameters(), *importance(optimizer.optimizer)]
-        assert optimizer.step_was_skipped is all(map(torch.equal, before, after))
+        after = [*model.parameters(), *importances(optimizer.optimizer)]
+        assert optimizer.step_was_skipped is same(before, after)
         skipped.append(optimizer.step_was_skipped)
         optimizer.zero_grad()
     assert skipped == [False, True, False]
@@ -103,7 +99,7 @@ def test_lightning_clips_gradients_under_mixed_precision(tmp_path: Path, lightni
         options = {"plugins": [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))]}
     trainer = lightning_module.train(tmp_path, 1, gradient_clip_val=1.0, **options)
     assert trainer.logged_metrics["accuracy"] > 0.7
-    assert all(bool(one.any()) for one in importance(trainer.optimizers[0]))
+    assert all_measured(trainer.optimizers[0])
 
 
 def test_lightning(tmp_path: Path, lightning_module: Any) -> None:
@@ -116,5 +112,5 @@ def test_lightning(tmp_path: Path, lightning_module: Any) -> None:
     resumed = lightning_module.train(tmp_path / "resumed", 3, resume_from=path)
     assert whole.model is not None and resumed.model is not None
     assert same(whole.model, resumed.model)
-    for p, q in zip(importance(whole.optimizers[0]), importance(resumed.optimizers[0]), strict=True):
-        assert torch.equal(p, q) and bool(p.any())
+    assert same(importances(whole.optimizers[0]), importances(resumed.optimizers[0]))
+    assert all_measured(whole.optimizers[0])

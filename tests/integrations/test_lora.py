@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from npc_ext import NPC, reference
 
+from ..training import train
+
 peft = pytest.importorskip("peft", reason="peft is not installed")
 A, B = "base_model.model.0.lora_A.default", "base_model.model.0.lora_B.default"
 
@@ -21,39 +23,23 @@ def adapted(**options: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], **options))
 
 
-def batch(seed: int = 0) -> tuple[Tensor, Tensor]:
+def batch(seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(6, 8, generator=generator), torch.randint(3, (6,), generator=generator)
-
-
-def step(model: nn.Module, optimizer: NPC, seed: int = 0) -> None:
-    x, y = batch(seed)
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), y).backward()
-    optimizer.step()
 
 
 def test_b_is_measured_where_base_and_adapter_are_added() -> None:
     model = adapted()
     optimizer = NPC(model, delta=0.5)
-    x, y = batch()
     outputs: list[Tensor] = []
-
-    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        output.retain_grad()
-        outputs.append(output)
-
-    handle = model.base_model.model[0].register_forward_hook(keep)
+    layer = model.base_model.model[0]
+    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output) or output.retain_grad())
+    x, y = batch(0)
     F.cross_entropy(model(x), y).backward()
-    handle.remove()
-    assert (
-        not model.base_model.model[0].lora_B["default"].weight.any()
-    )  # the output of B is zero, that of its neurons is not
-    gradient = outputs[0].grad
-    assert gradient is not None
-    want = reference.importance(outputs[0].detach(), gradient)
-    got = optimizer.neurons[B].sink.grad
-    assert got is not None and torch.allclose(got, want, rtol=1e-6, atol=0)  # six samples, summed in another order
+    assert not layer.lora_B["default"].weight.any()  # so the output of B is zero, but that of its neurons is not
+    want = reference.importance(outputs[0].detach(), outputs[0].grad)
+    # Six samples, summed in another order.
+    torch.testing.assert_close(optimizer.neurons[B].sink.grad, want, rtol=1e-6, atol=0)
     assert want.all() and "output of base_model.model.0 " in str(optimizer.neurons)
 
 
@@ -61,12 +47,10 @@ def test_frozen_rows_of_b_stay_and_the_base_does_anyway() -> None:
     model = adapted()
     optimizer = NPC(model, lr=0.5, delta=0.9999, weight_decay=0.1)
     layer = model.base_model.model[0]
-    for seed in range(3):
-        step(model, optimizer, seed)
+    train(model, optimizer, map(batch, range(3)))
     optimizer.state[layer.lora_B["default"].weight]["importance"][:5] = 3.0
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for seed in range(3, 80):
-        step(model, optimizer, seed)
+    train(model, optimizer, map(batch, range(3, 80)))
     after = layer.lora_B["default"].weight
     moved = (after != before[f"{B}.weight"]).any(1)
     assert not moved[:5].any() and moved[5:].any()
@@ -86,8 +70,7 @@ def test_only_the_adapter_in_use_is_measured_and_moves() -> None:
     model.set_adapter("second")
     optimizer = NPC(model, lr=0.5)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for seed in range(3):
-        step(model, optimizer, seed)
+    train(model, optimizer, map(batch, range(3)))
     moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {f"base_model.model.0.lora_{part}.second.weight" for part in "AB"}
     assert optimizer.plasticity()[B.replace("default", "second")].importance.any()
@@ -119,7 +102,7 @@ def test_packed_base_layers_have_no_neurons_and_the_adapter_has() -> None:
     model = adapted()
     model.base_model.model[0].base_layer = Packed(8, 12).requires_grad_(False)
     optimizer = NPC(model)
-    step(model, optimizer)
+    train(model, optimizer, [batch(0)])
     assert [layer.name for layer in optimizer.neurons] == [A, B, "base_model.model.2"]
     assert "base_layer.weight" in str(optimizer.neurons)
     assert {layer.neurons for layer in optimizer.neurons if layer.trains()} == {4, 12}
