@@ -8,6 +8,7 @@ import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,10 +34,6 @@ def mlp() -> nn.Sequential:
 
 def data(samples: int = 12, features: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
     return torch.randn(samples, features, dtype=torch.float64), torch.randint(classes, (samples,))
-
-
-def images(samples: int = 6, channels: int = 3, size: int = 6) -> Tensor:
-    return torch.randn(samples, channels, size, size, dtype=torch.float64)
 
 
 def one_by_one(
@@ -83,29 +80,31 @@ def masked(label: int) -> Callable[[Tensor], Tensor]:
 
 
 def tied() -> nn.Sequential:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
     model[2].weight = model[0].weight
     return model
 
 
-MODELS = {
-    "fully connected": (mlp, lambda: data()[0]),
-    "paper's, with instance norm": (lambda: paper_cnn((3, 4), 5, 3).double(), lambda: images(6, 1, 8)),
-    "residual, with batch norm, in place": (lambda: ResNet().double(), images),
-    "attention": (
-        lambda: nn.Sequential(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), nn.Flatten(), nn.Linear(12, 3)).double(),
-        lambda: torch.randn(5, 3, 4, dtype=torch.float64),
-    ),
-    "tied": (tied, lambda: data(features=4)[0]),
-    "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)).double(), lambda: data()[0]),
-}  # fmt: skip
+def attention() -> nn.Sequential:
+    encoder = nn.TransformerEncoderLayer(4, 2, 6, batch_first=True)
+    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(12, 3))
+
+
+MODELS_AND_SHAPES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "fully connected": (mlp, (12, 5)),
+    "paper's, with instance norm": (lambda: paper_cnn((3, 4), 5, 3), (6, 1, 8, 8)),
+    "residual, with batch norm, in place": (ResNet, (6, 3, 6, 6)),
+    "attention": (attention, (5, 3, 4)),
+    "tied": (tied, (12, 4)),
+    "weight norm": (lambda: nn.Sequential(weight_norm(nn.Linear(5, 4)), nn.ReLU(), nn.Linear(4, 3)), (12, 5)),
+}
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", MODELS_AND_SHAPES)
 def test_importance_is_that_of_a_loop_over_single_samples(kind: str) -> None:
-    build, inputs = MODELS[kind]
-    model, x = build(), inputs()
+    build, shape = MODELS_AND_SHAPES[kind]
+    model, x = build().double(), torch.randn(shape, dtype=torch.float64)
     y = torch.randint(3, (len(x),))
     model(x)  # running statistics of batch norm that are not trivial
     with warnings.catch_warnings():
@@ -151,18 +150,15 @@ def test_importance_agrees_with_finite_differences() -> None:
     empirical = fisher(model, [(x, y)], labels="data")[weight]
     sensitivity = output_sensitivity(model, [x])[weight]
 
-    def values() -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            return F.cross_entropy(model(x), y, reduction="none"), model(x).square().sum(1)
+    @torch.no_grad()
+    def values_after(move: float, i: int, j: int) -> Tensor:
+        weight[i, j] += move
+        outputs = model(x)
+        weight[i, j] -= move
+        return torch.stack([F.cross_entropy(outputs, y, reduction="none"), outputs.square().sum(1)])
 
     for i, j in ((0, 0), (3, 2), (6, 4)):
-        differences = torch.zeros(2, 4, dtype=torch.float64)
-        for sign in (1, -1):
-            with torch.no_grad():
-                weight[i, j] += sign * step
-            differences += sign * torch.stack(values()) / (2 * step)
-            with torch.no_grad():
-                weight[i, j] -= sign * step
+        differences = (values_after(step, i, j) - values_after(-step, i, j)) / (2 * step)
         # Central differences: step ** 2 from the third derivative, 1e-16 / step from rounding, both near 1e-10.
         torch.testing.assert_close(empirical[i, j], differences[0].square().mean(), rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(sensitivity[i, j], differences[1].abs().mean(), rtol=1e-6, atol=1e-9)
@@ -210,7 +206,7 @@ def test_noise_of_zero_does_not_make_a_draw_undefined(monkeypatch: pytest.Monkey
 
 
 def test_chunks_and_batches_do_not_change_the_numbers() -> None:
-    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (images(11, 1, 8), torch.randint(3, (11,)))
+    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (torch.randn(11, 1, 8, 8).double(), torch.randint(3, (11,)))
     whole = fisher(model, [(x, y)], labels="data")
     for chunk_size in (1, 2, 4, 100):
         assert_same(fisher(model, [(x, y)], labels="data", chunk_size=chunk_size), whole.values())
@@ -222,15 +218,12 @@ def test_chunks_and_batches_do_not_change_the_numbers() -> None:
 
 def test_the_default_chunk_fills_the_memory_it_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (x, _) = mlp(), data(10)
-    seen: list[int] = []
-    add = Importance.add
-    monkeypatch.setattr(Importance, "add", lambda *a: (seen.append(len(a[2][0])), add(*a))[1])
     elements = sum(parameter.numel() for parameter in model.parameters())
     for budget, chunks in ((elements * 8 * 4, [4, 4, 2]), (1, [1] * 10), (2**40, [10])):
         monkeypatch.setattr("npc_ext.baselines.samples.CHUNK_BYTES", budget)
-        seen.clear()
-        output_sensitivity(model, [x])
-        assert seen == chunks
+        with mock.patch.object(Importance, "add", autospec=True, side_effect=Importance.add) as add:
+            output_sensitivity(model, [x])
+        assert [len(call.args[2][0]) for call in add.call_args_list] == chunks
 
 
 def test_samples_limits_how_many_are_used_and_how_many_batches_are_read() -> None:
@@ -254,30 +247,26 @@ def test_a_batch_may_be_inputs_alone_or_several_inputs() -> None:
         assert_same(fisher(model, [batch], labels="exact"), expected)
 
 
-class ByTask(nn.Module):
+class ByTask(nn.Sequential):
     """A head for every task, chosen by an argument: a number, or a tensor with a number for each sample."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.body, self.heads = nn.Linear(5, 4).double(), nn.Linear(4, 6).double()
+        super().__init__(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 6), nn.Unflatten(1, (2, 3)))
 
     def forward(self, x: Tensor, task: int | Tensor) -> Tensor:
-        heads = self.heads(self.body(x).tanh()).view(len(x), 2, 3)
-        return heads.gather(1, torch.as_tensor(task).expand(len(x)).view(-1, 1, 1).expand(-1, 1, 3)).squeeze(1)
+        return super().forward(x)[torch.arange(len(x)), task]
 
 
 def test_a_users_function_calls_a_model_that_takes_the_task() -> None:
-    model, (x, y) = ByTask(), data()
+    model, (x, y) = ByTask().double(), data()
     of_task_1 = model.register_forward_pre_hook(lambda model, inputs: (*inputs, 1))
     expected = one_by_one(model, x, exact_terms)
     of_task_1.remove()
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="torch.func cannot run")
         by_number = fisher(model, [(x, y)], labels="exact", forward=lambda model, batch: model(batch[0], 1))
-        tasks = torch.ones(len(x), dtype=torch.int64)
-        by_sample = fisher(
-            model, [(x, y, tasks)], labels="exact", forward=lambda model, batch: model(batch[0], batch[2])
-        )
+        batch = (x, y, torch.ones(len(x), dtype=torch.int64))
+        by_sample = fisher(model, [batch], labels="exact", forward=lambda model, batch: model(batch[0], batch[2]))
     assert_same(by_number, expected)
     assert_same(by_sample, expected)
 
@@ -401,7 +390,7 @@ def test_importance_that_is_zero_everywhere_warns() -> None:
 @pytest.mark.parametrize("without_gradients", [torch.no_grad, torch.inference_mode])
 def test_importance_can_be_measured_where_no_gradients_are_recorded(without_gradients: Any) -> None:
     model, (x, y) = mlp(), data()
-    counting = Counting(model)
+    counting = Counting(*model)
     expected = fisher(model, [(x, y)], labels="data").values()
     with without_gradients():
         found = fisher(model, [(x.clone(), y.clone())], labels="data")
@@ -415,7 +404,7 @@ def test_importance_can_be_measured_where_no_gradients_are_recorded(without_grad
 @pytest.mark.parametrize("relu", [nn.ReLU, npc_ext.nn.ReLU])
 def test_a_model_with_taps_is_measured_like_one_without(relu: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), relu(), nn.Flatten(), nn.Linear(48, 3)).double()
-    x = images(4, 1)
+    x = torch.randn(4, 1, 6, 6, dtype=torch.float64)
     expected = fisher(model, [x], labels="exact").values()
     optimizer = NPC(model)
     assert model.training
@@ -429,17 +418,16 @@ def test_a_model_with_taps_is_measured_like_one_without(relu: type[nn.Module]) -
 # ------------------------------------------------------------------------------------------------ one sample at a time
 
 
-class Counting(nn.Module):
+class Counting(nn.Sequential):
     """Changes buffers in place and by assignment, also in evaluation mode."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def __init__(self, *modules: nn.Module) -> None:
+        super().__init__(*modules)
         self.register_buffer("calls", torch.zeros(()))
         self.register_buffer("last", torch.zeros(3, dtype=torch.float64))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.model(x)
+        y = super().forward(x)
         self.last = y[0].detach()
         self.calls += 1
         return y
@@ -453,22 +441,18 @@ def holds_its_weight() -> nn.Module:
     return model
 
 
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.gru, self.out = nn.GRU(5, 4, batch_first=True).double(), nn.Linear(4, 3).double()
-
+class Recurrent(nn.GRU):
     def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.gru(x)[0][:, -1])
+        return super().forward(x)[0][:, -1]
 
 
 @pytest.mark.parametrize(
     ("build", "shape"),
     [
         (lambda: DataDependent().double(), (5, 3, 6, 6)),
-        (lambda: Counting(mlp()), (5, 5)),
+        (lambda: Counting(*mlp()), (5, 5)),
         (holds_its_weight, (5, 5)),
-        (Recurrent, (5, 2, 5)),
+        (lambda: Recurrent(5, 3, batch_first=True).double(), (5, 2, 5)),
         (lambda: torch.jit.script(mlp()), (5, 5)),
     ],
     ids=["data-dependent", "buffers in place", "weight in a list", "recurrent", "scripted"],
@@ -577,13 +561,13 @@ def test_progress_is_shown_in_a_terminal_only(
 
 @pytest.mark.gpu
 def test_on_a_gpu_batches_are_moved_and_labels_drawn_as_on_the_cpu() -> None:
-    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (images(11, 1, 8), torch.randint(3, (11,)))
+    model, (x, y) = paper_cnn((3, 4), 5, 3).double(), (torch.randn(11, 1, 8, 8).double(), torch.randint(3, (11,)))
     on_gpu = copy.deepcopy(model).cuda()
     for labels in ("sampled", "exact", "data"):
         mine = fisher(on_gpu, DataLoader(TensorDataset(x, y), batch_size=4, pin_memory=True), labels=labels)
         assert all(value.is_cuda for value in mine.values())
         expected = fisher(model, DataLoader(TensorDataset(x, y), batch_size=4), labels=labels)
         assert_same(mine, expected.values(), check_device=False)
-    recurrent = Recurrent().cuda()
+    recurrent = Recurrent(5, 3, batch_first=True).double().cuda()
     with pytest.warns(UserWarning, match="one by one"):
         assert all(value.is_cuda for value in output_sensitivity(recurrent, [torch.randn(3, 2, 5).double()]).values())
