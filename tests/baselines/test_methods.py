@@ -35,6 +35,12 @@ ANCHORED = [EWC, MAS, SI, SSL]
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
 
 
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Any:
+    """Each of the methods, in tests that do not choose some."""
+    return request.param
+
+
 def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 6, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(54, 12), nn.ReLU()]
@@ -320,7 +326,6 @@ def saved_and_loaded(model: nn.Module, optimizer: Any) -> tuple[nn.Module, Any]:
     return other, resumed
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_resumed_runs_copies_and_pickles_have_forgotten_nothing(method: Any) -> None:
     run = two_tasks(method, **SGD)
     twins = [saved_and_loaded(*run), copy.deepcopy(run), pickle.loads(pickle.dumps(run))]
@@ -331,7 +336,6 @@ def test_resumed_runs_copies_and_pickles_have_forgotten_nothing(method: Any) -> 
         assert torch.equal(weights(model), weights(run[0]))
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_state_stays_float32_beside_bfloat16_weights(method: Any) -> None:
     _, optimizer = two_tasks(method, torch.bfloat16)
     resumed = build(method, network(torch.bfloat16))
@@ -340,7 +344,6 @@ def test_state_stays_float32_beside_bfloat16_weights(method: Any) -> None:
     assert same(state_tensors(optimizer), state_tensors(resumed))
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_parameters_without_gradient_stay_as_they_are(method: Any) -> None:
     model, optimizer = two_tasks(method, **SGD)
     model[0].requires_grad_(False)
@@ -355,7 +358,6 @@ def test_parameters_without_gradient_stay_as_they_are(method: Any) -> None:
     assert not torch.equal(model[0].weight, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_a_head_may_be_added_later(method: Any) -> None:
     model, optimizer = two_tasks(method)
     head = nn.Linear(4, 4)
@@ -372,7 +374,6 @@ def test_a_head_may_be_added_later(method: Any) -> None:
         assert optimizer.plasticity()["8"].importance["weight"].any()
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_groups_and_schedulers(method: Any) -> None:
     model = network()
     groups = [{"params": model[0].parameters(), "lr": 0.0}, {"params": model[4:].parameters()}]
@@ -388,7 +389,6 @@ def test_groups_and_schedulers(method: Any) -> None:
     assert torch.equal(weights(model[4]), after)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     given = {"scaler": scaler} if method is SSL else {}
@@ -406,7 +406,6 @@ def test_an_overflow_under_gradscaler_changes_nothing(method: Any) -> None:
     assert not torch.equal(weights(model), before)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_closures_maximize_and_memory_formats(method: Any) -> None:
     model = network().to(memory_format=torch.channels_last)
     optimizer = build(method, model, lr=0.01, maximize=True)
@@ -455,7 +454,6 @@ def test_wrong_arguments_raise_an_error_that_explains(
         method(network(), **options)
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_parameters_in_place_of_the_model_raise_an_error_that_explains(method: Any) -> None:
     with pytest.raises(TypeError, match=f"{method.__name__} takes the model itself, got generator"):
         method(network().parameters(), lr=0.1)
@@ -475,7 +473,6 @@ def test_anchored_methods_share_a_constructor(method: Any, strength: float, more
     assert "as in `torch.optim.SGD`" in (Anchored.__doc__ or "") and "baselines.anchored.Anchored" in method.__doc__
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_sparse_gradients_raise_an_error_that_explains(method: Any) -> None:
     model = network()
     optimizer = build(method, model)
@@ -484,7 +481,6 @@ def test_sparse_gradients_raise_an_error_that_explains(method: Any) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("method", METHODS)
 def test_other_state_dicts_raise_an_error_that_explains_and_change_nothing(method: Any) -> None:
     model = network()
     optimizer = build(method, model)
