@@ -101,14 +101,11 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _inputs_and_targets(batch: Any) -> tuple[tuple[Tensor, ...], Any]:
     inputs, targets = batch, None
-    # The roles of more than two elements are not guessed.
-    is_unclear = False
     if isinstance(batch, (tuple, list)):
-        is_unclear = len(batch) not in (1, 2)
-        if not is_unclear:
-            inputs, targets = batch[0], batch[1] if len(batch) == 2 else None
+        # The roles of more than two elements are not guessed.
+        inputs, targets = (*batch, None)[:2] if len(batch) in (1, 2) else (None, None)
     tensors = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if is_unclear or not isinstance(tensors, (tuple, list)) or not all(isinstance(t, Tensor) for t in tensors):
+    if not isinstance(tensors, (tuple, list)) or not all(isinstance(tensor, Tensor) for tensor in tensors):
         raise TypeError(
             f"a batch is {_described(batch)}; expected inputs, (inputs,) or (inputs, targets), where inputs are a "
             f"tensor or a tuple of tensors. Say how to call the model with it: {_example_of_forward(batch)}"

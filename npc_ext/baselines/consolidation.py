@@ -11,7 +11,7 @@ sign. `samples.py` computes the gradient of every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import Batch
+from ..optim.options import check_choice
+from .batches import Batch, Together
 from .samples import NonFiniteImportanceError as NonFiniteImportanceError
-from .samples import Sampling, Term, Terms, mean_over_samples
-
-_LABELS = ("sampled", "data", "exact")
+from .samples import Sampling, Term, Terms, TermsOfBatch, mean_over_samples
 
 
 class SensitivityOptions(TypedDict, total=False):
@@ -175,26 +174,22 @@ def output_sensitivity(
 # --------------------------------------------------------------- terms to differentiate, of a batch and a first sample
 
 
-def _squared_norms(outputs: Tensor, batch: Batch) -> tuple[list[Term], tuple[Tensor, ...]]:
+def _squared_norms(outputs: Tensor, batch: Batch) -> TermsOfBatch:
     return [_squared_norm], ()
 
 
-def _losses(
-    loss: Callable[[Tensor, Any], Tensor] | None, outputs: Tensor, batch: Batch
-) -> tuple[list[Term], tuple[Tensor, ...]]:
+def _losses(loss: Callable[[Tensor, Any], Tensor] | None, outputs: Tensor, batch: Batch) -> TermsOfBatch:
     if batch.together is not None and loss is not None:
         return [partial(_loss_of_batch, loss, batch.together)], batch.tensors
     return [F.cross_entropy if loss is None else loss], (_checked_targets(batch.targets, batch.samples),)
 
 
-def _log_probabilities_of_all_classes(logits: Tensor, batch: Batch) -> tuple[list[Term], tuple[Tensor, ...]]:
+def _log_probabilities_of_all_classes(logits: Tensor, batch: Batch) -> TermsOfBatch:
     _check_logits(logits, "exact")
     return [partial(_weighted_log_probability, label=label) for label in range(logits.shape[1])], ()
 
 
-def _log_probabilities_of_draws(
-    generator: torch.Generator, logits: Tensor, batch: Batch
-) -> tuple[list[Term], tuple[Tensor, ...]]:
+def _log_probabilities_of_draws(generator: torch.Generator, logits: Tensor, batch: Batch) -> TermsOfBatch:
     _check_logits(logits, "sampled")
     return [_log_probability_of_draw], (_exponential_noise(batch.samples, logits.shape[1], logits.dtype, generator),)
 
@@ -203,9 +198,7 @@ def _squared_norm(outputs: Tensor) -> Tensor:
     return outputs.square().sum()
 
 
-def _loss_of_batch(
-    loss: Term, together: Callable[[Sequence[Tensor]], Any], outputs: Tensor, *tensors: Tensor
-) -> Tensor:
+def _loss_of_batch(loss: Term, together: Together, outputs: Tensor, *tensors: Tensor) -> Tensor:
     return loss(outputs, together(tensors))
 
 
@@ -246,8 +239,7 @@ def _check_labels(
     generator: torch.Generator | None,
     forward: Callable[[nn.Module, Any], Any] | None,
 ) -> None:
-    if labels not in _LABELS:
-        raise ValueError(f"labels is {labels!r}; expected one of {', '.join(map(repr, _LABELS))}")
+    check_choice("labels", labels, ("sampled", "data", "exact"))
     if loss is not None and labels != "data":
         raise ValueError(
             f"loss is for the targets given, but labels is {labels!r}; use labels='data' or leave loss out"

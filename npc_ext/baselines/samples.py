@@ -20,6 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .._torch import own_buffers, version_of
 from .._warn import warn
+from ..reference import compute_dtype
 from .batches import Batch, CalledWithSamples, moved
 
 # The default limit for the gradients of a chunk, in bytes.
@@ -27,8 +28,10 @@ CHUNK_BYTES = 512 * 2**20
 
 # A number to differentiate, of a sample's outputs (1, ...) and further tensors of that sample, each (1, ...).
 Term = Callable[..., Tensor]
-# From the outputs of a first sample and a batch: the terms, and the further tensors of all samples of the batch.
-Terms = Callable[[Tensor, Batch], tuple[list[Term], tuple[Tensor, ...]]]
+# The terms of a batch, and the further tensors of all its samples.
+TermsOfBatch = tuple[list[Term], tuple[Tensor, ...]]
+# Makes them from the outputs of a first sample and a batch.
+Terms = Callable[[Tensor, Batch], TermsOfBatch]
 
 
 class NonFiniteImportanceError(ValueError):
@@ -124,7 +127,7 @@ class Importance:
         self._model_name = type(called.model).__name__
         self._values = {name: parameter.detach() for name, parameter in trained.items()}
         self._sums = {
-            name: torch.zeros_like(value, dtype=_accumulated(value.dtype), requires_grad=False)
+            name: torch.zeros_like(value, dtype=compute_dtype(value.dtype), requires_grad=False)
             for name, value in self._values.items()
         }
         self._samples = 0
@@ -208,13 +211,13 @@ class Importance:
             return torch.autograd.grad(outputs.sum(), list(self._trained.values()), allow_unused=True)
 
     def _picked(self, outputs: Any) -> Tensor:
-        """The outputs that count, (1, ...), in float32 or float64."""
+        """The outputs that count, (1, ...), in float32 or float64: squares of halves overflow and underflow."""
         picked = outputs if self._outputs is None else self._outputs(outputs)
         if not isinstance(picked, Tensor) or not picked.is_floating_point():
             got = f"a tensor of {picked.dtype}" if isinstance(picked, Tensor) else f"a {type(picked).__name__}"
             what = "the model returned" if self._outputs is None else "outputs returned"
             raise TypeError(f"{what} {got}; expected a floating-point tensor: pick one with outputs=lambda y: ...")
-        return picked.to(_accumulated(picked.dtype))
+        return picked.to(compute_dtype(picked.dtype))
 
     def _add_at_once(self, term: Term, inputs: list[Tensor], others: list[Tensor]) -> Exception | None:
         """Adds a chunk with torch.func. Returns its error if it fails; then nothing was added."""
@@ -227,9 +230,8 @@ class Importance:
             if self._unchecked:
                 self._check_replaceable([tensor[:1] for tensor in inputs])
                 self._unchecked = False
-            gradients = vmap(grad(of_one_sample), in_dims=(None, 0, 0), randomness="different")(
-                self._values, inputs, others
-            )
+            of_samples = vmap(grad(of_one_sample), in_dims=(None, 0, 0), randomness="different")
+            gradients = of_samples(self._values, inputs, others)
         except torch.OutOfMemoryError:  # a smaller chunk_size helps, a loop does not
             raise
         except Exception as failure:
@@ -262,11 +264,6 @@ class Importance:
             for total, gradient in zip(self._sums.values(), self._gradients(value), strict=True):
                 if gradient is not None:
                     total += self._magnitude(gradient.to(total.dtype))
-
-
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which numbers are squared and summed: float32 also for halves, which overflow and underflow."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
