@@ -478,8 +478,8 @@ def test_models_that_torch_func_cannot_run_are_measured_one_by_one_with_one_warn
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
-def case(batch: object, error: type[Exception], words: str, **options: object) -> object:
-    return pytest.param(lambda: [batch], options, error, words, id=words[:40])
+def case(batches: object, error: type[Exception], words: str, **options: object) -> object:
+    return pytest.param(batches, options, error, words, id=words[:40])
 
 
 X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
@@ -488,52 +488,50 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
 @pytest.mark.parametrize(
     ("batches", "options", "error", "words"),
     [
-        case(X, ValueError, "labels is 'true'; expected one of 'sampled'", labels="true"),
-        case(X, ValueError, "loss is for the targets given, but labels is 'sampled'", loss=F.mse_loss),
-        case(X, ValueError, "generator draws labels, but labels is 'exact'", labels="exact", generator=torch.Generator()),
-        case(X, ValueError, "samples is 0; expected an integer of at least 1", samples=0),
-        case(X, ValueError, "chunk_size is 2.5; expected an integer", chunk_size=2.5),
-        case(X[:0], ValueError, "batches has no samples"),
-        pytest.param(list, {}, ValueError, "batches has no samples", id="no batches"),
-        pytest.param(lambda: X, {}, TypeError, r"write \[inputs\]", id="a tensor for batches"),
-        pytest.param(lambda: (X, Y), {}, TypeError, r"write \[\(x, y\)\]", id="a tuple for batches"),
-        pytest.param(
-            lambda: TensorDataset(X, Y), {}, TypeError, r"DataLoader\(dataset", id="a data set for batches"
-        ),
-        case({"x": X}, TypeError, "a batch is a dict; expected inputs"),
-        case(X, TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
-        case({"x": X, "y": Y}, TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
-        case((X, Y, Y), TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(batch\[0\]"),
-        case(((X, X), Y), TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),
-        case({"x": 1}, TypeError, "a batch is a dict, in which there are no tensors", forward=lambda model, batch: 0),
-        case({"x": X, "y": Y[:2]}, ValueError, r"of shapes \(4, 5\), \(2,\); expected", forward=lambda model, batch: 0),
-        case(X, TypeError, "forward is a int; expected a function", forward=1),
-        case(X, ValueError, "nothing says where a batch has its targets", forward=lambda model, x: model(x), labels="data"),
-        case((X, X, Y), TypeError, r"a batch is a tuple of 3 \(Tensor, Tensor, Tensor\); expected"),
-        case(((X, 1), Y), TypeError, r"a batch is a tuple of 2 \(tuple, Tensor\)"),
-        case(((X, X[:3]), Y), ValueError, r"inputs of shapes \(4, 5\), \(3, 5\); expected"),
-        case(torch.tensor(1.0), ValueError, r"inputs of shapes \(\); expected"),
-        case(X, TypeError, "labels is 'data', but a batch has no targets", labels="data"),
-        case((X, [0, 1, 2, 0]), TypeError, "targets that are a list", labels="data"),
-        case((X, Y[:3]), ValueError, r"4 samples, but targets of shape \(3,\)", labels="data"),
-        case((X, Y), ValueError, r"loss returned a tensor of shape \(1, 3\) for one", labels="data", loss=lambda o, t: o),
-        case(X, ValueError, r"have shape \(1,\), but labels='sampled' needs logits", outputs=lambda y: y[:, 0]),
-        case(X, ValueError, r"\(1, 1\): the softmax of fewer than two classes", outputs=lambda y: y[:, :1]),
-        case(X, TypeError, "outputs returned a tuple; expected a floating-point tensor", outputs=lambda y: (y,)),
-        case(X, TypeError, "outputs returned a tensor of torch.int64", outputs=lambda y: y.argmax(1)),
-        case(X, TypeError, r"parameters\[0\] is a str", parameters=["weight"]),
-        case(X, ValueError, r"parameters\[0\], of shape \(2,\), is no parameter of the model", parameters=[torch.ones(2)]),
-        case(X, TypeError, "parameters is a tensor", parameters=torch.ones(2)),
-        case(X, ValueError, "no parameter requires a gradient", parameters=[]),
-        case(X, ValueError, "Sequential depend on none of the 4 parameters", outputs=lambda y: y.detach()),
-        case(X / 0, NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
+        case([X], ValueError, "labels is 'true'; expected one of 'sampled'", labels="true"),
+        case([X], ValueError, "loss is for the targets given, but labels is 'sampled'", loss=F.mse_loss),
+        case([X], ValueError, "generator draws labels, but labels is 'exact'", labels="exact", generator=torch.Generator()),
+        case([X], ValueError, "samples is 0; expected an integer of at least 1", samples=0),
+        case([X], ValueError, "chunk_size is 2.5; expected an integer", chunk_size=2.5),
+        case([X[:0]], ValueError, "batches has no samples"),
+        case([], ValueError, "batches has no samples"),
+        case(X, TypeError, r"batches is a tensor; .* write \[inputs\]"),
+        case((X, Y), TypeError, r"batches is a tuple of tensors; .* write \[\(x, y\)\]"),
+        case(TensorDataset(X, Y), TypeError, r"batches is a TensorDataset, .*DataLoader\(dataset"),
+        case([{"x": X}], TypeError, "a batch is a dict; expected inputs"),
+        case([X], TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
+        case([{"x": X, "y": Y}], TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
+        case([(X, Y, Y)], TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(batch\[0\]"),
+        case([((X, X), Y)], TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),
+        case([{"x": 1}], TypeError, "a batch is a dict, in which there are no tensors", forward=lambda model, batch: 0),
+        case([{"x": X, "y": Y[:2]}], ValueError, r"of shapes \(4, 5\), \(2,\); expected", forward=lambda model, batch: 0),
+        case([X], TypeError, "forward is a int; expected a function", forward=1),
+        case([X], ValueError, "nothing says where a batch has its targets", forward=lambda model, x: model(x), labels="data"),
+        case([(X, X, Y)], TypeError, r"a batch is a tuple of 3 \(Tensor, Tensor, Tensor\); expected"),
+        case([((X, 1), Y)], TypeError, r"a batch is a tuple of 2 \(tuple, Tensor\)"),
+        case([((X, X[:3]), Y)], ValueError, r"inputs of shapes \(4, 5\), \(3, 5\); expected"),
+        case([torch.tensor(1.0)], ValueError, r"inputs of shapes \(\); expected"),
+        case([X], TypeError, "labels is 'data', but a batch has no targets", labels="data"),
+        case([(X, [0, 1, 2, 0])], TypeError, "targets that are a list", labels="data"),
+        case([(X, Y[:3])], ValueError, r"4 samples, but targets of shape \(3,\)", labels="data"),
+        case([(X, Y)], ValueError, r"loss returned a tensor of shape \(1, 3\) for one", labels="data", loss=lambda o, t: o),
+        case([X], ValueError, r"have shape \(1,\), but labels='sampled' needs logits", outputs=lambda y: y[:, 0]),
+        case([X], ValueError, r"\(1, 1\): the softmax of fewer than two classes", outputs=lambda y: y[:, :1]),
+        case([X], TypeError, "outputs returned a tuple; expected a floating-point tensor", outputs=lambda y: (y,)),
+        case([X], TypeError, "outputs returned a tensor of torch.int64", outputs=lambda y: y.argmax(1)),
+        case([X], TypeError, r"parameters\[0\] is a str", parameters=["weight"]),
+        case([X], ValueError, r"parameters\[0\], of shape \(2,\), is no parameter of the model", parameters=[torch.ones(2)]),
+        case([X], TypeError, "parameters is a tensor", parameters=torch.ones(2)),
+        case([X], ValueError, "no parameter requires a gradient", parameters=[]),
+        case([X], ValueError, "Sequential depend on none of the 4 parameters", outputs=lambda y: y.detach()),
+        case([X / 0], NonFiniteImportanceError, "parameter '0.weight' is not finite in 35 of 35 elements"),
     ],
 )  # fmt: skip
 def test_wrong_arguments_raise_an_error_that_explains(
-    batches: Callable[[], object], options: dict[str, object], error: type[Exception], words: str
+    batches: object, options: dict[str, object], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        fisher(mlp(), batches(), **options)
+        fisher(mlp(), batches, **options)
 
 
 def test_models_that_cannot_be_measured_raise_an_error_that_explains() -> None:

@@ -77,7 +77,7 @@ def run_in_group(rank: int, processes: int, folder: str, function: Callable[[], 
 
 
 def all_scenarios() -> dict[str, Any]:
-    """The results of all scenarios, by name."""
+    """Runs all scenarios, and returns their results by name."""
     results = {}
     for name, function in SCENARIOS.items():
         torch.manual_seed(0)
@@ -103,7 +103,7 @@ def parts(steps: Iterable[int]) -> list[tuple[Tensor, Tensor]]:
 
 
 def backward(model: nn.Module, x: Tensor, y: Tensor) -> None:
-    """The backward pass of a step. Some scenarios have another one."""
+    """The backward pass of a step. Some scenarios use another one."""
     F.cross_entropy(model(x).float(), y).backward()
 
 
@@ -192,7 +192,7 @@ def other_optimizers() -> Any:
 
 
 def accelerated() -> dict[str, Any]:
-    """Sharded by Accelerate (`fsdp_version=2`), in the two ways in which model and optimizer may come to it."""
+    """Accelerate (`fsdp_version=2`) shards the model after or before the optimizer is built."""
     rank, processes = str(distributed.get_rank()), str(distributed.get_world_size())
     os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, ACCELERATE_USE_CPU="true")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
@@ -259,7 +259,7 @@ def uneven_and_refused() -> Any:
 
 @scenario
 def with_frozen_rows() -> Any:
-    """Some rows and a whole layer are certified. All processes leave out the same gradients."""
+    """Some rows and a whole layer are certified. All processes skip the same gradients."""
     model = DistributedDataParallel(network())
     optimizer = NPC(model, lr=0.05, delta=0.9999)
     set_importance(optimizer, "0", 3.0)  # so important that it is certain not to move
@@ -358,7 +358,7 @@ def group_that_is_given() -> Any:
 
 
 def in_shards(model: nn.Module, **options: Any) -> nn.Module:
-    """Each weighted layer by itself, and then the rest, as users do it."""
+    """Shards each weighted layer by itself, and then the rest, as users do."""
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             fully_shard(module, **options)
@@ -406,14 +406,16 @@ def sharded_and_accumulated() -> Any:
 
 @scenario_of_shards
 def sharded_and_cleared() -> Any:
-    """The model clears the gradients of a loss that is thrown away, and with them what was measured."""
+    """The model clears the gradients of a discarded loss, and with them the measurements."""
 
-    def backward_after_another(model: nn.Module, x: Tensor, y: Tensor) -> None:
+    def backward_after_a_discarded_loss(model: nn.Module, x: Tensor, y: Tensor) -> None:
         model(x).square().sum().backward()
         model.zero_grad()
         backward(model, x, y)
 
-    return [trained(in_shards(network()), steps=FEW, backward=each) for each in (backward_after_another, backward)]
+    return [
+        trained(in_shards(network()), steps=FEW, backward=each) for each in (backward_after_a_discarded_loss, backward)
+    ]
 
 
 def bottleneck() -> nn.Module:
@@ -500,7 +502,7 @@ def sharded_in_bfloat16() -> Any:
 
 @scenario_of_shards
 def sharded_and_rounded_at_random() -> Any:
-    """Whole weights in bfloat16; returns from which seeds each process rounds its shards."""
+    """All weights are bfloat16. Returns the seeds with which each process rounds its shards."""
     model = in_shards(network().to(torch.bfloat16))
     optimizer = NPC(model, stochastic_rounding=True, **OPTIONS)
     result = trained(model, optimizer, range(3), lambda model, x, y: backward(model, x.to(torch.bfloat16), y))
@@ -539,7 +541,7 @@ def refusals() -> Any:
         fully_shard(layer, shard_placement_fn=lambda weight: Shard(weight.ndim - 1))
         return layer
 
-    def train_in_shards_afterwards(kind: str) -> None:
+    def train_in_shards_after_building(kind: str) -> None:
         model = network()
         optimizer = OPTIMIZERS[kind](model)
         train(in_shards(model), optimizer)
@@ -550,8 +552,8 @@ def refusals() -> Any:
         "columns": lambda: NPC(columns()),
         "each_for_itself": lambda: NPC(in_shards(network()), process_group=None),
         "grouped": lambda: NPC(in_shards(transposed(groups=2))),
-        "optimizer_first": lambda: train_in_shards_afterwards("npc"),
-        "wrapper_first": lambda: train_in_shards_afterwards("wrapped_adamw"),
+        "optimizer_first": lambda: train_in_shards_after_building("npc"),
+        "wrapper_first": lambda: train_in_shards_after_building("wrapped_adamw"),
         "connections": lambda: CPC(in_shards(network())),
         "anchors": lambda: EWC(in_shards(network())),
     }
@@ -564,7 +566,7 @@ HALF, WHOLE = 10, 20
 
 
 def save(model: nn.Module, optimizer: Any, folder: str, **options: Any) -> None:
-    """A checkpoint as torch.distributed has it."""
+    """Saves a checkpoint with torch.distributed."""
     of_model, of_optimizer = get_state_dict(model, optimizer)
     checkpoint.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=folder, **options)
 
@@ -578,7 +580,7 @@ def load(model: nn.Module, optimizer: Any, folder: str) -> None:
 
 @scenario_of_shards
 def checkpoints() -> Any:
-    """Two of the processes train and save; all of them resume. The two also go on, uninterrupted."""
+    """Two of the processes train and save; all of them resume. The two also continue without interruption."""
     two, rank = DeviceMesh("cpu", [0, 1]), distributed.get_rank()
     results: dict[str, Any] = {}
     for kind, build in OPTIMIZERS.items():
@@ -602,7 +604,7 @@ def checkpoints() -> Any:
 
 @scenario_of_shards
 def plain_states() -> Any:
-    """The state dict of one process's optimizer in one that is sharded, and the other way."""
+    """Loads the state dict of a plain optimizer into a sharded one, and tries the reverse."""
     plain = network()
     alone, optimizer = NPC(plain, process_group=None, **OPTIONS), NPC(in_shards(network()), **OPTIONS)
     take_steps(plain, alone, [batch(0), batch(1)])
@@ -613,7 +615,7 @@ def plain_states() -> Any:
 
 
 class DyingPlanner(checkpoint.DefaultSavePlanner):
-    """Kills the second process of a group by SIGKILL when it has written one tensor and is asked for the next."""
+    """Kills the second process of a group with SIGKILL after it has written one tensor."""
 
     asked = 0
 
@@ -625,7 +627,7 @@ class DyingPlanner(checkpoint.DefaultSavePlanner):
 
 
 def die_while_saving() -> None:
-    """Saves a checkpoint, and is killed while saving the next."""
+    """Saves a checkpoint, and is killed while it saves the next one."""
     model = in_shards(network())
     optimizer = NPC(model, **OPTIONS)
     train(model, optimizer, range(HALF))
@@ -635,7 +637,7 @@ def die_while_saving() -> None:
 
 
 def resume() -> dict[str, Any]:
-    """Goes on from the last whole checkpoint, and from the beginning without any."""
+    """Resumes from the last complete checkpoint; also trains from the beginning without one."""
     latest = max(int(path.parent.name.removeprefix("step-")) for path in Path().glob("step-*/.metadata"))
     results: dict[str, Any] = {"latest": latest}
     for name, first in (("resumed", latest), ("uninterrupted", 0)):

@@ -1,4 +1,4 @@
-"""Several processes that train one model stay alike, and get the same result as one process."""
+"""Several processes that train one model stay equal, and get the same result as a single process."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_an_output_takes_part_if_any_process_gave_it_a_gradient(results: Results
         assert (result["numbers"]["7"] > 0).tolist() == [True, True, False]
 
 
-# What one process trains, and for how long, to come to the same.
+# By scenario: the model that a single process trains for comparison, and its steps.
 MODELS_AND_STEPS: dict[str, tuple[Callable[[], nn.Module], range]] = {
     "data_parallel": (network, STEPS),
     "accumulated": (network, STEPS),
@@ -137,13 +137,13 @@ MODELS_AND_STEPS: dict[str, tuple[Callable[[], nn.Module], range]] = {
 
 
 @pytest.mark.parametrize("scenario", MODELS_AND_STEPS)
-def test_processes_stay_alike_and_come_to_what_one_process_comes_to(results: Results, scenario: str) -> None:
+def test_processes_stay_alike_and_match_a_single_process(results: Results, scenario: str) -> None:
     make, steps = MODELS_AND_STEPS[scenario]
     assert_alike_and_close(results[scenario], alone(make(), steps=steps))
 
 
-def test_processes_with_fewer_batches_go_along_in_join(results: Results) -> None:
-    """And come to what one process comes to that has the batches of those that still train."""
+def test_processes_with_fewer_batches_take_part_in_join(results: Results) -> None:
+    """The result is that of one process that gets the batches of all processes that still train."""
 
     def batch_of_those_that_train(step: int) -> tuple[Tensor, ...]:
         training = [rank for rank in range(results.processes) if step < uneven_steps(rank)]
@@ -160,32 +160,32 @@ def test_processes_with_fewer_batches_go_along_in_join(results: Results) -> None
         assert all(of_kind["alike"] and of_kind["alike later"] for of_kind in result.values())
 
 
-def test_the_model_clears_what_was_measured_also_where_it_is_sharded(results: Results) -> None:
-    for thrown_away, plain in results["sharded_and_cleared"]:
-        assert thrown_away["alike"] and plain["alike"]
-        assert same(thrown_away["numbers"].values(), plain["numbers"].values())
+def test_a_sharded_model_clears_measurements_with_its_gradients(results: Results) -> None:
+    for discarded, plain in results["sharded_and_cleared"]:
+        assert discarded["alike"] and plain["alike"]
+        assert same(discarded["numbers"].values(), plain["numbers"].values())
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-def test_accelerate_may_shard_the_model_before_the_optimizer_is_built_or_after(tmp_path: Path) -> None:
+def test_accelerate_may_shard_the_model_before_or_after_the_optimizer_is_built(tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     want = alone(network(), steps=FEW)
     for result in run_in_processes(processes.accelerated, 2, tmp_path):
         assert_alike_and_close([result["together"], result["sharded before"]], want)
 
 
-def test_a_join_that_does_not_know_the_optimizer_is_refused(results: Results) -> None:
+def test_a_join_without_the_optimizer_raises_an_error(results: Results) -> None:
     for messages in results["uneven_and_refused"]:
         assert len(messages) == 4
         assert all("write `with Join([model, optimizer]):`" in message for message in messages)
 
 
-def test_the_wrapping_is_not_in_the_names(results: Results) -> None:
+def test_names_of_layers_do_not_contain_the_wrapper(results: Results) -> None:
     assert results["data_parallel"][0]["names"] == ["0", "5", "7"]
 
 
-def test_gradients_are_left_out_in_all_processes_alike(results: Results) -> None:
+def test_all_processes_skip_the_same_gradients(results: Results) -> None:
     model = network()
     optimizer = NPC(model, lr=0.05, delta=0.9999, skip_frozen=False)
     set_importance(optimizer, "0", 3.0)
@@ -208,18 +208,18 @@ def test_a_step_has_one_collective_call_of_one_number_a_neuron(results: Results)
     assert all(sizes == [5 + 9 + 3] for sizes in results["collectives"])
 
 
-def test_processes_that_nobody_grouped_are_refused_before_anything_changes(results: Results) -> None:
+def test_training_without_a_process_group_raises_an_error_and_changes_nothing(results: Results) -> None:
     for message, unchanged in results["group_that_is_missing"]:
         assert f"{results.processes} processes" in message and "process_group=None" in message and unchanged
 
 
-def test_each_process_may_train_for_itself(results: Results) -> None:
+def test_each_process_may_train_by_itself(results: Results) -> None:
     assert not any(results["each_for_itself"])
 
 
 @pytest.mark.parametrize("kind", OTHER_OPTIMIZERS)
 @pytest.mark.parametrize("scenario", ["other_optimizers", "sharded_other_optimizers"])
-def test_other_optimizers_measure_together_too(results: Results, kind: str, scenario: str) -> None:
+def test_other_optimizers_share_their_measurements_too(results: Results, kind: str, scenario: str) -> None:
     model = network()
     want = alone(model, OPTIMIZERS[kind](model))
     for result in results[scenario]:
@@ -237,7 +237,7 @@ def test_each_process_keeps_its_shards_only(results: Results) -> None:
         assert result["buffers"].count("Shard(dim=0)") == len(rows)
 
 
-def test_an_optimizer_that_was_built_before_goes_on_with_shards_put_into_its_groups(results: Results) -> None:
+def test_an_optimizer_built_before_sharding_trains_the_shards_put_into_its_groups(results: Results) -> None:
     for result, want in zip(results["sharded_with_an_optimizer_that_gets_the_shards"], results["sharded"], strict=True):
         assert result["alike"]
         assert same(result["numbers"].values(), want["numbers"].values())
@@ -260,7 +260,7 @@ def test_shards_in_mixed_precision(results: Results) -> None:
             assert tensor.dtype == torch.float32 and not torch.equal(tensor, result["before"][name])
 
 
-def test_shards_are_rounded_by_bits_of_their_own(results: Results) -> None:
+def test_each_process_rounds_its_shards_with_different_bits(results: Results) -> None:
     ranks = results["sharded_and_rounded_at_random"]
     assert all(result["alike"] and result["steps"] == [3.0] * 8 for result in ranks)
     for seeds in zip(*(result["seeds"] for result in ranks), strict=True):
@@ -286,7 +286,7 @@ def test_an_overflow_in_one_process_skips_the_step_of_all_shards(results: Result
         ("anchors", "which EWC does not support; use DistributedDataParallel"),
     ],
 )
-def test_what_cannot_be_done_with_shards_is_refused(results: Results, attempt: str, message: str) -> None:
+def test_unsupported_sharding_raises_an_error_that_explains(results: Results, attempt: str, message: str) -> None:
     assert all(re.search(message, messages[attempt]) for messages in results["refusals"])
 
 
@@ -305,7 +305,7 @@ def test_checkpoints_of_two_processes_resume_in_any_number(results: Results, kin
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("way", ["checkpoint", "full state"])
-def test_checkpoints_of_shards_resume_in_one_process_without_any(results: Results, kind: str, way: str) -> None:
+def test_checkpoints_of_shards_resume_in_one_process_without_shards(results: Results, kind: str, way: str) -> None:
     saved = results["checkpoints"][0][kind]
     model = network()
     optimizer = OPTIMIZERS[kind](model)
@@ -316,14 +316,14 @@ def test_checkpoints_of_shards_resume_in_one_process_without_any(results: Result
     assert_close_under_adam(alone(model, optimizer, range(HALF, WHOLE)), saved["uninterrupted"])
 
 
-def test_a_state_without_processes_is_divided_among_them_and_not_the_other_way(results: Results) -> None:
+def test_the_state_of_one_process_is_divided_among_several_but_not_gathered(results: Results) -> None:
     for result in results["plain_states"]:
         assert result["divided"] and "is sharded over processes, but the parameter is not; gather it" in result["error"]
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not processes.HAS_SHARDS_ON_CPU, reason=NO_SHARDS)
-def test_a_process_that_is_killed_while_saving_costs_that_checkpoint_only(tmp_path: Path) -> None:
+def test_a_process_killed_while_saving_loses_only_that_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(multiprocessing.ProcessExitedException, match="signal SIGKILL"):
         run_in_processes(processes.die_while_saving, 2, tmp_path)
     half_saved = tmp_path / f"step-{HALF + 4}"
@@ -352,12 +352,12 @@ class FullyShardedDataParallel(nn.Sequential):
     ],
     ids=["no group", "DataParallel", "the first FSDP"],
 )
-def test_what_is_no_group_and_other_wrappings_are_refused(build: Callable[[], NPC], message: str) -> None:
+def test_unsupported_groups_and_wrappers_raise_an_error_that_explains(build: Callable[[], NPC], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         build()
 
 
-def test_what_compile_returns_is_unwrapped() -> None:
+def test_compiled_models_are_unwrapped() -> None:
     model = network()
     compiled: Any = torch.compile(model)
     assert unwrapped(compiled) is model and unwrapped(model) is model
