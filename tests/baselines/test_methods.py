@@ -592,9 +592,9 @@ def test_every_group_has_its_kind_of_pull() -> None:
     assert torch.equal(model[4].weight, twin[4].weight)
     optimizers[0].param_groups[0]["implicit"] = True  # from the next step on
     model.load_state_dict(twin.state_dict())
+    for parameter, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[of_twin])
     for net, optimizer in zip((model, twin), optimizers, strict=True):
-        for parameter, of_twin in zip(model.parameters(), twin.parameters(), strict=True):
-            optimizers[0].state[parameter] = copy.deepcopy(optimizers[1].state[of_twin])
         learn(net, optimizer, steps=2, first=9)
     assert torch.equal(weights(model), weights(twin))
 

@@ -172,9 +172,7 @@ def refusal(attempt: Callable[..., Any], *arguments: Any) -> str:
 
 @scenario
 def data_parallel() -> Any:
-    model = DistributedDataParallel(network())
-    optimizer = NPC(model, **OPTIONS)
-    return trained(model, optimizer) | {"names": [layer.name for layer in optimizer.neurons]}
+    return trained(DistributedDataParallel(network()))
 
 
 def trained_by_others(make: Callable[[], nn.Module]) -> dict[str, Any]:

@@ -33,7 +33,12 @@ def test_b_is_measured_where_base_and_adapter_are_added() -> None:
     optimizer = NPC(model, delta=0.5)
     outputs: list[Tensor] = []
     layer = model.base_model.model[0]
-    layer.register_forward_hook(lambda module, inputs, output: outputs.append(output) or output.retain_grad())
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.retain_grad()
+        outputs.append(output)
+
+    layer.register_forward_hook(keep)
     x, y = batch(0)
     F.cross_entropy(model(x), y).backward()
     assert not layer.lora_B["default"].weight.any()  # so the output of B is zero, but that of its neurons is not
