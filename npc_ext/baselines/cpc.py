@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,9 @@ from ..neurons.find import connections
 from ..neurons.protection import Protection
 from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
-from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, plasticity_columns
+from ..optim.options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS, plasticity_columns
 from ..optim.plan import LayersPlan
 from ..optim.plasticity import spread
-from ..optim.succession import fitted
-
-_CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")
 
 
 @dataclass(frozen=True)
@@ -91,9 +88,9 @@ class CPC(PlasticityControl):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
-    _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
-    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("importance",)
+    _ADDED_KEYS = ALPHA_IN_UNITS_OF_LR
+    _OPTIONS = (*CONSTANTS, *SGD_OPTIONS)
+    _STATE_TENSORS = ("importance",)
     _KIND = "importance of connections"
     _UNITS = "connections"
     _NONFINITE_IN = "weights or gradients"
@@ -121,19 +118,7 @@ class CPC(PlasticityControl):
         others: Literal["train", "freeze"] = "train",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        options = {
-            "lr": lr,
-            "alpha": alpha,
-            "beta": beta,
-            "delta": delta,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "sigma": sigma,
-            "maximize": maximize,
-            "normalize": normalize,
-        }
-        super().__init__(model, params, options, backend, layers=layers, others=others)
+        super().__init__(locals())
 
     def _find_layers(self) -> None:
         layers = connections(self._model)
@@ -168,7 +153,7 @@ class CPC(PlasticityControl):
         """The constants of a layer: those set for the layer, else those of its first parameter's group."""
         groups = (self._group_of[id(p)] for p in self._parameters_of[layer] if id(p) in self._group_of)
         group = next(groups, self.defaults)
-        return {**{name: group[name] for name in _CONSTANTS}, **self._layer_options.of(self._names[layer])}
+        return {**{name: group[name] for name in CONSTANTS}, **self._layer_options.of(self._names[layer])}
 
     def _step(self) -> None:
         super()._step()
@@ -177,31 +162,14 @@ class CPC(PlasticityControl):
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
         if id(parameter) in self._layer_of and self.state[parameter].get("importance") is None:
-            self.state[parameter]["importance"] = torch.zeros_like(parameter, dtype=torch.float32)
+            self.state[parameter]["importance"] = self._new_state_tensor(parameter, "importance")
 
     def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
         return torch.float32
 
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        named = ((name, states.get(id(parameter), {})) for name, parameter in self._connections().items())
-        return {name: {"importance": state["importance"]} for name, state in named if "importance" in state}
-
     def _may_hold(self) -> dict[str, Tensor]:
-        return self._connections()
-
-    def _connections(self) -> dict[str, Tensor]:
-        """The parameters that have importance, by name."""
         trained = self._trained_by_name()
         return {name: parameter for name, parameter in trained.items() if id(parameter) in self._layer_of}
-
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        averages: dict[Tensor, Tensor] = {}
-        for name, parameter in self._connections().items():
-            if name in held and parameter not in averages:  # it may have several names
-                initial = torch.zeros_like(parameter, dtype=torch.float32)
-                averages[parameter] = fitted(held[name]["importance"], initial, repr(name))
-        for parameter, average in averages.items():
-            self.state[parameter]["importance"] = average
 
     def _settle(self) -> None:
         for plan in self._plans:

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._names import close_to
 from .._torch import own_hooks, own_parameters
 from .._warn import warn
 from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
-from ..optim.options import check_number
+from ..optim.options import check_number, check_pattern
 from .consolidation import SensitivityOptions
 from .mas import MAS
 
@@ -239,10 +238,7 @@ def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[Neur
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
     names = [layer.name for layer in layers]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, names)}"
-            )
+        check_pattern(pattern, names)
     return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
 
 

@@ -40,8 +40,6 @@ class ModelOptimizer(ImportanceHolder):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
-    # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
-    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Group keys that earlier versions did not save: what groups without them mean, and how to convert them.
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
 
@@ -51,7 +49,9 @@ class ModelOptimizer(ImportanceHolder):
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
     _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
-    def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`."""
+        model, params, backend = arguments["model"], arguments["params"], arguments["backend"]
         if not isinstance(model, nn.Module):
             name = type(self).__name__
             raise TypeError(
@@ -75,8 +75,10 @@ class ModelOptimizer(ImportanceHolder):
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
-        unit = {ALPHA_UNIT: "lr"} if ALPHA_UNIT in self._ADDED_KEYS else {}
-        super().__init__(model.parameters() if params is None else params, {**defaults, **unit})
+        defaults = {name: arguments[name] for name in ("lr", *self._OPTIONS)}
+        if ALPHA_UNIT in self._ADDED_KEYS:
+            defaults[ALPHA_UNIT] = "lr"
+        super().__init__(model.parameters() if params is None else params, defaults)
         self._learn_model()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -345,13 +347,9 @@ class ModelOptimizer(ImportanceHolder):
                 dtype = parameter.dtype if name == "momentum_buffer" else self._state_tensor_dtype(parameter)
                 state[name] = like(parameter, state[name], dtype)
 
-    def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
-        """The dtype of a parameter's `_STATE_TENSORS`."""
-        return reference.compute_dtype(parameter.dtype)
-
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
         """Whether the parameters of a group have SGD's momentum."""
-        return bool(group["momentum"] != 0)
+        return bool(group.get("momentum", 0) != 0)
 
     def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Any:
         raise NotImplementedError

@@ -9,12 +9,12 @@ layer's sink, a small leaf tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import ops, reference
@@ -35,7 +35,7 @@ from .base import uncompiled
 from .control import PlasticityControl
 from .measured import MeasurementChecks
 from .nonfinite import NonfiniteSteps
-from .options import check_choice, check_rounding, plasticity_columns
+from .options import CONSTANTS, check_choice, check_rounding, plasticity_columns
 from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
@@ -66,24 +66,14 @@ class Plastic(PlasticityControl, Joinable):
     neurons: Neurons
     _certificates: Certificates
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Iterable[Any] | None,
-        defaults: dict[str, Any],
-        backend: str,
-        *,
-        layers: Mapping[str, Mapping[str, Any]] | None,
-        others: str,
-        skip_frozen: bool | str,
-        process_group: Any,
-    ) -> None:
-        check_choice("skip_frozen", skip_frozen, _SKIPPING)
-        self._skip_frozen = skip_frozen
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the subclass's constructor by name, also skip_frozen and process_group."""
+        self._skip_frozen = arguments["skip_frozen"]
+        check_choice("skip_frozen", self._skip_frozen, _SKIPPING)
         self._just_found = False
-        self._shared_sinks = SharedSinks(model, process_group)
+        self._shared_sinks = SharedSinks(arguments["model"], arguments["process_group"])
         Joinable.__init__(self)
-        super().__init__(model, params, defaults, backend, layers=layers, others=others)
+        super().__init__(arguments)
         self._checks = MeasurementChecks(self._layer_warnings)
 
     # -------------------------------------------------------------------------------------------- groups and layers
@@ -458,15 +448,15 @@ class Plastic(PlasticityControl, Joinable):
         self._just_found = True
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        layers = zip(self._consolidated, self._keys, strict=True)
-        averages = {layer.name: states.get(id(key), {}).get("importance") for layer, key in layers}
+        layers = zip(self._layer_names(), self._keys, strict=True)
+        averages = {name: states.get(id(key), {}).get("importance") for name, key in layers}
         return {name: {"importance": average} for name, average in averages.items() if average is not None}
 
     def _layer_names(self) -> list[str]:
         return [layer.name for layer in self._consolidated]
 
-    def _may_hold(self) -> list[str]:
-        return self._layer_names()
+    def _may_hold(self) -> dict[str, NeuronLayer]:
+        return {layer.name: layer for layer in self._consolidated}
 
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         averages = {}
@@ -488,7 +478,7 @@ class Plastic(PlasticityControl, Joinable):
         if layer not in names:
             raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
         constants = self._constants(names.index(layer))
-        return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
+        return {name: constants[name] for name in CONSTANTS}
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
