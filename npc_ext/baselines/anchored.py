@@ -165,14 +165,9 @@ class Anchored(ModelOptimizer):
             return parameter.detach().to(self._state_tensor_dtype(parameter), copy=True)
         return super()._new_state_tensor(parameter, name)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> _Plan:
         groups, kept = common["groups"], common["checked"]
-        strength, implicit = (
-            [float(group["strength"]) for group in groups],
-            [bool(group["implicit"]) for group in groups],
-        )
-        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), AnchorOptions(strength, implicit))
+        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), columns_of(AnchorOptions, groups))
         # SI remembers where a task began before there is any stiffness.
         pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
         anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]

@@ -20,7 +20,7 @@ from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
 from ..optim.options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS, plasticity_columns
 from ..optim.plan import LayersPlan
-from ..optim.plasticity import spread
+from ..optim.plasticity import described
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class ConnectionPlasticity:
         importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4. Its mean over the
             layer tends to 1.
         learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
-        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, whatever the learning rate.
+        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, regardless of the group's
+            learning rate.
         nonfinite_steps: in how many steps the measured importance was not finite and was left out.
     """
 
@@ -41,14 +42,9 @@ class ConnectionPlasticity:
     nonfinite_steps: int
 
     def __repr__(self) -> str:
-        importance, rate = (
-            torch.cat([values.flatten() for values in by_name.values()])
-            for by_name in (self.importance, self.learning_rate)
-        )
-        return (
-            f"{type(self).__name__}({importance.numel()} connections, {self.frozen:.0%} frozen, importance "
-            f"{spread(importance)}, learning rate {spread(rate)})"
-        )
+        both = (self.importance, self.learning_rate)
+        importance, rate = (torch.cat([values.flatten() for values in by_name.values()]) for by_name in both)
+        return described(self, importance, rate, "connections")
 
 
 class CPC(PlasticityControl):
@@ -128,13 +124,13 @@ class CPC(PlasticityControl):
         self._index_parameters()
 
     def _index_parameters(self) -> None:
-        """Maps every parameter to its group and its layer. To be called when parameters may be new objects."""
+        """Maps every parameter to its group and its layer. Call this when parameters may be new objects."""
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         layers = connections(self._model)
         self._layer_of: dict[int, int] = {}
-        self._parameters_of: list[list[nn.Parameter]] = []
+        self._parameters_of: list[list[nn.Parameter]] = []  # those that are trained
         for index, name in enumerate(self._names):
-            parameters = [parameter for parameter in layers[name] if id(parameter) not in self._layer_of]
+            parameters = [p for p in layers[name] if id(p) in self._group_of and id(p) not in self._layer_of]
             self._layer_of.update((id(parameter), index) for parameter in parameters)
             self._parameters_of.append(parameters)
         plain = layers.keys() - set(self._names)
@@ -151,8 +147,7 @@ class CPC(PlasticityControl):
 
     def _constants(self, layer: int) -> dict[str, Any]:
         """The constants of a layer: those set for the layer, else those of its first parameter's group."""
-        groups = (self._group_of[id(p)] for p in self._parameters_of[layer] if id(p) in self._group_of)
-        group = next(groups, self.defaults)
+        group = next((self._group_of[id(p)] for p in self._parameters_of[layer]), self.defaults)
         return {**{name: group[name] for name in CONSTANTS}, **self._layer_options.of(self._names[layer])}
 
     def _step(self) -> None:
@@ -180,8 +175,7 @@ class CPC(PlasticityControl):
                 moment = state["momentum_buffer"] if has_momentum else None
                 self._first_moments.settle(parameter, moment, importance, beta, partial(torch.ge, importance, beta))
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> _Plan:
         layer_of = [self._layer_of.get(id(parameter), -1) for parameter in common["owners"]]
         layers = sorted(set(layer_of) - {-1})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
@@ -193,7 +187,7 @@ class CPC(PlasticityControl):
             columns=columns,
             tables=self._tables(common["parameters"], (Placement.of_layers(layer), *columns)),
             layers=layers,
-            nonfinite_steps=self._nonfinite_steps.on(device),
+            nonfinite_steps=self._nonfinite_steps.on(common["device"]),
             layer=layer,
         )
 
@@ -215,16 +209,13 @@ class CPC(PlasticityControl):
         counts, result = self._nonfinite_steps.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             constants = self._constants(index)
+            eq_7 = {option: constants[option] for option in ("alpha", "beta", "sigma")}
             average, rate = {}, {}
             for parameter in self._parameters_of[index]:
-                if id(parameter) not in self._group_of:
-                    continue
                 name = names[id(parameter)].rpartition(".")[2]
                 known = self.state.get(parameter, {}).get("importance")
-                average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
-                lr = float(self._group_of[id(parameter)]["lr"])
-                eq_7 = {option: constants[option] for option in ("alpha", "beta", "sigma")}
-                rate[name] = reference.learning_rate(average[name], lr, **eq_7)
+                average[name] = self._new_state_tensor(parameter, "importance") if known is None else known.clone()
+                rate[name] = reference.learning_rate(average[name], float(self._group_of[id(parameter)]["lr"]), **eq_7)
             values = [each.flatten() for each in average.values()]
             frozen = (torch.cat(values) >= constants["beta"]).double().mean().item() if values else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])

@@ -86,9 +86,9 @@ class SI(Anchored):
 
         Raises:
             RuntimeError: no step was taken since the last call, so there is no path to consolidate.
-            NonFiniteImportanceError: an importance is not finite; a ValueError, too.
+            NonFiniteImportanceError: an importance is not finite. It is a ValueError.
 
-        Nothing is changed by an error.
+        An error changes nothing.
         """
         moved = [
             (parameter, group)

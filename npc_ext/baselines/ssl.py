@@ -108,10 +108,8 @@ class SSL(MAS):
                 "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
             )
         self._warn_of_missing_biases()
-        self._discounts = {
-            layer.name: torch.ones(layer.neurons, dtype=torch.float32, device=layer.sink.device)
-            for layer in self.inhibited
-        }
+        self._discounts: dict[str, Tensor] = {}
+        self._discount()
         self._place_hooks()
 
     def _bias(self, layer: NeuronLayer) -> Tensor | None:
@@ -162,10 +160,8 @@ class SSL(MAS):
         for layer in self.inhibited:
             bias = self._bias(layer)
             state = {} if bias is None else self.state.get(bias, {})
-            if "stiffness" in state:
-                self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
-            else:
-                self._discounts[layer.name].fill_(1)
+            importance = state["stiffness"] if "stiffness" in state else torch.zeros_like(layer.sink)
+            self._discounts[layer.name] = torch.exp(-importance.to(torch.float32))
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)

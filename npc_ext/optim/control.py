@@ -44,7 +44,7 @@ class PlasticityControl(ModelOptimizer):
         super().__init__(arguments)
         self._find_layers()
         self._has_layers = True
-        self._warn_if_little_is_protected()
+        self._check_protection()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with its options, for example a new head of the model.
@@ -94,7 +94,8 @@ class PlasticityControl(ModelOptimizer):
     def _trained(self) -> list[Tensor]:
         return [p for p in self._all_parameters() if p.requires_grad and self._trains(p)]
 
-    def _warn_if_little_is_protected(self) -> None:
+    def _check_protection(self) -> None:
+        """Warns if more than half of what is trained is not protected. Called when the layers were found first."""
         unprotected = [parameter for parameter in self._trained() if not self._in_layers(parameter)]
         warn_if_little(self._protection(), self._model, unprotected, self._UNITS, self._ADVICE)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ..columns import SGDOptions, columns_of
@@ -114,8 +113,7 @@ class NPC(Plastic):
     ) -> None:
         super().__init__(locals())
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
         return self._plastic_plan(common, columns_of(SGDOptions, common["groups"], lr=common["rates"]))
 
     def _launch(self, plan: PlasticPlan) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ..columns import AdamNetwork, AdamOptions, columns_of
@@ -97,8 +96,7 @@ class NPCAdamW(Plastic):
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
         return local(state["exp_avg"])
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
         rates, groups = common["rates"], common["groups"]
         first, second = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
         epsilon = [group["eps"] for group in groups]

@@ -219,7 +219,7 @@ class ImportanceHolder(torch.optim.Optimizer):
             )
         return inner
 
-    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         """The states of a state dict, by the id of the parameter at the same position here."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")
