@@ -85,8 +85,8 @@ class Anchored(ModelOptimizer):
     _more_options: Mapping[str, Any] = {}
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
         "implicit": (
-            "their anchors pulled explicitly. In each group, set group['implicit'] = False to go on like that, or True "
-            "for the proximal step, which is stable for every strength"
+            "their anchors pulled explicitly. In each group, set group['implicit'] = False to continue like that, or "
+            "True for the proximal step, which is stable for every strength"
         )
     }
 

@@ -25,7 +25,7 @@ from ..optim.plasticity import described
 
 @dataclass(frozen=True)
 class ConnectionPlasticity:
-    """How plastic the connections of a layer are now.
+    """The plasticity of a layer's connections at this moment.
 
     Attributes:
         importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4. Its mean over the

@@ -120,8 +120,8 @@ class SSL(MAS):
         without = [layer.name for layer in self.inhibited if self._bias(layer) is None]
         if without:
             warn(
-                f"the neurons of {', '.join(map(repr, without))} have no bias, which tells their importance, so "
-                "neurons that earlier tasks need are not discounted; give them a bias, or name other layers",
+                f"the neurons of {', '.join(map(repr, without))} have no bias, which shows their importance, so "
+                "neurons that earlier tasks need are not discounted; give them a bias, or name other layers"
             )
 
     def _place_hooks(self) -> None:

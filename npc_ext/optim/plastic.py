@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import ops, reference
-from .._names import ByLayer, close_to
+from .._names import ByLayer
 from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
@@ -489,10 +489,8 @@ class Plastic(PlasticityControl, Joinable):
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
-        names = self._layer_names()
-        if layer not in names:
-            raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
-        constants = self._constants(names.index(layer))
+        indices = ByLayer({name: index for index, name in enumerate(self._layer_names())})
+        constants = self._constants(indices[layer])
         return {name: constants[name] for name in CONSTANTS}
 
     # --------------------------------------------------------------------------------------------- saving and loading
