@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
@@ -58,10 +59,7 @@ def _dotted(version: int) -> str:
 
 
 def _cuda_compiler() -> str:
-    try:
-        plan = compilers.cuda()
-    except Exception as error:
-        return str(error)
+    plan = compilers.cuda()
     if plan.nvcc is None:
         return f"not used, so the kernels are built for the CPU only: {plan.reason}"
     return "; ".join([f"{plan.nvcc} (CUDA {plan.release}), for {' '.join(plan.archs)}", *plan.notices])
@@ -74,9 +72,9 @@ def _version(package: str) -> str:
         return f"not installed; fix: pip install {package}"
 
 
-def _compiler() -> str:
+def _or_error(report: Callable[[], str]) -> str:
     try:
-        return " ".join(compilers.compiler_command())
+        return report()
     except Exception as error:
         return str(error)
 
@@ -90,8 +88,8 @@ def main() -> int:
         ("Python", f"{platform.python_version()} on {platform.machine()}, {platform.system()}"),
         ("torch", torch_line),
         ("numpy", _version("numpy")),
-        ("compiler", _compiler()),
-        ("nvcc", _cuda_compiler()),
+        ("compiler", _or_error(lambda: " ".join(compilers.compiler_command()))),
+        ("nvcc", _or_error(_cuda_compiler)),
     ]
     if found.module is not None:
         isas = found.module.isas()
@@ -107,9 +105,8 @@ def main() -> int:
     rows += _gpus(torch)
     for name, text in rows:
         print(f"{name:9} {text}")
-    if torch is None or found.module is None:
-        return 1
-    return 1 if any(map(native.why_not_on, range(_gpu_count(torch)))) else 0
+    works = torch is not None and found.module is not None and not any(map(native.why_not_on, range(_gpu_count(torch))))
+    return 0 if works else 1
 
 
 if __name__ == "__main__":

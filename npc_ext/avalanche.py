@@ -27,7 +27,7 @@ from ._warn import warn
 from .distributed.sinks import unwrapped
 from .neurons.tap import ImportanceWarning
 from .optim.plastic import Plastic
-from .optim.succession import in_first_block
+from .optim.succession import first_block
 from .optim.wrapper import PlasticityWrapper
 
 
@@ -171,19 +171,17 @@ def _plastic(optimizer: Plastic | PlasticityWrapper) -> Plastic:
     return optimizer._tracker if isinstance(optimizer, PlasticityWrapper) else optimizer
 
 
-def _block(old: Tensor) -> tuple[slice, ...]:
-    return tuple(slice(size) for size in old.shape)
-
-
 def _begins_with(new: Tensor, old: Tensor) -> bool:
     """Whether a parameter is as large as an older one, or larger, and begins with its values in each dimension."""
     if new.dim() != old.dim() or any(a < b for a, b in zip(new.shape, old.shape, strict=True)):
         return False
-    return torch.equal(new[_block(old)], old.to(new.device))
+    return torch.equal(first_block(new, old.shape), old.to(new.device))
 
 
 def _grown(value: Any, old: Tensor, new: Tensor) -> Any:
     """A state tensor of the old parameter's shape, extended by zeros to the new shape; other values unchanged."""
     if not isinstance(value, Tensor) or value.shape != old.shape:
         return value
-    return in_first_block(value, torch.zeros_like(new, dtype=value.dtype, requires_grad=False))
+    grown = torch.zeros_like(new, dtype=value.dtype, requires_grad=False)
+    first_block(grown, old.shape).copy_(value)
+    return grown

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from ._names import close_to
 from ._warn import warn
 
 if TYPE_CHECKING:
@@ -96,8 +95,6 @@ def check_capacity(
             CapacityWarning,
         )
     for name, neurons in learning.items():
-        if name not in layers:
-            raise KeyError(f"no consolidated layer {name!r}; {close_to(name, layers)}")
         importance, neurons = layers[name].importance, [int(neuron) for neuron in neurons]
         if outside := [neuron for neuron in neurons if not 0 <= neuron < len(importance)]:
             raise IndexError(

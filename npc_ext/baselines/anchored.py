@@ -25,7 +25,6 @@ from ..kernels import launch
 from ..optim.base import ModelOptimizer
 from ..optim.options import SGD_OPTIONS, check_choice, check_number
 from ..optim.plan import Plan
-from ..optim.succession import blocks_of, fitted
 
 
 class Anchored(ModelOptimizer):
@@ -86,8 +85,8 @@ class Anchored(ModelOptimizer):
     _more_options: Mapping[str, Any] = {}
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
         "implicit": (
-            "their anchors pulled explicitly. In each group, set group['implicit'] = False to go on like that, or True "
-            "for the proximal step, which is stable for every strength"
+            "their anchors pulled explicitly. In each group, set group['implicit'] = False to continue like that, or "
+            "True for the proximal step, which is stable for every strength"
         )
     }
 
@@ -105,16 +104,9 @@ class Anchored(ModelOptimizer):
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        options = {
-            "lr": lr,
-            "strength": self._STRENGTH if strength is None else strength,
-            "implicit": implicit,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(model, params, {**options, **self._more_options}, backend)
+        if strength is None:
+            strength = self._STRENGTH
+        super().__init__({**locals(), **self._more_options})
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -155,9 +147,8 @@ class Anchored(ModelOptimizer):
         for parameter in importances:
             self._check_state_fits(parameter)
         for parameter, importance in importances.items():
-            dtype = reference.compute_dtype(parameter.dtype)
-            value = parameter.detach().to(dtype, copy=True)
-            importance = launch.in_memory_order_of(parameter, importance.to(dtype))
+            value = self._new_state_tensor(parameter, "anchor")
+            importance = launch.in_memory_order_of(parameter, importance.to(value.dtype))
             self._lay_out_state(parameter)
             state = self.state[parameter]
             if "stiffness" in state:
@@ -166,40 +157,17 @@ class Anchored(ModelOptimizer):
         self._forget_plans()
         self._note_importance()
 
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        named = {name: states.get(id(parameter), {}) for name, parameter in self._trained_by_name().items()}
-        return {
-            name: {tensor: state[tensor] for tensor in self._STATE_TENSORS if tensor in state}
-            for name, state in named.items()
-            if "stiffness" in state
-        }
-
     def _may_hold(self) -> dict[str, Tensor]:
         return self._trained_by_name()
 
-    @torch.no_grad()
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        taken: dict[Tensor, dict[str, Tensor]] = {}
-        for name, parameter in self._trained_by_name().items():
-            if name in held and parameter not in taken:  # it may have several names
-                dtype = self._state_tensor_dtype(parameter)
-                initial = {tensor: torch.zeros_like(parameter, dtype=dtype) for tensor in self._STATE_TENSORS}
-                initial["anchor"] = parameter.detach().to(dtype, copy=True)
-                blocks = blocks_of(self._model, name)
-                taken[parameter] = {
-                    tensor: fitted(values, initial[tensor], repr(name), blocks) for tensor, values in held[name].items()
-                }
-        for parameter, tensors in taken.items():
-            self.state[parameter].update(tensors)
+    def _new_state_tensor(self, parameter: Tensor, name: str) -> Tensor:
+        if name == "anchor":
+            return parameter.detach().to(self._state_tensor_dtype(parameter), copy=True)
+        return super()._new_state_tensor(parameter, name)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> _Plan:
         groups, kept = common["groups"], common["checked"]
-        strength, implicit = (
-            [float(group["strength"]) for group in groups],
-            [bool(group["implicit"]) for group in groups],
-        )
-        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), AnchorOptions(strength, implicit))
+        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), columns_of(AnchorOptions, groups))
         # SI remembers where a task began before there is any stiffness.
         pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
         anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]

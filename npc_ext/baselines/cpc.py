@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,23 +18,21 @@ from ..neurons.find import connections
 from ..neurons.protection import Protection
 from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
-from ..optim.options import ALPHA_IN_UNITS_OF_LR, SGD_OPTIONS, plasticity_columns
+from ..optim.options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS, plasticity_columns
 from ..optim.plan import LayersPlan
-from ..optim.plasticity import spread
-from ..optim.succession import fitted
-
-_CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")
+from ..optim.plasticity import described
 
 
 @dataclass(frozen=True)
 class ConnectionPlasticity:
-    """How plastic the connections of a layer are now.
+    """The plasticity of a layer's connections at this moment.
 
     Attributes:
         importance: parameter name -> float32 tensor of its shape, the moving average C of eq. 4. Its mean over the
             layer tends to 1.
         learning_rate: parameter name -> float32 tensor of its shape, eta of eq. 7.
-        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, whatever the learning rate.
+        frozen: the share of the layer's connections, from 0 to 1, for which eq. 7 is 0, regardless of the group's
+            learning rate.
         nonfinite_steps: in how many steps the measured importance was not finite and was left out.
     """
 
@@ -44,14 +42,9 @@ class ConnectionPlasticity:
     nonfinite_steps: int
 
     def __repr__(self) -> str:
-        importance, rate = (
-            torch.cat([values.flatten() for values in by_name.values()])
-            for by_name in (self.importance, self.learning_rate)
-        )
-        return (
-            f"{type(self).__name__}({importance.numel()} connections, {self.frozen:.0%} frozen, importance "
-            f"{spread(importance)}, learning rate {spread(rate)})"
-        )
+        both = (self.importance, self.learning_rate)
+        importance, rate = (torch.cat([values.flatten() for values in by_name.values()]) for by_name in both)
+        return described(self, importance, rate, "connections")
 
 
 class CPC(PlasticityControl):
@@ -91,9 +84,9 @@ class CPC(PlasticityControl):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
-    _OPTIONS: ClassVar[tuple[str, ...]] = (*_CONSTANTS, *SGD_OPTIONS)
-    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("importance",)
+    _ADDED_KEYS = ALPHA_IN_UNITS_OF_LR
+    _OPTIONS = (*CONSTANTS, *SGD_OPTIONS)
+    _STATE_TENSORS = ("importance",)
     _KIND = "importance of connections"
     _UNITS = "connections"
     _NONFINITE_IN = "weights or gradients"
@@ -121,19 +114,7 @@ class CPC(PlasticityControl):
         others: Literal["train", "freeze"] = "train",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        options = {
-            "lr": lr,
-            "alpha": alpha,
-            "beta": beta,
-            "delta": delta,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "sigma": sigma,
-            "maximize": maximize,
-            "normalize": normalize,
-        }
-        super().__init__(model, params, options, backend, layers=layers, others=others)
+        super().__init__(locals())
 
     def _find_layers(self) -> None:
         layers = connections(self._model)
@@ -143,13 +124,13 @@ class CPC(PlasticityControl):
         self._index_parameters()
 
     def _index_parameters(self) -> None:
-        """Maps every parameter to its group and its layer. To be called when parameters may be new objects."""
+        """Maps every parameter to its group and its layer. Call this when parameters may be new objects."""
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         layers = connections(self._model)
         self._layer_of: dict[int, int] = {}
-        self._parameters_of: list[list[nn.Parameter]] = []
+        self._parameters_of: list[list[nn.Parameter]] = []  # those that are trained
         for index, name in enumerate(self._names):
-            parameters = [parameter for parameter in layers[name] if id(parameter) not in self._layer_of]
+            parameters = [p for p in layers[name] if id(p) in self._group_of and id(p) not in self._layer_of]
             self._layer_of.update((id(parameter), index) for parameter in parameters)
             self._parameters_of.append(parameters)
         plain = layers.keys() - set(self._names)
@@ -166,9 +147,8 @@ class CPC(PlasticityControl):
 
     def _constants(self, layer: int) -> dict[str, Any]:
         """The constants of a layer: those set for the layer, else those of its first parameter's group."""
-        groups = (self._group_of[id(p)] for p in self._parameters_of[layer] if id(p) in self._group_of)
-        group = next(groups, self.defaults)
-        return {**{name: group[name] for name in _CONSTANTS}, **self._layer_options.of(self._names[layer])}
+        group = next((self._group_of[id(p)] for p in self._parameters_of[layer]), self.defaults)
+        return {**{name: group[name] for name in CONSTANTS}, **self._layer_options.of(self._names[layer])}
 
     def _step(self) -> None:
         super()._step()
@@ -177,31 +157,14 @@ class CPC(PlasticityControl):
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
         super()._create_state(parameter, group)
         if id(parameter) in self._layer_of and self.state[parameter].get("importance") is None:
-            self.state[parameter]["importance"] = torch.zeros_like(parameter, dtype=torch.float32)
+            self.state[parameter]["importance"] = self._new_state_tensor(parameter, "importance")
 
     def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
         return torch.float32
 
-    def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        named = ((name, states.get(id(parameter), {})) for name, parameter in self._connections().items())
-        return {name: {"importance": state["importance"]} for name, state in named if "importance" in state}
-
     def _may_hold(self) -> dict[str, Tensor]:
-        return self._connections()
-
-    def _connections(self) -> dict[str, Tensor]:
-        """The parameters that have importance, by name."""
         trained = self._trained_by_name()
         return {name: parameter for name, parameter in trained.items() if id(parameter) in self._layer_of}
-
-    def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
-        averages: dict[Tensor, Tensor] = {}
-        for name, parameter in self._connections().items():
-            if name in held and parameter not in averages:  # it may have several names
-                initial = torch.zeros_like(parameter, dtype=torch.float32)
-                averages[parameter] = fitted(held[name]["importance"], initial, repr(name))
-        for parameter, average in averages.items():
-            self.state[parameter]["importance"] = average
 
     def _settle(self) -> None:
         for plan in self._plans:
@@ -212,8 +175,7 @@ class CPC(PlasticityControl):
                 moment = state["momentum_buffer"] if has_momentum else None
                 self._first_moments.settle(parameter, moment, importance, beta, partial(torch.ge, importance, beta))
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> _Plan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> _Plan:
         layer_of = [self._layer_of.get(id(parameter), -1) for parameter in common["owners"]]
         layers = sorted(set(layer_of) - {-1})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
@@ -225,7 +187,7 @@ class CPC(PlasticityControl):
             columns=columns,
             tables=self._tables(common["parameters"], (Placement.of_layers(layer), *columns)),
             layers=layers,
-            nonfinite_steps=self._nonfinite_steps.on(device),
+            nonfinite_steps=self._nonfinite_steps.on(common["device"]),
             layer=layer,
         )
 
@@ -247,16 +209,13 @@ class CPC(PlasticityControl):
         counts, result = self._nonfinite_steps.now(), ByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             constants = self._constants(index)
+            eq_7 = {option: constants[option] for option in ("alpha", "beta", "sigma")}
             average, rate = {}, {}
             for parameter in self._parameters_of[index]:
-                if id(parameter) not in self._group_of:
-                    continue
                 name = names[id(parameter)].rpartition(".")[2]
                 known = self.state.get(parameter, {}).get("importance")
-                average[name] = torch.zeros_like(parameter, dtype=torch.float32) if known is None else known.clone()
-                lr = float(self._group_of[id(parameter)]["lr"])
-                eq_7 = {option: constants[option] for option in ("alpha", "beta", "sigma")}
-                rate[name] = reference.learning_rate(average[name], lr, **eq_7)
+                average[name] = self._new_state_tensor(parameter, "importance") if known is None else known.clone()
+                rate[name] = reference.learning_rate(average[name], float(self._group_of[id(parameter)]["lr"]), **eq_7)
             values = [each.flatten() for each in average.values()]
             frozen = (torch.cat(values) >= constants["beta"]).double().mean().item() if values else 0.0
             result[layer] = ConnectionPlasticity(average, rate, frozen, counts[index])

@@ -19,7 +19,7 @@ class MAS(Anchored):
     end of task k, and W_k is the mean over its samples of |d ||f(x)||^2 / d theta|. No labels are needed. Two numbers a
     weight hold all old tasks exactly. Source: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware
     Synapses: Learning what (not) to forget", ECCV 2018, arXiv 1711.09601, eqs. 2 to 4. There the weights after the
-    latest task are the only anchor; here every task keeps its own.
+    latest task are the only anchor; here every task has an anchor.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task.
 

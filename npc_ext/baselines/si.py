@@ -77,9 +77,8 @@ class SI(Anchored):
         super()._create_state(parameter, group)
         state = self.state[parameter]
         if "path" not in state:
-            dtype = reference.compute_dtype(parameter.dtype)
-            state["path"] = torch.zeros_like(parameter, dtype=dtype)
-            state["anchor"] = parameter.detach().to(dtype, copy=True)
+            for name in ("path", "anchor"):
+                state[name] = self._new_state_tensor(parameter, name)
 
     @torch.no_grad()
     def consolidate(self) -> None:
@@ -87,9 +86,9 @@ class SI(Anchored):
 
         Raises:
             RuntimeError: no step was taken since the last call, so there is no path to consolidate.
-            NonFiniteImportanceError: an importance is not finite; a ValueError, too.
+            NonFiniteImportanceError: an importance is not finite. It is a ValueError.
 
-        Nothing is changed by an error.
+        An error changes nothing.
         """
         moved = [
             (parameter, group)
@@ -107,8 +106,7 @@ class SI(Anchored):
         stiffness = {parameter: self._stiffness_now(parameter, group["damping"]) for parameter, group in moved}
         for parameter, total in stiffness.items():
             state = self.state[parameter]
-            state["stiffness"] = total
-            state["anchor"] = parameter.detach().to(state["anchor"].dtype, copy=True)
+            state["stiffness"], state["anchor"] = total, self._new_state_tensor(parameter, "anchor")
             state["path"].zero_()
         self._forget_plans()
         self._note_importance()

@@ -23,14 +23,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._names import close_to
 from .._torch import own_hooks, own_parameters
 from .._warn import warn
 from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
-from ..optim.options import check_number
+from ..optim.options import check_number, check_pattern
 from .consolidation import SensitivityOptions
 from .mas import MAS
 
@@ -109,10 +108,8 @@ class SSL(MAS):
                 "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
             )
         self._warn_of_missing_biases()
-        self._discounts = {
-            layer.name: torch.ones(layer.neurons, dtype=torch.float32, device=layer.sink.device)
-            for layer in self.inhibited
-        }
+        self._discounts: dict[str, Tensor] = {}
+        self._discount()
         self._place_hooks()
 
     def _bias(self, layer: NeuronLayer) -> Tensor | None:
@@ -123,8 +120,8 @@ class SSL(MAS):
         without = [layer.name for layer in self.inhibited if self._bias(layer) is None]
         if without:
             warn(
-                f"the neurons of {', '.join(map(repr, without))} have no bias, which tells their importance, so "
-                "neurons that earlier tasks need are not discounted; give them a bias, or name other layers",
+                f"the neurons of {', '.join(map(repr, without))} have no bias, which shows their importance, so "
+                "neurons that earlier tasks need are not discounted; give them a bias, or name other layers"
             )
 
     def _place_hooks(self) -> None:
@@ -163,10 +160,8 @@ class SSL(MAS):
         for layer in self.inhibited:
             bias = self._bias(layer)
             state = {} if bias is None else self.state.get(bias, {})
-            if "stiffness" in state:
-                self._discounts[layer.name] = torch.exp(-state["stiffness"].to(torch.float32))
-            else:
-                self._discounts[layer.name].fill_(1)
+            importance = state["stiffness"] if "stiffness" in state else torch.zeros_like(layer.sink)
+            self._discounts[layer.name] = torch.exp(-importance.to(torch.float32))
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
@@ -239,10 +234,7 @@ def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[Neur
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
     names = [layer.name for layer in layers]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, names)}"
-            )
+        check_pattern(pattern, names)
     return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
 
 

@@ -7,6 +7,7 @@ defines its update in its plans.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
 
@@ -40,8 +41,6 @@ class ModelOptimizer(ImportanceHolder):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
-    # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
-    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
     # Group keys that earlier versions did not save: what groups without them mean, and how to convert them.
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
 
@@ -51,7 +50,9 @@ class ModelOptimizer(ImportanceHolder):
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
     _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
-    def __init__(self, model: nn.Module, params: Iterable[Any] | None, defaults: dict[str, Any], backend: str) -> None:
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`."""
+        model, params, backend = arguments["model"], arguments["params"], arguments["backend"]
         if not isinstance(model, nn.Module):
             name = type(self).__name__
             raise TypeError(
@@ -75,8 +76,10 @@ class ModelOptimizer(ImportanceHolder):
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
-        unit = {ALPHA_UNIT: "lr"} if ALPHA_UNIT in self._ADDED_KEYS else {}
-        super().__init__(model.parameters() if params is None else params, {**defaults, **unit})
+        defaults = {name: arguments[name] for name in ("lr", *self._OPTIONS)}
+        if ALPHA_UNIT in self._ADDED_KEYS:
+            defaults[ALPHA_UNIT] = "lr"
+        super().__init__(model.parameters() if params is None else params, defaults)
         self._learn_model()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -252,14 +255,6 @@ class ModelOptimizer(ImportanceHolder):
             return False
         return lr.dtype == torch.float32 and lr.numel() == 1 and not native.why_not_on(lr.device.index)
 
-    def _refuse_gradient(self, parameter: Tensor, gradient: Tensor) -> None:
-        is_sparse = local(gradient).layout is not torch.strided
-        got = "sparse" if is_sparse else f"{gradient.dtype} on {gradient.device}"
-        raise ValueError(
-            f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
-            f"{parameter.device}" + (" (for embeddings: sparse=False)" if is_sparse else "")
-        )
-
     @torch.no_grad()
     def _make_plans(self) -> list[Any]:
         """What a step works on, device by device, until something in the signature changes."""
@@ -269,17 +264,16 @@ class ModelOptimizer(ImportanceHolder):
             for parameter in group["params"]:
                 if parameter.grad is not None and self._trains(parameter):
                     members.setdefault(parameter.device, []).append((parameter, group))
-        everything = [member for on_device in members.values() for member in on_device]
         # Options may have changed since the last step. Reading a rate in device memory would wait, so that is skipped.
         for group in self.param_groups:
             self._check_options({**self.defaults, **group, "lr": 0.0})
         self._look_up_groups()
-        for parameter, _ in everything:  # before anything is changed
+        for parameter, _ in chain(*members.values()):  # before anything is changed
             self._check_fits(parameter)
-        for parameter, group in everything:
+        for parameter, group in chain(*members.values()):
             self._create_state(parameter, group)
             self._lay_out_state(parameter)
-        return [self._make_plan(device, on_device) for device, on_device in members.items()]
+        return [self._make_plan(self._common(device, on_device)) for device, on_device in members.items()]
 
     def _look_up_groups(self) -> None:
         """Called when plans are made: groups may have been replaced by other dictionaries."""
@@ -304,9 +298,13 @@ class ModelOptimizer(ImportanceHolder):
                     "stores its values in other tensors; expected a plain tensor: call requires_grad_(False) on it, "
                     "or leave it out of the optimizer (params=[...])"
                 )
-        is_strided = local(gradient).layout is torch.strided
-        if not is_strided or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
-            self._refuse_gradient(parameter, gradient)
+        is_sparse = local(gradient).layout is not torch.strided
+        if is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:
+            got = "sparse" if is_sparse else f"{gradient.dtype} on {gradient.device}"
+            raise ValueError(
+                f"the gradient of {self._name_of(parameter)} is {got}; expected a dense one, {parameter.dtype} on "
+                f"{parameter.device}" + (" (for embeddings: sparse=False)" if is_sparse else "")
+            )
         if gradient.shape != parameter.shape:
             raise ValueError(
                 f"the gradient of {self._name_of(parameter)} has shape {tuple(gradient.shape)}, but the parameter has "
@@ -345,36 +343,29 @@ class ModelOptimizer(ImportanceHolder):
                 dtype = parameter.dtype if name == "momentum_buffer" else self._state_tensor_dtype(parameter)
                 state[name] = like(parameter, state[name], dtype)
 
-    def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
-        """The dtype of a parameter's `_STATE_TENSORS`."""
-        return reference.compute_dtype(parameter.dtype)
-
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
         """Whether the parameters of a group have SGD's momentum."""
-        return bool(group["momentum"] != 0)
+        return bool(group.get("momentum", 0) != 0)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> Any:
+    def _make_plan(self, common: dict[str, Any]) -> Any:
+        """A plan of the method, from the fields that do not depend on it (`_common`)."""
         raise NotImplementedError
 
     def _common(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> dict[str, Any]:
         """The fields of a plan that do not depend on the method."""
-        owners = [parameter for parameter, _ in members]
-        parameters = list(map(local, owners))
-        strides = [
-            (local(owner.grad).stride(), parameter.stride())
-            for owner, parameter in zip(owners, parameters, strict=True)
-        ]
+        owners, groups = [parameter for parameter, _ in members], [group for _, group in members]
+        states = [self.state[owner] for owner in owners]
         return {
             "device": device,
-            "parameters": parameters,
+            "parameters": list(map(local, owners)),
             "owners": owners,
             "sharded": any(map(is_sharded, owners)),
-            "aligned": all(of_gradient == of_parameter for of_gradient, of_parameter in strides),
-            "states": (states := [self.state[owner] for owner in owners]),
+            "aligned": all(local(owner.grad).stride() == local(owner).stride() for owner in owners),
+            "states": states,
             "checked": {name: [state.get(name) for state in states] for name in self._read_by_steps(members)},
-            "has_momentum": [self._has_momentum(group) for _, group in members],
-            "groups": [group for _, group in members],
-            "rates": self._rates(device, [group for _, group in members]),
+            "has_momentum": list(map(self._has_momentum, groups)),
+            "groups": groups,
+            "rates": self._rates(device, groups),
         }
 
     def _read_by_steps(self, members: list[tuple[Any, dict[str, Any]]]) -> list[str]:
@@ -425,10 +416,6 @@ class ModelOptimizer(ImportanceHolder):
         if old.shape == new.shape:
             self.state[new] = state
 
-    def _groups_changed(self) -> bool:
-        """Whether the groups have other parameters than plans, layers and taps were made for."""
-        return not self._knows(self._all_parameters())
-
     def _knows(self, parameters: list[Tensor]) -> bool:
         """Whether plans, layers and taps were made for these parameters."""
         known = self._known_parameters
@@ -437,21 +424,20 @@ class ModelOptimizer(ImportanceHolder):
     def _compare_with_model(self) -> bool:
         """Warns of replaced parameters of the model; returns whether the groups' parameters changed."""
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
-        changed = self._groups_changed()
-        if changed or self._known_model is None:
+        changed = not self._knows(self._all_parameters())
+        if changed:
             self._learn_model()
             try:
                 self._take_up_groups()
             except Exception:
                 self._known_parameters = []  # the next step tries again
                 raise
-        assert self._known_model is not None
-        if self._known_model.is_unchanged(self._model):
-            return changed
-        lost = self._known_model.lost(self._model, set(map(id, self._known_parameters)))
-        check_not_sharded(lost)
-        self._known_model.look_again(self._model)
-        self._warn_of_lost(lost)
+        known = self._known_model
+        if known is not None and not known.is_unchanged(self._model):
+            lost = known.lost(self._model, set(map(id, self._known_parameters)))
+            check_not_sharded(lost)
+            known.look_again(self._model)
+            self._warn_of_lost(lost)
         return changed
 
     def _warn_of_lost(self, lost: list[Lost]) -> None:
@@ -488,21 +474,19 @@ class ModelOptimizer(ImportanceHolder):
                 f"the state dict has {', '.join(map(str, [*state_dict][:4])) or 'nothing'}; expected state and "
                 "param_groups, as in an optimizer's state_dict() (to load a model: model.load_state_dict)"
             )
-        groups, saved_groups = self.param_groups, state_dict["param_groups"]
-        counts, saved_counts = ([len(g["params"]) for g in gs] for gs in (groups, saved_groups))
+        saved_groups = state_dict["param_groups"]
+        counts, saved_counts = ([len(g["params"]) for g in groups] for groups in (self.param_groups, saved_groups))
         if counts != saved_counts:
             raise ValueError(
                 f"the state dict has parameter groups of {saved_counts} parameters, this optimizer has {counts}; "
                 "it was saved for another architecture or other groups"
             )
-        ids = [index for group in saved_groups for index in group["params"]]
-        parameters = self._all_parameters()
-        saved = {id(p): state_dict["state"].get(index, {}) for index, p in zip(ids, parameters, strict=True)}
+        parameters, saved = self._all_parameters(), self._states_saved_in(state_dict)
         for parameter in parameters:
             self._check_saved_tensors(parameter, saved[id(parameter)])
         self._check_saved(saved)
+        expected = [name for name in ("lr", *self._OPTIONS) if name not in self._ADDED_KEYS]
         for group in saved_groups:
-            expected = (name for name in ("lr", *self._OPTIONS) if name not in self._ADDED_KEYS)
             if missing := [name for name in expected if name not in group]:
                 raise ValueError(
                     f"the state dict's parameter groups have no {', '.join(missing)}; it was saved by another "

@@ -6,17 +6,17 @@ importance protects little or is not finite. Subclasses find the layers, measure
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..neurons.protection import Protection, warn_if_little
 from .base import ModelOptimizer
 from .measured import LayerWarnings
 from .moments import FirstMoments
 from .nonfinite import NonfiniteSteps
-from .options import LayerOptions, check_choice, check_plasticity_options
+from .options import CONSTANTS, LayerOptions, check_choice, check_plasticity_options
 
 
 class PlasticityControl(ModelOptimizer):
@@ -25,7 +25,7 @@ class PlasticityControl(ModelOptimizer):
     The groups of subclasses have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and normalize.
     """
 
-    _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", "sigma", "normalize", "consolidate")
+    _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = (*CONSTANTS, "consolidate")
     # For warnings: what is protected, what to do if little is, and where importance that is not finite comes from.
     _UNITS: ClassVar[str]
     _ADVICE: ClassVar[str]
@@ -35,24 +35,16 @@ class PlasticityControl(ModelOptimizer):
     _has_layers = False  # whether the model has been searched; the constructor adds groups before that
     _nonfinite_steps: NonfiniteSteps
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Iterable[Any] | None,
-        defaults: dict[str, Any],
-        backend: str,
-        *,
-        layers: Mapping[str, Mapping[str, Any]] | None,
-        others: str,
-    ) -> None:
-        check_choice("others", others, ("train", "freeze"))
-        self._layer_options = LayerOptions(layers, self._LAYER_OPTIONS)
-        self._others = others
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the subclass's constructor by name, also layers and others."""
+        self._others = arguments["others"]
+        check_choice("others", self._others, ("train", "freeze"))
+        self._layer_options = LayerOptions(arguments["layers"], self._LAYER_OPTIONS)
         self._layer_warnings = LayerWarnings()
-        super().__init__(model, params, defaults, backend)
+        super().__init__(arguments)
         self._find_layers()
         self._has_layers = True
-        self._warn_if_little_is_protected()
+        self._check_protection()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with its options, for example a new head of the model.
@@ -102,7 +94,8 @@ class PlasticityControl(ModelOptimizer):
     def _trained(self) -> list[Tensor]:
         return [p for p in self._all_parameters() if p.requires_grad and self._trains(p)]
 
-    def _warn_if_little_is_protected(self) -> None:
+    def _check_protection(self) -> None:
+        """Warns if more than half of what is trained is not protected. Called when the layers were found first."""
         unprotected = [parameter for parameter in self._trained() if not self._in_layers(parameter)]
         warn_if_little(self._protection(), self._model, unprotected, self._UNITS, self._ADVICE)
 

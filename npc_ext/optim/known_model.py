@@ -76,29 +76,24 @@ class KnownModel:
 
     def lost(self, model: nn.Module, trained: Collection[int]) -> list[Lost]:
         """The parameters that were replaced in the model by others, of which not all are `trained` (ids)."""
-        found = self._replaced(model)
-        return [lost for lost in found if any(id(other) not in trained for other in lost.replacements.values())]
-
-    def _replaced(self, model: nn.Module) -> list[Lost]:
         now: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         present = set(map(id, now.values()))
         found = []
         for name, parameter in self.parameters.items():
             if name in now:
-                if now[name] is parameter:
-                    continue
-                if is_sharded(parameter) and not is_sharded(now[name]):
-                    continue  # gathered for the moment
-                found.append(Lost(name, parameter, {name: now[name]}))
-                continue
-            if id(parameter) in present:  # it has another name
-                continue
-            module = name.rpartition(".")[0]
-            # A parametrization computes the parameter from new ones. A missing module was removed on purpose.
-            prefix = f"{module}." if module else "parametrizations."
-            new = {other: p for other, p in now.items() if other not in self._names and other.startswith(prefix)}
-            if new:
-                found.append(Lost(name, parameter, new))
+                is_gathered = is_sharded(parameter) and not is_sharded(now[name])  # for the moment
+                replacements = {} if now[name] is parameter or is_gathered else {name: now[name]}
+            elif id(parameter) in present:  # it has another name
+                replacements = {}
+            else:
+                # A parametrization computes the parameter from new ones. A missing module was removed on purpose.
+                module = name.rpartition(".")[0]
+                prefix = f"{module}." if module else "parametrizations."
+                replacements = {
+                    other: p for other, p in now.items() if other not in self._names and other.startswith(prefix)
+                }
+            if any(id(replacement) not in trained for replacement in replacements.values()):
+                found.append(Lost(name, parameter, replacements))
         return found
 
     def __getstate__(self) -> dict[str, Any]:

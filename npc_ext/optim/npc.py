@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from ..columns import SGDOptions, columns_of
 from ..kernels import launch
-from .options import ALPHA_IN_UNITS_OF_LR, PLASTIC_OPTIONS, SGD_OPTIONS
+from .options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS
 from .plan import PlasticPlan
 from .plastic import Plastic
 
@@ -87,8 +86,8 @@ class NPC(Plastic):
         ...     optimizer.step()
     """
 
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = ALPHA_IN_UNITS_OF_LR
-    _OPTIONS: ClassVar[tuple[str, ...]] = ("alpha", "beta", "delta", *SGD_OPTIONS, *PLASTIC_OPTIONS)
+    _ADDED_KEYS = ALPHA_IN_UNITS_OF_LR
+    _OPTIONS = (*CONSTANTS, *SGD_OPTIONS, "stochastic_rounding")
 
     def __init__(
         self,
@@ -112,32 +111,9 @@ class NPC(Plastic):
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "beta": beta,
-            "delta": delta,
-            "momentum": momentum,
-            "nesterov": nesterov,
-            "weight_decay": weight_decay,
-            "sigma": sigma,
-            "maximize": maximize,
-            "normalize": normalize,
-            "stochastic_rounding": stochastic_rounding,
-        }
-        super().__init__(
-            model,
-            params,
-            defaults,
-            backend,
-            layers=layers,
-            others=others,
-            skip_frozen=skip_frozen,
-            process_group=process_group,
-        )
+        super().__init__(locals())
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
         return self._plastic_plan(common, columns_of(SGDOptions, common["groups"], lr=common["rates"]))
 
     def _launch(self, plan: PlasticPlan) -> None:

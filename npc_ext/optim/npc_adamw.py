@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 
-from .. import reference
 from ..columns import AdamNetwork, AdamOptions, columns_of
 from ..distributed.shards import local
 from ..kernels import launch
-from .options import PLASTIC_OPTIONS, check_number, check_plasticity_options
+from .options import CONSTANTS, check_number, check_plasticity_options
 from .plan import PlasticPlan
 from .plastic import Plastic
 
@@ -50,11 +48,8 @@ class NPCAdamW(Plastic):
         >>> optimizer = NPCAdamW(model, lr=1e-3)  # was: torch.optim.AdamW(model.parameters(), lr=1e-3)
     """
 
-    _OPTIONS: ClassVar[tuple[str, ...]] = (
-        *("alpha", "beta", "delta", "betas", "eps", "weight_decay", "maximize"),
-        *PLASTIC_OPTIONS,
-    )
-    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    _OPTIONS = (*CONSTANTS, "betas", "eps", "weight_decay", "maximize", "stochastic_rounding")
+    _STATE_TENSORS = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -78,29 +73,7 @@ class NPCAdamW(Plastic):
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "alpha": alpha,
-            "beta": beta,
-            "delta": delta,
-            "sigma": sigma,
-            "maximize": maximize,
-            "normalize": normalize,
-            "stochastic_rounding": stochastic_rounding,
-        }
-        super().__init__(
-            model,
-            params,
-            defaults,
-            backend,
-            layers=layers,
-            others=others,
-            skip_frozen=skip_frozen,
-            process_group=process_group,
-        )
+        super().__init__(locals())
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -110,24 +83,20 @@ class NPCAdamW(Plastic):
             raise ValueError(f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999)")
         check_plasticity_options(options, where)
 
-    def _has_momentum(self, group: Mapping[str, Any]) -> bool:
-        return False
-
     def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:
         return True
 
     def _create_state(self, parameter: Any, group: dict[str, Any]) -> None:
-        state, dtype = self.state[parameter], reference.compute_dtype(parameter.dtype)
+        state = self.state[parameter]
         for name in self._STATE_TENSORS:
             if state.get(name) is None:
-                state[name] = torch.zeros_like(parameter, dtype=dtype)
+                state[name] = self._new_state_tensor(parameter, name)
         super()._create_state(parameter, group)
 
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
         return local(state["exp_avg"])
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common = self._common(device, members)
+    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
         rates, groups = common["rates"], common["groups"]
         first, second = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
         epsilon = [group["eps"] for group in groups]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, SupportsFloat
@@ -16,10 +17,10 @@ from ..kernels.checks import SIGMAS
 
 BACKENDS = ("auto", "native", "reference")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
-PLASTIC_OPTIONS = ("sigma", "normalize", "stochastic_rounding")  # besides alpha, beta and delta
+CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")  # of eqs. 3, 4 and 7
 # Groups of NPC and CPC name the unit of their alpha under this key, also in state dicts: "lr", the group's rate.
 ALPHA_UNIT = "alpha_unit"
-ALPHA_IN_UNITS_OF_LR = {
+ALPHA_IN_UNITS_OF_LR: Mapping[str, str] = {
     ALPHA_UNIT: (
         "their alpha, {alpha:g}, is an absolute learning rate. Expected alpha in units of lr: in each group, divide it "
         "by the lr that it was chosen for (0.05 at lr 0.1 becomes 0.5), and set group['alpha_unit'] = 'lr'"
@@ -31,25 +32,21 @@ class LayerOptions:
     """The options of single layers, as in `layers={"head*": {"normalize": "active"}}`."""
 
     def __init__(self, options: Mapping[str, Mapping[str, Any]] | None, known: Sequence[str]) -> None:
-        if not isinstance(options or {}, Mapping) or not all(
-            isinstance(name, str) and isinstance(values, Mapping) for name, values in (options or {}).items()
+        options = options or {}
+        if not isinstance(options, Mapping) or not all(
+            isinstance(name, str) and isinstance(values, Mapping) for name, values in options.items()
         ):
             raise TypeError(
                 f"layers is {options!r}; expected the options of layers by name or pattern, as in "
                 "{'output': {'consolidate': False}}"
             )
-        self._options = {name: dict(values) for name, values in (options or {}).items()}
+        self._options = {name: dict(values) for name, values in options.items()}
         self._known = known
 
     def of(self, name: str) -> dict[str, Any]:
         """The options of a layer. Its name takes precedence over patterns, and earlier patterns over later ones."""
-        matches = [
-            values for pattern, values in self._options.items() if pattern != name and fnmatchcase(name, pattern)
-        ]
-        merged: dict[str, Any] = {}
-        for values in reversed([self._options.get(name, {}), *matches]):
-            merged.update(values)
-        return merged
+        matching = (values for pattern, values in self._options.items() if fnmatchcase(name, pattern))
+        return dict(ChainMap(self._options.get(name, {}), *matching))
 
     def names(self, name: str) -> bool:
         """Whether a layer has options under its name, rather than under a pattern."""
@@ -59,16 +56,21 @@ class LayerOptions:
         """Raises ValueError for a pattern that matches no layer and for an unknown option; calls `check_values`."""
         layers = list(names)
         for pattern, options in self._options.items():
-            if not any(name == pattern or fnmatchcase(name, pattern) for name in layers):
-                raise ValueError(
-                    f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, layers)}"
-                )
+            check_pattern(pattern, layers)
             for option in options:
                 if option not in self._known:
                     raise ValueError(
                         f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(self._known)}"
                     )
             check_values(options, f"layers[{pattern!r}]: ")
+
+
+def check_pattern(pattern: str, layers: Sequence[str]) -> None:
+    """Raises ValueError if a name or shell-style pattern matches no layer."""
+    if pattern not in layers and not any(fnmatchcase(name, pattern) for name in layers):
+        raise ValueError(
+            f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, layers)}"
+        )
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:

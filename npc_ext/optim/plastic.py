@@ -9,16 +9,16 @@ layer's sink, a small leaf tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import ops, reference
-from .._names import ByLayer, close_to
+from .._names import ByLayer
 from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
@@ -35,7 +35,7 @@ from .base import uncompiled
 from .control import PlasticityControl
 from .measured import MeasurementChecks
 from .nonfinite import NonfiniteSteps
-from .options import check_choice, check_rounding, plasticity_columns
+from .options import CONSTANTS, check_choice, check_rounding, plasticity_columns
 from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
@@ -45,6 +45,25 @@ _NOT_SAVED = (
     "; torch.distributed.checkpoint.state_dict does not save parameters that require no gradient: build the optimizer "
     "on the others, params=[...]"
 )
+
+
+class _Place(NamedTuple):
+    """The neurons of a parameter.
+
+    Attributes:
+        layer: the index of their layer; -1: none.
+        dim: the parameter's dimension that counts neurons.
+        groups: more than 1 only for grouped transposed convolutions.
+        first: the neuron of the layer to which the first row belongs.
+    """
+
+    layer: int = -1
+    dim: int = 0
+    groups: int = 1
+    first: int = 0
+
+
+_NO_LAYER = _Place()
 
 
 class Plastic(PlasticityControl, Joinable):
@@ -66,24 +85,14 @@ class Plastic(PlasticityControl, Joinable):
     neurons: Neurons
     _certificates: Certificates
 
-    def __init__(
-        self,
-        model: nn.Module,
-        params: Iterable[Any] | None,
-        defaults: dict[str, Any],
-        backend: str,
-        *,
-        layers: Mapping[str, Mapping[str, Any]] | None,
-        others: str,
-        skip_frozen: bool | str,
-        process_group: Any,
-    ) -> None:
-        check_choice("skip_frozen", skip_frozen, _SKIPPING)
-        self._skip_frozen = skip_frozen
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the subclass's constructor by name, also skip_frozen and process_group."""
+        self._skip_frozen = arguments["skip_frozen"]
+        check_choice("skip_frozen", self._skip_frozen, _SKIPPING)
         self._just_found = False
-        self._shared_sinks = SharedSinks(model, process_group)
+        self._shared_sinks = SharedSinks(arguments["model"], arguments["process_group"])
         Joinable.__init__(self)
-        super().__init__(model, params, defaults, backend, layers=layers, others=others)
+        super().__init__(arguments)
         self._checks = MeasurementChecks(self._layer_warnings)
 
     # -------------------------------------------------------------------------------------------- groups and layers
@@ -135,7 +144,7 @@ class Plastic(PlasticityControl, Joinable):
         self._install_skipping(trained)
 
     def _install_skipping(self, trained: set[int]) -> None:
-        before = self.__dict__.get("_certificates")
+        before = getattr(self, "_certificates", None)
         layers = zip(self._consolidated, self._keys, self._options_of_layers, strict=True)
         self._certificates = install_skipping(self._model, layers, self._skip_frozen, trained)
         self.neurons.hold(self._certificates)
@@ -169,15 +178,16 @@ class Plastic(PlasticityControl, Joinable):
             id(p.parameter) for layer in self.neurons if layer.name in self._left_alone for p in layer.parameters
         }
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
-        self._place: dict[int, tuple[int, int, int]] = {}  # parameter -> layer, neuron dimension, groups
-        self._first: dict[int, int] = {}  # parameter -> neuron of its first row, if that is not 0
+        self._place: dict[int, _Place] = {}  # of the parameters in layers, by id
         self._keys: list[Tensor] = []  # for each layer, the parameter whose state holds the importance
         for index, layer in enumerate(self._consolidated):
             trained = [p for p in layer.parameters if id(p.parameter) in self._group_of]
-            self._place.update((id(p.parameter), (index, p.dim, p.groups)) for p in trained)
-            self._first.update((id(p.parameter), p.first) for p in trained if p.first)
+            self._place.update((id(p.parameter), _Place(index, p.dim, p.groups, p.first)) for p in trained)
             self._keys.append(trained[0].parameter)
         self.neurons.note_training(filter(self._trains, self._all_parameters()), self._left_alone)
+
+    def _place_of(self, parameter: Tensor) -> _Place:
+        return self._place.get(id(parameter), _NO_LAYER)
 
     def _discovery_options(self) -> dict[str, dict[str, Any]]:
         modules = self._model.named_modules()
@@ -197,7 +207,7 @@ class Plastic(PlasticityControl, Joinable):
 
     def _step(self) -> None:
         shared = self._shared_sinks.shared
-        if shared and self._groups_changed():
+        if shared and not self._knows(self._all_parameters()):
             self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
         unmeasured: set[NeuronLayer] = set()
         for layer in self._consolidated:
@@ -268,10 +278,9 @@ class Plastic(PlasticityControl, Joinable):
 
     def _spread(self, of_neurons: Tensor, parameter: Tensor) -> Tensor:
         """Reshapes one value per neuron of a layer to broadcast against a parameter, or this process's shard of it."""
-        _, dim, groups = self._place[id(parameter)]
-        part = local(parameter)
-        rows = of_neurons.narrow(0, self._first_neuron(parameter), part.shape[dim] * groups)
-        return reference.per_element(rows, part, dim, groups)
+        place, part = self._place_of(parameter), local(parameter)
+        rows = of_neurons.narrow(0, self._first_neuron(parameter), part.shape[place.dim] * place.groups)
+        return reference.per_element(rows, part, place.dim, place.groups)
 
     def _in_layers(self, parameter: Tensor) -> bool:
         return id(parameter) in self._place or id(parameter) in self._plain
@@ -288,13 +297,13 @@ class Plastic(PlasticityControl, Joinable):
 
     def _check_fits(self, parameter: Any) -> None:
         super()._check_fits(parameter)
-        if id(parameter) not in self._place:
+        index, dim, groups, first = self._place_of(parameter)
+        if index < 0:
             return
-        index, dim, groups = self._place[id(parameter)]
         layer, average = self._consolidated[index], self._layer_state(index)["importance"]
         neurons = parameter.shape[dim] * groups if parameter.ndim > dim else 1
         ends = {layer.neurons, *(part.first for part in layer.parameters)}  # a parameter may hold a part of the neurons
-        if self._first.get(id(parameter), 0) + neurons not in ends:
+        if first + neurons not in ends:
             raise ValueError(
                 f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but the layer had "
                 f"{layer.neurons} when the optimizer was built; build a new optimizer, {self._built_as()}"
@@ -319,8 +328,7 @@ class Plastic(PlasticityControl, Joinable):
 
     def _lay_out_state(self, parameter: Any) -> None:
         super()._lay_out_state(parameter)
-        if id(parameter) in self._place:
-            index = self._place[id(parameter)][0]
+        if (index := self._place_of(parameter).layer) >= 0:
             state, device = self._layer_state(index), self._keys[index].device
             state["importance"] = state["importance"].to(device, torch.float32).contiguous()
 
@@ -354,9 +362,7 @@ class Plastic(PlasticityControl, Joinable):
             parameters: those whose layers take part; by default those that the step moves.
         """
         moved = common["owners"]
-        taking_part = map(id, parameters or moved)
-        places = [self._place[key] for key in taking_part if key in self._place]
-        layers = sorted({layer for layer, _, _ in places})
+        layers = sorted({self._place_of(parameter).layer for parameter in parameters or moved} - {_NO_LAYER.layer})
         layer_states = [self._layer_state(layer) for layer in layers]
         importances = [state["importance"] for state in layer_states]
         counts = common["checked"].get("step")
@@ -376,13 +382,13 @@ class Plastic(PlasticityControl, Joinable):
 
     def _placement(self, parameters: Sequence[Tensor], layers: Sequence[int], sharded: bool) -> Placement:
         """Which of these layers parameters belong to, and which of their neurons."""
-        places = [self._place.get(id(parameter), (-1, 0, 1)) for parameter in parameters]
+        places = list(map(self._place_of, parameters))
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
-        in_parts = sharded or any(id(parameter) in self._first for parameter in parameters)
+        in_parts = sharded or any(place.first for place in places)
         return Placement(
-            layer=[position[layer] for layer, _, _ in places],
-            neuron_dim=[dim for _, dim, _ in places],
-            groups=[groups for _, _, groups in places],
+            layer=[position[place.layer] for place in places],
+            neuron_dim=[place.dim for place in places],
+            groups=[place.groups for place in places],
             first_neuron=list(map(self._first_neuron, parameters)) if in_parts else None,
         )
 
@@ -391,17 +397,19 @@ class Plastic(PlasticityControl, Joinable):
 
     def _first_neuron(self, parameter: Tensor) -> int:
         """The neuron that the first row of a parameter, or of this process's shard, belongs to."""
-        _, dim, _ = self._place.get(id(parameter), (-1, 0, 1))
-        row = first_row(parameter) if dim == 0 and is_sharded(parameter) else 0
-        return self._first.get(id(parameter), 0) + row
+        place = self._place_of(parameter)
+        return place.first + (first_row(parameter) if place.dim == 0 and is_sharded(parameter) else 0)
 
     def _layer_state(self, index: int) -> dict[str, Any]:
         """The state that holds a layer's importance, which is zero at first."""
-        state, key = self.state[self._keys[index]], self._keys[index]
+        state = self.state[self._keys[index]]
         if "importance" not in state:
-            neurons = self._consolidated[index].neurons
-            state["importance"] = torch.zeros(neurons, dtype=torch.float32, device=key.device)
+            state["importance"] = self._no_importance(index)
         return state
+
+    def _no_importance(self, index: int) -> Tensor:
+        """The importance of a layer's neurons before the first step."""
+        return torch.zeros(self._consolidated[index].neurons, dtype=torch.float32, device=self._keys[index].device)
 
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: the group's options, overridden by the layer's."""
@@ -432,9 +440,7 @@ class Plastic(PlasticityControl, Joinable):
         for index, layer in enumerate(self._consolidated):
             key, constants = self._keys[index], self._constants(index)
             known = self.state.get(key, {}).get("importance")
-            average = (
-                torch.zeros(layer.neurons, dtype=torch.float32, device=key.device) if known is None else known.clone()
-            )
+            average = self._no_importance(index) if known is None else known.clone()
             lr = float(self._group_of[id(key)]["lr"])
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
@@ -448,7 +454,7 @@ class Plastic(PlasticityControl, Joinable):
     def _inherit(self, old: Tensor, new: Tensor) -> None:
         importance = self.state[old].get("importance")
         super()._inherit(old, new)
-        _, dim, _ = self._place.get(id(old), (0, 0, 1))
+        dim = self._place_of(old).dim
         if importance is not None and new.ndim == old.ndim and new.shape[dim] == old.shape[dim]:
             self.state[new]["importance"] = importance
 
@@ -458,23 +464,22 @@ class Plastic(PlasticityControl, Joinable):
         self._just_found = True
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
-        layers = zip(self._consolidated, self._keys, strict=True)
-        averages = {layer.name: states.get(id(key), {}).get("importance") for layer, key in layers}
+        layers = zip(self._layer_names(), self._keys, strict=True)
+        averages = {name: states.get(id(key), {}).get("importance") for name, key in layers}
         return {name: {"importance": average} for name, average in averages.items() if average is not None}
 
     def _layer_names(self) -> list[str]:
         return [layer.name for layer in self._consolidated]
 
-    def _may_hold(self) -> list[str]:
-        return self._layer_names()
+    def _may_hold(self) -> dict[str, NeuronLayer]:
+        return {layer.name: layer for layer in self._consolidated}
 
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         averages = {}
-        for layer, key in zip(self._consolidated, self._keys, strict=True):
-            if layer.name in held:
-                begin = torch.zeros(layer.neurons, dtype=torch.float32, device=key.device)
-                blocks = blocks_of(self._model, layer.name)
-                averages[key] = fitted(held[layer.name]["importance"], begin, f"layer {layer.name!r}", blocks)
+        for index, name in enumerate(self._layer_names()):
+            if name in held:
+                average, blocks = held[name]["importance"], blocks_of(self._model, name)
+                averages[self._keys[index]] = fitted(average, self._no_importance(index), f"layer {name!r}", blocks)
         for key, average in averages.items():
             self.state[key]["importance"] = average
 
@@ -484,11 +489,9 @@ class Plastic(PlasticityControl, Joinable):
 
     def constants(self, layer: str) -> dict[str, Any]:
         """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
-        names = self._layer_names()
-        if layer not in names:
-            raise KeyError(f"no consolidated layer {layer!r}; {close_to(layer, names)}")
-        constants = self._constants(names.index(layer))
-        return {name: constants[name] for name in ("alpha", "beta", "delta", "sigma", "normalize")}
+        indices = ByLayer({name: index for index, name in enumerate(self._layer_names())})
+        constants = self._constants(indices[layer])
+        return {name: constants[name] for name in CONSTANTS}
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -526,10 +529,9 @@ class Plastic(PlasticityControl, Joinable):
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
         for parameter in self._all_parameters():  # torch leaves their steps on the device they were saved on
-            if "step" in self.state.get(parameter, {}):
-                step = self.state[parameter]["step"]
-                count = torch.as_tensor(step, dtype=torch.float32, device=parameter.device)
-                self.state[parameter]["step"] = count.clone()
+            state = self.state.get(parameter, {})
+            if "step" in state:
+                state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=parameter.device).clone()
         for key in self._keys:  # torch would cast importance to the parameter's dtype, and not copy it
             average = saved[id(key)].get("importance")
             if average is not None:  # layers that are not trained have none

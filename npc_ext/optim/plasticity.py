@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -30,13 +31,18 @@ class LayerPlasticity:
     gradients_skipped: float
 
     def __repr__(self) -> str:
-        return (
-            f"{type(self).__name__}({self.importance.numel()} neurons, {self.frozen:.0%} frozen, importance "
-            f"{spread(self.importance)}, learning rate {spread(self.learning_rate)})"
-        )
+        return described(self, self.importance, self.learning_rate, "neurons")
 
 
-def spread(values: Tensor) -> str:
+def described(plasticity: Any, importance: Tensor, learning_rate: Tensor, units: str) -> str:
+    """The text of the plasticity of neurons or connections, with all their importance and learning rates."""
+    return (
+        f"{type(plasticity).__name__}({importance.numel()} {units}, {plasticity.frozen:.0%} frozen, importance "
+        f"{_spread(importance)}, learning rate {_spread(learning_rate)})"
+    )
+
+
+def _spread(values: Tensor) -> str:
     """A tensor's minimum, maximum and mean as text."""
     if not values.numel():
         return "of none"

@@ -1,13 +1,13 @@
 """Takes importance over from an earlier optimizer of a model, so that none is lost silently.
 
-A weak registry records which optimizers held importance for a model (`note_importance`). A later optimizer that starts
-without importance can then warn.
+A weak registry records which optimizers held importance for a model. A later optimizer that starts without importance
+can then warn.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._names import listed
 from .._warn import warn
 from ..neurons.tap import ImportanceWarning
+from ..reference import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,20 +25,9 @@ if TYPE_CHECKING:
 _holders: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
 
 
-def note_importance(model: nn.Module, kind: str, names: Iterable[str], optimizer: str) -> None:
-    """Records that an optimizer holds the importance of some layers or parameters of a model."""
-    _holders.setdefault(model, {}).setdefault(kind, {}).update(dict.fromkeys(names, optimizer))
-
-
-def holders_of_importance(model: nn.Module, kind: str) -> dict[str, str]:
-    """The optimizers that held importance for a model: layer or parameter name -> class name."""
-    return dict(_holders.get(model, {}).get(kind, {}))
-
-
-def in_first_block(earlier: Tensor, later: Tensor) -> Tensor:
-    """Copies an earlier tensor, which may be smaller, to the beginning of each dimension of `later`, and returns it."""
-    later[tuple(slice(size) for size in earlier.shape)] = earlier.to(later.device, later.dtype)
-    return later
+def first_block(tensor: Tensor, shape: Iterable[int]) -> Tensor:
+    """Views the elements of a tensor at the beginning of each dimension."""
+    return tensor[tuple(map(slice, shape))]
 
 
 def blocks_of(model: nn.Module, name: str) -> int:
@@ -72,18 +62,19 @@ def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor
             "without importance, call load_importance(None)"
         )
     with torch.no_grad():
+        source, target = earlier, later
         if blocks > 1:
-            in_first_block(earlier.detach().unflatten(0, (blocks, -1)), later.unflatten(0, (blocks, -1)))
-            return later
-        return in_first_block(earlier.detach(), later)
+            source, target = (tensor.unflatten(0, (blocks, -1)) for tensor in (earlier, later))
+        first_block(target, source.shape).copy_(source)
+    return later
 
 
 class ImportanceHolder(torch.optim.Optimizer):
     """An optimizer of a model that may hold importance, and can take it over from an earlier optimizer."""
 
-    # The kind of importance, empty for optimizers without importance. Only optimizers of one kind take over from each
-    # other.
-    _KIND: ClassVar[str] = ""
+    _KIND: ClassVar[str]  # of importance. Only optimizers of one kind take over from each other.
+    # Tensors of a parameter's state that have its shape, but not its dtype: torch would cast them to it.
+    _STATE_TENSORS: ClassVar[tuple[str, ...]] = ()
 
     _model: nn.Module
     _may_begin_without = False  # whether to start without importance although another optimizer of the model held some
@@ -107,20 +98,51 @@ class ImportanceHolder(torch.optim.Optimizer):
         """The importance held: layer or parameter name -> tensors by name."""
         return self._held_in({id(parameter): state for parameter, state in self.state.items()})
 
+    # By default, importance is kept for each element of a parameter, in its state under _STATE_TENSORS.
+
+    def _may_hold(self) -> Mapping[str, Any]:
+        """The layers or parameters that can have importance here, by name."""
+        raise NotImplementedError
+
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """The importance in saved states, which are given by the id of this optimizer's parameter."""
-        return {}
+        named = ((name, states.get(id(parameter), {})) for name, parameter in self._may_hold().items())
+        return {
+            name: {tensor: state[tensor] for tensor in self._STATE_TENSORS if tensor in state}
+            for name, state in named
+            if self._STATE_TENSORS[0] in state
+        }
 
+    @torch.no_grad()
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Takes importance over. If it does not fit, raises ValueError and changes nothing."""
+        taken: dict[Tensor, dict[str, Tensor]] = {}
+        for name, parameter in self._may_hold().items():
+            if name in held and parameter not in taken:  # it may have several names
+                blocks = blocks_of(self._model, name)
+                taken[parameter] = {
+                    tensor: fitted(values, self._new_state_tensor(parameter, tensor), repr(name), blocks)
+                    for tensor, values in held[name].items()
+                }
+        for parameter, tensors in taken.items():
+            self.state[parameter].update(tensors)
+
+    def _new_state_tensor(self, parameter: Tensor, name: str) -> Tensor:
+        """One of the `_STATE_TENSORS` of a parameter before its first step."""
+        return torch.zeros_like(parameter, dtype=self._state_tensor_dtype(parameter))
+
+    def _state_tensor_dtype(self, parameter: Tensor) -> torch.dtype:
+        """The dtype of a parameter's `_STATE_TENSORS`."""
+        return compute_dtype(parameter.dtype)
 
     def _note_importance(self) -> None:
         """Records that this optimizer holds importance, for later optimizers of the model."""
-        if names := list(self._held()):
-            note_importance(self._model, self._KIND, names, self._called())
+        if held := self._held():
+            holders = _holders.setdefault(self._model, {}).setdefault(self._KIND, {})
+            holders.update(dict.fromkeys(held, self._called()))
 
     def _warn_if_importance_is_lost(self) -> None:
-        earlier = {} if self._may_begin_without else holders_of_importance(self._model, self._KIND)
+        earlier = {} if self._may_begin_without else _holders.get(self._model, {}).get(self._KIND, {})
         if not earlier or any(bool(held.any()) for tensors in self._held().values() for held in tensors.values()):
             return
         here = self._may_hold()
@@ -134,10 +156,6 @@ class ImportanceHolder(torch.optim.Optimizer):
             "optimizer or its state_dict(); load_importance(None) starts at zero without this warning",
             ImportanceWarning,
         )
-
-    def _may_hold(self) -> Collection[str]:
-        """The names of the layers or parameters that can have importance here."""
-        return ()
 
     def load_importance(self, earlier: Any) -> Self:
         """Takes over the importance of an earlier optimizer, by the names of layers or parameters.
@@ -194,14 +212,14 @@ class ImportanceHolder(torch.optim.Optimizer):
         inner = earlier
         while inner is not None and not isinstance(inner, ImportanceHolder):
             inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
-        if inner is None or not inner._KIND or inner._KIND != self._KIND:
+        if inner is None or inner._KIND != self._KIND:
             raise TypeError(
                 f"earlier is a {type(earlier).__name__}; expected an optimizer with {self._KIND}, like "
                 f"{self._called()}, its state_dict(), or None"
             )
         return inner
 
-    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+    def _states_saved_in(self, state_dict: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
         """The states of a state dict, by the id of the parameter at the same position here."""
         if not {"state", "param_groups"} <= state_dict.keys():
             raise TypeError("earlier is a mapping without state and param_groups; expected an optimizer's state_dict()")

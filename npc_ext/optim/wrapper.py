@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
@@ -18,6 +16,7 @@ from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
 from .base import uncompiled
 from .npc import NPC
+from .options import CONSTANTS
 from .plan import PlasticPlan
 from .plastic import Plastic
 from .plasticity import LayerPlasticity
@@ -84,45 +83,11 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         backend: Literal["auto", "native", "reference"] = "auto",
         bucket_bytes: int = BUCKET_BYTES,
     ) -> None:
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(
-                f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
-                "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
-            )
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected the model itself, as in "
-                "PlasticityWrapper(optimizer, model)"
-            )
-        if isinstance(optimizer, tuple(_WHY_NOT)):
-            why_not = next(reason for kind, reason in _WHY_NOT.items() if isinstance(optimizer, kind))
-            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it {why_not}")
+        _check_wrappable(optimizer, model)
         if bucket_bytes < 1:
             raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
         self.optimizer, self._bucket_bytes = optimizer, bucket_bytes
-        self._tracker = _Tracker(
-            model,
-            lr=1.0,
-            alpha=alpha,
-            beta=beta,
-            delta=delta,
-            sigma=sigma,
-            params=[parameter for group in optimizer.param_groups for parameter in group["params"]],
-            normalize=normalize,
-            layers=layers,
-            skip_frozen=False,
-            process_group=process_group,
-            backend=backend,
-        )
-        self._tracker.wrapped = optimizer
-        if not self._tracker.plasticity():
-            self._tracker.neurons.detach()
-            raise ValueError(
-                f"none of the {type(optimizer).__name__}'s parameters belongs to a neuron of the model, so nothing "
-                "would be protected; build the optimizer on the parameters of the model that is passed here and "
-                "trained (not on those of a copy, and after fully_shard)"
-            )
-        self._tracker.warn_if_little_is_protected()
+        self._tracker = _Tracker(locals())
         super().__setstate__({})  # creates the hooks of torch.optim.Optimizer
 
     # ------------------------------------------------------------------------------------------- the wrapped optimizer
@@ -173,7 +138,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             uncompiled(PlasticityWrapper.zero_grad, self, set_to_none)
             return
         self.optimizer.zero_grad(set_to_none)
-        self._tracker.forget_measured()
+        self._tracker._drop_measured()
 
     # ------------------------------------------------------------------------------------------------------ the step
 
@@ -203,16 +168,16 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                 loss = closure()
         if self._only_makes_state():
             self.optimizer.step()
-        else:
-            if self._has_modes and not all(group.get("train_mode", True) for group in self.param_groups):
-                raise RuntimeError(
-                    f"the {type(self.optimizer).__name__} is not in training mode; call optimizer.train() before "
-                    "training, and optimizer.eval() before evaluating or saving the model"
-                )
-            self._tracker.follow_groups()
-            self._tracker.step()
-            with torch.no_grad():
-                self._take_steps()
+            return loss
+        if self._has_modes and not all(group.get("train_mode", True) for group in self.param_groups):
+            raise RuntimeError(
+                f"the {type(self.optimizer).__name__} is not in training mode; call optimizer.train() before "
+                "training, and optimizer.eval() before evaluating or saving the model"
+            )
+        self._tracker.follow_groups()
+        self._tracker.step()
+        with torch.no_grad():
+            self._take_steps()
         return loss
 
     def _only_makes_state(self) -> bool:
@@ -228,23 +193,28 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     def _take_steps(self) -> None:
         """Lets the optimizer move the parameters: first the unprotected ones, then the others in buckets."""
         trained = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        shares = {id(parameter): share for parameter in trained if (share := self._tracker.share(parameter))}
-        with self._counting_one_step() as before_each:
-            unprotected = [parameter for parameter in trained if id(parameter) not in shares]
-            if unprotected or not shares:
-                before_each()
-                self._step_only(unprotected)
-            most_bytes = self._bucket_bytes // 2 if self._has_modes else self._bucket_bytes
-            for bucket in _buckets([p for p in trained if id(p) in shares], most_bytes):
-                before = [local(parameter).detach().clone() for parameter in bucket]
-                seconds = [self._second_weights(parameter) for parameter in bucket] if self._has_modes else []
-                seconds_before = [was if z is None else z.clone() for z, was in zip(seconds, before, strict=False)]
-                before_each()
-                self._step_only(bucket)
-                for parameter, was in zip(bucket, before, strict=True):
-                    shares[id(parameter)].take_back_(local(parameter), was)
-                for parameter, was in zip(bucket, seconds_before, strict=self._has_modes):
-                    self._take_back_second_(parameter, was, shares[id(parameter)])
+        shares = {id(p): share for p in trained if (share := self._tracker.share(p)) is not None}
+        places = [*self.param_groups, vars(self.optimizer)]
+        counters = list(map(_numbers, places))
+
+        def step_only(parameters: list[Tensor]) -> None:
+            for place, numbers in zip(places, counters, strict=True):  # so that all calls count one step
+                _restore(place, numbers)
+            self._step_only(parameters)
+
+        unprotected = [parameter for parameter in trained if id(parameter) not in shares]
+        if unprotected or not shares:
+            step_only(unprotected)
+        has_modes = self._has_modes
+        most_bytes = self._bucket_bytes // 2 if has_modes else self._bucket_bytes
+        for bucket in _buckets([p for p in trained if id(p) in shares], most_bytes):
+            before = [local(parameter).detach().clone() for parameter in bucket]
+            seconds_before = list(map(self._copy_of_second, bucket, before)) if has_modes else []
+            step_only(bucket)
+            for parameter, was in zip(bucket, before, strict=True):
+                _take_back_(local(parameter), was, shares[id(parameter)])
+            for parameter, was in zip(bucket, seconds_before, strict=has_modes):
+                self._take_back_second_(parameter, was, shares[id(parameter)])
         self._tracker.clear_first_moments_(self.optimizer.state)
 
     def _second_weights(self, parameter: Tensor) -> Tensor | None:
@@ -252,7 +222,11 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         second: Tensor | None = local(self.optimizer.state.get(parameter, {}).get(SECOND_WEIGHTS))
         return second
 
-    def _take_back_second_(self, parameter: Tensor, before: Tensor, share: _Share) -> None:
+    def _copy_of_second(self, parameter: Tensor, initial: Tensor) -> Tensor:
+        second = self._second_weights(parameter)
+        return initial if second is None else second.clone()
+
+    def _take_back_second_(self, parameter: Tensor, before: Tensor, share: Tensor) -> None:
         second = self._second_weights(parameter)
         if second is None or second.shape != before.shape:
             raise RuntimeError(
@@ -260,8 +234,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                 f"optimizers (state[...][{SECOND_WEIGHTS!r}]), so frozen neurons could change between the modes; use "
                 "it without the wrapper, or wrap another optimizer"
             )
-        share.take_back_(second, before)
-        share.tie_(second, local(parameter))
+        _take_back_(second, before, share)
+        second.copy_(torch.where(share == 0, local(parameter), second))
 
     def _step_only(self, parameters: list[Tensor]) -> None:
         chosen = {id(parameter) for parameter in parameters}
@@ -273,18 +247,6 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         finally:
             for group, members in zip(self.param_groups, complete, strict=True):
                 group["params"] = members
-
-    @contextmanager
-    def _counting_one_step(self) -> Iterator[Callable[[], None]]:
-        """Yields a function to call before each bucket: it resets the counters in the optimizer and its groups."""
-        places = [*self.param_groups, vars(self.optimizer)]
-        kept = list(map(_numbers, places))
-
-        def reset() -> None:
-            for place, numbers in zip(places, kept, strict=True):
-                _restore(place, numbers)
-
-        yield reset
 
     def load_importance(self, earlier: Any) -> Self:
         """As `NPC.load_importance`."""
@@ -303,7 +265,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def join_hook(self, **kwargs: Any) -> JoinHook:
         """As `NPC.join_hook`."""
-        return SinksJoinHook(self, self.join_process_group, self._tracker.add_nothing)
+        return SinksJoinHook(self, self.join_process_group, self._tracker._add_nothing)
 
     @property
     def join_device(self) -> torch.device:
@@ -326,7 +288,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return self._tracker.constants(layer)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r}\n{self._tracker.summary()})"
+        return f"{type(self).__name__}({self.optimizer!r}\n{self._tracker._summary()})"
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -345,20 +307,10 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
         self._check_groups(state_dict.get("param_groups", ()))
-        before = self._tracker.state_dict()
-        states = state_dict.get("state", {})
+        before, states = self._tracker.state_dict(), state_dict.get("state", {})
         tracked = state_dict.get("plasticity")
         if tracked is None:  # torch.distributed.checkpoint did not save it; keep this wrapper's options
-            # Keys may be names; the tracker numbers the parameters through all groups.
-            keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])
-            numbered = ((at, states.get(key, {})) for at, key in enumerate(keys))
-            importances = {at: {"importance": state["importance"]} for at, state in numbered if "importance" in state}
-            if not importances:
-                raise ValueError(
-                    "the state dict has no 'plasticity'; the optimizer saved it, not its PlasticityWrapper. To start "
-                    "without importance: wrapper.optimizer.load_state_dict(...)"
-                )
-            tracked = {**before, "state": importances}
+            tracked = {**before, "state": _importances_in(state_dict)}
         wrapped = {name: part for name, part in state_dict.items() if name != "plasticity"}
         wrapped["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
         self._tracker.load_state_dict(tracked)
@@ -391,33 +343,44 @@ _WHY_NOT = {
 }
 
 
-@dataclass(frozen=True)
-class _Share:
-    """The share of its movement that each neuron of a parameter keeps."""
+def _check_wrappable(optimizer: Any, model: Any) -> None:
+    """Raises TypeError for arguments of the wrong kind, and for optimizers that cannot be wrapped."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
+            "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected the model itself, as in PlasticityWrapper(optimizer, model)"
+        )
+    for kind, why_not in _WHY_NOT.items():
+        if isinstance(optimizer, kind):
+            raise TypeError(f"{type(optimizer).__name__} cannot be wrapped: it {why_not}")
 
-    of_neurons: Tensor
-    neuron_dim: int
-    groups: int
-    first_neuron: int
 
-    def take_back_(self, parameter: Tensor, before: Tensor) -> None:
-        """Moves a parameter, or this process's shard, back towards `before`; exactly to it where the share is 0."""
-        share = self._of_elements(parameter)
-        dtype = reference.compute_dtype(parameter.dtype)
-        if dtype == parameter.dtype:
-            parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
-        else:
-            parameter.copy_(torch.lerp(before.to(dtype), parameter.to(dtype), share.to(dtype).expand_as(parameter)))
-        parameter.copy_(torch.where(share == 0, before, parameter))
+def _importances_in(state_dict: Mapping[str, Any]) -> dict[int, dict[str, Tensor]]:
+    """The importance in the states of a state dict, by the number of the parameter through all groups."""
+    states = state_dict.get("state", {})
+    keys = (key for group in state_dict.get("param_groups", ()) for key in group["params"])  # they may be names
+    numbered = ((at, states.get(key, {})) for at, key in enumerate(keys))
+    importances = {at: {"importance": state["importance"]} for at, state in numbered if "importance" in state}
+    if not importances:
+        raise ValueError(
+            "the state dict has no 'plasticity'; the optimizer saved it, not its PlasticityWrapper. To start "
+            "without importance: wrapper.optimizer.load_state_dict(...)"
+        )
+    return importances
 
-    def tie_(self, second: Tensor, parameter: Tensor) -> None:
-        """Makes the second weights equal to the parameter where the share is 0."""
-        second.copy_(torch.where(self._of_elements(parameter) == 0, parameter, second))
 
-    def _of_elements(self, parameter: Tensor) -> Tensor:
-        rows = parameter.shape[self.neuron_dim] * self.groups
-        shares = self.of_neurons.narrow(0, self.first_neuron, rows)
-        return reference.per_element(shares, parameter, self.neuron_dim, self.groups)
+def _take_back_(parameter: Tensor, before: Tensor, share: Tensor) -> None:
+    """Leaves a parameter, or this process's shard, a share of its movement from `before`; 0 restores it exactly."""
+    dtype = reference.compute_dtype(parameter.dtype)
+    if dtype == parameter.dtype:
+        parameter.lerp_(before, (1 - share.to(dtype)).expand_as(parameter))
+    else:
+        parameter.copy_(torch.lerp(before.to(dtype), parameter.to(dtype), share.to(dtype).expand_as(parameter)))
+    parameter.copy_(torch.where(share == 0, before, parameter))
 
 
 class _Tracker(NPC):
@@ -430,10 +393,11 @@ class _Tracker(NPC):
     _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}  # its lr is 1
     wrapped: torch.optim.Optimizer
 
-    # For each layer: the neurons that are frozen, that froze in the last step, and that took no part in it.
-    _frozen: dict[int, Tensor]
-    _froze: dict[int, Tensor]
-    _inactive: dict[int, Tensor]
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        """Takes the arguments of the wrapper by name."""
+        self.wrapped = arguments["optimizer"]
+        options = {name: arguments[name] for name in (*CONSTANTS, "layers", "process_group", "backend")}
+        super().__init__(arguments["model"], lr=1.0, params=self._wrapped_parameters(), skip_frozen=False, **options)
 
     def _called(self) -> str:
         return PlasticityWrapper.__name__
@@ -443,15 +407,21 @@ class _Tracker(NPC):
 
     def follow_groups(self) -> None:
         """Continues with the parameters that are in the wrapped optimizer's groups now."""
-        trained = [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
+        trained = self._wrapped_parameters()
         if not self._knows(trained):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
 
+    def _wrapped_parameters(self) -> list[Tensor]:
+        return [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
+
     def _forget_plans(self) -> None:
         super()._forget_plans()
-        self._frozen, self._froze, self._inactive = {}, {}, {}
+        # For each layer: the neurons that are frozen, that froze in the last step, and that took no part in it.
+        self._frozen: dict[int, Tensor] = {}
+        self._froze: dict[int, Tensor] = {}
+        self._inactive: dict[int, Tensor] = {}
 
     def _launch_all(self) -> None:
         self._froze, self._inactive = {}, {}
@@ -481,41 +451,31 @@ class _Tracker(NPC):
                     if type(moment) is Tensor and moment.shape == local(parameter).shape:
                         moment.masked_fill_(self._spread(froze, parameter), 0)
 
-    def _make_plan(self, device: torch.device, members: list[tuple[Any, dict[str, Any]]]) -> PlasticPlan:
-        common, trained = self._common(device, []), [parameter for parameter, _ in members]
-        return self._plastic_plan(common, columns_of(SGDOptions, [], lr=[]), trained)
+    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
+        moves_nothing = self._common(common["device"], [])
+        return self._plastic_plan(moves_nothing, columns_of(SGDOptions, [], lr=[]), common["owners"])
 
-    def _warn_if_little_is_protected(self) -> None:
-        """Does nothing: the wrapper calls `warn_if_little_is_protected` after its checks."""
+    def _check_protection(self) -> None:
+        if not self._consolidated:
+            self.neurons.detach()
+            raise ValueError(
+                f"none of the {type(self.wrapped).__name__}'s parameters belongs to a neuron of the model, so nothing "
+                "would be protected; build the optimizer on the parameters of the model that is passed here and "
+                "trained (not on those of a copy, and after fully_shard)"
+            )
+        super()._check_protection()
 
-    def warn_if_little_is_protected(self) -> None:
-        """Warns if more than half of what is trained is not protected."""
-        super()._warn_if_little_is_protected()
-
-    def summary(self) -> str:
-        """The number of consolidated neurons, and the share of trained elements that is protected."""
-        return self._summary()
-
-    def forget_measured(self) -> None:
-        """Drops the importance measured since the last step."""
-        self._drop_measured()
-
-    def add_nothing(self) -> None:
-        """Takes part in a step of other processes with an importance of zero."""
-        self._add_nothing()
-
-    def share(self, parameter: Tensor) -> _Share | None:
-        """The shares s_i of a parameter's neurons; None if all are 1, or if it belongs to no neuron."""
-        if id(parameter) not in self._place:
+    def share(self, parameter: Tensor) -> Tensor | None:
+        """The shares s_i of a parameter's neurons, to broadcast; None if all are 1, or if it belongs to no neuron."""
+        if (index := self._place_of(parameter).layer) < 0:
             return None
-        index, dim, groups = self._place[id(parameter)]
         constants, average = self._constants(index), self._layer_state(index)["importance"]
         shares = reference.plasticity(average, constants["alpha"], constants["beta"], constants["sigma"])
         if index in self._inactive:
             shares = shares.masked_fill(self._inactive[index], 0)
         if not shares.is_cuda and bool((shares == 1).all()):  # do not wait for a GPU
             return None
-        return _Share(shares, dim, groups, self._first_neuron(parameter))
+        return self._spread(shares, parameter)
 
 
 def _buckets(parameters: list[Tensor], most_bytes: int) -> Iterator[list[Tensor]]:

@@ -387,6 +387,11 @@ def test_queries_keys_values_and_gates_grow_each_by_itself() -> None:
     later = NPC(large).load_importance(earlier)
     assert later.plasticity()["in_proj"].importance.tolist() == grown(3, 2, 3)
 
+    cpc = CPC(small)
+    cpc.state[small.in_proj_bias]["importance"] = torch.arange(6.0)
+    later = CPC(large).load_importance(cpc)
+    assert later.state[large.in_proj_bias]["importance"].tolist() == grown(3, 2, 3)
+
     small_lstm, large_lstm = nn.LSTM(2, 2), nn.LSTM(2, 3)
     ewc = EWC(small_lstm)
     for weight in small_lstm.parameters():
