@@ -165,9 +165,16 @@ class Tables:
         neurons: how many each layer has, as far as layers have importances of neurons.
         groups: groups of columns (`npc_ext.columns`). Parameters are outside of all layers if they do not say
             otherwise. Learning rates may be tensors in device memory.
+        counted_at: for each layer the element of `nonfinite_steps` that counts for it; by default its own index.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], neurons: Sequence[int], *groups: NamedTuple) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        neurons: Sequence[int],
+        *groups: NamedTuple,
+        counted_at: Sequence[int] | None = None,
+    ) -> None:
         count = len(parameters)
         columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
         columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
@@ -197,6 +204,8 @@ class Tables:
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
         self._checked: dict[str, list[int]] = {}  # the addresses of tensors that were checked, by what they are
+        self._counted_at = counted_at
+        self._counters_of, self._counters = 0, list[int]()  # the address of `nonfinite_steps`, and of each counter
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
@@ -218,6 +227,17 @@ class Tables:
                     check(name, index, tensor, *expected)
             self._checked[name] = addresses
         return addresses
+
+    def counters(self, nonfinite_steps: Tensor) -> list[int]:
+        """The address of each layer's counter."""
+        start = nonfinite_steps.data_ptr()
+        if start != self._counters_of or not start:
+            if nonfinite_steps.dtype is not torch.int64 or not nonfinite_steps.is_contiguous():
+                raise ValueError(f"nonfinite_steps is {_described(nonfinite_steps)}; expected contiguous int64")
+            places = range(nonfinite_steps.numel()) if self._counted_at is None else self._counted_at
+            self._counters = [start + nonfinite_steps.element_size() * at for at in places]
+            self._counters_of = start
+        return self._counters
 
 
 def _check_like_parameter(
@@ -297,33 +317,24 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _counters(nonfinite_steps: Tensor, counted_at: Sequence[int] | None) -> list[int]:
-    if nonfinite_steps.dtype is not torch.int64 or not nonfinite_steps.is_contiguous():
-        raise ValueError(f"nonfinite_steps is {_described(nonfinite_steps)}; expected contiguous int64")
-    start, width = nonfinite_steps.data_ptr(), nonfinite_steps.element_size()
-    return [start + width * at for at in (range(nonfinite_steps.numel()) if counted_at is None else counted_at)]
-
-
-def _of_layers(tables: Tables, layers: Layers, counted_at: Sequence[int] | None, *measured: list[int]) -> list[Any]:
+def _of_layers(tables: Tables, layers: Layers, *measured: list[int]) -> list[Any]:
     """The arguments about layers of updates that have a rate for every neuron."""
     averages, counts = layers.importances, layers.nonfinite_steps
     return [
         tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device),
         *measured,
-        _counters(counts, counted_at),
+        tables.counters(counts),
         tables.of["layer_numbers"],
         tables.of["layer_options"],
     ]
 
 
 def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
-    addresses = []
+    # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
     for index, sums in enumerate(measured):
-        # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
         if sums is not None and not sums.is_contiguous():
             _check_of_layer("measured", index, sums, tables.neurons, device)
-        addresses.append(0 if sums is None else sums.data_ptr())
-    return addresses
+    return [0 if sums is None else sums.data_ptr() for sums in measured]
 
 
 _NO_FLAGS: list[Tensor | None] = [None, None]
@@ -360,12 +371,10 @@ def update_(
     measured: Sequence[Tensor | None],
     steps: Steps = NO_STEPS,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.reference.update_`.
 
-    Gradients lie in memory like their parameters (`in_memory_order_of`). `counted_at` says which element of
-    `nonfinite_steps` counts for which layer; by default they run side by side.
+    Gradients lie in memory like their parameters (`in_memory_order_of`).
     """
     device = layers.nonfinite_steps.device
     flags = _flags(scaler, device)
@@ -373,7 +382,7 @@ def update_(
         "update",
         device,
         *_of_parameters(tables, *network),
-        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
+        *_of_layers(tables, layers, _of_measured(tables, measured, device)),
         *map(_address, flags),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
@@ -395,7 +404,6 @@ def adam_update_(
     measured: Sequence[Tensor | None],
     steps: Steps,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches eqs. 3, 4, 7 and Adam's step; see `npc_ext.reference.adam_update_`, and `update_` for what is as there.
 
@@ -410,7 +418,7 @@ def adam_update_(
         tables.addresses("first_moments", network.first_moments, *like),
         tables.addresses("second_moments", network.second_moments, *like),
         tables.of["adam_options"],
-        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
+        *_of_layers(tables, layers, _of_measured(tables, measured, device)),
         *map(_address, flags),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
@@ -448,11 +456,10 @@ def connection_update_(
     network: Network,
     connections: Connections,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches CPC's update, with an importance of every connection; see `npc_ext.reference.connection_update_`.
 
-    Gradients and importances lie in memory like their parameters. `counted_at` is as in `update_`.
+    Gradients and importances lie in memory like their parameters.
     """
     device = connections.nonfinite_steps.device
     flags = _flags(scaler, device)
@@ -461,7 +468,7 @@ def connection_update_(
         device,
         *_of_parameters(tables, *network),
         tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
-        _counters(connections.nonfinite_steps, counted_at),
+        tables.counters(connections.nonfinite_steps),
         tables.of["layer_numbers"],
         tables.of["layer_options"],
         *map(_address, flags),
@@ -499,7 +506,7 @@ def network_step_(
         device,
         inputs,
         *_of_parameters(tables, *network),
-        *_of_layers(tables, layers, None),
+        *_of_layers(tables, layers),
         *map(_address, flags),
     )
     _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

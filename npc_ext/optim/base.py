@@ -387,7 +387,11 @@ class ModelOptimizer(ImportanceHolder):
         return [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in rates]
 
     def _tables(
-        self, parameters: Sequence[Tensor], columns: Sequence[NamedTuple], importances: Sequence[Tensor] = ()
+        self,
+        parameters: Sequence[Tensor],
+        columns: Sequence[NamedTuple],
+        importances: Sequence[Tensor] = (),
+        counted_at: Sequence[int] | None = None,
     ) -> launch.Tables | None:
         """Tables for the compiled kernels; None where these do not take the tensors.
 
@@ -395,10 +399,12 @@ class ModelOptimizer(ImportanceHolder):
             parameters: those that steps work on.
             columns: of these, and of layers.
             importances: of the neurons of each layer.
+            counted_at: as in `launch.Tables`.
         """
         if self._backend == "reference" or not ops.native_takes([*parameters, *importances]):
             return None
-        return launch.Tables(parameters, [average.numel() for average in importances], *columns)
+        neurons = [average.numel() for average in importances]
+        return launch.Tables(parameters, neurons, *columns, counted_at=counted_at)
 
     def _operations(self) -> Any:
         """The module whose operations do the work where the compiled kernels do not take the tensors."""
