@@ -17,11 +17,11 @@
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
 using Int64s = std::vector<int64_t>;
 using npc::ImportanceParams;
 using npc::LayerParams;
 using npc::ParameterParams;
-using npc::Table;
 using npc::UpdateParams;
 
 namespace {
@@ -31,12 +31,15 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// activation, gradient, dtype, sizes, the strides of both, channel_dim, batch_dim
+using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
+
 // From the sizes and strides of [batch, neurons, positions...], with the dimensions in any order.
 // Dimensions of positions that one stride walks through in both tensors are merged, so that most
 // layouts have one at most.
-ImportanceParams importance_params(Address activation, Address gradient, Address out, int64_t dtype,
-                                   const Int64s& sizes, const Int64s& activation_strides,
-                                   const Int64s& gradient_strides, int channel_dim, int batch_dim) {
+ImportanceParams importance_params(const ImportanceInput& input) {
+  const auto& [activation, gradient, dtype, sizes, activation_strides, gradient_strides, channel_dim, batch_dim] =
+      input;
   const int dims = static_cast<int>(sizes.size());
   if (dims < 2 || activation_strides.size() != sizes.size() || gradient_strides.size() != sizes.size() ||
       channel_dim < 0 || channel_dim >= dims || batch_dim < 0 || batch_dim >= dims || channel_dim == batch_dim) {
@@ -45,7 +48,6 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   ImportanceParams p{};
   p.activation = pointer<const void>(activation);
   p.gradient = pointer<const void>(gradient);
-  p.out = pointer<void>(out);
   p.dtype = npc::dtype_of(dtype);
   p.batch = sizes[batch_dim];
   p.neurons = sizes[channel_dim];
@@ -77,224 +79,168 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   return p;
 }
 
-// Runs the CPU kernels on so many threads at most.
-struct Threads {
-  int count;
-
-  void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
-  void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
-  void adam_update(const UpdateParams& params) const { npc::cpu::launch_adam_update(params, count); }
-  void anchored_update(const UpdateParams& params) const { npc::cpu::launch_anchored_update(params, count); }
-  void connection_update(const UpdateParams& params) const { npc::cpu::launch_connection_update(params, count); }
-  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
-    npc::cpu::launch_network_step(inputs, params, count);
-  }
-};
-
-#if defined(NPC_CUDA)
-// Runs the CUDA kernels on a stream.
-struct OnStream {
-  npc::cuda::Stream stream;
-
-  void importance(const ImportanceParams& params) const { npc::cuda::launch_importance(params, stream); }
-  void update(const UpdateParams& params) const { npc::cuda::launch_update(params, stream); }
-  void adam_update(const UpdateParams& params) const { npc::cuda::launch_adam_update(params, stream); }
-  void anchored_update(const UpdateParams& params) const { npc::cuda::launch_anchored_update(params, stream); }
-  void connection_update(const UpdateParams& params) const { npc::cuda::launch_connection_update(params, stream); }
-  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
-    npc::cuda::launch_network_step(inputs, params, stream);
-  }
-};
-#endif
-
+// Target is where a kernel runs: cpu::Threads or cuda::Stream. It selects the launch_...() functions
+// of its namespace.
 template <class Target>
 void importance(const Target& target, Address activation, Address gradient, Address out, Address gradient_in,
                 int64_t dtype, const Int64s& sizes, const Int64s& activation_strides, const Int64s& gradient_strides,
                 int channel_dim, int batch_dim) {
-  ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
-                                              gradient_strides, channel_dim, batch_dim);
+  ImportanceParams params = importance_params(
+      {activation, gradient, dtype, sizes, activation_strides, gradient_strides, channel_dim, batch_dim});
+  params.out = pointer<void>(out);
   params.gradient_in = pointer<void>(gradient_in);
   const py::gil_scoped_release released;
-  target.importance(params);
+  launch_importance(params, target);
 }
 
-using Addresses = std::vector<Address>;
-
-void check_sizes(bool fit, const char* message) {
-  if (!fit) throw std::invalid_argument(message);
+void check(bool fits, const char* message) {
+  if (!fits) throw std::invalid_argument(message);
 }
 
-// The layers and parameters that one call changes. tables.h says what the tables hold.
-struct Network {
-  std::vector<LayerParams> layers;
-  std::vector<ParameterParams> parameters;
-  UpdateParams params;
+// The layers and parameters that one call changes, read from its arguments in order. Lists of
+// addresses have an entry for each parameter, or each layer; 0 is null.
+class Network {
+ public:
+  std::vector<ImportanceParams> inputs;
+  UpdateParams params{};
 
-  Network(const Addresses& values, const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& nonfinite_steps,
-          const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
-      : layers(nonfinite_steps.size()), parameters(values.size()) {
-    check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
-                    (lr.empty() || lr.size() == values.size()),
-                "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
-    const Table numbers(npc::kParameterNumbers, parameter_numbers, values.size());
-    const Table options(npc::kParameterOptions, parameter_options, values.size());
-    for (size_t i = 0; i < values.size(); ++i) {
-      ParameterParams& p = parameters[i];
-      numbers.read(i, p);
-      options.read(i, p);
-      p.value = pointer<void>(values[i]);
-      p.gradient = pointer<const void>(gradients[i]);
-      p.momentum = pointer<void>(momentum[i]);
-      p.lr_address = lr.empty() ? nullptr : pointer<const float>(lr[i]);
-      check_sizes(p.layer < static_cast<int64_t>(layers.size()), "layer out of range");
-      check_sizes(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
-    }
-    const Table sizes(npc::kLayerNumbers, layer_numbers, layers.size());
-    const Table constants(npc::kLayerOptions, layer_options, layers.size());
-    for (size_t l = 0; l < layers.size(); ++l) {
-      sizes.read(l, layers[l]);
-      constants.read(l, layers[l]);
-      layers[l].nonfinite_steps = pointer<int64_t>(nonfinite_steps[l]);
-    }
-    params = UpdateParams{layers.data(),
-                          static_cast<int64_t>(layers.size()),
-                          parameters.data(),
-                          static_cast<int64_t>(parameters.size()),
-                          pointer<const float>(grad_scale),
-                          pointer<const float>(found_inf)};
+  explicit Network(const py::args& arguments) : arguments_(arguments) {}
+
+  void read_inputs() {
+    for (const auto& input : next<std::vector<ImportanceInput>>()) inputs.push_back(importance_params(input));
   }
 
-  // `steps` and `seeds` may be empty. A seed below 0 means rounding to nearest.
-  void count_steps(const Addresses& steps, const Int64s& seeds) {
-    check_sizes((steps.empty() || steps.size() == parameters.size()) &&
-                    (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
-                "every parameter needs a steps entry if any has one, and a seed if any is rounded stochastically");
-    for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
+  // After read_importances().
+  void check_inputs() { check(inputs.size() == layers_.size(), "every layer needs an activation and its gradient"); }
+
+  void read_parameters() {
+    parameters_.resize(length_of_next());
+    read("values", parameters_, &ParameterParams::value);
+    read("gradients", parameters_, &ParameterParams::gradient);
+    read("momentum", parameters_, &ParameterParams::momentum);
+    read("lr", parameters_, &ParameterParams::lr_address, kMayBeEmpty);
+    read(npc::kParameterNumbers, parameters_);
+    read(npc::kParameterOptions, parameters_);
+  }
+
+  void read_moments() {
+    read("first_moments", parameters_, &ParameterParams::first_moment);
+    read("second_moments", parameters_, &ParameterParams::second_moment);
+    read(npc::kAdamOptions, parameters_);
+    for (const ParameterParams& p : parameters_) check(p.momentum == nullptr, "Adam has moments in place of momentum");
+  }
+
+  void read_anchors() {
+    read("stiffness", parameters_, &ParameterParams::stiffness);
+    read("anchors", parameters_, &ParameterParams::anchor);
+    read("paths", parameters_, &ParameterParams::path);
+    read(npc::kAnchorOptions, parameters_);
+    for (const ParameterParams& p : parameters_) {
+      check(p.layer < 0, "a parameter with an anchor belongs to no layer");
+      check((p.stiffness == nullptr) == (p.anchor == nullptr), "stiffness and anchor go together");
+    }
+  }
+
+  void read_importances_of_connections() {
+    read("importances", parameters_, &ParameterParams::importance);
+    for (const ParameterParams& p : parameters_) {
+      check(p.size == 0 || (p.layer < 0) == (p.importance == nullptr),
+            "connections of a layer need an importance, others have none");
+    }
+    layers_.resize(length_of_next());  // of nonfinite_steps
+  }
+
+  void read_importances() {
+    layers_.resize(length_of_next());
+    read("importances", layers_, &LayerParams::importance);
+  }
+
+  void read_measured() { read("measured", layers_, &LayerParams::measured); }
+
+  void read_nonfinite_steps() { read("nonfinite_steps", layers_, &LayerParams::nonfinite_steps); }
+
+  void read_layers() {
+    read(npc::kLayerNumbers, layers_);
+    read(npc::kLayerOptions, layers_);
+  }
+
+  void read_flags() {
+    params.grad_scale = pointer<const float>(next<Address>());
+    params.found_inf = pointer<const float>(next<Address>());
+  }
+
+  // A seed below 0 means rounding to nearest.
+  void read_steps() {
+    read("steps", parameters_, &ParameterParams::steps, kMayBeEmpty);
+    const Int64s seeds = next<Int64s>();
+    if (!seeds.empty()) check_length("seeds", seeds.size(), parameters_.size());
     for (size_t i = 0; i < seeds.size(); ++i) {
-      check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded stochastically counts its steps");
-      parameters[i].stochastic_rounding = seeds[i] >= 0;
-      parameters[i].seed = static_cast<uint32_t>(seeds[i]);
+      ParameterParams& p = parameters_[i];
+      check(seeds[i] < 0 || p.steps != nullptr, "a parameter that is rounded stochastically counts its steps");
+      p.stochastic_rounding = seeds[i] >= 0;
+      p.seed = static_cast<uint32_t>(seeds[i]);
     }
   }
 
-  void importance_of_layers(const Addresses& importances, const Addresses& measured) {
-    check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
-                "every layer needs an importance, a measured and a nonfinite_steps entry");
-    for (size_t l = 0; l < layers.size(); ++l) {
-      layers[l].importance = pointer<float>(importances[l]);
-      layers[l].measured = pointer<const float>(measured[l]);
-    }
+  void read_steps_of_all() {
+    read_steps();
+    for (const ParameterParams& p : parameters_) check(p.steps != nullptr, "Adam counts the steps of every parameter");
   }
+
+  // After all arguments are read.
+  void finish() {
+    check(read_ == arguments_.size(), "too many arguments");
+    for (const ParameterParams& p : parameters_) {
+      check(p.layer < static_cast<int64_t>(layers_.size()), "layer out of range");
+      check(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
+    }
+    params.layers = layers_.data();
+    params.layer_count = static_cast<int64_t>(layers_.size());
+    params.parameters = parameters_.data();
+    params.parameter_count = static_cast<int64_t>(parameters_.size());
+  }
+
+ private:
+  static void check_length(const char* name, size_t length, size_t expected) {
+    if (length == expected) return;
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(length) + " entries, expected " +
+                                std::to_string(expected));
+  }
+
+  py::handle peek() const {
+    check(read_ < arguments_.size(), "too few arguments");
+    return arguments_[read_];
+  }
+  size_t length_of_next() const { return py::len(peek()); }
+
+  template <class T>
+  T next() {
+    const py::handle argument = peek();
+    ++read_;
+    return argument.cast<T>();
+  }
+
+  static constexpr bool kMayBeEmpty = true;  // a list of addresses, which are all null then
+
+  template <class Struct, class T>
+  void read(const char* name, std::vector<Struct>& structs, T* Struct::* member, bool may_be_empty = false) {
+    const Addresses addresses = next<Addresses>();
+    if (may_be_empty && addresses.empty()) return;
+    check_length(name, addresses.size(), structs.size());
+    for (size_t i = 0; i < structs.size(); ++i) structs[i].*member = pointer<T>(addresses[i]);
+  }
+
+  // Reads a table.
+  template <class Columns, class Struct>
+  void read(const Columns& columns, std::vector<Struct>& rows) {
+    npc::read_table(columns, next<py::buffer>(), rows);
+  }
+
+  const py::args& arguments_;
+  size_t read_ = 0;  // how many arguments
+  std::vector<LayerParams> layers_;
+  std::vector<ParameterParams> parameters_;
 };
-
-template <class Target>
-void update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-            const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-            const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf,
-            const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, measured);
-  network.count_steps(steps, seeds);
-  const py::gil_scoped_release released;
-  target.update(network.params);
-}
-
-// Every parameter has a first and a second moment.
-template <class Target>
-void adam_update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-                 const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                 const Addresses& first_moments, const Addresses& second_moments, const py::buffer& adam_options,
-                 const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-                 const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
-                 Address found_inf, const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, measured);
-  network.count_steps(steps, seeds);
-  const size_t count = values.size();
-  check_sizes(first_moments.size() == count && second_moments.size() == count && steps.size() == count,
-              "every parameter needs two moments and a steps entry");
-  const Table options(npc::kAdamOptions, adam_options, count);
-  for (size_t i = 0; i < count; ++i) {
-    ParameterParams& p = network.parameters[i];
-    options.read(i, p);
-    check_sizes(p.momentum == nullptr && p.steps != nullptr, "Adam has moments in place of momentum, and counts steps");
-    p.first_moment = pointer<void>(first_moments[i]);
-    p.second_moment = pointer<void>(second_moments[i]);
-  }
-  const py::gil_scoped_release released;
-  target.adam_update(network.params);
-}
-
-// stiffness, anchors and paths: an address for each parameter, or 0.
-template <class Target>
-void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                     const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                     const py::buffer& parameter_options, const Addresses& stiffness, const Addresses& anchors,
-                     const Addresses& paths, const py::buffer& anchor_options, const py::buffer& layer_numbers,
-                     const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  const size_t count = values.size();
-  check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count,
-              "every parameter needs a stiffness, an anchor and a path entry");
-  const Table options(npc::kAnchorOptions, anchor_options, count);
-  for (size_t i = 0; i < count; ++i) {
-    ParameterParams& p = network.parameters[i];
-    options.read(i, p);
-    check_sizes(p.layer < 0, "a parameter with an anchor belongs to no layer");
-    check_sizes((stiffness[i] == 0) == (anchors[i] == 0), "stiffness and anchor go together");
-    p.stiffness = pointer<const void>(stiffness[i]);
-    p.anchor = pointer<const void>(anchors[i]);
-    p.path = pointer<void>(paths[i]);
-  }
-  const py::gil_scoped_release released;
-  target.anchored_update(network.params);
-}
-
-// importances: an address for each parameter, or 0 where it belongs to no layer.
-template <class Target>
-void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                       const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                       const py::buffer& parameter_options, const Addresses& importances,
-                       const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-                       const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
-  for (size_t i = 0; i < values.size(); ++i) {
-    ParameterParams& p = network.parameters[i];
-    check_sizes(p.size == 0 || (p.layer < 0) == (importances[i] == 0),
-                "connections of a layer need an importance, others have none");
-    p.importance = pointer<float>(importances[i]);
-  }
-  const py::gil_scoped_release released;
-  target.connection_update(network.params);
-}
-
-using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
-
-template <class Target>
-void network_step(const Target& target, const std::vector<ImportanceInput>& inputs, const Addresses& values,
-                  const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                  const Addresses& importances, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-                  const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
-  std::vector<ImportanceParams> params;
-  for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
-    params.push_back(
-        importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim));
-  }
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
-  const py::gil_scoped_release released;
-  target.network_step(params.data(), network.params);
-}
 
 #if defined(NPC_CUDA)
 std::pair<std::string, bool> why_not_on(int device) {
@@ -317,14 +263,44 @@ py::list isas() {
   return names;
 }
 
+using Part = void (Network::*)();
+
+// Defines a function of the module that reads its arguments part by part and launches a kernel.
+template <class Target, class Launch>
+void define(py::module_& m, const char* name, const Launch& launch, const std::vector<Part>& parts) {
+  m.def(name, [=](const Target& target, const py::args& arguments) {
+    Network network(arguments);
+    for (const auto& read_part : parts) (network.*read_part)();
+    network.finish();
+    const py::gil_scoped_release released;
+    launch(network, target);
+  });
+}
+
 template <class Target>
 void define_kernels(py::module_& m) {
+  using N = Network;
   m.def("importance", &importance<Target>);
-  m.def("update", &update<Target>);
-  m.def("adam_update", &adam_update<Target>);
-  m.def("anchored_update", &anchored_update<Target>);
-  m.def("connection_update", &connection_update<Target>);
-  m.def("network_step", &network_step<Target>);
+  define<Target>(m, "update", [](const N& network, const Target& target) { launch_update(network.params, target); },
+                 {&N::read_parameters, &N::read_importances, &N::read_measured, &N::read_nonfinite_steps,
+                  &N::read_layers, &N::read_flags, &N::read_steps});
+  define<Target>(m, "adam_update",
+                 [](const N& network, const Target& target) { launch_adam_update(network.params, target); },
+                 {&N::read_parameters, &N::read_moments, &N::read_importances, &N::read_measured,
+                  &N::read_nonfinite_steps, &N::read_layers, &N::read_flags, &N::read_steps_of_all});
+  define<Target>(m, "anchored_update",
+                 [](const N& network, const Target& target) { launch_anchored_update(network.params, target); },
+                 {&N::read_parameters, &N::read_anchors, &N::read_layers, &N::read_flags});
+  define<Target>(m, "connection_update",
+                 [](const N& network, const Target& target) { launch_connection_update(network.params, target); },
+                 {&N::read_parameters, &N::read_importances_of_connections, &N::read_nonfinite_steps, &N::read_layers,
+                  &N::read_flags});
+  define<Target>(m, "network_step",
+                 [](const N& network, const Target& target) {
+                   launch_network_step(network.inputs.data(), network.params, target);
+                 },
+                 {&N::read_inputs, &N::read_parameters, &N::read_importances, &N::read_nonfinite_steps, &N::read_layers,
+                  &N::read_flags, &N::check_inputs});
 }
 
 }  // namespace
@@ -335,6 +311,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("compiler") = __VERSION__;
   m.attr("COLUMNS") = npc::column_names();
   py::module_ cpu = m.def_submodule("cpu");
+  using npc::cpu::Threads;
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));
   define_kernels<Threads>(cpu);
   m.def("isas", &isas, "Instruction sets compiled in that this processor runs, best last.");
@@ -343,8 +320,9 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NPC_CUDA)
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
-  py::class_<OnStream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
-    return OnStream{{device, pointer<void>(stream)}};
+  using npc::cuda::Stream;
+  py::class_<Stream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
+    return Stream{device, pointer<void>(stream)};
   }));
   cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");
   cuda.def("why_not_on", &why_not_on,
@@ -353,7 +331,7 @@ PYBIND11_MODULE(_C, m) {
   cuda.def("versions", &versions,
            "CUDA versions, as in 12040 for 12.4, of the runtime and the driver (0: there is none); the oldest that the "
            "driver must support, and that driver's name.");
-  define_kernels<OnStream>(cuda);
+  define_kernels<Stream>(cuda);
 #else
   m.attr("why_no_cuda") = NPC_EXT_WHY_NO_CUDA;
 #endif

@@ -1,7 +1,7 @@
 // The tables of numbers that Python passes for the parameters and layers of a network.
 //
 // A row describes one parameter or one layer. Each of its columns is a member of ParameterParams or
-// LayerParams. The lists below name the columns in order. Table::read() reads a row by such a list,
+// LayerParams. The lists below name the columns in order. read_table() reads rows by such a list,
 // and _C.COLUMNS hands the same names to Python, so the two sides cannot disagree.
 //
 // Columns are called after the arguments of the operations in npc_ext.ops. dtype, size, outer,
@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "api.h"
 
@@ -38,10 +39,8 @@ struct Numbers {
 };
 
 // The columns of a table, in order.
-template <class Number_, class... Columns>
+template <class Number, class... Columns>
 struct TableColumns {
-  using Number = Number_;
-  static constexpr int64_t count = sizeof...(Columns);
   const char* table;
   std::tuple<Columns...> columns;
 
@@ -95,37 +94,32 @@ constexpr TableColumns kLayerOptions{
     Column{"delta", &LayerParams::delta},
 };
 
-// A (rows, columns) table in a Python buffer.
-template <class Columns>
-class Table {
- public:
-  Table(const Columns& columns, const pybind11::buffer& buffer, size_t rows)
-      : columns_(columns), info_(buffer.request()) {
-    if (info_.itemsize != sizeof(Number) || info_.size != static_cast<int64_t>(rows) * Columns::count) {
-      throw std::invalid_argument(std::string(columns.table) + ": got " + std::to_string(info_.size) + " values of " +
-                                  std::to_string(info_.itemsize) + " bytes, expected " + std::to_string(rows) + " x " +
-                                  std::to_string(Columns::count) + " of " + std::to_string(sizeof(Number)));
-    }
+template <class Member, class Number>
+void set(Member& member, Number number) {
+  member = static_cast<Member>(number);
+}
+template <class Number>
+void set(DType& member, Number number) {
+  member = dtype_of(static_cast<int64_t>(number));
+}
+
+// Reads a (rows, columns) table in a Python buffer: sets the members that the columns name, row by
+// row.
+template <class Number, class... Columns, class Struct>
+void read_table(const TableColumns<Number, Columns...>& columns, const pybind11::buffer& buffer,
+                std::vector<Struct>& rows) {
+  const pybind11::buffer_info info = buffer.request();
+  const size_t count = sizeof...(Columns);
+  if (info.itemsize != sizeof(Number) || info.size != static_cast<int64_t>(rows.size() * count)) {
+    throw std::invalid_argument(std::string(columns.table) + ": got " + std::to_string(info.size) + " values of " +
+                                std::to_string(info.itemsize) + " bytes, expected " + std::to_string(rows.size()) +
+                                " x " + std::to_string(count) + " of " + std::to_string(sizeof(Number)));
   }
-
-  // Sets the members that the columns name to the numbers of a row.
-  template <class Struct>
-  void read(size_t row, Struct& to) const {
-    const Number* number = static_cast<const Number*>(info_.ptr) + row * Columns::count;
-    std::apply([&](const auto&... column) { (set(to.*column.member, *number++), ...); }, columns_.columns);
+  const Number* number = static_cast<const Number*>(info.ptr);
+  for (Struct& row : rows) {
+    std::apply([&](const auto&... column) { (set(row.*column.member, *number++), ...); }, columns.columns);
   }
-
- private:
-  using Number = typename Columns::Number;
-
-  static void set(int64_t& member, Number number) { member = static_cast<int64_t>(number); }
-  static void set(double& member, Number number) { member = static_cast<double>(number); }
-  static void set(bool& member, Number number) { member = number != 0; }
-  static void set(DType& member, Number number) { member = dtype_of(static_cast<int64_t>(number)); }
-
-  const Columns& columns_;
-  pybind11::buffer_info info_;
-};
+}
 
 // The names of the columns of every table: {"parameter_numbers": ("dtype", ...), ...}.
 inline pybind11::dict column_names() {
