@@ -10,10 +10,11 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
-#include "tables.h"
+#include "columns.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
@@ -97,150 +98,191 @@ void check(bool fits, const char* message) {
   if (!fits) throw std::invalid_argument(message);
 }
 
-// The layers and parameters that one call changes, read from its arguments in order. Lists of
-// addresses have an entry for each parameter, or each layer; 0 is null.
+// The parameters and layers of a network. Columns of numbers (columns.h) are read once. Each call sets
+// the addresses that it needs, so calls from several threads at the same time need an object each.
+//
+// Lists of addresses have an entry for each parameter, or each layer. 0 is null, and so are all
+// entries of a list that may be empty and is.
 class Network {
  public:
-  std::vector<ImportanceParams> inputs;
-  UpdateParams params{};
-
-  explicit Network(const py::args& arguments) : arguments_(arguments) {}
-
-  void read_inputs() {
-    for (const auto& input : next<std::vector<ImportanceInput>>()) inputs.push_back(importance_params(input));
+  // Columns that the kernel in question does not read may be missing. `lr` may be empty.
+  Network(const Addresses& values, const Addresses& lr, size_t layers, const py::dict& columns)
+      : layers_(layers), parameters_(values.size()) {
+    set("values", &ParameterParams::value, values);
+    set("lr", &ParameterParams::lr_address, lr, kMayBeEmpty);
+    npc::for_each_column([&](const auto& column) {
+      if (columns.contains(column.name)) read(column, columns[column.name]);
+    });
+    for (const ParameterParams& p : parameters_) {
+      check(p.layer < static_cast<int64_t>(layers), "layer out of range");
+      check(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
+    }
   }
 
-  // After read_importances().
-  void check_inputs() { check(inputs.size() == layers_.size(), "every layer needs an activation and its gradient"); }
+  void set_rates(const py::list& lr) { read(npc::Column{"lr", &ParameterParams::lr}, lr); }
 
-  void read_parameters() {
-    parameters_.resize(length_of_next());
-    read("values", parameters_, &ParameterParams::value);
-    read("gradients", parameters_, &ParameterParams::gradient);
-    read("momentum", parameters_, &ParameterParams::momentum);
-    read("lr", parameters_, &ParameterParams::lr_address, kMayBeEmpty);
-    read(npc::kParameterNumbers, parameters_);
-    read(npc::kParameterOptions, parameters_);
+  void set_gradients(const Addresses& gradients, const Addresses& momentum) {
+    set("gradients", &ParameterParams::gradient, gradients);
+    set("momentum", &ParameterParams::momentum, momentum, kMayBeEmpty);
   }
 
-  void read_moments() {
-    read("first_moments", parameters_, &ParameterParams::first_moment);
-    read("second_moments", parameters_, &ParameterParams::second_moment);
-    read(npc::kAdamOptions, parameters_);
-    for (const ParameterParams& p : parameters_) check(p.momentum == nullptr, "Adam has moments in place of momentum");
+  // After set_steps().
+  void set_moments(const Addresses& first, const Addresses& second) {
+    set("first_moments", &ParameterParams::first_moment, first);
+    set("second_moments", &ParameterParams::second_moment, second);
+    for (const ParameterParams& p : parameters_) check(p.steps != nullptr, "Adam counts the steps of every parameter");
   }
 
-  void read_anchors() {
-    read("stiffness", parameters_, &ParameterParams::stiffness);
-    read("anchors", parameters_, &ParameterParams::anchor);
-    read("paths", parameters_, &ParameterParams::path);
-    read(npc::kAnchorOptions, parameters_);
+  void set_anchors(const Addresses& stiffness, const Addresses& anchors, const Addresses& paths) {
+    set("stiffness", &ParameterParams::stiffness, stiffness);
+    set("anchors", &ParameterParams::anchor, anchors);
+    set("paths", &ParameterParams::path, paths);
     for (const ParameterParams& p : parameters_) {
       check(p.layer < 0, "a parameter with an anchor belongs to no layer");
       check((p.stiffness == nullptr) == (p.anchor == nullptr), "stiffness and anchor go together");
     }
   }
 
-  void read_importances_of_connections() {
-    read("importances", parameters_, &ParameterParams::importance);
+  void set_importances_of_connections(const Addresses& importances, const Addresses& nonfinite_steps) {
+    set("importances", &ParameterParams::importance, importances);
+    set("nonfinite_steps", &LayerParams::nonfinite_steps, nonfinite_steps);
     for (const ParameterParams& p : parameters_) {
       check(p.size == 0 || (p.layer < 0) == (p.importance == nullptr),
             "connections of a layer need an importance, others have none");
     }
-    layers_.resize(length_of_next());  // of nonfinite_steps
   }
 
-  void read_importances() {
-    layers_.resize(length_of_next());
-    read("importances", layers_, &LayerParams::importance);
+  void set_importances(const Addresses& importances, const Addresses& nonfinite_steps, const Addresses& measured) {
+    set("importances", &LayerParams::importance, importances);
+    set("nonfinite_steps", &LayerParams::nonfinite_steps, nonfinite_steps);
+    set("measured", &LayerParams::measured, measured, kMayBeEmpty);
   }
 
-  void read_measured() { read("measured", layers_, &LayerParams::measured); }
-
-  void read_nonfinite_steps() { read("nonfinite_steps", layers_, &LayerParams::nonfinite_steps); }
-
-  void read_layers() {
-    read(npc::kLayerNumbers, layers_);
-    read(npc::kLayerOptions, layers_);
-  }
-
-  void read_flags() {
-    params.grad_scale = pointer<const float>(next<Address>());
-    params.found_inf = pointer<const float>(next<Address>());
-  }
-
-  // A seed below 0 means rounding to nearest.
-  void read_steps() {
-    read("steps", parameters_, &ParameterParams::steps, kMayBeEmpty);
-    const Int64s seeds = next<Int64s>();
+  // A seed below 0 means rounding to nearest. Both lists may be empty.
+  void set_steps(const Addresses& steps, const Int64s& seeds) {
+    set("steps", &ParameterParams::steps, steps, kMayBeEmpty);
     if (!seeds.empty()) check_length("seeds", seeds.size(), parameters_.size());
-    for (size_t i = 0; i < seeds.size(); ++i) {
+    for (size_t i = 0; i < parameters_.size(); ++i) {
       ParameterParams& p = parameters_[i];
-      check(seeds[i] < 0 || p.steps != nullptr, "a parameter that is rounded stochastically counts its steps");
-      p.stochastic_rounding = seeds[i] >= 0;
-      p.seed = static_cast<uint32_t>(seeds[i]);
+      const int64_t seed = seeds.empty() ? -1 : seeds[i];
+      check(seed < 0 || p.steps != nullptr, "a parameter that is rounded stochastically counts its steps");
+      p.stochastic_rounding = seed >= 0;
+      p.seed = static_cast<uint32_t>(seed);
     }
   }
 
-  void read_steps_of_all() {
-    read_steps();
-    for (const ParameterParams& p : parameters_) check(p.steps != nullptr, "Adam counts the steps of every parameter");
-  }
+  size_t layer_count() const { return layers_.size(); }
 
-  // After all arguments are read.
-  void finish() {
-    check(read_ == arguments_.size(), "too many arguments");
-    for (const ParameterParams& p : parameters_) {
-      check(p.layer < static_cast<int64_t>(layers_.size()), "layer out of range");
-      check(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
-    }
-    params.layers = layers_.data();
-    params.layer_count = static_cast<int64_t>(layers_.size());
-    params.parameters = parameters_.data();
-    params.parameter_count = static_cast<int64_t>(parameters_.size());
+  UpdateParams params(Address grad_scale, Address found_inf) {
+    return {layers_.data(),
+            static_cast<int64_t>(layers_.size()),
+            parameters_.data(),
+            static_cast<int64_t>(parameters_.size()),
+            pointer<const float>(grad_scale),
+            pointer<const float>(found_inf)};
   }
 
  private:
+  static constexpr bool kMayBeEmpty = true;
+
+  std::vector<LayerParams>& rows(LayerParams*) { return layers_; }
+  std::vector<ParameterParams>& rows(ParameterParams*) { return parameters_; }
+
   static void check_length(const char* name, size_t length, size_t expected) {
     if (length == expected) return;
     throw std::invalid_argument(std::string(name) + " has " + std::to_string(length) + " entries, expected " +
                                 std::to_string(expected));
   }
 
-  py::handle peek() const {
-    check(read_ < arguments_.size(), "too few arguments");
-    return arguments_[read_];
-  }
-  size_t length_of_next() const { return py::len(peek()); }
-
-  template <class T>
-  T next() {
-    const py::handle argument = peek();
-    ++read_;
-    return argument.cast<T>();
-  }
-
-  static constexpr bool kMayBeEmpty = true;  // a list of addresses, which are all null then
-
   template <class Struct, class T>
-  void read(const char* name, std::vector<Struct>& structs, T* Struct::* member, bool may_be_empty = false) {
-    const Addresses addresses = next<Addresses>();
-    if (may_be_empty && addresses.empty()) return;
-    check_length(name, addresses.size(), structs.size());
-    for (size_t i = 0; i < structs.size(); ++i) structs[i].*member = pointer<T>(addresses[i]);
+  void set(const char* name, T* Struct::* member, const Addresses& addresses, bool may_be_empty = false) {
+    std::vector<Struct>& structs = rows(static_cast<Struct*>(nullptr));
+    const bool all_null = may_be_empty && addresses.empty();
+    if (!all_null) check_length(name, addresses.size(), structs.size());
+    for (size_t i = 0; i < structs.size(); ++i) structs[i].*member = all_null ? nullptr : pointer<T>(addresses[i]);
   }
 
-  // Reads a table.
-  template <class Columns, class Struct>
-  void read(const Columns& columns, std::vector<Struct>& rows) {
-    npc::read_table(columns, next<py::buffer>(), rows);
+  template <class Struct, class Member>
+  void read(const npc::Column<Struct, Member>& column, const py::handle& numbers) {
+    std::vector<Struct>& structs = rows(static_cast<Struct*>(nullptr));
+    check_length(column.name, py::len(numbers), structs.size());
+    size_t i = 0;
+    for (const py::handle number : numbers) {
+      if constexpr (std::is_same_v<Member, npc::DType>) {
+        structs[i++].*column.member = npc::dtype_of(number.cast<int64_t>());
+      } else {
+        structs[i++].*column.member = number.cast<Member>();
+      }
+    }
   }
 
-  const py::args& arguments_;
-  size_t read_ = 0;  // how many arguments
   std::vector<LayerParams> layers_;
   std::vector<ParameterParams> parameters_;
 };
+
+template <class Target>
+void update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+            Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+            const Addresses& measured, const Addresses& steps, const Int64s& seeds) {
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, measured);
+  network.set_steps(steps, seeds);
+  const UpdateParams params = network.params(grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  launch_update(params, target);
+}
+
+template <class Target>
+void adam_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                 Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+                 const Addresses& measured, const Addresses& steps, const Int64s& seeds, const Addresses& first_moments,
+                 const Addresses& second_moments) {
+  check(momentum.empty(), "Adam has moments in place of momentum");
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, measured);
+  network.set_steps(steps, seeds);
+  network.set_moments(first_moments, second_moments);
+  const UpdateParams params = network.params(grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  launch_adam_update(params, target);
+}
+
+template <class Target>
+void anchored_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                     Address grad_scale, Address found_inf, const Addresses& stiffness, const Addresses& anchors,
+                     const Addresses& paths) {
+  network.set_gradients(gradients, momentum);
+  network.set_anchors(stiffness, anchors, paths);
+  const UpdateParams params = network.params(grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  launch_anchored_update(params, target);
+}
+
+template <class Target>
+void connection_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                       Address grad_scale, Address found_inf, const Addresses& importances,
+                       const Addresses& nonfinite_steps) {
+  network.set_gradients(gradients, momentum);
+  network.set_importances_of_connections(importances, nonfinite_steps);
+  const UpdateParams params = network.params(grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  launch_connection_update(params, target);
+}
+
+// What `inputs` measure is kept in scratch memory.
+template <class Target>
+void network_step(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                  Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+                  const std::vector<ImportanceInput>& inputs) {
+  check(inputs.size() == network.layer_count(), "every layer needs an activation and its gradient");
+  std::vector<ImportanceParams> measurements;
+  for (const auto& input : inputs) measurements.push_back(importance_params(input));
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, {});
+  const UpdateParams params = network.params(grad_scale, found_inf);
+  const py::gil_scoped_release released;
+  launch_network_step(measurements.data(), params, target);
+}
 
 #if defined(NPC_CUDA)
 std::pair<std::string, bool> why_not_on(int device) {
@@ -263,44 +305,14 @@ py::list isas() {
   return names;
 }
 
-using Part = void (Network::*)();
-
-// Defines a function of the module that reads its arguments part by part and launches a kernel.
-template <class Target, class Launch>
-void define(py::module_& m, const char* name, const Launch& launch, const std::vector<Part>& parts) {
-  m.def(name, [=](const Target& target, const py::args& arguments) {
-    Network network(arguments);
-    for (const auto& read_part : parts) (network.*read_part)();
-    network.finish();
-    const py::gil_scoped_release released;
-    launch(network, target);
-  });
-}
-
 template <class Target>
 void define_kernels(py::module_& m) {
-  using N = Network;
   m.def("importance", &importance<Target>);
-  define<Target>(m, "update", [](const N& network, const Target& target) { launch_update(network.params, target); },
-                 {&N::read_parameters, &N::read_importances, &N::read_measured, &N::read_nonfinite_steps,
-                  &N::read_layers, &N::read_flags, &N::read_steps});
-  define<Target>(m, "adam_update",
-                 [](const N& network, const Target& target) { launch_adam_update(network.params, target); },
-                 {&N::read_parameters, &N::read_moments, &N::read_importances, &N::read_measured,
-                  &N::read_nonfinite_steps, &N::read_layers, &N::read_flags, &N::read_steps_of_all});
-  define<Target>(m, "anchored_update",
-                 [](const N& network, const Target& target) { launch_anchored_update(network.params, target); },
-                 {&N::read_parameters, &N::read_anchors, &N::read_layers, &N::read_flags});
-  define<Target>(m, "connection_update",
-                 [](const N& network, const Target& target) { launch_connection_update(network.params, target); },
-                 {&N::read_parameters, &N::read_importances_of_connections, &N::read_nonfinite_steps, &N::read_layers,
-                  &N::read_flags});
-  define<Target>(m, "network_step",
-                 [](const N& network, const Target& target) {
-                   launch_network_step(network.inputs.data(), network.params, target);
-                 },
-                 {&N::read_inputs, &N::read_parameters, &N::read_importances, &N::read_nonfinite_steps, &N::read_layers,
-                  &N::read_flags, &N::check_inputs});
+  m.def("update", &update<Target>);
+  m.def("adam_update", &adam_update<Target>);
+  m.def("anchored_update", &anchored_update<Target>);
+  m.def("connection_update", &connection_update<Target>);
+  m.def("network_step", &network_step<Target>);
 }
 
 }  // namespace
@@ -309,7 +321,12 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of npc_ext; npc_ext.ops is the interface to use.";
   m.attr("build_key") = NPC_EXT_BUILD_KEY;
   m.attr("compiler") = __VERSION__;
-  m.attr("COLUMNS") = npc::column_names();
+  py::list names;
+  npc::for_each_column([&](const auto& column) { names.append(column.name); });
+  m.attr("COLUMNS") = py::tuple(names);
+  py::class_<Network>(m, "Network", py::module_local())
+      .def(py::init<const Addresses&, const Addresses&, size_t, const py::dict&>())
+      .def("set_rates", &Network::set_rates);
   py::module_ cpu = m.def_submodule("cpu");
   using npc::cpu::Threads;
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));

@@ -223,7 +223,9 @@ class CPC(PlasticityControl):
         return _Plan(
             **common,
             columns=columns,
-            tables=self._tables(common["parameters"], (Placement.of_layers(layer), *columns), counted_at=layers),
+            tables=self._tables(
+                common["device"], common["parameters"], (Placement.of_layers(layer), *columns), counted_at=layers
+            ),
             layers=layers,
             nonfinite_steps=self._nonfinite_steps.on(device),
             layer=layer,

@@ -7,10 +7,8 @@ what the kernels themselves assume: device, dtype and memory layout.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +53,11 @@ def _on_stream(device: int, stream: int) -> tuple[Any, Any]:
     """The CUDA kernels for a GPU, and one of its streams as they take it."""
     cuda = native.module_on(device).cuda
     return cuda, cuda.OnStream(device, stream)
+
+
+def _module(device: torch.device) -> Any:
+    """The module whose kernels run on a device."""
+    return native.module() if device.type == "cpu" else native.module_on(device.index)
 
 
 def _launch(kernel: str, device: torch.device, *arguments: Any) -> None:
@@ -155,12 +158,13 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Tables:
-    """Sizes, layouts and options of a network's parameters and layers, checked once.
+    """A network's parameters and layers as the kernels take them: sizes, layouts and options, read once.
 
-    `of[name]` is a table of numbers, for each name in the module's `COLUMNS`, which says what its columns are. They
-    stay valid while the parameters keep their memory, shape, dtype and order.
+    They stay valid while the parameters keep their memory, shape, dtype and order. Two launches at the same time, from
+    several threads, need an object each.
 
     Args:
+        device: where the network is.
         parameters: the network's.
         neurons: how many each layer has, as far as layers have importances of neurons.
         groups: groups of columns (`npc_ext.columns`). Parameters are outside of all layers if they do not say
@@ -170,6 +174,7 @@ class Tables:
 
     def __init__(
         self,
+        device: torch.device,
         parameters: Sequence[Tensor],
         neurons: Sequence[int],
         *groups: NamedTuple,
@@ -190,17 +195,16 @@ class Tables:
         places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
         geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
         columns |= {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
-        self.of = {
-            name: _table("q" if name.endswith("_numbers") else "d", [columns[column] for column in names])
-            for name, names in native.module().COLUMNS.items()
-            if columns.keys() >= set(names)
-        }
         self.neurons = columns["neurons"]
-        self.parameter_addresses = [parameter.data_ptr() for parameter in parameters]
         # A rate in device memory is read there, so that a CUDA graph's replays see it change.
-        addresses = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in rates]
-        self.lr_addresses = addresses if any(addresses) else []
         self.lr_tensors = [rate for rate in rates if isinstance(rate, Tensor)]  # held while their addresses are
+        module = _module(device)
+        self.network = module.Network(
+            [parameter.data_ptr() for parameter in parameters],
+            [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in rates] if self.lr_tensors else [],
+            len(self.neurons),
+            {name: columns[name] for name in module.COLUMNS if name in columns},
+        )
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
         self._checked: dict[str, list[int]] = {}  # the addresses of tensors that were checked, by what they are
@@ -209,8 +213,7 @@ class Tables:
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
-        names = native.module().COLUMNS["parameter_options"]
-        self.of["parameter_options"][names.index("lr") :: len(names)] = array("d", map(_rate_in_table, lr))
+        self.network.set_rates(list(map(_rate_in_table, lr)))
 
     def addresses(
         self, name: str, tensors: Sequence[Tensor | None], check: Callable[..., None], *expected: Any
@@ -276,33 +279,23 @@ def _rate_in_table(lr: float | Tensor) -> float:
     return 0.0 if isinstance(lr, Tensor) else lr
 
 
-def _table(typecode: str, columns: Sequence[Sequence[Any]]) -> array[Any]:
-    return array(typecode, chain.from_iterable(zip(*columns, strict=True)))
-
-
 def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
 
 
-def _of_parameters(
+def _of_gradients(
     tables: Tables,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None] = (),
+    momentum_buffers: Sequence[Tensor | None],
+    flags: Sequence[Tensor | None],
 ) -> tuple[Any, ...]:
-    """The arguments that all updates begin with."""
-    momentum = [0] * len(parameters)
+    """The arguments that updates begin with."""
+    momentum: list[int] = []
     if tables.any_momentum:
         buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
         momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
-    return (
-        tables.parameter_addresses,
-        [gradient.data_ptr() for gradient in gradients],
-        momentum,
-        tables.lr_addresses,
-        tables.of["parameter_numbers"],
-        tables.of["parameter_options"],
-    )
+    return tables.network, [gradient.data_ptr() for gradient in gradients], momentum, *map(_address, flags)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -317,16 +310,11 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _of_layers(tables: Tables, layers: Layers, *measured: list[int]) -> list[Any]:
+def _of_layers(tables: Tables, layers: Layers) -> tuple[list[int], list[int]]:
     """The arguments about layers of updates that have a rate for every neuron."""
     averages, counts = layers.importances, layers.nonfinite_steps
-    return [
-        tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device),
-        *measured,
-        tables.counters(counts),
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-    ]
+    addresses = tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device)
+    return addresses, tables.counters(counts)
 
 
 def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
@@ -381,9 +369,9 @@ def update_(
     _launch(
         "update",
         device,
-        *_of_parameters(tables, *network),
-        *_of_layers(tables, layers, _of_measured(tables, measured, device)),
-        *map(_address, flags),
+        *_of_gradients(tables, *network, flags),
+        *_of_layers(tables, layers),
+        _of_measured(tables, measured, device),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
     )
@@ -414,14 +402,13 @@ def adam_update_(
     _launch(
         "adam_update",
         device,
-        *_of_parameters(tables, network.parameters, network.gradients),
-        tables.addresses("first_moments", network.first_moments, *like),
-        tables.addresses("second_moments", network.second_moments, *like),
-        tables.of["adam_options"],
-        *_of_layers(tables, layers, _of_measured(tables, measured, device)),
-        *map(_address, flags),
+        *_of_gradients(tables, network.parameters, network.gradients, (), flags),
+        *_of_layers(tables, layers),
+        _of_measured(tables, measured, device),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
+        tables.addresses("first_moments", network.first_moments, *like),
+        tables.addresses("second_moments", network.second_moments, *like),
     )
     written = [*network.first_moments, *network.second_moments, *layers.importances, layers.nonfinite_steps]
     _raise_versions(tables, network.parameters, (), *written, *_there(steps.steps))
@@ -439,14 +426,10 @@ def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler:
     _launch(
         "anchored_update",
         device,
-        *_of_parameters(tables, *network),
+        *_of_gradients(tables, *network, flags),
         tables.addresses("stiffness", anchors.stiffness, *like),
         tables.addresses("anchors", anchors.anchors, *like),
         tables.addresses("paths", anchors.paths, *like),
-        tables.of["anchor_options"],
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-        *map(_address, flags),
     )
     _raise_versions(tables, network.parameters, network.momentum_buffers, *_there(anchors.paths))
 
@@ -466,12 +449,9 @@ def connection_update_(
     _launch(
         "connection_update",
         device,
-        *_of_parameters(tables, *network),
+        *_of_gradients(tables, *network, flags),
         tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
         tables.counters(connections.nonfinite_steps),
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-        *map(_address, flags),
     )
     _raise_versions(
         tables,
@@ -504,9 +484,8 @@ def network_step_(
     _launch(
         "network_step",
         device,
-        inputs,
-        *_of_parameters(tables, *network),
+        *_of_gradients(tables, *network, flags),
         *_of_layers(tables, layers),
-        *map(_address, flags),
+        inputs,
     )
     _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

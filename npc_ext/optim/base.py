@@ -388,6 +388,7 @@ class ModelOptimizer(ImportanceHolder):
 
     def _tables(
         self,
+        device: torch.device,
         parameters: Sequence[Tensor],
         columns: Sequence[NamedTuple],
         importances: Sequence[Tensor] = (),
@@ -396,6 +397,7 @@ class ModelOptimizer(ImportanceHolder):
         """Tables for the compiled kernels; None where these do not take the tensors.
 
         Args:
+            device: where the parameters are.
             parameters: those that steps work on.
             columns: of these, and of layers.
             importances: of the neurons of each layer.
@@ -404,7 +406,7 @@ class ModelOptimizer(ImportanceHolder):
         if self._backend == "reference" or not ops.native_takes([*parameters, *importances]):
             return None
         neurons = [average.numel() for average in importances]
-        return launch.Tables(parameters, neurons, *columns, counted_at=counted_at)
+        return launch.Tables(device, parameters, neurons, *columns, counted_at=counted_at)
 
     def _operations(self) -> Any:
         """The module whose operations do the work where the compiled kernels do not take the tensors."""
@@ -568,7 +570,8 @@ class ModelOptimizer(ImportanceHolder):
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        plans = ("_plans", "_earlier_plans")  # hold memory addresses; __setstate__ has them made anew
+        return {name: value for name, value in self.__dict__.items() if name not in plans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._check_added_keys(
