@@ -112,26 +112,30 @@ bool isa_runs_here(int index);
 const char* isa_in_use();
 bool use_isa(const char* name);  // false if it is unknown or cannot run here
 
-// `threads` is an upper bound; small work stays on the calling thread.
-void launch_importance(const ImportanceParams& params, int threads);
-void launch_update(const UpdateParams& params, int threads);
+// An upper bound; small work stays on the calling thread.
+struct Threads {
+  int count;
+};
+
+void launch_importance(const ImportanceParams& params, Threads threads);
+void launch_update(const UpdateParams& params, Threads threads);
 
 // Everything in one call: the importance of layer l, from inputs[l], enters its moving average,
 // then the weights move. layers[l].measured and inputs[l].out are ignored: the sums are in scratch
 // memory.
-void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads);
+void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, Threads threads);
 
 // The weight update alone, with anchors and path integrals, of parameters that belong to no layer.
-void launch_anchored_update(const UpdateParams& params, int threads);
+void launch_anchored_update(const UpdateParams& params, Threads threads);
 
 // launch_update with Adam's step and decoupled weight decay, where s_i is that of eq. 7 (rules.h):
 //   w <- w - s_i lr (m' / (sqrt(v') + epsilon) + decay w)
-void launch_adam_update(const UpdateParams& params, int threads);
+void launch_adam_update(const UpdateParams& params, Threads threads);
 
 // CPC: c = |value * gradient| of every element in place of eq. 2, then eqs. 3, 4, 7 and the weight
 // update, with an importance and a rate for each element. `neurons`, `importance` and `measured` of
 // the layers are ignored.
-void launch_connection_update(const UpdateParams& params, int threads);
+void launch_connection_update(const UpdateParams& params, Threads threads);
 
 }  // namespace cpu
 

@@ -10,18 +10,19 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "api.h"
-#include "tables.h"
+#include "columns.h"
 
 namespace py = pybind11;
 using Address = std::uintptr_t;
+using Addresses = std::vector<Address>;
 using Int64s = std::vector<int64_t>;
 using npc::ImportanceParams;
 using npc::LayerParams;
 using npc::ParameterParams;
-using npc::Table;
 using npc::UpdateParams;
 
 namespace {
@@ -31,12 +32,15 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+// activation, gradient, dtype, sizes, the strides of both, channel_dim, batch_dim
+using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
+
 // From the sizes and strides of [batch, neurons, positions...], with the dimensions in any order.
 // Dimensions of positions that one stride walks through in both tensors are merged, so that most
 // layouts have one at most.
-ImportanceParams importance_params(Address activation, Address gradient, Address out, int64_t dtype,
-                                   const Int64s& sizes, const Int64s& activation_strides,
-                                   const Int64s& gradient_strides, int channel_dim, int batch_dim) {
+ImportanceParams importance_params(const ImportanceInput& input) {
+  const auto& [activation, gradient, dtype, sizes, activation_strides, gradient_strides, channel_dim, batch_dim] =
+      input;
   const int dims = static_cast<int>(sizes.size());
   if (dims < 2 || activation_strides.size() != sizes.size() || gradient_strides.size() != sizes.size() ||
       channel_dim < 0 || channel_dim >= dims || batch_dim < 0 || batch_dim >= dims || channel_dim == batch_dim) {
@@ -45,7 +49,6 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   ImportanceParams p{};
   p.activation = pointer<const void>(activation);
   p.gradient = pointer<const void>(gradient);
-  p.out = pointer<void>(out);
   p.dtype = npc::dtype_of(dtype);
   p.batch = sizes[batch_dim];
   p.neurons = sizes[channel_dim];
@@ -77,223 +80,208 @@ ImportanceParams importance_params(Address activation, Address gradient, Address
   return p;
 }
 
-// Runs the CPU kernels on so many threads at most.
-struct Threads {
-  int count;
-
-  void importance(const ImportanceParams& params) const { npc::cpu::launch_importance(params, count); }
-  void update(const UpdateParams& params) const { npc::cpu::launch_update(params, count); }
-  void adam_update(const UpdateParams& params) const { npc::cpu::launch_adam_update(params, count); }
-  void anchored_update(const UpdateParams& params) const { npc::cpu::launch_anchored_update(params, count); }
-  void connection_update(const UpdateParams& params) const { npc::cpu::launch_connection_update(params, count); }
-  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
-    npc::cpu::launch_network_step(inputs, params, count);
-  }
-};
-
-#if defined(NPC_CUDA)
-// Runs the CUDA kernels on a stream.
-struct OnStream {
-  npc::cuda::Stream stream;
-
-  void importance(const ImportanceParams& params) const { npc::cuda::launch_importance(params, stream); }
-  void update(const UpdateParams& params) const { npc::cuda::launch_update(params, stream); }
-  void adam_update(const UpdateParams& params) const { npc::cuda::launch_adam_update(params, stream); }
-  void anchored_update(const UpdateParams& params) const { npc::cuda::launch_anchored_update(params, stream); }
-  void connection_update(const UpdateParams& params) const { npc::cuda::launch_connection_update(params, stream); }
-  void network_step(const ImportanceParams* inputs, const UpdateParams& params) const {
-    npc::cuda::launch_network_step(inputs, params, stream);
-  }
-};
-#endif
-
+// Target is where a kernel runs: cpu::Threads or cuda::Stream. It selects the launch_...() functions
+// of its namespace.
 template <class Target>
 void importance(const Target& target, Address activation, Address gradient, Address out, Address gradient_in,
                 int64_t dtype, const Int64s& sizes, const Int64s& activation_strides, const Int64s& gradient_strides,
                 int channel_dim, int batch_dim) {
-  ImportanceParams params = importance_params(activation, gradient, out, dtype, sizes, activation_strides,
-                                              gradient_strides, channel_dim, batch_dim);
+  ImportanceParams params = importance_params(
+      {activation, gradient, dtype, sizes, activation_strides, gradient_strides, channel_dim, batch_dim});
+  params.out = pointer<void>(out);
   params.gradient_in = pointer<void>(gradient_in);
   const py::gil_scoped_release released;
-  target.importance(params);
+  launch_importance(params, target);
 }
 
-using Addresses = std::vector<Address>;
-
-void check_sizes(bool fit, const char* message) {
-  if (!fit) throw std::invalid_argument(message);
+void check(bool fits, const char* message) {
+  if (!fits) throw std::invalid_argument(message);
 }
 
-// The layers and parameters that one call changes. tables.h says what the tables hold.
-struct Network {
-  std::vector<LayerParams> layers;
-  std::vector<ParameterParams> parameters;
-  UpdateParams params;
-
-  Network(const Addresses& values, const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-          const py::buffer& parameter_numbers, const py::buffer& parameter_options, const Addresses& nonfinite_steps,
-          const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf)
-      : layers(nonfinite_steps.size()), parameters(values.size()) {
-    check_sizes(gradients.size() == values.size() && momentum.size() == values.size() &&
-                    (lr.empty() || lr.size() == values.size()),
-                "every parameter needs a gradient and a momentum entry, and an lr entry if any has one");
-    const Table numbers(npc::kParameterNumbers, parameter_numbers, values.size());
-    const Table options(npc::kParameterOptions, parameter_options, values.size());
-    for (size_t i = 0; i < values.size(); ++i) {
-      ParameterParams& p = parameters[i];
-      numbers.read(i, p);
-      options.read(i, p);
-      p.value = pointer<void>(values[i]);
-      p.gradient = pointer<const void>(gradients[i]);
-      p.momentum = pointer<void>(momentum[i]);
-      p.lr_address = lr.empty() ? nullptr : pointer<const float>(lr[i]);
-      check_sizes(p.layer < static_cast<int64_t>(layers.size()), "layer out of range");
-      check_sizes(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
-    }
-    const Table sizes(npc::kLayerNumbers, layer_numbers, layers.size());
-    const Table constants(npc::kLayerOptions, layer_options, layers.size());
-    for (size_t l = 0; l < layers.size(); ++l) {
-      sizes.read(l, layers[l]);
-      constants.read(l, layers[l]);
-      layers[l].nonfinite_steps = pointer<int64_t>(nonfinite_steps[l]);
-    }
-    params = UpdateParams{layers.data(),
-                          static_cast<int64_t>(layers.size()),
-                          parameters.data(),
-                          static_cast<int64_t>(parameters.size()),
-                          pointer<const float>(grad_scale),
-                          pointer<const float>(found_inf)};
-  }
-
-  // `steps` and `seeds` may be empty. A seed below 0 means rounding to nearest.
-  void count_steps(const Addresses& steps, const Int64s& seeds) {
-    check_sizes((steps.empty() || steps.size() == parameters.size()) &&
-                    (seeds.empty() || (seeds.size() == parameters.size() && steps.size() == seeds.size())),
-                "every parameter needs a steps entry if any has one, and a seed if any is rounded stochastically");
-    for (size_t i = 0; i < steps.size(); ++i) parameters[i].steps = pointer<float>(steps[i]);
-    for (size_t i = 0; i < seeds.size(); ++i) {
-      check_sizes(seeds[i] < 0 || steps[i] != 0, "a parameter that is rounded stochastically counts its steps");
-      parameters[i].stochastic_rounding = seeds[i] >= 0;
-      parameters[i].seed = static_cast<uint32_t>(seeds[i]);
+// The parameters and layers of a network. Columns of numbers (columns.h) are read once. Each call sets
+// the addresses that it needs, so calls from several threads at the same time need an object each.
+//
+// Lists of addresses have an entry for each parameter, or each layer. 0 is null, and so are all
+// entries of a list that may be empty and is.
+class Network {
+ public:
+  // Columns that the kernel in question does not read may be missing. `lr` may be empty.
+  Network(const Addresses& values, const Addresses& lr, size_t layers, const py::dict& columns)
+      : layers_(layers), parameters_(values.size()) {
+    set("values", &ParameterParams::value, values);
+    set("lr", &ParameterParams::lr_address, lr, kMayBeEmpty);
+    npc::for_each_column([&](const auto& column) {
+      if (columns.contains(column.name)) read(column, columns[column.name]);
+    });
+    for (const ParameterParams& p : parameters_) {
+      check(p.layer < static_cast<int64_t>(layers), "layer out of range");
+      check(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
     }
   }
 
-  void importance_of_layers(const Addresses& importances, const Addresses& measured) {
-    check_sizes(importances.size() == layers.size() && measured.size() == layers.size(),
-                "every layer needs an importance, a measured and a nonfinite_steps entry");
-    for (size_t l = 0; l < layers.size(); ++l) {
-      layers[l].importance = pointer<float>(importances[l]);
-      layers[l].measured = pointer<const float>(measured[l]);
+  void set_rates(const py::list& lr) { read(npc::Column{"lr", &ParameterParams::lr}, lr); }
+
+  void set_gradients(const Addresses& gradients, const Addresses& momentum) {
+    set("gradients", &ParameterParams::gradient, gradients);
+    set("momentum", &ParameterParams::momentum, momentum, kMayBeEmpty);
+  }
+
+  // After set_steps().
+  void set_moments(const Addresses& first, const Addresses& second) {
+    set("first_moments", &ParameterParams::first_moment, first);
+    set("second_moments", &ParameterParams::second_moment, second);
+    for (const ParameterParams& p : parameters_) check(p.steps != nullptr, "Adam counts the steps of every parameter");
+  }
+
+  void set_anchors(const Addresses& stiffness, const Addresses& anchors, const Addresses& paths) {
+    set("stiffness", &ParameterParams::stiffness, stiffness);
+    set("anchors", &ParameterParams::anchor, anchors);
+    set("paths", &ParameterParams::path, paths);
+    for (const ParameterParams& p : parameters_) {
+      check(p.layer < 0, "a parameter with an anchor belongs to no layer");
+      check((p.stiffness == nullptr) == (p.anchor == nullptr), "stiffness and anchor go together");
     }
   }
+
+  void set_importances_of_connections(const Addresses& importances, const Addresses& nonfinite_steps) {
+    set("importances", &ParameterParams::importance, importances);
+    set("nonfinite_steps", &LayerParams::nonfinite_steps, nonfinite_steps);
+    for (const ParameterParams& p : parameters_) {
+      check(p.size == 0 || (p.layer < 0) == (p.importance == nullptr),
+            "connections of a layer need an importance, others have none");
+    }
+  }
+
+  void set_importances(const Addresses& importances, const Addresses& nonfinite_steps, const Addresses& measured) {
+    set("importances", &LayerParams::importance, importances);
+    set("nonfinite_steps", &LayerParams::nonfinite_steps, nonfinite_steps);
+    set("measured", &LayerParams::measured, measured, kMayBeEmpty);
+  }
+
+  // A seed below 0 means rounding to nearest. Both lists may be empty.
+  void set_steps(const Addresses& steps, const Int64s& seeds) {
+    set("steps", &ParameterParams::steps, steps, kMayBeEmpty);
+    if (!seeds.empty()) check_length("seeds", seeds.size(), parameters_.size());
+    for (size_t i = 0; i < parameters_.size(); ++i) {
+      ParameterParams& p = parameters_[i];
+      const int64_t seed = seeds.empty() ? -1 : seeds[i];
+      check(seed < 0 || p.steps != nullptr, "a parameter that is rounded stochastically counts its steps");
+      p.stochastic_rounding = seed >= 0;
+      p.seed = static_cast<uint32_t>(seed);
+    }
+  }
+
+  size_t layer_count() const { return layers_.size(); }
+
+  UpdateParams params(Address grad_scale, Address found_inf) {
+    return {layers_.data(),
+            static_cast<int64_t>(layers_.size()),
+            parameters_.data(),
+            static_cast<int64_t>(parameters_.size()),
+            pointer<const float>(grad_scale),
+            pointer<const float>(found_inf)};
+  }
+
+ private:
+  static constexpr bool kMayBeEmpty = true;
+
+  std::vector<LayerParams>& rows(LayerParams*) { return layers_; }
+  std::vector<ParameterParams>& rows(ParameterParams*) { return parameters_; }
+
+  static void check_length(const char* name, size_t length, size_t expected) {
+    if (length == expected) return;
+    throw std::invalid_argument(std::string(name) + " has " + std::to_string(length) + " entries, expected " +
+                                std::to_string(expected));
+  }
+
+  template <class Struct, class T>
+  void set(const char* name, T* Struct::* member, const Addresses& addresses, bool may_be_empty = false) {
+    std::vector<Struct>& structs = rows(static_cast<Struct*>(nullptr));
+    const bool all_null = may_be_empty && addresses.empty();
+    if (!all_null) check_length(name, addresses.size(), structs.size());
+    for (size_t i = 0; i < structs.size(); ++i) structs[i].*member = all_null ? nullptr : pointer<T>(addresses[i]);
+  }
+
+  template <class Struct, class Member>
+  void read(const npc::Column<Struct, Member>& column, const py::handle& numbers) {
+    std::vector<Struct>& structs = rows(static_cast<Struct*>(nullptr));
+    check_length(column.name, py::len(numbers), structs.size());
+    size_t i = 0;
+    for (const py::handle number : numbers) {
+      if constexpr (std::is_same_v<Member, npc::DType>) {
+        structs[i++].*column.member = npc::dtype_of(number.cast<int64_t>());
+      } else {
+        structs[i++].*column.member = number.cast<Member>();
+      }
+    }
+  }
+
+  std::vector<LayerParams> layers_;
+  std::vector<ParameterParams> parameters_;
 };
 
 template <class Target>
-void update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-            const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-            const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-            const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale, Address found_inf,
-            const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, measured);
-  network.count_steps(steps, seeds);
+void update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+            Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+            const Addresses& measured, const Addresses& steps, const Int64s& seeds) {
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, measured);
+  network.set_steps(steps, seeds);
+  const UpdateParams params = network.params(grad_scale, found_inf);
   const py::gil_scoped_release released;
-  target.update(network.params);
+  launch_update(params, target);
 }
 
-// Every parameter has a first and a second moment.
 template <class Target>
-void adam_update(const Target& target, const Addresses& values, const Addresses& gradients, const Addresses& momentum,
-                 const Addresses& lr, const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                 const Addresses& first_moments, const Addresses& second_moments, const py::buffer& adam_options,
-                 const Addresses& importances, const Addresses& measured, const Addresses& nonfinite_steps,
-                 const py::buffer& layer_numbers, const py::buffer& layer_options, Address grad_scale,
-                 Address found_inf, const Addresses& steps, const Int64s& seeds) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, measured);
-  network.count_steps(steps, seeds);
-  const size_t count = values.size();
-  check_sizes(first_moments.size() == count && second_moments.size() == count && steps.size() == count,
-              "every parameter needs two moments and a steps entry");
-  const Table options(npc::kAdamOptions, adam_options, count);
-  for (size_t i = 0; i < count; ++i) {
-    ParameterParams& p = network.parameters[i];
-    options.read(i, p);
-    check_sizes(p.momentum == nullptr && p.steps != nullptr, "Adam has moments in place of momentum, and counts steps");
-    p.first_moment = pointer<void>(first_moments[i]);
-    p.second_moment = pointer<void>(second_moments[i]);
-  }
+void adam_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                 Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+                 const Addresses& measured, const Addresses& steps, const Int64s& seeds, const Addresses& first_moments,
+                 const Addresses& second_moments) {
+  check(momentum.empty(), "Adam has moments in place of momentum");
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, measured);
+  network.set_steps(steps, seeds);
+  network.set_moments(first_moments, second_moments);
+  const UpdateParams params = network.params(grad_scale, found_inf);
   const py::gil_scoped_release released;
-  target.adam_update(network.params);
+  launch_adam_update(params, target);
 }
 
-// stiffness, anchors and paths: an address for each parameter, or 0.
 template <class Target>
-void anchored_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                     const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                     const py::buffer& parameter_options, const Addresses& stiffness, const Addresses& anchors,
-                     const Addresses& paths, const py::buffer& anchor_options, const py::buffer& layer_numbers,
-                     const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, {}, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  const size_t count = values.size();
-  check_sizes(stiffness.size() == count && anchors.size() == count && paths.size() == count,
-              "every parameter needs a stiffness, an anchor and a path entry");
-  const Table options(npc::kAnchorOptions, anchor_options, count);
-  for (size_t i = 0; i < count; ++i) {
-    ParameterParams& p = network.parameters[i];
-    options.read(i, p);
-    check_sizes(p.layer < 0, "a parameter with an anchor belongs to no layer");
-    check_sizes((stiffness[i] == 0) == (anchors[i] == 0), "stiffness and anchor go together");
-    p.stiffness = pointer<const void>(stiffness[i]);
-    p.anchor = pointer<const void>(anchors[i]);
-    p.path = pointer<void>(paths[i]);
-  }
+void anchored_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                     Address grad_scale, Address found_inf, const Addresses& stiffness, const Addresses& anchors,
+                     const Addresses& paths) {
+  network.set_gradients(gradients, momentum);
+  network.set_anchors(stiffness, anchors, paths);
+  const UpdateParams params = network.params(grad_scale, found_inf);
   const py::gil_scoped_release released;
-  target.anchored_update(network.params);
+  launch_anchored_update(params, target);
 }
 
-// importances: an address for each parameter, or 0 where it belongs to no layer.
 template <class Target>
-void connection_update(const Target& target, const Addresses& values, const Addresses& gradients,
-                       const Addresses& momentum, const Addresses& lr, const py::buffer& parameter_numbers,
-                       const py::buffer& parameter_options, const Addresses& importances,
-                       const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-                       const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  check_sizes(importances.size() == values.size(), "every parameter needs an importance entry");
-  for (size_t i = 0; i < values.size(); ++i) {
-    ParameterParams& p = network.parameters[i];
-    check_sizes(p.size == 0 || (p.layer < 0) == (importances[i] == 0),
-                "connections of a layer need an importance, others have none");
-    p.importance = pointer<float>(importances[i]);
-  }
+void connection_update(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                       Address grad_scale, Address found_inf, const Addresses& importances,
+                       const Addresses& nonfinite_steps) {
+  network.set_gradients(gradients, momentum);
+  network.set_importances_of_connections(importances, nonfinite_steps);
+  const UpdateParams params = network.params(grad_scale, found_inf);
   const py::gil_scoped_release released;
-  target.connection_update(network.params);
+  launch_connection_update(params, target);
 }
 
-using ImportanceInput = std::tuple<Address, Address, int64_t, Int64s, Int64s, Int64s, int, int>;
-
+// What `inputs` measure is kept in scratch memory.
 template <class Target>
-void network_step(const Target& target, const std::vector<ImportanceInput>& inputs, const Addresses& values,
-                  const Addresses& gradients, const Addresses& momentum, const Addresses& lr,
-                  const py::buffer& parameter_numbers, const py::buffer& parameter_options,
-                  const Addresses& importances, const Addresses& nonfinite_steps, const py::buffer& layer_numbers,
-                  const py::buffer& layer_options, Address grad_scale, Address found_inf) {
-  check_sizes(inputs.size() == importances.size(), "every layer needs an activation and its gradient");
-  std::vector<ImportanceParams> params;
-  for (const auto& [activation, gradient, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim] : inputs) {
-    params.push_back(
-        importance_params(activation, gradient, 0, dtype, sizes, strides_n, strides_g, channel_dim, batch_dim));
-  }
-  Network network(values, gradients, momentum, lr, parameter_numbers, parameter_options, nonfinite_steps, layer_numbers,
-                  layer_options, grad_scale, found_inf);
-  network.importance_of_layers(importances, Addresses(importances.size(), 0));  // measured in scratch
+void network_step(const Target& target, Network& network, const Addresses& gradients, const Addresses& momentum,
+                  Address grad_scale, Address found_inf, const Addresses& importances, const Addresses& nonfinite_steps,
+                  const std::vector<ImportanceInput>& inputs) {
+  check(inputs.size() == network.layer_count(), "every layer needs an activation and its gradient");
+  std::vector<ImportanceParams> measurements;
+  for (const auto& input : inputs) measurements.push_back(importance_params(input));
+  network.set_gradients(gradients, momentum);
+  network.set_importances(importances, nonfinite_steps, {});
+  const UpdateParams params = network.params(grad_scale, found_inf);
   const py::gil_scoped_release released;
-  target.network_step(params.data(), network.params);
+  launch_network_step(measurements.data(), params, target);
 }
 
 #if defined(NPC_CUDA)
@@ -333,8 +321,14 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of npc_ext; npc_ext.ops is the interface to use.";
   m.attr("build_key") = NPC_EXT_BUILD_KEY;
   m.attr("compiler") = __VERSION__;
-  m.attr("COLUMNS") = npc::column_names();
+  py::list names;
+  npc::for_each_column([&](const auto& column) { names.append(column.name); });
+  m.attr("COLUMNS") = py::tuple(names);
+  py::class_<Network>(m, "Network", py::module_local())
+      .def(py::init<const Addresses&, const Addresses&, size_t, const py::dict&>())
+      .def("set_rates", &Network::set_rates);
   py::module_ cpu = m.def_submodule("cpu");
+  using npc::cpu::Threads;
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));
   define_kernels<Threads>(cpu);
   m.def("isas", &isas, "Instruction sets compiled in that this processor runs, best last.");
@@ -343,8 +337,9 @@ PYBIND11_MODULE(_C, m) {
 #if defined(NPC_CUDA)
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
-  py::class_<OnStream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
-    return OnStream{{device, pointer<void>(stream)}};
+  using npc::cuda::Stream;
+  py::class_<Stream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
+    return Stream{device, pointer<void>(stream)};
   }));
   cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");
   cuda.def("why_not_on", &why_not_on,
@@ -353,7 +348,7 @@ PYBIND11_MODULE(_C, m) {
   cuda.def("versions", &versions,
            "CUDA versions, as in 12040 for 12.4, of the runtime and the driver (0: there is none); the oldest that the "
            "driver must support, and that driver's name.");
-  define_kernels<OnStream>(cuda);
+  define_kernels<Stream>(cuda);
 #else
   m.attr("why_no_cuda") = NPC_EXT_WHY_NO_CUDA;
 #endif

@@ -1,7 +1,7 @@
 """The arguments of operations, in groups. Most fields are columns, with an entry for each parameter or each layer.
 
 `npc_ext.reference` and `npc_ext.ops` take the groups. The operations in `torch.ops.npc_ext` take their fields, in
-order. The tables that the compiled kernels read have columns of the same names. `Written` marks tensors that
+order. The columns that the compiled kernels read have the same names. `Written` marks tensors that
 operations change.
 """
 

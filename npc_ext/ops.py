@@ -166,14 +166,16 @@ def _kernel(operation: Callable[..., None]) -> Callable[..., None]:
     def kernel(**given: Any) -> None:
         network, layers, activations = given["network"], given.get("layers"), given.get("activations")
         importances = layers.importances if layers else ()
-        if not native_takes([*network.parameters, *importances, *(activations.activations if activations else ())]):
+        tensors = [*network.parameters, *importances, *(activations.activations if activations else ())]
+        if not native_takes(tensors):
             operation(**given)
             return
         gradients = list(map(launch.in_memory_order_of, network.parameters, network.gradients))
         columns = [given.pop(name) for name in ("placement", "options", "constants", "pull") if name in given]
         if "connections" in given:
             columns.append(Placement.of_layers(given["connections"].layer))
-        tables = launch.Tables(network.parameters, [average.numel() for average in importances], *columns)
+        device = tensors[0].device if tensors else torch.device("cpu")
+        tables = launch.Tables(device, network.parameters, [average.numel() for average in importances], *columns)
         fused(tables, **{**given, "network": network._replace(gradients=gradients)})
 
     return kernel

@@ -93,7 +93,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     elif request.param == "cuda_on_cpu":
         if request.node.callspec.params.get("dtype") == torch.float64:
             pytest.skip("float64 on CUDA is left to PyTorch")
-        monkeypatch.setattr(launch, "_launch", cuda_on_cpu.launch)
+        cuda_on_cpu.take_over(monkeypatch.setattr)
         monkeypatch.setattr(launch, "has_relu_backward", lambda tensor: True)
         yield "cpu"
     else:

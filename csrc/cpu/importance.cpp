@@ -40,10 +40,10 @@ void by_samples(const ImportanceParams& params, int shares) {
 
 }  // namespace
 
-void launch_importance(const ImportanceParams& params, int threads) {
+void launch_importance(const ImportanceParams& params, Threads threads) {
   const auto kernel = kernels().importance[static_cast<int>(params.dtype)];
   const int64_t useful = std::max<int64_t>(1, elements(params) / kElementsPerThread);
-  const int shares = static_cast<int>(std::min<int64_t>(threads, useful));
+  const int shares = static_cast<int>(std::min<int64_t>(threads.count, useful));
   if (shares == 1) {
     kernel(params, {0, params.batch, 0, params.neurons}, params.out);
   } else if (params.batch < kSamplesPerThread * shares && params.neurons >= shares) {

@@ -50,8 +50,8 @@ int64_t elements(const UpdateParams& params) {
 }
 
 // The number of equal shares that the elements of all parameters are divided into.
-int shares_of(const UpdateParams& params, int threads) {
-  return static_cast<int>(std::clamp<int64_t>(elements(params) / kElementsPerThread, 1, threads));
+int shares_of(const UpdateParams& params, Threads threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements(params) / kElementsPerThread, 1, threads.count));
 }
 
 // Where a share begins in a parameter: on a cache line, if the parameter does.
@@ -110,7 +110,7 @@ void count_steps(const UpdateParams& params) {
 
 // `descend`: the loops for each dtype.
 template <class Descend>
-void move_neurons(const UpdateParams& params, int threads, const Descend& descend) {
+void move_neurons(const UpdateParams& params, Threads threads, const Descend& descend) {
   if (overflowed(params)) return;
   const Plasticity plasticity(params);
   for_each_share(params, shares_of(params, threads),
@@ -123,13 +123,13 @@ void move_neurons(const UpdateParams& params, int threads, const Descend& descen
 
 }  // namespace
 
-void launch_update(const UpdateParams& params, int threads) { move_neurons(params, threads, kernels().descend); }
+void launch_update(const UpdateParams& params, Threads threads) { move_neurons(params, threads, kernels().descend); }
 
-void launch_adam_update(const UpdateParams& params, int threads) {
+void launch_adam_update(const UpdateParams& params, Threads threads) {
   move_neurons(params, threads, kernels().descend_adam);
 }
 
-void launch_anchored_update(const UpdateParams& params, int threads) {
+void launch_anchored_update(const UpdateParams& params, Threads threads) {
   if (overflowed(params)) return;
   for_each_share(params, shares_of(params, threads),
                  [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
@@ -138,7 +138,7 @@ void launch_anchored_update(const UpdateParams& params, int threads) {
                  });
 }
 
-void launch_connection_update(const UpdateParams& params, int threads) {
+void launch_connection_update(const UpdateParams& params, Threads threads) {
   if (overflowed(params)) return;
   const int shares = shares_of(params, threads);
   std::vector<ConnectionTotal> partial(shares * params.layer_count);
@@ -180,7 +180,7 @@ void launch_connection_update(const UpdateParams& params, int threads) {
   });
 }
 
-void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, int threads) {
+void launch_network_step(const ImportanceParams* inputs, const UpdateParams& params, Threads threads) {
   if (overflowed(params)) return;
   std::vector<LayerParams> layers(params.layers, params.layers + params.layer_count);
   std::vector<std::vector<float>> measured(params.layer_count);

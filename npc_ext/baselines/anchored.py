@@ -172,7 +172,7 @@ class Anchored(ModelOptimizer):
         pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
         anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]
         paths = kept.get("path", [None] * len(anchors))
-        tables = self._tables(common["parameters"], columns)
+        tables = self._tables(common["device"], common["parameters"], columns)
         return _Plan(**common, columns=columns, tables=tables, anchors=Anchors(kept["stiffness"], anchors, paths))
 
     def _launch(self, plan: _Plan) -> None:

@@ -185,7 +185,9 @@ class CPC(PlasticityControl):
         return _Plan(
             **common,
             columns=columns,
-            tables=self._tables(common["parameters"], (Placement.of_layers(layer), *columns)),
+            tables=self._tables(
+                common["device"], common["parameters"], (Placement.of_layers(layer), *columns), counted_at=layers
+            ),
             layers=layers,
             nonfinite_steps=self._nonfinite_steps.on(common["device"]),
             layer=layer,
@@ -195,7 +197,7 @@ class CPC(PlasticityControl):
         network, importances = plan.network(), plan.state_tensors("importance")
         if plan.tables is not None:
             connections = Connections(importances, plan.nonfinite_steps, plan.layer)
-            launch.connection_update_(plan.tables, network, connections, counted_at=plan.layers)
+            launch.connection_update_(plan.tables, network, connections)
             return
         with plan.counters() as counts:
             connections = Connections(importances, counts, plan.layer)

@@ -43,7 +43,16 @@ _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # No fast math: rounding and NaN keep their meaning. The two exceptions only say that nothing reads errno or the
 # floating-point exception flags; otherwise loops with sqrt are not vectorized.
-_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra"]
+_FLAGS = [
+    "-std=c++17",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-Wall",
+    "-Wextra",
+    "-DNDEBUG",
+]
 _FAST = ["-O3"]
 # Products are not fused with sums. Otherwise the compiler would choose where, kernel by kernel, but
 # a step must have the same bits whichever kernels run it. The kernels are limited by memory, so

@@ -7,10 +7,8 @@ what the kernels themselves assume: device, dtype and memory layout.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +53,11 @@ def _on_stream(device: int, stream: int) -> tuple[Any, Any]:
     """The CUDA kernels for a GPU, and one of its streams as they take it."""
     cuda = native.module_on(device).cuda
     return cuda, cuda.OnStream(device, stream)
+
+
+def _module(device: torch.device) -> Any:
+    """The module whose kernels run on a device."""
+    return native.module() if device.type == "cpu" else native.module_on(device.index)
 
 
 def _launch(kernel: str, device: torch.device, *arguments: Any) -> None:
@@ -155,19 +158,28 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 
 
 class Tables:
-    """Sizes, layouts and options of a network's parameters and layers, checked once.
+    """A network's parameters and layers as the kernels take them: sizes, layouts and options, read once.
 
-    `of[name]` is a table of numbers, for each name in the module's `COLUMNS`, which says what its columns are. They
-    stay valid while the parameters keep their memory, shape, dtype and order.
+    They stay valid while the parameters keep their memory, shape, dtype and order. Two launches at the same time, from
+    several threads, need an object each.
 
     Args:
+        device: where the network is.
         parameters: the network's.
         neurons: how many each layer has, as far as layers have importances of neurons.
         groups: groups of columns (`npc_ext.columns`). Parameters are outside of all layers if they do not say
             otherwise. Learning rates may be tensors in device memory.
+        counted_at: for each layer the element of `nonfinite_steps` that counts for it; by default its own index.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], neurons: Sequence[int], *groups: NamedTuple) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        parameters: Sequence[Tensor],
+        neurons: Sequence[int],
+        *groups: NamedTuple,
+        counted_at: Sequence[int] | None = None,
+    ) -> None:
         count = len(parameters)
         columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
         columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
@@ -183,25 +195,25 @@ class Tables:
         places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
         geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
         columns |= {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
-        self.of = {
-            name: _table("q" if name.endswith("_numbers") else "d", [columns[column] for column in names])
-            for name, names in native.module().COLUMNS.items()
-            if columns.keys() >= set(names)
-        }
         self.neurons = columns["neurons"]
-        self.parameter_addresses = [parameter.data_ptr() for parameter in parameters]
         # A rate in device memory is read there, so that a CUDA graph's replays see it change.
-        addresses = [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in rates]
-        self.lr_addresses = addresses if any(addresses) else []
         self.lr_tensors = [rate for rate in rates if isinstance(rate, Tensor)]  # held while their addresses are
+        module = _module(device)
+        self.network = module.Network(
+            [parameter.data_ptr() for parameter in parameters],
+            [rate.data_ptr() if isinstance(rate, Tensor) else 0 for rate in rates] if self.lr_tensors else [],
+            len(self.neurons),
+            {name: columns[name] for name in module.COLUMNS if name in columns},
+        )
         self.has_momentum = [value != 0 for value in momentum]
         self.any_momentum = any(self.has_momentum)
         self._checked: dict[str, list[int]] = {}  # the addresses of tensors that were checked, by what they are
+        self._counted_at = counted_at
+        self._counters_of, self._counters = 0, list[int]()  # the address of `nonfinite_steps`, and of each counter
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
-        names = native.module().COLUMNS["parameter_options"]
-        self.of["parameter_options"][names.index("lr") :: len(names)] = array("d", map(_rate_in_table, lr))
+        self.network.set_rates(list(map(_rate_in_table, lr)))
 
     def addresses(
         self, name: str, tensors: Sequence[Tensor | None], check: Callable[..., None], *expected: Any
@@ -218,6 +230,17 @@ class Tables:
                     check(name, index, tensor, *expected)
             self._checked[name] = addresses
         return addresses
+
+    def counters(self, nonfinite_steps: Tensor) -> list[int]:
+        """The address of each layer's counter."""
+        start = nonfinite_steps.data_ptr()
+        if start != self._counters_of or not start:
+            if nonfinite_steps.dtype is not torch.int64 or not nonfinite_steps.is_contiguous():
+                raise ValueError(f"nonfinite_steps is {_described(nonfinite_steps)}; expected contiguous int64")
+            places = range(nonfinite_steps.numel()) if self._counted_at is None else self._counted_at
+            self._counters = [start + nonfinite_steps.element_size() * at for at in places]
+            self._counters_of = start
+        return self._counters
 
 
 def _check_like_parameter(
@@ -256,33 +279,23 @@ def _rate_in_table(lr: float | Tensor) -> float:
     return 0.0 if isinstance(lr, Tensor) else lr
 
 
-def _table(typecode: str, columns: Sequence[Sequence[Any]]) -> array[Any]:
-    return array(typecode, chain.from_iterable(zip(*columns, strict=True)))
-
-
 def _described(tensor: Tensor) -> str:
     return f"{tensor.dtype} of shape {tuple(tensor.shape)} with strides {tensor.stride()} on {tensor.device}"
 
 
-def _of_parameters(
+def _of_gradients(
     tables: Tables,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor | None] = (),
+    momentum_buffers: Sequence[Tensor | None],
+    flags: Sequence[Tensor | None],
 ) -> tuple[Any, ...]:
-    """The arguments that all updates begin with."""
-    momentum = [0] * len(parameters)
+    """The arguments that updates begin with."""
+    momentum: list[int] = []
     if tables.any_momentum:
         buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
         momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
-    return (
-        tables.parameter_addresses,
-        [gradient.data_ptr() for gradient in gradients],
-        momentum,
-        tables.lr_addresses,
-        tables.of["parameter_numbers"],
-        tables.of["parameter_options"],
-    )
+    return tables.network, [gradient.data_ptr() for gradient in gradients], momentum, *map(_address, flags)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -297,33 +310,19 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _counters(nonfinite_steps: Tensor, counted_at: Sequence[int] | None) -> list[int]:
-    if nonfinite_steps.dtype is not torch.int64 or not nonfinite_steps.is_contiguous():
-        raise ValueError(f"nonfinite_steps is {_described(nonfinite_steps)}; expected contiguous int64")
-    start, width = nonfinite_steps.data_ptr(), nonfinite_steps.element_size()
-    return [start + width * at for at in (range(nonfinite_steps.numel()) if counted_at is None else counted_at)]
-
-
-def _of_layers(tables: Tables, layers: Layers, counted_at: Sequence[int] | None, *measured: list[int]) -> list[Any]:
+def _of_layers(tables: Tables, layers: Layers) -> tuple[list[int], list[int]]:
     """The arguments about layers of updates that have a rate for every neuron."""
     averages, counts = layers.importances, layers.nonfinite_steps
-    return [
-        tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device),
-        *measured,
-        _counters(counts, counted_at),
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-    ]
+    addresses = tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device)
+    return addresses, tables.counters(counts)
 
 
 def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
-    addresses = []
+    # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
     for index, sums in enumerate(measured):
-        # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
         if sums is not None and not sums.is_contiguous():
             _check_of_layer("measured", index, sums, tables.neurons, device)
-        addresses.append(0 if sums is None else sums.data_ptr())
-    return addresses
+    return [0 if sums is None else sums.data_ptr() for sums in measured]
 
 
 _NO_FLAGS: list[Tensor | None] = [None, None]
@@ -360,21 +359,19 @@ def update_(
     measured: Sequence[Tensor | None],
     steps: Steps = NO_STEPS,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches eqs. 3, 4, 7 and the weight update; see `npc_ext.reference.update_`.
 
-    Gradients lie in memory like their parameters (`in_memory_order_of`). `counted_at` says which element of
-    `nonfinite_steps` counts for which layer; by default they run side by side.
+    Gradients lie in memory like their parameters (`in_memory_order_of`).
     """
     device = layers.nonfinite_steps.device
     flags = _flags(scaler, device)
     _launch(
         "update",
         device,
-        *_of_parameters(tables, *network),
-        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
-        *map(_address, flags),
+        *_of_gradients(tables, *network, flags),
+        *_of_layers(tables, layers),
+        _of_measured(tables, measured, device),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
     )
@@ -395,7 +392,6 @@ def adam_update_(
     measured: Sequence[Tensor | None],
     steps: Steps,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches eqs. 3, 4, 7 and Adam's step; see `npc_ext.reference.adam_update_`, and `update_` for what is as there.
 
@@ -406,14 +402,13 @@ def adam_update_(
     _launch(
         "adam_update",
         device,
-        *_of_parameters(tables, network.parameters, network.gradients),
-        tables.addresses("first_moments", network.first_moments, *like),
-        tables.addresses("second_moments", network.second_moments, *like),
-        tables.of["adam_options"],
-        *_of_layers(tables, layers, counted_at, _of_measured(tables, measured, device)),
-        *map(_address, flags),
+        *_of_gradients(tables, network.parameters, network.gradients, (), flags),
+        *_of_layers(tables, layers),
+        _of_measured(tables, measured, device),
         tables.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
+        tables.addresses("first_moments", network.first_moments, *like),
+        tables.addresses("second_moments", network.second_moments, *like),
     )
     written = [*network.first_moments, *network.second_moments, *layers.importances, layers.nonfinite_steps]
     _raise_versions(tables, network.parameters, (), *written, *_there(steps.steps))
@@ -431,14 +426,10 @@ def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler:
     _launch(
         "anchored_update",
         device,
-        *_of_parameters(tables, *network),
+        *_of_gradients(tables, *network, flags),
         tables.addresses("stiffness", anchors.stiffness, *like),
         tables.addresses("anchors", anchors.anchors, *like),
         tables.addresses("paths", anchors.paths, *like),
-        tables.of["anchor_options"],
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-        *map(_address, flags),
     )
     _raise_versions(tables, network.parameters, network.momentum_buffers, *_there(anchors.paths))
 
@@ -448,23 +439,19 @@ def connection_update_(
     network: Network,
     connections: Connections,
     scaler: Scaler = NO_SCALER,
-    counted_at: Sequence[int] | None = None,
 ) -> None:
     """Launches CPC's update, with an importance of every connection; see `npc_ext.reference.connection_update_`.
 
-    Gradients and importances lie in memory like their parameters. `counted_at` is as in `update_`.
+    Gradients and importances lie in memory like their parameters.
     """
     device = connections.nonfinite_steps.device
     flags = _flags(scaler, device)
     _launch(
         "connection_update",
         device,
-        *_of_parameters(tables, *network),
+        *_of_gradients(tables, *network, flags),
         tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
-        _counters(connections.nonfinite_steps, counted_at),
-        tables.of["layer_numbers"],
-        tables.of["layer_options"],
-        *map(_address, flags),
+        tables.counters(connections.nonfinite_steps),
     )
     _raise_versions(
         tables,
@@ -497,9 +484,8 @@ def network_step_(
     _launch(
         "network_step",
         device,
+        *_of_gradients(tables, *network, flags),
+        *_of_layers(tables, layers),
         inputs,
-        *_of_parameters(tables, *network),
-        *_of_layers(tables, layers, None),
-        *map(_address, flags),
     )
     _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

@@ -378,18 +378,26 @@ class ModelOptimizer(ImportanceHolder):
         return [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in rates]
 
     def _tables(
-        self, parameters: Sequence[Tensor], columns: Sequence[NamedTuple], importances: Sequence[Tensor] = ()
+        self,
+        device: torch.device,
+        parameters: Sequence[Tensor],
+        columns: Sequence[NamedTuple],
+        importances: Sequence[Tensor] = (),
+        counted_at: Sequence[int] | None = None,
     ) -> launch.Tables | None:
         """Tables for the compiled kernels; None where these do not take the tensors.
 
         Args:
+            device: where the parameters are.
             parameters: those that steps work on.
             columns: of these, and of layers.
             importances: of the neurons of each layer.
+            counted_at: as in `launch.Tables`.
         """
         if self._backend == "reference" or not ops.native_takes([*parameters, *importances]):
             return None
-        return launch.Tables(parameters, [average.numel() for average in importances], *columns)
+        neurons = [average.numel() for average in importances]
+        return launch.Tables(device, parameters, neurons, *columns, counted_at=counted_at)
 
     def _operations(self) -> Any:
         """The module whose operations do the work where the compiled kernels do not take the tensors."""
@@ -546,7 +554,8 @@ class ModelOptimizer(ImportanceHolder):
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        plans = ("_plans", "_earlier_plans")  # hold memory addresses; __setstate__ has them made anew
+        return {name: value for name, value in self.__dict__.items() if name not in plans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._check_added_keys(

@@ -104,7 +104,7 @@ class PlasticPlan(LayersPlan):
     ) -> None:
         """Takes a step with a kernel in `launch`, or where there is none with the operation of the same name."""
         if self.tables is not None:
-            kernel(self.tables, network, self.kept, measured, self.steps, counted_at=self.layers)
+            kernel(self.tables, network, self.kept, measured, self.steps)
             return
         operation = getattr(operations(), kernel.__name__)
         with self.counters() as counts:

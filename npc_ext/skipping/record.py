@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch import version_of, versions_of
+from .._torch import versions_of
 
 _CONSTANTS = operator.itemgetter("beta", "delta")
 
@@ -33,14 +33,15 @@ class Record:
     ) -> None:
         self._optimizer = weakref.ref(optimizer)  # without cycles, everything dies with its optimizer
         self._keys = [key for key, _, _ in members]
-        self._parameters = [parameter for _, parameters, _ in members for parameter in parameters]
-        ends = accumulate((len(parameters) for _, parameters, _ in members), initial=0)
-        self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, among all parameters
+        self._parameters = [parameters for _, parameters, _ in members]
+        ends = accumulate((1 + len(parameters) for parameters in self._parameters), initial=0)
+        self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, in `_tensors`
         self._groups = list({id(group): group for _, _, group in members}.values())
         places = {id(group): place for place, group in enumerate(self._groups)}
         self._group_of = [places[id(group)] for _, _, group in members]
         self._importances: list[Tensor | None] = []
-        self._versions: list[int] = []  # of parameters, then of importances; empty while nothing is recorded
+        self._tensors: list[Tensor] = []  # of each layer: importance (without it, the key), then parameters
+        self._versions: list[int] = []  # of the tensors; empty while nothing is recorded
         self._constants: list[tuple[Any, Any]] = []
 
     def importance(self, at: int) -> Tensor | None:
@@ -52,38 +53,37 @@ class Record:
         states: Mapping[Any, Any] = {} if optimizer is None else optimizer.state
         return [None if (state := states.get(key)) is None else state.get("importance") for key in keys]
 
-    def _versions_with(self, importances: list[Tensor | None]) -> list[int]:
-        versions = versions_of(self._parameters)
-        versions += [-1 if importance is None else version_of(importance) for importance in importances]
-        return versions
-
     def differs(self, at: int) -> bool:
         """Whether a layer differs from the record."""
         importance = self.importance(at)
         if importance is None or not self._versions or importance is not self._importances[at]:
             return True
-        span, place = self._spans[at], self._group_of[at]
-        group = self._groups[place]
+        span, group = self._spans[at], self._group_of[at]
         return (
-            version_of(importance) != self._versions[len(self._parameters) + at]
-            or versions_of(self._parameters[span]) != self._versions[span]
-            or _CONSTANTS(group) != self._constants[place]
+            versions_of(self._tensors[span]) != self._versions[span]
+            or _CONSTANTS(self._groups[group]) != self._constants[group]
         )
 
     def compare(self) -> list[int]:
         """The layers that differ from the record; none if nothing is recorded. Call `take` after the step."""
         importances = self._importances_of(self._keys)
         constants = list(map(_CONSTANTS, self._groups))
+        same = bool(self._versions) and all(map(operator.is_, importances, self._importances))
         changed: list[int] = []
         if self._versions and not (
-            self._versions_with(importances) == self._versions
-            and constants == self._constants
-            and all(map(operator.is_, importances, self._importances))
+            same and versions_of(self._tensors) == self._versions and constants == self._constants
         ):
             changed = [at for at in range(len(self._keys)) if self.differs(at)]
+        if not same:
+            layers = zip(importances, self._keys, self._parameters, strict=True)
+            self._tensors = [
+                tensor
+                for importance, key, parameters in layers
+                for tensor in (key if importance is None else importance, *parameters)
+            ]
         self._importances, self._constants = importances, constants
         return changed
 
     def take(self) -> None:
         """Records the versions, and what `compare` has just seen: a step replaces no tensors, and no beta or delta."""
-        self._versions = self._versions_with(self._importances)
+        self._versions = versions_of(self._tensors)

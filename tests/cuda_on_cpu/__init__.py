@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
+import npc_ext.kernels.launch
 from npc_ext.kernels import build, compilers, native
 
 HERE = Path(__file__).parent
@@ -77,8 +78,14 @@ def module() -> ModuleType:
     return native.import_from(compiled(flags, Path(os.environ.get("CUDA_ON_CPU_CSRC", CSRC))), f"{__name__}._C")
 
 
+def take_over(set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """Has `npc_ext.kernels.launch` use these kernels from now on, by `setattr` or pytest's `monkeypatch.setattr`."""
+    set_attribute(npc_ext.kernels.launch, "_launch", launch)
+    set_attribute(npc_ext.kernels.launch, "_module", lambda device: module())
+
+
 def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
-    """Replaces `npc_ext.kernels.launch._launch`: launches as on a GPU, with the CPU's memory and any stream number."""
+    """Launches as on a GPU, with the CPU's memory and any stream number."""
     cuda = module().cuda
     getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
 

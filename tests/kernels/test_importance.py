@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.library import opcheck
 
 from npc_ext import ops, reference
-from npc_ext.kernels import launch
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES, assert_importance
@@ -144,7 +143,7 @@ def test_cuda_kernels_read_contiguous_tensors_in_packs_of_16_bytes_only(
     shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every pack is read once, and twice if two rows share it."""
-    monkeypatch.setattr(launch, "_launch", cuda_on_cpu.launch)
+    cuda_on_cpu.take_over(monkeypatch.setattr)
     activation, gradient = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
     rows, packs = shape[0] * shape[1], 2 * activation.numel() * dtype.itemsize // 16
     loads = partial(cuda_on_cpu.counted, "loads")

@@ -148,8 +148,8 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
 def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str) -> None:
     # The sanitizer remembers the last four accesses to a word, so it sees the race in most launches, but not in all.
     script = (
-        "from npc_ext import ops; from npc_ext.kernels import launch; from tests import cuda_on_cpu; from tests.kernels import arguments, test_update\n"
-        "launch._launch = cuda_on_cpu.launch\n"
+        "from npc_ext import ops; from tests import cuda_on_cpu; from tests.kernels import arguments, test_update\n"
+        "cuda_on_cpu.take_over(setattr)\n"
         "given = {**test_update.activations(), **test_update.network()}\n"
         "del given['measured']\n"
         "for _ in range(40): arguments.call(ops.network_step_, given)\n"
