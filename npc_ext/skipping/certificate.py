@@ -323,18 +323,6 @@ class Certificates:
         if self.clock.reads():
             self._read()
 
-    def issue(self) -> None:
-        """Issues certificates at once, between two steps; waits for GPUs.
-
-        Raises:
-            RuntimeError: gradients were left out of neurons that may move in the coming step.
-        """
-        self._check_uses()
-        self._record.compare()
-        self._record.take()
-        self._look()
-        self._read()
-
     def gradients_dropped(self) -> None:
         """Called when gradients are cleared: nothing that was left out matters any more."""
         for layer in self.layers.values():
