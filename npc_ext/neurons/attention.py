@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from .._torch import INPUT_PROJECTIONS
 from .layer import NeuronLayer
-from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_cleared_importance, like
+from .stand_in import Handle, StandIn
+from .tap import TapHook, check_device, drop_cleared_importance, like
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -47,7 +48,7 @@ class _Tap(torch.autograd.Function):
         return *gradients, torch.cat(parts).to(torch.float32), None, None
 
 
-class AttentionForward(SharedStandIn):
+class AttentionForward(StandIn):
     """Replaces the `forward` of a MultiheadAttention, as the module's attribute of that name.
 
     It calls the `forward` of the class unless the module is training. It can be pickled with the module.
@@ -90,7 +91,7 @@ class AttentionForward(SharedStandIn):
         self._measured = self._tapped_forward()
 
 
-def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
+def tap_projection(module: Any, tap: TapHook) -> Handle:
     """Places the tap in a module's input projection. The returned handle's `remove()` takes it out.
 
     Raises:

@@ -38,6 +38,11 @@ class NeuronParameter:
     groups: int = 1
     first: int = 0
 
+    @property
+    def neurons(self) -> int:
+        """How many neurons it belongs to."""
+        return self.parameter.shape[self.dim] * self.groups
+
 
 @dataclass(frozen=True)
 class TapPoint:
@@ -96,9 +101,7 @@ class NeuronLayer:
         relu_backward: the operation that computes it together with ReLU's backward pass.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were not computed
             for the last step.
-        resting: whether, in the current call of the model, the layer is measured but its parameters are
-            constants (skipping/constants.py).
-        note_rest: the tap of a resting layer calls it in the backward pass.
+        note_rest: set while the layer rests; its tap calls it in the backward pass.
         forget_left_out: called when the layer's gradients were cleared: the certificate forgets which
             ones were left out.
         checked: whether the first measurement was checked for a point before a normalization (tap.py).
@@ -118,7 +121,6 @@ class NeuronLayer:
     measure: Callable[..., Tensor] = ops.importance_of_checked
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
-    resting: bool = field(default=False, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)
     forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)
     # For the tap (drop_cleared_importance in tap.py).
@@ -136,6 +138,11 @@ class NeuronLayer:
         """Adds a remark for the reader of the table."""
         self.note = f"{self.note}; {text}" if self.note else text
 
+    @property
+    def resting(self) -> bool:
+        """Whether its parameters are constants in the current call of the model (skipping/constants.py)."""
+        return self.note_rest is not None
+
     def trains(self) -> bool:
         """Whether any of the neurons' parameters requires a gradient."""
         for neuron_parameter in self.parameters:  # no generator, which is slower: every forward pass calls this
@@ -152,18 +159,12 @@ class NeuronLayer:
         """Notes whether there are gradients. Call it at the end of a backward pass."""
         self.has_gradients = any(p.parameter.grad is not None for p in self.parameters)
 
-    def wake_up(self) -> None:
-        """Ends the rest, from the next call of the model on."""
-        self.resting, self.note_rest = False, None
-
     def trained(self) -> list[nn.Parameter]:
         """The parameters of the neurons that require a gradient."""
         return [p.parameter for p in self.parameters if p.parameter.requires_grad]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without certificates.
-        usual = {"resting": False, "note_rest": None, "forget_left_out": _nothing}
-        return {**self.__dict__, **usual}
+        return {**self.__dict__, "note_rest": None, "forget_left_out": _nothing}  # a copy starts without certificates
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,15 @@ cleared like a gradient.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pass, version_of
+from .._torch import after_backward, current_backward_pass, version_of
 from .._warn import warn
 from .layer import NeuronLayer, TapPoint
+from .stand_in import Unscriptable
 
 # Before a normalization the gradient sums to zero except for rounding, which is at most this share of
 # the absolute sum in float32.
@@ -132,9 +131,8 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     dims = checked_dims(activation, layer, point)
-    if not layer.resting:
-        return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)
-    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *layer.trained())
+    constants = layer.trained() if layer.resting else []
+    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *constants)
 
 
 def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
@@ -143,8 +141,7 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
     # (B, N) has no positions, so its samples are in dimension 0, whatever longer shapes have.
     batch_dim = 0 if activation.ndim == 2 else point.batch_dim
     if activation.ndim < 2 or activation.shape[channel_dim] != layer.neurons:
-        weight = layer.parameters[0]
-        neurons = weight.parameter.shape[weight.dim] * weight.groups
+        neurons = layer.parameters[0].neurons
         if neurons != layer.neurons:
             raise ValueError(
                 f"layer {layer.name!r} has {neurons} neurons now, but had {layer.neurons} when the optimizer was "
@@ -167,88 +164,6 @@ def check_device(activation: Tensor, layer: NeuronLayer) -> None:
             f"layer {layer.name!r} runs on {activation.device}, but its importance is on {layer.sink.device}; "
             "build the optimizer after moving the model"
         )
-
-
-def _refuse_script(*_: Any) -> Any:
-    raise AttributeError(
-        "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
-        "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
-        "model that has loaded model.state_dict()"
-    )
-
-
-class Unscriptable:
-    """A hook that torch.jit.script cannot compile.
-
-    torch.jit.script asks hooks for `__name__`, and shows the error. For other code, the AttributeError means that the
-    attribute does not exist.
-    """
-
-    __name__ = property(_refuse_script)
-
-
-class StandIn:
-    """Replaces a module's `forward` by its `__call__`, as the module's attribute. It can be pickled with the module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module: Any = module
-        self._usual: Callable[..., Any] = type(module).forward
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Takes the same arguments as the module's forward."""
-        raise NotImplementedError
-
-    @property
-    def __code__(self) -> CodeType:  # torch.export reads the names of arguments
-        return self._usual.__code__
-
-    @staticmethod
-    def of(module: nn.Module) -> Any:
-        """The object that replaces a module's `forward`, or whose method does; None without such an attribute."""
-        forward = module.__dict__.get("forward")
-        return forward if isinstance(forward, StandIn) else getattr(forward, "__self__", None)
-
-    def _enter(self) -> None:
-        self._module.forward = self.__call__ if TRACES_BOUND_FORWARDS else self
-        self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
-
-    def _exit(self) -> None:
-        """Removes itself from the module, if it is still there."""
-        if StandIn.of(self._module) is self:
-            del self._module.forward, self._module.__prepare_scriptable__
-
-
-class SharedStandIn(StandIn):
-    """A stand-in that several users share: taps or layers of all optimizers of the model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._users: list[Any] = []  # it stays in the module as long as there are any
-
-    def join(self, user: Any) -> StandInHandle:
-        """Adds a user, and places the stand-in in the module. The handle's `remove()` undoes that."""
-        self._users.append(user)
-        self._enter()
-        return StandInHandle(self, user)
-
-    def leave(self, user: Any) -> None:
-        """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
-        if user in self._users:  # those of a copy do not come with it
-            self._users.remove(user)
-        if not self._users:
-            self._exit()
-
-
-@dataclass(frozen=True)
-class StandInHandle:
-    """Removes a user from a stand-in."""
-
-    stand_in: SharedStandIn
-    user: Any
-
-    def remove(self) -> None:
-        """Removes the user."""
-        self.stand_in.leave(self.user)
 
 
 class TapHook(Unscriptable):

@@ -189,7 +189,7 @@ class CertifiedLayer:
         note_use = partial(self.used.add, certificate)  # holds no layer: without cycles, that dies with its optimizer
         constants = len(certificate.rows) == 0 and not x.requires_grad and self._can_rest()
         if constants:
-            self.layer.resting, self.layer.note_rest = True, note_use
+            self.layer.note_rest = note_use
         return Decision(certificate.rows, constants, note_use)
 
     def _can_rest(self) -> bool:

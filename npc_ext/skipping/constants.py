@@ -27,20 +27,22 @@ from torch import nn
 
 from .._torch import after_backward, is_looked_into
 from ..neurons.layer import NeuronLayer
-from ..neurons.tap import SharedStandIn, StandIn, TapHook, Unscriptable
+from ..neurons.stand_in import StandIn, Unscriptable
+from ..neurons.tap import TapHook
 
 
 class Calls(Unscriptable):
-    """Forward pre-hook and forward hook of the whole model: knows when a call is going on. Picklable with the model.
+    """Forward pre-hook and forward hook of the whole model, which know whether the model is being called.
 
-    Args:
-        model: the network.
+    They can be pickled with the model.
+
+    Attributes:
         layers: the layers that may rest. When a call is over, none of them rests any more.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[NeuronLayer]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self._model: Any = model
-        self._layers = layers
+        self.layers: list[NeuronLayer] = []
         self._depth = 0  # a model may call itself
         self._is_looked_into: bool | None = None  # not known yet in this call
         self._asked = False  # whether layers may rest now
@@ -90,14 +92,14 @@ class Calls(Unscriptable):
         if not self._asked:
             return
         self._asked, self._is_looked_into = False, None
-        for layer in self._layers:
-            layer.wake_up()
+        for layer in self.layers:
+            layer.note_rest = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_depth": 0}
 
 
-class ConstantScales(SharedStandIn):
+class ConstantScales(StandIn):
     """Its `__call__` stands in for a normalization's forward; the parameters are constants while their layer rests.
 
     Each optimizer of the model has a layer of its own for them. Picklable with the model.
@@ -106,13 +108,7 @@ class ConstantScales(SharedStandIn):
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._usual(self._module, *arguments, **options)
-        resting = [layer for layer in self._users if layer.resting]
-        if not resting:
-            return self._usual(self._module, *arguments, **options)
-        parameters = [parameter for parameter in self._module.parameters(recurse=False) if parameter.requires_grad]
-        expected = {id(part.parameter) for part in resting[0].parameters}
-        if not all(id(parameter) in expected for parameter in parameters):  # as in torch.func.functional_call
-            return self._usual(self._module, *arguments, **options)
+        parameters = self._constants()
         for parameter in parameters:
             parameter.requires_grad_(False)
         try:
@@ -120,6 +116,16 @@ class ConstantScales(SharedStandIn):
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+    def _constants(self) -> list[nn.Parameter]:
+        """The parameters that are constants in this call."""
+        resting = next((layer for layer in self._users if layer.resting), None)
+        if resting is None:
+            return []
+        parameters = [parameter for parameter in self._module.parameters(recurse=False) if parameter.requires_grad]
+        known = {id(part.parameter) for part in resting.parameters}
+        # torch.func.functional_call brings other parameters, of which nothing is certain.
+        return parameters if all(id(parameter) in known for parameter in parameters) else []
 
 
 def install_resting(model: nn.Module, layers: Sequence[NeuronLayer], trained: Collection[int]) -> list[Any]:

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._torch import reversed_padding
-from ..neurons.tap import SharedStandIn, StandIn
+from ..neurons.stand_in import StandIn
 from .gradients import Convolution, PartialGradient, operation_of, skipping_pays
 from .rows import Rows
 
@@ -54,7 +54,7 @@ class Decider(Protocol):
         """Decides for a call with this input and these parameters; None if every gradient may be needed."""
 
 
-class PartialForward(SharedStandIn):
+class PartialForward(StandIn):
     """Its `__call__` stands in for a module's `forward`, shared by the optimizers of the model; picklable with it.
 
     Of several optimizers it asks the one that last issued a certificate.
