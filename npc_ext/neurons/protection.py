@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -79,14 +80,12 @@ def _largest(model: nn.Module, parameters: Iterable[Tensor], trained: int) -> li
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owner_of.setdefault(id(parameter), (type(module).__name__, name))
-    sizes: dict[str, int] = {}
-    names: dict[str, dict[str, None]] = {}  # an ordered set
+    elements: dict[str, Counter[str]] = {}  # by class, then by module
     for parameter in parameters:
         kind, name = owner_of.get(id(parameter), ("parameters outside of the model", ""))
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
-        names.setdefault(kind, {})[name] = None
-    largest = sorted(sizes, key=lambda kind: -sizes[kind])[:_MOST_NAMED]
-    return [f"{_named(kind, list(names[kind]))}: {_percent(sizes[kind] / trained)}" for kind in largest]
+        elements.setdefault(kind, Counter())[name] += parameter.numel()
+    largest = sorted(elements, key=lambda kind: -elements[kind].total())[:_MOST_NAMED]
+    return [f"{_named(kind, list(elements[kind]))}: {_percent(elements[kind].total() / trained)}" for kind in largest]
 
 
 def _named(kind: str, names: list[str]) -> str:

@@ -164,7 +164,7 @@ class CertifiedLayer:
         else:
             kept = Rows(rows, len(certain), self.device)
         self.certificate = Certificate(kept, issued_at + validity)
-        self._forward.follow(self)
+        self._forward.decider = self
 
     def in_force(self) -> bool:
         """Whether there is a certificate that holds in the coming step."""
@@ -296,17 +296,12 @@ class Certificates:
         Raises:
             RuntimeError: gradients were left out of neurons that may move in this step.
         """
-        self._check_uses()
-        changed = self._record.compare()
-        if changed:
-            layers = list(self.layers.values())
-            for layer in map(layers.__getitem__, changed):
-                layer.changed, layer.certificate = True, None
-
-    def _check_uses(self) -> None:
         if any(self._uses):
             for layer in self.layers.values():
                 layer.check_uses()
+        for at in self._record.compare():
+            layer = list(self.layers.values())[at]
+            layer.changed, layer.certificate = True, None
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates when it is time to."""

@@ -64,6 +64,7 @@ class PartialForward(StandIn):
 
     Attributes:
         whole_only: whether gradients can be left out for all neurons or none.
+        decider: the user that is asked; None if every gradient is computed.
 
     Raises:
         ValueError: the module is of another kind.
@@ -75,7 +76,7 @@ class PartialForward(StandIn):
             raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
         super().__init__(module)
         self.whole_only = isinstance(operation, Convolution) and operation.groups > 1
-        self._decider: Decider | None = None
+        self.decider: Decider | None = None
 
     @classmethod
     def of_module(cls, module: nn.Module) -> PartialForward:
@@ -97,20 +98,16 @@ class PartialForward(StandIn):
         """Whether several optimizers use it: another one may measure what requires a gradient."""
         return len(self._users) > 1
 
-    def follow(self, decider: Decider) -> None:
-        """Asks `decider` from now on, and no other."""
-        self._decider = decider
-
     def release(self, decider: Decider) -> None:
         """Asks `decider` no longer."""
-        if self._decider is decider:
-            self._decider = None
+        if self.decider is decider:
+            self.decider = None
 
     def __call__(self, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
         # is_compiling() comes first: compiled code must not depend on what changes from step to step.
-        if torch.compiler.is_compiling() or self._decider is None or arguments or options:
+        if torch.compiler.is_compiling() or self.decider is None or arguments or options:
             return self._usual(self._module, input, *arguments, **options)
-        return self._decided(input, self._decider)
+        return self._decided(input, self.decider)
 
     def _decided(self, x: Tensor, decider: Decider) -> Tensor:
         module = self._module
@@ -138,7 +135,7 @@ class PartialForward(StandIn):
         return PartialGradient.apply(x, weight, bias, operation, decision.rows, decision.note_use)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decider": None, "_users": []}  # a copy's optimizer joins again
+        return {**self.__dict__, "decider": None, "_users": []}  # a copy's optimizer joins again
 
 
 def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
