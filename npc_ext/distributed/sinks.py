@@ -1,14 +1,12 @@
 """Importance that several processes measure together with torch.distributed.
 
-In data-parallel training (`DistributedDataParallel`, `fully_shard`), each process sees a part of the
-batch. The importance a_i (eq. 2) of the whole batch is the sum over processes. So the sinks of all
-layers (small leaf tensors whose gradients are the importance) are summed over processes once per step,
-before eq. 3, in one flat all-reduce. All processes get the same bits, so their optimizers stay equal,
-also if each process holds only a shard of the weights.
+In data-parallel training (`DistributedDataParallel`, `fully_shard`), each process sees a part of the batch. The
+importance a_i (eq. 2) of the whole batch is the sum over processes. So the sinks of all layers (small leaf tensors
+whose gradients are the importance) are summed over processes once per step, before eq. 3, in one flat all-reduce. All
+processes get the same bits, so their optimizers stay equal, even if each process holds only a shard of the weights.
 
-If some processes have fewer batches, train within
-`torch.distributed.algorithms.Join([model, optimizer])`. Processes without batches add zeros while the
-others train. At the end they take over the state of the others.
+If some processes have fewer batches, train within `torch.distributed.algorithms.Join([model, optimizer])`. Processes
+without batches add zeros while the others train. At the end, they take over the state of the others.
 """
 
 from __future__ import annotations
@@ -137,8 +135,8 @@ class SharedSinks:
         if not set(processes) <= set(group) and len(processes) > 1:
             raise ValueError(
                 f"{name} is sharded over processes {_short(processes)}, but importance is added up over "
-                f"{_short(group)} (process_group); it has to be over all that hold a part: shard all parameters over "
-                "the same processes, and leave process_group at 'auto'"
+                f"{_short(group)} (process_group); it must be added up over all processes that hold a part: shard all "
+                "parameters over the same processes, and leave process_group at 'auto'"
             )
 
     def notify_join(self, optimizer: Any) -> None:
@@ -161,8 +159,8 @@ class SharedSinks:
     def start(self, sinks: Iterable[Tensor]) -> None:
         """Starts the sums without waiting. The sinks then refer to the sums, which are complete after `finish`.
 
-        A layer that was not measured here has a sink without a gradient. It counts as -0.0, as for neurons that
-        received no gradient, which changes nothing.
+        The sink of a layer that was not measured here has no gradient. It counts as -0.0, as for neurons that received
+        no gradient, which changes nothing.
         """
         by_device: dict[torch.device, list[Tensor]] = {}
         for sink in sinks:
@@ -182,7 +180,7 @@ class SharedSinks:
             self._works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
 
     def finish(self) -> None:
-        """Waits for the sums. On a GPU, the stream waits, not the CPU."""
+        """Waits for the sums. On a GPU, the stream waits and the CPU does not."""
         works, self._works = self._works, []
         for work in works:
             work.wait()
@@ -214,7 +212,7 @@ class SinksJoinHook(JoinHook):
         self._add_nothing()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Called when all are done. The model's DistributedDataParallel takes over the weights."""
+        """Called when all processes are done. DistributedDataParallel takes over the weights."""
         rank = distributed.get_rank(self._group)
         device = self._optimizer.param_groups[0]["params"][0].device
         last = torch.tensor(rank if is_last_joiner else -1, dtype=torch.int64, device=device)

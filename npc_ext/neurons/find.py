@@ -1,15 +1,13 @@
 """Finds the neurons of a model: their parameters, and where in the model their activation is measured.
 
-The model is traced symbolically (torch.fx); nothing is computed. From each weighted layer, a walk goes
-downstream through normalization, activation, pooling and dropout. It ends at the last point at which
-the tensor still holds the neurons of this layer only: before a flatten, an addition, a second consumer
-or an unknown operation. Parts of a model that cannot be traced (control flow that depends on data) are
-searched child by child.
+The model is traced symbolically (torch.fx); nothing is computed. From each weighted layer, a walk goes downstream
+through normalization, activation, pooling and dropout. It ends at the last point where the tensor holds only the
+neurons of this layer: before a flatten, an addition, a second consumer or an unknown operation. Parts of a model that
+cannot be traced (control flow that depends on data) are searched child by child.
 
-Two facts decide between points, and tests prove both. Before a normalization the importance is zero
-except for rounding, so the point is always behind it. Operations that are positively homogeneous within
-each channel (ReLU, pooling, dropout) do not change the importance (Euler), so the points before and
-after them are equivalent.
+Two facts decide where to measure, and tests verify both. Before a normalization, the importance is zero except for
+rounding, so the point is always behind it. Operations that are positively homogeneous within each channel (ReLU,
+pooling, dropout) do not change the importance (Euler), so the points before and after them are equivalent.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ from .layer import PROJECTION, NeuronLayer, NeuronParameter, OtherParameter, Tap
 from .table import Neurons
 
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# For these, a matrix is one sequence without a dimension of samples.
+# These treat a matrix as one sequence without a dimension of samples.
 _TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
@@ -44,11 +42,11 @@ def find_neurons(
     """Finds the neurons of a model and where to measure them. Computes nothing and changes nothing.
 
     Args:
-        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and also layers like
-            GPT-2's Conv1D. The input projection of MultiheadAttention has the neurons of queries, keys and values, in
-            this order.
-        measure_at: layer name -> name of the module whose output holds the layer's activation, instead of the place
-            that is found.
+        model: any module. Its Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d layers have neurons, and so have layers
+            like GPT-2's Conv1D. The input projection of MultiheadAttention has the neurons of queries, keys and values,
+            in this order.
+        measure_at: layer name -> name of the module whose output holds the layer's activation. Default: the place that
+            is found.
         batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
 
     Raises:
@@ -123,7 +121,7 @@ def _listed(unusable: Mapping[str, str]) -> str:
 
 
 def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers with neurons, and those whose neurons cannot be used, with the reason."""
+    """The layers with neurons, and the reasons why others cannot be used."""
     weighted: dict[str, nn.Module] = {}
     unusable: dict[str, str] = {}
     for name, module in modules.items():
@@ -172,13 +170,13 @@ def _why_other_shape(module: Any) -> str:
 
 
 def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The parameters of all layers with neurons, by the layer's name, whether or not they can be measured.
+    """The parameters of all layers with neurons, by the layer's name, including layers that cannot be measured.
 
-    Layers are Linear, Conv, ConvTranspose and Conv1D with a weight of their own, and the input projections of
+    Layers are Linear, Conv, ConvTranspose and Conv1D whose weight is a parameter, and the input projections of
     attention.
 
     Raises:
-        ValueError: there is none; parameters are uninitialized or complex.
+        ValueError: there are no such layers; parameters are uninitialized or complex.
     """
     modules = dict(model.named_modules())
     weighted, unusable = _weighted_layers(modules)
@@ -220,7 +218,7 @@ def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
 
 
 def _neuron_dim(module: Any) -> tuple[int, int]:
-    """The dimension of a weight that counts neurons, and the number of groups into which it divides them."""
+    """The dimension of a weight that counts neurons, and the groups of a transposed convolution."""
     if isinstance(module, TRANSPOSED):
         return 1, module.groups
     return (1, 1) if is_transposed_linear(module) else (0, 1)
@@ -311,7 +309,7 @@ class _Search:
                 f"measure_at of {name!r} is {at!r}, which comes before the layer or beside it; expected a module "
                 "behind it, whose output holds the layer's activation"
             )
-        # A normalization on the path belongs to the neurons, wherever they are measured.
+        # The scales of a normalization on the path belong to the neurons, wherever they are measured.
         scales: list[str] = []
         with contextlib.suppress(NotMeasurableError):
             _, scales = self.graphs.measuring_points(name)
@@ -373,7 +371,7 @@ def _note_of_sharing(names: list[str]) -> list[str]:
 
 
 def _outputs_of_adapters(weighted: Mapping[str, nn.Module], modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layer -> module for the second factors of low-rank adapters (LoRA as in PEFT), y = W x + B A x.
+    """Layer -> module for the second factors of low-rank adapters (PEFT's LoRA), y = W x + B A x.
 
     The rows of B are the output neurons. Their activation is y, not the output of B, which is zero at first.
     """
@@ -394,12 +392,12 @@ def _why_other(name: str, modules: Mapping[str, nn.Module], unusable: Mapping[st
     if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return "embedding"
     if isinstance(module, _RECURRENT):
-        return "recurrent layer: its activations inside the sequence cannot be seen"
+        return "recurrent layer: its activations within the sequence cannot be measured"
     if isinstance(module, nn.MultiheadAttention):
         return "a key and a value that attention adds to every sequence"
     if torch_class(module) in NORMALIZATION:
         return "normalization that follows no single layer's neurons"
-    return f"{short} of a {type(module).__name__}, which is no Linear, Conv or ConvTranspose"
+    return f"{short} of a {type(module).__name__}, which is not a Linear, Conv or ConvTranspose layer"
 
 
 def _join(owner: str, name: str) -> str:

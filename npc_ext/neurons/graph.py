@@ -1,4 +1,4 @@
-"""The model as a graph, and the walk from a layer downstream to the points where it can be measured."""
+"""The graph of a model, and the walk from a layer downstream to the points where it can be measured."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ for _operator in _IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """Traces into containers and users' modules, but not into layers and other modules of torch.nn.
 
-    A module that cannot be traced becomes one node of its caller's graph, and is listed in `opaque`.
+    A module that cannot be traced becomes a single node of its caller's graph, and is added to `opaque`.
     """
 
     def __init__(self) -> None:
@@ -142,7 +142,7 @@ class NotMeasurableError(Exception):
 
 
 class Graphs:
-    """The traced parts of a model: where each module is called, and how its output is used."""
+    """The traced parts of a model: the calls of each module, and how their outputs are used."""
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
@@ -152,7 +152,7 @@ class Graphs:
         self._opaque: set[str] = set()
         self._traced: set[nn.Module] = set()
         self._trace(model)
-        # Branches that the forward pass did not take, as the head of another task, are separate graphs.
+        # Branches that the forward pass did not take, for example the head of another task, are separate graphs.
         for name, module in self.modules.items():
             if name and not any(call == name or call.startswith(f"{name}.") for call in self.calls):
                 self._trace(module)
@@ -177,7 +177,7 @@ class Graphs:
         return self._target[node]
 
     def operation(self, node: fx.Node) -> str:
-        """The operation of a node: the name of its module's class in torch.nn, of its function or of its method."""
+        """The operation of a node: the name of its function, its method, or its module's class in torch.nn."""
         if node.op == "call_module":
             return torch_class(self.modules[self.target(node)])
         if node.op == "call_function":
@@ -198,7 +198,7 @@ class Graphs:
         return "activation" if name in _OTHER_ACTIVATIONS else None
 
     def consumers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that use a value, except for those that only read its shape."""
+        """The nodes that use a value, except those that only read its shape."""
         return [user for user in node.users if self.operation(user) not in _ASKS_FOR_SHAPE]
 
     def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
@@ -224,7 +224,7 @@ class Graphs:
         return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
 
     def leads_to(self, name: str, target: str) -> bool:
-        """Whether the output of a module reaches another module; True also if the path was not traced."""
+        """Whether the output of a module reaches another module. Also True if the path was not traced."""
         starts, ends = self.calls.get(name, []), self.calls.get(target, [])
         if not {node.graph for node in ends} <= {node.graph for node in starts}:
             return True
@@ -243,8 +243,7 @@ class Graphs:
         """Where to measure a layer.
 
         Returns:
-            A place for all of its calls, or several; and the modules on the path whose per-channel parameters belong
-            to the neurons.
+            The places of all its calls, and the modules on the path whose per-channel parameters belong to the neurons.
 
         Raises:
             NotMeasurableError: there is no such place.
@@ -265,7 +264,7 @@ class Graphs:
             for node in walks[0].values[1:]
             if node.op == "call_module"
             and all(call in values for call in self.calls[self.target(node)])
-            # Behind a convolution, the scales of these count positions.
+            # Behind a convolution, the scales of these norms belong to positions.
             and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
         ]
         places: dict[tuple[str, str], Place] = {}
@@ -277,7 +276,7 @@ class Graphs:
             where == "output" and self._walks_through(module, walks) > measured[module, where]
             for module, where in places
         ):
-            # A tap sees every call of its module, so a call that is measured at another point would count twice.
+            # A tap measures every call of its module, so a call that is also measured elsewhere would count twice.
             if any("normalization" in walk.kinds for walk in walks):
                 raise NotMeasurableError(
                     "it is called several times, and not all calls can be measured at the same place behind their "
@@ -291,7 +290,7 @@ class Graphs:
 
 
 class _Walk:
-    """The path of one call's result downstream: an operation of `kinds[i]` turns `values[i]` into `values[i + 1]`."""
+    """A call's result on its way downstream. An operation of kind `kinds[i]` turns `values[i]` into `values[i + 1]`."""
 
     def __init__(self, graphs: Graphs, start: fx.Node, convolution: bool) -> None:
         self.graphs = graphs
@@ -329,8 +328,8 @@ class _Walk:
             place = self._output(at, layer_values)
             if place and not place.copy and is_measuring_relu(self.graphs.modules[place.module]):
                 return place
-        # A convolution keeps its input for its backward pass, so measuring there takes no memory. The input of another
-        # consumer comes second, because the head that consumes it may change from task to task.
+        # A convolution keeps its input for its backward pass, so measuring there uses no memory. The input of other
+        # consumers comes second, because the head that consumes it may change from task to task.
         for consumer in (CONVOLUTIONS, nn.Module):
             for at in equivalent:
                 if place := self._output(at, layer_values) or self._input(at, consumer):
@@ -338,7 +337,7 @@ class _Walk:
         for at in range(equal - 1, -1, -1):
             if self.kinds[at] == "normalization":
                 raise NotMeasurableError(
-                    "a normalization follows that no module's output or input comes behind: make that normalization or "
+                    "a normalization follows, and no module's output or input is behind it: make the normalization or "
                     "what follows it a module that is used once, or name a place with measure_at"
                 )
             if place := self._output(at, layer_values) or self._input(at, nn.Module):
@@ -373,7 +372,7 @@ _POOLING_FUNCTIONS: dict[Any, str] = {
 
 
 def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
-    """The module's graph (empty if it cannot be traced) and the modules in it that cannot be traced. Changes none."""
+    """The module's graph (empty if it cannot be traced) and its parts that cannot be traced. Changes no module."""
     defaults: dict[str, Any] = {}
     with contextlib.suppress(TypeError, ValueError):
         defaults = {
@@ -415,7 +414,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Disables the inference path of transformer layers: they choose it by input shapes, which proxies do not have."""
+    """Disables the inference path of transformer layers, which they choose by shapes. Proxies have no shapes."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

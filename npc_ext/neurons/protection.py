@@ -21,8 +21,8 @@ class Protection:
 
     Attributes:
         trained: elements that require a gradient and that the optimizer moves.
-        protected: those of them that learn at the rate of their neuron (or connection).
-        chosen: those that do not, because the user chose so (consolidate=False).
+        protected: the elements of these that learn at the rate of their neuron (or connection).
+        chosen: the elements that are unprotected by the user's choice (consolidate=False).
     """
 
     trained: int
@@ -45,7 +45,7 @@ class Protection:
         return self.protected / self.trained if self.trained else 1.0
 
     def is_little(self) -> bool:
-        """Whether more than half is unprotected, not counting what the user chose."""
+        """Whether more than half is unprotected, not counting the user's choice."""
         return self.trained - self.protected - self.chosen > (1 - _LEAST_SHARE) * self.trained
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ def warn_if_little(
     Args:
         protection: the counts.
         model: the network.
-        unprotected: trained parameters that are not protected, except for those that the user chose.
+        unprotected: trained parameters that are not protected, except for the user's choice.
         units: "neurons" or "connections", whichever the optimizer protects.
         advice: what to do, as a part of a sentence.
     """

@@ -1,8 +1,8 @@
 """A ReLU that measures importance in its backward pass.
 
-ReLU's backward pass reads its output y and the gradient dL/dy. The importance at its output is
-computed from the same two tensors, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). So
-measuring there reads nothing twice and takes no memory: y is kept for ReLU's backward pass anyway.
+ReLU's backward pass reads its output y and the gradient dL/dy. The importance at its output is computed from the same
+two tensors, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). So measuring there reads nothing twice, and
+uses no memory, because y is kept for ReLU's backward pass anyway.
 
 >>> model = nn.Sequential(nn.Linear(784, 100), npc_ext.nn.ReLU(), nn.Linear(100, 10))
 >>> optimizer = NPC(model)  # measures layer "0" in module "1", without a tap
@@ -26,9 +26,9 @@ from .tap import TapHook, checked_dims, for_sink, like, tap
 class ReLU(nn.ReLU):
     """`torch.nn.ReLU`, never in place, that can measure the importance of the layer before it.
 
-    Optimizers use it if it follows one layer only and nothing works in place on its output
-    (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer,
-    it is the same as `torch.nn.ReLU`.
+    Optimizers use it if it follows one layer only and no operation works in place on its output
+    (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer, it is the same
+    as `torch.nn.ReLU`.
 
     Shape:
         Input and output: any shape, (*).

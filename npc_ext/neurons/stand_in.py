@@ -1,4 +1,4 @@
-"""Objects that are placed in a model: they replace a module's forward, or are called as hooks."""
+"""What is placed in a model: objects that replace a module's forward, hooks, and handles to remove them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .._torch import TRACES_BOUND_FORWARDS
 
 @dataclass(frozen=True)
 class Handle:
-    """The handle of something that was placed in a model; `remove()` takes it out again."""
+    """The handle of something that was placed in a model. `remove()` removes it."""
 
     remove: Callable[[], None]
 
@@ -31,18 +31,17 @@ def _refuse_script(*_: Any) -> Any:
 class Unscriptable:
     """A hook that torch.jit.script cannot compile.
 
-    torch.jit.script asks hooks for `__name__`, and shows the error. For other code, the AttributeError means that the
-    attribute does not exist.
+    torch.jit.script reads the `__name__` of hooks, and shows the error. For other code, the AttributeError means that
+    the attribute does not exist.
     """
 
     __name__ = property(_refuse_script)
 
 
 class StandIn:
-    """Replaces a module's `forward` by its `__call__`, as the module's attribute. It can be pickled with the module.
+    """Replaces a module's `forward` by its `__call__`, as an attribute of the module. Can be pickled with the module.
 
-    It has users, which are taps or layers of all optimizers of the model, and stays in the module as long as there are
-    any.
+    Its users are taps or layers of all optimizers of the model. It stays in the module as long as it has any.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -73,7 +72,7 @@ class StandIn:
 
     def leave(self, user: Any) -> None:
         """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
-        if user in self._users:  # those of a copy do not come with it
+        if user in self._users:  # a copy does not have the users
             self._users.remove(user)
         if not self._users and StandIn.of(self._module) is self:
             del self._module.forward, self._module.__prepare_scriptable__

@@ -1,4 +1,4 @@
-"""All neurons of a model: places their taps in the model, removes them, and shows the neurons as a table.
+"""All neurons of a model: places their taps in the model, removes them, and prints the neurons as a table.
 
 layer.py explains taps and sinks.
 """
@@ -59,7 +59,7 @@ class Neurons:
                     self._handles.append(module.register_forward_pre_hook(hook))
 
     def hold(self, handle: Any) -> None:
-        """Lets `detach` also call `remove()` of a handle of something else in the model."""
+        """Makes `detach` also call `remove()` of the handle of something else in the model."""
         self._handles.append(handle)
 
     def detach(self) -> None:
@@ -82,13 +82,13 @@ class Neurons:
         self._trained, self._left_alone = tuple(trained), dict(left_alone)
 
     def protection(self) -> Protection:
-        """How much of what is trained is protected at the moment."""
+        """How much of the trained parameters is protected at the moment."""
         chosen = {id(p.parameter) for layer in self.layers if layer.name in self._left_alone for p in layer.parameters}
         protected = {id(p.parameter) for layer in self.layers for p in layer.parameters} - chosen
         return Protection.of(self.trained(), protected, chosen)
 
     def trained(self) -> list[Tensor]:
-        """The tensors that the optimizer moves at the moment. Without an optimizer: all that require a gradient."""
+        """The tensors that the optimizer moves at the moment; without an optimizer, all that require a gradient."""
         tensors = self._of_model() if self._trained is None else self._trained
         return [tensor for tensor in tensors if tensor.requires_grad]
 
@@ -126,7 +126,7 @@ class Neurons:
         return "\n".join([*lines, "", str(self.protection())])
 
     def _row(self, layer: NeuronLayer, trained: Collection[int]) -> tuple[str, ...]:
-        """The row of a layer, where `trained` are the ids of what is trained."""
+        """The row of a layer. `trained` holds the ids of all trained parameters."""
         is_trained = {p.name: id(p.parameter) in trained for p in layer.parameters}
         measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
         if any(point.copy for point in layer.points):

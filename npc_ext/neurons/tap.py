@@ -1,10 +1,9 @@
 """The tap: an identity in the forward pass whose backward pass measures importance.
 
-A hook places it at a layer's measuring point. Its backward pass returns the gradient unchanged, and
-the importance a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) as the gradient of the
-layer's sink, a small leaf tensor. So importance behaves like any gradient. Autograd adds it up over
-micro-batches and over the calls of a module. Checkpointing and torch.compile support it, and it is
-cleared like a gradient.
+A hook places it at a layer's measuring point. Its backward pass returns the gradient unchanged, and the importance
+a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) as the gradient of the layer's sink, a small leaf tensor.
+So importance behaves like any gradient. Autograd sums it over micro-batches and over the calls of a module.
+Checkpointing and torch.compile support it, and it is cleared like a gradient.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from .._warn import warn
 from .layer import NeuronLayer, TapPoint
 from .stand_in import Unscriptable
 
-# Before a normalization the gradient sums to zero except for rounding, which is at most this share of
-# the absolute sum in float32.
+# Before a normalization, the gradient sums to zero except for rounding, which is at most this share of the absolute sum
+# in float32.
 _ZERO_GRADIENT = 1e-5
-# How often a layer may be mistaken for one before a normalization, if its activations and gradients
-# are independent random numbers.
+# The probability that a layer is mistaken for one before a normalization if its activations and gradients are
+# independent random numbers.
 _FALSE_ALARMS = 1e-6
 # In half precision, the gradients of a few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
@@ -70,7 +69,7 @@ def like(gradient: Tensor, activation: Tensor) -> Tensor:
 def for_sink(
     importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> Tensor:
-    """The importance as the gradient of the layer's sink. Warns at the first time if it cannot be right."""
+    """The importance as the gradient of the layer's sink. The first call warns if the importance cannot be right."""
     if not torch.compiler.is_compiling():
         drop_cleared_importance(layer)
         if not layer.checked and not _is_captured(gradient):
@@ -80,17 +79,17 @@ def for_sink(
 
 
 def left_out_like(parameter: Tensor) -> Tensor:
-    """A gradient that was not computed: negative zeros, because zeros mean one that was cleared in place."""
+    """A gradient that was not computed: negative zeros, because zeros mean a gradient that was cleared in place."""
     return torch.full_like(parameter, -0.0)
 
 
 def drop_cleared_importance(layer: NeuronLayer) -> None:
     """Drops the importance of earlier backward passes if their gradients have been cleared since.
 
-    Call it in a backward pass before the layer's sink and parameters receive their gradients. A backward
-    pass increases the version of the weight's gradient by one. A different version means that the
-    gradient was written to: it was set to zero, clipped or unscaled. Then the gradient's values decide.
-    They are compared on the device, so nothing waits for a GPU.
+    Call it in a backward pass before the layer's sink and parameters receive their gradients. A backward pass
+    increments the version of the weight's gradient. Any other version means that the gradient was written to: it was
+    set to zero, clipped or unscaled. In this case, the gradient's values decide. They are compared on the device, so
+    nothing waits for a GPU.
     """
     backward_pass = current_backward_pass()
     if layer.last_backward_pass == backward_pass:  # the pass uses the layer several times
@@ -169,8 +168,8 @@ def check_device(activation: Tensor, layer: NeuronLayer) -> None:
 class TapHook(Unscriptable):
     """A forward hook or forward pre-hook that taps the output or the input of a module.
 
-    It measures only if gradients flow and the layer is training, so evaluation costs nothing. It can be pickled with
-    the model.
+    It only measures if gradients are enabled and the layer is training, so evaluation costs nothing. It can be pickled
+    with the model.
     """
 
     def __init__(self, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
@@ -202,12 +201,12 @@ class TapHook(Unscriptable):
 def _check_not_before_normalization(
     layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> None:
-    """Warns if the importance is close to zero by construction, as it is before a normalization for all data.
+    """Warns if the importance is close to zero for any data, as it is before a normalization.
 
-    The output of instance norm does not depend on the mean and the scale of one channel of one sample. So each
-    channel's gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and
-    positions. Layer and group norm are not checked: their output does not depend on the mean and scale of several
-    channels together, but these sums are also zero at layers far upstream of any normalization.
+    The output of instance norm does not depend on the mean and scale of each channel of a sample. So each channel's
+    gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and positions.
+    Layer and group norm are not checked: their output does not depend on the mean and scale of several channels
+    together, but these sums are also zero at layers far upstream of any normalization.
     """
     if layer.neurons == 1:  # its scale is the scale of the sample, see above
         return
@@ -224,15 +223,14 @@ def _check_not_before_normalization(
     for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
         terms = product.numel() / product.sum(dims).numel()
         zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
-        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its
-        # input. But the importance is zero, too, except for the eps added to the variance. The sum of
-        # independent numbers is about 1 / sqrt(terms) of the absolute sum. It is improbable that all
-        # channels stay below a fraction of that.
+        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its input. But the
+        # importance is also zero, except for the eps added to the variance. The sum of independent numbers is about
+        # 1 / sqrt(terms) of the absolute sum. It is improbable that all channels stay below a fraction of that.
         zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
         if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
             warn(
                 f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
-                f"zero but for rounding, as it is before {kind}; measure it behind that: "
+                f"zero except for rounding, as it is before {kind}; measure it behind that: "
                 f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
                 ImportanceWarning,
             )

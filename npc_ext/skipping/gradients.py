@@ -1,4 +1,4 @@
-"""The backward pass of a module with the weight gradients of some rows only, and a rule when that is faster."""
+"""A backward pass that computes the weight gradients of some rows only, and a rule for when this is faster."""
 
 from __future__ import annotations
 
@@ -94,11 +94,11 @@ Operation = Linear | Convolution
 
 
 def operation_of(module: Any) -> Operation | str:
-    """What a module computes, or why its weight gradients cannot be left out."""
+    """What a module computes, or the reason why its weight gradients cannot be skipped."""
     if type(module) is nn.Linear:
         return Linear()
     if type(module) not in (*CONVOLUTIONS, *TRANSPOSED):
-        return f"it is a {type(module).__name__}, no plain Linear or convolution"
+        return f"it is a {type(module).__name__}, not a plain Linear or convolution"
     padding = module.padding
     if module.padding_mode != "zeros" or padding == "valid":
         padding = (0,) * len(module.kernel_size)
@@ -112,7 +112,7 @@ def operation_of(module: Any) -> Operation | str:
 
 
 class PartialGradient(torch.autograd.Function):
-    """What a module computes; the backward pass leaves out the weight gradients of all but some rows."""
+    """What a module computes, with a backward pass that computes the weight gradients of some rows only."""
 
     @staticmethod
     def forward(
@@ -130,8 +130,8 @@ class PartialGradient(torch.autograd.Function):
         ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
         return operation.forward(x, weight, bias)
 
-    # Not once_differentiable: these are operations of torch, which records them if create_graph asks for it. What was
-    # left out is a constant then.
+    # Not once_differentiable: these are operations of torch, which records them with create_graph=True. The gradients
+    # that were skipped are then constants.
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
@@ -156,22 +156,22 @@ def _is_channels_last(x: Tensor) -> bool:
     return x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
 
 
-# See skipping_pays. The number for GPUs is a guess on the safe side; it was not measured.
+# See skipping_pays. The number for GPUs is a conservative guess; it was not measured.
 _LEAST_WORK = {"cpu": 24e6, "cuda": 2.0**34}
 
 
 def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
-    """Whether to compute the weight gradients of `rows` only, by a fixed rule, so that runs repeat.
+    """Whether to compute the weight gradients of `rows` only. The rule is fixed, so that runs are reproducible.
 
-    Leaving out a whole layer always pays. Computing a part of the rows has a price: dL/dy is gathered, the result is
-    scattered into a gradient of zeros, and all that in Python. With the share s of the rows left out, it pays where
+    Skipping a whole layer is always faster. Computing some of the rows has a cost: dL/dy is gathered, and the result is
+    scattered into a gradient of zeros, in Python. If s is the share of the rows that are skipped, it is faster if
 
-        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128, for a Linear 160,
+        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128 (160 for Linear),
 
     as measured on a CPU (bench/results/skipping-rule). On a GPU, where it was not measured, the first bound is 2 ** 34.
     Positions are how often each weight is multiplied: there must be enough of them for each element of the gradient.
 
-    Under `torch.use_deterministic_algorithms(True)` only whole layers are left out: other shapes may sum in another
+    Under `torch.use_deterministic_algorithms(True)`, only whole layers are skipped: other shapes may sum in a different
     order, and which rows are certain depends on the step from which a run was resumed.
 
     Args:

@@ -1,4 +1,4 @@
-"""Has the layers of a model leave out weight gradients that the coming step cannot need."""
+"""Makes the layers of a model skip weight gradients that the next step does not need."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def install_skipping(
     skip_frozen: bool | str,
     trained: Collection[int],
 ) -> Certificates:
-    """Places what skipping needs in the model; a layer whose gradients cannot be left out gets a note that says why.
+    """Places in the model what skipping needs. Layers whose gradients cannot be skipped get a note that says why.
 
     Args:
         model: the network.
-        layers: layers of neurons, each with the parameter under which its importance is kept, and its options.
-        skip_frozen: True, "layers" or False, for layers without such an option.
+        layers: layers of neurons, each with the parameter whose state holds its importance, and with its options.
+        skip_frozen: True, "layers" or False, for layers without this option.
         trained: the ids of the parameters that the optimizer trains.
 
     Returns:
-        Issues the layers' certificates, once it is bound to the optimizer's state. Its `remove()` undoes everything.
+        What issues the layers' certificates. Bind it to the optimizer's state. Its `remove()` undoes everything.
     """
     calls = Calls(model)
     certified: dict[str, CertifiedLayer] = {}
