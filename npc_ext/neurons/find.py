@@ -13,7 +13,7 @@ pooling, dropout) do not change the importance (Euler), so the points before and
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # These treat a matrix as one sequence without a dimension of samples.
 _TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
+_ADDED_TO_SEQUENCES = ("bias_k", "bias_v")  # by attention
 
 
 def find_neurons(
@@ -54,18 +55,22 @@ def find_neurons(
             `batch_dim` is not in the model; layers share a weight but count neurons along different dimensions.
     """
     measure_at, batch_dim = dict(measure_at or {}), dict(batch_dim or {})
-    modules = dict(model.named_modules())
-    weighted, unusable = _weighted_layers(modules)
+    modules: dict[str, Any] = dict(model.named_modules())
+    usable, unusable = _layers(modules)
     projections = input_projections(model)
+    weighted = {name: module for name, module in usable.items() if name not in projections}
     _check_options(measure_at, batch_dim, modules, weighted, projections)
+    for owner in (name.rpartition(".")[0] for name in projections if name in usable):
+        if reason := attention.why_not(modules[owner]):
+            unusable[owner] = f"attention's input projection: {reason}"
+            del usable[_join(owner, "in_proj")]
     search = _Search(modules, Graphs(model), {**_outputs_of_adapters(weighted, modules), **measure_at}, batch_dim)
     layers: list[NeuronLayer] = []
-    for names in _by_weight(weighted).values():
+    for names in _by_weight(usable).values():
         try:
-            layers.append(search.weighted_layer(names))
+            layers.append(search.projection(names) if names[0] in projections else search.weighted_layer(names))
         except NotMeasurableError as reason:
             unusable[names[0]] = str(reason)
-    layers += map(search.projection, _by_projection(projections, modules, unusable).values())
     position = {name: index for index, name in enumerate(modules)}
     layers.sort(key=lambda layer: position[layer.module])
     if not layers:
@@ -120,9 +125,9 @@ def _listed(unusable: Mapping[str, str]) -> str:
 # ------------------------------------------------------------------------------------------------------------ weights
 
 
-def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The layers with neurons, and the reasons why others cannot be used."""
-    weighted: dict[str, nn.Module] = {}
+def _layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The modules with neurons by their layers' names, and the reasons why the neurons of others cannot be used."""
+    usable: dict[str, nn.Module] = {}
     unusable: dict[str, str] = {}
     for name, module in modules.items():
         for short, parameter in module.named_parameters(recurse=False):
@@ -135,21 +140,30 @@ def _weighted_layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Mod
                     f"parameter {_join(name, short)!r} is complex ({parameter.dtype}); only real parameters can be "
                     "trained"
                 )
-        if not is_weighted(module):
+        if not is_weighted(module) and not isinstance(module, nn.MultiheadAttention):
             continue
-        if reason := _why_unusable(module, [own_parameters(module).get("weight")]) or _why_other_shape(module):
+        if reason := _why_unusable(module):
             unusable[name] = reason
         else:
-            weighted[name] = module
-    return weighted, unusable
+            usable[_layer_name(name, module)] = module
+    return usable, unusable
 
 
-def _why_unusable(module: nn.Module, weights: Iterable[Any]) -> str:
-    """The reason why the weights of a module cannot be trained; empty if they can."""
+def _weights(module: Any) -> dict[str, Any]:
+    """The weights of a layer by their name in its module."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return {"weight": own_parameters(module).get("weight")}
+    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if module.in_proj_weight is None else ["in_proj_weight"]
+    return {name: getattr(module, name) for name in names}
+
+
+def _why_unusable(module: nn.Module) -> str:
+    """The reason why the weights of a layer cannot be trained; empty if they can."""
+    weights = _weights(module).values()
     if is_parametrized(module) or not all(isinstance(weight, nn.Parameter) for weight in weights):
         return "its weight is computed from other parameters (a parametrization)"
     packed = next((weight.dtype for weight in weights if weight.dtype not in _TRAINABLE), None)
-    return "" if packed is None else f"its weight is {packed}, packed or quantized"
+    return f"its weight is {packed}, packed or quantized" if packed else _why_other_shape(module)
 
 
 def _why_other_shape(module: Any) -> str:
@@ -157,6 +171,8 @@ def _why_other_shape(module: Any) -> str:
 
     Empty if it has. The number of neurons may have changed since the module was built, because heads grow.
     """
+    if isinstance(module, nn.MultiheadAttention):
+        return ""
     shape = tuple(module.weight.shape)
     if isinstance(module, nn.Linear):
         is_expected = shape[1:] == (module.in_features,)
@@ -178,22 +194,15 @@ def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     Raises:
         ValueError: there are no such layers; parameters are uninitialized or complex.
     """
-    modules = dict(model.named_modules())
-    weighted, unusable = _weighted_layers(modules)
-    found: dict[str, list[nn.Parameter]] = {}
-    for name, module in modules.items():
-        if name in weighted:
-            found[name] = list(module.parameters(recurse=False))
-        elif isinstance(module, nn.MultiheadAttention):
-            weights = _projection_weights(module)
-            if not _why_unusable(module, weights.values()):
-                biases = [] if module.in_proj_bias is None else [module.in_proj_bias]
-                found[_join(name, "in_proj")] = [*weights.values(), *biases]
-    if not found:
+    usable, unusable = _layers(dict(model.named_modules()))
+    if not usable:
         raise ValueError(
             f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{_listed(unusable)}"
         )
-    return found
+    return {
+        name: [p for short, p in module.named_parameters(recurse=False) if short not in _ADDED_TO_SEQUENCES]
+        for name, module in usable.items()
+    }
 
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
@@ -201,13 +210,14 @@ def is_shared(weight: Tensor, model: nn.Module) -> bool:
     return sum(any(parameter is weight for parameter in own_parameters(m).values()) for m in model.modules()) > 1
 
 
-def _by_weight(weighted: Mapping[str, nn.Module]) -> dict[int, list[str]]:
+def _by_weight(usable: Mapping[str, nn.Module]) -> dict[tuple[bool, int], list[str]]:
     """The names of layers, grouped by the weight that they share."""
-    groups: dict[int, list[str]] = {}
-    for name, module in weighted.items():
-        groups.setdefault(id(module.weight), []).append(name)
+    groups: dict[tuple[bool, int], list[str]] = {}
+    for name, module in usable.items():
+        weight, *_ = _weights(module).values()
+        groups.setdefault((isinstance(module, nn.MultiheadAttention), id(weight)), []).append(name)
     for names in groups.values():
-        places = {name: _neuron_dim(weighted[name]) for name in names}
+        places = {name: _neuron_dim(usable[name]) for name in names}
         if len(set(places.values())) > 1:
             raise ValueError(
                 f"layers {', '.join(map(repr, names))} share one weight but count their neurons along different "
@@ -226,29 +236,11 @@ def _neuron_dim(module: Any) -> tuple[int, int]:
 
 def input_projections(model: nn.Module) -> list[str]:
     """The names of the layers that are input projections of attention."""
-    return [_join(name, "in_proj") for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
+    return [_layer_name(name, m) for name, m in model.named_modules() if isinstance(m, nn.MultiheadAttention)]
 
 
-def _by_projection(
-    projections: list[str], modules: Mapping[str, nn.Module], unusable: dict[str, str]
-) -> dict[int, list[str]]:
-    """The names of attention modules, grouped by the weight of their input projection. Adds to `unusable`."""
-    groups: dict[int, list[str]] = {}
-    for owner in (name.rpartition(".")[0] for name in projections):
-        module: Any = modules[owner]
-        weights = list(_projection_weights(module).values())
-        if reason := _why_unusable(module, weights):
-            unusable[owner] = reason
-        elif reason := attention.why_not(module):
-            unusable[owner] = f"attention's input projection: {reason}"
-        else:
-            groups.setdefault(id(weights[0]), []).append(owner)
-    return groups
-
-
-def _projection_weights(module: nn.MultiheadAttention) -> dict[str, Any]:
-    names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if module.in_proj_weight is None else ["in_proj_weight"]
-    return {name: getattr(module, name) for name in names}
+def _layer_name(name: str, module: nn.Module) -> str:
+    return _join(name, "in_proj") if isinstance(module, nn.MultiheadAttention) else name
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -328,19 +320,21 @@ class _Search:
         return TapPoint(place.module, place.where, channel_dim, batch_dim, unbatched_ndim, place.copy, in_backward)
 
     def projection(self, names: list[str]) -> NeuronLayer:
-        """The input projection whose weight the attention modules `names` share."""
+        """The input projection whose weight the layers `names` share."""
         parameters: list[NeuronParameter] = []
-        points: list[TapPoint] = []
-        for name in names:
-            module = self.modules[name]
-            points.append(TapPoint(name, PROJECTION, -1, self._samples_dim(_join(name, "in_proj")), 2))
-            first = 0
-            for short, parameter in {**_projection_weights(module), "in_proj_bias": module.in_proj_bias}.items():
+        owners = [name.rpartition(".")[0] for name in names]
+        for owner in owners:
+            module, first = self.modules[owner], 0
+            for short, parameter in {**_weights(module), "in_proj_bias": module.in_proj_bias}.items():
                 if parameter is not None and all(parameter is not known.parameter for known in parameters):
                     rows = 0 if short == "in_proj_bias" else first
-                    parameters.append(NeuronParameter(_join(name, short), parameter, first=rows))
+                    parameters.append(NeuronParameter(_join(owner, short), parameter, first=rows))
                     first += len(parameter)
-        return _layer(_join(names[0], "in_proj"), parameters, points, _note_of_sharing(names))
+        points = [
+            TapPoint(owner, PROJECTION, -1, self._samples_dim(name), 2)
+            for owner, name in zip(owners, names, strict=True)
+        ]
+        return _layer(names[0], parameters, points, _note_of_sharing(owners))
 
     def _samples_dim(self, name: str) -> int:
         """The dimension that counts samples: attention and transformer layers define it by `batch_first`."""

@@ -142,13 +142,19 @@ class NotMeasurableError(Exception):
 
 
 class Graphs:
-    """The traced parts of a model: the calls of each module, and how their outputs are used."""
+    """The traced parts of a model: the calls of each module, and how their outputs are used.
+
+    Attributes:
+        modules: all modules of the model by name.
+        calls: the nodes that call a module, by the module's name.
+        targets: the name of the module that a node calls.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.calls: dict[str, list[fx.Node]] = {}
         self._name = {module: name for name, module in self.modules.items()}
-        self._target: dict[fx.Node, str] = {}
+        self.targets: dict[fx.Node, str] = {}
         self._opaque: set[str] = set()
         self._traced: set[nn.Module] = set()
         self._trace(model)
@@ -165,21 +171,17 @@ class Graphs:
         for node in graph.nodes:
             if node.op == "call_module":
                 called = module.get_submodule(str(node.target))
-                self._target[node] = self._name[called]  # a module may have several names; this is its first
+                self.targets[node] = self._name[called]  # a module may have several names; this is its first
                 self.calls.setdefault(self._name[called], []).append(node)
         for part in opaque:
             self._opaque.add(self._name[part])
             for child in part.children():
                 self._trace(child)
 
-    def target(self, node: fx.Node) -> str:
-        """The full name of the module that a node calls."""
-        return self._target[node]
-
     def operation(self, node: fx.Node) -> str:
         """The operation of a node: the name of its function, its method, or its module's class in torch.nn."""
         if node.op == "call_module":
-            return torch_class(self.modules[self.target(node)])
+            return torch_class(self.modules[self.targets[node]])
         if node.op == "call_function":
             return getattr(node.target, "__name__", "").removeprefix("boolean_dispatch.")
         return str(node.target) if node.op == "call_method" else node.op
@@ -193,7 +195,7 @@ class Graphs:
         if name in _HOMOGENEOUS:
             return "homogeneous"
         if name in _POOLING:
-            indices = node.op == "call_module" and getattr(self.modules[self.target(node)], "return_indices", False)
+            indices = node.op == "call_module" and getattr(self.modules[self.targets[node]], "return_indices", False)
             return "homogeneous" if convolution and not indices and not node.kwargs.get("return_indices") else None
         return "activation" if name in _OTHER_ACTIVATIONS else None
 
@@ -205,7 +207,7 @@ class Graphs:
         """Whether a consumer overwrites the value, directly or through a view of it."""
         name = self.operation(node)
         if node.op == "call_module" and (
-            self.target(node) in self._opaque or getattr(self.modules[self.target(node)], "inplace", False)
+            self.targets[node] in self._opaque or getattr(self.modules[self.targets[node]], "inplace", False)
         ):
             return True
         if node.kwargs.get("inplace") or (len(name) > 1 and name.endswith("_") and not name.endswith("__")):
@@ -260,10 +262,10 @@ class Graphs:
         values = {node for walk in walks for node in walk.values}
         choices = [walk.choose(values) for walk in walks]
         scales = [
-            self.target(node)
+            self.targets[node]
             for node in walks[0].values[1:]
             if node.op == "call_module"
-            and all(call in values for call in self.calls[self.target(node)])
+            and all(call in values for call in self.calls[self.targets[node]])
             # Behind a convolution, the scales of these norms belong to positions.
             and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
         ]
@@ -349,7 +351,7 @@ class _Walk:
         node = self.values[at]
         if node.op != "call_module":
             return None
-        name = self.graphs.target(node)
+        name = self.graphs.targets[node]
         calls = self.graphs.calls[name]
         if not layer_values.issuperset(calls) or sum(call in self.values for call in calls) != 1:
             return None
@@ -359,7 +361,7 @@ class _Walk:
         users = self.graphs.consumers(self.values[at])
         if len(users) != 1 or users[0].op != "call_module" or users[0].args[:1] != (self.values[at],):
             return None
-        name = self.graphs.target(users[0])
+        name = self.graphs.targets[users[0]]
         if not isinstance(self.graphs.modules[name], consumer) or len(self.graphs.calls[name]) > 1:
             return None
         return Place(name, "input", self.graphs.works_in_place(users[0], self.values[at]))

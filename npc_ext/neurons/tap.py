@@ -130,7 +130,7 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     dims = checked_dims(activation, layer, point)
-    constants = layer.trained() if layer.resting else []
+    constants = [] if layer.note_rest is None else layer.trained()
     return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *constants)
 
 
