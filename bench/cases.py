@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npc_ext import NPC, NPCAdamW
+from npc_ext.skipping.certificate import MOST_STEPS_BETWEEN_ISSUES
 
 from .rows import OURS
 from .timing import Call
@@ -146,6 +147,22 @@ def freeze(optimizer: Any, share: float) -> None:
         importance = optimizer.state[layer.parameters[0].parameter]["importance"]
         chosen = torch.randperm(layer.neurons, generator=generator)[: round(share * layer.neurons)]
         importance.zero_()[chosen.to(importance.device)] = FROZEN
+
+
+def certify(optimizer: Any) -> None:
+    """Takes steps in which nothing moves, until the optimizer has issued certificates for its importance.
+
+    It issues none right after other code has changed importance, so that takes two intervals; those of a GPU arrive a
+    quarter of an interval later.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    for _ in range(2 * MOST_STEPS_BETWEEN_ISSUES + MOST_STEPS_BETWEEN_ISSUES // 4):
+        for layer in optimizer.neurons:
+            layer.sink.grad = torch.zeros_like(layer.sink)
+        optimizer.step()
+    optimizer.zero_grad()
 
 
 def share_skipped(optimizer: Any) -> float:

@@ -42,7 +42,13 @@ WITHIN = {
         ("gradients",),
         ("rows", "bound", "constants", "record"),
     ),
-    "neurons": (("find",), ("graph", "table"), ("attention", "relu", "protection"), ("tap",), ("layer", "kinds")),
+    "neurons": (
+        ("find",),
+        ("graph", "table"),
+        ("attention", "relu", "protection"),
+        ("tap",),
+        ("layer", "kinds", "stand_in"),
+    ),
     "distributed": (("sinks",), ("shards",)),
     "kernels": (("checks",), ("launch",), ("native", "register"), ("just_in_time",), ("build",), ("compilers",)),
 }

@@ -1,8 +1,8 @@
 """Parameters that are sharded over processes by FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-Such a parameter is a DTensor: each process of a device mesh holds a block of its rows. The last
-processes may have fewer rows, or none. Rows are neurons, and every process has the importance of all
-neurons (one float each). So each process moves its rows as a single process would.
+Such a parameter is a DTensor: each process of a device mesh holds a block of its rows. The last processes may have
+fewer rows, or none. Rows are neurons, and every process has the importance of all neurons (one float each). So each
+process updates its rows as a single process would.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def has_no_memory(tensor: Any) -> bool:
-    """Whether the class of a tensor keeps its elements in other tensors, as quantized weights may."""
+    """Whether a tensor's class stores its elements in other tensors, as quantized weights may."""
     return hasattr(tensor, "__tensor_flatten__")
 
 

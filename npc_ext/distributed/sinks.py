@@ -1,20 +1,18 @@
 """Importance that several processes measure together with torch.distributed.
 
-In data-parallel training (`DistributedDataParallel`, `fully_shard`), each process sees a part of the
-batch. The importance a_i (eq. 2) of the whole batch is the sum over processes. So the sinks of all
-layers (small leaf tensors whose gradients are the importance) are summed over processes once per step,
-before eq. 3, in one flat all-reduce. All processes get the same bits, so their optimizers stay equal,
-also if each process holds only a shard of the weights.
+In data-parallel training (`DistributedDataParallel`, `fully_shard`), each process sees a part of the batch. The
+importance a_i (eq. 2) of the whole batch is the sum over processes. So the sinks of all layers (small leaf tensors
+whose gradients are the importance) are summed over processes once per step, before eq. 3, in one flat all-reduce. All
+processes get the same bits, so their optimizers stay equal, even if each process holds only a shard of the weights.
 
-If some processes have fewer batches, train within
-`torch.distributed.algorithms.Join([model, optimizer])`. Processes without batches add zeros while the
-others train. At the end they take over the state of the others.
+If some processes have fewer batches, train within `torch.distributed.algorithms.Join([model, optimizer])`. Processes
+without batches add zeros while the others train. At the end, they take over the state of the others.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +32,12 @@ def unwrapped(model: nn.Module) -> nn.Module:
         TypeError: the model is in `nn.DataParallel`, whose copies cannot be measured, or a part of it is in
             `FullyShardedDataParallel`, whose parameters are not whole rows.
     """
-    while True:
-        if isinstance(model, nn.DataParallel):
-            raise TypeError(
-                "the model is in nn.DataParallel, which runs copies of it that cannot be measured; use "
-                "torch.nn.parallel.DistributedDataParallel with one process for each GPU"
-            )
-        inner = compiled_from(model)
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            break
-        model = inner
+    *wrappers, model = _from_outside_in(model)
+    if any(isinstance(module, nn.DataParallel) for module in (*wrappers, model)):
+        raise TypeError(
+            "the model is in nn.DataParallel, which runs copies of it that cannot be measured; use "
+            "torch.nn.parallel.DistributedDataParallel with one process for each GPU"
+        )
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise TypeError(
             "the model is in FullyShardedDataParallel (FSDP1), which cuts parameters anywhere, not between neurons; "
@@ -54,11 +46,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model
 
 
+def _from_outside_in(model: Any) -> Iterator[nn.Module]:
+    """A model and what it wraps, ending with the user's model."""
+    while isinstance(model, nn.Module):
+        yield model
+        is_data_parallel = isinstance(model, nn.parallel.DistributedDataParallel)
+        model = model.module if is_data_parallel else compiled_from(model)
+
+
 def _data_parallel(model: Any) -> nn.parallel.DistributedDataParallel | None:
     """The DistributedDataParallel around a model, if there is one."""
-    while isinstance(inner := compiled_from(model), nn.Module):
-        model = inner
-    return model if isinstance(model, nn.parallel.DistributedDataParallel) else None
+    wrappers = _from_outside_in(model)
+    return next((each for each in wrappers if isinstance(each, nn.parallel.DistributedDataParallel)), None)
 
 
 def _group_of(model: nn.Module) -> Any:
@@ -86,6 +85,9 @@ class SharedSinks:
     Args:
         model: the user's model. Its DistributedDataParallel or its sharded parameters define the group.
         group: a process group, None (each process for itself) or "auto" (the model's).
+
+    Attributes:
+        group: the processes that measure together; None if each measures for itself.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
@@ -95,7 +97,7 @@ class SharedSinks:
                 f"process_group is {group!r}; expected a torch.distributed process group, None (each process for "
                 "itself) or 'auto' (that of the model's DistributedDataParallel or fully_shard)"
             )
-        self._group = _group_of(model) if self._auto else group
+        self.group = _group_of(model) if self._auto else group
         data_parallel = _data_parallel(model)
         self._data_parallel = None if data_parallel is None else weakref.ref(data_parallel)
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
@@ -103,13 +105,8 @@ class SharedSinks:
 
     def look_for_group(self, model: nn.Module) -> None:
         """Takes the group of a model that was sharded later, if the user gave no group."""
-        if self._auto and self._group is None:
-            self._group = _group_of(model)
-
-    @property
-    def group(self) -> Any:
-        """The processes that measure together; None if each measures for itself."""
-        return self._group
+        if self._auto and self.group is None:
+            self.group = _group_of(model)
 
     @property
     def shared(self) -> bool:
@@ -118,8 +115,8 @@ class SharedSinks:
         Raises:
             RuntimeError: there are several processes, and it is unknown whether they do.
         """
-        if self._group is not None:
-            return distributed.get_world_size(self._group) > 1
+        if self.group is not None:
+            return distributed.get_world_size(self.group) > 1
         if not (self._auto and distributed.is_available() and distributed.is_initialized()):
             return False
         processes = distributed.get_world_size()
@@ -134,12 +131,12 @@ class SharedSinks:
 
     def check_covers(self, processes: Sequence[int], name: str) -> None:
         """Raises ValueError unless all processes over which a parameter is sharded measure together."""
-        group = [] if self._group is None else distributed.get_process_group_ranks(self._group)
+        group = [] if self.group is None else distributed.get_process_group_ranks(self.group)
         if not set(processes) <= set(group) and len(processes) > 1:
             raise ValueError(
                 f"{name} is sharded over processes {_short(processes)}, but importance is added up over "
-                f"{_short(group)} (process_group); it has to be over all that hold a part: shard all parameters over "
-                "the same processes, and leave process_group at 'auto'"
+                f"{_short(group)} (process_group); it must be added up over all processes that hold a part: shard all "
+                "parameters over the same processes, and leave process_group at 'auto'"
             )
 
     def notify_join(self, optimizer: Any) -> None:
@@ -162,8 +159,8 @@ class SharedSinks:
     def start(self, sinks: Iterable[Tensor]) -> None:
         """Starts the sums without waiting. The sinks then refer to the sums, which are complete after `finish`.
 
-        A layer that was not measured here has a sink without a gradient. It counts as -0.0, as for neurons that
-        received no gradient, which changes nothing.
+        The sink of a layer that was not measured here has no gradient. It counts as -0.0, as for neurons that received
+        no gradient, which changes nothing.
         """
         by_device: dict[torch.device, list[Tensor]] = {}
         for sink in sinks:
@@ -180,22 +177,22 @@ class SharedSinks:
                 else:
                     part.copy_(sink.grad)
                 sink.grad = part
-            self._works.append(distributed.all_reduce(flat, group=self._group, async_op=True))
+            self._works.append(distributed.all_reduce(flat, group=self.group, async_op=True))
 
     def finish(self) -> None:
-        """Waits for the sums. On a GPU, the stream waits, not the CPU."""
+        """Waits for the sums. On a GPU, the stream waits and the CPU does not."""
         works, self._works = self._works, []
         for work in works:
             work.wait()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SharedSinks:
         copy = type(self).__new__(type(self))
-        copy.__dict__.update(_auto=self._auto, _group=self._group, _data_parallel=None, _buffers={}, _works=[])
+        copy.__dict__.update(_auto=self._auto, group=self.group, _data_parallel=None, _buffers={}, _works=[])
         return copy
 
     def __getstate__(self) -> dict[str, Any]:  # a group belongs to its process
-        auto = self._auto or self._group is not None
-        return {"_auto": auto, "_group": None, "_data_parallel": None, "_buffers": {}, "_works": []}
+        auto = self._auto or self.group is not None
+        return {"_auto": auto, "group": None, "_data_parallel": None, "_buffers": {}, "_works": []}
 
 
 class SinksJoinHook(JoinHook):
@@ -215,7 +212,7 @@ class SinksJoinHook(JoinHook):
         self._add_nothing()
 
     def post_hook(self, is_last_joiner: bool) -> None:
-        """Called when all are done. The model's DistributedDataParallel takes over the weights."""
+        """Called when all processes are done. DistributedDataParallel takes over the weights."""
         rank = distributed.get_rank(self._group)
         device = self._optimizer.param_groups[0]["params"][0].device
         last = torch.tensor(rank if is_last_joiner else -1, dtype=torch.int64, device=device)

@@ -1,12 +1,12 @@
 """The tap inside `nn.MultiheadAttention`, which measures the neurons of the input projection.
 
-The module projects its inputs to queries, keys and values, n = x W^T + b, in the middle of its forward
-pass. No module begins or ends there, so hooks cannot see them. So the forward pass is replaced by
-torch's code with one change: the functions that compute the projection return tapped tensors. Masks,
-dropout, attention weights and all other options are torch's.
+The module projects its inputs to queries, keys and values, n = x W^T + b, in the middle of its forward pass. No module
+begins or ends there, so hooks cannot reach them. Therefore, the forward pass is replaced by torch's code with one
+change: the functions that compute the projection return tapped tensors. Masks, dropout, attention weights and all other
+options work as in torch.
 
-In that code positions come first and samples second, with and without `batch_first`. A single sample
-is a batch of one.
+In torch's code, positions come first and samples second, with and without `batch_first`. A single sample is a batch of
+one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch.nn import functional as F
 
 from .._torch import INPUT_PROJECTIONS
 from .layer import NeuronLayer
-from .tap import SharedStandIn, StandIn, StandInHandle, TapHook, check_device, drop_cleared_importance, like
+from .stand_in import Handle, StandIn
+from .tap import TapHook, check_device, drop_cleared_importance, like
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -47,10 +48,10 @@ class _Tap(torch.autograd.Function):
         return *gradients, torch.cat(parts).to(torch.float32), None, None
 
 
-class AttentionForward(SharedStandIn):
-    """Replaces the `forward` of a MultiheadAttention, as the module's attribute of that name.
+class AttentionForward(StandIn):
+    """Replaces the `forward` of a MultiheadAttention. Can be pickled with the module.
 
-    It calls the `forward` of the class unless the module is training. It can be pickled with the module.
+    It calls the `forward` of the class unless the module is training.
     """
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
@@ -90,8 +91,8 @@ class AttentionForward(SharedStandIn):
         self._measured = self._tapped_forward()
 
 
-def tap_projection(module: Any, tap: TapHook) -> StandInHandle:
-    """Places the tap in a module's input projection. The returned handle's `remove()` takes it out.
+def tap_projection(module: Any, tap: TapHook) -> Handle:
+    """Places the tap in a module's input projection. The returned handle's `remove()` removes it.
 
     Raises:
         ValueError: it cannot be measured; `why_not` returns the reason.
@@ -110,12 +111,12 @@ def why_not(module: nn.MultiheadAttention) -> str:
         return "its forward has been replaced by other code"
     known = set(_names(F.multi_head_attention_forward.__code__))
     if not known.issuperset(INPUT_PROJECTIONS) or "F" not in _names(nn.MultiheadAttention.forward.__code__):
-        return f"torch {torch.__version__} computes it in a way that is not known"
+        return f"torch {torch.__version__} computes it in an unknown way"
     return ""
 
 
 def _with_globals(function: Any, **replaced: Any) -> Any:
-    """A copy of a function for which some names of its module have other values."""
+    """A copy of a function in which some global names have other values."""
     names = {"__builtins__": vars(builtins), **_used(function, function.__globals__), **replaced}
     copy = FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

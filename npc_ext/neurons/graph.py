@@ -1,12 +1,13 @@
-"""The model as a graph, and the walk from a layer downstream to the points where it can be measured."""
+"""The graph of a model, and the walk from a layer downstream to the points where it can be measured."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -86,7 +87,7 @@ for _operator in _IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """Traces into containers and users' modules, but not into layers and other modules of torch.nn.
 
-    A module that cannot be traced becomes one node of its caller's graph, and is listed in `opaque`.
+    A module that cannot be traced becomes a single node of its caller's graph, and is added to `opaque`.
     """
 
     def __init__(self) -> None:
@@ -120,18 +121,44 @@ class _Tracer(fx.Tracer):
         return class_before_fully_shard(m).__module__.startswith("torch.nn") and not isinstance(m, _TRACED_INTO)
 
 
+class Place(NamedTuple):
+    """A place where a layer can be measured.
+
+    Attributes:
+        module: the name of a module.
+        where: "output" or "input" of the module.
+        copy: whether what follows may work in place on the activation there.
+        note: a remark for the reader of the table.
+    """
+
+    module: str
+    where: str
+    copy: bool
+    note: str = ""
+
+
+class NotMeasurableError(Exception):
+    """A layer cannot be measured; the message is the reason."""
+
+
 class Graphs:
-    """The traced parts of a model: where each module is called, and how its output is used."""
+    """The traced parts of a model: the calls of each module, and how their outputs are used.
+
+    Attributes:
+        modules: all modules of the model by name.
+        calls: the nodes that call a module, by the module's name.
+        targets: the name of the module that a node calls.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules())
         self.calls: dict[str, list[fx.Node]] = {}
         self._name = {module: name for name, module in self.modules.items()}
-        self._target: dict[fx.Node, str] = {}
+        self.targets: dict[fx.Node, str] = {}
         self._opaque: set[str] = set()
         self._traced: set[nn.Module] = set()
         self._trace(model)
-        # Branches that the forward pass did not take, as the head of another task, are separate graphs.
+        # Branches that the forward pass did not take, for example the head of another task, are separate graphs.
         for name, module in self.modules.items():
             if name and not any(call == name or call.startswith(f"{name}.") for call in self.calls):
                 self._trace(module)
@@ -144,21 +171,17 @@ class Graphs:
         for node in graph.nodes:
             if node.op == "call_module":
                 called = module.get_submodule(str(node.target))
-                self._target[node] = self._name[called]  # a module may have several names; this is its first
+                self.targets[node] = self._name[called]  # a module may have several names; this is its first
                 self.calls.setdefault(self._name[called], []).append(node)
         for part in opaque:
             self._opaque.add(self._name[part])
             for child in part.children():
                 self._trace(child)
 
-    def target(self, node: fx.Node) -> str:
-        """The full name of the module that a node calls."""
-        return self._target[node]
-
     def operation(self, node: fx.Node) -> str:
-        """The operation of a node: the name of its module's class in torch.nn, of its function or of its method."""
+        """The operation of a node: the name of its function, its method, or its module's class in torch.nn."""
         if node.op == "call_module":
-            return torch_class(self.modules[self.target(node)])
+            return torch_class(self.modules[self.targets[node]])
         if node.op == "call_function":
             return getattr(node.target, "__name__", "").removeprefix("boolean_dispatch.")
         return str(node.target) if node.op == "call_method" else node.op
@@ -172,19 +195,19 @@ class Graphs:
         if name in _HOMOGENEOUS:
             return "homogeneous"
         if name in _POOLING:
-            indices = node.op == "call_module" and getattr(self.modules[self.target(node)], "return_indices", False)
+            indices = node.op == "call_module" and getattr(self.modules[self.targets[node]], "return_indices", False)
             return "homogeneous" if convolution and not indices and not node.kwargs.get("return_indices") else None
         return "activation" if name in _OTHER_ACTIVATIONS else None
 
     def consumers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that use a value, except for those that only read its shape."""
+        """The nodes that use a value, except those that only read its shape."""
         return [user for user in node.users if self.operation(user) not in _ASKS_FOR_SHAPE]
 
     def works_in_place(self, node: fx.Node, value: fx.Node) -> bool:
         """Whether a consumer overwrites the value, directly or through a view of it."""
         name = self.operation(node)
         if node.op == "call_module" and (
-            self.target(node) in self._opaque or getattr(self.modules[self.target(node)], "inplace", False)
+            self.targets[node] in self._opaque or getattr(self.modules[self.targets[node]], "inplace", False)
         ):
             return True
         if node.kwargs.get("inplace") or (len(name) > 1 and name.endswith("_") and not name.endswith("__")):
@@ -203,28 +226,29 @@ class Graphs:
         return not users or any(user.op == "output" or self.works_in_place(user, value) for user in users)
 
     def leads_to(self, name: str, target: str) -> bool:
-        """Whether the output of a module reaches another module; True also if the path was not traced."""
+        """Whether the output of a module reaches another module. Also True if the path was not traced."""
         starts, ends = self.calls.get(name, []), self.calls.get(target, [])
         if not {node.graph for node in ends} <= {node.graph for node in starts}:
             return True
-        reached = dict.fromkeys(starts)
-        waiting = list(reached)
+        reached, waiting = set(starts), list(starts)
         while waiting:
-            users = [user for user in waiting.pop().users if user not in reached]
-            reached.update(dict.fromkeys(users))
+            users = waiting.pop().users.keys() - reached
+            reached |= users
             waiting += users
-        return not ends or any(node in reached for node in ends)
+        return not ends or not reached.isdisjoint(ends)
 
     def needs_copy(self, name: str) -> bool:
         """Whether the output of a module is, or may be, overwritten in any of its calls."""
         return any(map(self.is_overwritten, self.calls.get(name, []))) or name not in self.calls
 
-    def measuring_points(self, name: str) -> tuple[list[tuple[str, str, bool]] | str, list[str], str]:
+    def measuring_points(self, name: str) -> tuple[list[Place], list[str]]:
         """Where to measure a layer.
 
         Returns:
-            (module, "output" or "input", copy) for each of its calls, or the reason why it cannot be measured; the
-            modules on the path whose per-channel parameters belong to the neurons; a note.
+            The places of all its calls, and the modules on the path whose per-channel parameters belong to the neurons.
+
+        Raises:
+            NotMeasurableError: there is no such place.
         """
         starts, at = self.calls.get(name, []), name
         if not starts and name.endswith("out_proj"):  # attention does not call it as a module
@@ -232,121 +256,115 @@ class Graphs:
             if isinstance(self.modules[owner], nn.MultiheadAttention):
                 starts, at = self.calls.get(owner, []), owner
         if not starts:
-            return [(at, "output", True)], [], ""
+            return [Place(at, "output", True)], []
         convolution = not is_linear(self.modules[name])
         walks = [_Walk(self, start, convolution) for start in starts]
         values = {node for walk in walks for node in walk.values}
         choices = [walk.choose(values) for walk in walks]
         scales = [
-            self.target(node)
+            self.targets[node]
             for node in walks[0].values[1:]
             if node.op == "call_module"
-            and all(call in values for call in self.calls[self.target(node)])
-            # Behind a convolution, the scales of these count positions.
+            and all(call in values for call in self.calls[self.targets[node]])
+            # Behind a convolution, the scales of these norms belong to positions.
             and not (convolution and self.operation(node) in ("LayerNorm", "RMSNorm"))
         ]
-        if any(isinstance(choice, str) for choice in choices):
-            return next(choice for choice in choices if isinstance(choice, str)), [], ""
-        points = {choice[:2]: choice for choice in choices if not isinstance(choice, str)}
+        places: dict[tuple[str, str], Place] = {}
+        for choice in choices:
+            at_same_place = places.get(choice[:2], choice)
+            places[choice[:2]] = choice._replace(copy=choice.copy or at_same_place.copy)
+        measured = Counter(choice[:2] for choice in choices)
         if any(
-            where == "output" and self._walks_through(module, walks) > sum(c[:2] == (module, where) for c in choices)
-            for module, where in points
+            where == "output" and self._walks_through(module, walks) > measured[module, where]
+            for module, where in places
         ):
-            # A tap sees every call of its module, so a call that is measured at another point would count twice.
+            # A tap measures every call of its module, so a call that is also measured elsewhere would count twice.
             if any("normalization" in walk.kinds for walk in walks):
-                return (
+                raise NotMeasurableError(
                     "it is called several times, and not all calls can be measured at the same place behind their "
-                    "normalization",
-                    [],
-                    "",
+                    "normalization"
                 )
-            points = {(at, "output"): (at, "output", any(map(self.is_overwritten, starts)), "")}
-        copies = {key: any(c[2] for c in choices if c[:2] == key) for key in points}
-        note = next((choice[3] for choice in points.values() if choice[3]), "")
-        return [(*key, copies.get(key, True) or points[key][2]) for key in points], scales, note
+            return [Place(at, "output", any(map(self.is_overwritten, starts)))], scales
+        return list(places.values()), scales
 
     def _walks_through(self, module: str, walks: list[_Walk]) -> int:
         return sum(any(call in walk.values for call in self.calls[module]) for walk in walks)
 
 
 class _Walk:
-    """The path of one call's result downstream: an operation of `kinds[i]` turns `values[i]` into `values[i + 1]`."""
+    """A call's result on its way downstream. An operation of kind `kinds[i]` turns `values[i]` into `values[i + 1]`."""
 
     def __init__(self, graphs: Graphs, start: fx.Node, convolution: bool) -> None:
         self.graphs = graphs
         self.values, self.kinds = [start], list[str]()
-        while len(users := graphs.consumers(self.values[-1])) == 1 or self._is_attention():
-            if self._is_attention():  # a tuple of the output and the attention weights
-                users = [u for u in users if u.target is operator.getitem and u.args[1] == 0]
-                if len(users) != 1:
-                    return
-                self.kinds.append("homogeneous")
-                self.values.append(users[0])
-                continue
+        if graphs.operation(start) == "MultiheadAttention":  # a tuple of the output and the attention weights
+            outputs = [
+                user for user in graphs.consumers(start) if user.target is operator.getitem and user.args[1] == 0
+            ]
+            if len(outputs) != 1:
+                return
+            self.kinds.append("homogeneous")
+            self.values += outputs
+        while len(users := graphs.consumers(self.values[-1])) == 1:
             kind = graphs.kind(users[0], convolution)
             if kind is None or users[0].args[:1] != (self.values[-1],):
                 return
             self.kinds.append(kind)
             self.values.append(users[0])
 
-    def _is_attention(self) -> bool:
-        return len(self.values) == 1 and self.graphs.operation(self.values[0]) == "MultiheadAttention"
+    def choose(self, layer_values: set[fx.Node]) -> Place:
+        """The last place that a hook can reach, or an equivalent one.
 
-    def choose(self, layer_values: set[fx.Node]) -> tuple[str, str, bool, str] | str:
-        """The last point that a hook can reach, or an equivalent one, with a note; or the reason why there is none.
+        Args:
+            layer_values: all values of this layer. A module that is also called for another layer is not used.
 
-        `layer_values` are all values of this layer. A module that is also called for another layer is not used.
+        Raises:
+            NotMeasurableError: there is none.
         """
         last = len(self.values) - 1
         equal = last  # every operation from here on is homogeneous, so importance is the same
         while equal > 0 and self.kinds[equal - 1] == "homogeneous":
             equal -= 1
-        for at in range(last, equal - 1, -1):
-            if (
-                (point := self._output(at, layer_values))
-                and not point[2]
-                and is_measuring_relu(self.graphs.modules[point[0]])
-            ):
-                return (*point, "")
-        # A convolution keeps its input for its backward pass, so measuring there takes no memory. The input of another
-        # consumer comes second, because the head that consumes it may change from task to task.
-        for at in range(last, equal - 1, -1):
-            if point := self._output(at, layer_values) or self._input(at, layer_values, CONVOLUTIONS):
-                return (*point, "")
-        for at in range(last, equal - 1, -1):
-            if point := self._input(at, layer_values, nn.Module):
-                return (*point, "")
+        equivalent = range(last, equal - 1, -1)
+        for at in equivalent:
+            place = self._output(at, layer_values)
+            if place and not place.copy and is_measuring_relu(self.graphs.modules[place.module]):
+                return place
+        # A convolution keeps its input for its backward pass, so measuring there uses no memory. The input of other
+        # consumers comes second, because the head that consumes it may change from task to task.
+        for consumer in (CONVOLUTIONS, nn.Module):
+            for at in equivalent:
+                if place := self._output(at, layer_values) or self._input(at, consumer):
+                    return place
         for at in range(equal - 1, -1, -1):
             if self.kinds[at] == "normalization":
-                return (
-                    "a normalization follows that no module's output or input comes behind: make that normalization or "
+                raise NotMeasurableError(
+                    "a normalization follows, and no module's output or input is behind it: make the normalization or "
                     "what follows it a module that is used once, or name a place with measure_at"
                 )
-            if point := self._output(at, layer_values) or self._input(at, layer_values, nn.Module):
+            if place := self._output(at, layer_values) or self._input(at, nn.Module):
                 name = self.graphs.operation(self.values[at + 1])
-                return (*point, f"measured before {name}, which is not a module that is used once")
-        return "no module's output or input shows its activation: name a place with measure_at"
+                return place._replace(note=f"measured before {name}, which is not a module that is used once")
+        raise NotMeasurableError("no module's output or input shows its activation: name a place with measure_at")
 
-    def _output(self, at: int, layer_values: set[fx.Node]) -> tuple[str, str, bool] | None:
+    def _output(self, at: int, layer_values: set[fx.Node]) -> Place | None:
         node = self.values[at]
-        if at == 1 and self._is_attention():  # the first element of its tuple, which a hook can reach
-            node = self.values[0]
-        if node.op != "call_module" or not self._is_only_ours(node, layer_values):
+        if node.op != "call_module":
             return None
-        return self.graphs.target(node), "output", self.graphs.is_overwritten(self.values[at])
+        name = self.graphs.targets[node]
+        calls = self.graphs.calls[name]
+        if not layer_values.issuperset(calls) or sum(call in self.values for call in calls) != 1:
+            return None
+        return Place(name, "output", self.graphs.is_overwritten(node))
 
-    def _input(self, at: int, layer_values: set[fx.Node], consumer: Any) -> tuple[str, str, bool] | None:
+    def _input(self, at: int, consumer: Any) -> Place | None:
         users = self.graphs.consumers(self.values[at])
         if len(users) != 1 or users[0].op != "call_module" or users[0].args[:1] != (self.values[at],):
             return None
-        target = self.graphs.target(users[0])
-        if not isinstance(self.graphs.modules[target], consumer) or len(self.graphs.calls[target]) > 1:
+        name = self.graphs.targets[users[0]]
+        if not isinstance(self.graphs.modules[name], consumer) or len(self.graphs.calls[name]) > 1:
             return None
-        return target, "input", self.graphs.works_in_place(users[0], self.values[at])
-
-    def _is_only_ours(self, node: fx.Node, layer_values: set[fx.Node]) -> bool:
-        calls = self.graphs.calls[self.graphs.target(node)]
-        return all(call in layer_values for call in calls) and sum(call in self.values for call in calls) == 1
+        return Place(name, "input", self.graphs.works_in_place(users[0], self.values[at]))
 
 
 # torch.nn.functional wraps pooling in dispatchers that do not carry the function's name.
@@ -356,7 +374,7 @@ _POOLING_FUNCTIONS: dict[Any, str] = {
 
 
 def _symbolic_trace(module: nn.Module) -> tuple[fx.Graph, list[nn.Module]]:
-    """The module's graph (empty if it cannot be traced) and the modules in it that cannot be traced. Changes none."""
+    """The module's graph (empty if it cannot be traced) and its parts that cannot be traced. Changes no module."""
     defaults: dict[str, Any] = {}
     with contextlib.suppress(TypeError, ValueError):
         defaults = {
@@ -398,7 +416,7 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_fast_path() -> Iterator[None]:
-    """Disables the inference path of transformer layers: they choose it by input shapes, which proxies do not have."""
+    """Disables the inference path of transformer layers, which they choose by shapes. Proxies have no shapes."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:

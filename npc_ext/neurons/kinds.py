@@ -37,12 +37,12 @@ def is_weighted(module: nn.Module) -> bool:
 
 
 def torch_class(module: nn.Module) -> str:
-    """The name of a module's class in torch.nn, or of the torch.nn class from which its class is derived."""
+    """The name of a module's class in torch.nn, or of the torch.nn class from which it is derived."""
     return next(c.__name__ for c in type(module).__mro__ if c.__module__.startswith("torch.nn"))
 
 
 def is_managed(module: nn.Module) -> bool:
-    """Whether `fully_shard` was applied to a module itself; it then derives a new class from the module's."""
+    """Whether `fully_shard` was applied to the module itself, which derives a new class from the module's class."""
     return hasattr(module, "unshard") and hasattr(module, "set_requires_gradient_sync")
 
 

@@ -1,8 +1,8 @@
-"""The neurons of one layer: their parameters, where they are measured, and the sink of their importance.
+"""The neurons of a layer: their parameters, where they are measured, and the sink of their importance.
 
-A tap is an identity that a hook places in the model where a layer's activation passes (tap.py). In
-the backward pass it measures the importance of the neurons. A sink is a small leaf tensor with one
-number per neuron. Its gradient is the importance that the layer's taps have measured.
+A tap is an identity that a hook places in the model where a layer's activation passes (tap.py). Its backward pass
+measures the importance of the neurons. A sink is a small leaf tensor with one number per neuron. Its gradient is the
+importance that the layer's taps have measured.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ class NeuronParameter:
     groups: int = 1
     first: int = 0
 
+    @property
+    def neurons(self) -> int:
+        """The number of neurons to which it belongs."""
+        return self.parameter.shape[self.dim] * self.groups
+
 
 @dataclass(frozen=True)
 class TapPoint:
@@ -45,8 +50,8 @@ class TapPoint:
 
     Attributes:
         module: the name of a module.
-        where: "output" or "input" of the module, or "input projection" of attention, which is inside
-            the module (attention.py).
+        where: "output" or "input" of the module, or "input projection" of attention, which is inside the module
+            (attention.py).
         channel_dim: the dimension that counts neurons.
         batch_dim: the dimension that counts samples.
         unbatched_ndim: a tensor with this number of dimensions is a single sample.
@@ -80,32 +85,28 @@ def _nothing() -> None:
 
 @dataclass(eq=False)
 class NeuronLayer:
-    """The neurons of one weighted layer, or of several that share their weight.
+    """The neurons of a weighted layer, or of several layers that share a weight.
 
     Attributes:
         name: the layer's name in the model.
         neurons: N.
         fan_in: weights per neuron.
-        parameters: the parameters of the neurons, weight first: then the bias, and the scales and
-            biases of a following normalization.
+        parameters: the parameters of the neurons: the weight, then the bias, and the scales and biases of a following
+            normalization.
         points: where their activation is measured.
         note: a remark for the reader of the table.
-        sink: (N,) float32 leaf whose gradient is the importance measured since it was last cleared. It
-            is -0.0 where a neuron received no gradient.
+        sink: (N,) float32 leaf. Its gradient is the importance measured since it was last cleared, and -0.0 for
+            neurons that received no gradient.
         measure: the operation that computes importance from an activation and its gradient.
         relu_backward: the operation that computes it together with ReLU's backward pass.
-        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were not computed
-            for the last step.
-        resting: whether, in the current call of the model, the layer is measured but its parameters are
-            constants (skipping/constants.py).
-        note_rest: the tap of a resting layer calls it in the backward pass.
-        forget_left_out: called when the layer's gradients were cleared: the certificate forgets which
-            ones were left out.
+        gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were skipped for the last step.
+        note_rest: set while the layer rests. Its tap calls it in the backward pass.
+        forget_left_out: called when the layer's gradients were cleared. It clears the notes of skipped gradients.
         checked: whether the first measurement was checked for a point before a normalization (tap.py).
         last_backward_pass: the number of the last backward pass since the last step.
         expected_version: the version of the weight's gradient after that backward pass.
-        has_gradients: whether that backward pass left gradients. `fully_shard` keeps gradients that
-            are not synchronized yet in a place of its own.
+        has_gradients: whether there are gradients after that backward pass. `fully_shard` stores gradients that are not
+            synchronized yet elsewhere.
     """
 
     name: str
@@ -118,7 +119,6 @@ class NeuronLayer:
     measure: Callable[..., Tensor] = ops.importance_of_checked
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
-    resting: bool = field(default=False, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)
     forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)
     # For the tap (drop_cleared_importance in tap.py).
@@ -136,9 +136,14 @@ class NeuronLayer:
         """Adds a remark for the reader of the table."""
         self.note = f"{self.note}; {text}" if self.note else text
 
+    @property
+    def resting(self) -> bool:
+        """Whether its parameters are constants in the current call of the model (skipping/constants.py)."""
+        return self.note_rest is not None
+
     def trains(self) -> bool:
         """Whether any of the neurons' parameters requires a gradient."""
-        for neuron_parameter in self.parameters:  # no generator, which is slower: every forward pass calls this
+        for neuron_parameter in self.parameters:  # every forward pass calls this, and a generator is slower
             if neuron_parameter.parameter.requires_grad:
                 return True
         return False
@@ -152,18 +157,12 @@ class NeuronLayer:
         """Notes whether there are gradients. Call it at the end of a backward pass."""
         self.has_gradients = any(p.parameter.grad is not None for p in self.parameters)
 
-    def wake_up(self) -> None:
-        """Ends the rest, from the next call of the model on."""
-        self.resting, self.note_rest = False, None
-
     def trained(self) -> list[nn.Parameter]:
         """The parameters of the neurons that require a gradient."""
         return [p.parameter for p in self.parameters if p.parameter.requires_grad]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy starts without certificates.
-        usual = {"resting": False, "note_rest": None, "forget_left_out": _nothing}
-        return {**self.__dict__, **usual}
+        return {**self.__dict__, "note_rest": None, "forget_left_out": _nothing}  # a copy starts without certificates
 
 
 @dataclass(frozen=True)

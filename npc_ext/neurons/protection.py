@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
@@ -20,8 +21,8 @@ class Protection:
 
     Attributes:
         trained: elements that require a gradient and that the optimizer moves.
-        protected: those of them that learn at the rate of their neuron (or connection).
-        chosen: those that do not, because the user chose so (consolidate=False).
+        protected: the elements of these that learn at the rate of their neuron (or connection).
+        chosen: the elements that are unprotected by the user's choice (consolidate=False).
     """
 
     trained: int
@@ -44,7 +45,7 @@ class Protection:
         return self.protected / self.trained if self.trained else 1.0
 
     def is_little(self) -> bool:
-        """Whether more than half is unprotected, not counting what the user chose."""
+        """Whether more than half is unprotected, not counting the user's choice."""
         return self.trained - self.protected - self.chosen > (1 - _LEAST_SHARE) * self.trained
 
     def __str__(self) -> str:
@@ -59,7 +60,7 @@ def warn_if_little(
     Args:
         protection: the counts.
         model: the network.
-        unprotected: trained parameters that are not protected, except for those that the user chose.
+        unprotected: trained parameters that are not protected, except for the user's choice.
         units: "neurons" or "connections", whichever the optimizer protects.
         advice: what to do, as a part of a sentence.
     """
@@ -79,14 +80,12 @@ def _largest(model: nn.Module, parameters: Iterable[Tensor], trained: int) -> li
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             owner_of.setdefault(id(parameter), (type(module).__name__, name))
-    sizes: dict[str, int] = {}
-    names: dict[str, dict[str, None]] = {}  # an ordered set
+    elements: dict[str, Counter[str]] = {}  # by class, then by module
     for parameter in parameters:
         kind, name = owner_of.get(id(parameter), ("parameters outside of the model", ""))
-        sizes[kind] = sizes.get(kind, 0) + parameter.numel()
-        names.setdefault(kind, {})[name] = None
-    largest = sorted(sizes, key=lambda kind: -sizes[kind])[:_MOST_NAMED]
-    return [f"{_named(kind, list(names[kind]))}: {_percent(sizes[kind] / trained)}" for kind in largest]
+        elements.setdefault(kind, Counter())[name] += parameter.numel()
+    largest = sorted(elements, key=lambda kind: -elements[kind].total())[:_MOST_NAMED]
+    return [f"{_named(kind, list(elements[kind]))}: {_percent(elements[kind].total() / trained)}" for kind in largest]
 
 
 def _named(kind: str, names: list[str]) -> str:

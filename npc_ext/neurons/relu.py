@@ -1,8 +1,8 @@
 """A ReLU that measures importance in its backward pass.
 
-ReLU's backward pass reads its output y and the gradient dL/dy. The importance at its output is
-computed from the same two tensors, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). So
-measuring there reads nothing twice and takes no memory: y is kept for ReLU's backward pass anyway.
+ReLU's backward pass reads its output y and the gradient dL/dy. The importance at its output is computed from the same
+two tensors, a_i = sum over b of |sum over p of y_bip * dL/dy_bip| (eq. 2). So measuring there reads nothing twice, and
+uses no memory, because y is kept for ReLU's backward pass anyway.
 
 >>> model = nn.Sequential(nn.Linear(784, 100), npc_ext.nn.ReLU(), nn.Linear(100, 10))
 >>> optimizer = NPC(model)  # measures layer "0" in module "1", without a tap
@@ -11,7 +11,7 @@ measuring there reads nothing twice and takes no memory: y is kept for ReLU's ba
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .layer import NeuronLayer, TapPoint
+from .stand_in import Handle
 from .tap import TapHook, checked_dims, for_sink, like, tap
 
 
 class ReLU(nn.ReLU):
     """`torch.nn.ReLU`, never in place, that can measure the importance of the layer before it.
 
-    Optimizers use it if it follows one layer only and nothing works in place on its output
-    (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer,
-    it is the same as `torch.nn.ReLU`.
+    Optimizers use it if it follows one layer only and no operation works in place on its output
+    (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer, it is the same
+    as `torch.nn.ReLU`.
 
     Shape:
         Input and output: any shape, (*).
@@ -37,11 +38,14 @@ class ReLU(nn.ReLU):
         super().__init__()
         self._taps: OrderedDict[int, TapHook] = OrderedDict()
 
-    def attach(self, hook: TapHook) -> _Handle:
+    def attach(self, hook: TapHook) -> Handle:
         """Measures the hook's layer here until the returned handle is removed."""
         key = next(reversed(self._taps), 0) + 1
         self._taps[key] = hook
-        return _Handle(self, key)
+        return Handle(partial(self._detach, key))
+
+    def _detach(self, key: int) -> None:
+        self._taps.pop(key, None)  # torch.export may have replaced the dictionary by an equal one
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
@@ -62,15 +66,6 @@ class ReLU(nn.ReLU):
         for hook in hooks:
             output = tap(output, hook.layer, hook.point)
         return output
-
-
-@dataclass(frozen=True)
-class _Handle:
-    module: ReLU
-    key: int
-
-    def remove(self) -> None:
-        self.module._taps.pop(self.key, None)  # torch.export may have replaced the dictionary by an equal one
 
 
 def _relu(input: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:

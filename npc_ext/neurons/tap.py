@@ -1,31 +1,29 @@
 """The tap: an identity in the forward pass whose backward pass measures importance.
 
-A hook places it at a layer's measuring point. Its backward pass returns the gradient unchanged, and
-the importance a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) as the gradient of the
-layer's sink, a small leaf tensor. So importance behaves like any gradient. Autograd adds it up over
-micro-batches and over the calls of a module. Checkpointing and torch.compile support it, and it is
-cleared like a gradient.
+A hook places it at a layer's measuring point. Its backward pass returns the gradient unchanged, and the importance
+a_i = sum over b of |sum over p of n_bip * dL/dn_bip| (eq. 2) as the gradient of the layer's sink, a small leaf tensor.
+So importance behaves like any gradient. Autograd sums it over micro-batches and over the calls of a module.
+Checkpointing and torch.compile support it, and it is cleared like a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import TRACES_BOUND_FORWARDS, after_backward, current_backward_pass, version_of
+from .._torch import after_backward, current_backward_pass, version_of
 from .._warn import warn
 from .layer import NeuronLayer, TapPoint
+from .stand_in import Unscriptable
 
-# Before a normalization the gradient sums to zero except for rounding, which is at most this share of
-# the absolute sum in float32.
+# Before a normalization, the gradient sums to zero except for rounding, which is at most this share of the absolute sum
+# in float32.
 _ZERO_GRADIENT = 1e-5
-# How often a layer may be mistaken for one before a normalization, if its activations and gradients
-# are independent random numbers.
+# The probability that a layer is mistaken for one before a normalization if its activations and gradients are
+# independent random numbers.
 _FALSE_ALARMS = 1e-6
 # In half precision, the gradients of a few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
@@ -71,7 +69,7 @@ def like(gradient: Tensor, activation: Tensor) -> Tensor:
 def for_sink(
     importance: Tensor, layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> Tensor:
-    """The importance as the gradient of the layer's sink. Warns at the first time if it cannot be right."""
+    """The importance as the gradient of the layer's sink. The first call warns if the importance cannot be right."""
     if not torch.compiler.is_compiling():
         drop_cleared_importance(layer)
         if not layer.checked and not _is_captured(gradient):
@@ -81,17 +79,17 @@ def for_sink(
 
 
 def left_out_like(parameter: Tensor) -> Tensor:
-    """A gradient that was not computed: negative zeros, because zeros mean one that was cleared in place."""
+    """A gradient that was not computed: negative zeros, because zeros mean a gradient that was cleared in place."""
     return torch.full_like(parameter, -0.0)
 
 
 def drop_cleared_importance(layer: NeuronLayer) -> None:
     """Drops the importance of earlier backward passes if their gradients have been cleared since.
 
-    Call it in a backward pass before the layer's sink and parameters receive their gradients. A backward
-    pass increases the version of the weight's gradient by one. A different version means that the
-    gradient was written to: it was set to zero, clipped or unscaled. Then the gradient's values decide.
-    They are compared on the device, so nothing waits for a GPU.
+    Call it in a backward pass before the layer's sink and parameters receive their gradients. A backward pass
+    increments the version of the weight's gradient. Any other version means that the gradient was written to: it was
+    set to zero, clipped or unscaled. In this case, the gradient's values decide. They are compared on the device, so
+    nothing waits for a GPU.
     """
     backward_pass = current_backward_pass()
     if layer.last_backward_pass == backward_pass:  # the pass uses the layer several times
@@ -132,9 +130,8 @@ def tap(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> Tensor:
     if activation.ndim == point.unbatched_ndim:  # a batch of one
         return tap(activation.unsqueeze(point.missing_dim), layer, point).squeeze(point.missing_dim)
     dims = checked_dims(activation, layer, point)
-    if not layer.resting:
-        return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, None)
-    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *layer.trained())
+    constants = [] if layer.note_rest is None else layer.trained()
+    return _Tap.apply(activation, layer.sink, layer, *dims, point.copy, layer.note_rest, *constants)
 
 
 def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tuple[int, int]:
@@ -143,8 +140,7 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
     # (B, N) has no positions, so its samples are in dimension 0, whatever longer shapes have.
     batch_dim = 0 if activation.ndim == 2 else point.batch_dim
     if activation.ndim < 2 or activation.shape[channel_dim] != layer.neurons:
-        weight = layer.parameters[0]
-        neurons = weight.parameter.shape[weight.dim] * weight.groups
+        neurons = layer.parameters[0].neurons
         if neurons != layer.neurons:
             raise ValueError(
                 f"layer {layer.name!r} has {neurons} neurons now, but had {layer.neurons} when the optimizer was "
@@ -169,93 +165,11 @@ def check_device(activation: Tensor, layer: NeuronLayer) -> None:
         )
 
 
-def _refuse_script(*_: Any) -> Any:
-    raise AttributeError(
-        "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
-        "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
-        "model that has loaded model.state_dict()"
-    )
-
-
-class Unscriptable:
-    """A hook that torch.jit.script cannot compile.
-
-    torch.jit.script asks hooks for `__name__`, and shows the error. For other code, the AttributeError means that the
-    attribute does not exist.
-    """
-
-    __name__ = property(_refuse_script)
-
-
-class StandIn:
-    """Replaces a module's `forward` by its `__call__`, as the module's attribute. It can be pickled with the module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module: Any = module
-        self._usual: Callable[..., Any] = type(module).forward
-
-    def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """Takes the same arguments as the module's forward."""
-        raise NotImplementedError
-
-    @property
-    def __code__(self) -> CodeType:  # torch.export reads the names of arguments
-        return self._usual.__code__
-
-    @staticmethod
-    def of(module: nn.Module) -> Any:
-        """The object that replaces a module's `forward`, or whose method does; None without such an attribute."""
-        forward = module.__dict__.get("forward")
-        return forward if isinstance(forward, StandIn) else getattr(forward, "__self__", None)
-
-    def _enter(self) -> None:
-        self._module.forward = self.__call__ if TRACES_BOUND_FORWARDS else self
-        self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
-
-    def _exit(self) -> None:
-        """Removes itself from the module, if it is still there."""
-        if StandIn.of(self._module) is self:
-            del self._module.forward, self._module.__prepare_scriptable__
-
-
-class SharedStandIn(StandIn):
-    """A stand-in that several users share: taps or layers of all optimizers of the model."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__(module)
-        self._users: list[Any] = []  # it stays in the module as long as there are any
-
-    def join(self, user: Any) -> StandInHandle:
-        """Adds a user, and places the stand-in in the module. The handle's `remove()` undoes that."""
-        self._users.append(user)
-        self._enter()
-        return StandInHandle(self, user)
-
-    def leave(self, user: Any) -> None:
-        """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
-        if user in self._users:  # those of a copy do not come with it
-            self._users.remove(user)
-        if not self._users:
-            self._exit()
-
-
-@dataclass(frozen=True)
-class StandInHandle:
-    """Removes a user from a stand-in."""
-
-    stand_in: SharedStandIn
-    user: Any
-
-    def remove(self) -> None:
-        """Removes the user."""
-        self.stand_in.leave(self.user)
-
-
 class TapHook(Unscriptable):
     """A forward hook or forward pre-hook that taps the output or the input of a module.
 
-    It measures only if gradients flow and the layer is training, so evaluation costs nothing. It can be pickled with
-    the model.
+    It only measures if gradients are enabled and the layer is training, so evaluation costs nothing. It can be pickled
+    with the model.
     """
 
     def __init__(self, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
@@ -287,12 +201,12 @@ class TapHook(Unscriptable):
 def _check_not_before_normalization(
     layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> None:
-    """Warns if the importance is close to zero by construction, as it is before a normalization for all data.
+    """Warns if the importance is close to zero for any data, as it is before a normalization.
 
-    The output of instance norm does not depend on the mean and the scale of one channel of one sample. So each
-    channel's gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and
-    positions. Layer and group norm are not checked: their output does not depend on the mean and scale of several
-    channels together, but these sums are also zero at layers far upstream of any normalization.
+    The output of instance norm does not depend on the mean and scale of each channel of a sample. So each channel's
+    gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and positions.
+    Layer and group norm are not checked: their output does not depend on the mean and scale of several channels
+    together, but these sums are also zero at layers far upstream of any normalization.
     """
     if layer.neurons == 1:  # its scale is the scale of the sample, see above
         return
@@ -309,15 +223,14 @@ def _check_not_before_normalization(
     for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
         terms = product.numel() / product.sum(dims).numel()
         zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
-        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its
-        # input. But the importance is zero, too, except for the eps added to the variance. The sum of
-        # independent numbers is about 1 / sqrt(terms) of the absolute sum. It is improbable that all
-        # channels stay below a fraction of that.
+        # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its input. But the
+        # importance is also zero, except for the eps added to the variance. The sum of independent numbers is about
+        # 1 / sqrt(terms) of the absolute sum. It is improbable that all channels stay below a fraction of that.
         zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
         if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
             warn(
                 f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
-                f"zero but for rounding, as it is before {kind}; measure it behind that: "
+                f"zero except for rounding, as it is before {kind}; measure it behind that: "
                 f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
                 ImportanceWarning,
             )

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
-from .. import ops, reference
+from .. import reference
 from .._names import ByLayer
 from ..columns import NO_STEPS, Layers, Placement, Steps
 from ..distributed.shards import first_row, is_sharded, local, processes_of
@@ -136,11 +136,9 @@ class Plastic(PlasticityControl, Joinable):
         for index, layer in enumerate(self._consolidated):
             if layer.trains():  # other layers get a state once they train
                 self._layer_state(index)
-        if self._backend == "reference":
-            measure, relu_backward = reference.importance, reference.relu_backward_importance
-        else:
-            measure, relu_backward = ops.importance_of_checked, ops.relu_backward_importance_of_checked
-        self.neurons.attach(self._model, self._consolidated, measure, relu_backward)
+            if self._backend == "reference":
+                layer.measure, layer.relu_backward = reference.importance, reference.relu_backward_importance
+        self.neurons.attach(self._model, self._consolidated)
         self._install_skipping(trained)
 
     def _install_skipping(self, trained: set[int]) -> None:

@@ -1,10 +1,10 @@
-"""Weight gradients that are not computed, because their neurons are certain not to move in the coming step.
+"""Skips the weight gradients of neurons that are certain not to move in the next step.
 
-* bound.py: how long a neuron stays frozen whatever the data, and why.
+* bound.py: for how many steps a neuron stays frozen, whatever the data, and why.
 * certificate.py: a certificate says which rows of a layer's weight may move, and until which step.
-* record.py: what the last step left, to notice changes by other code.
-* forward.py takes the place of a module's forward, and gradients.py of its backward pass.
-* rows.py: the rows that a backward pass computes.
-* constants.py: a first layer of which no row can move rests, so that back-propagation ends behind it.
-* install.py places all this in a model.
+* record.py: the state after the last step, to detect changes by other code.
+* forward.py replaces a module's forward, and gradients.py its backward pass.
+* rows.py: the rows whose gradients a backward pass computes.
+* constants.py: if no row of the first layer can move, the layer rests, and back-propagation ends behind it.
+* install.py installs all this in a model.
 """

@@ -1,6 +1,6 @@
 """How long a neuron is certain to stay frozen, whatever the data.
 
-Normalized importance is never negative, so in eq. 4 C loses at most a factor of delta in each step. If
+Normalized importance is never negative, so in eq. 4, C loses at most a factor of delta in each step. If
 
     delta ** m * C_i >= beta,
 
@@ -8,7 +8,7 @@ eq. 7 gives eta_i = 0 in each of the next m steps.
 
 **Rounding.** Let u = 2 ** -24, half the distance from 1 to the next float32. A step computes
 C' = fl(fl(fl(delta) * C) + r) with r >= 0. fl(delta) and the product lose at most a factor of 1 - u each. The sum loses
-nothing: rounding is monotonic and its first term is a float32 already, so C' is at least that term, also with a fused
+nothing: rounding is monotonic and the first term is already a float32, so C' is at least that term, also with a fused
 multiply-add. So C' >= delta (1 - u)^2 C, which is more than delta (1 - 4 u) C. In eq. 7, beta is rounded to float32,
 and so is beta / C, which is at most 1 where C >= fl(beta). The bound here is C >= beta (1 + 8 u), which also covers the
 rounding of the comparison. All of this holds only above the smallest normal float32, so the bound is never below it.

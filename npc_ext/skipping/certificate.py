@@ -1,22 +1,23 @@
 """Certificates: which neurons of a layer cannot move in the coming steps, and until when.
 
-A certificate names the rows of a layer's weight that may move. The neurons of all other rows are certain to stay
-frozen (bound.py). Certificates are issued every 8 to 32 steps from the importance at that moment, and are valid for
-twice as long. On a GPU the importance is copied in the background and read a quarter of that interval (2 to 8 steps)
-later, while the previous certificate is still valid; if the CPU is further ahead of the GPU, it waits.
+A certificate lists the rows of a layer's weight that may move. The neurons of all other rows are certain to stay
+frozen (bound.py). Certificates are issued every 8 to 32 steps from the importance at that time, and are valid for twice
+as long. On a GPU, the importance is copied in the background and read a quarter of that interval (2 to 8 steps) later,
+while the previous certificate is still valid. If the CPU is further ahead of the GPU, it waits.
 
-A certificate holds only while no other code changes importance, beta, delta or the parameters (other code that changes
-the parameters may train them, and needs all gradients). The rule, which a change before a forward pass and one after it
-cannot escape:
+A certificate is only valid as long as no other code changes importance, beta, delta or the parameters. (Code that
+changes the parameters may train them, and needs all gradients.) These rules detect every such change, before or after a
+forward pass:
 
-1. After each step the optimizer records what the step left: each layer's importance, the versions of importance and
-   parameters, and each group's beta and delta.
-2. A forward pass leaves gradients out only if its layer has a certificate for the coming step and is as recorded.
-3. `step()` compares all layers with the record again, before it moves anything: a layer that differs loses its
+1. After each step, the optimizer records each layer's importance, the versions of importance and parameters, and each
+   group's beta and delta.
+2. A forward pass skips gradients only if its layer has a certificate for the next step and is unchanged since the
+   record.
+3. Before `step()` moves anything, it compares all layers with the record again. A layer that differs loses its
    certificate, and gets no new one from importance that was read before.
-4. A backward pass that leaves gradients out notes its certificate: if that no longer holds in `step()`, `step()` looks
-   at the importance itself, and raises if a neuron without a gradient may move.
-5. Clearing the gradients clears these notes; a new certificate, a loaded state or a new group does not.
+4. A backward pass that skips gradients notes its certificate. If this certificate is no longer valid in `step()`,
+   `step()` reads the importance itself, and raises an error if a neuron without a gradient may move.
+5. Clearing the gradients clears these notes. A new certificate, a loaded state or a new group does not.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from .forward import Decision, PartialForward
 from .record import Record
 from .rows import Rows, rows_to_compute
 
-# Issuing certificates takes time. But the longer they are valid, the fewer neurons are certain for that long. They are
-# valid for as long as importance takes to decay by the factor DECAY at least, within these limits.
+# Issuing certificates takes time. But the longer they are valid, the fewer neurons are certain for that long. Within
+# these limits, they are valid for as many steps as importance needs to decay by the factor DECAY.
 FEWEST_STEPS_BETWEEN_ISSUES, MOST_STEPS_BETWEEN_ISSUES = 8, 32
 DECAY = 0.95
 
@@ -53,16 +54,17 @@ class Certificate:
 
 
 def steps_between_issues(delta: float) -> int:
-    """How often certificates are issued where importance decays by delta a step."""
+    """The number of steps between two issues if importance decays by delta in each step."""
     steps = int(math.log(DECAY) / math.log(delta) / 2) if delta > 0 else 0
     return min(max(steps, FEWEST_STEPS_BETWEEN_ISSUES), MOST_STEPS_BETWEEN_ISSUES)
 
 
 class Clock:
-    """How many steps an optimizer has taken, and in which it issues certificates.
+    """How many steps an optimizer has taken, and after which ones it issues certificates.
 
     Attributes:
-        between: the steps from one issue to the next. Certificates are valid twice as long.
+        steps: the number of steps that were taken.
+        between: the number of steps from one issue to the next. Certificates are valid twice as long.
     """
 
     def __init__(self) -> None:
@@ -73,29 +75,30 @@ class Clock:
         return self.steps % self.between == 0
 
     def reads(self) -> bool:
-        """Whether importance copied from a GPU is read: at a fixed step, so that runs are reproducible.
+        """Whether importance copied from a GPU is read, which is at a fixed step so that runs are reproducible.
 
-        That is `between // 4` steps (2 to 8) after the issue, once in `between` steps (8 to 32). A CPU that is more
-        steps ahead of its GPU waits until the GPU has done the step of the issue.
+        This is `between // 4` steps (2 to 8) after the issue, once in `between` steps (8 to 32). If the CPU is further
+        ahead of the GPU, it waits until the GPU has completed the step of the issue.
         """
         return self.steps % self.between == self.between // 4
 
     def validity(self) -> int:
-        """For how many steps certificates are issued."""
+        """The number of steps for which certificates are valid."""
         return 2 * self.between
 
 
 class CertifiedLayer:
-    """A layer, its certificate, and the certificates by which backward passes have left gradients out.
+    """A layer, its certificate, and the certificates because of which backward passes skipped gradients.
 
     Attributes:
         layer: the layer.
         key: the parameter under which the optimizer's state keeps its importance.
         parameters: all its parameters, weight first.
-        whole_only: whether its gradients are left out for all neurons or none.
-        certificate: the one that was issued last, None without one.
-        used: the certificates by which gradients were left out since the last step, or since gradients were cleared.
-        changed: whether other code has changed the layer since importance was last looked at.
+        whole_only: whether its gradients are skipped for all neurons or none.
+        certificate: the one that was issued last, or None.
+        used: the certificates because of which gradients were skipped since the last step, or since gradients were
+            cleared.
+        changed: whether other code has changed the layer since its importance was last read.
         may_rest: whether its parameters could be constants in the last call, for a checkpoint.
     """
 
@@ -117,14 +120,14 @@ class CertifiedLayer:
         self._forget()
 
     def bind(self, clock: Clock, record: Record, at: int, group: Mapping[str, Any]) -> None:
-        """Says where the layer is recorded, and where beta and delta are found; ends the certificate."""
+        """Sets the layer's place in the record, and the group that holds beta and delta. Ends the certificate."""
         self._clock, self._record, self._at, self._group = clock, record, at, group
         self._forward.rejoin(self)
         self.layer.forget_left_out = self.used.clear
         self._forget()
 
     def take_over_from(self, before: CertifiedLayer) -> None:
-        """Takes over what backward passes have left out of the same neurons for the coming step."""
+        """Takes over the notes of gradients that backward passes skipped for the same neurons and the next step."""
         self.used = before.used
         self.layer.forget_left_out = self.used.clear
 
@@ -135,20 +138,20 @@ class CertifiedLayer:
 
     @property
     def device(self) -> torch.device:
-        """Where the layer is."""
+        """The layer's device."""
         return self.parameters[0].device
 
     def constants(self) -> tuple[float, float]:
-        """Beta and delta in force. Alpha and sigma do not matter to whether eq. 7 is zero."""
+        """The layer's beta and delta. Whether eq. 7 is zero does not depend on alpha and sigma."""
         options, group = self._options, self._group
         return float(options.get("beta", group["beta"])), float(options.get("delta", group["delta"]))
 
     def importance(self) -> Tensor | None:
-        """C as it is now, None where the state has been cleared."""
+        """The current C; None if the state has been cleared."""
         return self._record.importance(self._at)
 
     def issue(self, importance: Tensor, issued_at: int) -> None:
-        """Issues a certificate from C of step `issued_at`, (N,) on the CPU, unless the layer was changed since."""
+        """Issues a certificate from C after step `issued_at`, (N,) on the CPU, unless the layer has changed since."""
         if self.changed:
             return
         validity = self._clock.validity()
@@ -164,18 +167,18 @@ class CertifiedLayer:
         else:
             kept = Rows(rows, len(certain), self.device)
         self.certificate = Certificate(kept, issued_at + validity)
-        self._forward.follow(self)
+        self._forward.decider = self
 
     def in_force(self) -> bool:
-        """Whether there is a certificate that holds in the coming step."""
+        """Whether there is a certificate that is valid in the next step."""
         certificate = self.certificate
         return certificate is not None and self._clock.steps < certificate.until and not self._record.differs(self._at)
 
     def decide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Decision | None:
-        """Which weight gradients a call of the module leaves out; None if it computes all.
+        """Which weight gradients a call of the module skips; None if it computes all.
 
-        Nothing is certain of other parameters than the layer's (`torch.func.functional_call`), and none is left out if
-        several optimizers use the module: each needs the gradients of neurons that it may move.
+        Nothing is certain about parameters other than the layer's (`torch.func.functional_call`). If several optimizers
+        use the module, no gradients are skipped, because each needs the gradients of neurons that it may move.
         """
         certificate = self.certificate
         if (
@@ -186,14 +189,16 @@ class CertifiedLayer:
             or not self.in_force()
         ):
             return None
-        note_use = partial(self.used.add, certificate)  # holds no layer: without cycles, that dies with its optimizer
+        note_use = partial(
+            self.used.add, certificate
+        )  # holds no layer, so there are no cycles, and it is freed with its optimizer
         constants = len(certificate.rows) == 0 and not x.requires_grad and self._can_rest()
         if constants:
-            self.layer.resting, self.layer.note_rest = True, note_use
+            self.layer.note_rest = note_use
         return Decision(certificate.rows, constants, note_use)
 
     def _can_rest(self) -> bool:
-        """Whether the layer's parameters can be constants in this call; a checkpoint does again as the call did."""
+        """Whether the layer's parameters can be constants in this call. A checkpoint repeats what the call did."""
         if in_backward():
             if self.may_rest:
                 self._calls.end_after_backward()
@@ -202,7 +207,7 @@ class CertifiedLayer:
         return self.may_rest
 
     def check_uses(self) -> None:
-        """Raises RuntimeError if gradients were left out of neurons that may move in the coming step."""
+        """Raises RuntimeError if the gradients of neurons that may move in the next step were skipped."""
         differs = self._record.differs(self._at)
         for certificate in self.used:
             if (differs or self._clock.steps >= certificate.until) and not self._still_holds(certificate):
@@ -222,7 +227,7 @@ class CertifiedLayer:
         return bool(certain[certificate.rows.left_out().to(certain.device)].all())
 
     def after_step(self) -> None:
-        """Clears the notes of this step, and keeps the share of skipped rows."""
+        """Clears the notes of this step, and stores the share of skipped rows."""
         left_out = [certificate.rows.share_left_out() for certificate in self.used]
         self.layer.gradients_skipped = min(left_out, default=0.0)
         self.used.clear()
@@ -233,26 +238,26 @@ class CertifiedLayer:
         return self.layer.gradients_skipped if self.in_force() else 0.0
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy's optimizer binds it again; a copy of the model alone must not go on leaving gradients out.
+        # A copy's optimizer binds it again. A copy of the model alone must not skip gradients.
         places = ("_clock", "_record", "_at", "_group")
         kept = {name: value for name, value in self.__dict__.items() if name not in places}
         return {**kept, "used": set[Certificate](), "certificate": None}
 
 
 class Certificates:
-    """Issues certificates for the layers of one optimizer as its steps go by.
+    """Issues certificates for the layers of one optimizer.
 
     Args:
         layers: the layers by name.
-        calls: of the model.
-        handles: of what was placed in the model for it.
+        calls: the calls of the model.
+        handles: the handles of what was placed in the model for them.
     """
 
     def __init__(self, layers: Mapping[str, CertifiedLayer], calls: Calls, handles: Sequence[Any]) -> None:
         self.layers, self._calls, self._handles = dict(layers), calls, handles
-        # The clock refers to no layer: without cycles, everything dies with its optimizer.
+        # The clock refers to no layer, so there are no cycles, and everything is freed with its optimizer.
         self.clock = Clock()
-        # Most steps of most models leave nothing out. These tell at once.
+        # Most steps of most models skip nothing. These show it quickly.
         self._uses: list[set[Certificate]] = []  # the `used` of all layers
         self._active = False  # whether layers may have something for after_step() to clear
         self._captured = False
@@ -260,7 +265,7 @@ class Certificates:
         self._arriving: list[_Arriving] = []
 
     def bind(self, optimizer: torch.optim.Optimizer, group_of: Mapping[int, Mapping[str, Any]]) -> None:
-        """Takes the optimizer that keeps the importance, and the group of each parameter by its id.
+        """Sets the optimizer that holds the importance, and the group of each parameter by its id.
 
         Ends all certificates.
         """
@@ -275,14 +280,16 @@ class Certificates:
         self._set_pace()
 
     def take_over_from(self, before: Certificates) -> None:
-        """Takes over what was left out for the coming step, when the same optimizer has searched its model again."""
+        """Takes over the notes of skipped gradients when the same optimizer has searched its model again."""
         for name in before.layers.keys() & self.layers.keys():
-            if self.layers[name].parameters[0] is before.layers[name].parameters[0]:  # else a new layer, with gradients
+            if (
+                self.layers[name].parameters[0] is before.layers[name].parameters[0]
+            ):  # else it is a new layer, whose gradients were computed
                 self.layers[name].take_over_from(before.layers[name])
         self._uses = [layer.used for layer in self.layers.values()]
 
     def remove(self) -> None:
-        """Takes everything that was placed in the model for it out again."""
+        """Removes everything that was placed in the model for it."""
         for handle in self._handles:
             handle.remove()
 
@@ -294,22 +301,17 @@ class Certificates:
         """Ends the certificates of layers that other code has changed.
 
         Raises:
-            RuntimeError: gradients were left out of neurons that may move in this step.
+            RuntimeError: the gradients of neurons that may move in this step were skipped.
         """
-        self._check_uses()
-        changed = self._record.compare()
-        if changed:
-            layers = list(self.layers.values())
-            for layer in map(layers.__getitem__, changed):
-                layer.changed, layer.certificate = True, None
-
-    def _check_uses(self) -> None:
         if any(self._uses):
             for layer in self.layers.values():
                 layer.check_uses()
+        for at in self._record.compare():
+            layer = list(self.layers.values())[at]
+            layer.changed, layer.certificate = True, None
 
     def after_step(self) -> None:
-        """Counts the step, and issues certificates when it is time to."""
+        """Counts the step, and issues certificates after some of the steps."""
         self.clock.steps += 1
         self._calls.end()
         if self._active or any(self._uses):
@@ -323,20 +325,8 @@ class Certificates:
         if self.clock.reads():
             self._read()
 
-    def issue(self) -> None:
-        """Issues certificates at once, between two steps; waits for GPUs.
-
-        Raises:
-            RuntimeError: gradients were left out of neurons that may move in the coming step.
-        """
-        self._check_uses()
-        self._record.compare()
-        self._record.take()
-        self._look()
-        self._read()
-
     def gradients_dropped(self) -> None:
-        """Called when gradients are cleared: nothing that was left out matters any more."""
+        """Called when gradients are cleared: what was skipped no longer matters."""
         for layer in self.layers.values():
             layer.used.clear()
 
@@ -345,7 +335,7 @@ class Certificates:
         return self.layers[name].gradients_skipped() if name in self.layers else 0.0
 
     def _is_captured(self) -> bool:
-        """Replays of a CUDA graph change importance unseen: from its capture on, nothing is certified."""
+        """Whether a CUDA graph was captured: its replays change importance unnoticed, so nothing is certified."""
         if not self._captured and self._on_gpu and torch.cuda.is_current_stream_capturing():
             self._captured = True
             self._arriving.clear()
@@ -354,7 +344,7 @@ class Certificates:
         return self._captured
 
     def _look(self) -> None:
-        """Reads importance on the CPU, and has it copied from GPUs; not that of layers which other code has changed."""
+        """Reads importance on the CPU, and starts copies from GPUs, except for layers that other code has changed."""
         self._arriving.clear()
         self._set_pace()
         on_gpus: dict[torch.device, list[tuple[CertifiedLayer, Tensor]]] = {}
@@ -379,13 +369,13 @@ class Certificates:
         self._active = any(layer.certificate or layer.layer.gradients_skipped for layer in self.layers.values())
 
     def __getstate__(self) -> dict[str, Any]:
-        # An event belongs to its process. The next bind() makes the record, and collects the layers' uses.
+        # An event belongs to its process. The next bind() makes the record and collects the layers' uses.
         kept = {name: value for name, value in self.__dict__.items() if name != "_record"}
         return {**kept, "_arriving": [], "_uses": []}
 
 
 class _Arriving:
-    """Importance of the layers of a GPU, after a step, on its way to the CPU."""
+    """The importance of the layers on a GPU after a step, on its way to the CPU."""
 
     def __init__(self, members: Sequence[tuple[CertifiedLayer, Tensor]], step: int) -> None:
         self._layers, self._step = [layer for layer, _ in members], step
@@ -399,7 +389,7 @@ class _Arriving:
             self._arrived.record()
 
     def issue(self) -> None:
-        """Issues the layers' certificates; waits for the copy, should it not be there yet."""
+        """Issues the layers' certificates. Waits for the copy if necessary."""
         self._arrived.synchronize()
         for layer, importance in zip(self._layers, self._copy.split(self._sizes), strict=True):
             layer.issue(importance, self._step)

@@ -1,17 +1,17 @@
-"""The forward pass of a module in whose backward pass some weight gradients may be left out.
+"""Replaces the forward pass of a module to skip some weight gradients in its backward pass.
 
 A neuron's incoming weights are a row of its layer's weight (a column, for transposed convolutions). An optimizer can be
-certain that some rows do not move in the coming step (certificate.py). `PartialForward` takes the place of a module's
-`forward`. In each call it asks which weight gradients the coming step needs, and computes only those:
+certain that some rows do not move in the next step (certificate.py). `PartialForward` replaces a module's `forward`. In
+each call, it asks which weight gradients the next step needs, and computes only those:
 
     dL/dW[rows] = weight gradient of (x, dL/dy[:, rows]),   dL/dW elsewhere 0.
 
-dL/dx is computed as usual, so that everything upstream, importance included, sees no difference. If no row can move,
-the module computes no weight gradient and does not keep x for it. If x requires no gradient either, back-propagation
-can end at the point where the layer is measured (constants.py).
+dL/dx is computed as usual, so everything upstream, including importance, stays the same. If no row can move, the module
+computes no weight gradient and does not keep x for it. If x requires no gradient either, back-propagation can end at
+the point where the layer is measured (constants.py).
 
-Where only some rows can move, `skipping_pays` (gradients.py) decides from the shapes whether to compute those rows
-alone. Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is
+If only some rows can move, `skipping_pays` (gradients.py) decides from the shapes whether to compute those rows
+separately. Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is
 captured, and for sparse or nested input.
 """
 
@@ -27,19 +27,19 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._torch import reversed_padding
-from ..neurons.tap import SharedStandIn, StandIn
+from ..neurons.stand_in import StandIn
 from .gradients import Convolution, PartialGradient, operation_of, skipping_pays
 from .rows import Rows
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which weight gradients of one call are left out.
+    """Which weight gradients of one call are skipped.
 
     Attributes:
-        rows: the rows whose gradients are needed; all others may be left out.
-        constants: whether the module's parameters count as constants in this call (constants.py).
-        note_use: called by the backward pass if it leaves gradients out.
+        rows: the rows whose gradients are needed; all others may be skipped.
+        constants: whether the module's parameters are constants in this call (constants.py).
+        note_use: called by the backward pass if it skips gradients.
     """
 
     rows: Rows
@@ -48,22 +48,23 @@ class Decision:
 
 
 class Decider(Protocol):
-    """Knows which rows of a module's weight can move in the coming step."""
+    """Knows which rows of a module's weight can move in the next step."""
 
     def decide(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Decision | None:
         """Decides for a call with this input and these parameters; None if every gradient may be needed."""
 
 
-class PartialForward(SharedStandIn):
-    """Its `__call__` stands in for a module's `forward`, shared by the optimizers of the model; picklable with it.
+class PartialForward(StandIn):
+    """Replaces a module's `forward` by its `__call__`, for all optimizers of the model. Can be pickled with the module.
 
-    Of several optimizers it asks the one that last issued a certificate.
+    If there are several optimizers, it asks the one that issued a certificate last.
 
     Args:
         module: a Linear or convolution.
 
     Attributes:
-        whole_only: whether gradients can be left out for all neurons or none.
+        whole_only: whether gradients can only be skipped for all neurons or none.
+        decider: the user that is asked; None if every gradient is computed.
 
     Raises:
         ValueError: the module is of another kind.
@@ -75,42 +76,38 @@ class PartialForward(SharedStandIn):
             raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
         super().__init__(module)
         self.whole_only = isinstance(operation, Convolution) and operation.groups > 1
-        self._decider: Decider | None = None
+        self.decider: Decider | None = None
 
     @classmethod
     def of_module(cls, module: nn.Module) -> PartialForward:
-        """The one that stands in for a module's forward, else a new one; `join` puts it there."""
+        """The one that replaces a module's forward, or a new one, which `join` places there."""
         forward = StandIn.of(module)
         return forward if isinstance(forward, cls) else cls(module)
 
     def rejoin(self, decider: Decider) -> None:
-        """Adds a user again that a copy of the module has lost."""
+        """Adds a user that a copy of the module has lost."""
         if decider not in self._users:
             self._users.append(decider)
 
     def leave(self, user: Decider) -> None:
-        """Takes it out of the module with the last user, if it is still there."""
+        """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
         self.release(user)
         super().leave(user)
 
     def is_shared(self) -> bool:
-        """Whether several optimizers use it: another one may measure what requires a gradient."""
+        """Whether several optimizers use it. Another one may measure what requires a gradient."""
         return len(self._users) > 1
 
-    def follow(self, decider: Decider) -> None:
-        """Asks `decider` from now on, and no other."""
-        self._decider = decider
-
     def release(self, decider: Decider) -> None:
-        """Asks `decider` no longer."""
-        if self._decider is decider:
-            self._decider = None
+        """Stops asking `decider`."""
+        if self.decider is decider:
+            self.decider = None
 
     def __call__(self, input: Tensor, *arguments: Any, **options: Any) -> Tensor:
         # is_compiling() comes first: compiled code must not depend on what changes from step to step.
-        if torch.compiler.is_compiling() or self._decider is None or arguments or options:
+        if torch.compiler.is_compiling() or self.decider is None or arguments or options:
             return self._usual(self._module, input, *arguments, **options)
-        return self._decided(input, self._decider)
+        return self._decided(input, self.decider)
 
     def _decided(self, x: Tensor, decider: Decider) -> Tensor:
         module = self._module
@@ -138,7 +135,7 @@ class PartialForward(SharedStandIn):
         return PartialGradient.apply(x, weight, bias, operation, decision.rows, decision.note_use)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_decider": None, "_users": []}  # a copy's optimizer joins again
+        return {**self.__dict__, "decider": None, "_users": []}  # a copy's optimizer joins again
 
 
 def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
@@ -152,7 +149,7 @@ def _as_autocast_would(*tensors: Tensor | None) -> list[Any]:
 
 
 def why_not(module: nn.Module, trained: Collection[int]) -> str:
-    """Why a module's weight gradients are always computed in full; empty if they need not be.
+    """The reason why a module's weight gradients are always computed in full; empty if they need not be.
 
     Args:
         module: a weighted module.
@@ -166,5 +163,5 @@ def why_not(module: nn.Module, trained: Collection[int]) -> str:
     if "forward" in module.__dict__ and type(StandIn.of(module)) is not PartialForward:
         return "its forward has been replaced by other code"
     if any(id(p) not in trained for p in module.parameters(recurse=False)):
-        return "a part of its parameters is not trained by this optimizer"
+        return "some of its parameters are not trained by this optimizer"
     return ""

@@ -1,57 +1,30 @@
-"""The backward pass of a module with the weight gradients of some rows only, and a rule when that is faster."""
+"""A backward pass that computes the weight gradients of some rows only, and a rule for when this is faster."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..neurons.kinds import CONVOLUTIONS, TRANSPOSED
 from ..neurons.tap import left_out_like
 from .rows import Rows
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Linear and Convolution have the same methods: what a module computes, and the two halves of its backward pass.
 
 
-# --------------------------------------------------------------------------------------------------------- operations
+class Linear:
+    """What `nn.Linear` computes.
 
+    Attributes:
+        neuron_dim: the dimension of the weight that counts neurons.
+    """
 
-class Operation(Protocol):
-    """What a weighted module computes, and the two halves of its backward pass."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor: ...
-
-    def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor: ...
-
-    def weight_gradient(
-        self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the rows of weight and bias; None for the bias where there is none to compute."""
-        ...
-
-    def positions(self, x: Tensor) -> int:
-        """How often each weight is multiplied with an element of the input."""
-        ...
-
-    @property
-    def least_positions(self) -> int:
-        """How many of them make up for writing an element of the weight's gradient, see `skipping_pays`."""
-        ...
-
-    @property
-    def neuron_dim(self) -> int:
-        """The dimension of the weight that counts neurons."""
-        ...
-
-
-@dataclass(frozen=True)
-class _Linear:
-    neuron_dim, least_positions = 0, 160
+    neuron_dim = 0
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
@@ -62,16 +35,20 @@ class _Linear:
     def weight_gradient(
         self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
     ) -> tuple[Tensor, Tensor | None]:
+        """The gradients of some rows of weight and bias; None for the bias if it is not `biased`."""
         gradient = gradient.reshape(-1, weight.shape[0]).index_select(1, rows)
         return gradient.t().mm(x.reshape(-1, weight.shape[1])), gradient.sum(0) if biased else None
 
     def positions(self, x: Tensor) -> int:
+        """How often each weight is multiplied with an element of the input."""
         return x.numel() // max(x.shape[-1], 1)
 
 
-@dataclass(frozen=True)
-class Convolution:
-    """Any convolution of torch.nn; its input is padded beforehand if the padding is not of zeros."""
+class Convolution(NamedTuple):
+    """What the convolutions of torch.nn compute: the last arguments of `torch.convolution`, in its order.
+
+    The input is padded beforehand if the padding is not of zeros.
+    """
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -79,17 +56,13 @@ class Convolution:
     transposed: bool
     output_padding: tuple[int, ...]
     groups: int
-    least_positions: ClassVar[int] = 128
 
     @property
     def neuron_dim(self) -> int:
         return 1 if self.transposed else 0
 
-    def _geometry(self) -> tuple[Any, ...]:
-        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
-
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.convolution(x, weight, bias, *self._geometry())
+        return torch.convolution(x, weight, bias, *self)
 
     def input_gradient(self, gradient: Tensor, weight: Tensor, shape: torch.Size, channels_last: bool) -> Tensor:
         # The values of the input do not matter to its gradient, but its memory format decides which kernel runs.
@@ -101,7 +74,7 @@ class Convolution:
         else:
             stand_in = gradient.new_empty(1).expand(shape)
         backward = torch.ops.aten.convolution_backward
-        return backward(gradient, stand_in, weight, None, *self._geometry(), (True, False, False))[0]
+        return backward(gradient, stand_in, weight, None, *self, (True, False, False))[0]
 
     def weight_gradient(
         self, gradient: Tensor, x: Tensor, weight: Tensor, rows: Tensor, biased: bool
@@ -110,19 +83,22 @@ class Convolution:
         weight = weight.narrow(self.neuron_dim, 0, len(rows))  # only its shape matters
         backward = torch.ops.aten.convolution_backward
         sizes = [gradient.shape[1]] if biased else None
-        _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self._geometry(), (False, True, biased))
+        _, of_weight, of_bias = backward(gradient, x, weight, sizes, *self, (False, True, biased))
         return of_weight, of_bias
 
     def positions(self, x: Tensor) -> int:
         return x.numel() // max(x.shape[1], 1) // (1 if self.transposed else math.prod(self.stride))
 
 
+Operation = Linear | Convolution
+
+
 def operation_of(module: Any) -> Operation | str:
-    """What a module computes, or why its weight gradients cannot be left out."""
+    """What a module computes, or the reason why its weight gradients cannot be skipped."""
     if type(module) is nn.Linear:
-        return _Linear()
-    if type(module) not in (*_CONVOLUTIONS, *_TRANSPOSED):
-        return f"it is a {type(module).__name__}, no plain Linear or convolution"
+        return Linear()
+    if type(module) not in (*CONVOLUTIONS, *TRANSPOSED):
+        return f"it is a {type(module).__name__}, not a plain Linear or convolution"
     padding = module.padding
     if module.padding_mode != "zeros" or padding == "valid":
         padding = (0,) * len(module.kernel_size)
@@ -131,12 +107,12 @@ def operation_of(module: Any) -> Operation | str:
         if any(size % 2 for size in both_sides):
             return "its padding is uneven (padding='same' with an even kernel)"
         padding = tuple(size // 2 for size in both_sides)
-    transposed = type(module) in _TRANSPOSED
+    transposed = type(module) in TRANSPOSED
     return Convolution(module.stride, padding, module.dilation, transposed, module.output_padding, module.groups)
 
 
 class PartialGradient(torch.autograd.Function):
-    """What a module computes; the backward pass leaves out the weight gradients of all but some rows."""
+    """What a module computes, with a backward pass that computes the weight gradients of some rows only."""
 
     @staticmethod
     def forward(
@@ -154,8 +130,8 @@ class PartialGradient(torch.autograd.Function):
         ctx.shape, ctx.channels_last = x.shape, _is_channels_last(x)
         return operation.forward(x, weight, bias)
 
-    # Not once_differentiable: these are operations of torch, which records them if create_graph asks for it. What was
-    # left out is a constant then.
+    # Not once_differentiable: these are operations of torch, which records them with create_graph=True. The gradients
+    # that were skipped are then constants.
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
@@ -176,31 +152,26 @@ class PartialGradient(torch.autograd.Function):
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    if x.ndim == 4:
-        return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    if x.ndim == 5:
-        return x.is_contiguous(memory_format=torch.channels_last_3d) and not x.is_contiguous()
-    return False
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim, torch.contiguous_format)
+    return x.is_contiguous(memory_format=memory_format) and not x.is_contiguous()
 
 
-# ------------------------------------------------------------------------------------------------------- does it pay?
-
-# See skipping_pays. The number for GPUs is a guess on the safe side; it was not measured.
+# See skipping_pays. The number for GPUs is a conservative guess; it was not measured.
 _LEAST_WORK = {"cpu": 24e6, "cuda": 2.0**34}
 
 
 def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -> bool:
-    """Whether to compute the weight gradients of `rows` only, by a fixed rule, so that runs repeat.
+    """Whether to compute the weight gradients of `rows` only. The rule is fixed, so that runs are reproducible.
 
-    Leaving out a whole layer always pays. Computing a part of the rows has a price: dL/dy is gathered, the result is
-    scattered into a gradient of zeros, and all that in Python. With the share s of the rows left out, it pays where
+    Skipping a whole layer is always faster. Computing some of the rows has a cost: dL/dy is gathered, and the result is
+    scattered into a gradient of zeros, in Python. If s is the share of the rows that are skipped, it is faster if
 
-        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128, for a Linear 160,
+        s^2 * (multiply-adds of the whole weight gradient) > 24e6   and   s * positions >= 128 (160 for Linear),
 
     as measured on a CPU (bench/results/skipping-rule). On a GPU, where it was not measured, the first bound is 2 ** 34.
     Positions are how often each weight is multiplied: there must be enough of them for each element of the gradient.
 
-    Under `torch.use_deterministic_algorithms(True)` only whole layers are left out: other shapes may sum in another
+    Under `torch.use_deterministic_algorithms(True)`, only whole layers are skipped: other shapes may sum in a different
     order, and which rows are certain depends on the step from which a run was resumed.
 
     Args:
@@ -216,5 +187,6 @@ def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -
     if torch.are_deterministic_algorithms_enabled():
         return False
     share, positions = rows.share_left_out(), operation.positions(x)
+    least_positions = 160 if isinstance(operation, Linear) else 128
     work = weight.numel() * positions
-    return share**2 * work > _LEAST_WORK[x.device.type] and share * positions >= operation.least_positions
+    return share**2 * work > _LEAST_WORK[x.device.type] and share * positions >= least_positions

@@ -1,4 +1,4 @@
-"""Has the layers of a model leave out weight gradients that the coming step cannot need."""
+"""Makes the layers of a model skip weight gradients that the next step does not need."""
 
 from __future__ import annotations
 
@@ -21,40 +21,38 @@ def install_skipping(
     skip_frozen: bool | str,
     trained: Collection[int],
 ) -> Certificates:
-    """Places what skipping needs in the model; a layer whose gradients cannot be left out gets a note that says why.
+    """Places in the model what skipping needs. Layers whose gradients cannot be skipped get a note that says why.
 
     Args:
         model: the network.
-        layers: layers of neurons, each with the parameter under which its importance is kept, and its options.
-        skip_frozen: True, "layers" or False, for layers without such an option.
+        layers: layers of neurons, each with the parameter whose state holds its importance, and with its options.
+        skip_frozen: True, "layers" or False, for layers without this option.
         trained: the ids of the parameters that the optimizer trains.
 
     Returns:
-        Issues the layers' certificates, once it is bound to the optimizer's state. Its `remove()` undoes everything.
+        What issues the layers' certificates. Bind it to the optimizer's state. Its `remove()` undoes everything.
     """
-    chosen: list[tuple[NeuronLayer, Tensor, Mapping[str, Any]]] = []
+    calls = Calls(model)
+    certified: dict[str, CertifiedLayer] = {}
+    handles: list[Any] = []
     for layer, key, options in layers:
-        if not options.get("skip_frozen", skip_frozen):
+        skip = options.get("skip_frozen", skip_frozen)
+        if not skip:
             continue
         if reason := _why_all_gradients(model, layer, trained):
             layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
-        else:
-            chosen.append((layer, key, options))
-    resting = [layer for layer, _, _ in chosen]
-    calls = Calls(model, resting)
-    certified: dict[str, CertifiedLayer] = {}
-    handles: list[Any] = []
-    for layer, key, options in chosen:
+            continue
         module: Any = model.get_submodule(layer.module)
         forward = PartialForward.of_module(module)
         if forward.whole_only:
             layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
-        whole_only = forward.whole_only or options.get("skip_frozen", skip_frozen) == "layers"
+        whole_only = forward.whole_only or skip == "layers"
         member = CertifiedLayer(layer, key, options, forward, module.bias, calls, whole_only=whole_only)
         certified[layer.name] = member
+        calls.layers.append(layer)
         handles.append(forward.join(member))
-    if chosen:
-        handles += [*install_resting(model, resting, trained), *calls.attach()]
+    if certified:
+        handles += [*install_resting(model, calls.layers, trained), *calls.attach()]
     return Certificates(certified, calls, handles)
 
 

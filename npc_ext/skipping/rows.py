@@ -14,8 +14,8 @@ class Rows:
 
     Attributes:
         on_cpu: (r,) int64, ascending.
-        on_device: the same, where the layer is.
-        neurons: N, of the layer.
+        on_device: the same on the layer's device.
+        neurons: N, the number of the layer's neurons.
     """
 
     def __init__(self, on_cpu: Tensor, neurons: int, device: torch.device) -> None:
@@ -38,12 +38,12 @@ class Rows:
 def rows_to_compute(certain: Tensor, whole_only: bool) -> Tensor | None:
     """The rows whose gradients to compute if those of `certain` are not needed; None for all rows.
 
-    Their number is rounded up to a multiple of an eighth of the layer, of 16 rows at least, and filled up with certain
-    rows. So there are few shapes, and the libraries are fast for them.
+    Their number is rounded up to a multiple of an eighth of the layer, or of 16 if that is more, by adding certain
+    rows. This gives few different shapes, for which the libraries are fast.
 
     Args:
         certain: (N,) bool, on the CPU.
-        whole_only: whether a part of the rows is never computed alone.
+        whole_only: whether to compute all rows or none.
     """
     moving = certain.logical_not().nonzero().flatten()
     if len(moving) == 0:

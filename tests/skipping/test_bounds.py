@@ -450,15 +450,6 @@ def test_copied_neurons_can_be_detached(copied: Callable[[Any], Any]) -> None:
     copied(optimizer.neurons).detach()
 
 
-def test_certificates_that_are_issued_at_once_do_not_hide_a_change() -> None:
-    model, optimizer = frozen("0", "4")
-    optimizer.zero_grad()
-    loss_of(model).backward()
-    optimizer.state[model[0].weight]["importance"].zero_()
-    with pytest.raises(RuntimeError, match="left out of neurons that could not move"):
-        optimizer._certificates.issue()
-
-
 def test_several_optimizers_of_a_model_get_all_gradients() -> None:
     model, optimizer = frozen("0", "4")
     second = NPC(model, lr=0.05, delta=0.9999).load_importance(None)

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import npc_ext
+from bench import cases
 from npc_ext import NPC, ops, reference
 from npc_ext.skipping import bound, certificate, forward
 from npc_ext.skipping.bound import frozen_for, least_importance
@@ -47,9 +48,9 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def certify(optimizer: NPC, layer: str, certain: Tensor) -> Tensor:
-    """Certifies neurons of a layer at once; returns the rows that are left out then, (N,) bool."""
+    """Certifies neurons of a layer; returns the rows that are left out then, (N,) bool."""
     set_importance(optimizer, **{layer: certain.float() * 3})
-    optimizer._certificates.issue()
+    cases.certify(optimizer)
     rows = rows_to_compute(certain, whole_only=False)
     assert rows is not None
     return torch.ones_like(certain).index_fill_(0, rows, False)
