@@ -178,39 +178,35 @@ def attention(module: nn.MultiheadAttention, inputs: list[Tensor], padding: Tens
     return projected, [output if module.batch_first else output.transpose(0, 1), weights.mean(1)]
 
 
-def kinds_of_attention() -> dict[str, tuple[dict[str, object], list[Tensor], dict[str, object]]]:
-    """Options of the module, its inputs, and options of the call."""
+def kinds_of_attention(batch_first: bool) -> dict[str, tuple[dict[str, Any], list[Tensor], Tensor | None]]:
+    """Options of the module, its inputs, and the padding of keys."""
     x, y, z = torch.randn(4, 3, 8), torch.randn(5, 3, 8), torch.randn(5, 3, 8)
-    first = [t.transpose(0, 1) for t in (x, y, z)]
+    sample, other_sample = x[:, 0], y[:, 0]
+    if batch_first:
+        x, y, z = (t.transpose(0, 1) for t in (x, y, z))
     padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5, [False] * 4 + [True]])
+    widths, of_widths = {"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]]
     return {
-        "self": ({}, [x, x, x], {}),
-        "self, samples first": ({"batch_first": True}, [first[0]] * 3, {}),
-        "self, no weights": ({}, [x, x, x], {"need_weights": False}),
-        "cross": ({}, [x, y, y], {}),
-        "cross, samples first": ({"batch_first": True}, [first[0], first[1], first[1]], {"need_weights": False}),
-        "all different": ({}, [x, y, z], {}),
-        "all different, samples first": ({"batch_first": True, "bias": False}, first, {"need_weights": False}),
-        "padded": ({}, [x, y, y], {"key_padding_mask": padding}),
-        "padded, no weights": (
-            {"batch_first": True}, [first[0], first[1], first[1]], {"key_padding_mask": padding, "need_weights": False},
-        ),
-        "one sample": ({}, [x[:, 0]] * 3, {}),
-        "one sample, samples first": ({"batch_first": True}, [x[:, 0], y[:, 0], y[:, 0]], {"need_weights": False}),
-        "other widths": ({"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]], {}),
-        "other widths, samples first, no bias": (
-            {"kdim": 6, "vdim": 5, "batch_first": True, "bias": False},
-            [first[0], first[1][..., :6], first[2][..., :5]], {"need_weights": False},
-        ),
-        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], {}),
-    }  # fmt: skip
+        "self": ({}, [x, x, x], None),
+        "cross": ({}, [x, y, y], None),
+        "padded": ({}, [x, y, y], padding),
+        "all different": ({}, [x, y, z], None),
+        "all different, no bias": ({"bias": False}, [x, y, z], None),
+        "one sample": ({}, [sample, sample, sample], None),
+        "one sample, cross": ({}, [sample, other_sample, other_sample], None),
+        "other widths": (widths, of_widths, None),
+        "other widths, no bias": ({"bias": False, **widths}, of_widths, None),
+        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], None),
+    }
 
 
-@pytest.mark.parametrize("kind", kinds_of_attention())
-def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
-    torch.manual_seed(0)
-    options, inputs, call = kinds_of_attention()[kind]
-    model = nn.MultiheadAttention(8, 2, **options)
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["samples first", "samples second"])
+@pytest.mark.parametrize("kind", kinds_of_attention(False))
+def test_queries_keys_and_values_of_attention_are_neurons(kind: str, batch_first: bool, need_weights: bool) -> None:
+    options, inputs, padding = kinds_of_attention(batch_first)[kind]
+    call = {"key_padding_mask": padding, "need_weights": need_weights}
+    model = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     exact = copy.deepcopy(model).double()
@@ -221,15 +217,13 @@ def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
 
     def loss(output: Tensor, probabilities: Tensor | None) -> Tensor:
         weighted = (weights.to(output.dtype) * output).sum()
-        if probabilities is None or not call.get("need_weights", True):
-            return weighted
-        return weighted + probabilities.pow(2).sum()
+        return weighted + probabilities.pow(2).sum() if need_weights else weighted
 
     loss(*tapped).backward()
     neurons.detach()
     for one, other in zip(tapped, before, strict=True):
         assert one is other or torch.equal(one, other)
-    projected, outputs = attention(exact, [x.double() for x in inputs], call.get("key_padding_mask"))
+    projected, outputs = attention(exact, [x.double() for x in inputs], padding)
     torch.testing.assert_close(outputs[0].float(), before[0], rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(loss(*outputs), projected)
     want = torch.cat([eq_2(n, g, 2) for n, g in zip(projected, gradients, strict=True)])
@@ -689,7 +683,6 @@ def test_tokens_count_as_samples_where_dimension_1_does() -> None:
 
 
 def test_tokens_count_as_samples_also_in_attentions_input_projection() -> None:
-    torch.manual_seed(0)
     model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 9, 8)
     _, by_token = measured(model, x, x, x, batch_dim={"in_proj": 1}, loss=lambda y: y[0].sin().sum())
     projected, (output, _) = attention(model, [x, x, x], None)

@@ -679,11 +679,10 @@ def test_a_change_by_other_code_ends_certificates(often: None, always: None, cha
     change(optimizer)
     assert skipped(optimizer)["first"] == 0.0
     before = model.first.weight.detach().clone()
-    steps(model, optimizer, range(1))
-    assert model.first.weight.grad.any()
-    steps(model, optimizer, range(7))
+    for step in range(8):
+        steps(model, optimizer, [step])
+        assert model.first.weight.grad.any() and skipped(optimizer)["first"] == 0.0
     assert not torch.equal(before, model.first.weight)
-    assert skipped(optimizer)["first"] == 0.0
 
 
 def test_a_change_between_backward_and_step_is_refused_if_it_matters(often: None, always: None) -> None:
