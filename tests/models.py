@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -130,3 +133,16 @@ class DataDependent(nn.Module):
         if x.sum() > 1e9:
             x = x * 2
         return self.fc(F.relu(x).mean((2, 3)) + 0.1)
+
+
+class Model(nn.Module):
+    """These modules, and a function of the model and its input as the forward pass."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Tensor], **modules: nn.Module) -> None:
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self, x)

@@ -1,12 +1,14 @@
 """The neurons of models, and their measured importance against eq. 2.
 
-Every expected importance comes from a float64 forward pass that is written out in the test.
+A test names the places in a model where its layers' activations are. The expected importance comes from the activations
+at these places, and their gradients, in a float64 copy of the model without taps.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -17,31 +19,56 @@ from npc_ext import NPC, find_neurons
 from npc_ext.neurons.relu import ReLU
 from npc_ext.neurons.table import Neurons
 
-from ..models import Conv1D, DataDependent, ManyHeads, ResNet, SetTask, paper_cnn, transposed_and_not, vgg
+from ..models import Conv1D, DataDependent, ManyHeads, Model, ResNet, SetTask, paper_cnn, transposed_and_not, vgg
+from .measuring import attached, take_sinks
 
 
 def eq_2(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> Tensor:
     """a_i = sum_b |sum_p n dL/dn|, as a loop over samples and neurons."""
-    n, g = (t.movedim((batch_dim, channel_dim), (0, 1)) for t in (activation, gradient))
+    n, g = (t.detach().movedim((batch_dim, channel_dim), (0, 1)) for t in (activation, gradient))
     rows = [[(n[b, i] * g[b, i]).sum().abs() for i in range(n.shape[1])] for b in range(n.shape[0])]
     return torch.tensor(rows).double().sum(0)
 
 
+def sum_of_squares(output: Tensor) -> Tensor:
+    return output.pow(2).sum()
+
+
 def measured(
-    model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = lambda y: y.pow(2).sum(), **options: object
+    model: nn.Module, *inputs: object, loss: Callable[[Tensor], Tensor] = sum_of_squares, **options: object
 ) -> tuple[Neurons, dict[str, Tensor]]:
     """Taps the model, runs it forward and backward, and returns the content of the sinks."""
-    neurons = find_neurons(model, **options)  # type: ignore[arg-type]
-    neurons.attach(model)
+    neurons = attached(model, **options)
     loss(model(*inputs)).backward()
     neurons.detach()
-    return neurons, {layer.name: layer.sink.grad for layer in neurons if layer.sink.grad is not None}
+    return neurons, take_sinks(neurons)
 
 
-def expected(activations: dict[str, Tensor], output: Tensor) -> dict[str, Tensor]:
-    """Importance from activations of a float64 graph, whose loss is the sum of the output's squares."""
-    gradients = torch.autograd.grad(output.pow(2).sum(), list(activations.values()))
-    return {name: eq_2(n.detach(), g) for (name, n), g in zip(activations.items(), gradients, strict=True)}
+def expected(
+    model: nn.Module, x: Tensor, at: dict[str, str], loss: Callable[[Tensor], Tensor] = sum_of_squares, **dims: int
+) -> dict[str, Tensor]:
+    """Importance by eq. 2 from a float64 copy of the model.
+
+    `at` maps the places of activations to layers. A place is the output of the module of that name, or "input of" it.
+    """
+    exact, activations = copy.deepcopy(model).double(), list[tuple[str, Tensor]]()
+
+    def take(layer: str, activation: Tensor) -> Tensor:
+        activations.append((layer, activation))
+        return activation.clone()  # what follows may overwrite it
+
+    for place, layer in at.items():
+        module = exact.get_submodule(place.removeprefix("input of "))
+        if place.startswith("input of "):
+            module.register_forward_pre_hook(lambda module, inputs, layer=layer: take(layer, *inputs))
+        else:
+            module.register_forward_hook(lambda module, inputs, output, layer=layer: take(layer, output))
+    output = loss(exact(x.double()))
+    gradients = torch.autograd.grad(output, [activation for _, activation in activations])
+    importance = dict.fromkeys(at.values(), torch.tensor(0.0))
+    for (layer, activation), gradient in zip(activations, gradients, strict=True):
+        importance[layer] = importance[layer] + eq_2(activation, gradient, **dims)
+    return importance
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
@@ -51,75 +78,53 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(got[name].double(), importance, rtol=1e-3, atol=1e-5 * importance.max().item())
 
 
-def through(sequence: nn.Sequential, x: Tensor, keep: dict[str, str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs a sequence. `keep` maps modules to layers: the output of the module is the layer's activation."""
-    activations = {}
-    for name, module in sequence.named_children():
-        x = module(x)
-        if name in keep:
-            activations[keep[name]] = x
-    return activations, x
+def assert_measured(model: nn.Module, x: Tensor, at: dict[str, str], **dims: int) -> Neurons:
+    """Asserts that the measured importance is that of the places in `at`, as in `expected`; returns the neurons."""
+    want = expected(model, x, at, **dims)
+    neurons, got = measured(model, x)
+    assert_same(got, want)
+    return neurons
+
+
+def names(named: Iterable[Any]) -> list[str]:
+    """The names of layers or parameters."""
+    return [each.name for each in named]
+
+
+def points(neurons: Neurons) -> list[str]:
+    """The first measuring point of each layer."""
+    return [str(layer.points[0]) for layer in neurons]
 
 
 def test_the_papers_network_is_measured_behind_its_pooling() -> None:
-    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    keep = {"pool1": "conv1", "pool2": "conv2", "relu": "hidden", "output": "output"}
-    assert_same(got, expected(*through(exact, x.double(), keep)))
-    assert [str(layer.points[0]) for layer in neurons] == [
-        f"output of {m}" for m in ("pool1", "pool2", "dropout", "output")
-    ]
+    at = {"pool1": "conv1", "pool2": "conv2", "relu": "hidden", "output": "output"}
+    neurons = assert_measured(paper_cnn(), torch.randn(4, 1, 8, 8), at)
+    assert points(neurons) == [f"output of {module}" for module in ("pool1", "pool2", "dropout", "output")]
 
 
 def test_importance_behind_pooling_equals_importance_behind_the_norm_up_to_the_number_of_positions() -> None:
     model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
     _, pooled = measured(model, x)
     _, normed = measured(model, x, measure_at={"conv1": "norm1", "conv2": "norm2"})
-    for name in pooled:
-        torch.testing.assert_close(pooled[name], normed[name], rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(pooled, normed, rtol=1e-3, atol=1e-6)
 
 
 def test_resnet_with_batch_norm_functional_and_shared_relu_and_residual_additions() -> None:
-    model, x = ResNet(), torch.randn(4, 3, 6, 6)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    acts = {"stem": exact.bn(exact.stem(x.double()))}
-    y = F.relu(acts["stem"])
-    for index, block in enumerate(exact.blocks):
-        acts[f"blocks.{index}.conv1"] = block.bn1(block.conv1(y))
-        acts[f"blocks.{index}.conv2"] = block.bn2(block.conv2(F.relu(acts[f"blocks.{index}.conv1"])))
-        y = F.relu(acts[f"blocks.{index}.conv2"] + y)
-    acts["fc"] = exact.fc(y.mean((2, 3)))
-    assert_same(got, expected(acts, acts["fc"]))
-    assert [p.name for p in neurons["blocks.0.conv1"].parameters] == [
-        "blocks.0.conv1.weight",
-        "blocks.0.bn1.weight",
-        "blocks.0.bn1.bias",
-    ]
+    at = {"bn": "stem", "fc": "fc"}
+    at |= {f"blocks.{block}.bn{k}": f"blocks.{block}.conv{k}" for block in range(2) for k in (1, 2)}
+    neurons = assert_measured(ResNet(), torch.randn(4, 3, 6, 6), at)
+    parameters = ["blocks.0.conv1.weight", "blocks.0.bn1.weight", "blocks.0.bn1.bias"]
+    assert names(neurons["blocks.0.conv1"].parameters) == parameters
 
 
 def test_vgg_with_in_place_relu() -> None:
-    model, x = vgg(), torch.randn(3, 3, 8, 8)
-    exact = copy.deepcopy(model).double()
-    _, got = measured(model, x)
-    y, features = x.double(), {}
-    for index, module in enumerate(exact[0]):
-        y = F.relu(y) if isinstance(module, nn.ReLU) else module(y)
-        if isinstance(module, nn.BatchNorm2d):
-            features[f"0.{index - 1}"] = y
-    hidden = exact[2][0](y.flatten(1))
-    out = exact[2][3](F.relu(hidden))
-    assert_same(got, expected({**features, "2.0": hidden, "2.3": out}, out))
+    at = {"0.1": "0.0", "0.4": "0.3", "0.8": "0.7", "2.0": "2.0", "2.3": "2.3"}
+    assert_measured(vgg(), torch.randn(3, 3, 8, 8), at)
 
 
 def test_mlp_on_three_dimensional_input_sums_over_the_middle() -> None:
-    model, x = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3)), torch.randn(4, 6, 5)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    acts, out = through(exact, x.double(), {"1": "0", "2": "2"})
-    gradients = torch.autograd.grad(out.pow(2).sum(), list(acts.values()))
-    assert_same(got, {name: eq_2(n.detach(), g, 2) for (name, n), g in zip(acts.items(), gradients, strict=True)})
+    model = nn.Sequential(nn.Linear(5, 7), nn.GELU(), nn.Linear(7, 3))
+    neurons = assert_measured(model, torch.randn(4, 6, 5), {"1": "0", "2": "2"}, channel_dim=2)
     assert str(neurons["0"].points[0]) == "output of 1"
 
 
@@ -130,28 +135,18 @@ def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
     for parameter in model.parameters():  # the encoder copies one layer; this makes the copies different
         nn.init.normal_(parameter, std=0.3)
     x, target = (torch.randn(3, 5, 8) for _ in range(2))
-    exact = copy.deepcopy(model).double()
     loss = lambda y: (y * target.to(y.dtype)).sum()  # noqa: E731
-    neurons, got = measured(model, x, loss=loss)
-    acts: dict[str, Tensor] = {}
-    y = x.double()
-    for index, block in enumerate(exact.layers):
-        mixed = block.self_attn(y, y, y, need_weights=False)[0]
-        y = block.norm1(y + mixed)
-        hidden = F.gelu(block.linear1(y))
-        second = block.linear2(hidden)
-        y = block.norm2(y + second)
-        acts |= {
-            f"layers.{index}.self_attn.out_proj": mixed,
-            f"layers.{index}.linear1": hidden,
-            f"layers.{index}.linear2": second,
+    at: dict[str, str] = {}
+    for block in ("layers.0", "layers.1"):
+        at |= {
+            f"input of {block}.dropout1": f"{block}.self_attn.out_proj",
+            f"input of {block}.linear2": f"{block}.linear1",
+            f"{block}.linear2": f"{block}.linear2",
         }
-    gradients = torch.autograd.grad(loss(y), list(acts.values()))
-    samples = 0 if batch_first else 1
+    want = expected(model, x, at, loss, channel_dim=2, batch_dim=0 if batch_first else 1)
+    neurons, got = measured(model, x, loss=loss)
     assert all(got.pop(f"layers.{index}.self_attn.in_proj").min() > 0 for index in range(2))
-    assert_same(
-        got, {name: eq_2(n.detach(), g, 2, samples) for (name, n), g in zip(acts.items(), gradients, strict=True)}
-    )
+    assert_same(got, want)
     assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
         f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")
     }
@@ -183,62 +178,55 @@ def attention(module: nn.MultiheadAttention, inputs: list[Tensor], padding: Tens
     return projected, [output if module.batch_first else output.transpose(0, 1), weights.mean(1)]
 
 
-def kinds_of_attention() -> dict[str, tuple[dict[str, object], list[Tensor], dict[str, object]]]:
-    """Options of the module, its inputs, and options of the call."""
+def kinds_of_attention(batch_first: bool) -> dict[str, tuple[dict[str, Any], list[Tensor], Tensor | None]]:
+    """Options of the module, its inputs, and the padding of keys."""
     x, y, z = torch.randn(4, 3, 8), torch.randn(5, 3, 8), torch.randn(5, 3, 8)
-    first = [t.transpose(0, 1) for t in (x, y, z)]
+    sample, other_sample = x[:, 0], y[:, 0]
+    if batch_first:
+        x, y, z = (t.transpose(0, 1) for t in (x, y, z))
     padding = torch.tensor([[False] * 3 + [True] * 2, [False] * 5, [False] * 4 + [True]])
+    widths, of_widths = {"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]]
     return {
-        "self": ({}, [x, x, x], {}),
-        "self, samples first": ({"batch_first": True}, [first[0]] * 3, {}),
-        "self, no weights": ({}, [x, x, x], {"need_weights": False}),
-        "cross": ({}, [x, y, y], {}),
-        "cross, samples first": ({"batch_first": True}, [first[0], first[1], first[1]], {"need_weights": False}),
-        "all different": ({}, [x, y, z], {}),
-        "all different, samples first": ({"batch_first": True, "bias": False}, first, {"need_weights": False}),
-        "padded": ({}, [x, y, y], {"key_padding_mask": padding}),
-        "padded, no weights": (
-            {"batch_first": True}, [first[0], first[1], first[1]], {"key_padding_mask": padding, "need_weights": False},
-        ),
-        "one sample": ({}, [x[:, 0]] * 3, {}),
-        "one sample, samples first": ({"batch_first": True}, [x[:, 0], y[:, 0], y[:, 0]], {"need_weights": False}),
-        "other widths": ({"kdim": 6, "vdim": 5}, [x, y[..., :6], z[..., :5]], {}),
-        "other widths, samples first, no bias": (
-            {"kdim": 6, "vdim": 5, "batch_first": True, "bias": False},
-            [first[0], first[1][..., :6], first[2][..., :5]], {"need_weights": False},
-        ),
-        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], {}),
-    }  # fmt: skip
+        "self": ({}, [x, x, x], None),
+        "cross": ({}, [x, y, y], None),
+        "padded": ({}, [x, y, y], padding),
+        "all different": ({}, [x, y, z], None),
+        "all different, no bias": ({"bias": False}, [x, y, z], None),
+        "one sample": ({}, [sample, sample, sample], None),
+        "one sample, cross": ({}, [sample, other_sample, other_sample], None),
+        "other widths": (widths, of_widths, None),
+        "other widths, no bias": ({"bias": False, **widths}, of_widths, None),
+        "more keys": ({"add_bias_kv": True, "add_zero_attn": True}, [x, y, z], None),
+    }
 
 
-@pytest.mark.parametrize("kind", kinds_of_attention())
-def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
-    torch.manual_seed(0)
-    options, inputs, call = kinds_of_attention()[kind]
-    model = nn.MultiheadAttention(8, 2, **options)  # type: ignore[arg-type]
+@pytest.mark.parametrize("need_weights", [True, False], ids=["weights", "no weights"])
+@pytest.mark.parametrize("batch_first", [True, False], ids=["samples first", "samples second"])
+@pytest.mark.parametrize("kind", kinds_of_attention(False))
+def test_queries_keys_and_values_of_attention_are_neurons(kind: str, batch_first: bool, need_weights: bool) -> None:
+    options, inputs, padding = kinds_of_attention(batch_first)[kind]
+    call = {"key_padding_mask": padding, "need_weights": need_weights}
+    model = nn.MultiheadAttention(8, 2, batch_first=batch_first, **options)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.5)
     exact = copy.deepcopy(model).double()
     before = model(*inputs, **call)
-    neurons = find_neurons(model)
-    neurons.attach(model)
+    neurons = attached(model)
     tapped = model(*inputs, **call)
     weights = torch.randn_like(before[0])
 
     def loss(output: Tensor, probabilities: Tensor | None) -> Tensor:
-        sum_ = (weights.to(output.dtype) * output).sum()
-        return (
-            sum_ if probabilities is None or not call.get("need_weights", True) else sum_ + probabilities.pow(2).sum()
-        )
+        weighted = (weights.to(output.dtype) * output).sum()
+        return weighted + probabilities.pow(2).sum() if need_weights else weighted
 
     loss(*tapped).backward()
     neurons.detach()
     for one, other in zip(tapped, before, strict=True):
         assert one is other or torch.equal(one, other)
-    projected, outputs = attention(exact, [x.double() for x in inputs], call.get("key_padding_mask"))  # type: ignore[arg-type]
+    projected, outputs = attention(exact, [x.double() for x in inputs], padding)
     torch.testing.assert_close(outputs[0].float(), before[0], rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(loss(*outputs), projected)
-    want = torch.cat([eq_2(n.detach(), g, 2) for n, g in zip(projected, gradients, strict=True)])
+    want = torch.cat([eq_2(n, g, 2) for n, g in zip(projected, gradients, strict=True)])
     assert neurons["in_proj"].neurons == 24
     assert_same({"in_proj": neurons["in_proj"].sink.grad}, {"in_proj": want})
 
@@ -246,38 +234,30 @@ def test_queries_keys_and_values_of_attention_are_neurons(kind: str) -> None:
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("activation", ["relu", ReLU()], ids=["relu", "npc_ext.nn.ReLU"])
 def test_a_sequence_without_a_dimension_of_samples_is_one_sample(batch_first: bool, activation: str) -> None:
-    model, x = (
-        nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation=activation, batch_first=batch_first),
-        torch.randn(5, 8),
-    )
+    model = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation=activation, batch_first=batch_first)
+    x = torch.randn(5, 8)
     loss = lambda y: y.sin().sum()  # noqa: E731
     _, alone = measured(copy.deepcopy(model), x, loss=loss)
     _, batch_of_one = measured(model, x.unsqueeze(0 if batch_first else 1), loss=loss)
-    assert alone.keys() == batch_of_one.keys() == {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
-    for name, importance in batch_of_one.items():
-        torch.testing.assert_close(alone[name], importance)
+    assert alone.keys() == {"self_attn.in_proj", "self_attn.out_proj", "linear1", "linear2"}
+    torch.testing.assert_close(alone, batch_of_one)
 
 
 def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)
-            self.b.in_proj_weight = self.a.in_proj_weight
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x, x, x)[0]
-            return self.b(x, x, x)[0]
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = model.a(x, x, x)[0]
+        return model.b(x, x, x)[0]
 
     x = torch.randn(5, 3, 8)
-    model = Twice()
+    model = Model(forward, a=nn.MultiheadAttention(8, 2), b=nn.MultiheadAttention(8, 2))
+    model.b.in_proj_weight = model.a.in_proj_weight
     single, called_twice = copy.deepcopy(model), copy.deepcopy(model)
     single.b.in_proj_weight = nn.Parameter(single.a.in_proj_weight.detach().clone())
     called_twice.b = called_twice.a
     neurons, got = measured(model, x)
     _, apart = measured(single, x)
     torch.testing.assert_close(got["a.in_proj"], apart["a.in_proj"] + apart["b.in_proj"])
-    assert [p.name for p in neurons["a.in_proj"].parameters] == ["a.in_proj_weight", "a.in_proj_bias", "b.in_proj_bias"]
+    assert names(neurons["a.in_proj"].parameters) == ["a.in_proj_weight", "a.in_proj_bias", "b.in_proj_bias"]
     assert "shared with b" in neurons["a.in_proj"].note
     assert set(measured(called_twice, x)[1]) == {"a.in_proj", "a.out_proj"}
 
@@ -285,7 +265,7 @@ def test_attention_modules_that_share_their_weight_are_one_layer() -> None:
 def test_attention_that_cannot_be_measured_inside_says_why() -> None:
     class Overridden(nn.MultiheadAttention):
         def forward(self, *inputs: Tensor, **options: object) -> tuple[Tensor, Tensor | None]:
-            return super().forward(*inputs, **options)  # type: ignore[arg-type]
+            return super().forward(*inputs, **options)
 
     class Replaced(nn.MultiheadAttention):
         def __init__(self, *sizes: int) -> None:
@@ -297,14 +277,13 @@ def test_attention_that_cannot_be_measured_inside_says_why() -> None:
         (Replaced(8, 2), "has been replaced"),
     ):
         neurons = find_neurons(nn.Sequential(module))
-        assert [layer.name for layer in neurons] == ["0.out_proj"]
+        assert names(neurons) == ["0.out_proj"]
         assert all(reason in other.reason for other in neurons.others)
     with pytest.raises(ValueError, match=r"measure_at names '0.in_proj', the input projection of attention"):
         find_neurons(nn.Sequential(nn.MultiheadAttention(8, 2)), measure_at={"0.in_proj": "0"})
     extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).others
-    assert [(other.name, other.reason) for other in extra] == [
-        (name, "a key and a value that attention adds to every sequence") for name in ("bias_k", "bias_v")
-    ]
+    assert names(extra) == ["bias_k", "bias_v"]
+    assert {other.reason for other in extra} == {"a key and a value that attention adds to every sequence"}
 
 
 def test_attention_is_measured_where_nothing_but_its_projection_trains() -> None:
@@ -325,58 +304,27 @@ def test_a_transformer_layer_that_is_the_model_itself_says_where_samples_are() -
 def test_two_layers_with_tied_weights_are_one_layer_whose_importance_adds_up() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
     model[2].weight = model[0].weight
-    x = torch.randn(4, 6)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    first = F.relu(exact[0](x.double()))
-    second = F.relu(exact[2](first))
-    out = exact[4](second)
-    want = expected({"0": first, "2": second, "4": out}, out)
-    want["0"] += want.pop("2")
-    assert_same(got, want)
-    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "2.bias"]
+    neurons = assert_measured(model, torch.randn(4, 6), {"1": "0", "3": "0", "4": "4"})
+    assert names(neurons["0"].parameters) == ["0.weight", "0.bias", "2.bias"]
     assert "shared with 2" in neurons["0"].note
 
 
 def test_a_module_called_twice_in_one_forward_pass_adds_up() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.out = nn.Linear(6, 6), nn.Linear(6, 2)
+    def forward(model: Any, x: Tensor) -> Tensor:
+        return model.out(F.relu(model.layer(F.relu(model.layer(x)))))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.out(F.relu(self.layer(F.relu(self.layer(x)))))
-
-    model, x = Twice(), torch.randn(4, 6)
-    exact = copy.deepcopy(model).double()
-    _, got = measured(model, x)
-    first = exact.layer(x.double())
-    second = exact.layer(F.relu(first))
-    out = exact.out(F.relu(second))
-    want = expected({"first": first, "second": second, "out": out}, out)
-    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+    model = Model(forward, layer=nn.Linear(6, 6), out=nn.Linear(6, 2))
+    assert_measured(model, torch.randn(4, 6), {"layer": "layer", "out": "out"})
 
 
 def test_a_call_that_could_be_measured_further_downstream_does_not_count_twice() -> None:
-    class Twice(nn.Module):
+    def forward(model: Any, x: Tensor) -> Tensor:
         """One layer and its ReLU called twice; dropout follows the second call only."""
+        y = model.relu(model.layer(x))
+        return model.out(model.dropout(model.relu(model.layer(y + 0.5 * y))))
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.relu, self.dropout, self.out = nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.0), nn.Linear(6, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = self.relu(self.layer(x))
-            return self.out(self.dropout(self.relu(self.layer(y + 0.5 * y))))
-
-    model, x = Twice(), torch.randn(4, 6)
-    exact = copy.deepcopy(model).double()
-    _, got = measured(model, x)
-    first = F.relu(exact.layer(x.double()))
-    second = F.relu(exact.layer(1.5 * first))
-    out = exact.out(second)
-    want = expected({"first": first, "second": second, "out": out}, out)
-    assert_same(got, {"layer": want["first"] + want["second"], "out": want["out"]})
+    model = Model(forward, layer=nn.Linear(6, 6), relu=nn.ReLU(), dropout=nn.Dropout(0.0), out=nn.Linear(6, 2))
+    assert_measured(model, torch.randn(4, 6), {"relu": "layer", "out": "out"})
 
 
 def test_channels_last_memory_gives_the_same_importance() -> None:
@@ -384,16 +332,7 @@ def test_channels_last_memory_gives_the_same_importance() -> None:
     twin = copy.deepcopy(model).to(memory_format=torch.channels_last)
     _, got = measured(model, x)
     _, last = measured(twin, x.contiguous(memory_format=torch.channels_last))
-    for name in got:
-        torch.testing.assert_close(last[name], got[name], rtol=1e-3, atol=1e-5)
-
-
-def test_frozen_layers_are_listed_but_not_measured() -> None:
-    model, x = paper_cnn(), torch.randn(4, 1, 8, 8)
-    model.conv1.requires_grad_(False)
-    neurons, got = measured(model, x)
-    assert "conv1" in [layer.name for layer in neurons]
-    assert set(got) == {"conv2", "hidden", "output"}
+    torch.testing.assert_close(last, got, rtol=1e-3, atol=1e-5)
 
 
 CONVOLUTIONS = [
@@ -409,60 +348,39 @@ CONVOLUTIONS = [
 
 @pytest.mark.parametrize(("layer", "shape"), CONVOLUTIONS, ids=lambda value: str(value).split("kernel")[0])
 def test_every_kind_of_convolution(layer: nn.Module, shape: tuple[int, ...]) -> None:
-    model, x = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), nn.Flatten()), torch.randn(shape)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    activation = torch.tanh(exact[0](x.double()))
-    assert_same(got, expected({"0": activation}, activation))
+    model = nn.Sequential(copy.deepcopy(layer), nn.Tanh(), nn.Flatten())
+    neurons = assert_measured(model, torch.randn(shape), {"1": "0"})
     weight, n = neurons["0"].parameters[0], layer.out_channels
     assert weight.parameter.shape[weight.dim] * weight.groups == n == neurons["0"].neurons
 
 
 def test_unbatched_input_counts_as_one_sample() -> None:
     model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU()), torch.randn(2, 6, 6)
-    exact = copy.deepcopy(model).double()
     _, got = measured(model, x)
-    activation = F.relu(exact[0](x.double()))[None]
-    assert_same(got, expected({"0": activation}, activation))
+    assert_same(got, expected(model, x[None], {"1": "0"}))
 
 
 def test_functional_gelu_is_followed_and_measured_at_the_next_layers_input() -> None:
-    class FeedForward(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.up, self.down = nn.Linear(4, 9), nn.Linear(9, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x + self.down(F.gelu(self.up(x)))
-
-    model, x = FeedForward(), torch.randn(5, 4)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    hidden = F.gelu(exact.up(x.double()))
-    down = exact.down(hidden)
-    assert_same(got, expected({"up": hidden, "down": down}, x.double() + down))
+    model = Model(lambda model, x: x + model.down(F.gelu(model.up(x))), up=nn.Linear(4, 9), down=nn.Linear(9, 4))
+    neurons = assert_measured(model, torch.randn(5, 4), {"input of down": "up", "down": "down"})
     assert str(neurons["up"].points[0]) == "input of down"
 
 
-class WithFunction(nn.Module):
-    """A function behind a convolution, which no module shows."""
-
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv, self.function, self.out = nn.Conv2d(1, 4, 3), function, nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(self.function(self.conv(x)).mean((2, 3)))
+def with_function(function: Callable[[Tensor], Tensor]) -> Model:
+    """A model that calls a function behind its convolution."""
+    return Model(
+        lambda model, x: model.out(function(model.conv(x)).mean((2, 3))), conv=nn.Conv2d(1, 4, 3), out=nn.Linear(4, 2)
+    )
 
 
 def test_a_functional_activation_that_cannot_be_reached_is_noted() -> None:
-    note = find_neurons(WithFunction(F.gelu))["conv"].note
+    note = find_neurons(with_function(F.gelu))["conv"].note
     assert note == "measured before gelu, which is not a module that is used once"
 
 
 def test_a_layer_before_an_unreachable_normalization_trains_plainly_and_says_why() -> None:
-    neurons = find_neurons(WithFunction(F.instance_norm))
-    assert [layer.name for layer in neurons] == ["out"]
+    neurons = find_neurons(with_function(F.instance_norm))
+    assert names(neurons) == ["out"]
     assert "a normalization follows" in neurons.others[0].reason
 
 
@@ -472,11 +390,10 @@ def test_heads_chosen_by_an_argument_or_an_attribute() -> None:
         _, got = measured(ManyHeads(), x, task)
         assert set(got) == {"features.0", f"heads.{task}"}
         model = SetTask()
-        neurons = find_neurons(model)
-        neurons.attach(model)
+        neurons = attached(model)
         model.task = task
         model(x).sum().backward()
-        assert {layer.name for layer in neurons if layer.sink.grad is not None} == {"hidden", f"heads.{task}"}
+        assert set(take_sinks(neurons)) == {"hidden", f"heads.{task}"}
 
 
 def test_heads_that_the_trace_does_not_reach_are_measured_behind_their_normalization() -> None:
@@ -486,31 +403,21 @@ def test_heads_that_the_trace_does_not_reach_are_measured_behind_their_normaliza
         model.heads[index] = nn.Sequential(*head)
     layer = find_neurons(model)["heads.1.0"]
     assert str(layer.points[0]) == "output of heads.1.2"
-    assert [p.name for p in layer.parameters][2:] == ["heads.1.1.weight", "heads.1.1.bias"]
+    assert names(layer.parameters)[2:] == ["heads.1.1.weight", "heads.1.1.bias"]
 
 
 def test_a_model_that_cannot_be_traced_is_measured_at_the_outputs_of_its_layers() -> None:
-    model, x = DataDependent(), torch.randn(4, 3, 5, 5)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
-    conv = exact.conv(x.double())
-    out = exact.fc(F.relu(conv).mean((2, 3)) + 0.1)
-    assert_same(got, expected({"conv": conv, "fc": out}, out))
+    neurons = assert_measured(DataDependent(), torch.randn(4, 3, 5, 5), {"conv": "conv", "fc": "fc"})
     assert neurons["conv"].points[0].copy
 
 
 def test_in_place_operations_on_measured_tensors_are_met_with_a_copy() -> None:
-    class Masks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.out = nn.Linear(4, 6), nn.Linear(6, 5)
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = model.layer(x)
+        x[:, 0] = 0
+        return model.out(F.relu_(x.view(-1, 6)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.layer(x)
-            x[:, 0] = 0
-            return self.out(F.relu_(x.view(-1, 6)))
-
-    model, x = Masks(), torch.randn(3, 4)
+    model, x = Model(forward, layer=nn.Linear(4, 6), out=nn.Linear(6, 5)), torch.randn(3, 4)
     neurons, got = measured(model, x)
     assert set(got) == {"layer", "out"}
     assert neurons["layer"].points[0].copy
@@ -521,41 +428,32 @@ def test_in_place_operations_on_measured_tensors_are_met_with_a_copy() -> None:
     logits_masked_by_the_user.logsumexp(1).sum().backward()
 
 
-def test_tracing_leaves_nothing_behind() -> None:
-    class Remembers(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.last, self.seen, self.calls = nn.Linear(3, 2), None, {}, 0
+class Remembers(nn.Module):
+    """Changes its attributes, its buffer and the random state in each forward pass."""
 
-        def forward(self, x: Tensor) -> Tensor:
-            self.calls += 1
-            self.last = self.seen["x"] = self.layer(x)
-            return torch.dropout(self.last, 0.5, self.training)
+    def __init__(self, traceable: bool) -> None:
+        super().__init__()
+        self.layer, self.traceable = nn.Linear(3, 2), traceable
+        self.last, self.seen, self.log, self.calls = None, {}, [], 0
+        self.register_buffer("steps", torch.zeros(()))
 
-    model, state = Remembers().eval(), torch.get_rng_state()
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.steps += 1
+        self.last = self.seen["x"] = self.layer(x)
+        self.log.append(self.last)
+        x = torch.dropout(self.last, 0.5, self.training)
+        return x if self.traceable or x.sum() > 0 else -x
+
+
+@pytest.mark.parametrize("traceable", [True, False])
+def test_tracing_leaves_nothing_behind(traceable: bool) -> None:
+    model, state = Remembers(traceable).eval(), torch.get_rng_state()
     find_neurons(model)
-    assert (model.last, model.seen, model.calls, model.training) == (None, {}, 0, False)
+    assert (model.last, model.seen, model.log, model.calls, model.training) == (None, {}, [], 0, False)
+    assert model.steps == 0
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.layer._forward_hooks
-
-
-def test_tracing_leaves_nothing_in_buffers_and_lists_even_if_it_fails() -> None:
-    class Counts(nn.Module):
-        def __init__(self, fails: bool) -> None:
-            super().__init__()
-            self.layer, self.fails, self.log = nn.Linear(3, 2), fails, list[Tensor]()
-            self.register_buffer("steps", torch.zeros(()))
-
-        def forward(self, x: Tensor) -> Tensor:
-            self.steps += 1
-            x = self.layer(x)
-            self.log.append(x)
-            return -x if self.fails and x.sum() > 0 else x
-
-    for fails in (False, True):
-        model = Counts(fails)
-        find_neurons(model)
-        assert (model.log, model.steps.item()) == ([], 0)
 
 
 class OverwritesItsInput(nn.Module):
@@ -569,37 +467,17 @@ def test_a_part_that_cannot_be_traced_moves_no_point_before_it() -> None:
     model = nn.Sequential(
         *(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.SiLU(), OverwritesItsInput(), nn.Flatten(), nn.Linear(36, 2))
     )
-    x = torch.randn(3, 2, 5, 5)
-    exact = copy.deepcopy(model).double()
-    neurons, got = measured(model, x)
+    neurons = assert_measured(model, torch.randn(3, 2, 5, 5), {"2": "0", "5": "5"})
     assert str(neurons["0"].points[0]) == "output of 2"
     assert neurons["0"].points[0].copy
-    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    conv = exact[2](exact[1](exact[0](x.double())))
-    out = exact[5](exact[3](conv.clone()).flatten(1))
-    assert_same(got, expected({"0": conv, "5": out}, out))
+    assert names(neurons["0"].parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_a_module_with_two_names_in_a_model_that_cannot_be_traced() -> None:
-    class Part(nn.Module):
-        def __init__(self, relu: nn.Module) -> None:
-            super().__init__()
-            self.fc, self.relu = nn.Linear(4, 4), relu
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.relu(self.fc(x))
-
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            relu = nn.ReLU()
-            self.a, self.b = Part(relu), Part(relu)
-
-        def forward(self, x: Tensor) -> Tensor:
-            x = self.a(x)
-            return self.b(x) if x.sum() >= 0 else x
-
-    assert [str(layer.points[0]) for layer in find_neurons(Model())] == ["output of a.fc", "output of b.fc"]
+    relu = nn.ReLU()
+    a, b = (Model(lambda part, x: part.relu(part.fc(x)), fc=nn.Linear(4, 4), relu=relu) for _ in range(2))
+    model = Model(lambda model, x: model.b(model.a(x)) if x.sum() >= 0 else model.a(x), a=a, b=b)
+    assert points(find_neurons(model)) == ["output of a.fc", "output of b.fc"]
 
 
 def test_a_class_derived_from_a_normalization_is_passed_even_if_it_cannot_be_traced() -> None:
@@ -611,34 +489,29 @@ def test_a_class_derived_from_a_normalization_is_passed_even_if_it_cannot_be_tra
 
     neurons = find_neurons(nn.Sequential(nn.Conv2d(2, 4, 3), CheckedNorm(4), nn.Conv2d(4, 2, 1)))
     assert str(neurons["0"].points[0]) == "output of 1"
-    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+    assert names(neurons["0"].parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
 def test_functional_pooling_does_not_hide_a_following_normalization() -> None:
-    class Model(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv, self.norm, self.fc = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+    def forward(model: Any, x: Tensor) -> Tensor:
+        x = F.avg_pool2d(F.max_pool2d(model.conv(x), 2), 2)
+        return model.fc(model.norm(F.adaptive_avg_pool2d(x, 2)).mean((2, 3)))
 
-        def forward(self, x: Tensor) -> Tensor:
-            x = F.avg_pool2d(F.max_pool2d(self.conv(x), 2), 2)
-            return self.fc(self.norm(F.adaptive_avg_pool2d(x, 2)).mean((2, 3)))
-
-    assert str(find_neurons(Model())["conv"].points[0]) == "output of norm"
+    model = Model(forward, conv=nn.Conv2d(2, 4, 3), norm=nn.BatchNorm2d(4), fc=nn.Linear(4, 2))
+    assert str(find_neurons(model)["conv"].points[0]) == "output of norm"
 
 
 def test_scales_of_a_layer_norm_behind_a_convolution_count_positions_not_neurons() -> None:
     # The last dimension is as long as there are neurons, by chance.
     neurons = find_neurons(nn.Sequential(nn.Conv1d(2, 5, 1), nn.LayerNorm(5), nn.ReLU(), nn.Conv1d(5, 2, 1)))
-    assert [p.name for p in neurons["0"].parameters] == ["0.weight", "0.bias"]
-    assert [other.name for other in neurons.others] == ["1.weight", "1.bias"]
+    assert names(neurons["0"].parameters) == ["0.weight", "0.bias"]
+    assert names(neurons.others) == ["1.weight", "1.bias"]
     assert str(neurons["0"].points[0]) == "output of 2"
 
 
 def test_detaching_takes_every_hook_out() -> None:
     model = ResNet()
-    neurons = find_neurons(model)
-    neurons.attach(model)
+    neurons = attached(model)
     assert any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     neurons.detach()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -659,23 +532,17 @@ def test_detaching_takes_every_hook_out() -> None:
 def test_the_table_lists_every_parameter_once(make: Callable[[], nn.Module]) -> None:
     model = make()
     neurons = find_neurons(model)
-    listed = [p.name for layer in neurons for p in layer.parameters] + [other.name for other in neurons.others]
+    listed = names(p for layer in neurons for p in layer.parameters) + names(neurons.others)
     assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
     for name in listed:
         assert name.rpartition(".")[2] in str(neurons)
 
 
 def test_language_model_head_tied_with_its_embedding() -> None:
-    class Tied(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embedding, self.head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
-            self.head.weight = self.embedding.weight
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.head(self.embedding(tokens))
-
-    neurons, got = measured(Tied(), torch.randint(11, (2, 5)))
+    embedding, head = nn.Embedding(11, 4), nn.Linear(4, 11, bias=False)
+    head.weight = embedding.weight
+    model = Model(lambda model, tokens: model.head(model.embedding(tokens)), embedding=embedding, head=head)
+    neurons, got = measured(model, torch.randint(11, (2, 5)))
     assert "also the embedding embedding" in neurons["head"].note
     assert got["head"].shape == (11,)
 
@@ -683,7 +550,7 @@ def test_language_model_head_tied_with_its_embedding() -> None:
 def test_layers_whose_weight_is_computed_train_plainly() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     neurons = find_neurons(model)
-    assert [layer.name for layer in neurons] == ["2"]
+    assert names(neurons) == ["2"]
     assert all("a parametrization" in other.reason for other in neurons.others)
 
 
@@ -709,7 +576,7 @@ def tied_across_dimensions() -> nn.Module:
         (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
     ],
 )  # fmt: skip
-def test_invalid_models_and_options_are_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:  # type: ignore[type-arg]
+def test_invalid_models_and_options_are_refused(make: Callable[[], nn.Module], options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         find_neurons(make(), **options)
 
@@ -723,20 +590,14 @@ def test_a_normalization_that_is_named_or_passed_belongs_to_the_neurons() -> Non
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3))
     for at in ("1", "2"):
         layer = find_neurons(model, measure_at={"0": at})["0"]
-        assert [p.name for p in layer.parameters] == ["0.weight", "0.bias", "1.weight", "1.bias"]
+        assert names(layer.parameters) == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
-    class Hidden(nn.Module):
-        """Cannot be traced, because it depends on data."""
+    def cannot_be_traced(model: Any, x: Tensor) -> Tensor:
+        x = model.norm(model.layer(x))
+        return x if x.sum() > 0 else -x
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer, self.norm = nn.Linear(5, 4), nn.LayerNorm(4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.norm(self.layer(x))
-            return y if bool(y.sum() > 0) else -y
-
-    assert len(find_neurons(Hidden(), measure_at={"layer": "norm"})["layer"].parameters) == 4
+    model = Model(cannot_be_traced, layer=nn.Linear(5, 4), norm=nn.LayerNorm(4))
+    assert len(find_neurons(model, measure_at={"layer": "norm"})["layer"].parameters) == 4
 
 
 def test_the_table_says_what_is_not_trained() -> None:
@@ -756,14 +617,14 @@ def test_transposed_linear_layers_have_the_neurons_of_linear_ones() -> None:
     assert_same(got, {name: importance.double() for name, importance in want.items()})
     for layer, other in zip(neurons, twin, strict=True):
         assert (layer.neurons, layer.fan_in, layer.points) == (other.neurons, other.fan_in, other.points)
-        assert [p.name for p in layer.parameters] == [p.name for p in other.parameters]
+        assert names(layer.parameters) == names(other.parameters)
         assert layer.parameters[0].dim == 1 and {p.dim for p in layer.parameters[1:]} == {0}
 
 
 def test_what_is_only_called_conv1d_is_no_layer() -> None:
     model = nn.Sequential(Conv1D(4, 4), nn.Linear(4, 2))
     model[0].nf = 5
-    assert [layer.name for layer in find_neurons(model)] == ["1"]
+    assert names(find_neurons(model)) == ["1"]
 
 
 class PackedLinear(nn.Linear):
@@ -790,7 +651,7 @@ class PackedLinear(nn.Linear):
 )
 def test_packed_weights_are_no_neurons(packed: Tensor) -> None:
     neurons = find_neurons(nn.Sequential(PackedLinear(16, 16, packed), nn.ReLU(), nn.Linear(16, 2)))
-    assert [layer.name for layer in neurons] == ["2"]
+    assert names(neurons) == ["2"]
     assert all("its weight " in other.reason for other in neurons.others)
     assert "0.weight" in str(neurons)
 
@@ -800,7 +661,7 @@ def test_packed_weights_are_no_neurons(packed: Tensor) -> None:
 )
 def test_weights_of_convolutions_are_those_of_their_shape(layer: nn.Module) -> None:
     assert find_neurons(layer)[""].neurons == 6
-    layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1))  # type: ignore[arg-type]
+    layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1))
     with pytest.raises(ValueError, match="its weight has the shape"):
         find_neurons(layer)
 
@@ -817,18 +678,16 @@ def test_tokens_count_as_samples_where_dimension_1_does() -> None:
     _, as_one = measured(model, x)
     _, by_token = measured(model, x, batch_dim={"0": 1, "2": 1})
     _, flat = measured(model, x[0])
-    for name in flat:
-        torch.testing.assert_close(by_token[name], flat[name])
+    torch.testing.assert_close(by_token, flat)
     assert (as_one["0"] < by_token["0"]).all()
 
 
 def test_tokens_count_as_samples_also_in_attentions_input_projection() -> None:
-    torch.manual_seed(0)
     model, x = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 9, 8)
     _, by_token = measured(model, x, x, x, batch_dim={"in_proj": 1}, loss=lambda y: y[0].sin().sum())
     projected, (output, _) = attention(model, [x, x, x], None)
     gradients = torch.autograd.grad(output.sin().sum(), projected)
-    want = [eq_2(n.detach(), g, channel_dim=2, batch_dim=1) for n, g in zip(projected, gradients, strict=True)]
+    want = [eq_2(n, g, channel_dim=2, batch_dim=1) for n, g in zip(projected, gradients, strict=True)]
     assert_same({"in_proj": by_token["in_proj"]}, {"in_proj": torch.cat(want)})
 
 
