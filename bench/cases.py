@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from npc_ext import NPC, NPCAdamW
-from npc_ext.skipping.certificate import MOST_STEPS_BETWEEN_ISSUES
+from npc_ext import NPC, NPCAdamW, reference
 
 from .rows import OURS
-from .timing import Call
+from .timing import Call, Case, check
 
 # A beta so large that every neuron learns at full rate: the most work that NPC can have.
 PLASTIC = 1e9
@@ -30,32 +30,49 @@ def eager_importance(n: Tensor, g: Tensor) -> Tensor:
     return (product.flatten(2).sum(2) if product.ndim > 2 else product).float().abs().sum(0)
 
 
+def importance_case(
+    name: str,
+    functions: Mapping[str, Callable[[Tensor, Tensor], Tensor]],
+    inputs: list[tuple[Tensor, Tensor]],
+    tolerance: float = 1e-4,
+    **more: Any,
+) -> Case:
+    """The case of eq. 2, computed by several functions, each of which is checked against the reference.
+
+    `more` sets further fields of the case.
+    """
+    n, g = inputs[0]
+    want = reference.importance(n.double(), g.double())
+
+    def agrees(peer: str) -> None:
+        if peer in functions:
+            check(peer, functions[peer](n, g), want, tolerance)
+
+    peers = {peer: on_sets(function, inputs) for peer, function in functions.items()}
+    return Case(name, peers, sets=len(inputs), check=agrees, bytes=n.nbytes + g.nbytes, **more)
+
+
 def on_sets(function: Callable[[Tensor, Tensor], object], inputs: list[tuple[Tensor, Tensor]]) -> Call:
     """Turns a function of two tensors into a function of the index of an input set."""
     return lambda index: function(*inputs[index])
 
 
-def of_parameters(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Maker:
-    """Returns a function that builds one of PyTorch's optimizers for a model."""
-    return lambda model: kind(model.parameters(), **options)
+def _kind(
+    ours: Callable[..., Any], theirs: Any, mix: tuple[int, int], **options: Any
+) -> tuple[Callable[..., Any], dict[str, Maker], tuple[int, int]]:
+    """Our optimizer, PyTorch's by name, and how many numbers a step reads and writes for each weight."""
+
+    def peer(way: str) -> Maker:
+        return lambda model: theirs(model.parameters(), **{way: True}, **options)
+
+    peers = {f"{theirs.__name__} {way}": peer(way) for way in ("fused", "foreach")}
+    return partial(ours, beta=PLASTIC, **options), peers, mix
 
 
-_KINDS: list[tuple[str, Any, Any, dict[str, Any], tuple[int, int]]] = [
-    ("SGD", NPC, torch.optim.SGD, {"lr": 1e-3}, (2, 1)),
-    ("SGD, momentum", NPC, torch.optim.SGD, {"lr": 1e-3, "momentum": 0.9}, (3, 2)),
-    ("AdamW", NPCAdamW, torch.optim.AdamW, {"lr": 1e-3}, (4, 3)),
-]
-# By kind: our optimizer, PyTorch's, and how many numbers a step reads and writes for each weight.
-OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Maker], tuple[int, int]]] = {
-    name: (
-        partial(ours, beta=PLASTIC, **options),
-        {
-            f"{theirs.__name__} fused": of_parameters(theirs, fused=True, **options),
-            f"{theirs.__name__} foreach": of_parameters(theirs, foreach=True, **options),
-        },
-        mix,
-    )
-    for name, ours, theirs, options, mix in _KINDS
+OPTIMIZERS = {
+    "SGD": _kind(NPC, torch.optim.SGD, (2, 1), lr=1e-3),
+    "SGD, momentum": _kind(NPC, torch.optim.SGD, (3, 2), lr=1e-3, momentum=0.9),
+    "AdamW": _kind(NPCAdamW, torch.optim.AdamW, (4, 3), lr=1e-3),
 }
 
 
@@ -152,13 +169,13 @@ def freeze(optimizer: Any, share: float) -> None:
 def certify(optimizer: Any) -> None:
     """Takes steps in which nothing moves, until the optimizer has issued certificates for its importance.
 
-    It issues none right after other code has changed importance, so that takes two intervals; those of a GPU arrive a
-    quarter of an interval later.
+    It issues certificates every 8 to 32 steps, but none right after other code has changed importance; those of a GPU
+    arrive a quarter of that interval later.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
-    for _ in range(2 * MOST_STEPS_BETWEEN_ISSUES + MOST_STEPS_BETWEEN_ISSUES // 4):
+    for _ in range(2 * 32 + 8):
         for layer in optimizer.neurons:
             layer.sink.grad = torch.zeros_like(layer.sink)
         optimizer.step()
@@ -185,6 +202,19 @@ def training(
         optimizer.step()
 
     return train
+
+
+@contextmanager
+def tf32(enabled: bool = True) -> Iterator[None]:
+    """Multiplies float32 matrices in TF32 within the block, as is usual in training, or else in full precision."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 def trainers(

@@ -15,8 +15,7 @@ from pathlib import Path
 from .rows import Results, Row, RowsError, device, read
 from .tables import duration, markdown
 
-# (lower quartile, median, upper quartile) of our time, and its unit.
-_Measure = tuple[tuple[float, float, float], str]
+_Quartiles = tuple[float, float, float]  # the lower quartile, the median and the upper quartile
 
 
 def compare(old: Results, new: Results) -> tuple[str, bool]:
@@ -35,10 +34,10 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
             raise RowsError(
                 f"{key[1]!r} was measured on {devices[0]} and on {devices[1]}; numbers of two devices are not compared"
             )
-        pair = _measures(old.rows[key], new.rows[key])
-        if pair is None:
+        measures = _measures(old.rows[key], new.rows[key])
+        if measures is None:
             continue
-        (before, unit), (after, _) = pair
+        (before, after), unit = measures
         if before[0] <= after[2] and after[0] <= before[2]:
             continue
         is_slower = after[1] > before[1]
@@ -50,30 +49,21 @@ def compare(old: Results, new: Results) -> tuple[str, bool]:
     return f"{table}\n\nOur time, in units of the peer's where one is named: more is slower.", slower
 
 
-def _measures(old: Row, new: Row) -> tuple[_Measure, _Measure] | None:
-    """The same measure of both rows; None if they have none."""
+def _measures(old: Row, new: Row) -> tuple[list[_Quartiles], str] | None:
+    """Our time in both rows, and its unit ("" for seconds); None if they have no common measure."""
     for peer in [*new.goals, *new.ratio]:
         if peer in old.ratio and peer in new.ratio:
-            return _relative(old, peer), _relative(new, peer)
-    ours = next(iter(new.seconds), None)
-    if ours is None or ours not in old.quartiles or ours not in new.quartiles:
-        return None
-    return _seconds(old, ours), _seconds(new, ours)
+            ratios = [row.ratio[peer] for row in (old, new)]
+            return [(1 / high, 1 / median, 1 / low) for low, median, high in ratios], f" of {peer}"
+    ours = next(iter(new.seconds), "")
+    if ours in old.quartiles and ours in new.quartiles:
+        return [(row.quartiles[ours][0], row.seconds[ours], row.quartiles[ours][1]) for row in (old, new)], ""
+    return None
 
 
-def _relative(row: Row, peer: str) -> _Measure:
-    low, median, high = row.ratio[peer]
-    return (1 / high, 1 / median, 1 / low), f"of {peer}"
-
-
-def _seconds(row: Row, name: str) -> _Measure:
-    low, high = row.quartiles[name]
-    return (low, row.seconds[name], high), "s"
-
-
-def _shown(measure: tuple[float, float, float], unit: str) -> str:
-    low, median, high = (duration(one) if unit == "s" else f"{one:.2f}" for one in measure)
-    return f"{median} ({low} to {high})" + ("" if unit == "s" else f" {unit}")
+def _shown(measure: _Quartiles, unit: str) -> str:
+    low, median, high = (f"{one:.2f}" if unit else duration(one) for one in measure)
+    return f"{median} ({low} to {high}){unit}"
 
 
 def main() -> int:

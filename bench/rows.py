@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,15 @@ class Row:
     goals: dict[str, float] = field(default_factory=dict)
     bytes: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def in_turns(peers: Iterable[str], turns: int, seconds: Callable[[str, int], float]) -> dict[str, list[float]]:
+    """Samples `seconds(peer, turn)` of all peers turn by turn, in alternating order."""
+    samples: dict[str, list[float]] = {peer: [] for peer in peers}
+    for turn in range(turns):
+        for peer in samples if turn % 2 else reversed(samples):
+            samples[peer].append(seconds(peer, turn))
+    return samples
 
 
 def summary(part: str, name: str, samples: Mapping[str, list[float]]) -> Row:

@@ -1,9 +1,9 @@
-"""Whether to compute a part of a layer's rows alone: the package's fixed rule beside the best choice for each layer.
+"""When it pays to compute only a part of a layer's rows: compares the package's rule with the best choice per layer.
 
     python -m bench.skipping_rule --out bench/results/skipping-rule
 
-times the forward and backward pass of each weighted layer of some networks, with all rows and with those alone that a
-share of certified neurons leaves, in turns. The best choice is what a clock without noise would find. Seconds are CPU
+times the forward and backward pass of each weighted layer of some networks, in turns with all rows and with only the
+rows of neurons that are not certified. The best choice is what a clock without noise would find. Seconds are CPU
 time of one thread, which other programs disturb least; only their ratios, turn by turn, count.
 """
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from npc_ext.skipping.gradients import PartialGradient, operation_of, skipping_pays
 from npc_ext.skipping.rows import Rows, rows_to_compute
 
-from . import environment
+from . import command_line, environment
 from .networks import Transformer, cnn, mlp, paper_cnn, resnet18
 from .tables import markdown
 
@@ -44,7 +44,7 @@ _SECONDS, _FEWEST_TURNS, _MOST_TURNS = 1.0, 7, 41
 
 
 def layers_of(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[Any, Tensor]]:
-    """The weighted layers of a model, each with an input of its own."""
+    """The weighted layers of a model, each with its input."""
     seen: list[tuple[Any, Tensor]] = []
     for module in model.modules():
         if not isinstance(operation_of(module), str):
@@ -54,7 +54,7 @@ def layers_of(model: nn.Module, shape: tuple[int, ...]) -> list[tuple[Any, Tenso
 
 
 def timed(layer: Any, x: Tensor, rows: Rows) -> dict[str, Any]:
-    """Seconds of a forward and backward pass with all rows, the ratio with `rows` alone, and what the rule says."""
+    """Seconds of a forward and backward pass with all rows, the ratio with only `rows`, and the rule's decision."""
     operation = operation_of(layer)
     assert not isinstance(operation, str)
     arguments = x, layer.weight, layer.bias
@@ -101,18 +101,13 @@ def main() -> int:
                         measured.append(timed(layer, x, Rows(rows, neurons, x.device)))
                         file.write(json.dumps({"network": name, "share": share, **measured[-1]}) + "\n")
                         file.flush()
-                best, rule, full = (
-                    sum(one["seconds"] * factor(one) for one in measured)
-                    for factor in (
-                        lambda one: min(1, one["in part"]),
-                        lambda one: one["in part"] if one["rule"] else 1,
-                        lambda one: 1,
-                    )
-                )
+                best = sum(one["seconds"] * min(1, one["in part"]) for one in measured)
+                rule = sum(one["seconds"] * (one["in part"] if one["rule"] else 1) for one in measured)
+                full = sum(one["seconds"] for one in measured)
                 table.append([name, f"{share:.0%}", f"{rule / best:.3f}", f"{full / best:.3f}"])
                 print(*table[-1], sep="; ", flush=True)
     header = ["network", "share certified", "rule, of the best choice's time", "all rows, of the best choice's time"]
-    command = " ".join(["python -m bench.skipping_rule", *sys.argv[1:]])
+    command = command_line("bench.skipping_rule")
     where = ", ".join(f"{key} {value}" for key, value in environment.describe().items())
     (out / "layers.md").write_text(f"{markdown(header, table)}\n\n`{command}`: {where}\n", encoding="utf-8")
     return 0

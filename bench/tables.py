@@ -30,10 +30,15 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(values)), float(error)
 
 
+def with_error(values: Sequence[float], digits: int, factor: int = 1) -> str:
+    """Mean ± standard error, both times a factor; a single value has no error."""
+    mean, error = mean_and_error(values)
+    return f"{factor * mean:.{digits}f}" + ("" if np.isnan(error) else f" ± {factor * error:.{digits}f}")
+
+
 def percent(values: Sequence[float]) -> str:
     """Mean ± standard error in percent; a single value has no error."""
-    mean, error = mean_and_error(values)
-    return f"{100 * mean:.1f}" + ("" if np.isnan(error) else f" ± {100 * error:.1f}")
+    return with_error(values, 1, 100)
 
 
 def duration(seconds: float) -> str:
@@ -119,7 +124,7 @@ def _verdicts(row: Row) -> str:
     return "; ".join(verdicts)
 
 
-# What a part's table says about how the part ended, besides its state.
+# Shown below a part's table in addition to the state in which the part ended.
 _TOLD = ("passed", "failed", "skipped", "not finished", "memory errors", "error")
 
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .rows import Row, summary
+from .rows import Row, in_turns, summary
 
 _CACHE_BYTES = 64 * 2**20
 _MOST_SETS = 256
@@ -33,7 +33,6 @@ class Case:
         goals: by peer, the least ratio of its time to ours.
         bytes: number of bytes that ours reads and writes.
         facts: more about the case, or a function that returns it after the case was timed.
-        part: the part that the case belongs to (default: the part that yields it).
     """
 
     name: str
@@ -46,7 +45,6 @@ class Case:
     goals: Mapping[str, float] = field(default_factory=dict)
     bytes: int | None = None
     facts: Mapping[str, Any] | Callable[[], Mapping[str, Any]] = field(default_factory=dict)
-    part: str = ""
 
 
 @dataclass(frozen=True)
@@ -138,12 +136,11 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
     for name in case.peers:
         warm_up(case, name)
         calls[name] = 1 if turns else calls_per_turn(case, name, timer)
-    samples: dict[str, list[float]] = {name: [] for name in case.peers}
-    order = list(case.peers)
-    for turn in range(turns or case.turns):
-        for name in order if turn % 2 else reversed(order):
-            samples[name].append(timer.seconds(case, name, turn * calls[name], calls[name]))
-    row = summary(case.part or part, case.name, samples)
+
+    def seconds(name: str, turn: int) -> float:
+        return timer.seconds(case, name, turn * calls[name], calls[name])
+
+    row = summary(part, case.name, in_turns(case.peers, turns or case.turns, seconds))
     row.goals, row.bytes = dict(case.goals), case.bytes
     row.facts = {**timer.finish(), **(case.facts() if callable(case.facts) else case.facts)}
     return row

@@ -10,14 +10,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from .. import ROOT
-from ..rows import OURS, Row, Writer, summary
+from ..rows import OURS, Row, Writer, in_turns, summary
 from .revision import RevisionError, checkout
 
 BEFORE, AGAINST = "before", "revisions"
@@ -50,23 +50,10 @@ class _Worker:
             raise RevisionError(f"a process ended with status {self._process.wait()}; its errors are above")
         return dict(json.loads(answer))
 
-    def end(self) -> None:
+    def close(self) -> None:
         """Ends the process."""
         self._process.kill()
         self._process.communicate()
-
-
-@contextmanager
-def _workers(
-    revision: str, module: str, parts: Sequence[str], quick: bool, environment: Mapping[str, str]
-) -> Iterator[dict[str, _Worker]]:
-    folders = {OURS: ROOT, BEFORE: checkout(revision)}
-    workers = {name: _Worker(folder, module, parts, quick, environment) for name, folder in folders.items()}
-    try:
-        yield workers
-    finally:
-        for worker in workers.values():
-            worker.end()
 
 
 def against(
@@ -91,7 +78,12 @@ def against(
         RevisionError: the revision is unknown, or one of the two cannot be measured.
     """
     slower: list[str] = []
-    with _workers(revision, module, parts, quick, environment) as workers:
+    folders = {OURS: ROOT, BEFORE: checkout(revision)}
+    with ExitStack() as stack:
+        workers = {
+            name: stack.enter_context(closing(_Worker(folder, module, parts, quick, environment)))
+            for name, folder in folders.items()
+        }
         for name, worker in workers.items():
             if reason := worker.ask(command="begin")["reason"]:
                 raise RevisionError(f"the kernels of {name} cannot be used: {reason}")
@@ -111,20 +103,19 @@ def against(
                     Row(f"{part}-{AGAINST}", case, facts={f"error of {name}": error for name, error in errors.items()})
                 )
                 continue
-            row = _in_turns(workers, f"{part}-{AGAINST}", case, answers)
+            row = _timed(workers, f"{part}-{AGAINST}", case, answers)
             writer.row(row)
             if row.ratio[BEFORE][2] < 1:
                 slower.append(f"{part}, {case}")
 
 
-def _in_turns(workers: dict[str, _Worker], part: str, case: str, answers: dict[str, dict[str, Any]]) -> Row:
+def _timed(workers: dict[str, _Worker], part: str, case: str, answers: dict[str, dict[str, Any]]) -> Row:
     calls = min(answer["calls"] for answer in answers.values())
-    samples: dict[str, list[float]] = {name: [] for name in workers}
-    order = list(workers)
-    for turn in range(answers[OURS]["turns"]):
-        for name in order if turn % 2 else reversed(order):
-            samples[name].append(workers[name].ask(command="time", first=turn * calls, calls=calls)["seconds"])
-    row = summary(part, case, samples)
+
+    def seconds(name: str, turn: int) -> float:
+        return float(workers[name].ask(command="time", first=turn * calls, calls=calls)["seconds"])
+
+    row = summary(part, case, in_turns(workers, answers[OURS]["turns"], seconds))
     row.bytes = answers[OURS]["bytes"]
     row.goals = {BEFORE: 1.0}
     return row

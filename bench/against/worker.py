@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,29 +35,22 @@ def main() -> None:
     torch.manual_seed(0)
     module = importlib.import_module(arguments.module)
     timer: Timer = module.timer() if hasattr(module, "timer") else HostTimer()
-    answers = _answers(module, arguments.parts or list(module.PARTS), arguments.quick, timer)
-    next(answers)
-    serve(answers.send)
+    cases = _cases(module, arguments.parts or list(module.PARTS), arguments.quick)
+    timed: list[Case] = []  # the case that is timed now
 
-
-def _answers(
-    module: Any, parts: list[str], quick: bool, timer: Timer
-) -> Generator[dict[str, Any], Mapping[str, Any], None]:
-    request = yield {}
-    cases = _cases(module, parts, quick)
-    case: Case | None = None
-    while True:
+    def answer(request: Mapping[str, Any]) -> dict[str, Any]:
         if request["command"] == "begin":
-            request = yield {"reason": native.status().reason}
-        elif request["command"] == "next":
-            case = None  # frees its memory
-            timer.finish()
-            part, found = next((one for one in cases if one[0] != request["after"]), ("", None))
-            case = found if isinstance(found, Case) else None
-            request = yield _described(part, found, timer)
-        else:
-            assert case is not None
-            request = yield {"seconds": timer.seconds(case, OURS, request["first"], request["calls"])}
+            return {"reason": native.status().reason}
+        if request["command"] == "time":
+            return {"seconds": timer.seconds(timed[0], OURS, request["first"], request["calls"])}
+        timed.clear()  # frees its memory
+        timer.finish()
+        part, case = next((one for one in cases if one[0] != request["after"]), ("", None))
+        if isinstance(case, Case):
+            timed.append(case)
+        return _described(part, case, timer)
+
+    serve(answer)
 
 
 def _cases(module: Any, parts: list[str], quick: bool) -> Iterator[tuple[str, Case | Exception]]:

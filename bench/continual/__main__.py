@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +78,9 @@ def _run(options: argparse.Namespace, runs: list[Run]) -> int:
 
 
 def _search(options: argparse.Namespace, runs: list[Run]) -> int:
-    by_method: dict[str, list[Run]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
-    work = [
-        (repeated, Store(options.store / "validation"), options.budget, options.results)
-        for repeated in by_method.values()
-    ]
+    store = Store(options.store / "validation")
+    by_method = groupby(runs, key=lambda run: run.method)
+    work = [(list(repeated), store, options.budget, options.results) for _, repeated in by_method]
     return _status(parallel(search.search, work, options.jobs, on_outcome=_show))
 
 
@@ -111,12 +108,9 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     Raises:
         ValueError: an option is unknown or invalid; the message is one sentence.
     """
-    if options.seeds < 1:
-        raise ValueError(f"--seeds is {options.seeds}; expected at least 1")
-    if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; expected at least 1")
-    if options.command == "search" and options.budget < 1:
-        raise ValueError(f"--budget is {options.budget}; expected at least 1")
+    for name in ("seeds", "jobs", "budget"):
+        if getattr(options, name, 1) < 1:
+            raise ValueError(f"--{name} is {getattr(options, name)}; expected at least 1")
     device = options.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,16 +143,7 @@ def _runs(options: argparse.Namespace) -> list[Run]:
     for assignment in options.set:
         protocol = _assign(assignment, protocol, hyperparameters)
     return [
-        Run(
-            options.experiment,
-            options.size,
-            name,
-            seed,
-            protocol,
-            hyperparameters[name],
-            machine,
-            options.data,
-        )
+        Run(options.experiment, options.size, name, seed, protocol, hyperparameters[name], machine, options.data)
         for name in names
         for seed in range(options.seeds)
     ]
@@ -169,9 +154,8 @@ def _entries(options: argparse.Namespace, runs: list[Run]) -> dict[str, Run]:
     entries = {}
     for run in runs:
         if run.method in methods.BOUNDS:
-            raise ValueError(
-                f"--methods has {run.method!r}, which does not learn tasks in a row: it is no rival in time"
-            )
+            why = "which does not learn tasks in a row: it is no rival in time"
+            raise ValueError(f"--methods has {run.method!r}, {why}")
         entries[run.method] = run
         for assignment in options.also:
             changed = {run.method: dict(run.hyperparameters)}

@@ -19,24 +19,28 @@ SAMPLES = 256
 
 
 class ActivationChange:
-    """Compares activations of the layer before the output on samples of the first task, before and after the second."""
+    """Compares activations of the layer before the output on samples of the first task, before and after the second.
+
+    Attributes:
+        before: activations and the neurons' importance after the first task. A resumed run restores them.
+    """
 
     def __init__(self, task: Task, machine: Machine) -> None:
         self._images = standard(task.test_images[:SAMPLES], task, machine)
-        self._before: dict[str, Tensor] = {}
+        self.before: dict[str, Tensor] = {}
 
     def after_task(self, number: int, model: nn.Module, optimizer: Any) -> dict[str, Any]:
         """Records activations after the first task. After the second, returns the neurons' importance and change."""
         if number == 0:
             importance = optimizer.plasticity()["hidden"].importance
-            self._before = {"activations": self._activations(model), "importance": importance}
+            self.before = {"activations": self._activations(model), "importance": importance}
         if number != 1:
             return {}
-        before, after = self._before["activations"].to(self._images.device), self._activations(model)
+        before, after = self.before["activations"].to(self._images.device), self._activations(model)
         size = (before.abs() + after.abs()).sum(0) / 2
         change = torch.where(size > 0, (after - before).abs().sum(0) / size, torch.nan)
         return {
-            "importance": [round(value, 5) for value in self._before["importance"].tolist()],
+            "importance": [round(value, 5) for value in self.before["importance"].tolist()],
             "change": [None if value != value else round(value, 5) for value in change.tolist()],
         }
 
@@ -53,11 +57,3 @@ class ActivationChange:
             handle.remove()
             model.train(training)
         return seen[0].float().clone()
-
-    def state(self) -> dict[str, Tensor]:
-        """What was recorded."""
-        return self._before
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restores a state."""
-        self._before = state

@@ -61,15 +61,15 @@ def load(name: str, folder: Path | None = None, download: bool = True) -> Datase
     """The data set of one of `NAMES`.
 
     Args:
-        name: one of `NAMES`. "emnist" is the official balanced split or, where only that is there, the re-split in
-            `emnist47/`; the result's name tells which.
-        folder: where the data sets lie, each in its own folder: `mnist/` or, as torchvision has it, `MNIST/raw/`.
-            None: the folder that the environment variable NPC_DATA names, else the user's cache.
+        name: one of `NAMES`. "emnist" is the official balanced split or, if only `emnist47/` is there, the re-split;
+            the result's name says which.
+        folder: the folder of all data sets, with a folder for each: `mnist/` or, as in torchvision, `MNIST/raw/`.
+            None: the folder that the environment variable NPC_DATA names, or else the user's cache.
         download: fetch missing files from their official addresses into `folder`.
 
     Raises:
-        DatasetError: there is no such data set, files are missing and not to be or cannot be fetched, or a file is
-            damaged or not of its format. It names the file.
+        DatasetError: there is no such data set, a file is missing and is not downloaded, or a file is damaged or has
+            another format. The message names the file.
     """
     if name not in NAMES:
         raise DatasetError(f"there is no data set {name!r}; there are {', '.join(NAMES)}")
@@ -85,7 +85,7 @@ def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array in an IDX file (MNIST's format: big-endian magic number, sizes, then the bytes).
 
     Raises:
-        DatasetError: not an IDX file of bytes in so many dimensions, or its length disagrees with its sizes.
+        DatasetError: not an IDX file of bytes with this number of dimensions, or its length disagrees with its sizes.
     """
     content = _content(path)
     (magic,) = _integers(path, content, ">u4", 1)
@@ -102,7 +102,7 @@ def read_norb(path: Path, dtype: str, dimensions: int) -> np.ndarray:
         dimensions: how many there must be.
 
     Raises:
-        DatasetError: not such a matrix, or the file's length disagrees with its sizes.
+        DatasetError: not a matrix of this type, or the file's length disagrees with its sizes.
     """
     content = _content(path)
     magic, sizes = _integers(path, content, "<u4", 2)
@@ -118,7 +118,7 @@ def read_norb(path: Path, dtype: str, dimensions: int) -> np.ndarray:
 def read_cifar100(path: Path) -> tuple[Tensor, Tensor]:
     """Images uint8 (B, 3, 32, 32) and fine labels int64 (B,) of a file of CIFAR-100's Python version, a pickle.
 
-    Unpickling runs no code but this module's, so that a file from anywhere can be tried.
+    Unpickling runs only this module's code, so files from any source are safe to read.
 
     Raises:
         DatasetError: not a pickle of bytes, lists, dictionaries and arrays, or not of CIFAR-100's content.
@@ -142,9 +142,9 @@ def read_cifar100(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class _PickledArray:
-    """Stands for numpy's arrays and types while unpickling: keeps what they would be made of, and makes nothing.
+    """Replaces numpy's arrays and types while unpickling. Keeps their arguments and state, and builds nothing.
 
-    A pickle from anywhere may give numpy's own objects a state that lets them read foreign memory.
+    A pickle from an unknown source may give numpy's objects a state that makes them read other memory.
     """
 
     arguments: tuple[Any, ...]
@@ -157,7 +157,7 @@ class _PickledArray:
         self.state = state
 
 
-# All that a pickle can call. It could also set attributes of what is found here: neither has any to set.
+# All that a pickle can call. It could also set attributes of these objects, but none of them has any.
 _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("numpy.core.multiarray", "_reconstruct"): _PickledArray,
     ("numpy._core.multiarray", "_reconstruct"): _PickledArray,
@@ -180,7 +180,7 @@ def _idx_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
     return torch.tensor(read_idx(images, 3)).unsqueeze(1), torch.tensor(read_idx(labels, 1), dtype=torch.int64)
 
 
-def _transposed_idx_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
+def _upright_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
     """EMNIST's authors store each image column by column."""
     pixels, targets = _idx_images(images, labels)
     return pixels.mT.contiguous(), targets
@@ -191,15 +191,19 @@ def _norb_images(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
     pairs = read_norb(images, "u1", 4)
     if pairs.shape[1:] != (2, 96, 96):
         raise DatasetError(f"{images} holds arrays of {_by(pairs.shape[1:])}; expected pairs, 2x96x96; {_REPLACE}")
-    # Part by part: as float32, all of them would take a gigabyte.
-    parts = torch.tensor(pairs[:, :1]).split(1024)
-    pixels = torch.cat([F.avg_pool2d(part.float(), 3).round().to(torch.uint8) for part in parts])
-    return pixels, torch.tensor(read_norb(labels, "<i4", 1), dtype=torch.int64)
+    return averaged(torch.tensor(pairs[:, :1]), 3), torch.tensor(read_norb(labels, "<i4", 1), dtype=torch.int64)
+
+
+def averaged(images: Tensor, square: int) -> Tensor:
+    """Images (B, C, H, W) uint8, averaged over squares of `square` x `square` pixels."""
+    # Part by part, because all images in float32 may take gigabytes.
+    parts = [F.avg_pool2d(part.float(), square).round().to(torch.uint8) for part in images.split(1024)]
+    return torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file to fetch: its address, its checksum ("md5:..." or "sha256:...") and, if an archive, what to take of it.
+    """A file to fetch: its address, its checksum ("md5:..." or "sha256:...") and, of an archive, the needed members.
 
     `unpack` is the class of pooch that opens the archive.
     """
@@ -210,7 +214,7 @@ class Download:
     members: tuple[str, ...] = ()
 
     def names(self) -> list[str]:
-        """The names of the files that it brings."""
+        """The names of the files that it contains."""
         return [PurePosixPath(path).name for path in self.members or (self.url,)]
 
 
@@ -220,8 +224,8 @@ class Source:
 
     name, classes, image: what it holds; `image` is (C, H, W).
     read: makes images and labels of the files of one half.
-    files: those of the training half, then as many of the test half; each may also be there with `.gz`.
-    folders: where they may lie in the folder of all data sets; downloads go to the first.
+    files: those of the training half, then as many of the test half; each may also end with `.gz`.
+    folders: their possible folders in the folder of all data sets; downloads go to the first.
     """
 
     name: str
@@ -234,12 +238,7 @@ class Source:
 
 
 MNIST_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-EMNIST_FILES = (
-    "emnist-balanced-train-images-idx3-ubyte",
-    "emnist-balanced-train-labels-idx1-ubyte",
-    "emnist-balanced-test-images-idx3-ubyte",
-    "emnist-balanced-test-labels-idx1-ubyte",
-)
+EMNIST_FILES = tuple(f"emnist-balanced-{name.replace('t10k', 'test')}" for name in MNIST_FILES)
 NORB_FILES = (
     "smallnorb-5x46789x9x18x6x2x96x96-training-dat.mat",
     "smallnorb-5x46789x9x18x6x2x96x96-training-cat.mat",
@@ -253,99 +252,62 @@ def _downloads(site: str, files: Sequence[str], *checksums: str) -> tuple[Downlo
     return tuple(Download(f"{site}/{file}.gz", checksum) for file, checksum in zip(files, checksums, strict=True))
 
 
-def _mnist(name: str, folders: tuple[str, ...], site: str, *checksums: str) -> Source:
-    """A data set in MNIST's form."""
-    downloads = _downloads(site, MNIST_FILES, *checksums)
-    return Source(name, 10, (1, 28, 28), _idx_images, MNIST_FILES, folders, downloads)
+# The checksums are those that torchvision lists; smallNORB's are those of TensorFlow Datasets.
+_MNIST = _downloads(
+    "https://ossci-datasets.s3.amazonaws.com/mnist",
+    MNIST_FILES,
+    "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
+    "md5:d53e105ee54ea40749a09fcbcd1e9432",
+    "md5:9fb629c4189551a2d022fa330f9573f3",
+    "md5:ec29112dd5afa0611ce80d1b7f02629c",
+)
+_FASHION = _downloads(
+    "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
+    MNIST_FILES,
+    "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
+    "md5:25c81989df183df01b3e8a0aad5dffbe",
+    "md5:bef4ecab320f06d8554ea6380940ec79",
+    "md5:bb300cfdad3c16e7a12a480ee83cd310",
+)
+_EMNIST = Download(
+    "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
+    "md5:58c8d27c78d21e728a6bc7b3cc06412e",
+    "Unzip",
+    tuple(f"gzip/{file}.gz" for file in EMNIST_FILES),
+)
+_CIFAR100 = Download(
+    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
+    "md5:eb9058c3a382ffc7106e4002c42a8d85",
+    "Untar",
+    ("cifar-100-python/train", "cifar-100-python/test"),
+)
+_NORB = _downloads(
+    "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small",
+    NORB_FILES,
+    "sha256:5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
+    "sha256:2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
+    "sha256:cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
+    "sha256:ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff",
+)
 
-
-# Where several sources hold a data set, the first is the official one. The checksums are those that torchvision
-# lists, smallNORB's those of TensorFlow Datasets.
+# If a data set has several sources, the first is the official one.
 SOURCES: dict[str, tuple[Source, ...]] = {
-    "mnist": (
-        _mnist(
-            "MNIST",
-            ("mnist", "MNIST/raw"),
-            "https://ossci-datasets.s3.amazonaws.com/mnist",
-            "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873",
-            "md5:d53e105ee54ea40749a09fcbcd1e9432",
-            "md5:9fb629c4189551a2d022fa330f9573f3",
-            "md5:ec29112dd5afa0611ce80d1b7f02629c",
-        ),
-    ),
+    "mnist": (Source("MNIST", 10, (1, 28, 28), _idx_images, MNIST_FILES, ("mnist", "MNIST/raw"), _MNIST),),
     "fashion": (
-        _mnist(
-            "Fashion-MNIST",
-            ("fashion-mnist", "FashionMNIST/raw"),
-            "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com",
-            "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-            "md5:25c81989df183df01b3e8a0aad5dffbe",
-            "md5:bef4ecab320f06d8554ea6380940ec79",
-            "md5:bb300cfdad3c16e7a12a480ee83cd310",
+        Source(
+            "Fashion-MNIST", 10, (1, 28, 28), _idx_images, MNIST_FILES, ("fashion-mnist", "FashionMNIST/raw"), _FASHION
         ),
     ),
     "emnist": (
         Source(
-            name="EMNIST (balanced)",
-            classes=47,
-            image=(1, 28, 28),
-            read=_transposed_idx_images,
-            files=EMNIST_FILES,
-            folders=("emnist", "EMNIST/raw"),
-            downloads=(
-                Download(
-                    "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip",
-                    "md5:58c8d27c78d21e728a6bc7b3cc06412e",
-                    "Unzip",
-                    tuple(f"gzip/{file}.gz" for file in EMNIST_FILES),
-                ),
-            ),
+            "EMNIST (balanced)", 47, (1, 28, 28), _upright_images, EMNIST_FILES, ("emnist", "EMNIST/raw"), (_EMNIST,)
         ),
-        Source(
-            name="EMNIST-47 (re-split)",
-            classes=47,
-            image=(1, 28, 28),
-            read=_idx_images,
-            files=MNIST_FILES,
-            folders=("emnist47",),
-        ),
+        Source("EMNIST-47 (re-split)", 47, (1, 28, 28), _idx_images, MNIST_FILES, ("emnist47",)),
     ),
     "cifar100": (
-        Source(
-            name="CIFAR-100",
-            classes=100,
-            image=(3, 32, 32),
-            read=read_cifar100,
-            files=("train", "test"),
-            folders=("cifar-100-python",),
-            downloads=(
-                Download(
-                    "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-                    "md5:eb9058c3a382ffc7106e4002c42a8d85",
-                    "Untar",
-                    ("cifar-100-python/train", "cifar-100-python/test"),
-                ),
-            ),
-        ),
+        Source("CIFAR-100", 100, (3, 32, 32), read_cifar100, ("train", "test"), ("cifar-100-python",), (_CIFAR100,)),
     ),
-    "smallnorb": (
-        Source(
-            name="smallNORB",
-            classes=5,
-            image=(1, 32, 32),
-            read=_norb_images,
-            files=NORB_FILES,
-            folders=("smallnorb",),
-            downloads=_downloads(
-                "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small",
-                NORB_FILES,
-                "sha256:5ffd6272a07d32695ee1082a26a41a93a37aab8c28da047f8c34ed348d214873",
-                "sha256:2784e542c1922060691090952b6cd6278879a216c90f81476f0f00256d42cdaa",
-                "sha256:cf7104eed3e51174d2f65b66d1e5878b9da233b886f161b0d88f4510ba2c7474",
-                "sha256:ecaf6d5bb8c3bc5eab9cf0258f6d2198dd474e016e374836fc097f2e5ff509ff",
-            ),
-        ),
-    ),
+    "smallnorb": (Source("smallNORB", 5, (1, 32, 32), _norb_images, NORB_FILES, ("smallnorb",), _NORB),),
 }
 
 NAMES = ("digits", *SOURCES)
@@ -358,19 +320,27 @@ def cache_folder() -> Path:
 
 
 def _digits() -> Dataset:
-    """The handwritten digits inside scikit-learn, their values 0 to 16 stretched to 0 to 255, a fifth for testing."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    pixels, targets = load_digits(return_X_y=True)
-    train, test = train_test_split(range(len(targets)), test_size=0.2, stratify=targets, random_state=0)
-    images = torch.tensor(np.rint(pixels * 255 / 16), dtype=torch.uint8).view(-1, 1, 8, 8)
-    labels = torch.tensor(targets, dtype=torch.int64)
+    """The handwritten digits, their values 0 to 16 stretched to 0 to 255."""
+    pixels, labels, train, test = sklearn_digits()
+    images = (pixels * 255 / 16).round().to(torch.uint8)
     return Dataset("Digits", 10, images[train], labels[train], images[test], labels[test])
 
 
+def sklearn_digits() -> tuple[Tensor, Tensor, list[int], list[int]]:
+    """The handwritten digits inside scikit-learn, and the indices of training and test samples (a fifth).
+
+    Images are float64 (B, 1, 8, 8) with values from 0 to 16, labels int64 (B,).
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    pixels, labels = load_digits(return_X_y=True)
+    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
+    return torch.tensor(pixels).view(-1, 1, 8, 8), torch.tensor(labels, dtype=torch.int64), train, test
+
+
 def _locate(sources: tuple[Source, ...], folder: Path, download: bool) -> tuple[Source, list[Path]]:
-    """The first source whose files are all there, and these; the first source's are fetched if none is."""
+    """The first source with all files, and their paths. If no source has all files, fetches those of the first."""
     for source in sources:
         if paths := _find(source, folder):
             return source, paths
@@ -400,7 +370,7 @@ def _find(source: Source, folder: Path) -> list[Path]:
 
 
 def _fetch(download: Download, folder: Path) -> None:
-    """Fetches what `folder` lacks of a download; a file is there only when it is complete and of the right checksum."""
+    """Fetches the files of a download that `folder` lacks. A file appears only when it is complete and checked."""
     if all((folder / name).exists() for name in download.names()):
         return
     try:
@@ -414,7 +384,7 @@ def _fetch(download: Download, folder: Path) -> None:
     unpack = getattr(pooch, download.unpack) if download.unpack else None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # Beside its destination, so that each file moves there in one step; an archive leaves nothing else behind.
+        # In a folder next to the destination, so that each file moves in one step. Nothing else of an archive stays.
         with tempfile.TemporaryDirectory(dir=folder, prefix="download-") as scratch:
             pooch.retrieve(
                 download.url,
@@ -422,7 +392,7 @@ def _fetch(download: Download, folder: Path) -> None:
                 fname=PurePosixPath(download.url).name,
                 path=scratch,
                 processor=unpack and unpack(list(download.members), extract_dir="."),
-                # pooch's own pieces of 1 KiB would take half a million writes for the largest archive.
+                # pooch's default pieces of 1 KiB would take half a million writes for the largest archive.
                 downloader=pooch.HTTPDownloader(progressbar=True, chunk_size=2**16),
             )
             for path, name in zip(download.members or download.names(), download.names(), strict=True):

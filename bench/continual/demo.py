@@ -19,7 +19,7 @@ from npc_ext import NPC, plot_plasticity
 
 from .. import command_line
 from ..networks import cnn
-from ..tables import markdown, mean_and_error, percent
+from ..tables import markdown, percent, with_error
 from . import figures, results
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
@@ -43,11 +43,6 @@ class Run:
     seconds_per_step: float
 
 
-def network(classes: int) -> nn.Module:
-    """A small CNN in the style of the paper, for 8x8 images."""
-    return cnn(in_channels=1, image_size=8, channels=(16, 32), hidden=64, classes=classes)
-
-
 def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
     """The optimizer of a method. Both methods have the same learning rate."""
     if method == "SGD":
@@ -56,35 +51,21 @@ def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optim
 
 
 def run(
-    method: str, seed: int, tasks: list[Task], lr: float, epochs: int, batch_size: int
+    method: str, seed: int, tasks: Sequence[Task], lr: float, epochs: int, batch_size: int
 ) -> tuple[Run, torch.optim.Optimizer]:
-    """Learns all tasks from one seed, which sets the initial weights, the order of samples and dropout."""
+    """Trains a small CNN in the style of the paper on one task after the other, and tests on all tasks after each.
+
+    The seed sets the initial weights, the order of samples and dropout.
+    """
     torch.manual_seed(seed)
-    model = network(sum(len(task.classes) for task in tasks))
+    model = cnn(1, 8, (16, 32), 64, classes=sum(len(task.classes) for task in tasks))
     optimizer = optimizer_for(method, model, lr)
     generator = torch.Generator().manual_seed(seed)
     label = f"{method}, seed {seed}"
-    return learn(
-        model, optimizer, tasks, epochs=epochs, batch_size=batch_size, label=label, generator=generator
-    ), optimizer
-
-
-def learn(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tasks: Sequence[Task],
-    *,
-    epochs: int,
-    batch_size: int,
-    label: str,
-    generator: torch.Generator,
-) -> Run:
-    """Trains on one task after the other for some epochs, and tests on all tasks after each."""
     accuracy: list[list[float]] = []
     steps, seconds = 0, 0.0
-    with tqdm(
-        total=len(tasks) * epochs, desc=label, unit="epoch", leave=False, dynamic_ncols=True, disable=None
-    ) as bar:
+    options = {"unit": "epoch", "leave": False, "dynamic_ncols": True, "disable": None}
+    with tqdm(total=len(tasks) * epochs, desc=label, **options) as bar:
         for number, task in enumerate(tasks, start=1):
 
             def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
@@ -100,21 +81,20 @@ def learn(
                 f"{label}: after task {number} of {len(tasks)}, average accuracy of the tasks so far "
                 f"{sum(accuracy[-1][:number]) / number:.1%}"
             )
-    return Run(accuracy, steps, seconds / steps)
+    return Run(accuracy, steps, seconds / steps), optimizer
 
 
 def table_of(runs: Mapping[str, Sequence[Run]], tasks: Sequence[str]) -> str:
     """A Markdown table over seeds: accuracy of each task after the last, average, forgetting, time per step."""
     rows = []
     for method, repeated in runs.items():
-        milliseconds, error = mean_and_error([1000 * run.seconds_per_step for run in repeated])
         rows.append(
             [
                 method,
                 *(percent([run.accuracy[-1][k] for run in repeated]) for k in range(len(tasks))),
                 f"**{percent([average_accuracy(run.accuracy) for run in repeated])}**",
                 percent([forgetting(run.accuracy) for run in repeated]),
-                f"{milliseconds:.2f} ± {error:.2f}",
+                with_error([1000 * run.seconds_per_step for run in repeated], 2),
             ]
         )
     return markdown(["", *tasks, "average", "forgetting", "ms per step"], rows)

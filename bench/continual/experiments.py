@@ -116,12 +116,7 @@ EXPERIMENTS = {
     "imnist": Experiment("iMNIST, 5 tasks of 2 classes", ("mnist",), 2, _MNIST, published={"npc": 0.9963}),
     "ifashion": Experiment("iFashion-MNIST, 5 tasks of 2 classes", ("fashion",), 2, _SMALL),
     "icifar100": Experiment(
-        "iCIFAR100, tasks of 10 classes",
-        ("cifar100",),
-        10,
-        _CIFAR,
-        augmentation=_WITH_FLIPS,
-        published={"npc": 0.7243},
+        "iCIFAR100, tasks of 10 classes", ("cifar100",), 10, _CIFAR, augmentation=_WITH_FLIPS, published={"npc": 0.7243}
     ),
     "hetero": Experiment(
         "Heterogeneous sequence: MNIST, Fashion-MNIST, EMNIST, smallNORB",
@@ -174,22 +169,15 @@ def tasks_of(experiment: Experiment, protocol: Protocol, folder: str | None) -> 
         if protocol.class_order >= 0:
             order = order[torch.randperm(len(order), generator=torch.Generator().manual_seed(protocol.class_order))]
         for classes in order.split(experiment.classes_per_task or len(order)):
+            numbers = range(outputs, outputs + len(classes))
+            position = torch.empty(int(order.max()) + 1, dtype=torch.int64)
+            position[classes] = torch.tensor(numbers)
             train = _some_of(train_labels, classes, protocol.train_samples)
             test = _some_of(test_labels, classes, protocol.test_samples)
-            position = torch.empty(int(order.max()) + 1, dtype=torch.int64)
-            position[classes] = torch.arange(outputs, outputs + len(classes))
-            tasks.append(
-                Task(
-                    tuple(range(outputs, outputs + len(classes))),
-                    train_images[train],
-                    position[train_labels[train]],
-                    test_images[test],
-                    position[test_labels[test]],
-                    mean,
-                    std,
-                    name=_name(classes) if experiment.classes_per_task else data.name,
-                )
-            )
+            of_train = train_images[train], position[train_labels[train]]
+            of_test = test_images[test], position[test_labels[test]]
+            title = _name(classes) if experiment.classes_per_task else data.name
+            tasks.append(Task(tuple(numbers), *of_train, *of_test, mean, std, name=title))
             outputs += len(classes)
     return tasks[: protocol.tasks or None]
 
@@ -227,20 +215,11 @@ def _name(classes: Tensor) -> str:
 
 
 def _resized(images: Tensor, side: int, shrink: int) -> Tensor:
-    """Images (B, C, H, W) uint8, padded with black to (side, side) or averaged if they are larger, and then shrunk."""
-    height = images.shape[2]
-    if height > side:  # smallNORB's 96 pixels
-        images = _averaged(images, height // side)
+    """Images (B, C, H, W) uint8, padded with black to (side, side) and then shrunk."""
     before = (side - images.shape[2]) // 2
     after = side - images.shape[2] - before
-    return _averaged(F.pad(images, (before, after, before, after)), shrink)
-
-
-def _averaged(images: Tensor, square: int) -> Tensor:
-    if square == 1:
-        return images
-    # In parts, because a whole data set in float32 may not fit in memory.
-    return torch.cat([F.avg_pool2d(part.float(), square).round().to(torch.uint8) for part in images.split(10000)])
+    padded = F.pad(images, (before, after, before, after))
+    return padded if shrink == 1 else datasets.averaged(padded, shrink)
 
 
 def _some_of(labels: Tensor, classes: Tensor, most: int) -> Tensor:

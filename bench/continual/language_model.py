@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -33,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from npc_ext import NPCAdamW
 
 from .. import command_line, environment
-from ..tables import markdown, mean_and_error
+from ..tables import markdown, with_error
 from . import results
 
 LENGTH = 64
@@ -267,11 +268,8 @@ def table_of(runs: Mapping[Setting, Sequence[Run]]) -> str:
     """A Markdown table over seeds: perplexity on prose and code before and after the second domain."""
     rows = []
     for setting, repeated in runs.items():
-        cells = [
-            mean_and_error([run.curve[when][domain] for run in repeated])
-            for domain, when in ((0, 0), (0, -1), (1, 0), (1, -1))
-        ]
-        rows.append([setting.name, *(f"{mean:.2f} ± {error:.2f}" for mean, error in cells)])
+        points = [[run.curve[when][domain] for run in repeated] for domain in (0, 1) for when in (0, -1)]
+        rows.append([setting.name, *(with_error(values, 2) for values in points)])
     return markdown(["", "prose before", "prose after", "code before", "code after"], rows)
 
 
@@ -294,7 +292,8 @@ def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
         axes.errorbar(code[-1], prose[-1], error[0], error[1], fmt="o", color=color, markersize=5)
         place = {"xytext": (-6, -10), "ha": "right"} if setting.beta is None else {"xytext": (6, 5)}
         axes.annotate(f"lr {setting.lr:g}", (code[-1], prose[-1]), textcoords="offset points", fontsize=8, **place)
-    axes.axhline(_mean_before(runs), color="#999999", linestyle="--", linewidth=1, label="before fine-tuning")
+    before = [run.curve[0][0] for setting, repeated in runs.items() if not setting.protect_always for run in repeated]
+    axes.axhline(sum(before) / len(before), color="#999999", linestyle="--", linewidth=1, label="before fine-tuning")
     axes.margins(x=0.12)
     axes.set_xlabel("perplexity per byte on code, while it is learned")
     axes.set_ylabel("perplexity per byte on prose, learned before")
@@ -305,29 +304,16 @@ def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
     return figure
 
 
-def _mean_before(runs: Mapping[Setting, Sequence[Run]]) -> float:
-    before = [run.curve[0][0] for setting, repeated in runs.items() if not setting.protect_always for run in repeated]
-    return sum(before) / len(before)
-
-
 def run_all(settings: Sequence[Setting], seeds: int, size: Size, jobs: int) -> dict[Setting, list[Run]]:
     """Runs all settings with all seeds in several processes of one thread each, or in this process (jobs=1)."""
     work = [(kind, seed, size) for seed in range(seeds) for kind in grouped(settings)]
     runs: dict[Setting, list[Run]] = {setting: [] for setting in settings}
-
-    def keep(done: list[Run]) -> None:
-        for run in done:
-            runs[run.setting].append(run)
-            print(f"{run.setting.name}, seed {run.seed}: prose {run.curve[-1][0]:.2f}, code {run.curve[-1][1]:.2f}")
-
-    if jobs == 1:
-        for one in work:
-            keep(learn_both(*one))
-        return runs
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for future in [pool.submit(learn_both, *one) for one in work]:
-            keep(future.result())
+        apply: Any = map if jobs == 1 else pool.map  # a pool starts its processes only when it gets work
+        for run in chain.from_iterable(apply(learn_both, *zip(*work, strict=True))):
+            runs[run.setting].append(run)
+            print(f"{run.setting.name}, seed {run.seed}: prose {run.curve[-1][0]:.2f}, code {run.curve[-1][1]:.2f}")
     return runs
 
 

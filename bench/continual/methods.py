@@ -45,14 +45,14 @@ class Method:
     Attributes:
         paper: its hyperparameters, with the paper's values.
         optimizer: builds the optimizer from the model, the hyperparameters and the number of steps of one task.
-        consolidate: called after a task with the task's samples; None: nothing to do.
+        consolidate: called after a task with the optimizer, the task's samples and a selection of its outputs.
         search: the walks of a search, each of which starts from the paper's hyperparameters.
         more: hyperparameters that a run records only if they are set, with their defaults.
     """
 
     paper: Settings
     optimizer: Builder
-    consolidate: Callable[[Any, Batches, Outputs], None] | None = None
+    consolidate: Callable[[Any, Batches, Outputs], None] = lambda optimizer, batches, outputs: None
     search: tuple[tuple[Coordinate, ...], ...] = ()
     more: Settings = field(default_factory=dict)
 
@@ -156,7 +156,7 @@ METHODS = {
     "single": Method({**_SGD, "lr": 0.03}, _sgd),
 }
 BOUNDS = ("joint", "single")
-# Experiments without a search of their own use another's.
+# Experiments that are not searched use the search of another experiment.
 TUNED_ON = {"activation": "icifar100", "hetero": "icifar100"}
 
 

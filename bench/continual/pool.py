@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import queue
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,24 +39,21 @@ def parallel(
     for index in range(len(work)):
         waiting.put((index, False))
 
-    def finish(index: int, wait: bool, call: Callable[..., Any], position: int) -> None:
-        try:
-            outcomes[index] = call(*work[index], wait=wait, position=position)
-        except BusyError:
-            waiting.put((index, True))
-            return
-        except Exception as error:
-            outcomes[index] = error
-        first = work[index][0]
-        on_outcome((first[0] if isinstance(first, list) else first).name, outcomes[index])
-
     def drain(call: Callable[..., Any], position: int) -> None:
         while True:
             try:
                 index, wait = waiting.get_nowait()
             except queue.Empty:
                 return
-            finish(index, wait, call, position)
+            try:
+                outcomes[index] = call(*work[index], wait=wait, position=position)
+            except BusyError:
+                waiting.put((index, True))
+                continue
+            except Exception as error:
+                outcomes[index] = error
+            first = work[index][0]
+            on_outcome((first[0] if isinstance(first, list) else first).name, outcomes[index])
 
     if jobs == 1:
         drain(function, 0)
@@ -68,9 +65,7 @@ def parallel(
 
     def slot(position: int) -> None:
         # Every slot has its own pool, because a process that dies breaks its pool.
-        def pool() -> ProcessPoolExecutor:
-            return ProcessPoolExecutor(1, context, initializer=_prepare, initargs=(threads, lock))
-
+        pool = partial(ProcessPoolExecutor, 1, context, initializer=_prepare, initargs=(threads, lock))
         current = pool()
 
         def call(*arguments: Any, **named: Any) -> Any:
@@ -85,11 +80,8 @@ def parallel(
         drain(call, position)
         current.shutdown()
 
-    slots = [threading.Thread(target=slot, args=(position,)) for position in range(min(jobs, len(work)))]
-    for thread in slots:
-        thread.start()
-    for thread in slots:
-        thread.join()
+    with ThreadPoolExecutor(jobs) as slots:
+        list(slots.map(slot, range(min(jobs, len(work)))))
     return outcomes
 
 

@@ -20,7 +20,6 @@ from ..cases import share_skipped
 from ..tables import markdown
 from . import experiments, runs
 from .experiments import EXPERIMENTS
-from .methods import METHODS
 from .metrics import average_accuracy
 from .runs import Run
 from .tasks import Task
@@ -55,13 +54,9 @@ class _Contestant:
 
     def end(self) -> None:
         """Consolidates after a task, and tests on all tasks."""
-        task, consolidate, started = (
-            self._tasks[self._number],
-            METHODS[self._run.method].consolidate,
-            time.perf_counter(),
-        )
-        if consolidate is not None and self._number + 1 < len(self._tasks):
-            consolidate(self.optimizer, runs.batches_of(task, self._run), runs.outputs_of(task))
+        started = time.perf_counter()
+        if self._number + 1 < len(self._tasks):
+            runs.consolidate(self._run, self.optimizer, self._tasks[self._number])
         self.consolidation_seconds.append(time.perf_counter() - started)
         self.accuracy.append([accuracy_of(self.model, task, self._run.machine) for task in self._tasks])
         if isinstance(self.optimizer, npc_ext.NPC):

@@ -6,11 +6,11 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..tables import markdown, mean_and_error, percent, save
+from ..tables import markdown, percent, save, with_error
 from . import figures
 from .experiments import EXPERIMENTS, SIZES, Experiment
 from .methods import BOUNDS, METHODS, SEARCH, defaults, searched
@@ -64,8 +64,7 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
             f"{protocol['epochs']} epochs a task, batch size {protocol['batch_size']}, channels "
             f"{', '.join(map(str, protocol['channels']))}, hidden {protocol['hidden']}, images shrunk by "
             f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
-            + _about_batches(protocol)
-            + _about_anchors({method: repeated[0].settings["method"] for method, repeated in standard.items()})
+            + _notes(protocol, {method: repeated[0].settings["method"] for method, repeated in standard.items()})
         )
         yield _command("run", name, size, standard)
         if name == "activation":
@@ -81,27 +80,23 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
             yield _saved(drawn, f"{name}-{size}", out, _FIGURES.get(name, "Figure"))
     if others:
         yield "### Other settings"
-        yield _ablations(others, standard, name == "activation")
+        yield _ablations(others, standard)
     yield _hyperparameters(groups)
 
 
-def _about_batches(protocol: Mapping[str, Any]) -> str:
-    """A sentence about batches, unless all are whole."""
-    if completed(protocol)["batches"] == "whole":
-        return ""
-    return " The last batch of each epoch was smaller than the others; runs now train in whole batches."
-
-
-def _about_anchors(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """A sentence about the methods whose anchors pulled explicitly, given the settings by method."""
+def _notes(protocol: Mapping[str, Any], settings: Mapping[str, Mapping[str, Any]]) -> str:
+    """Sentences about smaller batches at the end of epochs and about explicit anchors, given the settings by method."""
+    notes = ""
+    if completed(protocol)["batches"] != "whole":
+        notes += " The last batch of each epoch was smaller than the others; runs now train in whole batches."
     explicit = [
         method
         for method, chosen in settings.items()
         if chosen and "implicit" in METHODS[method.split()[0]].paper and not chosen.get("implicit", False)
     ]
-    if not explicit:
-        return ""
-    return f" The anchors of {', '.join(explicit)} pulled explicitly (implicit=False)."
+    if explicit:
+        notes += f" The anchors of {', '.join(explicit)} pulled explicitly (implicit=False)."
+    return notes
 
 
 def _searches(folder: Path) -> Iterator[str]:
@@ -127,8 +122,7 @@ def _searches(folder: Path) -> Iterator[str]:
         yield (
             f"Average accuracy in percent on samples held out of the training set, after {protocol['tasks'] or 'all'} "
             f"tasks: of all configurations with one seed, and of the chosen one with so many. All are in {path.name}."
-            + _about_batches(protocol)
-            + _about_anchors({method: entry["best"] for method, entry in recorded["methods"].items()})
+            + _notes(protocol, {method: entry["best"] for method, entry in recorded["methods"].items()})
         )
         limit = ["--tasks", str(protocol["tasks"])] if protocol["tasks"] else []
         yield _command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
@@ -147,16 +141,11 @@ def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
     return "\n".join(f"![{title}, {kind}]({prefix}-{kind}.svg)" for kind in drawn)
 
 
-class _Label(tuple[str, str]):
+class _Label(NamedTuple):
     """A method (with its precision unless that is float32), and those of its settings that are not the defaults."""
 
-    @property
-    def method(self) -> str:
-        return self[0]
-
-    @property
-    def changes(self) -> str:
-        return self[1]
+    method: str
+    changes: str
 
 
 def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
@@ -167,7 +156,7 @@ def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
     for record in sorted(records, key=lambda one: (list(METHODS).index(one.method), one.seed)):
         precision = record.settings["precision"]
         method = record.method if precision == "float32" else f"{record.method} ({precision})"
-        groups.setdefault(_Label((method, ", ".join(_changes_of(record, most, batches)))), []).append(record)
+        groups.setdefault(_Label(method, ", ".join(_changes_of(record, most, batches))), []).append(record)
     return groups
 
 
@@ -191,6 +180,8 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
     single = {record.seed: record for method in groups if method.startswith("single") for record in groups[method]}
     header = ["", *tasks, "average", "forgetting", "backward transfer", "forward transfer", "seeds"]
     rows = []
+    if published:
+        header.append("average in the paper, its full size")
     for method, repeated in groups.items():
         tables = [record.accuracy for record in repeated]
         in_a_row = method.split()[0] not in BOUNDS and len(tasks) > 1
@@ -204,12 +195,10 @@ def accuracy_table(groups: Mapping[str, Sequence[Record]], published: Mapping[st
             percent([forward_transfer(*pair) for pair in compared]) if in_a_row and compared else _WITHOUT,
             _seeds(repeated),
         ]
-        rows.append(row)
-    if published:
-        header.append("average in the paper, its full size")
-        for row, method in zip(rows, groups, strict=True):
+        if published:
             number = published.get(method.split()[0])
             row.append(_WITHOUT if number is None else f"{100 * number:.2f}")
+        rows.append(row)
     return markdown(header, rows)
 
 
@@ -220,26 +209,15 @@ def _seeds(repeated: Sequence[Record]) -> str:
 
 def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
     """The means of Figure 4: change of all neurons, of the most important tenth, and of the least important tenth."""
-    header = [
-        "",
-        "all neurons",
-        "most important tenth",
-        "least important tenth",
-        "never active",
-        "seeds",
-        "in the paper",
-    ]
+    groups_of_neurons = ("all neurons", "most important tenth", "least important tenth")
     rows = []
     for method, repeated in groups.items():
         columns = zip(*(_mean_changes(record) for record in repeated), strict=True)
-        cells = [
-            f"{mean:.3f} ± {error:.3f}" if error == error else f"{mean:.3f}"
-            for mean, error in map(mean_and_error, columns)
-        ]
+        cells = [with_error(column, 3) for column in columns]
         dead = [sum(change is None for change in record.extra["change"]) for record in repeated]
         paper = " / ".join(_PUBLISHED_CHANGES.get(method.split()[0], (_WITHOUT,)))
         rows.append([method, *cells, f"{np.mean(dead):.1f}", _seeds(repeated), paper])
-    return markdown(header, rows)
+    return markdown(["", *groups_of_neurons, "never active", "seeds", "in the paper"], rows)
 
 
 def _mean_changes(record: Record) -> tuple[float, float, float]:
@@ -249,10 +227,10 @@ def _mean_changes(record: Record) -> tuple[float, float, float]:
     return float(np.mean(by_importance)), float(np.mean(by_importance[-tenth:])), float(np.mean(by_importance[:tenth]))
 
 
-def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str, Any], activation: bool) -> str:
+def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str, Any]) -> str:
     header = ["method", "setting", "average", "forgetting", "seeds"]
     rows = []
-    for label, repeated in [*[(_Label((m, "")), r) for m, r in standard.items()], *others.items()]:
+    for label, repeated in [*[(_Label(m, ""), r) for m, r in standard.items()], *others.items()]:
         if not label.changes and label.method not in {other.method for other in others}:
             continue
         tables = [record.accuracy for record in repeated]

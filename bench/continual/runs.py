@@ -7,13 +7,12 @@ gives the same numbers as one that was not.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from filelock import Timeout
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 import npc_ext
@@ -90,22 +89,17 @@ def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> 
         StoreError: the stored files of the run are damaged.
         ValueError: the method is unknown or unfit for the experiment, or the run began with other data.
     """
-    lock = store.lock(run.record())
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock = store.lock(run.record()).acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise BusyError(run.name) from None
-    try:
+    with lock:
         record, _ = store.load(run.record())
-        if record.tasks and record.finished:
-            return record
-        return _learn(run, store, position)
-    finally:
-        lock.release()
+        return record if record.tasks and record.finished else _learn(run, store, position)
 
 
 def _learn(run: Run, store: Store, position: int) -> Record:
-    experiment, method = EXPERIMENTS[run.experiment], METHODS[run.method]
+    experiment = EXPERIMENTS[run.experiment]
     if run.experiment == "activation" and run.method not in _WATCHED:
         raise ValueError(f"the experiment activation compares {' and '.join(_WATCHED)}, not {run.method}")
     device = torch.device(run.machine.device)
@@ -113,34 +107,17 @@ def _learn(run: Run, store: Store, position: int) -> Record:
     learned_tasks = [joint(tasks)] * len(tasks) if run.method == "joint" else tasks
 
     model, optimizer = fresh(run, tasks, 0)
-    unlearned = run.record(tasks)
-    record, state = store.load(unlearned)
-    if record.tasks != unlearned.tasks:  # for example because the other version of EMNIST is there now
-        raise ValueError(
-            f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
-            f"{'; '.join(unlearned.tasks)}; name the same data by --data, or another --store"
-        )
+    record, state = _begun(run, store, tasks)
     change = ActivationChange(tasks[0], run.machine) if run.experiment == "activation" else None
     if state is not None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if change is not None:
-            change.load(state["activations"])
-    here = environment.describe() | {"device": _device_name(device), **asdict(run.machine)}
-    if here not in record.environments:
-        record.environments.append(here)
+            change.before = state["activations"]
 
-    total = len(tasks) * run.protocol.epochs
-    with tqdm(
-        total=total,
-        initial=len(record.accuracy) * run.protocol.epochs,
-        desc=run.name,
-        unit="epoch",
-        position=position,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=1,
-    ) as bar:
+    epochs = run.protocol.epochs
+    options = {"unit": "epoch", "position": position, "leave": False, "dynamic_ncols": True, "mininterval": 1}
+    with tqdm(total=len(tasks) * epochs, initial=len(record.accuracy) * epochs, desc=run.name, **options) as bar:
         for number in range(len(record.accuracy), len(tasks)):
             if run.method == "single" and number:
                 model, optimizer = fresh(run, tasks, number)
@@ -153,20 +130,14 @@ def _learn(run: Run, store: Store, position: int) -> Record:
 
             steps, seconds, consolidation_seconds = 0, 0.0, 0.0
             if record.diverged_in is None or run.method == "single":
-                steps, seconds = train(
-                    model,
-                    optimizer,
-                    training_batches(run, number, task, tasks[number]),
-                    epochs=run.protocol.epochs,
-                    machine=run.machine,
-                    on_epoch=on_epoch,
-                )
+                batches = training_batches(run, number, task, tasks[number])
+                steps, seconds = train(model, optimizer, batches, epochs=epochs, machine=run.machine, on_epoch=on_epoch)
                 started = time.perf_counter()
                 if not is_finite(model):
                     record.diverged_in = number
-                elif method.consolidate is not None and number + 1 < len(tasks):
+                elif number + 1 < len(tasks):
                     try:
-                        method.consolidate(optimizer, batches_of(task, run), outputs_of(task))
+                        consolidate(run, optimizer, task)
                     except NonFiniteImportanceError:  # the weights would become non-finite next
                         record.diverged_in = number
                 consolidation_seconds = time.perf_counter() - started
@@ -177,8 +148,25 @@ def _learn(run: Run, store: Store, position: int) -> Record:
             if change is not None:
                 record.extra |= change.after_task(number, model, optimizer)
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            store.save(record, state if change is None else {**state, "activations": change.state()})
+            store.save(record, state if change is None else {**state, "activations": change.before})
     return record
+
+
+def _begun(run: Run, store: Store, tasks: list[Task]) -> tuple[Record, dict[str, Any] | None]:
+    """The stored record of the run, with this machine among its environments, and its checkpoint if it has one."""
+    unlearned = run.record(tasks)
+    record, state = store.load(unlearned)
+    if record.tasks != unlearned.tasks:  # for example because the other version of EMNIST is there now
+        raise ValueError(
+            f"{run.name} was begun with the tasks {'; '.join(record.tasks)}, but the data now make "
+            f"{'; '.join(unlearned.tasks)}; name the same data by --data, or another --store"
+        )
+    device = torch.device(run.machine.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    here = environment.describe() | {"device": name, **asdict(run.machine)}
+    if here not in record.environments:
+        record.environments.append(here)
+    return record, state
 
 
 def _accuracies(run: Run, model: nn.Module, tasks: list[Task], number: int, record: Record) -> list[float | None]:
@@ -216,21 +204,17 @@ def training_batches(run: Run, number: int, learned: Task, task: Task) -> Batche
     return Batches(
         learned,
         batch_size=protocol.batch_size,
-        generator=generator_of(run.seed, number),
+        generator=torch.Generator().manual_seed(_mixed(run.seed, number, 2)),
         epoch_samples=samples,
         augmentation=experiments.augmentation(experiment, protocol),
     )
 
 
-def batches_of(task: Task, run: Run, size: int = 100) -> Iterator[tuple[Tensor, Tensor]]:
-    """All training samples without augmentation, with labels relative to the task's first class."""
-    for images, labels in zip(task.train_images.split(size), task.train_labels.split(size), strict=True):
-        yield standard(images, task, run.machine), labels - task.classes[0]
-
-
-def outputs_of(task: Task) -> Callable[[Tensor], Tensor]:
-    """Returns a function that selects the outputs of a task's classes."""
-    return lambda outputs: outputs[:, task.outputs]
+def consolidate(run: Run, optimizer: torch.optim.Optimizer, task: Task, size: int = 100) -> None:
+    """Consolidates what was learned of a task, from all its training samples without augmentation."""
+    parts = zip(task.train_images.split(size), task.train_labels.split(size), strict=True)
+    batches = ((standard(images, task, run.machine), labels - task.classes[0]) for images, labels in parts)
+    METHODS[run.method].consolidate(optimizer, batches, lambda outputs: outputs[:, task.outputs])
 
 
 def _mixed(seed: int, number: int, purpose: int) -> int:
@@ -241,12 +225,3 @@ def _mixed(seed: int, number: int, purpose: int) -> int:
 def seed_task(seed: int, number: int) -> None:
     """Seeds dropout in a task."""
     torch.manual_seed(_mixed(seed, number, 1))
-
-
-def generator_of(seed: int, number: int) -> torch.Generator:
-    """The generator for order, crops and flips in a task."""
-    return torch.Generator().manual_seed(_mixed(seed, number, 2))
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

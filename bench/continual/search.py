@@ -71,9 +71,8 @@ def search(
         record = execute(replace(run, hyperparameters=settings), store, position=2 * position + 1)
         return DIVERGED if record.diverged_in is not None else metrics.average_accuracy(record.accuracy)
 
-    with tqdm(
-        total=budget * len(walks), desc=f"{first.experiment} {first.method} search", position=2 * position, leave=False
-    ) as bar:
+    name = f"{first.experiment} {first.method} search"
+    with tqdm(total=budget * len(walks), desc=name, position=2 * position, leave=False) as bar:
 
         def score(settings: dict[str, Any]) -> float:
             key = hash_of(settings)
@@ -97,13 +96,13 @@ def search(
             if one.score != DIVERGED:
                 one.scores += [evaluate(run, one.settings) for run in runs[1:]]
     chosen = max(finalists, key=lambda one: one.score)
-    if chosen.score == DIVERGED:  # runs then use the method's defaults
-        _record(first, list(tried.values()), {}, results)
-        return (
-            f"{len(tried)} configurations tried, and all diverged; start from a lower lr: --set {first.method}.lr=..."
-        )
-    _record(first, list(tried.values()), chosen.settings, results)
-    return f"{len(tried)} configurations tried, best {chosen.score:.2%} with {chosen.settings}"
+    diverged = chosen.score == DIVERGED
+    # Without a best configuration, runs use the method's defaults.
+    _record(first, list(tried.values()), {} if diverged else chosen.settings, results)
+    said = f"{len(tried)} configurations tried"
+    if diverged:
+        return f"{said}, and all diverged; start from a lower lr: --set {first.method}.lr=..."
+    return f"{said}, best {chosen.score:.2%} with {chosen.settings}"
 
 
 def _along(
@@ -136,7 +135,7 @@ def _rounded(value: float) -> float:
 def _record(run: Run, tried: list[_Tried], best: dict[str, Any], results: Path) -> None:
     """Adds what was tried to the record, which has the other methods, too.
 
-    Records of searches whose epochs ended with a smaller batch are moved to <experiment>-<size>-cut.json before.
+    First moves records of searches whose epochs ended with a smaller batch to <experiment>-<size>-cut.json.
     """
     path = results / f"{run.experiment}-{run.size}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ To merge the stores of several machines, copy one over the other.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -128,16 +129,14 @@ class Store:
         """Stores a run after a task: its record and, unless it is finished, a checkpoint."""
         text = json.dumps(asdict(record)) + "\n"
         checkpoint = self._checkpoint(record, ".pt")
-        if record.finished:
-            write(self.folder / record.path.with_suffix(".json"), text)
-            checkpoint.unlink(missing_ok=True)
-            return
-        # The checkpoint contains the record, too, so that the two agree whenever the process is killed.
-        checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        temporary = checkpoint.with_suffix(f".{os.getpid()}")
-        torch.save({"record": text, **state}, temporary)
-        os.replace(temporary, checkpoint)
+        if not record.finished:
+            content = io.BytesIO()
+            # The checkpoint contains the record, too, so that the two agree whenever the process is killed.
+            torch.save({"record": text, **state}, content)
+            write(checkpoint, content.getvalue())
         write(self.folder / record.path.with_suffix(".json"), text)
+        if record.finished:
+            checkpoint.unlink(missing_ok=True)
 
     def load(self, record: Record) -> tuple[Record, dict[str, Any] | None]:
         """Returns the stored record and, unless the run is finished, the checkpoint; else the given record and None.

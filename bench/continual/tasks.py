@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .datasets import sklearn_digits
+
 
 @dataclass(frozen=True)
 class Task:
@@ -47,14 +49,9 @@ class Task:
 
 def digits(classes_per_task: int = 2) -> list[Task]:
     """scikit-learn's 1,797 handwritten digits of 8x8 pixels; four fifths of them are for training."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    images, labels = load_digits(return_X_y=True)
-    train, test = train_test_split(range(len(labels)), test_size=0.2, stratify=labels, random_state=0)
-    pixels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16
-    targets = torch.tensor(labels, dtype=torch.int64)
-    return split(pixels[train], targets[train], pixels[test], targets[test], classes_per_task)
+    pixels, labels, train, test = sklearn_digits()
+    images = pixels.float() / 16
+    return split(images[train], labels[train], images[test], labels[test], classes_per_task)
 
 
 def split(
@@ -64,11 +61,8 @@ def split(
     tasks = []
     for classes in torch.unique(train_labels).split(classes_per_task):
         train, test = torch.isin(train_labels, classes), torch.isin(test_labels, classes)
-        tasks.append(
-            Task(
-                tuple(classes.tolist()), train_images[train], train_labels[train], test_images[test], test_labels[test]
-            )
-        )
+        of_train, of_test = (train_images[train], train_labels[train]), (test_images[test], test_labels[test])
+        tasks.append(Task(tuple(classes.tolist()), *of_train, *of_test))
     return tasks
 
 
@@ -79,16 +73,9 @@ def joint(tasks: Sequence[Task]) -> Task:
     for task in tasks:
         rivals[task.outputs, task.outputs] = True
 
-    def statistics(name: str) -> Tensor:
-        return torch.cat([getattr(task, name).expand(len(task.train_labels), -1, 1, 1) for task in tasks])
-
-    return Task(
-        classes,
-        torch.cat([task.train_images for task in tasks]),
-        torch.cat([task.train_labels for task in tasks]),
-        torch.cat([task.test_images for task in tasks]),
-        torch.cat([task.test_labels for task in tasks]),
-        statistics("mean"),
-        statistics("std"),
-        rivals.to(tasks[0].train_labels.device),
-    )
+    tensors: dict[str, Any] = {"rivals": rivals.to(tasks[0].train_labels.device)}
+    for name in ("train_images", "train_labels", "test_images", "test_labels"):
+        tensors[name] = torch.cat([getattr(task, name) for task in tasks])
+    for name in ("mean", "std"):
+        tensors[name] = torch.cat([getattr(task, name).expand(len(task.train_labels), -1, 1, 1) for task in tasks])
+    return Task(classes, **tensors)

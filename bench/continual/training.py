@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..cases import tf32
 from .tasks import Task
 
 Step = Callable[[Tensor], None]
@@ -46,18 +47,6 @@ class Machine:
     def precision(self) -> str:
         """The name of the arithmetic."""
         return "bf16" if self.bf16 else "tf32" if self.tf32 else "float32"
-
-    @contextmanager
-    def arithmetic(self) -> Iterator[None]:
-        """Multiplies float32 matrices in TF32 within the block if `tf32` is set."""
-        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
-        torch.backends.cudnn.allow_tf32 = self.tf32
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(before[0])
-            torch.backends.cudnn.allow_tf32 = before[1]
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast to bfloat16, or nothing."""
@@ -197,7 +186,7 @@ def train(
 
     run_step = _graph_of(step) if machine.cuda_graph and total.is_cuda else step
     steps, seconds = 0, 0.0
-    with machine.arithmetic():
+    with tf32(machine.tf32):
         for _ in range(epochs):
             started = time.perf_counter()
             epoch = batches.epoch()
@@ -252,7 +241,7 @@ def accuracy_of(model: nn.Module, task: Task, machine: Machine | None = None, ba
     training = model.training
     model.eval()
     right = torch.zeros((), dtype=torch.int64, device=task.test_labels.device)
-    with machine.arithmetic(), machine.autocast():
+    with tf32(machine.tf32), machine.autocast():
         for images, labels in zip(task.test_images.split(batch_size), task.test_labels.split(batch_size), strict=True):
             chosen = model(standard(images, task, machine))[:, task.outputs].argmax(1)
             right += (chosen == labels - task.classes[0]).sum()

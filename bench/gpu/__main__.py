@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from .. import command_line
 from ..against.revision import RevisionError, checkout
 from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
-from .flights import FLIGHTS, Part
+from .flights import FLIGHTS
 from .prepare import ENVIRONMENT
 from .processes import KILLED, Worker
 
@@ -45,19 +45,19 @@ class Flight:
     started: float = field(default_factory=time.perf_counter)
     worker: Worker | None = None
 
-    def left(self, parts: Sequence[Part]) -> float:
-        """Seconds left for the last of the given parts, which are all parts up to it."""
-        return self.slower * sum(part.limit for part in parts) - (time.perf_counter() - self.started)
+    def left(self, granted: int) -> float:
+        """Seconds left of the `granted` ones, which are the limits of all parts so far."""
+        return self.slower * granted - (time.perf_counter() - self.started)
 
-    def fly(self, part: Part, limit: float) -> Mapping[str, Any]:
+    def fly(self, part: str, limit: float) -> Mapping[str, Any]:
         """Runs one part, as a command or in the worker. Returns how it ended; an error never ends the flight."""
         try:
-            if part.name in COMMANDS:
-                command = COMMANDS[part.name](self.settings)
+            if part in COMMANDS:
+                command = COMMANDS[part](self.settings)
                 return {"state": command} if isinstance(command, str) else command.run(self.settings, limit)
             if self.worker is None or not self.worker.is_running():
                 self.worker = Worker(self.settings)
-            ended = dict(self.worker.measure(part.name, limit))
+            ended = dict(self.worker.measure(part, limit))
         except Exception as error:
             traceback.print_exc()
             return {"state": "failed", "error": f"{type(error).__name__}: {error}"}
@@ -90,11 +90,8 @@ def main() -> int:
     parser.add_argument("--dry", action="store_true", help="run on the CPU, with tiny sizes")
     arguments = parser.parse_args()
     parts = FLIGHTS[arguments.flight]
-    if unknown := set(arguments.only or ()) - {part.name for part in parts}:
-        parser.error(
-            f"the flight {arguments.flight} has no part {', '.join(sorted(unknown))}; it has "
-            f"{', '.join(part.name for part in parts)}"
-        )
+    if unknown := sorted(set(arguments.only or ()) - set(parts)):
+        parser.error(f"the flight {arguments.flight} has no part {', '.join(unknown)}; it has {', '.join(parts)}")
     if not arguments.dry and shutil.which("nvidia-smi") is None and not Path("/dev/nvidia0").exists():
         parser.error("there is no GPU here (no nvidia-smi, no /dev/nvidia0); --dry flies on the CPU")
     if (arguments.out / NAME).exists():
@@ -113,7 +110,8 @@ def main() -> int:
         signal.signal(number, lambda received, _: sys.exit(128 + received))
     scratch = Path(tempfile.mkdtemp(prefix="npc_ext-flight-"))
     try:
-        return _fly(arguments, tuple(p for p in parts if not arguments.only or p.name in arguments.only), scratch)
+        chosen = {part: limit for part, limit in parts.items() if not arguments.only or part in arguments.only}
+        return _fly(arguments, chosen, scratch)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -122,12 +120,12 @@ def _limits() -> str:
     """The limits of all parts, for --help."""
     lines = ["Parts and their limits in seconds (a part may also use what earlier parts have not used):"]
     for flight, parts in FLIGHTS.items():
-        listed = ", ".join(f"{part.name} {part.limit}" for part in parts)
+        listed = ", ".join(f"{part} {limit}" for part, limit in parts.items())
         lines.append(f"  {flight}: {listed}")
     return "\n".join(lines)
 
 
-def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) -> int:
+def _fly(arguments: argparse.Namespace, limits: Mapping[str, int], scratch: Path) -> int:
     settings = Settings(
         command=command_line("bench.gpu"),
         out=arguments.out.resolve(),
@@ -139,12 +137,13 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
         environment=_environment(arguments),
     )
     flight, writer = Flight(settings, _DRY_SLOWER if settings.dry else 1), Writer(settings.out)
-    states, loaded = list[str](), True
+    states, loaded, granted = list[str](), True, 0
     try:
-        for index, part in enumerate(parts):
-            limit = max(1.0, flight.left(parts[: index + 1]))
+        for part, seconds_of_part in limits.items():
+            granted += seconds_of_part
+            limit = max(1.0, flight.left(granted))
             if not loaded:
-                writer.part(part.name, "not begun: the kernels did not load", 0)
+                writer.part(part, "not begun: the kernels did not load", 0)
                 continue
             started = time.perf_counter()
             ended: Mapping[str, Any] = {"state": "interrupted"}
@@ -152,11 +151,11 @@ def _fly(arguments: argparse.Namespace, parts: tuple[Part, ...], scratch: Path) 
                 ended = flight.fly(part, limit)
             finally:
                 seconds = time.perf_counter() - started
-                writer.part(part.name, **{"seconds": seconds, "limit": round(limit, 1), **ended}, gpu=_gpu())
+                writer.part(part, **{"seconds": seconds, "limit": round(limit, 1), **ended}, gpu=_gpu())
                 shown = [f"{name}: {value}" for name, value in ended.items() if name != "state"]
-                print(f"{part.name}: {', '.join([ended['state'], *shown])}; {seconds:.1f} s", flush=True)
+                print(f"{part}: {', '.join([ended['state'], *shown])}; {seconds:.1f} s", flush=True)
             states.append(ended["state"])
-            loaded &= part.name != "load" or ended["state"] == "complete"
+            loaded &= part != "load" or ended["state"] == "complete"
     finally:
         flight.end()
     print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {writer.path}", flush=True)

@@ -154,15 +154,10 @@ class Device:
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 function()
                 torch.cuda.synchronize()
-        counts: dict[str, int] = {}
-        for event in profiler.events():
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                kernel = re.search(r"\w+_kernel", event.name)
-                name = kernel[0] if kernel else event.name
-                counts[name] = counts.get(name, 0) + 1
-        if not counts:
+        of_device = [one.name for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+        if not of_device:
             raise RuntimeError("the profiler saw no kernel")
-        return counts
+        return dict(Counter(kernel[0] if (kernel := re.search(r"\w+_kernel", one)) else one for one in of_device))
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
         """Peak memory that torch allocates during a call, above what was allocated before; None in a dry run."""

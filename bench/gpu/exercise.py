@@ -26,7 +26,8 @@ from .collect import FOLDER
 
 SHAPES = [(64, 33), (4, 64), (8, 24, 7, 7), (8, 32, 16, 16), (1, 2, 9000), (300, 3)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-WIDE = 5000  # so many neurons that a launch of its own sums their importance
+STOCHASTIC: dict[str, Any] = {"dtype": torch.bfloat16, "stochastic_rounding": True}
+WIDE = 5000  # this many neurons need a separate launch to sum their importance
 
 
 def _eq_2(device: str) -> None:
@@ -119,18 +120,14 @@ EXERCISES: dict[str, Callable[[str], None]] = {
     "NPC, float16, momentum": _twins(NPC, dtype=torch.float16, momentum=0.9),
     "NPC, bfloat16": _twins(NPC, dtype=torch.bfloat16),
     "NPC, bfloat16, momentum": _twins(NPC, dtype=torch.bfloat16, momentum=0.9),
-    "NPC, bfloat16 rounded stochastically": _twins(NPC, dtype=torch.bfloat16, lr=1e-3, stochastic_rounding=True),
-    "NPC, bfloat16 rounded stochastically, momentum": _twins(
-        NPC, dtype=torch.bfloat16, lr=1e-3, momentum=0.9, stochastic_rounding=True
-    ),
+    "NPC, bfloat16 rounded stochastically": _twins(NPC, lr=1e-3, **STOCHASTIC),
+    "NPC, bfloat16 rounded stochastically, momentum": _twins(NPC, lr=1e-3, momentum=0.9, **STOCHASTIC),
     "NPC, bfloat16 and float32": _twins(NPC, _two_dtypes, dtype=torch.bfloat16),
     "NPCAdamW": _twins(NPCAdamW, lr=1e-4),
     "NPCAdamW, many layers": _twins(NPCAdamW, _many_layers, lr=1e-4),
     "NPCAdamW, float16": _twins(NPCAdamW, dtype=torch.float16, lr=1e-4),
     "NPCAdamW, bfloat16": _twins(NPCAdamW, dtype=torch.bfloat16, lr=1e-4),
-    "NPCAdamW, bfloat16 rounded stochastically": _twins(
-        NPCAdamW, dtype=torch.bfloat16, lr=1e-4, stochastic_rounding=True
-    ),
+    "NPCAdamW, bfloat16 rounded stochastically": _twins(NPCAdamW, lr=1e-4, **STOCHASTIC),
     "CPC": _twins(CPC, lr=1e-2),
     "CPC, many layers": _twins(CPC, _many_layers, lr=1e-2),
     "EWC": _twins(EWC, lr=1e-3, strength=0.1),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from npc_ext import NPC, ops, reference
 from npc_ext.kernels import native
 
-from ..cases import OPTIMIZERS, Steps, eager_importance, on_sets, trainers, training
+from ..cases import OPTIMIZERS, Steps, eager_importance, importance_case, on_sets, tf32, trainers, training
 from ..certified import SGD, SMALL_NETWORKS, UNSKIPPED, Certified, Network
 from ..networks import cnn, mlp, paper_cnn, resnet18
 from ..rows import OURS, Row
@@ -88,22 +87,14 @@ def _importance(
         numbers = torch.Size(shape).numel()
         bytes_ = 2 * numbers * dtype.itemsize
         inputs = [_pair(device, shape, dtype, last) for _ in range(device.sets_of(bytes_))]
-        functions: dict[str, Callable[[Tensor, Tensor], Any]] = {OURS: ops.importance}
-        if not alone:
-            functions["eager"] = eager_importance
-        peers: dict[str, Any] = {peer: on_sets(function, inputs) for peer, function in functions.items()}
-        goals = {}
-        if not alone:
-            ceiling = Ceiling(device, 2, 0, numbers * dtype.itemsize // 4, len(inputs))
-            peers[ceiling.name] = ceiling
-            goals = {ceiling.name: 0.9} if bytes_ >= LARGE else {}
-        want = reference.importance(inputs[0][0].double(), inputs[0][1].double())
-
-        def agrees(peer: str) -> None:
-            if peer in functions:
-                check(peer, functions[peer](*inputs[0]), want, 2e-2 if dtype == torch.bfloat16 else 1e-3)
-
-        return Case(name, peers, sets=len(inputs), check=agrees, turns=turns, goals=goals, bytes=bytes_)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-3
+        if alone:
+            return importance_case(name, {OURS: ops.importance}, inputs, tolerance, turns=turns)
+        ceiling = Ceiling(device, 2, 0, numbers * dtype.itemsize // 4, len(inputs))
+        goals = {ceiling.name: 0.9} if bytes_ >= LARGE else {}
+        functions: dict[str, Any] = {OURS: ops.importance, "eager": eager_importance}
+        case = importance_case(name, functions, inputs, tolerance, turns=turns, goals=goals)
+        return replace(case, peers={**case.peers, ceiling.name: ceiling})
 
     return Later(name, make)
 
@@ -219,7 +210,7 @@ def decisive(device: Device) -> Iterator[Later | Row]:
         ("update", few_updates(device)),
     ):
         yield from (replace(case, part=part) for case in cases)
-    with _tf32():
+    with tf32():
         yield from (
             replace(case, part="step") for case in _training_steps(device, "paper's CNN, batch 256", paper_cnn, 256)
         )
@@ -313,7 +304,7 @@ def step(device: Device) -> Iterator[Later]:
         ("paper's CNN, batch 64", paper_cnn, 64),
         ("ResNet-18, batch 256", resnet18, 256),
     ]
-    with _tf32():
+    with tf32():
         for label, make, batch in networks[: 1 if device.dry else None]:
             for autocast in (False, True):
                 yield from _training_steps(device, label, make, batch, autocast)
@@ -358,7 +349,7 @@ def frozen(device: Device) -> Iterator[Later]:
         certified = Certified(network, share, device.name, (SGD, UNSKIPPED))
         return certified.timed(seconds_per_turn=_SECONDS_OF_STEPS, facts=certified.facts)
 
-    with _tf32():
+    with tf32():
         for network in SMALL_NETWORKS[:1] if device.dry else networks:
             for share in SHARES:
                 yield Later(f"{network.name}, {share:.0%}", partial(make, network, share))
@@ -400,23 +391,12 @@ def _compiled_steps(device: Device, mode: str) -> Iterator[Later]:
         return Case(name, steps, turns=9, seconds_per_turn=_SECONDS_OF_STEPS, goals=goals)
 
     label = f"paper's CNN, batch 256, {mode}"
-    with _tf32():
+    with tf32():
         for name, peers in ((f"{label}, alone", (OURS,)), (label, (OURS, SGD))):
             yield Later(name, partial(make, name, peers))
 
 
 # ---------------------------------------------------------------------------------------------------------- shared
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    """Multiplies float32 matrices in TF32 within the block, as is usual in training."""
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _pair(device: Device, shape: Sequence[int], dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:

@@ -84,15 +84,8 @@ def build_stream(folder: Path) -> Path:
         raise compilers.BuildError(f"{_STREAM.name} needs nvcc, and none was found; set NPC_EXT_NVCC or CUDA_HOME")
     target.parent.mkdir(parents=True, exist_ok=True)
     staged = target.with_name(f".{target.name}.{os.getpid()}")
-    command = [
-        str(compiler),
-        "-O3",
-        *build.nvcc_flags(compilers.architectures()[0]),
-        "-shared",
-        str(_STREAM),
-        "-o",
-        str(staged),
-    ]
+    flags = build.nvcc_flags(compilers.architectures()[0])
+    command = [str(compiler), "-O3", *flags, "-shared", str(_STREAM), "-o", str(staged)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise compilers.BuildError(f"{' '.join(command)} failed:\n{result.stdout}{result.stderr}")

@@ -11,7 +11,6 @@ import gc
 import time
 import traceback
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +64,13 @@ def measure_part(part: str, limit: float, device: Device, writer: Writer) -> dic
 
 def _row(later: Later, part: str, device: Device) -> Row:
     print(f"{part}: {later.name}", flush=True)
+    part = later.part or part
     try:
-        case = replace(later.make(), part=later.part)
-        row = measure(part, case, device.timer, _DRY_TURNS if device.dry else None)
+        row = measure(part, later.make(), device.timer, _DRY_TURNS if device.dry else None)
     except Exception as error:
         traceback.print_exc()
         device.timer.finish()
-        return Row(later.part or part, later.name, facts={"error": f"{type(error).__name__}: {error}"})
+        return Row(part, later.name, facts={"error": f"{type(error).__name__}: {error}"})
     row.goals = {} if device.dry else row.goals  # a dry run has no goals
     return row
 

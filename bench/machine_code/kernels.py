@@ -45,9 +45,8 @@ class Kernel:
         """How many blocks fit a multiprocessor, with its 65,536 registers, 64 warps and shared memory."""
         a_warp = -(-self.registers * 32 // 256) * 256
         warps = min(64, 65_536 // 4 // a_warp * 4)  # registers are divided among four schedulers
-        reserved = (
-            0 if int(self.arch) >= 100 and self.shared else 1024
-        )  # reserved by the system; newer reports include it
+        # The system reserves 1 KiB; newer reports include it.
+        reserved = 0 if int(self.arch) >= 100 and self.shared else 1024
         shared = -(-(self.shared + reserved) // 128) * 128
         return min(warps * 32 // THREADS, SHARED_KIB[self.arch] * 1024 // shared)
 

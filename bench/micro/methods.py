@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,8 @@ class Method:
     Attributes:
         peers: the step of each peer; ours comes first.
         models: the models that they train, in the same order.
-        state: size in bytes of each peer's state.
-        prepare: called before each step, unless it is None.
+        state_bytes: size in bytes of our optimizer's state.
+        prepare: called before each step.
     """
 
     def __init__(self, name: str, make: Callable[[], nn.Module], old_tasks: int) -> None:
@@ -142,9 +142,10 @@ class Method:
         models += [with_gradients(copy.deepcopy(models[0])) for _ in range(3)]
         parameters = [list(model.parameters()) for model in models]
         sgd = torch.optim.SGD(parameters[1], lr=LR, fused=True)
-        self.models, self.state = models, {"SGD fused": 0}
-        self.prepare: Callable[[], None] | None = None
+        self.models = models
+        self.prepare: Callable[[], None] = lambda: None
         ours: torch.optim.Optimizer
+        foreach: dict[str, Any] = {}
         if name == "NPC":
             ours = npc = NPC(models[0], lr=LR)
 
@@ -155,58 +156,52 @@ class Method:
             measured()
             ours.step()
             self.prepare = measured
-            self.peers: dict[str, Callable[[], object]] = {OURS: ours.step, "SGD fused": sgd.step}
         elif name == "CPC":
             ours = CPC(models[0], lr=LR)
             ours.step()
             averages = [ours.state[parameter]["importance"].clone() for parameter in parameters[0]]
-            layers: list[list[Tensor]] = [list(parameters[2][at : at + 2]) for at in range(0, len(parameters[2]), 2)]
-            plain = ForeachCPC(layers, [averages[at : at + 2] for at in range(0, len(averages), 2)])
+            firsts = range(0, len(averages), 2)
+            layers: list[list[Tensor]] = [list(parameters[2][at : at + 2]) for at in firsts]
+            foreach = {"foreach": ForeachCPC(layers, [averages[at : at + 2] for at in firsts])}
             with torch.no_grad():
                 for model in models[1:]:
                     model.load_state_dict(models[0].state_dict())
-            self.peers = {OURS: ours.step, "SGD fused": sgd.step, "foreach": plain.step}
-            self.state["foreach"] = state_bytes(ours)
         else:
-            ours, plain_peers, state = self._anchored(name, models, parameters, old_tasks)
-            self.peers = {OURS: ours.step, "SGD fused": sgd.step, **plain_peers}
-            self.state |= state
-        self.state = {OURS: state_bytes(ours), **self.state}
+            ours, foreach = _anchored(name, models[0], parameters, old_tasks)
+        optimizers: dict[str, Any] = {OURS: ours, "SGD fused": sgd, **foreach}
+        self.peers: dict[str, Callable[[], object]] = {peer: one.step for peer, one in optimizers.items()}
+        self.state_bytes = state_bytes(ours)
 
     def by_peer(self) -> dict[str, nn.Module]:
         """The model of each peer."""
         return dict(zip(self.peers, self.models, strict=False))
 
-    @staticmethod
-    def _anchored(
-        name: str, models: list[nn.Module], parameters: list[list[nn.Parameter]], old_tasks: int
-    ) -> tuple[Anchored, dict[str, Callable[[], object]], dict[str, int]]:
-        method = {"EWC": EWC, "MAS": MAS, "SI": SI, "SSL": SSL}[name]
-        ours: Anchored = method(models[0], lr=LR, strength=1.0)
-        after_tasks(ours, old_tasks)
-        # Move the weights away from the anchors, where the pull is zero.
-        generator = torch.Generator().manual_seed(3)
-        with torch.no_grad():
-            for copies in zip(*parameters, strict=True):
-                move = 0.1 * torch.randn(copies[0].shape, generator=generator)
-                for parameter in copies:
-                    parameter += move
 
-        def state_tensors(kind: str) -> list[Tensor]:
-            return [ours.state[parameter][kind].clone() for parameter in parameters[0]]
+def _anchored(
+    name: str, model: nn.Module, parameters: list[list[nn.Parameter]], old_tasks: int
+) -> tuple[Anchored, dict[str, Any]]:
+    method = {"EWC": EWC, "MAS": MAS, "SI": SI, "SSL": SSL}[name]
+    ours: Anchored = method(model, lr=LR, strength=1.0)
+    after_tasks(ours, old_tasks)
+    # Move the weights away from the anchors, where the pull is zero.
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for copies in zip(*parameters, strict=True):
+            move = 0.1 * torch.randn(copies[0].shape, generator=generator)
+            for parameter in copies:
+                parameter += move
 
-        merged = (state_tensors("stiffness"), state_tensors("anchor"))
-        if name == "SI":
-            paths = [torch.zeros_like(parameter) for parameter in parameters[2]]
-            plain = ForeachSI(parameters[2], *merged, paths)
-            for parameter, path in zip(parameters[0], paths, strict=True):
-                ours.state[parameter]["path"] = path.clone()
-            return ours, {"foreach": plain.step}, {"foreach": state_bytes(ours)}
-        one = ForeachAnchors(parameters[2], [merged])
-        each = ForeachAnchors(
-            parameters[3],
-            [([s / old_tasks for s in merged[0]], [a.clone() for a in merged[1]]) for _ in range(old_tasks)],
-        )
-        peers: dict[str, Callable[[], object]] = {"foreach": one.step, "foreach, an anchor per task": each.step}
-        state = {"foreach": state_bytes(ours), "foreach, an anchor per task": old_tasks * state_bytes(ours)}
-        return ours, peers, state
+    def state_tensors(kind: str) -> list[Tensor]:
+        return [ours.state[parameter][kind].clone() for parameter in parameters[0]]
+
+    merged = (state_tensors("stiffness"), state_tensors("anchor"))
+    if name == "SI":
+        paths = [torch.zeros_like(parameter) for parameter in parameters[2]]
+        for parameter, path in zip(parameters[0], paths, strict=True):
+            ours.state[parameter]["path"] = path.clone()
+        return ours, {"foreach": ForeachSI(parameters[2], *merged, paths)}
+    each = [([s / old_tasks for s in merged[0]], [a.clone() for a in merged[1]]) for _ in range(old_tasks)]
+    return ours, {
+        "foreach": ForeachAnchors(parameters[2], [merged]),
+        "foreach, an anchor per task": ForeachAnchors(parameters[3], each),
+    }

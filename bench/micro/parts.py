@@ -11,23 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from npc_ext import NPC, PlasticityWrapper, ops, reference
+from npc_ext import NPC, PlasticityWrapper, ops
 
-from ..cases import (
-    OPTIMIZERS,
-    Maker,
-    Steps,
-    eager_importance,
-    on_sets,
-    trainers,
-)
+from ..cases import OPTIMIZERS, Maker, Steps, eager_importance, importance_case, trainers
 from ..certified import SMALL_NETWORKS, Certified, Network
 from ..networks import Transformer, cnn, mlp, paper_cnn, resnet18
 from ..rows import OURS, Row
 from ..timing import Case, check, empty_caches, ignoring_the_set, sets_of
 from .calls import calls
 from .memory import peak_memory, saved_for_backward
-from .methods import OLD_TASKS, Method
+from .methods import OLD_TASKS, Method, state_bytes
 from .where import where
 
 # (samples, neurons, positions...): fully connected layers, small maps, the paper's maps, large maps.
@@ -59,23 +52,11 @@ def importance(quick: bool) -> Iterator[Case]:
     compiled = torch.compile(eager_importance, dynamic=False)
     torch._dynamo.config.cache_size_limit = 64
     for shape in IMPORTANCE_SHAPES[:: 4 if quick else 1]:
-        bytes_ = 2 * 4 * torch.Size(shape).numel()
-        inputs = [(torch.randn(shape), torch.randn(shape)) for _ in range(sets_of(bytes_))]
-        peers: dict[str, Any] = {OURS: ops.importance, "eager": eager_importance, "vecdot": vecdot, "compile": compiled}
-        want = reference.importance(inputs[0][0].double(), inputs[0][1].double())
-
-        def agrees(name: str, peers: Any = peers, inputs: Any = inputs, want: Tensor = want) -> None:
-            check(name, peers[name](*inputs[0]), want)
-
-        goal = 1.5 if torch.Size(shape[2:]).numel() <= SMALL_POSITIONS else 1.0
-        yield Case(
-            " x ".join(map(str, shape)),
-            {name: on_sets(function, inputs) for name, function in peers.items()},
-            sets=len(inputs),
-            check=agrees,
-            goals=dict.fromkeys((name for name in peers if name != OURS), goal),
-            bytes=bytes_,
-        )
+        sets = sets_of(2 * 4 * torch.Size(shape).numel())
+        inputs = [(torch.randn(shape), torch.randn(shape)) for _ in range(sets)]
+        peers = {"eager": eager_importance, "vecdot": vecdot, "compile": compiled}
+        goals = dict.fromkeys(peers, 1.5 if torch.Size(shape[2:]).numel() <= SMALL_POSITIONS else 1.0)
+        yield importance_case(" x ".join(map(str, shape)), {OURS: ops.importance, **peers}, inputs, goals=goals)
 
 
 def update(quick: bool) -> Iterator[Case]:
@@ -150,10 +131,9 @@ def step(quick: bool) -> Iterator[Case]:
             model = make()
             plain = saved_for_backward(model, images)
             optimizer = NPC(model, lr=1e-3)
-            state = [value for of_one in optimizer.state.values() for value in of_one.values()]
             return {
                 "saved for backward, of SGD's": saved_for_backward(model, images) / plain,
-                "optimizer state, bytes": sum(value.numel() * value.element_size() for value in state),
+                "optimizer state, bytes": state_bytes(optimizer),
                 "neurons": sum(layer.neurons for layer in optimizer.neurons),
             }
 
@@ -174,8 +154,7 @@ def methods(quick: bool) -> Iterator[Case]:
             method = Method(name, (lambda: cnn(1, 8, (16, 32), 64, 10)) if quick else paper_cnn, old_tasks)
 
             def prepare(method: Method = method) -> None:
-                if method.prepare:
-                    method.prepare()
+                method.prepare()
                 empty_caches()
 
             for one in method.peers.values():
@@ -196,7 +175,7 @@ def methods(quick: bool) -> Iterator[Case]:
                 turns=21,
                 seconds_per_turn=0.02,
                 goals={"SGD fused": 0.5} if name in ("EWC", "MAS", "SI") else {},
-                facts={"state, bytes an element": method.state[OURS] / parameters},
+                facts={"state, bytes an element": method.state_bytes / parameters},
             )
 
 

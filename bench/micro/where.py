@@ -25,22 +25,13 @@ def where(quick: bool) -> Iterator[Row]:
         for peer, name in ((SGD, SGD), (OURS, f"{OURS}, {share:.0%} certified")):
             if name not in columns:
                 columns[name] = _profiled(certified.steps[peer])
-    totals = {name: sum(times.values()) for name, times in columns.items()}
-    operations = sorted({one for times in columns.values() for one in times}, key=lambda one: -_most(columns, one))
-    rest = {
-        name: sum(time for one, time in times.items() if one in operations[MOST_OPERATIONS:])
-        for name, times in columns.items()
-    }
-    yield from (
-        _row(one, {name: times.get(one, 0.0) for name, times in columns.items()})
-        for one in operations[:MOST_OPERATIONS]
-    )
-    yield _row("all others", rest)
-    yield _row(f"all, {network.name}", totals)
-
-
-def _row(operation: str, milliseconds: dict[str, float]) -> Row:
-    return Row("where", operation, facts={f"{name}, ms a step": time for name, time in milliseconds.items()})
+    most = {one: max(times.get(one, 0.0) for times in columns.values()) for times in columns.values() for one in times}
+    operations = sorted(most, key=lambda one: -most[one])
+    rows = {one: [one] for one in operations[:MOST_OPERATIONS]}
+    rows |= {"all others": operations[MOST_OPERATIONS:], f"all, {network.name}": operations}
+    for name, added in rows.items():
+        facts = {f"{peer}, ms a step": sum(times.get(one, 0.0) for one in added) for peer, times in columns.items()}
+        yield Row("where", name, facts=facts)
 
 
 def _profiled(step: Callable[[], object]) -> dict[str, float]:
@@ -49,7 +40,3 @@ def _profiled(step: Callable[[], object]) -> dict[str, float]:
             step()
     averages = profiler.key_averages()
     return {event.key: event.self_cpu_time_total / 1e3 / STEPS for event in averages}
-
-
-def _most(columns: dict[str, dict[str, float]], operation: str) -> float:
-    return max(times.get(operation, 0.0) for times in columns.values())

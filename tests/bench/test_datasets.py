@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import io
 import lzma
 import os
 import pickle
@@ -15,7 +14,8 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +128,7 @@ def test_smallnorb_is_the_first_image_of_each_pair_averaged_to_a_third(tmp_path:
 
 
 @settings(max_examples=20)
-@given(
-    array=arrays.arrays(np.uint8, arrays.array_shapes(max_dims=4, max_side=5)),
-    compress=st.booleans(),
-)
+@given(array=arrays.arrays(np.uint8, arrays.array_shapes(max_dims=4, max_side=5)), compress=st.booleans())
 def test_idx_and_norb_arrays_of_any_shape_return(
     tmp_path_factory: pytest.TempPathFactory, array: np.ndarray, compress: bool
 ) -> None:
@@ -199,95 +196,61 @@ def test_missing_files_are_named_with_the_ways_to_fix_it(tmp_path: Path) -> None
     (write_idx(tmp_path / "emnist47") / "t10k-labels-idx1-ubyte.gz").unlink()
     with pytest.raises(DatasetError, match=r"EMNIST \(balanced\) is missing or incomplete; looked for ") as refusal:
         load("emnist", tmp_path, download=False)
-    for text in (
-        *EMNIST_FILES,
-        *MNIST_FILES,
-        str(tmp_path / "emnist47"),
-        "--data DIR",
-        "NPC_DATA",
-        "allow the download",
-    ):
+    where = str(tmp_path / "emnist47")
+    for text in (*EMNIST_FILES, *MNIST_FILES, where, "--data DIR", "NPC_DATA", "allow the download"):
         assert text in str(refusal.value)
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(
-        DatasetError, match="no data set 'svhn'; there are digits, mnist, fashion, emnist, cifar100, small"
-    ):
+    known = "digits, mnist, fashion, emnist, cifar100, smallnorb"
+    with pytest.raises(DatasetError, match=f"no data set 'svhn'; there are {known}"):
         load("svhn")
 
 
 # Refusing
 
 GZIP = gzip.compress(idx(IMAGES))
+HUGE = struct.pack(">4I", 0x803, *[2**32 - 1] * 3)
+AFTER = "bytes after its header, which announces"
+FORMS = {"mnist": (write_idx, MNIST_FILES), "smallnorb": (write_norb, NORB_FILES)}
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "file", "content", "message"),
     [
-        (GZIP[:-100], "cannot be read: Compressed file ended"),
-        (GZIP[:5], "cannot be read: Compressed file ended"),
-        (GZIP[:-8] + bytes(8), "cannot be read: CRC check failed"),
-        (GZIP[:200] + bytes(200) + GZIP[400:], "cannot be read: "),
-        (idx(IMAGES)[:-1], r"holds 4703 bytes after its header, which announces 6x28x28 elements, 4704 bytes"),
-        (idx(IMAGES) + b"!", r"holds 4705 bytes after its header, which announces 6x28x28 elements, 4704 bytes"),
-        (idx(IMAGES[:0]), r"holds 0 bytes after its header, which announces 0x28x28 elements"),
-        (idx(IMAGES)[:10], "has 10 bytes; its header alone needs 16"),
-        (b"", "has 0 bytes; its header alone needs 4"),
-        (idx(LABELS), r"begins with 0x00000801; expected 0x00000803, an IDX file of bytes in 3 dimensions"),
-        (b"<!DOCTYPE html>", r"begins with 0x3c21444f; expected 0x00000803"),
-        (
-            struct.pack(">4I", 0x803, *[2**32 - 1] * 3),
-            "holds 0 bytes after its header, which announces 4294967295x4294967295x4294967295 elements",
-        ),
+        ("mnist", 0, GZIP[:-100], "cannot be read: Compressed file ended"),
+        ("mnist", 0, GZIP[:5], "cannot be read: Compressed file ended"),
+        ("mnist", 0, GZIP[:-8] + bytes(8), "cannot be read: CRC check failed"),
+        ("mnist", 0, GZIP[:200] + bytes(200) + GZIP[400:], "cannot be read: "),
+        ("mnist", 0, idx(IMAGES)[:-1], f"holds 4703 {AFTER} 6x28x28 elements, 4704 bytes"),
+        ("mnist", 0, idx(IMAGES) + b"!", f"holds 4705 {AFTER} 6x28x28 elements, 4704 bytes"),
+        ("mnist", 0, idx(IMAGES[:0]), f"holds 0 {AFTER} 0x28x28 elements"),
+        ("mnist", 0, idx(IMAGES)[:10], "has 10 bytes; its header alone needs 16"),
+        ("mnist", 0, b"", "has 0 bytes; its header alone needs 4"),
+        ("mnist", 0, idx(LABELS), "begins with 0x00000801; expected 0x00000803, an IDX file of bytes in 3 dimensions"),
+        ("mnist", 0, b"<!DOCTYPE html>", "begins with 0x3c21444f; expected 0x00000803"),
+        ("mnist", 0, HUGE, f"holds 0 {AFTER} 4294967295x4294967295x4294967295 elements"),
+        ("mnist", 1, idx(LABELS[:5]), "6 images and 5 labels; they must agree"),
+        ("mnist", 2, idx(IMAGES[:2, :27]), "and .*: the images are 1x27x28; MNIST has 1x28x28"),
+        ("mnist", 3, idx(LABELS[:2] + 9), "the labels go from 10 to 12; MNIST has 0 to 9"),
+        ("smallnorb", 0, norb(CATEGORIES), "begins with 0x1e3d4c54; expected 0x1e3d4c55, a NORB matrix of bytes"),
+        ("smallnorb", 1, norb(LABELS), "begins with 0x1e3d4c55; expected 0x1e3d4c54, a NORB matrix of integers"),
+        ("smallnorb", 0, norb(PAIRS[:, 0]), "has 3 dimensions; expected 4"),
+        ("smallnorb", 0, norb(PAIRS)[:-1], f"holds 73727 {AFTER} 4x2x96x96 elements, 73728 bytes"),
+        ("smallnorb", 0, norb(PAIRS)[:20], "has 20 bytes; its header alone needs 24"),
+        ("smallnorb", 0, norb(PAIRS[:, :, :90]), "holds arrays of 2x90x96; expected pairs, 2x96x96"),
+        ("smallnorb", 1, norb(CATEGORIES)[:-4], f"holds 12 {AFTER} 4 elements, 16 bytes"),
+        ("smallnorb", 1, norb(CATEGORIES - 1), "the labels go from -1 to 3; smallNORB has 0 to 4"),
     ],
     ids=short,
 )
-def test_a_damaged_idx_file_is_refused_by_name(tmp_path: Path, content: bytes, message: str) -> None:
-    folder = write_idx(tmp_path / "mnist", compress=False)
-    write(folder, {MNIST_FILES[0]: content})
-    with pytest.raises(DatasetError, match=f"{MNIST_FILES[0]} {message}.*; replace it by the published file"):
-        load("mnist", tmp_path, download=False)
-
-
-@pytest.mark.parametrize(
-    ("file", "array", "message"),
-    [
-        (1, LABELS[:5], r"6 images and 5 labels; they must agree"),
-        (2, IMAGES[:2, :27], r"the images are 1x27x28; MNIST has 1x28x28"),
-        (3, LABELS[:2] + 9, r"the labels go from 10 to 12; MNIST has 0 to 9"),
-    ],
-)
-def test_files_that_disagree_are_refused_by_name(tmp_path: Path, file: int, array: np.ndarray, message: str) -> None:
-    folder = write_idx(tmp_path / "mnist", compress=False)
-    write(folder, {MNIST_FILES[file]: idx(array)})
-    with pytest.raises(DatasetError, match=f"{MNIST_FILES[file]}:? .*{message}"):
-        load("mnist", tmp_path, download=False)
-
-
-@pytest.mark.parametrize(
-    ("file", "content", "message"),
-    [
-        (0, norb(CATEGORIES), "begins with 0x1e3d4c54; expected 0x1e3d4c55, a NORB matrix of bytes"),
-        (
-            1,
-            norb(CATEGORIES.astype(np.uint8)),
-            "begins with 0x1e3d4c55; expected 0x1e3d4c54, a NORB matrix of integers",
-        ),
-        (0, norb(PAIRS[:, 0]), "has 3 dimensions; expected 4"),
-        (0, norb(PAIRS)[:-1], "holds 73727 bytes after its header, which announces 4x2x96x96 elements, 73728 bytes"),
-        (0, norb(PAIRS)[:20], "has 20 bytes; its header alone needs 24"),
-        (0, norb(PAIRS[:, :, :90]), "holds arrays of 2x90x96; expected pairs, 2x96x96"),
-        (1, norb(CATEGORIES)[:-4], "holds 12 bytes after its header, which announces 4 elements, 16 bytes"),
-        (1, norb(CATEGORIES - 1), "the labels go from -1 to 3; smallNORB has 0 to 4"),
-    ],
-    ids=short,
-)
-def test_a_damaged_smallnorb_file_is_refused_by_name(tmp_path: Path, file: int, content: bytes, message: str) -> None:
-    folder = write_norb(tmp_path / "smallnorb")
-    write(folder, {NORB_FILES[file]: content})
-    with pytest.raises(DatasetError, match=f"{NORB_FILES[file]}:? {message}"):
-        load("smallnorb", tmp_path, download=False)
+def test_a_damaged_file_is_refused_by_name(tmp_path: Path, name: str, file: int, content: bytes, message: str) -> None:
+    write_all, files = FORMS[name]
+    folder = write_all(tmp_path / name)
+    (folder / f"{files[file]}.gz").unlink()
+    write(folder, {files[file]: content})
+    with pytest.raises(DatasetError, match=f"{files[file]}:? {message}.*; replace it by the published file"):
+        load(name, tmp_path, download=False)
 
 
 class Harmful:
@@ -306,9 +269,8 @@ def test_a_pickle_that_calls_what_cifar100_does_not_need_is_refused_uncalled(
 ) -> None:
     victim = tmp_path / "made by the pickle"
     write_cifar(tmp_path / "cifar-100-python", cifar(fine_labels=Harmful(call, str(victim))))
-    with pytest.raises(
-        DatasetError, match=r"cifar-100-python/train cannot be unpickled: it asks for \w+\..*does not need"
-    ):
+    refusal = r"cifar-100-python/train cannot be unpickled: it asks for \w+\..*does not need"
+    with pytest.raises(DatasetError, match=refusal):
         load("cifar100", tmp_path, download=False)
     assert not victim.exists()
 
@@ -363,38 +325,44 @@ def test_labels_that_are_missing_from_a_pickle_are_counted(tmp_path: Path) -> No
 
 
 class Site:
-    """A web server on this machine that serves `files`, the part of them that `cut` leaves, and counts requests."""
+    """A web server on this machine that serves the files of a folder, only half of each if `cut`, and lists requests."""
 
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.monkeypatch = folder, monkeypatch
         self.requests: list[str] = []
         self.cut = False
         site = self
 
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                name = self.path.removeprefix("/")
-                site.requests.append(name)
-                if name not in site.files:
-                    return self.send_error(404)
-                content = site.files[name]
-                self.send_response(200)
-                self.send_header("Content-Length", str(len(content)))
-                self.end_headers()
-                self.wfile.write(content[: len(content) // 2] if site.cut else content)
+        class Handler(SimpleHTTPRequestHandler):
+            def copyfile(self, source: Any, outputfile: Any) -> None:
+                content = source.read()
+                outputfile.write(content[: len(content) // 2] if site.cut else content)
 
-            def log_message(self, *arguments: Any) -> None:
+            def log_request(self, *arguments: Any) -> None:
+                site.requests.append(self.path.removeprefix("/"))
+
+            def log_error(self, *arguments: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=folder))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def publish(self, name: str) -> None:
+        """Serves the folder's files at the addresses of a data set, on this machine and with their own checksums."""
+        official, *others = datasets.SOURCES[name]
+        downloads = []
+        for file in official.downloads:
+            base = file.url.rsplit("/", 1)[1]
+            checksum = f"sha256:{hashlib.sha256((self.folder / base).read_bytes()).hexdigest()}"
+            downloads.append(replace(file, url=f"{self.url}/{base}", checksum=checksum))
+        self.monkeypatch.setitem(datasets.SOURCES, name, (replace(official, downloads=tuple(downloads)), *others))
 
 
 @pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     pytest.importorskip("pooch")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    site = Site()
+    site = Site(tmp_path / "published", monkeypatch)
     thread = threading.Thread(target=site.server.serve_forever, args=(0.01,))
     thread.start()
     yield site
@@ -403,54 +371,40 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
     site.server.server_close()
 
 
-def publish(site: Site, monkeypatch: pytest.MonkeyPatch, name: str, contents: dict[str, bytes]) -> None:
-    """Serves `contents` at the addresses of a data set, on this machine and with their own checksums."""
-    site.files |= contents
-    official, *others = datasets.SOURCES[name]
-    downloads = tuple(
-        replace(file, url=f"{site.url}/{base}", checksum=f"sha256:{hashlib.sha256(contents[base]).hexdigest()}")
-        for file in official.downloads
-        for base in [file.url.rsplit("/", 1)[1]]
-    )
-    monkeypatch.setitem(datasets.SOURCES, name, (replace(official, downloads=downloads), *others))
-
-
-def publish_mnist(site: Site, monkeypatch: pytest.MonkeyPatch, scratch: Path) -> None:
-    files = write_idx(scratch / "published").iterdir()
-    publish(site, monkeypatch, "mnist", {path.name: path.read_bytes() for path in files})
+@pytest.fixture
+def site_of_mnist(site: Site) -> Site:
+    write_idx(site.folder)
+    site.publish("mnist")
+    return site
 
 
 def everything_in(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
 
 
-def test_missing_files_are_fetched_once_and_those_there_are_kept(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_mnist(site, monkeypatch, tmp_path)
+def test_missing_files_are_fetched_once_and_those_there_are_kept(tmp_path: Path, site_of_mnist: Site) -> None:
     own = {f"{MNIST_FILES[1]}.gz": gzip.compress(idx(LABELS[::-1]))}
     write(tmp_path / "data" / "mnist", own)
     for _ in range(2):
         data = load("mnist", tmp_path / "data")
         assert np.array_equal(data.train_images[:, 0], IMAGES) and np.array_equal(data.train_labels, LABELS[::-1])
-    assert site.requests == [f"{MNIST_FILES[file]}.gz" for file in (0, 2, 3)]
+    assert site_of_mnist.requests == [f"{MNIST_FILES[file]}.gz" for file in (0, 2, 3)]
     assert everything_in(tmp_path / "data") == {f"mnist/{file}.gz" for file in MNIST_FILES}
 
 
-def test_smallnorb_is_fetched(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = write_norb(tmp_path / "published").iterdir()
-    publish(site, monkeypatch, "smallnorb", {path.name: path.read_bytes() for path in files})
+def test_smallnorb_is_fetched(tmp_path: Path, site: Site) -> None:
+    write_norb(site.folder)
+    site.publish("smallnorb")
     assert load("smallnorb", tmp_path / "data").train_labels.tolist() == CATEGORIES.tolist()
     assert everything_in(tmp_path / "data") == {f"smallnorb/{file}.gz" for file in NORB_FILES}
 
 
-def test_what_is_missing_of_cifar100_is_taken_out_of_its_archive(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w:gz") as tar:
-        tar.add(write_cifar(tmp_path / "published", cifar()), "cifar-100-python")
-    publish(site, monkeypatch, "cifar100", {"cifar-100-python.tar.gz": archive.getvalue()})
+def test_what_is_missing_of_cifar100_is_taken_out_of_its_archive(tmp_path: Path, site: Site) -> None:
+    folder = write_cifar(site.folder, cifar())
+    with tarfile.open(folder / "cifar-100-python.tar.gz", "w:gz") as archive:
+        for name in ("train", "test"):
+            archive.add(folder / name, f"cifar-100-python/{name}")
+    site.publish("cifar100")
     write(tmp_path / "data" / "cifar-100-python", {"train": pickle.dumps(cifar(fine_labels=[7, 8]), 2)})
     for _ in range(2):
         data = load("cifar100", tmp_path / "data")
@@ -459,48 +413,40 @@ def test_what_is_missing_of_cifar100_is_taken_out_of_its_archive(
     assert everything_in(tmp_path / "data") == {"cifar-100-python/train", "cifar-100-python/test"}
 
 
-def test_emnist_is_taken_out_of_its_archive(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as content:
-        for path in write_idx(tmp_path / "published", EMNIST_FILES).iterdir():
-            content.write(path, f"gzip/{path.name}")
-        content.writestr("gzip/emnist-letters-train-images-idx3-ubyte.gz", b"another split")
-    publish(site, monkeypatch, "emnist", {"gzip.zip": archive.getvalue()})
+def test_emnist_is_taken_out_of_its_archive(tmp_path: Path, site: Site) -> None:
+    files = list(write_idx(site.folder, EMNIST_FILES).iterdir())
+    with zipfile.ZipFile(site.folder / "gzip.zip", "w") as archive:
+        for path in files:
+            archive.write(path, f"gzip/{path.name}")
+        archive.writestr("gzip/emnist-letters-train-images-idx3-ubyte.gz", b"another split")
+    site.publish("emnist")
     assert load("emnist", tmp_path / "data").name == "EMNIST (balanced)"
     assert everything_in(tmp_path / "data") == {f"emnist/{file}.gz" for file in EMNIST_FILES}
 
 
-def test_a_wrong_checksum_is_refused_and_leaves_nothing(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_mnist(site, monkeypatch, tmp_path)
+def test_a_wrong_checksum_is_refused_and_leaves_nothing(tmp_path: Path, site_of_mnist: Site) -> None:
     name = f"{MNIST_FILES[0]}.gz"
-    expected, got = (hashlib.sha256(content).hexdigest() for content in (site.files[name], b"other"))
-    site.files[name] = b"other"
+    published = site_of_mnist.folder / name
+    expected, got = (hashlib.sha256(content).hexdigest() for content in (published.read_bytes(), b"other"))
+    published.write_bytes(b"other")
     with pytest.raises(DatasetError, match=rf"{name} is not the published file: .*{expected} but got {got}"):
         load("mnist", tmp_path / "data")
     assert not everything_in(tmp_path / "data")
 
 
-def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_mnist(site, monkeypatch, tmp_path)
-    site.cut = True
-    with pytest.raises(
-        DatasetError,
-        match=rf"{MNIST_FILES[0]}.gz cannot be fetched into .*; try again, or put {MNIST_FILES[0]}.gz there",
-    ):
+def test_an_interrupted_download_leaves_nothing_and_the_next_one_succeeds(tmp_path: Path, site_of_mnist: Site) -> None:
+    name = f"{MNIST_FILES[0]}.gz"
+    site_of_mnist.cut = True
+    with pytest.raises(DatasetError, match=f"{name} cannot be fetched into .*; try again, or put {name} there"):
         load("mnist", tmp_path / "data")
     assert list((tmp_path / "data" / "mnist").iterdir()) == []
-    site.cut = False
+    site_of_mnist.cut = False
     assert len(load("mnist", tmp_path / "data").train_images) == 6
 
 
-def test_an_address_that_does_not_answer_is_named(tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    publish_mnist(site, monkeypatch, tmp_path)
-    site.files.clear()
-    with pytest.raises(DatasetError, match=rf"{site.url}/{MNIST_FILES[0]}.gz cannot be fetched into .*404"):
+def test_an_address_that_does_not_answer_is_named(tmp_path: Path, site_of_mnist: Site) -> None:
+    (site_of_mnist.folder / f"{MNIST_FILES[0]}.gz").unlink()
+    with pytest.raises(DatasetError, match=rf"{site_of_mnist.url}/{MNIST_FILES[0]}.gz cannot be fetched into .*404"):
         load("mnist", tmp_path / "data")
 
 
@@ -523,13 +469,10 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         load("mnist", tmp_path / "data")
 
 
-def test_no_file_is_fetched_where_the_download_is_not_allowed(
-    tmp_path: Path, site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    publish_mnist(site, monkeypatch, tmp_path)
+def test_no_file_is_fetched_where_the_download_is_not_allowed(tmp_path: Path, site_of_mnist: Site) -> None:
     with pytest.raises(DatasetError, match="allow the download"):
         load("mnist", tmp_path / "data", download=False)
-    assert site.requests == []
+    assert site_of_mnist.requests == []
 
 
 # None among the modules refuses an import, but not the question whether the package is there, which torch asks.

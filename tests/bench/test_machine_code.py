@@ -16,22 +16,13 @@ import pytest
 from bench import ROOT
 from bench.machine_code import sass
 from bench.machine_code.__main__ import PACKAGES, table
-from bench.machine_code.kernels import (
-    OBJECTS,
-    SHARED_KIB,
-    Kernel,
-    compiled,
-    compiler_version,
-    cuobjdump,
-    kernels,
-)
+from bench.machine_code.kernels import OBJECTS, SHARED_KIB, Kernel, compiled, compiler_version, cuobjdump, kernels
 from npc_ext.kernels import build
 
 from ..kernels.imitations import needs_nvcc
 
 needs_cuobjdump = pytest.mark.skipif(
-    cuobjdump() is None,
-    reason=f"there is no cuobjdump with nvdisasm (pip install {PACKAGES})",
+    cuobjdump() is None, reason=f"there is no cuobjdump with nvdisasm (pip install {PACKAGES})"
 )
 
 

@@ -48,9 +48,8 @@ def test_the_micro_benchmarks_write_rows_and_tables(tmp_path: Path, capsys: pyte
 def test_two_revisions_are_timed_in_turns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The other revision is this one with a sleep in every step: it has to come out slower, and this one not."""
     other = tmp_path / "other"
-    shutil.copytree(ROOT / "npc_ext", other / "npc_ext", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "csrc", other / "csrc")
-    shutil.copytree(ROOT / "bench", other / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("npc_ext", "csrc", "bench"):
+        shutil.copytree(ROOT / name, other / name, ignore=shutil.ignore_patterns("results", "__pycache__"))
     launch = other / "npc_ext" / "kernels" / "launch.py"
     sound = "def update_(\n"
     assert sound in launch.read_text()
