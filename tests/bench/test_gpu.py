@@ -185,7 +185,7 @@ def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
     assert found.of_part("importance")
     assert found.of_part("relu")
     assert list(found.parts.values())[-1]["state"] == "interrupted"
-    assert not running(str(tmp_path))
+    assert all_end(str(tmp_path))
 
 
 @pytest.mark.slow
@@ -194,10 +194,17 @@ def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: 
     assert len(running(str(tmp_path))) >= 3, "the flight, its worker and the tests"
     process.kill()
     process.wait()
+    assert all_end(str(tmp_path))
+
+
+def all_end(text: str) -> bool:
+    """Whether all processes that have a text there or in their environment end within ten seconds."""
     deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and running(str(tmp_path)):
+    while still_there := running(text):
+        if time.monotonic() > deadline:
+            break
         time.sleep(0.05)
-    assert not running(str(tmp_path))
+    return not still_there
 
 
 def running(text: str) -> list[str]:
@@ -227,7 +234,7 @@ def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
     assert command.run(settings(tmp_path), 2) == {"state": KILLED, "so far": 7}
     assert time.perf_counter() - started < 4
     assert looks
-    assert not running(mark)
+    assert all_end(mark)
 
 
 @pytest.mark.slow
