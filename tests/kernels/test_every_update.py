@@ -126,11 +126,10 @@ def test_updates_of_any_network(operation: str, data: st.DataObject) -> None:
 
 
 @every_update
-@pytest.mark.parametrize(
-    ("layers", "each"), [(130, 2), (69, 3), (70, 2), (1, 215), (90, 1), (7, 3), (11, 2), (3, 0), (1, 1)]
-)
+@pytest.mark.parametrize(("layers", "each"), [(130, 2), (69, 3), (1, 215), (90, 1), (7, 3), (11, 2), (3, 0), (1, 1)])
 def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, operation: str, device: str) -> None:
-    check(operation, network(operation, **several_layers(layers, each), active_only=layers == 1, device=device))
+    options: dict[str, Any] = {"momentum": 0.9, "weight_decay": 0.1, "active_only": layers == 1, "device": device}
+    check(operation, network(operation, **several_layers(layers, each), **options))
 
 
 @every_update
@@ -221,7 +220,7 @@ def test_what_is_frozen_stays_bit_identical_but_loses_its_momentum_once(
         for name in ("parameters", first_moment):
             moved = (arguments[name][index] != before[name][index])[~rest.all].double().mean()
             assert moved > 0.5 if lr or name == first_moment else moved == 0
-    # Once: what is in their momentum after that is nobody's business.
+    # Once: the next step leaves their momentum as it is.
     if "measured" in arguments:
         arguments["measured"] = [None] * len(arguments["importances"])
     for gradient in arguments["gradients"]:

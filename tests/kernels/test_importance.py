@@ -20,6 +20,7 @@ from npc_ext.kernels import launch
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES, assert_importance
+from .checks import with_threads
 
 SHAPES = [
     *[(1, 1), (3, 1), (2, 10), (5, 16), (4, 33), (64, 200), (300, 3)],
@@ -208,15 +209,11 @@ def test_importance_of_an_expanded_gradient_is_not_copied_and_right(device: str)
 @pytest.mark.parametrize("shape", [(64, 512, 8, 8), (4096, 40), (4096, 3), (64, 3, 64, 64), (3, 2, 200, 200)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_importance_on_several_threads_is_right_and_repeats_bit_for_bit(shape: tuple[int, ...], threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        activation, gradient = torch.randn(shape), torch.randn(shape)
-        check(activation, gradient)
-        first = ops.importance(activation, gradient)
-        assert all(torch.equal(first, ops.importance(activation, gradient)) for _ in range(5))
-    finally:
-        torch.set_num_threads(before)
+    activation, gradient = torch.randn(shape), torch.randn(shape)
+    several = partial(with_threads, threads)
+    several(lambda: check(activation, gradient))
+    first, *others = several(lambda: [ops.importance(activation, gradient) for _ in range(6)])
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_importance_keeps_infinities_and_nans_visible(device: str) -> None:
