@@ -1,4 +1,4 @@
-"""Arguments of operations by the names of their columns: of single parameters, and of a small network."""
+"""Arguments of operations by the names of their columns, for single parameters and for a small network."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from npc_ext import reference
 
 Arguments = dict[str, Any]
-# What an update changes: those of these arguments that it has.
+# An update changes those of these arguments that it has.
 WRITTEN = (
     *("parameters", "momentum_buffers", "first_moments", "second_moments", "steps", "paths"),
     *("importances", "nonfinite_steps"),
@@ -70,7 +70,7 @@ def exact(arguments: Arguments) -> Arguments:
 def tensors(
     shapes: Iterable[tuple[int, ...]], dtype: torch.dtype = torch.float32, device: str = "cpu", last: bool = False
 ) -> list[Tensor]:
-    """Random ones; those of four dimensions with channels last on request."""
+    """Random tensors. On request, those of four dimensions have channels last."""
     made = [torch.randn(shape).to(device, dtype) for shape in shapes]
     return [t.contiguous(memory_format=torch.channels_last) if last and t.ndim == 4 else t for t in made]
 
@@ -114,7 +114,7 @@ def placement(count: int, layer: int = 0) -> Arguments:
 
 
 def no_layers(count: int, device: str = "cpu") -> Arguments:
-    """What says of so many parameters that they are in no layer."""
+    """Arguments that say that so many parameters are in no layer."""
     nothing = {"importances": [], "measured": [], "nonfinite_steps": no_nonfinite_steps(0, device)}
     return {**nothing, **placement(count, -1), **plasticity(0)}
 
@@ -212,6 +212,9 @@ def network(
         sums[4::9] = 0  # received gradients, which sum to zero
     importances: list[Tensor | None] = [torch.rand(neurons).to(device) * 0.75 for neurons in layers]
 
+    def repeated(*values: float) -> list[float]:
+        return [values[layer % len(values)] for layer in range(len(layers))]
+
     def only(wanted: bool) -> list[Tensor | None]:
         return [one if wanted and at != 1 else None for at, one in enumerate(make(real))]
 
@@ -235,14 +238,14 @@ def network(
         "neuron_dim": [parameter.neuron_dim for parameter in parameters],
         "groups": [parameter.groups for parameter in parameters],
         **sgd(count, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, maximize=maximize),
-        "lr": [(0.1 + 0.01 * index) for index in range(count)],
+        "lr": [0.1 + 0.01 * index for index in range(count)],
         "first_decay": [*[0.9] * (count - 1), 0.0],
         "second_decay": [*[0.999] * (count - 1), 0.5],
         "epsilon": [*[1e-8] * (count - 1), 1e-3],
         **plasticity(len(layers), sigma=sigma, active_only=active_only),
-        "alpha": [(0.5, 0.4, 0.6, 0.5, 0.5)[layer % 5] for layer in range(len(layers))],
-        "beta": [(0.5, 0.6, 0.5, 0.4, 0.5)[layer % 5] for layer in range(len(layers))],
-        "delta": [(0.5, 0.9, 0.0, 0.98, 0.99)[layer % 5] for layer in range(len(layers))],
+        "alpha": repeated(0.5, 0.4, 0.6, 0.5, 0.5),
+        "beta": repeated(0.5, 0.6, 0.5, 0.4, 0.5),
+        "delta": repeated(0.5, 0.9, 0.0, 0.98, 0.99),
         "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
         "found_inf": None,
     }
@@ -264,7 +267,7 @@ def activations(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> Arguments:
-    """What a network's step takes in place of measured sums, by default for the network of `LAYERS`."""
+    """What `network_step_` takes instead of measured sums, by default for the layers in `LAYERS`."""
     return {
         "activations": tensors(shapes, dtype, device),
         "activation_gradients": tensors(shapes, dtype, device),

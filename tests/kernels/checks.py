@@ -1,4 +1,4 @@
-"""What the tests of all updates check, above all the comparison with the reference in float64."""
+"""Checks that the tests of all updates share, above all the comparison with the reference in float64."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .arguments import WRITTEN, Arguments, call, copied, exact
 def check(operation: str, arguments: Arguments) -> None:
     """Calls an update and compares all that it changes with the reference in float64.
 
-    Weights and moments are compared with a step from the importance that the kernel came to, because eq. 7 is not
+    Weights and moments are compared with a step from the importance that the kernel has computed, because eq. 7 is not
     continuous where neurons freeze. What rests is compared bit for bit.
     """
     before, want = copied(arguments), exact(arguments)
@@ -27,10 +27,10 @@ def check(operation: str, arguments: Arguments) -> None:
     if "importances" in arguments:
         assert torch.equal(arguments["nonfinite_steps"], want["nonfinite_steps"])
         _compare_averages(arguments, want)
-        at_rest = assert_rests(arguments, before)
+        rests = assert_rests(arguments, before)
         want = exact(before | {"importances": arguments["importances"]})
         want["delta"] = [1.0] * len(want["delta"])  # importance stays
-        for index, rest in at_rest.items():
+        for index, rest in rests.items():
             for name in ("momentum_buffers", "first_moments"):
                 if name in want:
                     want[name][index][rest.cleared] = 0
@@ -118,7 +118,7 @@ class Rest(NamedTuple):
 
 
 def at_rest(before: Arguments, averages: list[Tensor]) -> dict[int, Rest]:
-    """By parameter in a layer, what rests in a step to these averages: frozen, or inactive where that counts."""
+    """What rests in a step to these averages, by parameter: what is frozen, and with `active_only` what is inactive."""
     result = {}
     for index, layer in enumerate(before["layer"]):
         if layer < 0:
@@ -134,20 +134,19 @@ def at_rest(before: Arguments, averages: list[Tensor]) -> dict[int, Rest]:
         inactive = torch.zeros_like(frozen)
         if before["active_only"][layer] and sums is not None:
             inactive = reference.received_no_gradient(sums)
-        masks = frozen | inactive, frozen & ~was_frozen & ~inactive
+        rest = Rest(frozen | inactive, frozen & ~was_frozen & ~inactive)
         if of_neurons:
             dim, groups = before["neuron_dim"][index], before["groups"][index]
             first = before["first_neuron"][index] if "first_neuron" in before else 0
             rows = slice(first, first + parameter.shape[dim] * groups)
-            masks = tuple(
-                reference.per_element(mask[rows], parameter, dim, groups).expand_as(parameter) for mask in masks
-            )
-        result[index] = Rest(*masks)
+            masks = (reference.per_element(mask[rows], parameter, dim, groups) for mask in rest)
+            rest = Rest(*(mask.expand_as(parameter) for mask in masks))
+        result[index] = rest
     return result
 
 
 def assert_rests(got: Arguments, before: Arguments) -> dict[int, Rest]:
-    """That what rests is bit-identical, but for first moments that are cleared, which it returns by parameter."""
+    """Checks that what rests is bit-identical, except for first moments that are cleared. Returns what rests."""
     result = at_rest(before, got["importances"])
     for index, (rests, cleared) in result.items():
         for name in ("parameters", "momentum_buffers", "first_moments", "second_moments"):
@@ -160,23 +159,23 @@ def assert_rests(got: Arguments, before: Arguments) -> dict[int, Rest]:
     return result
 
 
-def check_changes_nothing(operation: Callable[..., Any], arguments: Arguments) -> None:
-    """That a call changes no argument."""
+def check_changes_nothing(operation: str, arguments: Arguments) -> None:
+    """Checks that a call changes no argument."""
     before = copied(arguments)
-    call(operation, arguments)
+    call(getattr(ops, operation), arguments)
     assert_equal(arguments, before)
 
 
-def check_is_refused(operation: Callable[..., Any], arguments: Arguments, message: str) -> None:
-    """That a call raises ValueError and changes no argument."""
+def check_is_refused(operation: str, arguments: Arguments, message: str) -> None:
+    """Checks that a call raises ValueError and changes no argument."""
     before = copied(arguments)
     with pytest.raises(ValueError, match=message):
-        call(operation, arguments)
+        call(getattr(ops, operation), arguments)
     assert_equal(arguments, before)
 
 
 def check_network_step(inputs: Arguments, arguments: Arguments) -> None:
-    """That a network's step is importance and then an update, to the bit. `measured` in the arguments is ignored."""
+    """Checks that a network's step is importance and then an update, to the bit. It ignores `measured`."""
     whole = {name: value for name, value in arguments.items() if name != "measured"}
     parts = copied(whole)
     call(ops.network_step_, {**inputs, **whole})

@@ -15,6 +15,8 @@ from npc_ext.kernels import launch
 from .arguments import PARAMETERS, Arguments, Placed, call, copied, names_of, network, no_layers, sgd
 from .checks import assert_equal
 
+MOMENTUM: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
+
 
 def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
     arguments = network("anchored_update_", anchors=False, paths=False, device=device)
@@ -36,7 +38,7 @@ def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
 def test_implicit_anchors_change_no_bit_where_there_is_no_stiffness_nor_of_the_buffer(
     options: dict[str, Any], device: str
 ) -> None:
-    """Beside the same kernel without strength: where compilers fuse products with sums differs between kernels."""
+    """Compared with the same kernel without strength: compilers do not fuse the same products and sums in every kernel."""
     arguments = network("anchored_update_", parameters=[Placed((40, 30))], paths=False, **options, device=device)
     plain = copied(arguments)
     plain["strength"] = [0.0]
@@ -125,9 +127,8 @@ def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explic
     implicit: bool, device: str
 ) -> None:
     strengths = (1e-30, 1e-3, 1.0, 10.0, 1e3, 1e9, 1e30, 1e300)
-    sgd: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
     diverged, overshot = [], []
-    for options in sgd:
+    for options in MOMENTUM:
         for strength in strengths:
             settings: dict[str, Any] = {"implicit": implicit, "paths": False, **options, "device": device}
             arguments = network("anchored_update_", parameters=[Placed((7, 9))], **settings)
@@ -147,7 +148,7 @@ def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explic
     assert any(diverged) is any(overshot) is not implicit
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("options", MOMENTUM, ids=str)
 def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(options: dict[str, Any]) -> None:
     apart = []
     for steps in (50, 500):  # of a tenth of the length
@@ -165,7 +166,7 @@ def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(o
     assert apart[1] < 0.12 * apart[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("options", MOMENTUM, ids=str)
 @pytest.mark.parametrize("implicit", [True, False])
 def test_steps_come_to_rest_at_the_minimum_of_loss_and_penalty(implicit: bool, options: dict[str, Any]) -> None:
     """Of (w + 2)^2 / 2 + 3 (w - 1)^2, with momentum or without: strength means the same."""

@@ -81,7 +81,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
         {"momentum": 0.5, "maximize": True, "grad_scale": 3.0, "channels_last": True},
         {"sigma": "erf", "active_only": True},
         {"momentum": 0.9, "weight_decay": 0.1, "active_only": True},
-        {"parameters": [Placed((), 0), Placed((5, 0), 1), Placed((3, 700), 1)]},
+        {"momentum": 0.9, "parameters": [Placed((), 0), Placed((5, 0), 1), Placed((3, 700), 1)]},
     ],
 }
 every_update = pytest.mark.parametrize("operation", OPTIONS)
@@ -257,7 +257,7 @@ def test_shards_agree_with_the_reference(operation: str, rank: int, device: str)
 def test_shards_outside_of_their_layer_are_refused(operation: str, device: str) -> None:
     arguments = shard_of(network(operation, parameters=DIVISIBLE, device=device), 1, 12)
     arguments["first_neuron"][2] = 60
-    check_is_refused(getattr(ops, operation), arguments, "6 rows from neuron 60 on, but importance has 64 values")
+    check_is_refused(operation, arguments, "6 rows from neuron 60 on, but importance has 64 values")
 
 
 def test_connections_whose_importance_is_not_finite_are_left_out_and_counted(device: str) -> None:
@@ -304,7 +304,7 @@ def test_updates_do_not_depend_on_the_number_of_threads(operation: str, threads:
 def test_an_overflow_changes_nothing(operation: str, device: str) -> None:
     arguments = network(operation, momentum=0.9, device=device)
     arguments["found_inf"] = torch.ones(1, device=device)
-    check_changes_nothing(getattr(ops, operation), arguments)
+    check_changes_nothing(operation, arguments)
 
 
 @every_update
@@ -377,7 +377,7 @@ def test_updates_refuse_what_does_not_fit_and_change_nothing(
 ) -> None:
     arguments = network(operation, momentum=0.9)
     arguments[name] = change(arguments[name])
-    check_is_refused(getattr(ops, operation), arguments, message)
+    check_is_refused(operation, arguments, message)
 
 
 @pytest.mark.parametrize(

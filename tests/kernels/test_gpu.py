@@ -323,7 +323,7 @@ def test_operations_refuse_tensors_on_several_devices() -> None:
     arguments = network("update_", device="cuda")
     arguments["nonfinite_steps"] = arguments["nonfinite_steps"].cpu()
     message = "nonfinite_steps has a tensor on cpu, but others are on cuda:0"
-    check_is_refused(ops.update_, arguments, message)
+    check_is_refused("update_", arguments, message)
 
 
 def test_float64_is_left_to_pytorch() -> None:

@@ -63,7 +63,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 def load(cache: Path, compiler: Path, **more: str) -> tuple[str, str]:
-    """What a process says, on its output and its error output, that loads the kernels with this compiler."""
+    """Loads the kernels with this compiler, in another process. Returns its output and its errors."""
     return finish(start(cache, CXX=str(compiler), **more))
 
 

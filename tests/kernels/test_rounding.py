@@ -23,7 +23,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("operation", "options"), CASES, ids=str)
 def test_kernels_round_as_the_reference_does(operation: str, options: dict[str, Any], device: str) -> None:
-    """The same bits, but where float32 results differ in the last place and so a random number falls between them."""
+    """The same bits, unless float32 results differ in the last place and a random number falls between them."""
     arguments = network(operation, torch.bfloat16, **options, stochastic_rounding=True, device=device)
     want, nearest = copied(arguments), copied(arguments) | {"seeds": []}
     call(getattr(ops, operation), arguments)
