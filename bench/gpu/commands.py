@@ -20,9 +20,9 @@ from .processes import Command, Settings
 
 # The tests that need a GPU, with those first that only a GPU can fail; and those that compile.
 TESTS = (
-    *("kernels/test_gpu", "kernels/test_importance", "kernels/test_update", "kernels/test_adam_update"),
-    *("kernels/test_rounding", "kernels/test_anchored_update", "kernels/test_connection_update", "optim/test_npc"),
-    *("neurons/test_relu", "skipping/test_skipping", "baselines/test_consolidation"),
+    *("kernels/test_gpu", "kernels/test_importance", "kernels/test_every_update", "kernels/test_update"),
+    *("kernels/test_rounding", "kernels/test_anchored_update", "optim/test_npc"),
+    *("skipping/test_skipping", "baselines/test_consolidation"),
 )
 COMPILE_TESTS = ("kernels/test_gpu_compile",)
 KERNELS = "3npc4cuda"  # part of the mangled names of all our kernels

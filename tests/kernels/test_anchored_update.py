@@ -1,4 +1,4 @@
-"""The update with anchors and path integrals (EWC, MAS, SI, SSL) against its float64 reference and its definition."""
+"""The update with anchors and path integrals (EWC, MAS, SI, SSL) against its definition."""
 
 from __future__ import annotations
 
@@ -6,145 +6,23 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from torch.library import opcheck
 
 from npc_ext import ops, reference
 from npc_ext.columns import AnchorOptions, Anchors, Network, SGDOptions, columns_of
 from npc_ext.kernels import launch
 
-from ..tolerances import DTYPES, U, assert_stepped
-from .arguments import (
-    Arguments,
-    any_options,
-    assert_equal,
-    at_offset,
-    call,
-    check_changes_nothing,
-    check_is_refused,
-    copied,
-    exact,
-    flat,
-    no_layers,
-    sgd,
-    tensors,
-)
+from .arguments import PARAMETERS, Arguments, Placed, call, copied, names_of, network, no_layers, sgd
+from .checks import assert_equal
 
-SHAPES = [(10, 7), (64, 3, 3, 3), (1,), (33,), (), (3, 400), (5, 0)]
-WRITTEN = ("parameters", "momentum_buffers", "paths")
-
-
-def network(
-    dtype: torch.dtype = torch.float32,
-    *,
-    anchors: bool = True,
-    paths: bool = True,
-    implicit: bool = True,
-    grad_scale: float | None = None,
-    channels_last: bool = False,
-    device: str = "cpu",
-    shapes: list[tuple[int, ...]] = SHAPES,
-    **options: Any,
-) -> Arguments:
-    """Arguments of `anchored_update_`. The second parameter has neither an anchor nor a path."""
-    real, count = reference.compute_dtype(dtype), len(shapes)
-
-    def kept(wanted: bool) -> list[Tensor | None]:
-        made = tensors(shapes, real, device, channels_last)
-        return [one if wanted and at != 1 else None for at, one in enumerate(made)]
-
-    of_parameters = ("parameters", "gradients", "momentum_buffers")
-    return {
-        **{name: tensors(shapes, dtype, device, channels_last) for name in of_parameters},
-        "stiffness": [None if stiff is None else stiff.abs() for stiff in kept(anchors)],
-        "anchors": kept(anchors),
-        "paths": kept(paths),
-        "strength": [0.1 + 0.05 * index for index in range(count)],
-        "implicit": [implicit] * count,
-        **sgd(count, [0.1 + 0.01 * index for index in range(count)], **options),
-        "grad_scale": None if grad_scale is None else torch.tensor(grad_scale, device=device),
-        "found_inf": None,
-    }
-
-
-def check(arguments: Arguments) -> None:
-    before, want = exact(arguments), exact(arguments)
-    call(ops.anchored_update_, arguments)
-    call(reference.anchored_update_, want)
-    for index, got in enumerate(arguments["parameters"]):
-        scale = before["grad_scale"] or 1
-        loss_gradient, value = before["gradients"][index].abs() / scale, before["parameters"][index]
-        step = loss_gradient + before["weight_decay"][index] * value.abs()
-        has_anchor, implicit = before["stiffness"][index] is not None, before["implicit"][index]
-        if has_anchor and not implicit:
-            distance = value.abs() + before["anchors"][index].abs()
-            step = step + 2 * before["strength"][index] * before["stiffness"][index] * distance
-        if before["momentum"][index]:
-            step = 2 * step + before["momentum"][index] * before["momentum_buffers"][index].abs()
-            assert_stepped(arguments["momentum_buffers"][index], want["momentum_buffers"][index], 2 * step, 0.0)
-        if has_anchor and implicit:
-            step = (
-                step + value.abs() + before["anchors"][index].abs()
-            )  # the pull's share of their distance is at most 1
-        assert_stepped(got, want["parameters"][index], 2 * step, 0.0)
-        if before["paths"][index] is not None:
-            # The movement is that of the weight as stored, whose rounding the float64 reference does not know.
-            path, moved = before["paths"][index], got.double() - value
-            share = before["gradients"][index] / scale * moved * (-1 if before["maximize"][index] else 1)
-            u = U[arguments["paths"][index].dtype]
-            bound = 4 * u * (path.abs() + share.abs())
-            assert bool(((arguments["paths"][index].double() - (path - share)).abs() <= bound).all())
-
-
-OPTIONS: list[dict[str, Any]] = [
-    {},
-    {"paths": False},
-    {"implicit": False},
-    {"implicit": False, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01, "paths": False},
-    {"anchors": False},
-    {"anchors": False, "paths": False, "momentum": 0.9},
-    {"momentum": 0.9, "weight_decay": 0.01, "channels_last": True},
-    {"momentum": 0.9, "nesterov": True, "paths": False, "grad_scale": 8.0},
-    {"maximize": True, "grad_scale": 3.0},
-]
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_anchored_update_agrees_with_the_reference(dtype: torch.dtype, options: dict[str, Any], device: str) -> None:
-    check(network(dtype, **options, device=device))
-
-
-@given(st.data())
-def test_anchored_update_of_any_network(data: st.DataObject) -> None:
-    draw = data.draw
-    wanted = {name: draw(st.booleans()) for name in ("anchors", "paths", "implicit")}
-    shapes = draw(st.lists(st.lists(st.integers(0, 40), max_size=3).map(tuple), min_size=2, max_size=5))
-    check(network(**any_options(draw), **wanted, shapes=shapes))
-
-
-@pytest.mark.parametrize("count", [2, 24, 25, 300])
-def test_anchored_update_of_any_number_of_parameters(count: int, device: str) -> None:
-    check(network(shapes=[(3, 5)] * count, device=device))
-
-
-@pytest.mark.parametrize("offset", [1, 4])
-def test_anchored_update_of_tensors_that_begin_anywhere(offset: int, device: str) -> None:
-    arguments = network(shapes=[(6, 24), (1,)], device=device)
-
-    for name in ("parameters", "stiffness", "anchors", "paths"):
-        arguments[name][0] = at_offset(arguments[name][0], offset)
-    check(arguments)
+MOMENTUM: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
 
 
 def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
-    arguments = network(anchors=False, paths=False, device=device)
-    kept = ("stiffness", "anchors", "paths", "strength", "implicit")
-    plain = {name: value for name, value in copied(arguments).items() if name not in kept}
+    arguments = network("anchored_update_", anchors=False, paths=False, device=device)
+    plain = {name: value for name, value in copied(arguments).items() if name in names_of("update_")}
     call(ops.anchored_update_, arguments)
-    call(ops.update_, {**plain, **no_layers(len(SHAPES), device)})
+    call(ops.update_, {**plain, **no_layers(len(PARAMETERS), device)})
     assert_equal(arguments, plain, ["parameters"])
 
 
@@ -160,10 +38,10 @@ def test_without_anchors_and_paths_it_is_sgd_to_the_bit(device: str) -> None:
 def test_implicit_anchors_change_no_bit_where_there_is_no_stiffness_nor_of_the_buffer(
     options: dict[str, Any], device: str
 ) -> None:
-    """Beside the same kernel without strength: where compilers fuse products with sums differs between kernels."""
-    arguments = network(**options, paths=False, device=device, shapes=[(40, 30), (1,)])
+    """Compared with the same kernel without strength: compilers do not fuse the same products and sums in every kernel."""
+    arguments = network("anchored_update_", parameters=[Placed((40, 30))], paths=False, **options, device=device)
     plain = copied(arguments)
-    plain["strength"] = [0.0, 0.0]
+    plain["strength"] = [0.0]
     stiffness = arguments["stiffness"][0]
     stiffness[2] *= -1
     stiffness[::4] = 0
@@ -251,14 +129,14 @@ def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explic
     implicit: bool, device: str
 ) -> None:
     strengths = (1e-30, 1e-3, 1.0, 10.0, 1e3, 1e9, 1e30, 1e300)
-    sgd: list[dict[str, Any]] = [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}]
     diverged, overshot = [], []
-    for options in sgd:
+    for options in MOMENTUM:
         for strength in strengths:
-            arguments = network(implicit=implicit, paths=False, **options, device=device, shapes=[(7, 9), (1,)])
-            for gradient, velocity in zip(arguments["gradients"], arguments["momentum_buffers"], strict=True):
-                gradient.zero_(), velocity.zero_()
-            arguments["strength"] = [strength] * 2
+            settings: dict[str, Any] = {"implicit": implicit, "paths": False, **options, "device": device}
+            arguments = network("anchored_update_", parameters=[Placed((7, 9))], **settings)
+            arguments["strength"] = [strength]
+            for name in ("gradients", "momentum_buffers"):
+                arguments[name][0].zero_()
             weight, anchor = arguments["parameters"][0], arguments["anchors"][0]
             side = (weight - anchor).sign()
             scale = 2**-23 * (weight.abs() + anchor.abs())
@@ -272,17 +150,17 @@ def test_implicit_pulls_neither_diverge_nor_overshoot_at_any_strength_and_explic
     assert any(diverged) is any(overshot) is not implicit
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("options", MOMENTUM, ids=str)
 def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(options: dict[str, Any]) -> None:
     apart = []
     for steps in (50, 500):  # of a tenth of the length
         ends = []
         for implicit in (True, False):
             torch.manual_seed(0)
-            arguments = network(torch.float64, implicit=implicit, paths=False, **options, shapes=[(50,), (1,)])
+            settings: dict[str, Any] = {"implicit": implicit, "paths": False, **options}
+            arguments = network("anchored_update_", torch.float64, parameters=[Placed((50,))], **settings)
             arguments["momentum_buffers"][0].zero_()
-            arguments["lr"] = [(1 - arguments["momentum"][0]) / steps] * 2
-            arguments["strength"] = [1.0] * 2
+            arguments |= {"lr": [(1 - arguments["momentum"][0]) / steps], "strength": [1.0]}
             for _ in range(steps):
                 call(ops.anchored_update_, arguments)
             ends.append(arguments["parameters"][0])
@@ -290,7 +168,7 @@ def test_implicit_and_explicit_pulls_agree_to_first_order_in_the_learning_rate(o
     assert apart[1] < 0.12 * apart[0]
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True}], ids=str)
+@pytest.mark.parametrize("options", MOMENTUM, ids=str)
 @pytest.mark.parametrize("implicit", [True, False])
 def test_steps_come_to_rest_at_the_minimum_of_loss_and_penalty(implicit: bool, options: dict[str, Any]) -> None:
     """Of (w + 2)^2 / 2 + 3 (w - 1)^2, with momentum or without: strength means the same."""
@@ -309,12 +187,6 @@ def test_no_rate_and_no_strength_are_no_pull(scale: dict[str, float], device: st
         assert arguments["parameters"][0].item() == 3.0
 
 
-def test_an_overflow_changes_nothing(device: str) -> None:
-    arguments = network(momentum=0.9, device=device)
-    arguments["found_inf"] = torch.ones(1, device=device)
-    check_changes_nothing(ops.anchored_update_, arguments, WRITTEN)
-
-
 def test_the_pull_is_the_gradient_of_the_penalty() -> None:
     value, anchor = torch.randn(7, dtype=torch.float64, requires_grad=True), torch.randn(7, dtype=torch.float64)
     stiffness = torch.rand(7, dtype=torch.float64)
@@ -324,30 +196,3 @@ def test_the_pull_is_the_gradient_of_the_penalty() -> None:
     start = value.detach()
     end = reference.towards_anchor(start, anchor, stiffness, 1.7, lr=0.3)
     torch.testing.assert_close(start - end, 0.3 * reference.anchor_gradient(end, anchor, stiffness, 1.7))
-
-
-def test_anchored_update_passes_opcheck() -> None:
-    arguments = network(momentum=0.9)
-    opcheck(torch.ops.npc_ext.anchored_update_.default, flat("anchored_update_", arguments))
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("stiffness", lambda a: a["stiffness"][:-1], "stiffness has 6 entries, expected 7"),
-        ("stiffness", lambda a: [a["stiffness"][0].half(), *a["stiffness"][1:]], r"stiffness\[0\] is torch.float16"),
-        ("anchors", lambda a: [None, *a["anchors"][1:]], r"stiffness\[0\] and anchors\[0\] go together"),
-        ("paths", lambda a: [torch.randn(7, 10).t(), *a["paths"][1:]], r"paths\[0\] has strides \(1, 10\)"),
-        ("gradients", lambda a: [a["gradients"][0].half(), *a["gradients"][1:]], r"gradients\[0\] is torch.float16"),
-        ("implicit", lambda a: a["implicit"][:-1], "implicit has 6 entries, expected 7"),
-        (
-            "momentum",
-            lambda a: [*a["momentum"][:-1], 1.0],
-            r"momentum\[6\] is 1.0; implicit anchors need a momentum below",
-        ),
-    ],
-)
-def test_anchored_update_refuses_what_does_not_fit_and_changes_nothing(name: str, value: Any, message: str) -> None:
-    arguments = network(momentum=0.9)
-    arguments[name] = value(arguments)
-    check_is_refused(ops.anchored_update_, arguments, message, WRITTEN)

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from npc_ext.kernels import build, compilers, native
 
-from .imitations import calls, imitate_machine, imitated_compiler, imitated_nvcc, needs_nvcc
+from .imitations import calls, imitated_compiler, imitated_nvcc, needs_nvcc
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(autouse=True)
-def _forget_toolkit() -> Iterator[None]:
-    yield
-    compilers.find_toolkit.cache_clear()
 
 
 def test_paths_with_spaces_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,12 +62,12 @@ def test_every_cuda_kernel_keeps_to_its_registers_for_every_architecture(tmp_pat
 
 
 def test_if_only_cuda_fails_to_compile_the_module_is_built_for_the_cpu(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    imitate_machine: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     compiler = imitated_compiler(tmp_path / "c++")
     nvcc = imitated_nvcc(tmp_path / "toolkit", extra="echo 'nvcc error: cudafe++ died (signal 11)'; exit 139")
     target = tmp_path / "built" / build.MODULE_FILE
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path / "toolkit", CXX=str(compiler))
+    imitate_machine(home=tmp_path / "toolkit", CXX=str(compiler))
     build.build(target, tmp_path / "objects")
     assert target.exists()
     said = capsys.readouterr().err
@@ -81,16 +75,16 @@ def test_if_only_cuda_fails_to_compile_the_module_is_built_for_the_cpu(
     assert any("NPC_EXT_WHY_NO_CUDA" in line and "cudafe++ died" in line for line in calls(compiler))
     assert "-lcudart_static" not in calls(compiler)[-1]
 
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path / "toolkit", CXX=str(compiler), NPC_EXT_ARCHS="90")
+    imitate_machine(home=tmp_path / "toolkit", CXX=str(compiler), NPC_EXT_ARCHS="90")
     with pytest.raises(compilers.BuildError, match="the CUDA compiler failed"):
         build.build(target, tmp_path / "objects")
 
 
 def test_a_failing_cpp_compiler_is_not_taken_for_a_failure_of_cuda(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     compiler = imitated_compiler(tmp_path / "c++", "echo 'error: none'; exit 1")
     imitated_nvcc(tmp_path / "toolkit", extra="")
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path / "toolkit", CXX=str(compiler))
+    imitate_machine(home=tmp_path / "toolkit", CXX=str(compiler))
     with pytest.raises(build.CompileError, match=r"the C\+\+ compiler failed"):
         build.build(tmp_path / build.MODULE_FILE, tmp_path / "objects")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,7 @@ import pytest
 
 from npc_ext.kernels import build, compilers, just_in_time
 
-from .imitations import calls, imitate_machine, imitated_compiler, imitated_nvcc, script
-
-
-@pytest.fixture(autouse=True)
-def _forget_toolkit() -> Iterator[None]:
-    yield
-    compilers.find_toolkit.cache_clear()
+from .imitations import calls, imitated_compiler, imitated_nvcc, script
 
 
 @pytest.mark.parametrize("kind", ["launcher", "masquerade", "clang", "arguments"])
@@ -75,53 +69,35 @@ def test_a_compiler_that_is_not_there_is_named(
 
 
 @pytest.mark.parametrize(
-    ("environment", "archs"),
+    ("machine", "archs"),
     [
         ({"NPC_EXT_ARCHS": "80;90+PTX"}, ("80", "90+PTX")),
         ({"TORCH_CUDA_ARCH_LIST": "8.0 9.0a+PTX"}, ("80", "90a+PTX")),
         ({"NPC_EXT_ARCHS": "75", "TORCH_CUDA_ARCH_LIST": "8.0"}, ("75",)),
+        ({"gpus": ("9.0", "8.0", "9.0")}, ("80", "90")),
+        ({}, ("75", "80", "86", "89", "90", "100", "120+PTX")),
     ],
 )
-def test_architectures_are_those_asked_for(
-    environment: dict[str, str], archs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_architectures_are_those_asked_for_else_of_the_gpus_present_else_all(
+    machine: dict[str, Any], archs: tuple[str, ...], imitate_machine: Callable[..., None]
 ) -> None:
-    imitate_machine(monkeypatch, tmp_path, **environment)
+    imitate_machine(**machine)
     assert compilers.architectures() == (archs, ())
 
 
-@pytest.mark.parametrize(
-    ("gpus", "archs"),
-    [
-        (("9.0", "8.0", "9.0"), ("80", "90")),
-        ((), ("75", "80", "86", "89", "90", "100", "120+PTX")),
-    ],
-)
-def test_architectures_are_those_of_the_gpus_present_else_all(
-    gpus: tuple[str, ...], archs: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    imitate_machine(monkeypatch, tmp_path, gpus=gpus)
-    assert compilers.architectures() == (archs, ())
-
-
-def test_a_wrong_architecture_or_compiler_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_wrong_architecture_or_compiler_is_refused(imitate_machine: Callable[..., None], tmp_path: Path) -> None:
     def refused(message: str, **variables: str) -> None:
-        imitate_machine(monkeypatch, tmp_path, **variables)
+        imitate_machine(**variables)
         with pytest.raises(compilers.BuildError, match=message):
             compilers.cuda()
 
     nvcc = str(imitated_nvcc(tmp_path))
-    refused(
-        r"NPC_EXT_ARCHS=warp9 has the entry 'warp9'; expected .* '8.0;9.0\+PTX'",
-        NPC_EXT_ARCHS="warp9",
-        NPC_EXT_NVCC=nvcc,
-    )
-    refused(
-        r"NPC_EXT_ARCHS=60;90 has 60, and \S+nvcc knows 75, 80, 90 only; change",
-        NPC_EXT_ARCHS="60;90",
-        NPC_EXT_NVCC=nvcc,
-    )
+    no_entry = r"NPC_EXT_ARCHS=warp9 has the entry 'warp9'; expected .* '8.0;9.0\+PTX'"
+    refused(no_entry, NPC_EXT_ARCHS="warp9", NPC_EXT_NVCC=nvcc)
+    unknown = r"NPC_EXT_ARCHS=60;90 has 60, and \S+nvcc knows 75, 80, 90 only; change"
+    refused(unknown, NPC_EXT_ARCHS="60;90", NPC_EXT_NVCC=nvcc)
     refused("NPC_EXT_NVCC=/nowhere/nvcc does not name a program", NPC_EXT_NVCC="/nowhere/nvcc")
-    imitate_machine(monkeypatch, tmp_path, NPC_EXT_NVCC="")
+    imitate_machine(NPC_EXT_NVCC="")
     assert compilers.nvcc() is None
 
 
@@ -138,29 +114,29 @@ def test_a_wrong_architecture_or_compiler_is_refused(monkeypatch: pytest.MonkeyP
     ],
 )
 def test_torchs_list_of_architectures_is_taken_as_far_as_nvcc_knows_it(
-    value: str, archs: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    value: str, archs: tuple[str, ...], said: str, imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     nvcc = imitated_nvcc(tmp_path)
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path, gpus=("9.0",), TORCH_CUDA_ARCH_LIST=value)
+    imitate_machine(home=tmp_path, gpus=("9.0",), TORCH_CUDA_ARCH_LIST=value)
     plan = compilers.cuda()
     assert plan.archs == archs
     assert said.format(nvcc=nvcc) in "".join(plan.notices)
     assert bool(said) == bool(plan.notices)
 
 
-def test_native_architectures_need_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_native_architectures_need_a_gpu(imitate_machine: Callable[..., None], tmp_path: Path) -> None:
     imitated_nvcc(tmp_path)
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path, TORCH_CUDA_ARCH_LIST="native")
+    imitate_machine(home=tmp_path, TORCH_CUDA_ARCH_LIST="native")
     reason = compilers.cuda().reason
     assert "TORCH_CUDA_ARCH_LIST=native asks for the GPUs of this machine, but there are none" in reason
 
 
 def test_a_gpu_newer_than_nvcc_gets_ptx_and_an_older_one_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     imitated_nvcc(tmp_path)
     for gpus, archs in [(("8.0", "12.0"), ("80", "90+PTX")), (("7.0",), ())]:
-        imitate_machine(monkeypatch, tmp_path, home=tmp_path, gpus=gpus)
+        imitate_machine(home=tmp_path, gpus=gpus)
         plan = compilers.cuda()
         assert plan.archs == archs
     assert plan.reason == "this machine has a GPU of sm_70, and its nvcc knows 75, 80, 90 only"
@@ -176,18 +152,18 @@ def test_a_gpu_newer_than_nvcc_gets_ptx_and_an_older_one_a_sentence(
     ],
 )
 def test_a_toolkit_that_does_not_work_is_left_out_unless_it_was_asked_for(
-    made: dict[str, Any] | None, reason: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    made: dict[str, Any] | None, reason: str, imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     nvcc = tmp_path / "bin" / "nvcc" if made is None else imitated_nvcc(tmp_path, **made)
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path)
+    imitate_machine(home=tmp_path)
     plan = compilers.cuda()
     assert plan.nvcc is None
     assert reason.format(nvcc=nvcc, home=tmp_path) in plan.reason
     assert plan.notices == (f"the CUDA kernels are left out: {plan.reason}",)
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path, NPC_EXT_NVCC=str(nvcc))
+    imitate_machine(home=tmp_path, NPC_EXT_NVCC=str(nvcc))
     with pytest.raises(compilers.BuildError, match=f"NPC_EXT_NVCC={nvcc}"):
         compilers.cuda()
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path, NPC_EXT_ARCHS="90")
+    imitate_machine(home=tmp_path, NPC_EXT_ARCHS="90")
     with pytest.raises(
         compilers.BuildError, match=f"NPC_EXT_ARCHS asks for CUDA kernels, but .*{tmp_path}.*; fix that"
     ):
@@ -195,22 +171,22 @@ def test_a_toolkit_that_does_not_work_is_left_out_unless_it_was_asked_for(
 
 
 def test_another_toolkit_is_used_where_that_of_cuda_home_does_not_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     nvcc = imitated_nvcc(tmp_path / "good")
-    imitate_machine(monkeypatch, tmp_path, home=tmp_path / "none", PATH=f"{nvcc.parent}:/usr/bin:/bin")
+    imitate_machine(home=tmp_path / "none", PATH=f"{nvcc.parent}:/usr/bin:/bin")
     plan = compilers.cuda()
     assert plan.nvcc == nvcc
     assert plan.notices == (f"CUDA_HOME={tmp_path / 'none'} has no bin/nvcc, so {nvcc} is used",)
 
 
 def test_just_in_time_cuda_is_compiled_where_torch_has_it_and_for_the_gpu_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    imitate_machine: Callable[..., None], tmp_path: Path
 ) -> None:
     imitated_nvcc(tmp_path)
 
     def found(**machine: Any) -> compilers.Cuda:
-        imitate_machine(monkeypatch, tmp_path, home=tmp_path, TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0", **machine)
+        imitate_machine(home=tmp_path, TORCH_CUDA_ARCH_LIST="7.5 8.0 9.0", **machine)
         return compilers.cuda(just_in_time=True)
 
     assert found(gpus=("9.0",)).archs == ("90",)
@@ -229,8 +205,8 @@ def test_just_in_time_cuda_is_compiled_where_torch_has_it_and_for_the_gpu_that_i
     ],
 )
 def test_whether_torch_has_cuda_is_seen_without_importing_it(
-    line: str, has_cuda: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    line: str, has_cuda: bool, imitate_machine: Callable[..., None]
 ) -> None:
-    imitate_machine(monkeypatch, tmp_path, torch_cuda=line)
+    imitate_machine(torch_cuda=line)
     reason = compilers.cuda(just_in_time=True).reason
     assert reason.startswith("there is no GPU" if has_cuda else "torch was built without CUDA")

@@ -16,9 +16,8 @@ from bench.gpu.device import captured
 from npc_ext import NPC, NPCAdamW, ops, reference
 from npc_ext.kernels import native
 
-from . import test_update
-from .arguments import assert_equal, call, check_is_refused, copied, one_layer, sgd
-from .test_update import network
+from .arguments import activations, call, network, one_layer, sgd, wide_layers
+from .checks import check, check_is_refused, check_network_step
 
 pytestmark = pytest.mark.gpu
 
@@ -140,8 +139,9 @@ def test_a_captured_step_replays_with_new_data_and_a_new_learning_rate_bit_for_b
 def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None:
     """The workspace is allocated within the capture, and replays use it on any stream."""
     n, g = torch.randn(512, 7, device="cuda"), torch.randn(512, 7, device="cuda")
-    captured, twin = network(momentum=0.9, device="cuda"), network(momentum=0.9, device="cuda")
-    for name in test_update.WRITTEN[:3]:
+    captured, twin = (network("update_", momentum=0.9, device="cuda") for _ in range(2))
+    written = ("parameters", "momentum_buffers", "importances")
+    for name in written:
         for one, other in zip(captured[name], twin[name], strict=True):
             other.copy_(one)
     for name in ("gradients", "measured"):
@@ -162,7 +162,7 @@ def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None
         stream.synchronize()
         call(ops.update_, twin)
         assert torch.equal(got, ops.importance(n, g))
-        for name in test_update.WRITTEN[:3]:
+        for name in written:
             assert all(map(torch.equal, captured[name], twin[name]))
 
 
@@ -286,22 +286,11 @@ def test_a_model_on_the_second_gpu() -> None:
 
 
 def test_a_head_of_128_thousand_neurons() -> None:
-    test_update.check(test_update.wide_network(128_000, inputs=64, device="cuda"))
-    whole = test_update.wide_network(128_000, inputs=64, device="cuda")
-    del whole["measured"]
-    activations = [torch.randn(4, len(one), device="cuda") for one in whole["importances"]]
-    gradients = [torch.randn_like(one) for one in activations]
-    parts = copied(whole)
-    inputs = {
-        "activations": activations,
-        "activation_gradients": gradients,
-        "channel_dim": [1] * 3,
-        "batch_dim": [0] * 3,
-    }
-    call(ops.network_step_, {**inputs, **whole})
-    measured = [ops.importance(*pair) for pair in zip(activations, gradients, strict=True)]
-    call(ops.update_, {**parts, "measured": measured})
-    assert_equal(whole, parts, test_update.WRITTEN)
+    options: dict[str, Any] = {**wide_layers(128_000, inputs=64), "momentum": 0.9, "device": "cuda"}
+    check("update_", network("update_", **options))
+    arguments = network("update_", **options)
+    inputs = activations([(4, len(one)) for one in arguments["importances"]], [1, 1, 1], device="cuda")
+    check_network_step(inputs, arguments)
 
 
 def test_importance_of_more_than_two_to_the_31_elements() -> None:
@@ -331,10 +320,10 @@ def test_update_of_more_than_two_to_the_31_elements() -> None:
 
 
 def test_operations_refuse_tensors_on_several_devices() -> None:
-    arguments = network(device="cuda")
+    arguments = network("update_", device="cuda")
     arguments["nonfinite_steps"] = arguments["nonfinite_steps"].cpu()
     message = "nonfinite_steps has a tensor on cpu, but others are on cuda:0"
-    check_is_refused(ops.update_, arguments, message, ["parameters"])
+    check_is_refused("update_", arguments, message)
 
 
 def test_float64_is_left_to_pytorch() -> None:

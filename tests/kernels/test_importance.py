@@ -19,6 +19,7 @@ from npc_ext import ops, reference
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES, assert_importance
+from .checks import with_threads
 
 SHAPES = [
     *[(1, 1), (3, 1), (2, 10), (5, 16), (4, 33), (64, 200), (300, 3)],
@@ -26,6 +27,7 @@ SHAPES = [
     *[(2, 5, 16, 16), (1, 3, 300), (4, 2, 31, 33), (2, 18, 1, 40), (3, 16, 15), (2, 7, 2, 3, 4)],
     *[(1, 700), (40, 136), (1, 1, 3000), (70, 2, 49), (3, 24, 64)],
 ]
+EMPTY = [(0, 5), (4, 0), (3, 5, 0), (0, 0)]
 
 
 def layouts(tensor: Tensor) -> dict[str, Tensor]:
@@ -49,14 +51,28 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
-def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> None:
+def check_importance(
+    got: Tensor, activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0
+) -> None:
     n, g = activation.double(), gradient.double()
-    got = ops.importance(activation, gradient, channel_dim, batch_dim)
-    want = reference.importance(n, g, channel_dim, batch_dim)
     absolute = (n * g).abs().movedim(channel_dim, 0).flatten(1).sum(1)
+    want = reference.importance(n, g, channel_dim, batch_dim)
     terms = activation.numel() // max(activation.shape[channel_dim], 1)
     assert_importance(got, want, absolute, terms, activation.dtype)
     assert torch.equal(got.signbit(), want.signbit())  # of -0.0
+
+
+def check(activation: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> None:
+    got = ops.importance(activation, gradient, channel_dim, batch_dim)
+    check_importance(got, activation, gradient, channel_dim, batch_dim)
+
+
+def check_relu_backward(output: Tensor, gradient: Tensor, channel_dim: int = 1, batch_dim: int = 0) -> None:
+    grad_input, importance = ops.relu_backward_importance(output, gradient, channel_dim, batch_dim)
+    assert torch.equal(grad_input, torch.ops.aten.threshold_backward(gradient, output, 0))
+    assert torch.equal(grad_input, reference.relu_backward_importance(output, gradient)[0])
+    assert grad_input.stride() == torch.empty_like(output).stride()
+    check_importance(importance, output, gradient, channel_dim, batch_dim)
 
 
 def with_few_gradients(activation: Tensor, gradient: Tensor) -> None:
@@ -171,14 +187,16 @@ def test_importance_of_linear_layers_on_sequences(dtype: torch.dtype, device: st
     activation, gradient = (torch.randn(3, 5, 4, 37).to(device, dtype) for _ in range(2))
     check(activation, gradient, channel_dim=-1)
     check(activation, gradient, channel_dim=3, batch_dim=1)
+    check_relu_backward(activation.relu(), gradient, channel_dim=-1, batch_dim=1)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (3, 5, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
 def test_importance_of_nothing_is_zero(shape: tuple[int, ...]) -> None:
-    got = ops.importance(torch.randn(shape), torch.randn(shape))
-    assert got.shape == (shape[1],)
-    assert not got.any()
-    assert got.signbit().all()
+    activation, gradient = torch.randn(shape), torch.randn(shape)
+    for got in (ops.importance(activation, gradient), ops.relu_backward_importance(activation, gradient)[1]):
+        assert got.shape == (shape[1],)
+        assert not got.any()
+        assert got.signbit().all()
 
 
 def test_importance_of_an_expanded_gradient_is_not_copied_and_right(device: str) -> None:
@@ -190,15 +208,11 @@ def test_importance_of_an_expanded_gradient_is_not_copied_and_right(device: str)
 @pytest.mark.parametrize("shape", [(64, 512, 8, 8), (4096, 40), (4096, 3), (64, 3, 64, 64), (3, 2, 200, 200)], ids=str)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_importance_on_several_threads_is_right_and_repeats_bit_for_bit(shape: tuple[int, ...], threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        activation, gradient = torch.randn(shape), torch.randn(shape)
-        check(activation, gradient)
-        first = ops.importance(activation, gradient)
-        assert all(torch.equal(first, ops.importance(activation, gradient)) for _ in range(5))
-    finally:
-        torch.set_num_threads(before)
+    activation, gradient = torch.randn(shape), torch.randn(shape)
+    several = partial(with_threads, threads)
+    several(lambda: check(activation, gradient))
+    first, *others = several(lambda: [ops.importance(activation, gradient) for _ in range(6)])
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_importance_keeps_infinities_and_nans_visible(device: str) -> None:
@@ -260,27 +274,28 @@ def test_importance_of_random_shapes_and_strides(count: int, device: str) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 16), (40, 33), (3, 24, 8, 8), (2, 5, 7), (1, 2, 900), (0, 4)], ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (40, 33), (3, 24, 8, 8), (2, 5, 7), (1, 2, 900), *EMPTY], ids=str)
 def test_relu_backward_takes_importance_on_the_way(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
     outputs = layouts(torch.randn(shape).relu().to(device, dtype))
     gradients = layouts(torch.randn(shape).to(device, dtype))
     for name, output in outputs.items():
         for gradient in (gradients[name], gradients["contiguous"]):
-            got, importance = ops.relu_backward_importance(output, gradient)
-            assert torch.equal(got, reference.relu_backward_importance(output, gradient)[0])
-            n, g = output.double(), gradient.double()
-            absolute = (n * g).abs().movedim(1, 0).flatten(1).sum(1)
-            assert_importance(importance, reference.importance(n, g), absolute, n.numel() // shape[1], dtype)
+            check_relu_backward(output, gradient)
             silent = gradient * (torch.arange(shape[1], device=device) % 2).view(-1, *[1] * (gradient.ndim - 2))
-            signs = ops.relu_backward_importance(output * 0, silent)[1].signbit()
-            assert torch.equal(signs, reference.importance(n * 0, silent.double()).signbit())
+            check_relu_backward(output * 0, silent)
 
 
-def test_relu_backward_hands_on_the_gradient_of_a_nan(device: str) -> None:
-    output = torch.tensor([[torch.nan, 0.0, 2.0, 0.0]], device=device)
-    got, importance = ops.relu_backward_importance(output, torch.tensor([[1.0, 2.0, 3.0, torch.nan]], device=device))
-    assert got.tolist() == [[1.0, 0.0, 3.0, 0.0]]
-    assert importance.isnan().tolist() == [True, False, False, True]
+def test_relu_backward_by_hand(device: str) -> None:
+    output = torch.tensor([[[1.0, 0.0], [2.0, torch.nan], [0.0, 0.0]]], device=device)
+    gradient = torch.tensor([[[3.0, torch.inf], [-1.0, 4.0], [torch.nan, 2.0]]], device=device)
+    for operation in (ops.relu_backward_importance, reference.relu_backward_importance):
+        grad_input, importance = operation(output, gradient)
+        assert grad_input.tolist() == [
+            [[3.0, 0.0], [-1.0, 4.0], [0.0, 0.0]]
+        ]  # a NaN passes the gradient on, as in torch
+        assert importance.isnan().all()  # 0 * inf, nan * 4 and 0 * nan
+    gradient[0, 0, 1] = output[0, 1, 1] = 5.0
+    assert ops.relu_backward_importance(output, gradient)[1][:2].tolist() == [3.0, 18.0]
 
 
 @pytest.mark.parametrize("shape", [(70, 30), (3, 5, 700), (40, 8, 4, 4), (1, 3, 2000)], ids=str)
@@ -290,9 +305,12 @@ def test_importance_repeats_bit_for_bit(shape: tuple[int, ...], device: str) -> 
         assert all(torch.equal(first, ops.importance(tensor, tensor * 3)) for _ in range(5))
 
 
-def test_importance_passes_opcheck() -> None:
-    opcheck(torch.ops.npc_ext.importance.default, (torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
-    opcheck(torch.ops.npc_ext.importance.default, (torch.randn(2, 4, 5), torch.randn(2, 4, 5), -1, 1))
+@pytest.mark.parametrize("name", ["importance", "relu_backward_importance"])
+def test_operations_pass_opcheck(name: str) -> None:
+    operation = getattr(torch.ops.npc_ext, name).default
+    opcheck(operation, (torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
+    opcheck(operation, (torch.randn(2, 4, 5), torch.randn(2, 1, 1).expand(2, 4, 5), -1, 1))
+    opcheck(operation, (channels_last(torch.randn(2, 5, 4, 4)), torch.randn(2, 5, 4, 4)))
 
 
 def test_importance_inside_a_compiled_function() -> None:

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,12 +43,14 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
     return {**os.environ, "NPC_EXT_CACHE": str(cache), "NPC_EXT_CXXFLAGS": "-O0", "NPC_EXT_NVCC": "", **more}
 
 
-def start(cache: Path, package: Path = ROOT / "npc_ext", **more: str) -> subprocess.Popen[str]:
+def start(
+    cache: Path, package: Path = ROOT / "npc_ext", code: str = LOAD, stderr: int = subprocess.PIPE, **more: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(package)],
+        [sys.executable, "-c", code, str(package)],
         env=environment(cache, **more),
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
     )
@@ -59,39 +62,44 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return output, errors
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A cache that two processes, started together, filled."""
-    cache = tmp_path_factory.mktemp("cache")
-    results = [finish(process) for process in [start(cache), start(cache)]]
-    assert all("built just in time" in output for output, _ in results)
-    assert sum("compiling" in errors for _, errors in results) == 1, "two processes that start together build once"
-    return cache
+def load(cache: Path, compiler: Path, **more: str) -> tuple[str, str]:
+    """Loads the kernels with this compiler, in another process. Returns its output and its errors."""
+    return finish(start(cache, CXX=str(compiler), **more))
 
 
 def modules(cache: Path) -> list[Path]:
     return sorted(cache.rglob("_C*"))
 
 
-@pytest.mark.slow
-def test_two_processes_that_start_together_build_once(built: Path) -> None:
-    assert len(modules(built)) == 1
-    assert sorted(path.name for path in modules(built)[0].parent.iterdir()) == [build.MODULE_FILE, "lock"]
+def copied_package(folder: Path, *ignored: str) -> Path:
+    """A copy of the package with its sources next to it."""
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    return shutil.copytree(ROOT / "npc_ext", folder / "npc_ext", ignore=shutil.ignore_patterns("__pycache__", *ignored))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 @pytest.mark.slow
-def test_a_second_import_takes_milliseconds_and_compiles_nothing(built: Path) -> None:
-    before = modules(built)[0].stat().st_mtime_ns
-    output, errors = finish(start(built))
+def test_two_processes_that_start_together_build_once_and_the_next_loads_that_in_milliseconds(tmp_path: Path) -> None:
+    results = [finish(process) for process in [start(tmp_path), start(tmp_path)]]
+    assert all("built just in time" in output for output, _ in results)
+    assert sum("compiling" in errors for _, errors in results) == 1
+    (module,) = modules(tmp_path)
+    assert sorted(path.name for path in module.parent.iterdir()) == [build.MODULE_FILE, "lock"]
+    before = module.stat().st_mtime_ns
+    output, errors = finish(start(tmp_path))
     assert not errors
-    assert modules(built)[0].stat().st_mtime_ns == before
+    assert module.stat().st_mtime_ns == before
     assert float(output.split()[-1]) < 0.5
 
 
 @pytest.mark.slow
 def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT / "npc_ext", tmp_path / "npc_ext", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    package = copied_package(tmp_path, "*.so")
     source = tmp_path / "csrc" / "cpu" / "isa.cpp"
     source.write_text(source.read_text() + "\nint broken = not_a_name;\n")
     imitated = imitated_compiler(tmp_path / "imitated")
@@ -99,7 +107,7 @@ def test_a_failing_compilers_whole_output_reaches_the_user(tmp_path: Path) -> No
     compiler = script(
         tmp_path / "c++", f'#!/bin/sh\ncase "$*" in *isa.cpp*) exec {real} "$@";; esac\nexec {imitated} "$@"\n'
     )
-    output, _ = finish(start(tmp_path / "cache", tmp_path / "npc_ext", CXX=str(compiler)))
+    output, _ = finish(start(tmp_path / "cache", package, CXX=str(compiler)))
     assert "the C++ compiler failed" in output
     assert "‘not_a_name’ was not declared" in output or "'not_a_name'" in output
     assert not list((tmp_path / "cache").glob("*/_C*"))
@@ -111,15 +119,13 @@ def test_a_builder_killed_half_way_blocks_and_poisons_nothing_and_the_next_one_g
     waits = f'case "$source" in *isa.cpp) while [ -e {blocked} ]; do sleep 0.02; done;; esac'
     compiler = imitated_compiler(tmp_path / "c++", waits)
     process = start(tmp_path / "cache", CXX=str(compiler))
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.rglob("*.o"))) < 7 and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: len(list(tmp_path.rglob("*.o"))) >= 7)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     assert not list(tmp_path.glob("cache/*/_C*"))
     blocked.unlink()
     before = len(calls(compiler))
-    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    output, _ = load(tmp_path / "cache", compiler)
     assert "built just in time" in output
     assert len(calls(compiler)) - before <= 3, "what was blocked, perhaps its neighbour, and the link"
     assert not list(tmp_path.rglob("objects"))
@@ -127,30 +133,29 @@ def test_a_builder_killed_half_way_blocks_and_poisons_nothing_and_the_next_one_g
 
 def test_a_build_that_failed_is_remembered_and_not_tried_again(tmp_path: Path) -> None:
     compiler = imitated_compiler(tmp_path / "c++", "echo 'error: out of ideas'; exit 1")
-    first, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    first, _ = load(tmp_path / "cache", compiler)
     tried = len(calls(compiler))
-    second, errors = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    second, errors = load(tmp_path / "cache", compiler)
     assert "error: out of ideas" in first and "error: out of ideas" in second
     assert "compiling" not in errors and len(calls(compiler)) == tried > 0
     (remembered,) = (tmp_path / "cache").rglob("failed.txt")
     assert f"to compile again, delete {remembered})" in second
     remembered.unlink()
-    finish(start(tmp_path / "cache", CXX=str(compiler)))
+    load(tmp_path / "cache", compiler)
     assert len(calls(compiler)) > tried
 
 
 @pytest.mark.parametrize("words", ["No space left on device", "Disk quota exceeded"])
 def test_a_full_disk_is_named_and_tried_again(tmp_path: Path, words: str) -> None:
     compiler = imitated_compiler(tmp_path / "c++", f"echo 'c++: error: {words}'; exit 1")
-    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    output, _ = load(tmp_path / "cache", compiler)
     assert f"cannot write to {tmp_path / 'cache'} ({words.lower()}: free some there or in /" in output
     assert not list(tmp_path.rglob("failed.txt"))
 
 
 def test_compilers_are_asked_to_speak_english(tmp_path: Path) -> None:
     words = '[ "$LC_ALL" = C ] && echo "No space left on device" || echo "Kein Platz mehr verfügbar"; exit 1'
-    compiler = imitated_compiler(tmp_path / "c++", words)
-    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler), LC_ALL="de_DE.UTF-8"))
+    output, _ = load(tmp_path / "cache", imitated_compiler(tmp_path / "c++", words), LC_ALL="de_DE.UTF-8")
     assert "no space left on device" in output
 
 
@@ -163,8 +168,7 @@ def test_compilers_are_asked_to_speak_english(tmp_path: Path) -> None:
     ],
 )
 def test_a_compiler_that_was_killed_is_not_taken_for_one_that_fails(tmp_path: Path, end: str) -> None:
-    compiler = imitated_compiler(tmp_path / "c++", end)
-    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    output, _ = load(tmp_path / "cache", imitated_compiler(tmp_path / "c++", end))
     assert "the C++ compiler was killed, or ran out of memory" in output
     assert not list(tmp_path.rglob("failed.txt"))
 
@@ -173,7 +177,7 @@ def test_a_compiled_module_that_does_not_load_is_deleted_and_reported(tmp_path: 
     broken, cache = tmp_path / "broken", tmp_path / "cache"
     broken.write_text("no module")
     compiler = imitated_compiler(tmp_path / "c++", module=broken)
-    output, _ = finish(start(cache, CXX=str(compiler)))
+    output, _ = load(cache, compiler)
     assert re.search(r"the compiled module does not load, and was deleted: ImportError: .*file too short", output)
     assert f"is {compiler} a C++ compiler for {sys.executable}?" in output
     assert not modules(cache)
@@ -181,9 +185,9 @@ def test_a_compiled_module_that_does_not_load_is_deleted_and_reported(tmp_path: 
 
 def test_a_cached_module_that_does_not_load_is_reported_and_built_again(tmp_path: Path) -> None:
     compiler, cache = imitated_compiler(tmp_path / "c++"), tmp_path / "cache"
-    finish(start(cache, CXX=str(compiler)))
+    load(cache, compiler)
     modules(cache)[0].write_text("no module")
-    output, errors = finish(start(cache, CXX=str(compiler)))
+    output, errors = load(cache, compiler)
     assert re.search(r"_C\S+ does not load \(.*file too short\); it is deleted and built again", errors)
     assert "built just in time" in output
 
@@ -193,7 +197,7 @@ def of_nobody(tmp_path: Path, **more: str) -> tuple[str, str]:
     if not compiler.exists():
         imitated_compiler(compiler)
     setting = {"NPC_EXT_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path), "FIRST": NOBODY, **more}
-    return finish(start(tmp_path, CXX=str(compiler), **setting))
+    return load(tmp_path, compiler, **setting)
 
 
 @pytest.mark.parametrize(
@@ -229,12 +233,12 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(tmp_path: Path) ->
 
 def test_a_lock_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     compiler = imitated_compiler(tmp_path / "c++")
-    finish(start(tmp_path / "cache", CXX=str(compiler)))
+    load(tmp_path / "cache", compiler)
     (lock,) = (tmp_path / "cache").rglob("lock")
     modules(tmp_path / "cache")[0].unlink()
     with lock.open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        output, errors = finish(start(tmp_path / "cache", CXX=str(compiler), NPC_EXT_LOCK_TIMEOUT="1.2"))
+        output, errors = load(tmp_path / "cache", compiler, NPC_EXT_LOCK_TIMEOUT="1.2")
     assert f"waiting for another process to build the kernels (it holds {lock}) ..." in errors
     assert f"the lock file {lock} has been held for 1 seconds by a process that compiles nothing" in output
     assert "end that process or delete the lock file" in output
@@ -244,7 +248,7 @@ def test_a_lock_that_cannot_be_had_is_named(tmp_path: Path) -> None:
 def test_a_file_system_without_locks_builds_all_the_same(tmp_path: Path) -> None:
     first = f"import fcntl\ndef none(*_): raise OSError({errno.ENOLCK}, 'No locks available')\nfcntl.flock = none"
     compiler = imitated_compiler(tmp_path / "c++")
-    output, errors = finish(start(tmp_path / "cache", CXX=str(compiler), FIRST=first))
+    output, errors = load(tmp_path / "cache", compiler, FIRST=first)
     assert "built just in time" in output
     assert "lock cannot be locked ([Errno" in errors
     assert not list(tmp_path.rglob("building-*"))
@@ -256,9 +260,7 @@ def test_a_lock_lives_as_long_as_the_compiler(tmp_path: Path) -> None:
     blocked.touch()
     compiler = imitated_compiler(tmp_path / "c++", f"while [ -e {blocked} ]; do sleep 0.02; done")
     process = start(tmp_path / "cache", CXX=str(compiler))
-    deadline = time.monotonic() + 60
-    while not calls(compiler) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    wait_until(lambda: calls(compiler))
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     (lock,) = (tmp_path / "cache").rglob("lock")
@@ -267,27 +269,21 @@ def test_a_lock_lives_as_long_as_the_compiler(tmp_path: Path) -> None:
             fcntl.flock(wanted, fcntl.LOCK_EX | fcntl.LOCK_NB)
     finally:
         blocked.unlink()
-    output, _ = finish(start(tmp_path / "cache", CXX=str(compiler)))
+    output, _ = load(tmp_path / "cache", compiler)
     assert "built just in time" in output
     process.communicate(timeout=60)
 
 
 def test_progress_is_shown_on_a_terminal_only(tmp_path: Path) -> None:
     compiler = imitated_compiler(tmp_path / "c++")
-    _, errors = finish(start(tmp_path / "piped", CXX=str(compiler)))
+    _, errors = load(tmp_path / "piped", compiler)
     assert re.fullmatch(
         r"npc_ext: compiling its kernels for this machine, once \(\d files, for CPUs only\), because no module built "
         r"ahead of time \.\.\.\n",
         errors,
     )
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "-c", LOAD, str(ROOT / "npc_ext")],
-        env=environment(tmp_path / "terminal", CXX=str(compiler)),
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-    )
-    assert process.wait(60) == 0
+    finish(start(tmp_path / "terminal", stderr=theirs, CXX=str(compiler)))
     shown = os.read(ours, 100_000).decode()
     os.close(ours)
     os.close(theirs)
@@ -310,48 +306,41 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, setting: dict[str
 
 
 def test_a_stale_module_is_not_run(tmp_path: Path) -> None:
-    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-    shutil.copytree(ROOT / "npc_ext", tmp_path / "npc_ext", ignore=shutil.ignore_patterns("__pycache__"))
+    package = copied_package(tmp_path)
     header = tmp_path / "csrc" / "rules.h"
     header.write_text(header.read_text() + "\n// edited\n")
     # Compiled anew, and that is what runs (LOAD asserts it); without a compiler, nothing runs.
     keep_prebuilt = LOAD.replace("native._prebuilt = ", "unused = ")
 
-    def load(**setting: str) -> tuple[str, str]:
-        command = [sys.executable, "-c", keep_prebuilt, str(tmp_path / "npc_ext")]
-        setting = environment(tmp_path / "cache", **setting)
-        result = subprocess.run(command, env=setting, capture_output=True, text=True, check=True)
-        return result.stdout, result.stderr
+    def loaded(**setting: str) -> tuple[str, str]:
+        return finish(start(tmp_path / "cache", package, keep_prebuilt, **setting))
 
     why = (
         "the module built ahead of time is older than the sources next to it (csrc/rules.h changed since; to build it "
         "again: 'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
     )
     keep_flags = {"NPC_EXT_CXXFLAGS": ""}
-    output, _ = load(CXX="/nowhere/c++", **keep_flags)
+    output, _ = loaded(CXX="/nowhere/c++", **keep_flags)
     assert f"{why}; no C++ compiler" in output
-    output, errors = load(CXX=str(imitated_compiler(tmp_path / "c++")), **keep_flags)
+    output, errors = loaded(CXX=str(imitated_compiler(tmp_path / "c++")), **keep_flags)
     assert "built just in time" in output
     assert f"because {why} ..." in errors
-    assert "(NPC_EXT_CXXFLAGS, csrc/rules.h changed since;" in load(CXX="/nowhere/c++")[0]
+    assert "(NPC_EXT_CXXFLAGS, csrc/rules.h changed since;" in loaded(CXX="/nowhere/c++")[0]
 
 
 @pytest.mark.parametrize("change", ["flags", "compiler", "arguments", "includes", "sources"])
 def test_the_cache_key_changes_with(change: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = just_in_time.cache_key()
-    if change == "flags":
-        monkeypatch.setenv("NPC_EXT_CXXFLAGS", "-g")
-    elif change == "compiler":
-        compiler = tmp_path / "c++"
-        compiler.write_text("#!/bin/sh\n")
-        compiler.chmod(0o755)
-        monkeypatch.setenv("CXX", str(compiler))
-    elif change == "arguments":
-        monkeypatch.setenv("CXX", f"{compilers.compiler_command()[0]} -m64")
-    elif change == "includes":
-        monkeypatch.setenv("CPATH", str(tmp_path))
+    if change == "sources":
+        csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+        (csrc / "new.h").write_text("")
+        monkeypatch.setattr(build, "source_dir", lambda: csrc)
     else:
-        shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
-        (tmp_path / "csrc" / "new.h").write_text("")
-        monkeypatch.setattr(build, "source_dir", lambda: tmp_path / "csrc")
+        name, value = {
+            "flags": ("NPC_EXT_CXXFLAGS", "-g"),
+            "compiler": ("CXX", str(script(tmp_path / "c++", "#!/bin/sh\n"))),
+            "arguments": ("CXX", f"{compilers.compiler_command()[0]} -m64"),
+            "includes": ("CPATH", str(tmp_path)),
+        }[change]
+        monkeypatch.setenv(name, value)
     assert just_in_time.cache_key() != before

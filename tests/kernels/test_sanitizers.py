@@ -28,15 +28,14 @@ THREAD = "-O2 -fno-omit-frame-pointer -fsanitize=thread"  # with -O1 the compile
 SUPPRESSIONS = cuda_on_cpu.HERE / "thread_sanitizer.supp"
 KERNEL_TESTS = [
     f"tests/kernels/test_{name}.py"
-    for name in (
-        *("importance", "update", "adam_update", "rounding", "anchored_update", "connection_update", "workspace"),
-    )
+    for name in ("importance", "every_update", "update", "rounding", "anchored_update", "workspace")
 ]
 # A launch takes a quarter of a second under the thread sanitizer. These tests have few launches, and
 # together they cover every kernel, layout, dtype and option.
+OTHER_UPDATES = "(adam_update or anchored_update or connection_update)"
 FEW_LAUNCHES = (
-    "random or networks_of_any or network_step or begin_anywhere or (relu_backward and (5 and 16)) "
-    "or ((anchored_update_agrees or connection_update_agrees or adam_update_agrees) and bfloat16) or kernels_round "
+    f"random or (networks_of_any and not {OTHER_UPDATES}) or (updates_agree and bfloat16 and {OTHER_UPDATES}) "
+    "or network_step or begin_anywhere or (relu_backward and ((64 and 200) or (5 and 7))) or kernels_round "
     "or (many_neurons and 4097) or (any_number_of_positions and 49)"
 )
 
@@ -148,11 +147,11 @@ def test_the_address_sanitizer_objects_to_cuda_kernels_whose_index_is_off_by_one
 def test_the_thread_sanitizer_objects_to_a_missing_barrier(function: str) -> None:
     # The sanitizer remembers the last four accesses to a word, so it sees the race in most launches, but not in all.
     script = (
-        "from npc_ext import ops; from tests import cuda_on_cpu; from tests.kernels import arguments, test_update\n"
+        "from npc_ext import ops; from tests import cuda_on_cpu; from tests.kernels.arguments import activations, call, network\n"
         "cuda_on_cpu.take_over(setattr)\n"
-        "given = {**test_update.activations(), **test_update.network()}\n"
+        "given = {**activations(), **network('update_')}\n"
         "del given['measured']\n"
-        "for _ in range(40): arguments.call(ops.network_step_, given)\n"
+        "for _ in range(40): call(ops.network_step_, given)\n"
         "print('not seen')"
     )
     result = run_with_thread_sanitizer(["-c", script], CUDA_ON_CPU_WITHOUT_BARRIER_IN=function)

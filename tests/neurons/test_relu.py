@@ -15,16 +15,14 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import gradcheck, gradgradcheck
-from torch.library import opcheck
 from torch.nn import functional as F
 
 import npc_ext
-from npc_ext import NPC, ImportanceWarning, find_neurons, ops, reference
+from npc_ext import NPC, ImportanceWarning, find_neurons, reference
 from npc_ext.neurons.relu import ReLU, _MeasuredReLU
 from npc_ext.neurons.table import Neurons
 
-from ..kernels.test_importance import SHAPES, layouts
-from ..tolerances import DTYPES, TRAJECTORY, assert_importance
+from ..tolerances import TRAJECTORY
 from .measuring import assert_equal, assert_gradients_equal, attached, batch, take_sinks
 
 
@@ -41,77 +39,6 @@ def pair(*modules: nn.Module | None) -> tuple[nn.Sequential, nn.Sequential]:
 def cnn(relu: type[nn.ReLU] = ReLU) -> nn.Sequential:
     hidden = (nn.MaxPool2d(2), nn.Flatten(), nn.Linear(6 * 16, 12), None, nn.Dropout(0.0), nn.Linear(12, 5))
     return with_relu(relu, nn.Conv2d(3, 6, 3, padding=1), nn.InstanceNorm2d(6), None, *hidden)
-
-
-# ------------------------------------------------------------------------------------------------------ the operation
-
-
-def check(output: Tensor, gradient: Tensor) -> None:
-    grad_input, importance = ops.relu_backward_importance(output, gradient)
-    exact = reference.relu_backward_importance(output.double(), gradient.double())
-    assert torch.equal(grad_input, torch.ops.aten.threshold_backward(gradient, output, 0))
-    assert torch.equal(grad_input, exact[0].to(output.dtype))
-    assert grad_input.stride() == torch.empty_like(output).stride()
-    absolute = (output.double() * gradient.double()).abs().movedim(1, 0).flatten(1).sum(1)
-    assert_importance(importance, exact[1], absolute, output.numel() // output.shape[1], output.dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_operation_is_relus_backward_and_importance_in_every_layout(
-    shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    outputs, gradients = layouts(torch.randn(shape).relu().to(dtype)), layouts(torch.randn(shape).to(dtype))
-    for name, output in outputs.items():
-        for gradient in (gradients[name], gradients["contiguous"]):
-            check(output, gradient)
-
-
-def test_the_operation_on_sequences_with_samples_second() -> None:
-    output, gradient = torch.randn(5, 3, 7).relu(), torch.randn(5, 3, 7)
-    grad_input, importance = ops.relu_backward_importance(output, gradient, -1, 1)
-    assert torch.equal(grad_input, gradient * (output > 0))
-    assert torch.equal(importance, ops.importance(output, gradient, -1, 1))
-
-
-def test_by_hand() -> None:
-    output = torch.tensor([[[1.0, 0.0], [2.0, torch.nan]]])
-    gradient = torch.tensor([[[3.0, torch.inf], [-1.0, 4.0]]])
-    for operation in (ops.relu_backward_importance, reference.relu_backward_importance):
-        grad_input, importance = operation(output, gradient.clone())
-        assert grad_input.tolist() == [[[3.0, 0.0], [-1.0, 4.0]]]  # behind a NaN the gradient goes on, as in torch
-        assert importance.isnan().all()  # 0 * inf, nan * 4
-    gradient[0, 0, 1] = output[0, 1, 1] = 5.0
-    assert ops.relu_backward_importance(output, gradient)[1].tolist() == [3.0, 18.0]
-
-
-@pytest.mark.parametrize("shape", [(0, 5), (4, 0), (3, 5, 0)], ids=str)
-def test_nothing_gives_nothing(shape: tuple[int, ...]) -> None:
-    grad_input, importance = ops.relu_backward_importance(torch.randn(shape), torch.randn(shape))
-    assert grad_input.shape == shape
-    assert importance.tolist() == [0.0] * shape[1]
-
-
-def test_the_operation_passes_opcheck() -> None:
-    operation = torch.ops.npc_ext.relu_backward_importance.default
-    opcheck(operation, (torch.randn(2, 5, 4), torch.randn(2, 5, 4)))
-    last = torch.randn(2, 5, 4, 4).contiguous(memory_format=torch.channels_last)
-    opcheck(operation, (last, torch.randn(2, 5, 4, 4)))
-    opcheck(operation, (torch.randn(2, 4, 5), torch.randn(2, 1, 1).expand(2, 4, 5), -1, 1))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_operation_on_a_gpu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    outputs = layouts(torch.randn(shape).relu().to("cuda", dtype))
-    gradients = layouts(torch.randn(shape).to("cuda", dtype))
-    for name, output in outputs.items():
-        for gradient in (gradients[name], gradients["contiguous"]):
-            check(output, gradient)
-
-
-# --------------------------------------------------------------------------------------------------------- the module
 
 
 def test_without_an_optimizer_it_is_torchs_relu() -> None:

@@ -7,7 +7,7 @@ why:
     test_complex, test_complex_2d                   complex parameters are refused: test_complex_is_refused
     test_foreach_*, test_fused_*, test_peak_memory_foreach, test_mixed_device_dtype
                                                     ours have no foreach and fused forms to choose from; kernels are
-                                                    tested against the reference in test_update.py
+                                                    tested in test_every_update.py
     test_rosenbrock, test_sparse_*                  sparse gradients are refused: test_sparse_gradients_are_refused
     test_differentiable                             the step is not differentiable
     test_tensor_lr_num_dim                          with the errors
