@@ -156,6 +156,7 @@ class Network {
     set("importances", &LayerParams::importance, importances);
     set("nonfinite_steps", &LayerParams::nonfinite_steps, nonfinite_steps);
     set("measured", &LayerParams::measured, measured, kMayBeEmpty);
+    for (const ParameterParams& p : parameters_) check(is_in_layer(p), "a parameter has more rows than its layer");
   }
 
   // A seed below 0 means rounding to nearest. Both lists may be empty.
@@ -184,6 +185,13 @@ class Network {
 
  private:
   static constexpr bool kMayBeEmpty = true;
+
+  // Whether a layer has all neurons whose rows a parameter holds.
+  bool is_in_layer(const ParameterParams& p) const {
+    if (p.layer < 0 || p.size == 0) return true;
+    const int64_t groups = p.size / (p.outer * p.middle * p.run);
+    return p.first_neuron + p.middle * groups <= layers_[p.layer].neurons;
+  }
 
   std::vector<LayerParams>& rows(LayerParams*) { return layers_; }
   std::vector<ParameterParams>& rows(ParameterParams*) { return parameters_; }
