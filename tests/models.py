@@ -146,3 +146,15 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.function(self, x)
+
+
+class Attending(nn.Module):
+    """Attention between two halves of a sequence (samples first), and a head."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(8, 2, batch_first=True, **options), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        key, value = (x[:, 3:, : self.attention.kdim], x[:, 3:, : self.attention.vdim])
+        return self.head(self.attention(x[:, :3], key, value, need_weights=False)[0].mean(1))

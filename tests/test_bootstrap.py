@@ -18,18 +18,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
-# Variables that an outer `make test` leaves in the environment, or that change where pip looks for packages.
-OUTER = (
-    "MAKEFLAGS",
-    "MAKELEVEL",
-    "MFLAGS",
-    "MAKEOVERRIDES",
-    "PYTHON",
-    "CI",
-    "CXX",
-    "PIP_FIND_LINKS",
-    "PIP_EXTRA_INDEX_URL",
-)
+# Variables that an outer `make test` leaves in the environment, and those that change where pip looks for packages.
+OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "CI", "CXX")
+OF_PIP = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
 # Python's venv module in Debian without python3-venv: it leaves a .venv without pip.
 VENV_WITHOUT_ENSUREPIP = """
 import pathlib, sys
@@ -72,7 +63,7 @@ def made_venv(checkout: Path, python: str = f'exec "{sys.executable}" "$@"') -> 
 
 
 def environment(**more: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in OUTER}
+    kept = {name: value for name, value in os.environ.items() if name not in (*OF_MAKE, *OF_PIP)}
     return {**kept, "PIP_CONFIG_FILE": os.devnull, **more}
 
 
@@ -163,7 +154,7 @@ def test_missing_headers_of_python_are_named(checkout: Path) -> None:
     assert said == "npc_ext: Python's headers are missing; install them (for example 'apt install python3-dev')"
 
 
-def test_an_incomplete_venv_module_is_named_and_what_it_left_is_made_anew(checkout: Path, tmp_path: Path) -> None:
+def test_an_incomplete_venv_module_is_named_and_what_it_left_is_replaced(checkout: Path, tmp_path: Path) -> None:
     fake = script(tmp_path / "fake" / "venv.py", VENV_WITHOUT_ENSUREPIP)
     said = sentence(bootstrap(checkout, "requirements", PYTHONPATH=str(fake.parent)), checkout)
     assert "Python's venv module is missing or incomplete; install it (for example 'apt install python3-venv')" in said
@@ -231,7 +222,7 @@ def test_an_unexpected_failure_names_the_log(checkout: Path) -> None:
 
 def test_an_interrupted_installation_is_not_taken_for_a_finished_one(checkout: Path) -> None:
     made_venv(checkout, "touch started; exec sleep 50")
-    # Started in the background, Python ignores the interrupt unless told otherwise.
+    # By default, Python ignores the interrupt when it runs in the background.
     process = bootstrap(
         checkout, "requirements", "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     )

@@ -17,15 +17,19 @@ from .kernels.imitations import NOBODY, imitated_compiler
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def report(**environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "npc_ext"],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+def report(**environment: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "npc_ext", **environment)
 
 
 def test_a_sound_installation_is_described() -> None:
@@ -68,14 +72,7 @@ def test_a_user_without_home_or_name_gets_a_report_and_an_optimizer(tmp_path: Pa
         "runpy.run_module('npc_ext', run_name='__main__')"
     )
     setting = {"NPC_EXT_CACHE": "", "XDG_CACHE_HOME": "", "TMPDIR": str(tmp_path), "NPC_EXT_CXXFLAGS": "-DOTHER"}
-    result = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env={**os.environ, **setting, "CXX": str(imitated_compiler(tmp_path / "c++"))},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = run("-c", program, **setting, CXX=str(imitated_compiler(tmp_path / "c++")))
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"kernels   built just in time: {tmp_path}/npc_ext-{os.getuid()}" in result.stdout
     assert "there is no home folder, so the kernels are kept in" in result.stderr
@@ -104,5 +101,5 @@ def test_architectures_that_nvcc_does_not_know_are_reported() -> None:
 def test_tests_and_the_processes_that_they_start_have_one_thread_each() -> None:
     """Where a machine is busy, threads that spin until all of them have run take a quarter of an hour for nothing."""
     script = "import torch; print(torch.get_num_threads())"
-    child = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    child = run("-c", script)
     assert child.stdout.strip() == str(torch.get_num_threads()) == os.environ["OMP_NUM_THREADS"]

@@ -10,14 +10,19 @@ import pytest
 import torch
 from torch import nn
 
-from npc_ext import CPC, NPC, CapacityWarning, NPCAdamW, PlasticityWrapper, check_capacity, log_plasticity
+from npc_ext import CPC, NPC, CapacityWarning, NPCAdamW, check_capacity, log_plasticity
+
+from .methods import wrapped_adamw
+from .training import set_importance
+
+pytestmark = pytest.mark.filterwarnings("error::npc_ext.CapacityWarning")
 
 
 def trained(importance: float = 0.3) -> tuple[nn.Module, NPC]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 4))
     optimizer = NPC(model)
-    optimizer.state[model[0].weight]["importance"].fill_(importance)
+    set_importance(optimizer, "0", importance)
     return model, optimizer
 
 
@@ -26,7 +31,7 @@ def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     _, optimizer = trained(0.45)
-    optimizer.state[optimizer.neurons["0"].parameters[0].parameter]["importance"][:5] = 2.0
+    set_importance(optimizer, "0", 2.0, neurons=slice(5))
     with tensorboard.SummaryWriter(tmp_path) as writer:
         log_plasticity(writer, optimizer, 7)
     events: Any = EventAccumulator(str(tmp_path)).Reload()
@@ -35,13 +40,9 @@ def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) 
         f"plasticity/{layer}/{kind}" for layer in "02" for kind in ("frozen", "skipped", "importance", "learning_rate")
     }
     layer = optimizer.plasticity()["0"]
+    means = {"importance": layer.importance.mean().item(), "learning_rate": layer.learning_rate.mean().item()}
     assert scalars["plasticity/0/frozen"].step == 7
-    for kind, expected in (
-        ("frozen", 0.25),
-        ("skipped", 0.0),
-        ("importance", layer.importance.mean().item()),
-        ("learning_rate", layer.learning_rate.mean().item()),
-    ):
+    for kind, expected in {"frozen": 0.25, "skipped": 0.0, **means}.items():
         assert scalars[f"plasticity/0/{kind}"].value == pytest.approx(expected)
     histogram = events.Histograms("plasticity/0/importance of neurons")[0].histogram_value
     assert histogram.num == 20 and histogram.max == 2.0
@@ -50,8 +51,8 @@ def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) 
 
 @pytest.mark.parametrize("frozen", [10, 12])
 def test_a_layer_is_warned_of_while_there_is_room_left(frozen: int) -> None:
-    model, optimizer = trained()
-    optimizer.state[model[0].weight]["importance"][:frozen] = 1.0
+    _, optimizer = trained()
+    set_importance(optimizer, "0", 1.0, neurons=slice(frozen))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert check_capacity(optimizer) == (["0"] if frozen == 12 else [])
@@ -69,47 +70,37 @@ def advice(optimizer: Any, **learning: list[int]) -> str:
 
 def test_what_is_advised_is_not_done_already() -> None:
     model, optimizer = trained()
-    optimizer.state[model[0].weight]["importance"][:12] = 1.0
+    set_importance(optimizer, "0", 1.0, neurons=slice(12))
     assert "raise beta (it is 0.5), train with momentum=0.9" in advice(optimizer)
     for group in optimizer.param_groups:
         group["momentum"], group["beta"] = 0.5, 0.25
-    optimizer.state[model[2].weight]["importance"].zero_()
     assert "raise beta (it is 0.25), lower delta (it is 0.9998)" in advice(optimizer)
-    model, _ = trained()
     adam = NPCAdamW(model)
-    adam.state[model[0].weight]["importance"][:12] = 1.0
+    set_importance(adam, "0", 1.0, neurons=slice(12))
     assert "momentum" not in advice(adam)
-    model, _ = trained()
     active = NPC(model, layers={"2": {"normalize": "active"}})
-    active.state[model[2].weight]["importance"][1] = 2.0
+    set_importance(active, "2", 2.0, neurons=slice(1, 2))
     message = advice(active, **{"2": [1]})
     assert "normalize" not in message.lower() and "give each task a separate head" in message
 
 
 def test_outputs_of_old_tasks_may_be_frozen() -> None:
-    model, optimizer = trained()
-    optimizer.state[model[2].weight]["importance"].copy_(torch.tensor([2.0, 2.0, 2.0, 0.0]))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert check_capacity(optimizer, learning={"2": [3]}) == []
+    _, optimizer = trained()
+    set_importance(optimizer, "2", torch.tensor([2.0, 2.0, 2.0, 0.0]))
+    assert check_capacity(optimizer, learning={"2": [3]}) == []
     assert "layer '2': 75% of its neurons are frozen" in advice(optimizer)
 
 
 def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None:
     model, _ = trained()
-    wrapped = PlasticityWrapper(torch.optim.AdamW(model.parameters()), model)
-    state = wrapped.state_dict()
-    state["plasticity"]["state"][2]["importance"] = torch.tensor([2.0, 2.0, 0.0, 2.0])
-    wrapped.load_state_dict(state)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert check_capacity(wrapped, learning={"2": [2]}) == []
-    with pytest.warns(
-        CapacityWarning, match="layer '2': its neurons 1, 3 are frozen before they were learned. Normalize"
-    ):
+    wrapped = wrapped_adamw(model)
+    set_importance(wrapped, "2", torch.tensor([2.0, 2.0, 0.0, 2.0]))
+    assert check_capacity(wrapped, learning={"2": [2]}) == []
+    message = r"layer '2': its neurons 1, 3 are frozen before they were learned\. Normalize"
+    with pytest.warns(CapacityWarning, match=message):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
     with pytest.warns(CapacityWarning, match="its neurons 1, 3 are frozen"):
-        check_capacity(wrapped, learning={"2": torch.tensor([1, 2, 3])})  # type: ignore[dict-item]
+        check_capacity(wrapped, learning={"2": torch.tensor([1, 2, 3])})
 
 
 def test_a_learning_rate_of_zero_is_no_lack_of_capacity() -> None:
@@ -117,9 +108,7 @@ def test_a_learning_rate_of_zero_is_no_lack_of_capacity() -> None:
     assert [layer.frozen for layer in CPC(model, lr=0.0).plasticity().values()] == [0.0, 0.0]
     for optimizer in (NPC(model, lr=0.0), NPCAdamW(model, lr=0.0)):  # as at the start of a warm-up
         assert [layer.frozen for layer in optimizer.plasticity().values()] == [0.0, 0.0]
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            assert check_capacity(optimizer, learning={"2": [0, 1]}) == []
+        assert check_capacity(optimizer, learning={"2": [0, 1]}) == []
 
 
 def test_layers_and_neurons_that_are_not_there() -> None:
@@ -135,4 +124,4 @@ def test_capacity_of_what_freezes_nothing_is_refused() -> None:
     for optimizer in (torch.optim.SGD(model.parameters()), CPC(model)):
         name = type(optimizer).__name__
         with pytest.raises(TypeError, match=f"the optimizer is a {name}, which freezes no neurons; expected NPC"):
-            check_capacity(optimizer)  # type: ignore[arg-type]
+            check_capacity(optimizer)

@@ -10,6 +10,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import npc_ext
-from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, NPCAdamW, PlasticityWrapper
+from npc_ext import CPC, EWC, NPC, NPCAdamW
 
+from ..methods import METHODS, consolidate, wrapped_adamw
 from ..tolerances import TRAJECTORY
-from ..training import same, weights
+from ..training import refused, same, train, weights
 
 
 class Words(nn.Module):
@@ -42,79 +44,33 @@ class Words(nn.Module):
         return self.head(self.relu(self.hidden(F.relu(self.conv(planes)).mean((2, 3)))))
 
 
-def wrapped_adamw(model: nn.Module, backend: str = "auto") -> PlasticityWrapper:
-    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=0.01), model, delta=0.9, backend=backend)
-
-
-SGD = {"lr": 0.05, "momentum": 0.9}
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "NPC": lambda model, **options: NPC(model, lr=0.05, delta=0.9, **options),
-    "NPC, momentum": lambda model, **options: NPC(model, delta=0.9, **SGD, **options),
-    "NPCAdamW": lambda model, **options: NPCAdamW(model, lr=0.01, delta=0.9, **options),
-    "CPC": lambda model, **options: CPC(model, delta=0.9, **SGD, **options),
-    "EWC": lambda model, **options: EWC(model, strength=1.0, **SGD, **options),
-    "EWC, explicit": lambda model, **options: EWC(model, strength=1.0, implicit=False, **SGD, **options),
-    "MAS": lambda model, **options: MAS(model, strength=0.05, **SGD, **options),
-    "SI": lambda model, **options: SI(model, strength=0.05, **SGD, **options),
-    "SSL": lambda model, **options: SSL(model, strength=0.05, sparsity=0.01, **SGD, **options),
-    "PlasticityWrapper": wrapped_adamw,
-    "stochastic rounding": lambda model, **options: NPCAdamW(
-        model.to(torch.bfloat16), lr=0.01, delta=0.9, stochastic_rounding=True, **options
+    **METHODS,
+    "EWC, explicit": partial(METHODS["EWC"], implicit=False),
+    "SSL": partial(METHODS["SSL"], sparsity=0.01),
+    "stochastic rounding": lambda model, **options: METHODS["NPCAdamW"](
+        model.to(torch.bfloat16), stochastic_rounding=True, **options
     ),
 }
 
 
-def loss_of(model: nn.Module, seed: int) -> Tensor:
-    words = torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(seed))
-    return model(words).float().logsumexp(1).mean()
+def sentences(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(20, (8, 4, 4), generator=generator), torch.randint(2, (8,), generator=generator)
 
 
-def step(model: nn.Module, optimizer: Any, seed: int) -> None:
-    optimizer.zero_grad()
-    loss_of(model, seed).backward()
-    optimizer.step()
+def learn(model: nn.Module, optimizer: Any, *seeds: int) -> None:
+    train(model, optimizer, map(sentences, seeds))
 
 
-def consolidate(optimizer: Any) -> None:
-    words = torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(99))
-    if isinstance(optimizer, SI):
-        optimizer.consolidate()
-    elif isinstance(optimizer, (EWC, MAS)):
-        optimizer.consolidate([(words, torch.zeros(8, dtype=torch.int64))], progress=False)
+def change_data(change: Callable[[Tensor], Tensor], *parameters: nn.Parameter) -> None:
+    for parameter in parameters:
+        parameter.data = change(parameter.data)
+        parameter.grad = None
 
 
-def grown(parameter: nn.Parameter, rows: int) -> None:
-    more = torch.full((rows, *parameter.shape[1:]), 0.1, dtype=parameter.dtype)
-    parameter.data = torch.cat([parameter.data, more])
-    parameter.grad = None
-
-
-def grow_head(model: Any) -> None:
-    grown(model.head.weight, 2000)
-    grown(model.head.bias, 2000)
-
-
-def grow_embedding(model: Any) -> None:
-    grown(model.embedding.weight, 20_000)
-
-
-def shrink_head(model: Any) -> None:
-    """At the same address, with the same strides."""
-    model.head.weight.data = model.head.weight.data[:2]
-    model.head.bias.data = model.head.bias.data[:2]
-    model.head.weight.grad = model.head.bias.grad = None
-
-
-def new_addresses(model: nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
-
-
-def narrower_hidden(model: Any) -> None:
-    """As many neurons with fewer weights each."""
-    model.conv.weight.data = model.conv.weight.data[:, :5].clone()
-    model.embedding.weight.data = model.embedding.weight.data[:, :5].clone()
-    model.conv.weight.grad = model.embedding.weight.grad = None
+def with_rows(data: Tensor, rows: int) -> Tensor:
+    return torch.cat([data, torch.full((rows, *data.shape[1:]), 0.1, dtype=data.dtype)])
 
 
 def set_another_storage(model: Any) -> None:
@@ -127,14 +83,18 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "bfloat16": lambda model: model.bfloat16(),
     "half": lambda model: model.half(),
     "channels_last": lambda model: model.to(memory_format=torch.channels_last),
-    "new addresses": new_addresses,
+    "new addresses": lambda model: change_data(torch.clone, *model.parameters()),
     "set_": set_another_storage,
     "assign": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "pruning": lambda model: prune.l1_unstructured(model.hidden, "weight", 0.5),
-    "grown embedding": grow_embedding,
-    "grown head": grow_head,
-    "shrunken head": shrink_head,
-    "narrower layer": narrower_hidden,
+    "grown embedding": lambda model: change_data(lambda data: with_rows(data, 20_000), model.embedding.weight),
+    "grown head": lambda model: change_data(lambda data: with_rows(data, 2000), *model.head.parameters()),
+    # At the same address, with the same strides.
+    "shrunken head": lambda model: change_data(lambda data: data[:2], *model.head.parameters()),
+    # As many neurons with fewer weights each.
+    "narrower layer": lambda model: change_data(
+        lambda data: data[:, :5].clone(), model.conv.weight, model.embedding.weight
+    ),
 }
 # Changes after which a step raises; the message names the parameter or the layer.
 REFUSED = {
@@ -156,13 +116,11 @@ def run(name: str, change: str, **options: Any) -> nn.Module:
     torch.manual_seed(0)
     model = Words()
     optimizer = OPTIMIZERS[name](model, **options)
-    for seed in range(3):
-        step(model, optimizer, seed)
-    consolidate(optimizer)
-    step(model, optimizer, 3)
+    learn(model, optimizer, 0, 1, 2)
+    consolidate(optimizer, sentences(99))
+    learn(model, optimizer, 3)
     CHANGES[change](model)
-    for seed in range(4, 8):
-        step(model, optimizer, seed)
+    learn(model, optimizer, 4, 5, 6, 7)
     return model
 
 
@@ -183,9 +141,8 @@ def test_steps_fit_what_was_done_to_the_model_or_say_what_does_not(name: str, ch
         model = run(name, change)
         plain = run(name, change, backend="reference")
     rounding = {torch.float16: 0.01, torch.bfloat16: 0.1}.get(next(model.parameters()).dtype, TRAJECTORY)
-    for one, other in zip(model.parameters(), plain.parameters(), strict=True):
-        assert bool(one.isfinite().all())
-        torch.testing.assert_close(one, other, rtol=rounding, atol=rounding)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    torch.testing.assert_close(weights(model), weights(plain), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("change", REFUSED)
@@ -193,23 +150,18 @@ def test_steps_fit_what_was_done_to_the_model_or_say_what_does_not(name: str, ch
 def test_a_refused_step_changes_nothing(name: str, change: str) -> None:
     model = Words()
     optimizer = OPTIMIZERS[name](model)
-    step(model, optimizer, 0)
-    consolidate(optimizer)
-    step(model, optimizer, 1)
+    learn(model, optimizer, 0)
+    consolidate(optimizer, sentences(99))
+    learn(model, optimizer, 1)
     CHANGES[change](model)
-    before = weights(model)
-    state = copy.deepcopy(optimizer.state_dict()["state"])
-    with pytest.raises(ValueError, match=REFUSED[change]):
-        step(model, optimizer, 2)
-    assert same(before, model)
-    for index, tensors in optimizer.state_dict()["state"].items():
-        assert all(torch.equal(tensors[key], value) for key, value in state[index].items())
+    with refused(model, optimizer, ValueError, REFUSED[change]):
+        learn(model, optimizer, 2)
 
 
 def test_a_gradient_of_the_shape_that_the_parameter_had_is_refused() -> None:
     model = Words()
     optimizer = NPC(model, others="train")
-    loss_of(model, 0).backward()
+    F.cross_entropy(model(sentences(0)[0]), sentences(0)[1]).backward()
     model.embedding.weight.data = torch.zeros(2000, 6)
     with pytest.raises(ValueError, match=r"gradient of 'embedding.weight' has shape \(20, 6\).*shape \(2000, 6\)"):
         optimizer.step()
@@ -218,7 +170,7 @@ def test_a_gradient_of_the_shape_that_the_parameter_had_is_refused() -> None:
 def test_parameters_that_went_to_the_meta_device_are_warned_of() -> None:
     model = Words()
     optimizer = EWC(model)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     model.to("meta")  # which makes new parameters
     optimizer.zero_grad()
     for parameter in model.parameters():
@@ -241,49 +193,46 @@ def test_state_that_is_replaced_by_hand_is_checked_before_a_kernel_reads_it(tens
     model, twin = Words(), Words()
     twin.load_state_dict(model.state_dict())
     optimizer, other = NPCAdamW(model, delta=0.9), NPCAdamW(twin, delta=0.9)
-    for seed in range(3):
-        step(model, optimizer, seed)
-        step(twin, other, seed)
+    learn(model, optimizer, 0, 1, 2)
+    learn(twin, other, *range(6))
     state = optimizer.state[model.hidden.weight]
     state[tensor] = state[tensor].double()
-    for seed in range(3, 6):
-        step(model, optimizer, seed)
-        step(twin, other, seed)
+    learn(model, optimizer, 3, 4, 5)
     assert state[tensor].dtype == torch.float32
     assert same(model, twin)
     state[tensor] = torch.zeros(7)
     with pytest.raises(ValueError, match="hidden"):
-        step(model, optimizer, 6)
+        learn(model, optimizer, 6)
     del state[tensor]
-    step(model, optimizer, 7)
+    learn(model, optimizer, 7)
 
 
 def test_state_with_other_memory_behind_it_does_not_reach_a_kernel() -> None:
     model = Words()
     optimizer = NPCAdamW(model)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     optimizer.state[model.hidden.weight]["exp_avg"].data = torch.zeros(3)
     with pytest.raises(ValueError, match=r"first_moments.*expected torch\.float32"):
-        step(model, optimizer, 1)
+        learn(model, optimizer, 1)
 
 
 @pytest.mark.parametrize("tensor", ["importance", "step"])
 def test_state_that_has_gone_to_another_device_does_not_reach_a_kernel(tensor: str) -> None:
     model = Words()
     optimizer = NPCAdamW(model)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     state = optimizer.state[model.hidden.weight]
     torch.utils.swap_tensors(state[tensor], torch.empty_like(state[tensor], device="meta"))
     with pytest.raises(ValueError, match=f"{tensor}s.*on meta; expected .*on cpu"):
-        step(model, optimizer, 1)
+        learn(model, optimizer, 1)
 
 
 def test_a_state_dictionary_that_is_replaced_by_hand_is_the_one_that_steps_read() -> None:
     model = Words()
     optimizer = EWC(model, momentum=0.9)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     optimizer.state[model.head.bias] = {"momentum_buffer": torch.full((5,), 1e6)}
-    step(model, optimizer, 1)
+    learn(model, optimizer, 1)
     assert model.head.bias.abs().min() > 1e3
 
 
@@ -300,13 +249,13 @@ def with_absolute_alpha(groups: list[dict[str, Any]]) -> None:
 def test_a_state_dict_with_an_absolute_alpha_is_refused_and_loads_once_it_is_divided_by_lr(kind: Any) -> None:
     model = Words()
     optimizer = kind(model, momentum=0.9)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     before, state_dict = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
     with_absolute_alpha(state_dict["param_groups"])
-    with pytest.raises(
-        ValueError,
-        match=r"no 'alpha_unit', and their alpha, 0\.05, is an absolute learning rate\. Expected alpha in units of lr: in",
-    ):
+    message = (
+        r"no 'alpha_unit', and their alpha, 0\.05, is an absolute learning rate\. Expected alpha in units of lr: in"
+    )
+    with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(state_dict)
     assert str(optimizer.state_dict()) == str(before)
     for group in state_dict["param_groups"]:
@@ -319,8 +268,7 @@ def test_a_state_dict_with_an_absolute_alpha_is_refused_and_loads_once_it_is_div
 @pytest.mark.parametrize("kind", [NPC, CPC])
 def test_an_optimizer_that_was_pickled_with_an_absolute_alpha_is_refused(kind: Any) -> None:
     optimizer = kind(Words())
-    unit = pickle.loads(pickle.dumps(optimizer)).param_groups[0]["alpha_unit"]
-    assert unit == "lr"
+    assert pickle.loads(pickle.dumps(optimizer)).param_groups[0]["alpha_unit"] == "lr"
     with_absolute_alpha(optimizer.param_groups)
     with pytest.raises(ValueError, match=f"pickled {kind.__name__} was saved by .* alpha, 0.05, is .*state_dict"):
         pickle.loads(pickle.dumps(optimizer))
@@ -329,7 +277,7 @@ def test_an_optimizer_that_was_pickled_with_an_absolute_alpha_is_refused(kind: A
 def test_importance_alone_is_taken_over_from_a_state_dict_with_an_absolute_alpha() -> None:
     model = Words()
     earlier = NPC(model)
-    step(model, earlier, 0)
+    learn(model, earlier, 0)
     state_dict = copy.deepcopy(earlier.state_dict())
     with_absolute_alpha(state_dict["param_groups"])
     later = NPC(model).load_importance(state_dict)
@@ -341,7 +289,7 @@ def test_importance_alone_is_taken_over_from_a_state_dict_with_an_absolute_alpha
 def test_state_dicts_in_which_alpha_needs_no_unit_have_none(build: Any) -> None:
     model = Words()
     optimizer = build(model)
-    step(model, optimizer, 0)
+    learn(model, optimizer, 0)
     state_dict = optimizer.state_dict()
     for group in [*state_dict["param_groups"], *state_dict.get("plasticity", state_dict)["param_groups"]]:
         assert "alpha_unit" not in group
@@ -352,57 +300,37 @@ def test_state_dicts_in_which_alpha_needs_no_unit_have_none(build: Any) -> None:
 
 
 @pytest.fixture
-def _default_dtype() -> Iterator[None]:
+def _restored_defaults() -> Iterator[None]:
     before = torch.get_default_dtype()
     yield
     torch.set_default_dtype(before)
+    torch.set_default_device(None)
 
 
 def trained(name: str, backend: str, change_defaults: Callable[[], object]) -> nn.Module:
     torch.manual_seed(0)
-    model = Words()
+    model, data, last = Words(), [sentences(seed) for seed in range(12)], sentences(99)
     change_defaults()
     optimizer = OPTIMIZERS[name](model, backend=backend)
-    for seed in range(12):
-        step(model, optimizer, seed)
-        if seed == 5:
-            consolidate(optimizer)
+    train(model, optimizer, data[:6])
+    with torch.device("cpu"):
+        consolidate(optimizer, last)
+    train(model, optimizer, data[6:])
     getattr(optimizer, "plasticity", dict)()
     return model
 
 
-@pytest.mark.usefixtures("_default_dtype")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.usefixtures("_restored_defaults")
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, torch.float16, torch.device("meta")], ids=str)
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_default_dtype_does_not_matter(name: str, backend: str, dtype: torch.dtype) -> None:
-    usual = trained(name, backend, lambda: None)
-    other = trained(name, backend, lambda: torch.set_default_dtype(dtype))
-    assert same(usual, other)
-
-
-@pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_default_device_does_not_matter(name: str, backend: str) -> None:
-    usual = trained(name, backend, lambda: None)
-    if name == "PlasticityWrapper" and torch.__version__.startswith("2.6."):
+def test_the_default_dtype_and_the_default_device_do_not_matter(name: str, backend: str, default: Any) -> None:
+    on_meta = isinstance(default, torch.device)
+    if on_meta and name == "PlasticityWrapper" and torch.__version__.startswith("2.6."):
         pytest.skip("AdamW of torch 2.6 counts its steps on the default device")
-    try:
-        words = [torch.randint(20, (8, 4, 4), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
-        torch.manual_seed(0)
-        model = Words()
-        torch.set_default_device("meta")
-        optimizer = OPTIMIZERS[name](model, backend=backend)
-        for seed in range(12):
-            optimizer.zero_grad()
-            model(words[seed]).float().logsumexp(1).mean().backward()
-            optimizer.step()
-            if seed == 5:
-                with torch.device("cpu"):
-                    consolidate(optimizer)
-    finally:
-        torch.set_default_device(None)
-    assert same(usual, model)
+    usual = trained(name, backend, lambda: None)
+    change = torch.set_default_device if on_meta else torch.set_default_dtype
+    assert same(usual, trained(name, backend, lambda: change(default)))
 
 
 _CREATE = {"zeros", "ones", "empty", "full", "tensor", "as_tensor", "scalar_tensor", "arange", "range", "linspace"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,12 +17,15 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW, PlasticityWrapper
+from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW
 from npc_ext.distributed.sinks import SharedSinks
 from npc_ext.neurons.tap import TapHook
 
+from ..methods import consolidate, wrapped_adamw
 from ..models import Conv1D
-from ..training import same, weights
+from ..training import everything, importances, refused, same
+
+pytestmark = pytest.mark.filterwarnings("error")
 
 
 def network(outputs: int = 4) -> nn.Sequential:
@@ -29,11 +33,7 @@ def network(outputs: int = 4) -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, outputs))
 
 
-def wrapped(model: nn.Module, lr: float = 0.01, **options: Any) -> PlasticityWrapper:
-    return PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=lr), model, **options)
-
-
-NEURONS: dict[str, Callable[..., Any]] = {"NPC": NPC, "NPCAdamW": NPCAdamW, "PlasticityWrapper": wrapped}
+NEURONS: dict[str, Callable[..., Any]] = {"NPC": NPC, "NPCAdamW": NPCAdamW, "PlasticityWrapper": wrapped_adamw}
 ANCHORED: dict[str, Callable[..., Any]] = {"EWC": EWC, "MAS": MAS, "SSL": SSL, "SI": SI}
 METHODS = {**NEURONS, "CPC": CPC, **ANCHORED}
 
@@ -42,27 +42,25 @@ def data(seed: int) -> Tensor:
     return torch.randn(16, 6, generator=torch.Generator().manual_seed(seed))
 
 
-def learn(model: nn.Module, optimizer: Any, steps: int = 4, first: int = 0) -> None:
+def learn(model: nn.Module, optimizer: Any, steps: int = 4, first: int = 0, set_to_none: bool = True) -> None:
+    """Takes steps. It is in this file because warnings are attributed to the caller of `step`."""
     for seed in range(first, first + steps):
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none)
         model(data(seed)).logsumexp(1).mean().backward()
         optimizer.step()
 
 
 def task(model: nn.Module, optimizer: Any) -> None:
     learn(model, optimizer)
-    if isinstance(optimizer, SI):
-        optimizer.consolidate()
-    elif isinstance(optimizer, (EWC, MAS)):
-        optimizer.consolidate([(data(9), torch.zeros(16, dtype=torch.int64))], progress=False)
+    consolidate(optimizer, (data(9), torch.zeros(16, dtype=torch.int64)))
 
 
-@pytest.fixture
-def no_warnings() -> Iterator[None]:
-    """Any warning is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        yield
+def trained(make: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    """A network that has learned a task, and its optimizer."""
+    model = network()
+    optimizer = make(model, **options)
+    task(model, optimizer)
+    return model, optimizer
 
 
 # ------------------------------------------------------------------------------------------------ replaced parameters
@@ -109,38 +107,28 @@ def test_replaced_parameters_are_warned_of_once_by_name(name: str, replace: Any,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         learn(model, optimizer, 12)
-    told = [str(one.message) for one in caught if "not trained" in str(one.message)]
-    assert len(told) == 1 and {one.filename for one in caught} == {__file__}
-    with pytest.warns(UserWarning, match=REPLACEMENTS[replace]):
-        warnings.warn(told[0], UserWarning, stacklevel=1)
+    messages = [str(one.message) for one in caught if "not trained" in str(one.message)]
+    assert len(messages) == 1 and {one.filename for one in caught} == {__file__}
+    assert re.search(REPLACEMENTS[replace], messages[0])
 
 
 @pytest.mark.parametrize("name", [*NEURONS, "CPC"])
 def test_plasticity_can_be_looked_at_after_a_parameter_was_replaced(name: str) -> None:
-    model = network()
-    optimizer = METHODS[name](model, lr=0.01)
-    learn(model, optimizer)
+    model, optimizer = trained(METHODS[name], lr=0.01)
     new_weight(model)
     assert optimizer.plasticity()["2"].frozen == 0
 
 
 def test_a_replaced_parameter_is_noticed_also_where_gradients_are_kept_as_zeros() -> None:
-    model = network()
-    optimizer = NPC(model)
-    learn(model, optimizer)
+    model, optimizer = trained(NPC)
     new_weight(model)
-    with warnings.catch_warnings(record=True) as caught:
-        for seed in range(60):
-            optimizer.zero_grad(set_to_none=False)
-            model(data(seed)).logsumexp(1).mean().backward()
-            optimizer.step()
-    assert ["'2.weight'" in str(one.message) for one in caught] == [True]
+    with pytest.warns(UserWarning, match=r"'2\.weight'") as caught:
+        learn(model, optimizer, 60, set_to_none=False)
+    assert len(caught) == 1
 
 
-def test_pruned_and_compiled_modules_and_removed_heads_are_no_replacements(no_warnings: None) -> None:
-    model = network()
-    optimizer = NPC(model, skip_frozen=False)
-    learn(model, optimizer)
+def test_pruned_and_compiled_modules_and_removed_heads_are_no_replacements() -> None:
+    model, optimizer = trained(NPC, skip_frozen=False)
     prune.l1_unstructured(model[2], "weight", 0.5)
     learn(model, optimizer)
     heads = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})
@@ -155,11 +143,8 @@ def test_pruned_and_compiled_modules_and_removed_heads_are_no_replacements(no_wa
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_groups_that_hold_the_new_parameter_go_on_with_it(name: str, no_warnings: None) -> None:
-    model, twin = network(), network()
-    optimizer, other = METHODS[name](model, lr=0.01), METHODS[name](twin, lr=0.01)
-    for each, own in ((model, optimizer), (twin, other)):
-        task(each, own)
+def test_groups_that_hold_the_new_parameter_continue_with_it(name: str) -> None:
+    (model, optimizer), (twin, other) = (trained(METHODS[name], lr=0.01) for _ in range(2))
     assigned(model)
     for group in optimizer.param_groups:
         group["params"] = list(model.parameters())
@@ -168,11 +153,8 @@ def test_groups_that_hold_the_new_parameter_go_on_with_it(name: str, no_warnings
         other.optimizer.state.clear()
     learn(model, optimizer, first=10)
     learn(twin, other, first=10)
-    assert same(model, twin)
+    assert same(everything(model, optimizer), everything(twin, other))
     optimizer.state_dict()
-    for layer, own in getattr(optimizer, "plasticity", dict)().items():
-        expected = other.plasticity()[layer].importance
-        torch.testing.assert_close(own.importance, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -188,10 +170,8 @@ def test_a_weight_that_is_shared_no_longer_is_warned_of(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NEURONS)
-def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: str, no_warnings: None) -> None:
-    model = network()
-    optimizer = NEURONS[name](model, lr=0.1, beta=1e-6, delta=0.99)
-    learn(model, optimizer)
+def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: str) -> None:
+    model, optimizer = trained(NEURONS[name], lr=0.1, beta=1e-6, delta=0.99)
     new_weight(model)
     optimizer.param_groups[0]["params"][2] = model[2].weight
     before = model[2].weight.detach().clone()
@@ -199,10 +179,8 @@ def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: st
     assert torch.equal(model[2].weight, before)
 
 
-def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again(no_warnings: None) -> None:
-    model = network()
-    optimizer = NPC(model, delta=0.5, beta=100.0)
-    learn(model, optimizer)
+def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again() -> None:
+    model, optimizer = trained(NPC, delta=0.5, beta=100.0)
     kept = optimizer.plasticity()["4"].importance
     model[4] = nn.Linear(12, 4)
     optimizer.param_groups[0]["params"] = list(model.parameters())
@@ -246,11 +224,9 @@ def test_neurons_keep_their_importance_when_their_inputs_grow(layer: Any, wider:
     torch.testing.assert_close(after.mean(), torch.tensor(0.75))
 
 
-def test_copies_and_pickles_know_their_own_model(no_warnings: None) -> None:
+def test_copies_and_pickles_know_their_own_model() -> None:
     for twin_of in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
-        model = network()
-        optimizer = NPC(model)
-        learn(model, optimizer)
+        model, optimizer = trained(NPC)
         twin, other = twin_of((model, optimizer))
         learn(twin, other, 60)
         new_weight(twin)
@@ -264,21 +240,17 @@ def test_copies_and_pickles_know_their_own_model(no_warnings: None) -> None:
 @pytest.mark.parametrize("earlier_is", ["alive", "garbage"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_new_optimizer_without_the_earlier_importance_is_warned_of(name: str, earlier_is: str) -> None:
-    model = network()
-    earlier = METHODS[name](model, lr=0.01)
-    task(model, earlier)
+    model, earlier = trained(METHODS[name], lr=0.01)
     if earlier_is == "garbage":
         del earlier
         gc.collect()
     optimizer = METHODS[name](model, lr=0.01)
     arguments = r"\(optimizer, model\)" if name == "PlasticityWrapper" else r"\(model, ...\)"
-    told = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
-    with pytest.warns(ImportanceWarning, match=told) as caught:
+    message = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
+    with pytest.warns(ImportanceWarning, match=message) as caught:
         learn(model, optimizer, 1)
     assert [one.filename for one in caught] == [__file__]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        learn(model, optimizer)
+    learn(model, optimizer)
 
 
 def test_two_optimizers_of_the_same_layers_that_were_both_built_before_training_are_warned_of() -> None:
@@ -291,12 +263,8 @@ def test_two_optimizers_of_the_same_layers_that_were_both_built_before_training_
 
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("way", ["load_importance", "its state", "state_dict", "on purpose"])
-def test_a_new_optimizer_that_is_given_importance_or_none_on_purpose_is_not(
-    name: str, way: str, no_warnings: None
-) -> None:
-    model = network()
-    earlier = METHODS[name](model, lr=0.01)
-    task(model, earlier)
+def test_a_new_optimizer_that_is_given_importance_or_none_on_purpose_is_not(name: str, way: str) -> None:
+    model, earlier = trained(METHODS[name], lr=0.01)
     optimizer = METHODS[name](model, lr=0.01)
     if way == "state_dict":
         optimizer.load_state_dict(earlier.state_dict())
@@ -306,7 +274,7 @@ def test_a_new_optimizer_that_is_given_importance_or_none_on_purpose_is_not(
     learn(model, optimizer)
 
 
-def test_other_models_other_layers_and_unused_optimizers_raise_no_alarm(no_warnings: None) -> None:
+def test_other_models_other_layers_and_unused_optimizers_raise_no_alarm() -> None:
     learn(model := network(), NPC(model))
     learn(twin := copy.deepcopy(model), NPC(twin))
     learn(another := network(), NPC(another))
@@ -321,9 +289,7 @@ def test_other_models_other_layers_and_unused_optimizers_raise_no_alarm(no_warni
 
 
 def test_the_note_of_an_earlier_optimizer_keeps_neither_it_nor_the_model_alive() -> None:
-    model = network()
-    optimizer = NPC(model)
-    learn(model, optimizer)
+    model, optimizer = trained(NPC)
     gone = weakref.ref(model), weakref.ref(optimizer)
     del model, optimizer
     gc.collect()
@@ -332,19 +298,16 @@ def test_the_note_of_an_earlier_optimizer_keeps_neither_it_nor_the_model_alive()
 
 @pytest.mark.parametrize("later", NEURONS)
 @pytest.mark.parametrize("earlier", NEURONS)
-def test_optimizers_of_neurons_take_over_from_each_other(earlier: str, later: str, no_warnings: None) -> None:
-    model = network()
-    first = NEURONS[earlier](model, delta=0.5)
-    learn(model, first)
-    known = {name: layer.importance for name, layer in first.plasticity().items()}
+def test_optimizers_of_neurons_take_over_from_each_other(earlier: str, later: str) -> None:
+    model, first = trained(NEURONS[earlier], delta=0.5)
+    known = importances(first)
     for given in (first.state_dict(), first):
         second = NEURONS[later](model, delta=0.5).load_importance(given)
-        for name, layer in second.plasticity().items():
-            torch.testing.assert_close(layer.importance, known[name], rtol=0, atol=0)
+        assert same(importances(second), known)
     learn(model, second)
 
 
-def test_one_optimizer_for_each_task_with_importance_handed_over_is_one_for_all(no_warnings: None) -> None:
+def test_one_optimizer_for_each_task_with_importance_handed_over_is_one_for_all() -> None:
     one, many = network(), network()
     only, latest = NPC(one, delta=0.9), NPC(many, delta=0.9)
     for number in range(3):
@@ -355,10 +318,8 @@ def test_one_optimizer_for_each_task_with_importance_handed_over_is_one_for_all(
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_layers_that_have_grown_keep_what_their_first_rows_had(name: str, no_warnings: None) -> None:
-    model = network()
-    earlier = METHODS[name](model, lr=0.01)
-    task(model, earlier)
+def test_layers_that_have_grown_keep_what_their_first_rows_had(name: str) -> None:
+    model, earlier = trained(METHODS[name], lr=0.01)
     head = nn.Linear(12, 7)
     with torch.no_grad():
         head.weight[:4], head.bias[:4] = model[4].weight, model[4].bias
@@ -404,10 +365,8 @@ def test_queries_keys_values_and_gates_grow_each_by_itself() -> None:
 
 
 @pytest.mark.parametrize("name", ["NPC", "CPC", "EWC"])
-def test_a_grown_weight_goes_on_with_a_new_optimizer(name: str, no_warnings: None) -> None:
-    model = network()
-    earlier = METHODS[name](model, momentum=0.9)
-    task(model, earlier)
+def test_a_grown_weight_continues_with_a_new_optimizer(name: str) -> None:
+    model, earlier = trained(METHODS[name], momentum=0.9)
     for parameter in model[4].parameters():
         parameter.data = torch.cat([parameter.data, torch.full((3, *parameter.shape[1:]), 0.1)])
         parameter.grad = None
@@ -417,22 +376,18 @@ def test_a_grown_weight_goes_on_with_a_new_optimizer(name: str, no_warnings: Non
 
 
 def test_importance_that_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:
-    model = network()
-    earlier = NPC(model)
-    learn(model, earlier)
-    smaller = network(3)
-    optimizer = NPC(smaller)
-    with pytest.raises(ValueError, match=r"layer '4' had importance of shape \(4,\).* shape \(3,\)"):
-        optimizer.load_importance(earlier)
-    assert not any(bool(layer.importance.any()) for layer in optimizer.plasticity().values())
-    with pytest.raises(ValueError, match="'0', '2', '4', but here are 'head'"):
-        NPC(nn.ModuleDict({"head": nn.Linear(2, 2)})).load_importance(earlier)
-    with pytest.raises(TypeError, match="earlier is a NPC"):
-        EWC(model).load_importance(earlier)
-    with pytest.raises(TypeError, match="earlier is a SGD"):
-        NPC(network()).load_importance(torch.optim.SGD(model.parameters()))
-    with pytest.raises(ValueError, match="2 parameters, this optimizer 6"):
-        NPC(network()).load_importance(NPC(nn.Linear(2, 2)).state_dict())
+    model, earlier = trained(NPC)
+    smaller = NPC(network(3))
+    for optimizer, given, error, message in (
+        (smaller, earlier, ValueError, r"layer '4' had importance of shape \(4,\).* shape \(3,\)"),
+        (NPC(nn.ModuleDict({"head": nn.Linear(2, 2)})), earlier, ValueError, "'0', '2', '4', but here are 'head'"),
+        (EWC(model), earlier, TypeError, "earlier is a NPC"),
+        (NPC(network()), torch.optim.SGD(model.parameters()), TypeError, "earlier is a SGD"),
+        (NPC(network()), NPC(nn.Linear(2, 2)).state_dict(), ValueError, "2 parameters, this optimizer 6"),
+    ):
+        with pytest.raises(error, match=message):
+            optimizer.load_importance(given)
+    assert not any(bool(layer.importance.any()) for layer in smaller.plasticity().values())
 
 
 @pytest.mark.parametrize("name", NEURONS)
@@ -455,7 +410,7 @@ def test_the_taps_of_an_earlier_optimizer_are_gone_when_importance_was_handed_ov
     count = taps()
     learn(model, earlier)
     later = NPC(model)
-    assert taps() == 2 * count  # both may go on: each measures for itself
+    assert taps() == 2 * count  # both may continue, and each measures for itself
     later.load_importance(earlier)
     assert taps() == count
     learn(model, later)
@@ -470,16 +425,12 @@ def test_the_taps_of_an_earlier_optimizer_are_gone_when_importance_was_handed_ov
 
 
 def test_a_replaced_layer_that_does_not_fit_its_options_is_refused_in_every_step() -> None:
-    model = network()
-    optimizer = NPC(model, layers={"4": {"alpha": 0.1}})
-    learn(model, optimizer)
+    model, optimizer = trained(NPC, layers={"4": {"alpha": 0.1}})
     model[4] = weight_norm(nn.Linear(12, 4))
     optimizer.param_groups[0]["params"] = list(model.parameters())
-    before = weights(model)
     for _ in range(2):
-        with pytest.raises(ValueError, match="'4'"):
+        with refused(model, optimizer, ValueError, "'4'"):
             learn(model, optimizer, 1)
-    assert same(model, before)
 
 
 def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_groups(
@@ -496,10 +447,8 @@ def test_processes_meet_once_in_the_step_that_finds_another_parameter_in_the_gro
         if replaced:
             new_weight(model)
             optimizer.param_groups[0]["params"] = list(model.parameters())
-        optimizer.zero_grad()
-        model(torch.randn(8, model[0].in_features)).square().mean().backward()
         before = model[2].weight.detach().clone()
         meetings.clear()
-        optimizer.step()
+        learn(model, optimizer, 1)
         assert len(meetings) == 1
         assert not torch.equal(model[2].weight, before)
