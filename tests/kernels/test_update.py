@@ -316,3 +316,10 @@ def test_step_operations_pass_opcheck() -> None:
     weight = torch.randn(10, 7)
     layer = (torch.randn(4, 10), torch.randn(4, 10), torch.rand(10), no_nonfinite_steps(1), [0], [1])
     opcheck(torch.ops.npc_ext.layer_step_.default, (*layer, [weight], [weight * 2], []))
+
+
+def test_an_operation_that_is_called_without_checks_refuses_rows_beyond_their_layer(device: str) -> None:
+    arguments = network("update_", device=device)
+    arguments["importances"][0] = arguments["importances"][0][1:].clone()
+    with pytest.raises(ValueError, match="a parameter has more rows than its layer"):
+        torch.ops.npc_ext.update_.default(*flat("update_", arguments))
