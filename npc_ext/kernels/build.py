@@ -58,6 +58,7 @@ _FAST = ["-O3"]
 # a step must have the same bits whichever kernels run it. The kernels are limited by memory, so
 # this should cost no time.
 _CUDA_FLAGS = ["-std=c++17", "-fmad=false"]
+_CUDA_SOURCES = ("step", "importance", "update", "adam", "connections", "anchored", "wide", "workspace", "support")
 _ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -94,20 +95,10 @@ def source_dir() -> Path:
 
 def sources(plan: Cuda) -> list[Source]:
     """Every translation unit of the module for this processor family, and for CUDA where it is compiled."""
-    isas = ["baseline", "avx2", "avx512"] if _X86 else ["baseline"]
+    isas = list(_ISA_FLAGS) if _X86 else ["baseline"]
     kernels = [Source("cpu/kernels.cpp", (f"-DNPC_ISA={isa}", *_FAST, *_ISA_FLAGS[isa]), isa) for isa in isas]
     shared = [Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")]
-    cuda = (
-        [
-            Source(f"cuda/{name}.cu", tuple(_FAST))
-            for name in (
-                *("step", "importance", "update", "adam", "connections", "anchored"),
-                *("wide", "workspace", "support"),
-            )
-        ]
-        if plan.nvcc
-        else []
-    )
+    cuda = [Source(f"cuda/{name}.cu", tuple(_FAST)) for name in _CUDA_SOURCES] if plan.nvcc else []
     return [*cuda, Source("bindings.cpp", ("-O1",)), *kernels, *shared]
 
 
@@ -313,11 +304,19 @@ class _Progress:
 # --------------------------------------------------------------------------------------------------------- ninja's file
 
 
+_COMPILE = "-MMD -MF $out.d $flags -c $in -o $out"
+_DEPENDENCIES = ("  depfile = $out.d", "  deps = gcc")
+
+
+def _rule(name: str, command: str, *variables: str) -> list[str]:
+    """The lines of a rule in ninja's file."""
+    return [f"rule {name}", f"  command = {command}", "  description = $out", *variables]
+
+
 def _ninja_file(plan: Cuda) -> str:
     """The build in ninja's own language; every path is escaped for it."""
     root = source_dir()
-    includes = [f"-I{path}" for path in (python_include(), pybind11_include())]
-    common = " ".join([*flags(plan), *(_quote(include) for include in includes)])
+    common = " ".join([*flags(plan), *(_quote(f"-I{path}") for path in (python_include(), pybind11_include()))])
     # Only the bindings get these, so that a change of one source does not recompile all others.
     defines = {"NPC_EXT_BUILD_KEY": _manifest(), "NPC_EXT_WHY_NO_CUDA": plan.reason}
     of_bindings = " ".join(_quote(f"-D{name}={_c_string(value)}") for name, value in defines.items())
@@ -329,20 +328,10 @@ def _ninja_file(plan: Cuda) -> str:
     lines = [
         f"cxx = {' '.join(_quote(part) for part in compiler_command())}",
         f"nvcc = {_quote(str(plan.nvcc))}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule cuda",
+        *_rule("compile", f"$cxx {_COMPILE}", *_DEPENDENCIES),
         # ptxas' report stays beside the object; it is shown if the compiler fails.
-        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = $cxx -shared {' '.join([*flags(plan), *user_flags()])} $in -o $out {link}",
-        "  description = $out",
+        *_rule("cuda", f"$nvcc {_COMPILE} > $out.log 2>&1 || (cat $out.log; exit 1)", *_DEPENDENCIES),
+        *_rule("link", f"$cxx -shared {' '.join([*flags(plan), *user_flags()])} $in -o $out {link}"),
     ]
     cuda_flags = " ".join(["-DNPC_CUDA", *map(_quote, nvcc_flags(plan.archs))]) if plan.nvcc else ""
     objects = []

@@ -8,7 +8,7 @@ what the kernels themselves assume: device, dtype and memory layout.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
@@ -168,21 +168,9 @@ class Tables:
     """
 
     def __init__(self, parameters: Sequence[Tensor], neurons: Sequence[int], *groups: NamedTuple) -> None:
-        count = len(parameters)
-        columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
-        columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
-        for group in groups:
-            columns |= group._asdict()
+        columns = _columns_of(parameters, neurons, groups)
         rates, momentum = columns["lr"], columns["momentum"]
         columns["lr"] = list(map(_rate_in_table, rates))
-        columns["neurons"] = neurons or [0] * len(columns["alpha"])
-        columns["sigma"] = [sigma == "erf" for sigma in columns["sigma"]]
-        columns["first_neuron"] = columns["first_neuron"] or [0] * count
-        columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
-        columns["size"] = list(map(Tensor.numel, parameters))
-        places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
-        geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
-        columns |= {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
         self.of = {
             name: _table("q" if name.endswith("_numbers") else "d", [columns[column] for column in names])
             for name, names in native.module().COLUMNS.items()
@@ -218,6 +206,23 @@ class Tables:
                     check(name, index, tensor, *expected)
             self._checked[name] = addresses
         return addresses
+
+
+def _columns_of(parameters: Sequence[Tensor], neurons: Sequence[int], groups: Iterable[NamedTuple]) -> dict[str, Any]:
+    """The columns of all tables, by name, from the arguments of `Tables`."""
+    count = len(parameters)
+    columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
+    columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
+    for group in groups:
+        columns |= group._asdict()
+    columns["neurons"] = neurons or [0] * len(columns["alpha"])
+    columns["sigma"] = [sigma == "erf" for sigma in columns["sigma"]]
+    columns["first_neuron"] = columns["first_neuron"] or [0] * count
+    columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
+    columns["size"] = list(map(Tensor.numel, parameters))
+    places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
+    geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
+    return columns | {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
 
 
 def _check_like_parameter(
