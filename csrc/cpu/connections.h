@@ -35,7 +35,7 @@ static ConnectionTotal measure_connections(const Elements& elements) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   R importance[kTile + L];
-  ConnectionTotal total;
+  ConnectionTotal total = {0, 0};
   for (int64_t at = begin; at < end; at += kTile) {
     const int64_t count = end - at < kTile ? end - at : kTile;
     connection_importance(static_cast<const T*>(p.value) + at, static_cast<const T*>(p.gradient) + at, count,
