@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace npc {
 
@@ -104,13 +105,9 @@ struct UpdateParams {
 
 namespace cpu {
 
-// The instruction sets that are compiled in, best last; which of them this processor runs; and the
-// one in use.
-int isa_count();
-const char* isa_name(int index);
-bool isa_runs_here(int index);
+std::vector<std::string> isas();  // the instruction sets compiled in that this processor runs, best last
 const char* isa_in_use();
-bool use_isa(const char* name);  // false if it is unknown or cannot run here
+bool use_isa(const std::string& name);  // false if it is unknown or cannot run here
 
 // An upper bound; small work stays on the calling thread.
 struct Threads {

@@ -305,14 +305,6 @@ std::tuple<int, int, int, std::string> versions() {
 }
 #endif
 
-py::list isas() {
-  py::list names;
-  for (int index = 0; index < npc::cpu::isa_count(); ++index) {
-    if (npc::cpu::isa_runs_here(index)) names.append(npc::cpu::isa_name(index));
-  }
-  return names;
-}
-
 template <class Target>
 void define_kernels(py::module_& m) {
   m.def("importance", &importance<Target>);
@@ -339,7 +331,7 @@ PYBIND11_MODULE(_C, m) {
   using npc::cpu::Threads;
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));
   define_kernels<Threads>(cpu);
-  m.def("isas", &isas, "Instruction sets compiled in that this processor runs, best last.");
+  m.def("isas", &npc::cpu::isas, "Instruction sets compiled in that this processor runs, best last.");
   m.def("isa_in_use", &npc::cpu::isa_in_use);
   m.def("use_isa", &npc::cpu::use_isa);
 #if defined(NPC_CUDA)

@@ -157,7 +157,7 @@ class Placement(NamedTuple):
 class SGDOptions(NamedTuple):
     """Options of each parameter, as in `torch.optim.SGD`.
 
-    Tables for the compiled kernels take tensors in device memory in place of learning rates, too.
+    `npc_ext.kernels.launch` also takes tensors in device memory in place of learning rates.
     """
 
     lr: Sequence[float]

@@ -175,8 +175,8 @@ def _kernel(operation: Callable[..., None]) -> Callable[..., None]:
         if "connections" in given:
             columns.append(Placement.of_layers(given["connections"].layer))
         device = tensors[0].device if tensors else torch.device("cpu")
-        tables = launch.Tables(device, network.parameters, [average.numel() for average in importances], *columns)
-        fused(tables, **{**given, "network": network._replace(gradients=gradients)})
+        prepared = launch.Prepared(device, network.parameters, [average.numel() for average in importances], *columns)
+        fused(prepared, **{**given, "network": network._replace(gradients=gradients)})
 
     return kernel
 

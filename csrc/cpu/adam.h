@@ -65,16 +65,15 @@ static inline void adam_elements(const AdamStep<T>& step, T* value, const T* gra
   if (i < count) move(i, [&](const auto* from) { return load_partial(from, count - i); }, count - i);
 }
 
-// put_from(at): how the values of the tile that begins at an element are rounded.
 template <class T, class PutFrom>
-static inline void descend_adam_with(const ParameterParams& p, const float* plasticity, double gradient_factor,
-                                     int64_t begin, int64_t end, const PutFrom& put_from) {
+static inline void descend_adam_with(const Elements& elements, const float* plasticity, const PutFrom& put_from) {
+  const ParameterParams& p = elements.parameter;
   using R = Real<T>;
   T* value = static_cast<T*>(p.value);
   const T* gradient = static_cast<const T*>(p.gradient);
   R* first = static_cast<R*>(p.first_moment);
   R* second = static_cast<R*>(p.second_moment);
-  const AdamStep<T> step(p, gradient_factor);
+  const AdamStep<T> step(p, elements.gradient_factor);
   const auto move = [&](int64_t at, int64_t count, const auto& rate_at) {
     adam_elements<T>(step, value + at, gradient + at, first + at, second + at, count, rate_at, put_from(at));
   };
@@ -86,20 +85,13 @@ static inline void descend_adam_with(const ParameterParams& p, const float* plas
     move(at, count, [&](int64_t i) { return load(rates + i); });
   };
   const auto clear = [&](int64_t at, int64_t count) { set_to_zero(first + at, count); };
-  for_each_rate(p, plasticity, largest_rate<R>(p), kTile, begin, end, on_run, clear, on_tile);
+  for_each_rate<R>(elements, plasticity, kTile, on_run, clear, on_tile);
 }
 
 template <class T>
-static void descend_adam(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
-                         int64_t end) {
-  if constexpr (std::is_same_v<T, bfloat_bits>) {
-    if (p.stochastic_rounding) {
-      const auto put_from = [&](int64_t at) { return Stochastically(p, at); };
-      descend_adam_with<T>(p, plasticity, gradient_factor, begin, end, put_from);
-      return;
-    }
-  }
-  descend_adam_with<T>(p, plasticity, gradient_factor, begin, end, [](int64_t) { return ToNearest{}; });
+static void descend_adam(const Elements& elements, const float* plasticity) {
+  with_rounding<T>(elements.parameter,
+                   [&](const auto& put_from) { descend_adam_with<T>(elements, plasticity, put_from); });
 }
 
 }  // namespace npc::cpu::NPC_ISA

@@ -12,14 +12,16 @@ namespace npc::cpu::NPC_ISA {
 enum class Pull { none, is_explicit, implicit };
 
 template <bool has_momentum, Pull kind, bool has_path, class T>
-static void descend_anchored_with(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
+static void descend_anchored_with(const Elements& elements) {
+  const ParameterParams& p = elements.parameter;
+  const int64_t begin = elements.begin, end = elements.end;
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Weights<T> weights(p);
   const R* stiffness = static_cast<const R*>(p.stiffness);
   const R* anchor = static_cast<const R*>(p.anchor);
   R* path = static_cast<R*>(p.path);
-  const Step<T> step(p, gradient_factor);
+  const Step<T> step(elements);
   const R lr = largest_rate<R>(p);
   const double pull = anchor_pull(p.strength, p.momentum_factor, p.implicit);
   const Vector<R> explicit_pull = broadcast<R>(static_cast<R>(pull));
@@ -61,33 +63,18 @@ static void descend_anchored_with(const ParameterParams& p, double gradient_fact
   move(at, read_rest, write_rest);
 }
 
-template <bool has_momentum, Pull kind, class T>
-static void descend_anchored_with_pull(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
-  if (p.path != nullptr) descend_anchored_with<has_momentum, kind, true, T>(p, gradient_factor, begin, end);
-  else descend_anchored_with<has_momentum, kind, false, T>(p, gradient_factor, begin, end);
-}
-
-template <bool has_momentum, class T>
-static void descend_anchored_with_momentum(const ParameterParams& p, double gradient_factor, int64_t begin,
-                                           int64_t end) {
-  if (p.stiffness == nullptr) {
-    descend_anchored_with_pull<has_momentum, Pull::none, T>(p, gradient_factor, begin, end);
-  } else if (p.implicit) {
-    descend_anchored_with_pull<has_momentum, Pull::implicit, T>(p, gradient_factor, begin, end);
-  } else {
-    descend_anchored_with_pull<has_momentum, Pull::is_explicit, T>(p, gradient_factor, begin, end);
-  }
-}
-
 template <class T>
-static void descend_anchored(const ParameterParams& p, double gradient_factor, int64_t begin, int64_t end) {
-  if (p.stiffness == nullptr && p.path == nullptr) {
-    descend<T>(p, nullptr, gradient_factor, begin, end);
-  } else if (p.momentum != nullptr) {
-    descend_anchored_with_momentum<true, T>(p, gradient_factor, begin, end);
-  } else {
-    descend_anchored_with_momentum<false, T>(p, gradient_factor, begin, end);
-  }
+static void descend_anchored(const Elements& elements) {
+  const ParameterParams& p = elements.parameter;
+  if (p.stiffness == nullptr && p.path == nullptr) return descend<T>(elements, nullptr);
+  with_flag(p.momentum != nullptr, [&](auto has_momentum) {
+    with_flag(p.path != nullptr, [&](auto has_path) {
+      constexpr bool momentum = decltype(has_momentum)::value, path = decltype(has_path)::value;
+      if (p.stiffness == nullptr) descend_anchored_with<momentum, Pull::none, path, T>(elements);
+      else if (p.implicit) descend_anchored_with<momentum, Pull::implicit, path, T>(elements);
+      else descend_anchored_with<momentum, Pull::is_explicit, path, T>(elements);
+    });
+  });
 }
 
 }  // namespace npc::cpu::NPC_ISA

@@ -29,7 +29,9 @@ static inline void connection_importance(const T* value, const T* gradient, int6
 }
 
 template <class T>
-static ConnectionTotal measure_connections(const ParameterParams& p, int64_t begin, int64_t end) {
+static ConnectionTotal measure_connections(const Elements& elements) {
+  const ParameterParams& p = elements.parameter;
+  const int64_t begin = elements.begin, end = elements.end;
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   R importance[kTile + L];
@@ -55,12 +57,14 @@ static ConnectionTotal measure_connections(const ParameterParams& p, int64_t beg
 }
 
 template <class O, class T>
-static void descend_connections_with(const ParameterParams& p, const LayerParams& layer, float total, float connections,
-                                     double gradient_factor, int64_t begin, int64_t end) {
+static void descend_connections_with(const Elements& elements, const LayerParams& layer, float total,
+                                     float connections) {
+  const ParameterParams& p = elements.parameter;
+  const int64_t begin = elements.begin, end = elements.end;
   using R = Real<T>;
   constexpr int L = kLanes<R>;
   const Weights<T> weights(p);
-  const Step<T> step(p, gradient_factor);
+  const Step<T> step(elements);
   const R lr = largest_rate<R>(p);
   R measured[kTile + L], rates[kTile + L];
   float as_float[kTile], share[kTile];
@@ -76,12 +80,10 @@ static void descend_connections_with(const ParameterParams& p, const LayerParams
 }
 
 template <class T>
-static void descend_connections(const ParameterParams& p, const LayerParams& layer, float total, float connections,
-                                double gradient_factor, int64_t begin, int64_t end) {
-  const auto run = p.momentum == nullptr ? descend_connections_with<Options<Momentum::none, true>, T>
-                   : p.nesterov          ? descend_connections_with<Options<Momentum::nesterov, true>, T>
-                                         : descend_connections_with<Options<Momentum::classic, true>, T>;
-  run(p, layer, total, connections, gradient_factor, begin, end);
+static void descend_connections(const Elements& elements, const LayerParams& layer, float total, float connections) {
+  with_momentum(elements.parameter, [&](auto momentum) {
+    descend_connections_with<Options<decltype(momentum)::value, true>, T>(elements, layer, total, connections);
+  });
 }
 
 }  // namespace npc::cpu::NPC_ISA

@@ -32,13 +32,19 @@ struct Positions {
     for (int dim = 0; dim < last; ++dim) outer *= p.position_size[dim];
   }
 
-  void offsets(int64_t index, int64_t& activation, int64_t& gradient) const {
-    activation = gradient = 0;
-    for (int dim = params->position_dims - 2; dim >= 0; --dim) {
-      const int64_t at = index % params->position_size[dim];
-      index /= params->position_size[dim];
-      activation += at * params->activation_position_stride[dim];
-      gradient += at * params->gradient_position_stride[dim];
+  // Calls visit(n, g) for every row of the innermost dimension, from the addresses of a neuron's
+  // first position.
+  template <class T, class Visit>
+  void for_each_row(const T* n, const T* g, const Visit& visit) const {
+    for (int64_t row = 0; row < outer; ++row) {
+      int64_t rest = row, at_n = 0, at_g = 0;
+      for (int dim = params->position_dims - 2; dim >= 0; --dim) {
+        const int64_t at = rest % params->position_size[dim];
+        rest /= params->position_size[dim];
+        at_n += at * params->activation_position_stride[dim];
+        at_g += at * params->gradient_position_stride[dim];
+      }
+      visit(n + at_n, g + at_g);
     }
   }
 };
@@ -82,11 +88,8 @@ static inline Vector<Real<T>> dot_lanes(const T* n, const T* g, int64_t count) {
 template <class T>
 static inline Vector<Real<T>> row_lanes(const Positions& positions, const T* n, const T* g) {
   Vector<Real<T>> lanes = {};
-  for (int64_t index = 0; index < positions.outer; ++index) {
-    int64_t at_n, at_g;
-    positions.offsets(index, at_n, at_g);
-    lanes += dot_lanes(n + at_n, g + at_g, positions.inner);
-  }
+  positions.for_each_row(n, g,
+                         [&](const T* row_n, const T* row_g) { lanes += dot_lanes(row_n, row_g, positions.inner); });
   return lanes;
 }
 
@@ -214,15 +217,12 @@ static void column_block(const ImportanceParams& p, const Positions& positions, 
       return;
     }
     for (int64_t i = 0; i < width; i += L) store(sums + i, Vector<R>{});
-    for (int64_t index = 0; index < positions.outer; ++index) {
-      int64_t at_n, at_g;
-      positions.offsets(index, at_n, at_g);
+    positions.for_each_row(n, g, [&](const T* at_n, const T* at_g) {
       for (int64_t at = 0; at < positions.inner; ++at) {
-        const T* row_n = n + at_n + at * positions.activation_stride;
-        const T* row_g = g + at_g + at * positions.gradient_stride;
-        for (int64_t i = 0; i < width; i += L) store(sums + i, load(sums + i) + product(row_n + i, row_g + i));
+        for (int64_t i = 0; i < width; i += L) store(sums + i, load(sums + i) + product(at_n + i, at_g + i));
+        at_n += positions.activation_stride, at_g += positions.gradient_stride;
       }
-    }
+    });
     for (int64_t i = 0; i < width; i += L) {
       store(out + column + i, load(out + column + i) + absolute<R>(load(sums + i)));
     }
@@ -233,18 +233,15 @@ template <class T>
 static void scattered(const ImportanceParams& p, const Share& share, Real<T>* out) {
   using R = Real<T>;
   const Positions positions(p);
-  for_each_sample<T>(p, share, [&](const T* sample_n, const T* sample_g) {
+  for_each_sample<T>(p, share, [&](const T* n, const T* g) {
     for (int64_t i = share.neuron_begin; i < share.neuron_end; ++i) {
       R sum = 0;
-      for (int64_t index = 0; index < positions.outer; ++index) {
-        int64_t at_n, at_g;
-        positions.offsets(index, at_n, at_g);
-        const T* n = sample_n + i * p.activation_neuron_stride + at_n;
-        const T* g = sample_g + i * p.gradient_neuron_stride + at_g;
+      const auto add = [&](const T* row_n, const T* row_g) {
         for (int64_t at = 0; at < positions.inner; ++at) {
-          sum += to_real(n[at * positions.activation_stride]) * to_real(g[at * positions.gradient_stride]);
+          sum += to_real(row_n[at * positions.activation_stride]) * to_real(row_g[at * positions.gradient_stride]);
         }
-      }
+      };
+      positions.for_each_row(n + i * p.activation_neuron_stride, g + i * p.gradient_neuron_stride, add);
       out[i] += sum < 0 ? -sum : sum;
     }
   });
@@ -273,17 +270,14 @@ static inline bool is_zero(bfloat_bits value) { return (value.bits & 0x7fffu) ==
 // Whether a neuron's gradient is zero in all samples of the share.
 template <class T>
 static bool no_gradient(const ImportanceParams& p, const Positions& positions, const Share& share, int64_t neuron) {
-  for (int64_t b = share.batch_begin; b < share.batch_end; ++b) {
-    const T* g = static_cast<const T*>(p.gradient) + b * p.gradient_batch_stride + neuron * p.gradient_neuron_stride;
-    for (int64_t index = 0; index < positions.outer; ++index) {
-      int64_t at_n, at_g;
-      positions.offsets(index, at_n, at_g);
-      for (int64_t at = 0; at < positions.inner; ++at) {
-        if (!is_zero(g[at_g + at * positions.gradient_stride])) return false;
-      }
-    }
-  }
-  return true;
+  bool none = true;
+  for_each_sample<T>(p, share, [&](const T* n, const T* g) {
+    if (!none) return;
+    positions.for_each_row(n, g + neuron * p.gradient_neuron_stride, [&](const T*, const T* row) {
+      for (int64_t at = 0; at < positions.inner && none; ++at) none = is_zero(row[at * positions.gradient_stride]);
+    });
+  });
+  return none;
 }
 
 template <class T>

@@ -3,47 +3,41 @@
 
 #include <atomic>
 #include <cstdlib>
-#include <cstring>
 
 #include "kernels.h"
 
 namespace npc::cpu {
 namespace {
 
-struct Entry {
-  const Kernels* kernels;
-  bool runs_here;
-};
-
-const Entry* entries() {
-  static const Entry table[] = {
-      {&baseline::kernels(), true},
+// The tables that this processor runs, best last.
+const std::vector<const Kernels*>& all_kernels() {
+  static const std::vector<const Kernels*> tables = [] {
+    std::vector<const Kernels*> run_here = {&baseline::kernels()};
 #if defined(NPC_X86)
-      {&avx2::kernels(),
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")},
-      {&avx512::kernels(), __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) {
+      run_here.push_back(&avx2::kernels());
+    }
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl")) {
+      run_here.push_back(&avx512::kernels());
+    }
 #endif
-  };
-  return table;
+    return run_here;
+  }();
+  return tables;
 }
 
-const Kernels* find(const char* name) {
-  for (int index = 0; index < isa_count(); ++index) {
-    if (std::strcmp(isa_name(index), name) == 0 && isa_runs_here(index)) return entries()[index].kernels;
+const Kernels* find(const std::string& name) {
+  for (const Kernels* kernels : all_kernels()) {
+    if (kernels->isa == name) return kernels;
   }
   return nullptr;
 }
 
 const Kernels* preferred() {
-  if (const char* wanted = std::getenv("NPC_EXT_ISA")) {
-    if (const Kernels* found = find(wanted)) return found;
-  }
-  int best = 0;
-  for (int index = 0; index < isa_count(); ++index) {
-    if (isa_runs_here(index)) best = index;
-  }
-  return entries()[best].kernels;
+  const char* wanted = std::getenv("NPC_EXT_ISA");
+  const Kernels* found = wanted == nullptr ? nullptr : find(wanted);
+  return found == nullptr ? all_kernels().back() : found;
 }
 
 std::atomic<const Kernels*>& current() {
@@ -53,21 +47,15 @@ std::atomic<const Kernels*>& current() {
 
 }  // namespace
 
-int isa_count() {
-#if defined(NPC_X86)
-  return 3;
-#else
-  return 1;
-#endif
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Kernels* kernels : all_kernels()) names.emplace_back(kernels->isa);
+  return names;
 }
-
-const char* isa_name(int index) { return entries()[index].kernels->isa; }
-
-bool isa_runs_here(int index) { return entries()[index].runs_here; }
 
 const char* isa_in_use() { return kernels().isa; }
 
-bool use_isa(const char* name) {
+bool use_isa(const std::string& name) {
   const Kernels* found = find(name);
   if (found == nullptr) return false;
   current().store(found, std::memory_order_relaxed);

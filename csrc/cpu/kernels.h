@@ -11,9 +11,21 @@ struct Share {
   int64_t batch_begin, batch_end, neuron_begin, neuron_end;
 };
 
+// Elements [begin, end) of a parameter, and what their gradients are multiplied by.
+struct Elements {
+  const ParameterParams& parameter;
+  double gradient_factor;  // 1 / grad_scale, negative to maximize
+  int64_t begin, end;
+};
+
 struct ConnectionTotal {
-  double sum;
-  int64_t active;
+  double sum = 0;
+  int64_t active = 0;
+
+  void operator+=(const ConnectionTotal& other) {
+    sum += other.sum;
+    active += other.active;
+  }
 };
 
 struct Kernels {
@@ -29,25 +41,21 @@ struct Kernels {
   void (*plasticity)(const LayerParams& layer, float* average, const float* measured, float* out, int64_t neurons,
                      float total, float active);
 
-  // The weight update of elements [begin, end) of a parameter. `plasticity` is its layer's, or null
-  // for plain rates.
-  void (*descend[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
-                           int64_t begin, int64_t end);
+  // The weight update. `plasticity` is that of the parameter's neurons, or null for plain rates.
+  void (*descend[kDTypes])(const Elements& elements, const float* plasticity);
 
   // The same with Adam's step.
-  void (*descend_adam[kDTypes])(const ParameterParams& parameter, const float* plasticity, double gradient_factor,
-                                int64_t begin, int64_t end);
+  void (*descend_adam[kDTypes])(const Elements& elements, const float* plasticity);
 
   // The same as descend with an anchor and a path integral, at the plain rate.
-  void (*descend_anchored[kDTypes])(const ParameterParams& parameter, double gradient_factor, int64_t begin,
-                                    int64_t end);
+  void (*descend_anchored[kDTypes])(const Elements& elements);
 
   // CPC. The first returns the sum over |value * gradient| and the number of elements whose
   // gradient is not zero. The second applies eqs. 3, 4, 7 and the weight update, given that sum
   // over the whole layer. A total that is zero or not finite leaves C as it is.
-  ConnectionTotal (*measure_connections[kDTypes])(const ParameterParams& parameter, int64_t begin, int64_t end);
-  void (*descend_connections[kDTypes])(const ParameterParams& parameter, const LayerParams& layer, float total,
-                                       float connections, double gradient_factor, int64_t begin, int64_t end);
+  ConnectionTotal (*measure_connections[kDTypes])(const Elements& elements);
+  void (*descend_connections[kDTypes])(const Elements& elements, const LayerParams& layer, float total,
+                                       float connections);
 };
 
 namespace baseline {

@@ -5,6 +5,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #if defined(__F16C__)
@@ -30,28 +31,11 @@ struct bfloat_bits {
 
 // The type in which elements of T are computed.
 template <class T>
-struct Compute {
-  using type = float;
-};
-template <>
-struct Compute<double> {
-  using type = double;
-};
-template <class T>
-using Real = typename Compute<T>::type;
-
-template <class R>
-struct SameSizeInt {
-  using type = int32_t;
-};
-template <>
-struct SameSizeInt<double> {
-  using type = int64_t;
-};
+using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <class R>
 struct VectorOf {
-  using Int = typename SameSizeInt<R>::type;
+  using Int = std::conditional_t<sizeof(R) == sizeof(int64_t), int64_t, int32_t>;
   static constexpr int lanes = kVectorBytes / static_cast<int>(sizeof(R));
   typedef R type __attribute__((vector_size(kVectorBytes)));
   typedef Int mask __attribute__((vector_size(kVectorBytes)));

@@ -60,8 +60,7 @@ int64_t boundary(int64_t element, int64_t size) {
   return std::clamp((element + line - 1) / line * line, int64_t{0}, size);
 }
 
-// Calls work(share, parameter, begin, end) for the elements of every share, on one thread per
-// share.
+// Calls work(share, elements) for the elements of every share, on one thread per share.
 template <class Work>
 void for_each_share(const UpdateParams& params, int shares, const Work& work) {
   const int64_t size = elements(params);
@@ -71,7 +70,7 @@ void for_each_share(const UpdateParams& params, int shares, const Work& work) {
     for (int64_t i = 0; i < params.parameter_count && first < end; ++i) {
       const ParameterParams& parameter = params.parameters[i];
       const int64_t from = boundary(begin - first, parameter.size), to = boundary(end - first, parameter.size);
-      if (from < to) work(share, parameter, from, to);
+      if (from < to) work(share, Elements{parameter, gradient_factor(parameter, params), from, to});
       first += parameter.size;
     }
   });
@@ -108,16 +107,20 @@ void count_steps(const UpdateParams& params) {
   }
 }
 
+// The loop for a parameter's dtype.
+template <class Loop>
+Loop of_dtype(Loop const (&loops)[kDTypes], const ParameterParams& parameter) {
+  return loops[static_cast<int>(parameter.dtype)];
+}
+
 // `descend`: the loops for each dtype.
 template <class Descend>
 void move_neurons(const UpdateParams& params, Threads threads, const Descend& descend) {
   if (overflowed(params)) return;
   const Plasticity plasticity(params);
-  for_each_share(params, shares_of(params, threads),
-                 [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
-                   descend[static_cast<int>(parameter.dtype)](parameter, plasticity.of(parameter),
-                                                              gradient_factor(parameter, params), begin, end);
-                 });
+  for_each_share(params, shares_of(params, threads), [&](int, const Elements& elements) {
+    of_dtype(descend, elements.parameter)(elements, plasticity.of(elements.parameter));
+  });
   count_steps(params);
 }
 
@@ -131,24 +134,20 @@ void launch_adam_update(const UpdateParams& params, Threads threads) {
 
 void launch_anchored_update(const UpdateParams& params, Threads threads) {
   if (overflowed(params)) return;
-  for_each_share(params, shares_of(params, threads),
-                 [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
-                   kernels().descend_anchored[static_cast<int>(parameter.dtype)](
-                       parameter, gradient_factor(parameter, params), begin, end);
-                 });
+  for_each_share(params, shares_of(params, threads), [&](int, const Elements& elements) {
+    of_dtype(kernels().descend_anchored, elements.parameter)(elements);
+  });
 }
 
 void launch_connection_update(const UpdateParams& params, Threads threads) {
   if (overflowed(params)) return;
   const int shares = shares_of(params, threads);
   std::vector<ConnectionTotal> partial(shares * params.layer_count);
-  for_each_share(params, shares, [&](int share, const ParameterParams& parameter, int64_t begin, int64_t end) {
-    if (parameter.layer < 0) return;
-    ConnectionTotal& sum = partial[share * params.layer_count + parameter.layer];
-    const ConnectionTotal part =
-        kernels().measure_connections[static_cast<int>(parameter.dtype)](parameter, begin, end);
-    sum.sum += part.sum;
-    sum.active += part.active;
+  for_each_share(params, shares, [&](int share, const Elements& elements) {
+    const int64_t layer = elements.parameter.layer;
+    if (layer < 0) return;
+    partial[share * params.layer_count + layer] +=
+        of_dtype(kernels().measure_connections, elements.parameter)(elements);
   });
 
   std::vector<float> totals(params.layer_count);
@@ -158,24 +157,19 @@ void launch_connection_update(const UpdateParams& params, Threads threads) {
     if (parameter.layer >= 0) connections[parameter.layer] += static_cast<double>(parameter.size);
   }
   for (int64_t l = 0; l < params.layer_count; ++l) {
-    ConnectionTotal total = {0, 0};
-    for (int share = 0; share < shares; ++share) {
-      total.sum += partial[share * params.layer_count + l].sum;
-      total.active += partial[share * params.layer_count + l].active;
-    }
+    ConnectionTotal total;
+    for (int share = 0; share < shares; ++share) total += partial[share * params.layer_count + l];
     totals[l] = static_cast<float>(total.sum);
     if (params.layers[l].active_only) connections[l] = static_cast<double>(total.active);
     if (!std::isfinite(totals[l])) ++*params.layers[l].nonfinite_steps;
   }
-  for_each_share(params, shares, [&](int, const ParameterParams& parameter, int64_t begin, int64_t end) {
-    const int dtype = static_cast<int>(parameter.dtype);
-    const double factor = gradient_factor(parameter, params);
-    const int64_t l = parameter.layer;
+  for_each_share(params, shares, [&](int, const Elements& elements) {
+    const int64_t l = elements.parameter.layer;
     if (l < 0) {
-      kernels().descend[dtype](parameter, nullptr, factor, begin, end);
+      of_dtype(kernels().descend, elements.parameter)(elements, nullptr);
     } else {
-      kernels().descend_connections[dtype](parameter, params.layers[l], totals[l], static_cast<float>(connections[l]),
-                                           factor, begin, end);
+      of_dtype(kernels().descend_connections, elements.parameter)(elements, params.layers[l], totals[l],
+                                                                  static_cast<float>(connections[l]));
     }
   });
 }

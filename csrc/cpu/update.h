@@ -67,14 +67,16 @@ static inline R largest_rate(const ParameterParams& p) {
   return static_cast<R>(p.lr_address == nullptr ? p.lr : *p.lr_address);
 }
 
-// Goes through elements [begin, end) run by run: calls on_run(at, count, rate) for runs that move
+// Goes through a parameter's elements run by run: calls on_run(at, count, rate) for runs that move
 // and clear(at, count) for runs that lose their first moment. Where runs are shorter than
 // `short_run`, it calls on_tile(at, count, rates) instead, for tiles of at most kTile elements with
 // a rate_of() each. A vector's worth of kStays follows the last rate.
 template <class R, class OnRun, class Clear, class OnTile>
-static inline void for_each_rate(const ParameterParams& p, const float* plasticity, R lr, int64_t short_run,
-                                 int64_t begin, int64_t end, const OnRun& on_run, const Clear& clear,
-                                 const OnTile& on_tile) {
+static inline void for_each_rate(const Elements& elements, const float* plasticity, int64_t short_run,
+                                 const OnRun& on_run, const Clear& clear, const OnTile& on_tile) {
+  const ParameterParams& p = elements.parameter;
+  const int64_t begin = elements.begin, end = elements.end;
+  const R lr = largest_rate<R>(p);
   if (plasticity == nullptr) {
     on_run(begin, end - begin, lr);
     return;
@@ -165,6 +167,16 @@ struct Stochastically {
   }
 };
 
+// Calls use(put_from). put_from(at) says how the values of the tile that begins at an element are
+// rounded.
+template <class T, class Use>
+static inline void with_rounding(const ParameterParams& p, const Use& use) {
+  if constexpr (std::is_same_v<T, bfloat_bits>) {
+    if (p.stochastic_rounding) return use([&](int64_t at) { return Stochastically(p, at); });
+  }
+  use([](int64_t) { return ToNearest{}; });
+}
+
 // Writes the first `count` lanes.
 template <class Put, class T>
 static inline void put_some(const Put& put, T* to, Vector<Real<T>> value, int64_t i, int64_t count) {
@@ -204,13 +216,12 @@ struct Weights {
 template <class T>
 struct Step {
   using R = Real<T>;
-  R gradient_factor;  // 1 / grad_scale, negative to maximize
-  R weight_decay, momentum;
+  R gradient_factor, weight_decay, momentum;
 
-  Step(const ParameterParams& p, double factor)
-      : gradient_factor(static_cast<R>(factor)),
-        weight_decay(static_cast<R>(p.weight_decay)),
-        momentum(static_cast<R>(p.momentum_factor)) {}
+  explicit Step(const Elements& elements)
+      : gradient_factor(static_cast<R>(elements.gradient_factor)),
+        weight_decay(static_cast<R>(elements.parameter.weight_decay)),
+        momentum(static_cast<R>(elements.parameter.momentum_factor)) {}
 };
 
 // What a parameter asks for, known at compile time so that a plain step computes nothing else.
@@ -243,23 +254,21 @@ static inline void descend_run(const Step<T>& step, const Weights<T>& weights, i
                                Real<T> rate) {
   using R = Real<T>;
   constexpr int L = kLanes<R>;
-  const auto [value, gradient, momentum] = weights;
   const Vector<R> rates = broadcast<R>(rate);
+  T* value = weights.value;
+  const T* gradient = weights.gradient;
+  T* momentum = weights.momentum;
   Vector<R> velocity = {};
+  const auto move = [&](int64_t at) {
+    if constexpr (O::has_momentum) velocity = load(momentum + at);
+    store(value + at, moved<O, T>(step, load(value + at), load(gradient + at), rates, velocity));
+    if constexpr (O::has_momentum) store(momentum + at, velocity);
+  };
   int64_t i = 0;
   for (; i + 4 * L <= count; i += 4 * L) {
-    for (int k = 0; k < 4; ++k) {
-      const int64_t at = i + k * L;
-      if constexpr (O::has_momentum) velocity = load(momentum + at);
-      store(value + at, moved<O, T>(step, load(value + at), load(gradient + at), rates, velocity));
-      if constexpr (O::has_momentum) store(momentum + at, velocity);
-    }
+    for (int k = 0; k < 4; ++k) move(i + k * L);
   }
-  for (; i + L <= count; i += L) {
-    if constexpr (O::has_momentum) velocity = load(momentum + i);
-    store(value + i, moved<O, T>(step, load(value + i), load(gradient + i), rates, velocity));
-    if constexpr (O::has_momentum) store(momentum + i, velocity);
-  }
+  for (; i + L <= count; i += L) move(i);
   if (i == count) return;
   const int64_t rest = count - i;
   if (i + L <= room) {
@@ -306,76 +315,52 @@ static void descend_elements(const Step<T>& step, const Weights<T>& weights, int
   }
 }
 
-template <class O, class T>
-static void descend_to_nearest(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
-                               int64_t end) {
+template <class O, class T, class PutFrom>
+static void descend_with(const Elements& elements, const float* plasticity, const PutFrom& put_from) {
   using R = Real<T>;
-  const Weights<T> weights(p);
-  const Step<T> step(p, gradient_factor);
-  const auto on_run = [&](int64_t at, int64_t count, R rate) {
-    descend_run<O, T>(step, weights.from(at), count, end - at, rate);
-  };
-  const auto clear = [&](int64_t at, int64_t count) {
-    if constexpr (O::has_momentum) set_to_zero(weights.momentum + at, count);
-  };
+  constexpr bool to_nearest = std::is_same_v<decltype(put_from(0)), ToNearest>;
+  const Weights<T> weights(elements.parameter);
+  const Step<T> step(elements);
   const auto on_tile = [&](int64_t at, int64_t count, const R* rates) {
-    descend_elements<O, T>(step, weights.from(at), count, rates, ToNearest{});
+    descend_elements<O, T>(step, weights.from(at), count, rates, put_from(at));
   };
-  for_each_rate(p, plasticity, largest_rate<R>(p), kShortRun, begin, end, on_run, clear, on_tile);
-}
-
-// The same with stochastic rounding, tile by tile.
-template <class O>
-static void descend_stochastically(const ParameterParams& p, const float* plasticity, double gradient_factor,
-                                   int64_t begin, int64_t end) {
-  const Weights<bfloat_bits> weights(p);
-  const Step<bfloat_bits> step(p, gradient_factor);
-  const auto on_tile = [&](int64_t at, int64_t count, const float* rates) {
-    descend_elements<O, bfloat_bits>(step, weights.from(at), count, rates, Stochastically(p, at));
-  };
-  const auto on_run = [&](int64_t at, int64_t count, float rate) {
-    float rates[kTile + kLanes<float>];
-    for (float& of_element : rates) of_element = rate;
-    for (int64_t i = 0; i < count; i += kTile) on_tile(at + i, count - i < kTile ? count - i : kTile, rates);
+  const auto on_run = [&](int64_t at, int64_t count, R rate) {
+    if constexpr (to_nearest) {
+      descend_run<O, T>(step, weights.from(at), count, elements.end - at, rate);
+    } else {
+      R rates[kTile + kLanes<R>];
+      for (R& of_element : rates) of_element = rate;
+      for (int64_t i = 0; i < count; i += kTile) on_tile(at + i, count - i < kTile ? count - i : kTile, rates);
+    }
   };
   const auto clear = [&](int64_t at, int64_t count) {
     if constexpr (O::has_momentum) set_to_zero(weights.momentum + at, count);
   };
-  for_each_rate(p, plasticity, largest_rate<float>(p), kTile, begin, end, on_run, clear, on_tile);
+  for_each_rate<R>(elements, plasticity, to_nearest ? kShortRun : kTile, on_run, clear, on_tile);
 }
 
-template <class O, class T>
-static void descend_rounded(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
-                            int64_t end) {
-  if constexpr (std::is_same_v<T, bfloat_bits>) {
-    if (p.stochastic_rounding) {
-      descend_stochastically<O>(p, plasticity, gradient_factor, begin, end);
-      return;
-    }
-  }
-  descend_to_nearest<O, T>(p, plasticity, gradient_factor, begin, end);
+// Calls use() with a flag, or with a parameter's momentum, as a type that has it as its value.
+template <class Use>
+static inline void with_flag(bool flag, const Use& use) {
+  if (flag) use(std::true_type{});
+  else use(std::false_type{});
 }
-
-template <class T, Momentum momentum>
-static void descend_with_momentum(const ParameterParams& p, const float* plasticity, double gradient_factor,
-                                  int64_t begin, int64_t end) {
-  if (p.weight_decay == 0 && gradient_factor == 1) {
-    descend_rounded<Options<momentum, false>, T>(p, plasticity, gradient_factor, begin, end);
-  } else {
-    descend_rounded<Options<momentum, true>, T>(p, plasticity, gradient_factor, begin, end);
-  }
+template <class Use>
+static inline void with_momentum(const ParameterParams& p, const Use& use) {
+  if (p.momentum == nullptr) use(std::integral_constant<Momentum, Momentum::none>{});
+  else if (p.nesterov) use(std::integral_constant<Momentum, Momentum::nesterov>{});
+  else use(std::integral_constant<Momentum, Momentum::classic>{});
 }
 
 template <class T>
-static void descend(const ParameterParams& p, const float* plasticity, double gradient_factor, int64_t begin,
-                    int64_t end) {
-  if (p.momentum == nullptr) {
-    descend_with_momentum<T, Momentum::none>(p, plasticity, gradient_factor, begin, end);
-  } else if (p.nesterov) {
-    descend_with_momentum<T, Momentum::nesterov>(p, plasticity, gradient_factor, begin, end);
-  } else {
-    descend_with_momentum<T, Momentum::classic>(p, plasticity, gradient_factor, begin, end);
-  }
+static void descend(const Elements& elements, const float* plasticity) {
+  const ParameterParams& p = elements.parameter;
+  with_momentum(p, [&](auto momentum) {
+    with_flag(p.weight_decay != 0 || elements.gradient_factor != 1, [&](auto scaled_or_decayed) {
+      using O = Options<decltype(momentum)::value, decltype(scaled_or_decayed)::value>;
+      with_rounding<T>(p, [&](const auto& put_from) { descend_with<O, T>(elements, plasticity, put_from); });
+    });
+  });
 }
 
 }  // namespace npc::cpu::NPC_ISA

@@ -13,9 +13,7 @@
 // Traffic for float32: 12 bytes an element as in SGD, and 8 more each with an anchor, a path and
 // momentum.
 
-#include <vector>
-
-#include "elements.h"
+#include "network.h"
 
 namespace npc::cuda {
 namespace {
@@ -31,7 +29,7 @@ struct AnchoredParameter : Elements {
 // By value in the kernel's arguments.
 template <int kParameters_>
 struct AnchoredNetwork {
-  static constexpr int kParameters = kParameters_;
+  static constexpr int kParameters = kParameters_, kLayers = 0;
   const float* grad_scale;
   const float* found_inf;
   int64_t items;
@@ -109,23 +107,24 @@ __global__ void __launch_bounds__(kThreads, 2) anchored_update_kernel(const __gr
 }
 
 template <class N>
-void launch_parameters(const UpdateParams& params, const ParameterParams* const* from, int count, int64_t item,
-                       const Stream& stream) {
+void launch_parameters(const UpdateParams& params, const Part& part, int64_t item, const Stream& stream) {
   N network{};
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
-  for (int i = 0; i < count; ++i) {
-    const double pull = anchor_pull(from[i]->strength, from[i]->momentum_factor, from[i]->implicit);
-    AnchoredParameter p{elements(*from[i]),
-                        static_cast<const float*>(from[i]->stiffness),
-                        static_cast<const float*>(from[i]->anchor),
-                        static_cast<float*>(from[i]->path),
+  for (const int64_t index : part.parameters) {
+    const ParameterParams& from = params.parameters[index];
+    const double pull = anchor_pull(from.strength, from.momentum_factor, from.implicit);
+    AnchoredParameter p{elements(from),
+                        static_cast<const float*>(from.stiffness),
+                        static_cast<const float*>(from.anchor),
+                        static_cast<float*>(from.path),
                         static_cast<float>(pull),
-                        from[i]->implicit};
+                        from.implicit};
     p.packed = p.packed && on_16_bytes(p.stiffness) && on_16_bytes(p.anchor) && on_16_bytes(p.path);
     add_parameter(network, p, item);
   }
-  with_type(from[0]->dtype, [&](auto number) {
+  if (network.items == 0) return;
+  with_type(part.dtype, [&](auto number) {
     launch(anchored_update_kernel<decltype(number), N>, network.items, false, stream, network);
   });
 }
@@ -138,22 +137,12 @@ void launch_anchored_update(const UpdateParams& params, const Stream& stream) {
                                  [](const ParameterParams& p) { return p.stiffness == nullptr && p.path == nullptr; });
   if (plain) return launch_update(params, stream);  // the same step, with more loads in flight
   const OnDevice guard(stream.device);
-  std::vector<const ParameterParams*> of_type[kDTypes];  // one launch for each
   int64_t size = 0;
-  for (int64_t i = 0; i < params.parameter_count; ++i) {
-    if (params.parameters[i].size == 0) continue;
-    of_type[static_cast<int>(params.parameters[i].dtype)].push_back(&params.parameters[i]);
-    size += params.parameters[i].size;
-  }
+  for (const ParameterParams* p = params.parameters; p != end; ++p) size += p->size;
   const int64_t item = item_size(size, resident_blocks(anchored_update_kernel<float, LargeNetwork>));
-  for (const auto& parameters : of_type) {
-    const int count = static_cast<int>(parameters.size());
-    for (int first = 0; first < count; first += LargeNetwork::kParameters) {
-      const int part = std::min(count - first, LargeNetwork::kParameters);
-      const auto launch_part =
-          part <= SmallNetwork::kParameters ? launch_parameters<SmallNetwork> : launch_parameters<LargeNetwork>;
-      launch_part(params, &parameters[first], part, item, stream);
-    }
+  for (const Part& part : divide_network<LargeNetwork>(params, true)) {
+    fits<SmallNetwork>(part) ? launch_parameters<SmallNetwork>(params, part, item, stream)
+                             : launch_parameters<LargeNetwork>(params, part, item, stream);
   }
 }
 

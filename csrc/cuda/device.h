@@ -1,4 +1,4 @@
-// For all kernels: sums over warps and blocks, and which block arrives last.
+// For all kernels: types of numbers, sums over warps and blocks, and which block arrives last.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,17 @@
 #include "packs.h"
 
 namespace npc::cuda {
+
+// Calls work() with a number of the given type: float, __half or __nv_bfloat16.
+#pragma nv_exec_check_disable
+template <class Work>
+__host__ __device__ __forceinline__ auto with_type(DType dtype, const Work& work) {
+  switch (dtype) {
+    case DType::float32: return work(float{});
+    case DType::float16: return work(__half{});
+    default: return work(__nv_bfloat16{});
+  }
+}
 
 // The sum over `lanes` neighbouring threads of a warp (a power of two), in all of them. All threads
 // of the warp call it.

@@ -84,17 +84,6 @@ __device__ __forceinline__ const auto& parameter_of(const N& network, int64_t it
   return network.parameters[first];
 }
 
-// Calls work() with a number of the parameter's type: float, __half or __nv_bfloat16.
-#pragma nv_exec_check_disable
-template <class Work>
-__host__ __device__ __forceinline__ auto with_type(DType dtype, const Work& work) {
-  switch (dtype) {
-    case DType::float32: return work(float{});
-    case DType::float16: return work(__half{});
-    default: return work(__nv_bfloat16{});
-  }
-}
-
 // The elements [begin, end) of an item.
 struct Interval {
   int64_t begin, end;

@@ -29,19 +29,15 @@ Kernel kernel_of_access(const ImportanceWork& work) {
                                      : importance_kernel<Layout::columns, kRelu, P>;
 }
 
-template <bool kRelu, class T>
-Kernel kernel_of_type(const ImportanceWork& work) {
-  return work.packed ? kernel_of_access<kRelu, Pack<T>>(work) : kernel_of_access<kRelu, Single<T>>(work);
-}
-
 template <bool kRelu>
 Kernel kernel_of(const ImportanceWork& work) {
-  switch (work.params.dtype) {
-    case DType::float32: return kernel_of_type<kRelu, float>(work);
-    case DType::float16: return kernel_of_type<kRelu, __half>(work);
-    case DType::bfloat16: return kernel_of_type<kRelu, __nv_bfloat16>(work);
-    default: throw std::invalid_argument("importance: the CUDA kernels take float32, float16 and bfloat16");
+  if (work.params.dtype == DType::float64) {
+    throw std::invalid_argument("importance: the CUDA kernels take float32, float16 and bfloat16");
   }
+  return with_type(work.params.dtype, [&](auto number) {
+    using T = decltype(number);
+    return work.packed ? kernel_of_access<kRelu, Pack<T>>(work) : kernel_of_access<kRelu, Single<T>>(work);
+  });
 }
 
 // `value`, limited to at most `most` and then to at least 1.

@@ -45,11 +45,7 @@ Kernel<N> kernel_of_type(const Part& part) {
 
 template <class Kernels, class N>
 Kernel<N> kernel_of(const Part& part) {
-  switch (part.dtype) {
-    case DType::float32: return kernel_of_type<Kernels, N, float>(part);
-    case DType::float16: return kernel_of_type<Kernels, N, __half>(part);
-    default: return kernel_of_type<Kernels, N, __nv_bfloat16>(part);
-  }
+  return with_type(part.dtype, [&](auto number) { return kernel_of_type<Kernels, N, decltype(number)>(part); });
 }
 
 // Divides a network into launches. If `by_type`, each launch has parameters of one type. A layer's
@@ -167,24 +163,19 @@ N describe(const UpdateParams& params, const std::vector<Layer>& layers, const P
   for (const int64_t index : part.parameters) size += params.parameters[index].size;
   const int64_t item = item_size(size, blocks);
   using P = typename N::OneParameter;
-  const auto most_elements = [](const Parameter& p) {
-    return repeats(p) ? kItem : kRuns * std::min<int64_t>(p.run, kItem);
-  };
-  const auto add = [&](P parameter) {
-    parameter.item_size = static_cast<int>(std::min(item, most_elements(parameter)));
-    parameter.first_item = network.items;
-    const int64_t items = items_of(parameter);
-    network.items += items;
-    if (parameter.layer >= 0) network.layers[parameter.layer].items += static_cast<unsigned>(items);
-    network.parameters[network.parameter_count++] = parameter;
-  };
   for (const int64_t index : part.parameters) {
     const ParameterParams& from = params.parameters[index];
     if (from.size == 0 && from.steps == nullptr) continue;
     P parameter{};
     fill(parameter, from);
     parameter.layer = from.layer < 0 ? -1 : place[from.layer];
-    add(parameter);
+    const int64_t most = repeats(parameter) ? kItem : kRuns * std::min<int64_t>(parameter.run, kItem);
+    parameter.item_size = static_cast<int>(std::min(item, most));
+    parameter.first_item = network.items;
+    const int64_t items = items_of(parameter);
+    network.items += items;
+    if (parameter.layer >= 0) network.layers[parameter.layer].items += static_cast<unsigned>(items);
+    network.parameters[network.parameter_count++] = parameter;
   }
   // A layer without parameters gets an item without elements, which moves its C.
   for (int layer = 0; layer < network.layer_count; ++layer) {

@@ -41,11 +41,7 @@ __device__ __forceinline__ void importance_of_all(const NetworkStep& step, Impor
     while (block >= step.blocks[layer + 1]) ++layer;
     const ImportanceWork& work = step.importance[layer];
     const int64_t in_layer = block - step.blocks[layer];
-    switch (work.params.dtype) {
-      case DType::float32: importance_typed<float>(work, in_layer, shared); break;
-      case DType::float16: importance_typed<__half>(work, in_layer, shared); break;
-      default: importance_typed<__nv_bfloat16>(work, in_layer, shared); break;
-    }
+    with_type(work.params.dtype, [&](auto number) { importance_typed<decltype(number)>(work, in_layer, shared); });
     __syncthreads();  // shared memory may be written again
   }
 }

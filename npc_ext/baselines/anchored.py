@@ -172,12 +172,12 @@ class Anchored(ModelOptimizer):
         pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
         anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]
         paths = kept.get("path", [None] * len(anchors))
-        tables = self._tables(common["device"], common["parameters"], columns)
-        return _Plan(**common, columns=columns, tables=tables, anchors=Anchors(kept["stiffness"], anchors, paths))
+        prepared = self._prepared(common["device"], common["parameters"], columns)
+        return _Plan(**common, columns=columns, prepared=prepared, anchors=Anchors(kept["stiffness"], anchors, paths))
 
     def _launch(self, plan: _Plan) -> None:
-        if plan.tables is not None:
-            launch.anchored_update_(plan.tables, plan.network(), plan.anchors)
+        if plan.prepared is not None:
+            launch.anchored_update_(plan.prepared, plan.network(), plan.anchors)
             return
         with torch.no_grad():
             self._operations().anchored_update_(plan.network(), plan.anchors, *plan.columns)

@@ -185,7 +185,7 @@ class CPC(PlasticityControl):
         return _Plan(
             **common,
             columns=columns,
-            tables=self._tables(
+            prepared=self._prepared(
                 common["device"], common["parameters"], (Placement.of_layers(layer), *columns), counted_at=layers
             ),
             layers=layers,
@@ -195,9 +195,9 @@ class CPC(PlasticityControl):
 
     def _launch(self, plan: _Plan) -> None:
         network, importances = plan.network(), plan.state_tensors("importance")
-        if plan.tables is not None:
+        if plan.prepared is not None:
             connections = Connections(importances, plan.nonfinite_steps, plan.layer)
-            launch.connection_update_(plan.tables, network, connections)
+            launch.connection_update_(plan.prepared, network, connections)
             return
         with plan.counters() as counts:
             connections = Connections(importances, counts, plan.layer)

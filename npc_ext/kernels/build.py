@@ -54,10 +54,12 @@ _FLAGS = [
     "-DNDEBUG",
 ]
 _FAST = ["-O3"]
+_BINDINGS = ["-O2"]
 # Products are not fused with sums. Otherwise the compiler would choose where, kernel by kernel, but
 # a step must have the same bits whichever kernels run it. The kernels are limited by memory, so
 # this should cost no time.
 _CUDA_FLAGS = ["-std=c++17", "-fmad=false"]
+_CUDA_SOURCES = ("step", "importance", "update", "adam", "connections", "anchored", "wide", "workspace", "support")
 _ISA_FLAGS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
@@ -94,21 +96,11 @@ def source_dir() -> Path:
 
 def sources(plan: Cuda) -> list[Source]:
     """Every translation unit of the module for this processor family, and for CUDA where it is compiled."""
-    isas = ["baseline", "avx2", "avx512"] if _X86 else ["baseline"]
+    isas = list(_ISA_FLAGS) if _X86 else ["baseline"]
     kernels = [Source("cpu/kernels.cpp", (f"-DNPC_ISA={isa}", *_FAST, *_ISA_FLAGS[isa]), isa) for isa in isas]
     shared = [Source(f"cpu/{name}.cpp", tuple(_FAST)) for name in ("importance", "update", "isa", "parallel")]
-    cuda = (
-        [
-            Source(f"cuda/{name}.cu", tuple(_FAST))
-            for name in (
-                *("step", "importance", "update", "adam", "connections", "anchored"),
-                *("wide", "workspace", "support"),
-            )
-        ]
-        if plan.nvcc
-        else []
-    )
-    return [*cuda, Source("bindings.cpp", ("-O1",)), *kernels, *shared]
+    cuda = [Source(f"cuda/{name}.cu", tuple(_FAST)) for name in _CUDA_SOURCES] if plan.nvcc else []
+    return [*cuda, Source("bindings.cpp", tuple(_BINDINGS)), *kernels, *shared]
 
 
 def flags(plan: Cuda) -> list[str]:
@@ -143,7 +135,7 @@ def _parts() -> dict[str, str]:
     root = source_dir()
     files = sorted(path for kind in ("*.h", "*.cpp", "*.cu") for path in root.rglob(kind))
     parts = {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
-    parts["the-compiler-flags"] = repr((_FLAGS, _FAST, _CUDA_FLAGS, _ISA_FLAGS, _X86)).encode()
+    parts["the-compiler-flags"] = repr((_FLAGS, _FAST, _BINDINGS, _CUDA_FLAGS, _ISA_FLAGS, _X86)).encode()
     parts["NPC_EXT_CXXFLAGS"] = repr(user_flags()).encode()
     return {name: hashlib.sha256(content).hexdigest()[:16] for name, content in parts.items()}
 
@@ -313,11 +305,19 @@ class _Progress:
 # --------------------------------------------------------------------------------------------------------- ninja's file
 
 
+_COMPILE = "-MMD -MF $out.d $flags -c $in -o $out"
+_DEPENDENCIES = ("  depfile = $out.d", "  deps = gcc")
+
+
+def _rule(name: str, command: str, *variables: str) -> list[str]:
+    """The lines of a rule in ninja's file."""
+    return [f"rule {name}", f"  command = {command}", "  description = $out", *variables]
+
+
 def _ninja_file(plan: Cuda) -> str:
     """The build in ninja's own language; every path is escaped for it."""
     root = source_dir()
-    includes = [f"-I{path}" for path in (python_include(), pybind11_include())]
-    common = " ".join([*flags(plan), *(_quote(include) for include in includes)])
+    common = " ".join([*flags(plan), *(_quote(f"-I{path}") for path in (python_include(), pybind11_include()))])
     # Only the bindings get these, so that a change of one source does not recompile all others.
     defines = {"NPC_EXT_BUILD_KEY": _manifest(), "NPC_EXT_WHY_NO_CUDA": plan.reason}
     of_bindings = " ".join(_quote(f"-D{name}={_c_string(value)}") for name, value in defines.items())
@@ -329,20 +329,10 @@ def _ninja_file(plan: Cuda) -> str:
     lines = [
         f"cxx = {' '.join(_quote(part) for part in compiler_command())}",
         f"nvcc = {_quote(str(plan.nvcc))}",
-        "rule compile",
-        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule cuda",
+        *_rule("compile", f"$cxx {_COMPILE}", *_DEPENDENCIES),
         # ptxas' report stays beside the object; it is shown if the compiler fails.
-        "  command = $nvcc -MMD -MF $out.d $flags -c $in -o $out > $out.log 2>&1 || (cat $out.log; exit 1)",
-        "  description = $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "rule link",
-        f"  command = $cxx -shared {' '.join([*flags(plan), *user_flags()])} $in -o $out {link}",
-        "  description = $out",
+        *_rule("cuda", f"$nvcc {_COMPILE} > $out.log 2>&1 || (cat $out.log; exit 1)", *_DEPENDENCIES),
+        *_rule("link", f"$cxx -shared {' '.join([*flags(plan), *user_flags()])} $in -o $out {link}"),
     ]
     cuda_flags = " ".join(["-DNPC_CUDA", *map(_quote, nvcc_flags(plan.archs))]) if plan.nvcc else ""
     objects = []

@@ -34,6 +34,10 @@ def check_lengths(expected: int, **lists: Sequence[object]) -> None:
             raise ValueError(f"{name} has {len(values)} entries, expected {expected}")
 
 
+def _described(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+
+
 def _check_dtype(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in launch.DTYPES:
         raise ValueError(f"{name} is {tensor.dtype}; expected float32, float64, float16 or bfloat16")
@@ -69,8 +73,8 @@ def _check_per_neuron(name: str, values: Tensor, importance: Tensor) -> None:
     fits = values.shape == importance.shape and values.dtype == torch.float32 and values.device == importance.device
     if not fits or not values.is_contiguous():
         raise ValueError(
-            f"{name} is {values.dtype} of shape {tuple(values.shape)} on {values.device}; expected contiguous float32 "
-            f"of shape {tuple(importance.shape)} on {importance.device}, one value for each neuron"
+            f"{name} is {_described(values)}; expected contiguous float32 of shape {tuple(importance.shape)} on "
+            f"{importance.device}, one value for each neuron"
         )
 
 
@@ -260,8 +264,7 @@ def _check_steps(network: Network | AdamNetwork, steps: Steps) -> None:
             count.dtype != torch.float32 or count.numel() != 1 or count.device != parameter.device
         ):
             raise ValueError(
-                f"steps[{index}] is {count.dtype} of shape {tuple(count.shape)} on {count.device}; expected one "
-                f"float32 on {parameter.device}, or None"
+                f"steps[{index}] is {_described(count)}; expected one float32 on {parameter.device}, or None"
             )
         if steps.seeds and steps.seeds[index] >= 0 and (parameter.dtype != torch.bfloat16 or count is None):
             raise ValueError(
@@ -280,7 +283,7 @@ def _check_per_element(name: str, tensors: MaybeTensors, parameters: Sequence[Te
 def _check_values(name: str, tensor: Tensor | None, parameter: Tensor, dtype: torch.dtype) -> None:
     """One value for each element of a parameter, in memory like it."""
     if tensor is None or tensor.shape != parameter.shape or tensor.dtype != dtype or tensor.device != parameter.device:
-        got = "None" if tensor is None else f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"
+        got = "None" if tensor is None else _described(tensor)
         raise ValueError(
             f"{name} is {got}; expected {dtype} of shape {tuple(parameter.shape)} on {parameter.device}, one value for "
             "each element of its parameter"
@@ -299,6 +302,5 @@ def _check_like(name: str, tensor: Tensor | None, parameter: Tensor) -> None:
         raise ValueError(f"{name} is sparse ({tensor.layout}); expected a dense tensor")
     if tensor.shape != parameter.shape or tensor.dtype != parameter.dtype or tensor.device != parameter.device:
         raise ValueError(
-            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}, but its parameter is "
-            f"{parameter.dtype} of shape {tuple(parameter.shape)} on {parameter.device}; they must agree"
+            f"{name} is {_described(tensor)}, but its parameter is {_described(parameter)}; they must agree"
         )

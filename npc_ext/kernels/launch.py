@@ -7,7 +7,7 @@ what the kernels themselves assume: device, dtype and memory layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -157,7 +157,7 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
     return torch.empty_like(parameter, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
 
 
-class Tables:
+class Prepared:
     """A network's parameters and layers as the kernels take them: sizes, layouts and options, read once.
 
     They stay valid while the parameters keep their memory, shape, dtype and order. Two launches at the same time, from
@@ -180,21 +180,9 @@ class Tables:
         *groups: NamedTuple,
         counted_at: Sequence[int] | None = None,
     ) -> None:
-        count = len(parameters)
-        columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
-        columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
-        for group in groups:
-            columns |= group._asdict()
+        columns = _columns_of(parameters, neurons, groups)
         rates, momentum = columns["lr"], columns["momentum"]
-        columns["lr"] = list(map(_rate_in_table, rates))
-        columns["neurons"] = neurons or [0] * len(columns["alpha"])
-        columns["sigma"] = [sigma == "erf" for sigma in columns["sigma"]]
-        columns["first_neuron"] = columns["first_neuron"] or [0] * count
-        columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
-        columns["size"] = list(map(Tensor.numel, parameters))
-        places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
-        geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
-        columns |= {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
+        columns["lr"] = list(map(_rate_in_column, rates))
         self.neurons = columns["neurons"]
         # A rate in device memory is read there, so that a CUDA graph's replays see it change.
         self.lr_tensors = [rate for rate in rates if isinstance(rate, Tensor)]  # held while their addresses are
@@ -213,7 +201,7 @@ class Tables:
 
     def take_rates(self, lr: Sequence[float | Tensor]) -> None:
         """Takes over other learning rates. Those in device memory stay the same tensors."""
-        self.network.set_rates(list(map(_rate_in_table, lr)))
+        self.network.set_rates(list(map(_rate_in_column, lr)))
 
     def addresses(
         self, name: str, tensors: Sequence[Tensor | None], check: Callable[..., None], *expected: Any
@@ -241,6 +229,23 @@ class Tables:
             self._counters = [start + nonfinite_steps.element_size() * at for at in places]
             self._counters_of = start
         return self._counters
+
+
+def _columns_of(parameters: Sequence[Tensor], neurons: Sequence[int], groups: Iterable[NamedTuple]) -> dict[str, Any]:
+    """The columns of numbers, by name, from the arguments of `Prepared`."""
+    count = len(parameters)
+    columns: dict[str, Any] = {**NO_LAYERS._asdict(), **Placement.of_layers([-1] * count)._asdict()}
+    columns |= {"momentum": [0.0] * count, "nesterov": [False] * count}
+    for group in groups:
+        columns |= group._asdict()
+    columns["neurons"] = neurons or [0] * len(columns["alpha"])
+    columns["sigma"] = [sigma == "erf" for sigma in columns["sigma"]]
+    columns["first_neuron"] = columns["first_neuron"] or [0] * count
+    columns["dtype"] = [DTYPES[parameter.dtype] for parameter in parameters]
+    columns["size"] = list(map(Tensor.numel, parameters))
+    places = zip(parameters, columns["neuron_dim"], columns["groups"], strict=True)
+    geometries = [geometry(p.shape, p.stride(), dim, groups) for p, dim, groups in places]
+    return columns | {name: [sizes[at] for sizes in geometries] for at, name in enumerate(("outer", "middle", "run"))}
 
 
 def _check_like_parameter(
@@ -275,7 +280,7 @@ def _check_count(name: str, index: int, tensor: Tensor, device: torch.device) ->
         raise ValueError(f"{name}[{index}] is {_described(tensor)}; expected one float32 on {device}")
 
 
-def _rate_in_table(lr: float | Tensor) -> float:
+def _rate_in_column(lr: float | Tensor) -> float:
     return 0.0 if isinstance(lr, Tensor) else lr
 
 
@@ -284,7 +289,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def _of_gradients(
-    tables: Tables,
+    prepared: Prepared,
     parameters: Sequence[Tensor],
     gradients: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor | None],
@@ -292,10 +297,10 @@ def _of_gradients(
 ) -> tuple[Any, ...]:
     """The arguments that updates begin with."""
     momentum: list[int] = []
-    if tables.any_momentum:
-        buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, tables.has_momentum, strict=True)]
-        momentum = tables.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
-    return tables.network, [gradient.data_ptr() for gradient in gradients], momentum, *map(_address, flags)
+    if prepared.any_momentum:
+        buffers = [buffer if has else None for buffer, has in zip(momentum_buffers, prepared.has_momentum, strict=True)]
+        momentum = prepared.addresses("momentum_buffers", buffers, _check_like_parameter, parameters, _same)
+    return prepared.network, [gradient.data_ptr() for gradient in gradients], momentum, *map(_address, flags)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -310,18 +315,18 @@ def _float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32
 
 
-def _of_layers(tables: Tables, layers: Layers) -> tuple[list[int], list[int]]:
+def _of_layers(prepared: Prepared, layers: Layers) -> tuple[list[int], list[int]]:
     """The arguments about layers of updates that have a rate for every neuron."""
     averages, counts = layers.importances, layers.nonfinite_steps
-    addresses = tables.addresses("importances", averages, _check_of_layer, tables.neurons, counts.device)
-    return addresses, tables.counters(counts)
+    addresses = prepared.addresses("importances", averages, _check_of_layer, prepared.neurons, counts.device)
+    return addresses, prepared.counters(counts)
 
 
-def _of_measured(tables: Tables, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
+def _of_measured(prepared: Prepared, measured: Sequence[Tensor | None], device: torch.device) -> list[int]:
     # Autograd accepts gradients of a sink only in its dtype and shape, and on its device.
     for index, sums in enumerate(measured):
         if sums is not None and not sums.is_contiguous():
-            _check_of_layer("measured", index, sums, tables.neurons, device)
+            _check_of_layer("measured", index, sums, prepared.neurons, device)
     return [0 if sums is None else sums.data_ptr() for sums in measured]
 
 
@@ -339,11 +344,11 @@ def _flags(scaler: Scaler, device: torch.device) -> list[Tensor | None]:
 
 
 def _raise_versions(
-    tables: Tables, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None], *others: Tensor
+    prepared: Prepared, parameters: Sequence[Tensor], momentum_buffers: Sequence[Tensor | None], *others: Tensor
 ) -> None:
     written = [*parameters, *others]
-    if tables.any_momentum:
-        pairs = zip(momentum_buffers, tables.has_momentum, strict=True)
+    if prepared.any_momentum:
+        pairs = zip(momentum_buffers, prepared.has_momentum, strict=True)
         written += [buffer for buffer, has in pairs if has and buffer is not None]
     torch.autograd.graph.increment_version(written)
 
@@ -353,7 +358,7 @@ def _there(tensors: Sequence[Tensor | None]) -> Sequence[Tensor]:
 
 
 def update_(
-    tables: Tables,
+    prepared: Prepared,
     network: Network,
     layers: Layers,
     measured: Sequence[Tensor | None],
@@ -369,14 +374,14 @@ def update_(
     _launch(
         "update",
         device,
-        *_of_gradients(tables, *network, flags),
-        *_of_layers(tables, layers),
-        _of_measured(tables, measured, device),
-        tables.addresses("steps", steps.steps, _check_count, device),
+        *_of_gradients(prepared, *network, flags),
+        *_of_layers(prepared, layers),
+        _of_measured(prepared, measured, device),
+        prepared.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
     )
     _raise_versions(
-        tables,
+        prepared,
         network.parameters,
         network.momentum_buffers,
         *layers.importances,
@@ -386,7 +391,7 @@ def update_(
 
 
 def adam_update_(
-    tables: Tables,
+    prepared: Prepared,
     network: AdamNetwork,
     layers: Layers,
     measured: Sequence[Tensor | None],
@@ -402,19 +407,19 @@ def adam_update_(
     _launch(
         "adam_update",
         device,
-        *_of_gradients(tables, network.parameters, network.gradients, (), flags),
-        *_of_layers(tables, layers),
-        _of_measured(tables, measured, device),
-        tables.addresses("steps", steps.steps, _check_count, device),
+        *_of_gradients(prepared, network.parameters, network.gradients, (), flags),
+        *_of_layers(prepared, layers),
+        _of_measured(prepared, measured, device),
+        prepared.addresses("steps", steps.steps, _check_count, device),
         steps.seeds,
-        tables.addresses("first_moments", network.first_moments, *like),
-        tables.addresses("second_moments", network.second_moments, *like),
+        prepared.addresses("first_moments", network.first_moments, *like),
+        prepared.addresses("second_moments", network.second_moments, *like),
     )
     written = [*network.first_moments, *network.second_moments, *layers.importances, layers.nonfinite_steps]
-    _raise_versions(tables, network.parameters, (), *written, *_there(steps.steps))
+    _raise_versions(prepared, network.parameters, (), *written, *_there(steps.steps))
 
 
-def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler: Scaler = NO_SCALER) -> None:
+def anchored_update_(prepared: Prepared, network: Network, anchors: Anchors, scaler: Scaler = NO_SCALER) -> None:
     """Launches the weight update with anchors and path integrals; see `npc_ext.reference.anchored_update_`.
 
     Gradients, stiffness, anchors and paths lie in memory like their parameters.
@@ -426,16 +431,16 @@ def anchored_update_(tables: Tables, network: Network, anchors: Anchors, scaler:
     _launch(
         "anchored_update",
         device,
-        *_of_gradients(tables, *network, flags),
-        tables.addresses("stiffness", anchors.stiffness, *like),
-        tables.addresses("anchors", anchors.anchors, *like),
-        tables.addresses("paths", anchors.paths, *like),
+        *_of_gradients(prepared, *network, flags),
+        prepared.addresses("stiffness", anchors.stiffness, *like),
+        prepared.addresses("anchors", anchors.anchors, *like),
+        prepared.addresses("paths", anchors.paths, *like),
     )
-    _raise_versions(tables, network.parameters, network.momentum_buffers, *_there(anchors.paths))
+    _raise_versions(prepared, network.parameters, network.momentum_buffers, *_there(anchors.paths))
 
 
 def connection_update_(
-    tables: Tables,
+    prepared: Prepared,
     network: Network,
     connections: Connections,
     scaler: Scaler = NO_SCALER,
@@ -449,12 +454,12 @@ def connection_update_(
     _launch(
         "connection_update",
         device,
-        *_of_gradients(tables, *network, flags),
-        tables.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
-        tables.counters(connections.nonfinite_steps),
+        *_of_gradients(prepared, *network, flags),
+        prepared.addresses("importances", connections.importances, _check_like_parameter, network.parameters, _float32),
+        prepared.counters(connections.nonfinite_steps),
     )
     _raise_versions(
-        tables,
+        prepared,
         network.parameters,
         network.momentum_buffers,
         *_there(connections.importances),
@@ -463,7 +468,7 @@ def connection_update_(
 
 
 def network_step_(
-    tables: Tables, activations: Activations, network: Network, layers: Layers, scaler: Scaler = NO_SCALER
+    prepared: Prepared, activations: Activations, network: Network, layers: Layers, scaler: Scaler = NO_SCALER
 ) -> None:
     """Launches eqs. 2, 3, 4 and 7 and the weight update at once; see `npc_ext.reference.network_step_`."""
     device = layers.nonfinite_steps.device
@@ -484,8 +489,8 @@ def network_step_(
     _launch(
         "network_step",
         device,
-        *_of_gradients(tables, *network, flags),
-        *_of_layers(tables, layers),
+        *_of_gradients(prepared, *network, flags),
+        *_of_layers(prepared, layers),
         inputs,
     )
-    _raise_versions(tables, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)
+    _raise_versions(prepared, network.parameters, network.momentum_buffers, *layers.importances, layers.nonfinite_steps)

@@ -31,8 +31,8 @@ class NativeUnavailableError(RuntimeError):
 class Native:
     """The outcome of loading: a module and where it is from, or the reason why there is none."""
 
-    module: ModuleType | None
-    origin: str
+    module: ModuleType | None = None
+    origin: str = "none"
     reason: str = ""
     why_not_prebuilt: str = ""  # why the module built ahead of time is not used
 
@@ -48,7 +48,7 @@ def status() -> Native:
         module = _just_in_time(why_not)
         return Native(module, f"built just in time: {module.__file__}", why_not_prebuilt=why_not)
     except Exception as error:
-        return Native(None, "none", "; ".join(filter(None, [why_not, _sentence(error)])), why_not)
+        return Native(reason="; ".join(filter(None, [why_not, _sentence(error)])), why_not_prebuilt=why_not)
 
 
 def _sentence(error: Exception) -> str:
@@ -131,14 +131,14 @@ def status_on(device: int) -> Native:
     """
     with _first_use:
         if reason := why_no_cuda():
-            return Native(None, "none", reason)
+            return Native(reason=reason)
         try:
             reason, needs_other_code = module().cuda.why_not_on(device)
             if not reason:
                 return status()
-            return _built_for_gpus(device, reason) if needs_other_code else Native(None, "none", reason)
+            return _built_for_gpus(device, reason) if needs_other_code else Native(reason=reason)
         except Exception as error:
-            return Native(None, "none", _sentence(error))
+            return Native(reason=_sentence(error))
 
 
 def _built_for_gpus(device: int, reason: str) -> Native:
@@ -146,22 +146,20 @@ def _built_for_gpus(device: int, reason: str) -> Native:
     try:
         if compilers.nvcc() is None:
             return Native(
-                None,
-                "none",
-                f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc 12.1 or "
-                "newer), and the kernels are compiled at their next use",
+                reason=f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc "
+                "12.1 or newer), and the kernels are compiled at their next use"
             )
         path = just_in_time.build_cached()
         if path != Path(str(module().__file__)):
             built = _import_once(path)
             if not hasattr(built, "cuda"):
-                return Native(None, "none", f"{reason}, and {_compiled_without_cuda(built)}")
+                return Native(reason=f"{reason}, and {_compiled_without_cuda(built)}")
             reason, _ = built.cuda.why_not_on(device)
             if not reason:
                 return Native(built, f"built just in time: {path}")
-        return Native(None, "none", f"{reason}; unset NPC_EXT_ARCHS, or add this GPU to it")
+        return Native(reason=f"{reason}; unset NPC_EXT_ARCHS, or add this GPU to it")
     except Exception as error:
-        return Native(None, "none", f"{reason}, and compiling it for this GPU failed: {_sentence(error)}")
+        return Native(reason=f"{reason}, and compiling it for this GPU failed: {_sentence(error)}")
 
 
 @cache

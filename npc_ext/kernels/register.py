@@ -7,7 +7,7 @@ and an empty tensor where a list has None.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Parameter, signature
 from itertools import islice
@@ -134,16 +134,15 @@ class Operation:
 
     def _grouped(self, flat: Sequence[Any]) -> dict[str, Any]:
         """The function's arguments from the schema's. PyTorch leaves out values at the end that are defaults."""
-        return dict(zip(self._groups, self._each_group(flat), strict=True))
-
-    def _each_group(self, flat: Sequence[Any]) -> Iterator[Any]:
         values = [*flat, *(field.default for field in self._fields[len(flat) :])]
         for at, field in enumerate(self._fields):
             if field.has_none:
                 values[at] = [tensor if tensor.numel() else None for tensor in values[at]]
         rest = iter(values)
-        for group in self._groups.values():
-            yield next(rest) if group is None else group(*islice(rest, len(group._fields)))
+        return {
+            name: next(rest) if group is None else group(*islice(rest, len(group._fields)))
+            for name, group in self._groups.items()
+        }
 
 
 def _without_none(tensors: Sequence[Tensor | None]) -> list[Tensor]:

@@ -377,27 +377,27 @@ class ModelOptimizer(ImportanceHolder):
         rates = (group["lr"] for group in groups)
         return [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in rates]
 
-    def _tables(
+    def _prepared(
         self,
         device: torch.device,
         parameters: Sequence[Tensor],
         columns: Sequence[NamedTuple],
         importances: Sequence[Tensor] = (),
         counted_at: Sequence[int] | None = None,
-    ) -> launch.Tables | None:
-        """Tables for the compiled kernels; None where these do not take the tensors.
+    ) -> launch.Prepared | None:
+        """What the compiled kernels work on; None where these do not take the tensors.
 
         Args:
             device: where the parameters are.
             parameters: those that steps work on.
             columns: of these, and of layers.
             importances: of the neurons of each layer.
-            counted_at: as in `launch.Tables`.
+            counted_at: as in `launch.Prepared`.
         """
         if self._backend == "reference" or not ops.native_takes([*parameters, *importances]):
             return None
         neurons = [average.numel() for average in importances]
-        return launch.Tables(device, parameters, neurons, *columns, counted_at=counted_at)
+        return launch.Prepared(device, parameters, neurons, *columns, counted_at=counted_at)
 
     def _operations(self) -> Any:
         """The module whose operations do the work where the compiled kernels do not take the tensors."""

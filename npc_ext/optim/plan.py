@@ -31,7 +31,7 @@ class Plan:
     groups: list[dict[str, Any]]  # of each parameter
     rates: list[float | Tensor]  # the learning rate of each parameter, one of the options
     columns: tuple[NamedTuple, ...]  # arguments of the operation that stay the same from step to step
-    tables: launch.Tables | None  # for the compiled kernels; None where plain PyTorch does the work
+    prepared: launch.Prepared | None  # for the compiled kernels; None where plain PyTorch does the work
 
     def gradients(self) -> list[Any]:
         """The gradients, in memory like their parameters."""
@@ -43,8 +43,8 @@ class Plan:
     def take_rates(self, rates: list[float | Tensor]) -> None:
         """Takes over other learning rates: all that a schedule changes from step to step."""
         self.rates[:] = rates
-        if self.tables is not None:
-            self.tables.take_rates(rates)
+        if self.prepared is not None:
+            self.prepared.take_rates(rates)
 
     def is_current(self) -> bool:
         """Whether the states still hold the tensors that were checked when the plan was made."""
@@ -103,8 +103,8 @@ class PlasticPlan(LayersPlan):
         measured: Sequence[Tensor | None],
     ) -> None:
         """Takes a step with a kernel in `launch`, or where there is none with the operation of the same name."""
-        if self.tables is not None:
-            kernel(self.tables, network, self.kept, measured, self.steps)
+        if self.prepared is not None:
+            kernel(self.prepared, network, self.kept, measured, self.steps)
             return
         operation = getattr(operations(), kernel.__name__)
         with self.counters() as counts:

@@ -370,7 +370,7 @@ class Plastic(PlasticityControl, Joinable):
         return PlasticPlan(
             **common,
             columns=columns,
-            tables=self._tables(common["device"], common["parameters"], columns, importances, layers),
+            prepared=self._prepared(common["device"], common["parameters"], columns, importances, layers),
             layers=layers,
             layer_states=layer_states,
             kept=Layers(importances, counters),

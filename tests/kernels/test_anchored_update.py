@@ -114,12 +114,12 @@ def test_a_rate_in_memory_scales_the_pull_as_well(implicit: bool, device: str) -
     inputs = {name: usual[name] for name in ("parameters", "gradients", "momentum_buffers", "stiffness", "anchors")}
     read = {name: [tensor.clone() for tensor in tensors] for name, tensors in inputs.items()}
     options = columns_of(SGDOptions, [{name: usual[name][0] for name in SGDOptions._fields}], lr=[rate])
-    tables = launch.Tables(
+    prepared = launch.Prepared(
         torch.device(device), read["parameters"], [], options, AnchorOptions(usual["strength"], usual["implicit"])
     )
     rate.fill_(0.5)
     network = Network(read["parameters"], read["gradients"], read["momentum_buffers"])
-    launch.anchored_update_(tables, network, Anchors(read["stiffness"], read["anchors"], [None]))
+    launch.anchored_update_(prepared, network, Anchors(read["stiffness"], read["anchors"], [None]))
     call(ops.anchored_update_, usual)
     assert torch.equal(read["parameters"][0], usual["parameters"][0])
 
