@@ -83,7 +83,7 @@ def check_capacity(
     """
     if not hasattr(optimizer, "plasticity") or not hasattr(optimizer, "constants"):
         raise TypeError(
-            f"the optimizer is a {type(optimizer).__name__}, which freezes no neurons; expected NPC, NPCAdamW or "
+            f"the optimizer is of type {type(optimizer).__name__}, which freezes no neurons; expected NPC, NPCAdamW or "
             "PlasticityWrapper"
         )
     layers, learning = optimizer.plasticity(), learning or {}

@@ -123,5 +123,5 @@ def test_capacity_of_what_freezes_nothing_is_refused() -> None:
     model = nn.Linear(3, 2)
     for optimizer in (torch.optim.SGD(model.parameters()), CPC(model)):
         name = type(optimizer).__name__
-        with pytest.raises(TypeError, match=f"the optimizer is a {name}, which freezes no neurons; expected NPC"):
+        with pytest.raises(TypeError, match=f"the optimizer is of type {name}, which freezes no neurons; expected NPC"):
             check_capacity(optimizer)

@@ -54,9 +54,9 @@ class CalledWithSamples(nn.Module):
     def __init__(self, model: nn.Module, call: Callable[[nn.Module, Any], Any] | None) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}; expected a torch.nn.Module")
+            raise TypeError(f"model is of type {type(model).__name__}; expected a torch.nn.Module")
         if call is not None and not callable(call):
-            raise TypeError(f"forward is a {type(call).__name__}; expected a function of a model and a batch")
+            raise TypeError(f"forward is of type {type(call).__name__}; expected a function of a model and a batch")
         self.model, self.call = model, call
         self._together: Together | None = None
 

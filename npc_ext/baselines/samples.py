@@ -60,7 +60,7 @@ class Sampling:
             )
         if isinstance(batches, Dataset) and not isinstance(batches, IterableDataset):
             raise TypeError(
-                f"batches is a {type(batches).__name__}, which gives single samples; expected batches: "
+                f"batches is of type {type(batches).__name__}, which yields single samples; expected batches: "
                 "torch.utils.data.DataLoader(dataset, batch_size=64)"
             )
         if outputs is not None and not callable(outputs):
@@ -283,7 +283,9 @@ def _trained_parameters(model: nn.Module, parameters: Iterable[Tensor] | None) -
     trained: dict[str, Tensor] = {}
     for index, parameter in enumerate(model.parameters() if parameters is None else parameters):
         if not isinstance(parameter, Tensor):
-            raise TypeError(f"parameters[{index}] is a {type(parameter).__name__}; expected a parameter of the model")
+            raise TypeError(
+                f"parameters[{index}] is of type {type(parameter).__name__}; expected a parameter of the model"
+            )
         if id(parameter) not in names:
             raise ValueError(
                 f"parameters[{index}], of shape {tuple(parameter.shape)}, is no parameter of the model "

@@ -294,9 +294,9 @@ class ModelOptimizer(ImportanceHolder):
         for prefix, tensor in (("", parameter), ("the gradient of ", gradient)):
             if has_no_memory(local(tensor)):
                 raise ValueError(
-                    f"{prefix}{self._name_of(parameter)} is a {type(local(tensor)).__name__}, a tensor subclass that "
-                    "stores its values in other tensors; expected a plain tensor: call requires_grad_(False) on it, "
-                    "or leave it out of the optimizer (params=[...])"
+                    f"{prefix}{self._name_of(parameter)} is of type {type(local(tensor)).__name__}, a tensor subclass "
+                    "that stores its values in other tensors; expected a plain tensor: call requires_grad_(False) on "
+                    "it, or leave it out of the optimizer (params=[...])"
                 )
         is_sparse = local(gradient).layout is not torch.strided
         if is_sparse or gradient.dtype != parameter.dtype or gradient.device != parameter.device:

@@ -214,7 +214,7 @@ class ImportanceHolder(torch.optim.Optimizer):
             inner = getattr(inner, "_tracker", None) or getattr(inner, "optimizer", None)
         if inner is None or inner._KIND != self._KIND:
             raise TypeError(
-                f"earlier is a {type(earlier).__name__}; expected an optimizer with {self._KIND}, like "
+                f"earlier is of type {type(earlier).__name__}; expected an optimizer with {self._KIND}, like "
                 f"{self._called()}, its state_dict(), or None"
             )
         return inner

@@ -347,12 +347,13 @@ def _check_wrappable(optimizer: Any, model: Any) -> None:
     """Raises TypeError for arguments of the wrong kind, and for optimizers that cannot be wrapped."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(
-            f"optimizer is a {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
+            f"optimizer is of type {type(optimizer).__name__}; expected a torch.optim.Optimizer, as in "
             "PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)"
         )
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"model is a {type(model).__name__}; expected the model itself, as in PlasticityWrapper(optimizer, model)"
+            f"model is of type {type(model).__name__}; expected the model itself, as in "
+            "PlasticityWrapper(optimizer, model)"
         )
     for kind, why_not in _WHY_NOT.items():
         if isinstance(optimizer, kind):

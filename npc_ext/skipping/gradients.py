@@ -98,7 +98,7 @@ def operation_of(module: Any) -> Operation | str:
     if type(module) is nn.Linear:
         return Linear()
     if type(module) not in (*CONVOLUTIONS, *TRANSPOSED):
-        return f"it is a {type(module).__name__}, not a plain Linear or convolution"
+        return f"it is of type {type(module).__name__}, not a plain Linear or convolution"
     padding = module.padding
     if module.padding_mode != "zeros" or padding == "valid":
         padding = (0,) * len(module.kernel_size)

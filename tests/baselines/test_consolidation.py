@@ -497,7 +497,7 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case([], ValueError, "batches has no samples"),
         case(X, TypeError, r"batches is a tensor; .* write \[inputs\]"),
         case((X, Y), TypeError, r"batches is a tuple of tensors; .* write \[\(x, y\)\]"),
-        case(TensorDataset(X, Y), TypeError, r"batches is a TensorDataset, .*DataLoader\(dataset"),
+        case(TensorDataset(X, Y), TypeError, r"batches is of type TensorDataset, .*DataLoader\(dataset"),
         case([{"x": X}], TypeError, "a batch is a dict; expected inputs"),
         case([X], TypeError, "outputs is .*; expected a function that picks outputs", outputs=[2, 3]),
         case([{"x": X, "y": Y}], TypeError, r"Say how to call the model with it: forward=lambda model, batch: model\(\*\*"),
@@ -505,7 +505,7 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case([((X, X), Y)], TypeError, r"is called with the 2 inputs of a batch \(too many positional.*forward=lambda"),
         case([{"x": 1}], TypeError, "a batch is a dict, in which there are no tensors", forward=lambda model, batch: 0),
         case([{"x": X, "y": Y[:2]}], ValueError, r"of shapes \(4, 5\), \(2,\); expected", forward=lambda model, batch: 0),
-        case([X], TypeError, "forward is a int; expected a function", forward=1),
+        case([X], TypeError, "forward is of type int; expected a function", forward=1),
         case([X], ValueError, "nothing says where a batch has its targets", forward=lambda model, x: model(x), labels="data"),
         case([(X, X, Y)], TypeError, r"a batch is a tuple of 3 \(Tensor, Tensor, Tensor\); expected"),
         case([((X, 1), Y)], TypeError, r"a batch is a tuple of 2 \(tuple, Tensor\)"),
@@ -519,7 +519,7 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case([X], ValueError, r"\(1, 1\): the softmax of fewer than two classes", outputs=lambda y: y[:, :1]),
         case([X], TypeError, "outputs returned a tuple; expected a floating-point tensor", outputs=lambda y: (y,)),
         case([X], TypeError, "outputs returned a tensor of torch.int64", outputs=lambda y: y.argmax(1)),
-        case([X], TypeError, r"parameters\[0\] is a str", parameters=["weight"]),
+        case([X], TypeError, r"parameters\[0\] is of type str", parameters=["weight"]),
         case([X], ValueError, r"parameters\[0\], of shape \(2,\), is no parameter of the model", parameters=[torch.ones(2)]),
         case([X], TypeError, "parameters is a tensor", parameters=torch.ones(2)),
         case([X], ValueError, "no parameter requires a gradient", parameters=[]),
@@ -535,7 +535,7 @@ def test_wrong_arguments_raise_an_error_that_explains(
 
 
 def test_models_that_cannot_be_measured_raise_an_error_that_explains() -> None:
-    with pytest.raises(TypeError, match="model is a function; expected"):
+    with pytest.raises(TypeError, match="model is of type function; expected"):
         output_sensitivity(lambda x: x, [X])
     with pytest.raises(ValueError, match=r"'0\.weight' is not initialized yet"):
         output_sensitivity(nn.Sequential(nn.LazyLinear(3)), [X])

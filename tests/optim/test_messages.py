@@ -76,7 +76,7 @@ def test_tensors_that_keep_their_numbers_in_others_are_refused_where_they_are_tr
     model[0].weight = nn.Parameter(two_tensor.TwoTensor(torch.randn(8, 6), torch.randn(8, 6)))
     optimizer = make(model, lr=0.1)
     model(torch.randn(4, 6)).square().sum().backward()
-    with refused(model[2], optimizer, ValueError, r"'0.weight' is a TwoTensor, .* expected a plain tensor"):
+    with refused(model[2], optimizer, ValueError, r"'0.weight' is of type TwoTensor, .* expected a plain tensor"):
         optimizer.step()
 
 

@@ -451,7 +451,7 @@ def test_transposed_linear_layers_train_as_linear_ones_and_frozen_columns_stay(m
     for layer in optimizer.neurons:
         assert same(half(layer), columns[layer.name])
         if layer.name in ("0", "2") and not isinstance(optimizer, PlasticityWrapper):
-            assert "it is a Conv1D" in layer.note
+            assert "it is of type Conv1D" in layer.note
 
 
 def half(layer: Any) -> list[Tensor]:

@@ -381,8 +381,8 @@ def test_importance_that_does_not_fit_is_refused_by_name_and_changes_nothing() -
     for optimizer, given, error, message in (
         (smaller, earlier, ValueError, r"layer '4' had importance of shape \(4,\).* shape \(3,\)"),
         (NPC(nn.ModuleDict({"head": nn.Linear(2, 2)})), earlier, ValueError, "'0', '2', '4', but here are 'head'"),
-        (EWC(model), earlier, TypeError, "earlier is a NPC"),
-        (NPC(network()), torch.optim.SGD(model.parameters()), TypeError, "earlier is a SGD"),
+        (EWC(model), earlier, TypeError, "earlier is of type NPC"),
+        (NPC(network()), torch.optim.SGD(model.parameters()), TypeError, "earlier is of type SGD"),
         (NPC(network()), NPC(nn.Linear(2, 2)).state_dict(), ValueError, "2 parameters, this optimizer 6"),
     ):
         with pytest.raises(error, match=message):

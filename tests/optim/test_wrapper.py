@@ -346,7 +346,7 @@ def test_what_cannot_be_wrapped_is_refused() -> None:
         (NPCAdamW(model), model, "NPCAdamW cannot be wrapped: it gives each neuron"),
         (PlasticityWrapper(sgd, model), model, "is wrapped already"),
         (model, sgd, r"expected a torch\.optim\.Optimizer"),
-        (sgd, model.parameters(), "model is a generator; expected the model itself, as in PlasticityWrapper"),
+        (sgd, model.parameters(), "model is of type generator; expected the model itself, as in PlasticityWrapper"),
     ):
         with pytest.raises(TypeError, match=message):
             PlasticityWrapper(optimizer, wrapped)

@@ -806,7 +806,7 @@ def test_layers_whose_gradients_are_always_computed_say_so() -> None:
     text = str(optimizer.neurons)
     for reason in (
         "its weight is shared",
-        "it is a OwnLinear",
+        "it is of type OwnLinear",
         "not trained by this optimizer",
         "its padding is uneven",
     ):
