@@ -105,9 +105,9 @@ class Steps:
         self.optimizers: dict[str, list[Any]] = {}
         for name, make in makers.items():
             models = self._models[name] = [copy.deepcopy(model) for _ in range(sets)]
-            self.optimizers[name] = [make(one) for one in models]
-            for one in models:
-                for parameter in one.parameters():
+            self.optimizers[name] = [make(network) for network in models]
+            for network in models:
+                for parameter in network.parameters():
                     parameter.grad = torch.ones_like(parameter)
         self.moved = {}
         for name, step in self.measured_peers().items():
@@ -116,7 +116,7 @@ class Steps:
 
     def _measuring(self) -> Iterator[Any]:
         for optimizers in self.optimizers.values():
-            yield from (one for one in optimizers if hasattr(one, "neurons"))
+            yield from (optimizer for optimizer in optimizers if hasattr(optimizer, "neurons"))
 
     def _measure(self, optimizer: Any) -> None:
         for layer in optimizer.neurons:

@@ -62,7 +62,7 @@ def _measures(old: Row, new: Row) -> tuple[list[_Quartiles], str] | None:
 
 
 def _shown(measure: _Quartiles, unit: str) -> str:
-    low, median, high = (f"{one:.2f}" if unit else duration(one) for one in measure)
+    low, median, high = (f"{value:.2f}" if unit else duration(value) for value in measure)
     return f"{median} ({low} to {high}){unit}"
 
 

@@ -101,9 +101,9 @@ def main() -> int:
                         measured.append(timed(layer, x, Rows(rows, neurons, x.device)))
                         file.write(json.dumps({"network": name, "share": share, **measured[-1]}) + "\n")
                         file.flush()
-                best = sum(one["seconds"] * min(1, one["in part"]) for one in measured)
-                rule = sum(one["seconds"] * (one["in part"] if one["rule"] else 1) for one in measured)
-                full = sum(one["seconds"] for one in measured)
+                best = sum(times["seconds"] * min(1, times["in part"]) for times in measured)
+                rule = sum(times["seconds"] * (times["in part"] if times["rule"] else 1) for times in measured)
+                full = sum(times["seconds"] for times in measured)
                 table.append([name, f"{share:.0%}", f"{rule / best:.3f}", f"{full / best:.3f}"])
                 print(*table[-1], sep="; ", flush=True)
     header = ["network", "share certified", "rule, of the best choice's time", "all rows, of the best choice's time"]

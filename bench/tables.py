@@ -97,14 +97,14 @@ def cell(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, (list, tuple)):
-        if len(value) == 3 and all(isinstance(one, float) for one in value):
+        if len(value) == 3 and all(isinstance(number, float) for number in value):
             low, median, high = value
             return f"{median:.2f} ({low:.2f} to {high:.2f})"
         return ", ".join(map(cell, value))
     if isinstance(value, dict):
-        if all(one is None for one in value.values()):
+        if all(number is None for number in value.values()):
             return NOT_MEASURED
-        return ", ".join(f"{cell(one)} {name}" for name, one in value.items())
+        return ", ".join(f"{cell(number)} {name}" for name, number in value.items())
     return str(value).replace("|", "/").replace("\n", " ")
 
 
@@ -132,7 +132,7 @@ def of_part(results: Results, part: str) -> str:
     """A part's table, how the part ended (unless it is complete), and the commands that measured it."""
     rows = results.of_part(part)
     ended = results.parts.get(part, {})
-    told = [f"{one}: {ended[one]}" for one in _TOLD if one in ended]
+    told = [f"{name}: {ended[name]}" for name in _TOLD if name in ended]
     state = ended.get("state", "complete")
     texts = [of_rows(rows)]
     if told or not rows or state != "complete":

@@ -92,7 +92,7 @@ def main() -> None:
     plain, _ = train(lambda model: torch.optim.SGD(model.parameters(), lr=0.1), [], epochs)
     ours, strategy = train(npc, [PlasticityPlugin()], epochs)
     for name, accuracies in (("SGD", plain), ("NPC", ours)):
-        each = ", ".join(f"{one:.1%}" for one in accuracies)
+        each = ", ".join(f"{accuracy:.1%}" for accuracy in accuracies)
         print(f"{name}: accuracies of all tasks in the end: {each}; average {sum(accuracies) / len(accuracies):.1%}")
     print(strategy.optimizer.neurons)
 

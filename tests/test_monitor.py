@@ -57,8 +57,8 @@ def test_a_layer_is_warned_of_while_there_is_room_left(frozen: int) -> None:
         warnings.simplefilter("always")
         assert check_capacity(optimizer) == (["0"] if frozen == 12 else [])
         assert check_capacity(optimizer, full=0.95) == []
-    assert [one.category for one in caught] == ([CapacityWarning] if frozen == 12 else [])
-    assert all("layer '0': 60% of its neurons are frozen" in str(one.message) for one in caught)
+    assert [warning.category for warning in caught] == ([CapacityWarning] if frozen == 12 else [])
+    assert all("layer '0': 60% of its neurons are frozen" in str(warning.message) for warning in caught)
 
 
 def advice(optimizer: Any, **learning: list[int]) -> str:

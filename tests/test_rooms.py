@@ -60,7 +60,9 @@ def imported(module: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse((FOLDER / module).with_suffix(".py").read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ImportFrom) or not node.level:
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                )
                 assert not any(name.split(".")[0] == "npc_ext" for name in names), "imports within are relative"
             continue
         base = module.parent
@@ -68,8 +70,8 @@ def imported(module: Path) -> Iterator[Path]:
             base = base.parent
         for part in (node.module or "").split("."):
             base = base / part
-        for one in node.names:
-            path = base / one.name
+        for alias in node.names:
+            path = base / alias.name
             yield path if path in MODULES or (FOLDER / path).is_dir() else base
 
 

@@ -88,7 +88,7 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Mapping):
         return a.keys() == b.keys() and same(a.values(), [b[name] for name in a])
     tensors = (each.parameters() if isinstance(each, nn.Module) else each for each in (a, b))
-    return all(torch.equal(one, other) for one, other in zip(*tensors, strict=True))
+    return all(torch.equal(tensor, other) for tensor, other in zip(*tensors, strict=True))
 
 
 def close(got: nn.Module, want: nn.Module) -> bool:

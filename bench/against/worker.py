@@ -45,7 +45,7 @@ def main() -> None:
             return {"seconds": timer.seconds(timed[0], OURS, request["first"], request["calls"])}
         timed.clear()  # frees its memory
         timer.finish()
-        part, case = next((one for one in cases if one[0] != request["after"]), ("", None))
+        part, case = next((pair for pair in cases if pair[0] != request["after"]), ("", None))
         if isinstance(case, Case):
             timed.append(case)
         return _described(part, case, timer)

@@ -195,7 +195,7 @@ def _assign(assignment: str, protocol: Protocol, hyperparameters: dict[str, dict
 
 
 def _with_field(protocol: Protocol, name: str, value: Any) -> Protocol:
-    known = [one.name for one in fields(Protocol) if one.name not in ("datasets", "validation", "batches")]
+    known = [field.name for field in fields(Protocol) if field.name not in ("datasets", "validation", "batches")]
     if name not in known:
         raise ValueError(f"--set has {name!r}; the protocol has {', '.join(known)}, a method method.name")
     value = tuple(value) if isinstance(value, list) else value

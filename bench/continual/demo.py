@@ -133,13 +133,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     seconds = time.perf_counter() - started
     print(f"\nAccuracy after the last of five tasks on handwritten digits, {options.seeds} seeds, ± standard error:\n")
     print(table)
-    accuracy = {method: [one.accuracy for one in repeated] for method, repeated in runs.items()}
+    accuracy = {method: [run.accuracy for run in repeated] for method, repeated in runs.items()}
     drawn = {
         "average": figures.average(accuracy),
         "per-task": figures.per_task(accuracy, names),
         "plasticity": plot_plasticity(optimizer),
     }
-    numbers = {"tasks": names, "runs": {method: [asdict(one) for one in repeated] for method, repeated in runs.items()}}
+    numbers = {"tasks": names, "runs": {method: [asdict(run) for run in repeated] for method, repeated in runs.items()}}
     command = command_line("bench.continual.demo", arguments)
     results.write(options.out, command, seconds, table, drawn, numbers)
 

@@ -44,7 +44,7 @@ def write(store: Store, out: Path) -> str:
             records = [record for record in stored if (record.experiment, record.size) == (name, size)]
             missing += _missing(name, size, records)
             if any(record.finished for record in records):
-                parts += _section(name, experiment, size, [one for one in records if one.finished], out)
+                parts += _section(name, experiment, size, [record for record in records if record.finished], out)
     parts += _searches(SEARCH)
     parts += ["## Not run", "\n".join(f"* {line}" for line in missing) or "Nothing is missing."]
     text = "\n\n".join(parts) + "\n"
@@ -153,7 +153,7 @@ def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
     most = max((tuple(record.protocol["datasets"]) for record in records), key=len)
     batches = "whole" if any(record.protocol["batches"] == "whole" for record in records) else "cut"
     groups: dict[_Label, list[Record]] = {}
-    for record in sorted(records, key=lambda one: (list(METHODS).index(one.method), one.seed)):
+    for record in sorted(records, key=lambda r: (list(METHODS).index(r.method), r.seed)):
         precision = record.settings["precision"]
         method = record.method if precision == "float32" else f"{record.method} ({precision})"
         groups.setdefault(_Label(method, ", ".join(_changes_of(record, most, batches))), []).append(record)
@@ -250,8 +250,10 @@ def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
             _, batches = searched(repeated[0].method, repeated[0].experiment, repeated[0].size)
             if (repeated[0].protocol["batches"], batches) == ("whole", "cut"):
                 lines[label.method] += " (from a search in which the last batch of each epoch was smaller)"
-    processors = sorted({one["processor"] for records in groups.values() for r in records for one in r.environments})
-    devices = sorted({one["device"] for records in groups.values() for r in records for one in r.environments})
+    processors = sorted(
+        {where["processor"] for records in groups.values() for r in records for where in r.environments}
+    )
+    devices = sorted({where["device"] for records in groups.values() for r in records for where in r.environments})
     return "\n".join(
         [*(f"* {method}: {text}" for method, text in lines.items()), f"* on {', '.join(devices + processors)}"]
     )

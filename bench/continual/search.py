@@ -91,11 +91,11 @@ def search(
                 before = best
                 for coordinate in coordinates:
                     best = _along(coordinate, best, score, may_go_on)
-        finalists = sorted(tried.values(), key=lambda one: one.score, reverse=True)[:_FINALISTS]
-        for one in finalists:
-            if one.score != DIVERGED:
-                one.scores += [evaluate(run, one.settings) for run in runs[1:]]
-    chosen = max(finalists, key=lambda one: one.score)
+        finalists = sorted(tried.values(), key=lambda trial: trial.score, reverse=True)[:_FINALISTS]
+        for trial in finalists:
+            if trial.score != DIVERGED:
+                trial.scores += [evaluate(run, trial.settings) for run in runs[1:]]
+    chosen = max(finalists, key=lambda trial: trial.score)
     diverged = chosen.score == DIVERGED
     # Without a best configuration, runs use the method's defaults.
     _record(first, list(tried.values()), {} if diverged else chosen.settings, results)
@@ -149,11 +149,11 @@ def _record(run: Run, tried: list[_Tried], best: dict[str, Any], results: Path) 
             "protocol": asdict(run.protocol),
             "tried": [
                 {
-                    "settings": one.settings,
-                    "validation accuracy": None if one.score == DIVERGED else round(one.score, 5),
-                    "seeds": len(one.scores),
+                    "settings": trial.settings,
+                    "validation accuracy": None if trial.score == DIVERGED else round(trial.score, 5),
+                    "seeds": len(trial.scores),
                 }
-                for one in tried
+                for trial in tried
             ],
         }
         by_method = {**recorded.get("methods", {}), run.method: entry}

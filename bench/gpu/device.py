@@ -154,10 +154,10 @@ class Device:
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 function()
                 torch.cuda.synchronize()
-        of_device = [one.name for one in profiler.events() if one.device_type == torch.autograd.DeviceType.CUDA]
+        of_device = [event.name for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         if not of_device:
             raise RuntimeError("the profiler saw no kernel")
-        return dict(Counter(kernel[0] if (kernel := re.search(r"\w+_kernel", one)) else one for one in of_device))
+        return dict(Counter(kernel[0] if (kernel := re.search(r"\w+_kernel", name)) else name for name in of_device))
 
     def peak_bytes(self, function: Callable[[], object]) -> int | None:
         """Peak memory that torch allocates during a call, above what was allocated before; None in a dry run."""

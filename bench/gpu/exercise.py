@@ -104,7 +104,7 @@ def _twins(
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(network(x), y).backward()
                 optimizer.step()
-        for got, want, start in zip(*(one.parameters() for one in (*twins, before)), strict=True):
+        for got, want, start in zip(*(network.parameters() for network in (*twins, before)), strict=True):
             check(kind.__name__, got.double() - start, want.double() - start, 1e-2 if dtype == torch.float32 else 0.2)
 
     return train

@@ -322,7 +322,7 @@ def _training_steps(
     def case(graph: bool) -> Case:
         x, y = _batch(device, batch)
         steps = trainers(_tiny_cnn if device.dry else make, x, y, autocast)
-        facts = {} if graph else {"bytes beyond the model's": {n: device.peak_bytes(one) for n, one in steps.items()}}
+        facts = {} if graph else {"bytes beyond the model's": {n: device.peak_bytes(step) for n, step in steps.items()}}
         run = {name: device.capture(train) if graph else train for name, train in steps.items()}
         return Case(
             label + (", in a graph" if graph else ""),

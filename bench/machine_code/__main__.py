@@ -39,16 +39,16 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
     """The kernels of files (default: of the build) whose names match. Raises ValueError if there are none."""
     if cuobjdump() is None:
         raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
-    if absent := [str(one) for one in files if not one.exists()]:
+    if absent := [str(file) for file in files if not file.exists()]:
         raise ValueError(f"there is no {', '.join(absent)}")
-    if any(one.suffix == ".cu" for one in files) and compilers.nvcc() is None:
+    if any(file.suffix == ".cu" for file in files) and compilers.nvcc() is None:
         raise ValueError("there is no nvcc to compile with")
     if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
         raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
     if OBJECTS in files[0].parents and (why := _why_stale()):
         raise ValueError(f"the objects in {OBJECTS} are older than the sources ({why}); call make first")
     with tempfile.TemporaryDirectory() as folder:
-        objects = [compiled(one, arch, Path(folder)) if one.suffix == ".cu" else one for one in files]
+        objects = [compiled(file, arch, Path(folder)) if file.suffix == ".cu" else file for file in files]
         if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:
             return found
     raise ValueError(f"no such kernel with code for sm_{arch} in {', '.join(map(str, files))}")
@@ -81,7 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"flight, {kernel.spills} spills, {kernel.stack} bytes of stack, {kernel.instructions} instructions"
         )
         for loop in kernel.loops:
-            print(f"  {loop}", *(f"    narrow: 0x{one.address:04x} {one.text}" for one in loop.narrow[:8]), sep="\n")
+            print(
+                f"  {loop}",
+                *(f"    narrow: 0x{instruction.address:04x} {instruction.text}" for instruction in loop.narrow[:8]),
+                sep="\n",
+            )
 
 
 if __name__ == "__main__":

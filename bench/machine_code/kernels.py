@@ -71,7 +71,7 @@ def cuobjdump() -> Path | None:
     packaged = [Path(str(file.locate())) for file in files if file.name == "cuobjdump"]
     found = [Path(one)] if (one := shutil.which("cuobjdump")) else []
     of_nvcc = [compiler.resolve().parent / "cuobjdump"] if (compiler := compilers.nvcc()) else []
-    whole = (one for one in [*packaged, *found, *of_nvcc] if one.exists() and _has_nvdisasm(one))
+    whole = (tool for tool in [*packaged, *found, *of_nvcc] if tool.exists() and _has_nvdisasm(tool))
     return next(whole, None)
 
 
@@ -84,7 +84,7 @@ def compiled(source: Path, arch: str, folder: Path) -> Path:
     out = folder / f"{source.stem}.{arch}.cubin"
     flags = [flag for flag in build.nvcc_flags(()) if not flag.startswith("-Xptxas")]
     command = [compilers.nvcc(), "-DNPC_CUDA", "-O3", *flags, "-cubin", f"-arch=sm_{arch}", source, "-o", out]
-    done = subprocess.run([str(one) for one in command], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
     if done.returncode:
         raise ValueError(f"{source} does not compile:\n{done.stderr.strip()}")
     return out
@@ -115,7 +115,7 @@ def _kernels(file: Path, arch: str) -> list[Kernel]:
     for (mangled, *numbers), name in zip(usage, readable([name for name, *_ in usage]), strict=True):
         registers, stack, shared = map(int, numbers)
         instructions = list(parse(code[mangled]))
-        spills = sum(one.kind in ("LDL", "STL") for one in instructions)
+        spills = sum(instruction.kind in ("LDL", "STL") for instruction in instructions)
         loops = tuple(packed_loops(instructions))
         found.append(Kernel(name, arch, registers, stack, shared, spills, len(instructions), loops))
     return found

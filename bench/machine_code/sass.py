@@ -55,7 +55,7 @@ class Loop:
     narrow: tuple[Instruction, ...]
 
     def __str__(self) -> str:
-        counts = Counter(one.opcode for one in (*self.wide, *self.narrow))
+        counts = Counter(instruction.opcode for instruction in (*self.wide, *self.narrow))
         accesses = ", ".join(f"{count} {opcode}" for opcode, count in sorted(counts.items()))
         return f"0x{self.first:04x} to 0x{self.last:04x}: {self.loads_in_flight} loads in flight; {accesses}"
 
@@ -87,16 +87,16 @@ class Block:
 def blocks_of(instructions: Sequence[Instruction]) -> tuple[list[Block], list[int]]:
     """The basic blocks in order of their addresses, and the indices of those where the kernel or a call enters."""
     leaders = {instructions[0].address}
-    for one, following in pairwise(instructions):
-        if one.target is not None and not one.opcode.startswith("BSSY"):
-            leaders.add(one.target)
-        if re.match(r"(BRA|BRX|JMP|EXIT|RET|CALL)\b", one.opcode):
+    for instruction, following in pairwise(instructions):
+        if instruction.target is not None and not instruction.opcode.startswith("BSSY"):
+            leaders.add(instruction.target)
+        if re.match(r"(BRA|BRX|JMP|EXIT|RET|CALL)\b", instruction.opcode):
             leaders.add(following.address)
     blocks: list[Block] = []
-    for one in instructions:
-        if one.address in leaders:
+    for instruction in instructions:
+        if instruction.address in leaders:
             blocks.append(Block([], []))
-        blocks[-1].instructions.append(one)
+        blocks[-1].instructions.append(instruction)
     number = {block.instructions[0].address: index for index, block in enumerate(blocks)}
     entries = [0]
     for index, block in enumerate(blocks):
@@ -148,17 +148,17 @@ def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
     after: dict[int, list[frozenset[str]]] = {}  # for each block: the registers of each load in flight
     for _ in range(2):  # the second time with the loads that an iteration leaves in flight
         for index in sorted(loop):
-            before = [after[one] for one in loop if index in blocks[one].followers and one in after]
+            before = [after[block] for block in loop if index in blocks[block].followers and block in after]
             flying = max(before, key=lambda some: len(some), default=[])
-            for one in blocks[index].instructions:
+            for instruction in blocks[index].instructions:
                 # The load that is used has arrived, and so have all loads before it.
-                used = [place for place, registers in enumerate(flying) if registers & one.registers]
+                used = [place for place, registers in enumerate(flying) if registers & instruction.registers]
                 if used:
                     flying = flying[used[-1] + 1 :]
-                if one.opcode.startswith("DEPBAR"):  # waits for loads to shared memory
+                if instruction.opcode.startswith("DEPBAR"):  # waits for loads to shared memory
                     flying = [registers for registers in flying if registers]
-                if one.is_wide_load:
-                    flying = [*flying, *loaded(one)]
+                if instruction.is_wide_load:
+                    flying = [*flying, *loaded(instruction)]
                 most = max(most, len(flying))
             after[index] = flying
     return most
@@ -178,9 +178,9 @@ def packed_loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
     loops = natural_loops(blocks, entries)
     for loop in sorted(loops, key=min):
         inner = {index for other in loops if other < loop for index in other}
-        outside = [one for index in sorted(loop - inner) for one in blocks[index].instructions]
-        wide = tuple(one for one in outside if one.width >= 16)
+        outside = [instruction for index in sorted(loop - inner) for instruction in blocks[index].instructions]
+        wide = tuple(instruction for instruction in outside if instruction.width >= 16)
         if wide:
-            narrow = tuple(one for one in outside if 0 < one.width < 16)
+            narrow = tuple(instruction for instruction in outside if 0 < instruction.width < 16)
             ends = blocks[min(loop)].instructions[0].address, blocks[max(loop)].instructions[-1].address
             yield Loop(*ends, most_in_flight(blocks, loop), wide, narrow)

@@ -114,7 +114,9 @@ class ForeachCPC:
             gradients = _gradients(layer)
             importance = torch._foreach_mul(layer, gradients)
             torch._foreach_abs_(importance)
-            mean = torch.stack([one.sum() for one in importance]).sum() / sum(one.numel() for one in importance)
+            mean = torch.stack([tensor.sum() for tensor in importance]).sum() / sum(
+                tensor.numel() for tensor in importance
+            )
             torch._foreach_mul_(averages, delta)
             torch._foreach_add_(averages, torch._foreach_mul(importance, (1 - delta) / mean))
             rates = torch._foreach_reciprocal(averages)
@@ -169,7 +171,7 @@ class Method:
         else:
             ours, foreach = _anchored(name, models[0], parameters, old_tasks)
         optimizers: dict[str, Any] = {OURS: ours, "SGD fused": sgd, **foreach}
-        self.peers: dict[str, Callable[[], object]] = {peer: one.step for peer, one in optimizers.items()}
+        self.peers: dict[str, Callable[[], object]] = {peer: optimizer.step for peer, optimizer in optimizers.items()}
         self.state_bytes = state_bytes(ours)
 
     def by_peer(self) -> dict[str, nn.Module]:

@@ -157,9 +157,9 @@ def methods(quick: bool) -> Iterator[Case]:
                 method.prepare()
                 empty_caches()
 
-            for one in method.peers.values():
+            for step in method.peers.values():
                 prepare()
-                one()
+                step()
             weights = {peer: next(model.parameters()).detach().clone() for peer, model in method.by_peer().items()}
 
             def agrees(peer: str, weights: dict[str, Tensor] = weights) -> None:
@@ -169,7 +169,7 @@ def methods(quick: bool) -> Iterator[Case]:
             parameters = sum(parameter.numel() for parameter in method.models[0].parameters())
             yield Case(
                 name if name in ("NPC", "CPC") else f"{name}, {old_tasks} old task{'s' * (old_tasks > 1)}",
-                {peer: ignoring_the_set(one) for peer, one in method.peers.items()},
+                {peer: ignoring_the_set(step) for peer, step in method.peers.items()},
                 prepare=prepare,
                 check=agrees,
                 turns=21,

@@ -25,12 +25,19 @@ def where(quick: bool) -> Iterator[Row]:
         for peer, name in ((SGD, SGD), (OURS, f"{OURS}, {share:.0%} certified")):
             if name not in columns:
                 columns[name] = _profiled(certified.steps[peer])
-    most = {one: max(times.get(one, 0.0) for times in columns.values()) for times in columns.values() for one in times}
-    operations = sorted(most, key=lambda one: -most[one])
-    rows = {one: [one] for one in operations[:MOST_OPERATIONS]}
+    most = {
+        operation: max(times.get(operation, 0.0) for times in columns.values())
+        for times in columns.values()
+        for operation in times
+    }
+    operations = sorted(most, key=lambda operation: -most[operation])
+    rows = {operation: [operation] for operation in operations[:MOST_OPERATIONS]}
     rows |= {"all others": operations[MOST_OPERATIONS:], f"all, {network.name}": operations}
     for name, added in rows.items():
-        facts = {f"{peer}, ms a step": sum(times.get(one, 0.0) for one in added) for peer, times in columns.items()}
+        facts = {
+            f"{peer}, ms a step": sum(times.get(operation, 0.0) for operation in added)
+            for peer, times in columns.items()
+        }
         yield Row("where", name, facts=facts)
 
 

@@ -313,10 +313,10 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
     for method in ("sgd", "npc"):
         tried = searched[method]["tried"]
         assert len(tried) == 4
-        assert len({json.dumps(one["settings"]) for one in tried}) == 4
-        finalists = [one for one in tried if one["seeds"] == 2]
+        assert len({json.dumps(trial["settings"]) for trial in tried}) == 4
+        finalists = [trial for trial in tried if trial["seeds"] == 2]
         assert len(finalists) == 3
-        best = max(finalists, key=lambda one: one["validation accuracy"])
+        best = max(finalists, key=lambda trial: trial["validation accuracy"])
         assert best["settings"] == searched[method]["best"]
         assert best["settings"].get("alpha_unit") == ("lr" if method == "npc" else None)
     assert len(list((searches / "store" / "validation").glob("*/*/*/*.json"))) == 2 * (4 + 3)
@@ -327,7 +327,7 @@ def test_the_search_keeps_to_its_budget_and_to_training_samples(
 
 def test_anchored_methods_are_searched_towards_lower_rates_and_towards_weaker_anchors(tmp_path: Path) -> None:
     searched = search(tmp_path, "ewc", "ewc.strength=1", "ewc.lr=0.01", budget=2)["methods"]["ewc"]
-    settings = [(one["settings"]["lr"], one["settings"]["strength"]) for one in searched["tried"]]
+    settings = [(trial["settings"]["lr"], trial["settings"]["strength"]) for trial in searched["tried"]]
     assert settings == [(0.01, 1), (0.001, 1), (0.01, 0.1)]
 
 

@@ -51,7 +51,11 @@ def needed(names: Iterable[str]) -> set[str]:
             requires = metadata.requires(name) or []
         except metadata.PackageNotFoundError:
             continue
-        waiting += [match[0] for one in requires if "extra ==" not in one and (match := re.match(r"[\w.-]+", one))]
+        waiting += [
+            match[0]
+            for requirement in requires
+            if "extra ==" not in requirement and (match := re.match(r"[\w.-]+", requirement))
+        ]
     return found
 
 

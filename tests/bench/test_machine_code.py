@@ -62,7 +62,7 @@ def faults(kernel: Kernel, least: Least) -> list[str]:
         found.append(f"{kernel.spills} accesses to spilled registers, and {kernel.stack} bytes of stack")
     for loop in kernel.loops:
         if loop.narrow:
-            first = ", ".join(f"{one.opcode} at 0x{one.address:04x}" for one in loop.narrow[:4])
+            first = ", ".join(f"{instruction.opcode} at 0x{instruction.address:04x}" for instruction in loop.narrow[:4])
             found.append(f"{len(loop.narrow)} accesses of less than 16 bytes in a packed loop: {first}")
     deep = [loop for loop in kernel.loops if loop.loads_in_flight >= least.loads]
     if len(deep) < least.loops:
@@ -101,7 +101,7 @@ def test_packed_kernels_move_16_bytes_at_a_time_with_enough_loads_in_flight(arch
     command = f"python -m bench.machine_code --arch {arch} --loops"
     assert not found, "\n".join([f"on sm_{arch} ({command} shows every loop):", *found])
     names = [kernel.name for kernel in built(arch)]
-    unused = [name for name in (*PACKED, *NOT_PACKED) if not any(re.fullmatch(name, one) for one in names)]
+    unused = [name for name in (*PACKED, *NOT_PACKED) if not any(re.fullmatch(name, kernel) for kernel in names)]
     assert not unused, f"no kernel has such a name: {unused}"
 
 
@@ -220,7 +220,7 @@ def test_a_loop_without_wide_accesses_is_none_of_the_packed_ones_and_a_loop_owns
         @P2 BRA tail
         EXIT
     """)
-    assert [one.opcode for one in loop.narrow] == ["STG.E.64", "STG.E.U16"]
+    assert [instruction.opcode for instruction in loop.narrow] == ["STG.E.64", "STG.E.U16"]
     assert (loop.first, loop.last) == (0x10, 0x50)
 
 

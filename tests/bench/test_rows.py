@@ -64,7 +64,7 @@ def test_rows_survive_a_writer_that_was_killed_and_the_last_of_a_case_counts(tmp
     with (tmp_path / rows.NAME).open("a") as file:
         file.write('{"kind": "row", "part": "upd')
     found = rows.read(tmp_path)
-    assert [one.case for one in found.of_part("update")] == ["b", "a"]
+    assert [row.case for row in found.of_part("update")] == ["b", "a"]
     assert found.rows["update", "a"].seconds == {"npc_ext": 3.0}
     assert found.runs["update", "a"]["environment"]["gpu"] == "H100"
 

@@ -81,8 +81,8 @@ def test_avalanche_keeps_importance_and_momentum_of_layers_that_grow(kind: str) 
         def state(self, strategy: Any) -> Any:
             optimizer = strategy.optimizer
             momenta = {
-                name: {key: value.clone() for key, value in optimizer.state[one].items() if key != "importance"}
-                for name, one in strategy.model.named_parameters()
+                name: {key: value.clone() for key, value in optimizer.state[parameter].items() if key != "importance"}
+                for name, parameter in strategy.model.named_parameters()
             }
             return {name: layer.importance for name, layer in optimizer.plasticity().items()}, momenta
 
@@ -112,7 +112,10 @@ def test_avalanche_keeps_importance_and_momentum_of_layers_that_grow(kind: str) 
             assert now.shape == value.shape or not bool(now[len(value) :].any())
     (importance_now, _), weights = before[1], strategy.model[2].classifier.weight
     assert bool((importance_now["2.classifier"][2:] > 0).any())
-    assert sum(any(one is weights for one in group["params"]) for group in strategy.optimizer.param_groups) == 1
+    assert (
+        sum(any(parameter is weights for parameter in group["params"]) for group in strategy.optimizer.param_groups)
+        == 1
+    )
     assert strategy.optimizer.state_dict()["param_groups"][-1]["lr"] == strategy.optimizer.param_groups[-1]["lr"]
 
 
@@ -124,8 +127,8 @@ def test_avalanche_trains_what_grew_in_the_middle_of_an_experience() -> None:
             strategy.model[2].adaptation(SimpleNamespace(classes_in_this_experience=[2, 3]))
 
         def after_backward(self, strategy: Any, *args: Any, **kwargs: Any) -> None:
-            trained = {id(one) for group in strategy.optimizer.param_groups for one in group["params"]}
-            assert {id(one) for one in strategy.model.parameters()} == trained
+            trained = {id(parameter) for group in strategy.optimizer.param_groups for parameter in group["params"]}
+            assert {id(parameter) for parameter in strategy.model.parameters()} == trained
             measured.append(strategy.optimizer.neurons["2.classifier"].sink.grad.numel())
 
     grown_by_classes(AVALANCHE_OPTIMIZERS["NPC"], [EvaluatesUnseenClasses()])

@@ -44,7 +44,7 @@ def flat(operation: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """The arguments of `torch.ops.npc_ext.<operation>`."""
     values = {"first_neuron": None, "steps": [], "seeds": [], "grad_scale": None, "found_inf": None, **arguments}
     of_lists = {
-        name: [torch.empty(0) if one is None else one for one in value]
+        name: [torch.empty(0) if tensor is None else tensor for tensor in value]
         for name, value in values.items()
         if isinstance(value, list)
     }
@@ -54,7 +54,7 @@ def flat(operation: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
 def copied(arguments: Arguments, double: bool = False) -> Arguments:
     def copy(value: Any) -> Any:
         if isinstance(value, list):
-            return [copy(one) for one in value]
+            return [copy(tensor) for tensor in value]
         if not isinstance(value, Tensor):
             return value
         return value.to(torch.float64, copy=True) if double and value.is_floating_point() else value.clone()
@@ -216,7 +216,7 @@ def network(
         return [values[layer % len(values)] for layer in range(len(layers))]
 
     def only(wanted: bool) -> list[Tensor | None]:
-        return [one if wanted and at != 1 else None for at, one in enumerate(make(real))]
+        return [values if wanted and at != 1 else None for at, values in enumerate(make(real))]
 
     arguments = {
         "parameters": make(dtype),

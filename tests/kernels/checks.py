@@ -187,8 +187,8 @@ def check_network_step(inputs: Arguments, arguments: Arguments) -> None:
 
 def assert_equal(got: Arguments, want: Arguments, names: Iterable[str] = WRITTEN) -> None:
     for name in names:
-        for one, other in zip(got.get(name, ()), want.get(name, ()), strict=True):
-            assert one is other is None or torch.equal(one, other), name
+        for tensor, other in zip(got.get(name, ()), want.get(name, ()), strict=True):
+            assert tensor is other is None or torch.equal(tensor, other), name
 
 
 def with_threads(count: int, function: Callable[[], Any]) -> Any:

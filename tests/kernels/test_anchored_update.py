@@ -72,7 +72,8 @@ def one_weight(
 
 def on(device: str, arguments: Arguments) -> Arguments:
     return {
-        name: [one.to(device) if isinstance(one, Tensor) else one for one in own] for name, own in arguments.items()
+        name: [tensor.to(device) if isinstance(tensor, Tensor) else tensor for tensor in own]
+        for name, own in arguments.items()
     }
 
 

@@ -311,7 +311,7 @@ def test_an_overflow_changes_nothing(operation: str, device: str) -> None:
 def test_every_written_tensor_gets_a_new_version(operation: str) -> None:
     arguments = network(operation, momentum=0.9)
     columns = [arguments[name] for name in WRITTEN if name in arguments]
-    written = [one for column in columns for one in (column if isinstance(column, list) else [column])]
+    written = [tensor for column in columns for tensor in (column if isinstance(column, list) else [column])]
     tensors = [tensor for tensor in written if tensor is not None and tensor.numel()]
     versions = [tensor._version for tensor in tensors]
     call(getattr(ops, operation), arguments)

@@ -142,8 +142,8 @@ def test_a_graph_may_be_captured_on_a_stream_that_no_kernel_has_run_on() -> None
     captured, twin = (network("update_", momentum=0.9, device="cuda") for _ in range(2))
     written = ("parameters", "momentum_buffers", "importances")
     for name in written:
-        for one, other in zip(captured[name], twin[name], strict=True):
-            other.copy_(one)
+        for tensor, other in zip(captured[name], twin[name], strict=True):
+            other.copy_(tensor)
     for name in ("gradients", "measured"):
         twin[name] = captured[name]
     ops.importance(n[:3], g[:3])  # loads the module
@@ -289,7 +289,7 @@ def test_a_head_of_128_thousand_neurons() -> None:
     options: dict[str, Any] = {**wide_layers(128_000, inputs=64), "momentum": 0.9, "device": "cuda"}
     check("update_", network("update_", **options))
     arguments = network("update_", **options)
-    inputs = activations([(4, len(one)) for one in arguments["importances"]], [1, 1, 1], device="cuda")
+    inputs = activations([(4, len(tensor)) for tensor in arguments["importances"]], [1, 1, 1], device="cuda")
     check_network_step(inputs, arguments)
 
 

@@ -50,7 +50,7 @@ def mixed_network(device: str) -> Arguments:
     """A network whose parameters have three dtypes, also those of one layer."""
     arguments = network("update_", parameters=PARAMETERS[:11], momentum=0.9, weight_decay=0.1, device=device)
     for name in ("parameters", "gradients", "momentum_buffers"):
-        arguments[name] = [one.to(MIXED[index % 3]) for index, one in enumerate(arguments[name])]
+        arguments[name] = [tensor.to(MIXED[index % 3]) for index, tensor in enumerate(arguments[name])]
     return arguments
 
 
@@ -216,8 +216,8 @@ def test_a_neuron_without_a_gradient_stays_also_where_importance_does_not_count(
 @pytest.mark.parametrize("active_only", [False, True])
 def test_neurons_that_received_only_gradients_that_sum_to_zero_train(active_only: bool, device: str) -> None:
     arguments = network("update_", parameters=PARAMETERS[:8], active_only=active_only, device=device)
-    for one in arguments["measured"]:
-        one.zero_()
+    for tensor in arguments["measured"]:
+        tensor.zero_()
     before = copied(arguments)
     call(ops.update_, arguments)
     assert_equal(arguments, before, ["importances", "nonfinite_steps"])
@@ -250,7 +250,7 @@ def test_network_step_of_very_many_neurons_is_importance_and_then_update(
 ) -> None:
     options: dict[str, Any] = {"momentum": 0.9, "active_only": active_only, "device": device}
     arguments = network("update_", **wide_layers(neurons), **options)
-    inputs = activations([(2, len(one)) for one in arguments["importances"]], [1, 1, 1], device=device)
+    inputs = activations([(2, len(tensor)) for tensor in arguments["importances"]], [1, 1, 1], device=device)
     for gradient in inputs["activation_gradients"]:
         gradient[:, ::3] = 0
     inputs["activation_gradients"][2][0, 1] = torch.nan
@@ -305,8 +305,8 @@ def test_layer_step_is_a_network_step_of_one_layer(device: str) -> None:
     ops.layer_step_(Layer(n, g, average, steps, [0, 0], [1, 1]), Network([weight, bias], gradients), options)
     layer = Layer(n.double(), g.double(), want[2], steps, [0, 0], [1, 1])
     reference.layer_step_(layer, Network(want[:2], [gradient.double() for gradient in gradients]), options)
-    for got, one in zip((weight, bias, average), want, strict=True):
-        torch.testing.assert_close(got.double(), one, rtol=1e-4, atol=1e-5)
+    for got, expected in zip((weight, bias, average), want, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(before, weight)
 
 

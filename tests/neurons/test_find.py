@@ -221,8 +221,8 @@ def test_queries_keys_and_values_of_attention_are_neurons(kind: str, batch_first
 
     loss(*tapped).backward()
     neurons.detach()
-    for one, other in zip(tapped, before, strict=True):
-        assert one is other or torch.equal(one, other)
+    for tensor, other in zip(tapped, before, strict=True):
+        assert tensor is other or torch.equal(tensor, other)
     projected, outputs = attention(exact, [x.double() for x in inputs], padding)
     torch.testing.assert_close(outputs[0].float(), before[0], rtol=1e-4, atol=1e-5)
     gradients = torch.autograd.grad(loss(*outputs), projected)

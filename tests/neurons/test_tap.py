@@ -247,8 +247,8 @@ def test_a_tapped_model_is_traced_and_exported_without_its_taps(training: bool) 
         traced = torch.jit.trace(network, inputs, check_trace=False)
         exported = torch.export.export(network, inputs).module()
         for other in (traced, exported):
-            for one, same in zip(want, torch.utils._pytree.tree_leaves(other(*inputs)), strict=True):
-                torch.testing.assert_close(one, same)
+            for tensor, same in zip(want, torch.utils._pytree.tree_leaves(other(*inputs)), strict=True):
+                torch.testing.assert_close(tensor, same)
         optimizer.neurons.detach()
         assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in network.modules())
 

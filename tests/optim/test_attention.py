@@ -39,7 +39,7 @@ class AttendingByLayers(nn.Module):
 def test_attention_learns_as_with_linear_layers_for_queries_keys_and_values() -> None:
     model = Attending()
     twin = AttendingByLayers(model)
-    optimizer, by_layers = (NPC(one, lr=0.05, alpha=1e9, beta=1e9) for one in (model, twin))
+    optimizer, by_layers = (NPC(network, lr=0.05, alpha=1e9, beta=1e9) for network in (model, twin))
     train(model, optimizer, sequences(1))
     train(twin, by_layers, sequences(1))
     importance, want = optimizer.plasticity()["attention.in_proj"].importance, by_layers.plasticity()

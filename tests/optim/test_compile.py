@@ -156,11 +156,11 @@ def test_evaluation_and_other_batch_sizes_compile_once_each() -> None:
             size = 6 if seed % 2 else 4
             step(compiled, optimizer, seed, size)
             step(twin, plain, seed, size)
-            for one in (compiled, twin):
-                one.eval()
+            for trained in (compiled, twin):
+                trained.eval()
                 with torch.no_grad():
-                    loss(one, 100 + seed, size)
-                one.train()
+                    loss(trained, 100 + seed, size)
+                trained.train()
     assert_alike(optimizer, model, plain, twin)
 
 
@@ -258,7 +258,7 @@ def test_blocks_compiled_before_the_optimizer_is_built_are_measured_and_trained_
 ) -> None:
     twin, model = blocks(), blocks()
     WAYS[way](model)
-    plain, optimizer = (NPC(one, delta=0.9, skip_frozen=skip_frozen) for one in (twin, model))
+    plain, optimizer = (NPC(network, delta=0.9, skip_frozen=skip_frozen) for network in (twin, model))
     for seed in range(5):
         step(twin, plain, seed)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0 and way != "every module"):
@@ -369,7 +369,11 @@ def test_the_compiler_keeps_out_of_steps(kind: Any, scheduled: bool) -> None:
             compiled()
         if scheduler is not None:
             scheduler.step()  # warns if no step was counted
-    assert not [one.message for one in caught if "Dynamo" in str(one.message) or "lr_scheduler" in str(one.message)]
+    assert not [
+        warning.message
+        for warning in caught
+        if "Dynamo" in str(warning.message) or "lr_scheduler" in str(warning.message)
+    ]
     for _ in range(3):
         step(twin, plain, 0)
     assert len(called) == 3

@@ -49,10 +49,10 @@ OPTIMIZERS = [NPC, NPCAdamW, CPC, EWC, MAS, SI, SSL]
 every_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)
 NOT_OURS = {"dampening", "amsgrad", "foreach", "fused", "capturable", "differentiable"}
 CASES = [
-    pytest.param(kind, one.kwargs, id=f"{kind.__name__}-{one.desc}")
+    pytest.param(kind, case.kwargs, id=f"{kind.__name__}-{case.desc}")
     for kind in OPTIMIZERS
-    for one in (optim_inputs_func_adamw if kind is NPCAdamW else optim_inputs_func_sgd)("cpu")
-    if not NOT_OURS & one.kwargs.keys()
+    for case in (optim_inputs_func_adamw if kind is NPCAdamW else optim_inputs_func_sgd)("cpu")
+    if not NOT_OURS & case.kwargs.keys()
 ]
 every_input = pytest.mark.parametrize(("kind", "options"), CASES)
 
@@ -87,7 +87,7 @@ ERRORS = get_error_inputs_for_all_optims("cpu", torch.float32)
 
 
 @every_optimizer
-@pytest.mark.parametrize("error", ERRORS, ids=[one.optimizer_error_input.desc for one in ERRORS])
+@pytest.mark.parametrize("error", ERRORS, ids=[error.optimizer_error_input.desc for error in ERRORS])
 def test_errors(kind: Any, error: Any) -> None:
     given = error.optimizer_error_input
     model = network()
@@ -101,8 +101,8 @@ def test_errors(kind: Any, error: Any) -> None:
                 seen[id(value)] = parameters[len(seen)]
             return seen[id(value)]
         if isinstance(value, (list, tuple)):
-            return type(value)(replaced(one) for one in value)
-        return {key: replaced(one) for key, one in value.items()} if isinstance(value, dict) else value
+            return type(value)(replaced(member) for member in value)
+        return {key: replaced(member) for key, member in value.items()} if isinstance(value, dict) else value
 
     if error.error_type is UserWarning:
         with pytest.warns(UserWarning, match=error.error_regex):
@@ -207,16 +207,16 @@ def test_state_dict_deterministic(kind: Any, options: dict[str, Any]) -> None:
 def test_can_load_from_to_named_state_dict(kind: Any, named: tuple[bool, bool]) -> None:
     model = network()
     models, optimizers = [model, copy.deepcopy(model)], []
-    for one, with_names in zip(models, named, strict=True):
-        params = one.named_parameters() if with_names else one.parameters()
-        optimizers.append(make(kind, one, params=params, **moving(kind)))
-        names = [name for name, _ in one.named_parameters()] if with_names else None
+    for trained, with_names in zip(models, named, strict=True):
+        params = trained.named_parameters() if with_names else trained.parameters()
+        optimizers.append(make(kind, trained, params=params, **moving(kind)))
+        names = [name for name, _ in trained.named_parameters()] if with_names else None
         assert optimizers[-1].param_groups[0].get("param_names") == names
     step(models[0], optimizers[0])
     models[1].load_state_dict(models[0].state_dict())
     optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
-    for one, optimizer in zip(models, optimizers, strict=True):
-        step(one, optimizer, 1)
+    for trained, optimizer in zip(models, optimizers, strict=True):
+        step(trained, optimizer, 1)
     assert same(*models)
 
 

@@ -107,8 +107,8 @@ def test_replaced_parameters_are_warned_of_once_by_name(name: str, replace: Any,
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         learn(model, optimizer, 12)
-    messages = [str(one.message) for one in caught if "not trained" in str(one.message)]
-    assert len(messages) == 1 and {one.filename for one in caught} == {__file__}
+    messages = [str(warning.message) for warning in caught if "not trained" in str(warning.message)]
+    assert len(messages) == 1 and {warning.filename for warning in caught} == {__file__}
     assert re.search(REPLACEMENTS[replace], messages[0])
 
 
@@ -249,7 +249,7 @@ def test_a_new_optimizer_without_the_earlier_importance_is_warned_of(name: str, 
     message = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
     with pytest.warns(ImportanceWarning, match=message) as caught:
         learn(model, optimizer, 1)
-    assert [one.filename for one in caught] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
     learn(model, optimizer)
 
 
@@ -293,7 +293,7 @@ def test_the_note_of_an_earlier_optimizer_keeps_neither_it_nor_the_model_alive()
     gone = weakref.ref(model), weakref.ref(optimizer)
     del model, optimizer
     gc.collect()
-    assert [one() for one in gone] == [None, None]
+    assert [reference() for reference in gone] == [None, None]
 
 
 @pytest.mark.parametrize("later", NEURONS)
@@ -372,7 +372,7 @@ def test_a_grown_weight_continues_with_a_new_optimizer(name: str) -> None:
         parameter.grad = None
     later = METHODS[name](model, momentum=0.9).load_importance(earlier)
     learn(model, later)
-    assert all(bool(one.isfinite().all()) for one in model.parameters())
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
 
 
 def test_importance_that_does_not_fit_is_refused_by_name_and_changes_nothing() -> None:

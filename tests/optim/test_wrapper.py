@@ -109,10 +109,10 @@ def learn(model: nn.Module, optimizer: torch.optim.Optimizer, *seeds: int) -> No
 def test_without_importance_it_is_the_optimizer_itself(make: Factory, bucket_bytes: int) -> None:
     model, twin = network(), network()
     ours = PlasticityWrapper(make(model.parameters()), model, bucket_bytes=bucket_bytes)
-    for one, optimizer in ((model, ours), (twin, make(twin.parameters()))):
+    for trained, optimizer in ((model, ours), (twin, make(twin.parameters()))):
         if hasattr(optimizer, "train"):
             optimizer.train()
-        learn(one, optimizer, *range(20))
+        learn(trained, optimizer, *range(20))
         if hasattr(optimizer, "eval"):
             optimizer.eval()
     assert same(model, twin)
@@ -167,8 +167,8 @@ def test_muon_takes_its_steps_and_frozen_neurons_stay() -> None:
     wrapped = PlasticityWrapper(torch.optim.Muon(model.parameters(), lr=1e-2), model, delta=0.9999)
     set_importance(wrapped, "0", 3.0, neurons=slice(4))
     x, before = torch.randn(8, 12), model[0].weight.detach().clone()
-    for one, optimizer in ((model, wrapped), (plain, torch.optim.Muon(plain.parameters(), lr=1e-2))):
-        one(x).square().mean().backward()
+    for trained, optimizer in ((model, wrapped), (plain, torch.optim.Muon(plain.parameters(), lr=1e-2))):
+        trained(x).square().mean().backward()
         optimizer.step()
     assert torch.equal(model[0].weight[:4], before[:4])
     assert torch.equal(model[0].weight[4:], plain[0].weight[4:]) and not torch.equal(model[0].weight[4:], before[4:])
@@ -205,9 +205,9 @@ def test_neurons_take_their_share_of_the_movement_of_both_weights() -> None:
     ours = PlasticityWrapper(ScheduleFree(model.parameters()), model, delta=0.9999)
     set_importance(ours, "6", 0.3)
     before = model[6].weight.detach().clone()
-    for one, optimizer in ((model, ours), (twin, plain)):
+    for trained, optimizer in ((model, ours), (twin, plain)):
         optimizer.train()
-        learn(one, optimizer, 0)
+        learn(trained, optimizer, 0)
     share = ours.plasticity()["6"].learning_rate.unsqueeze(1)
     assert bool(((share > 0) & (share < 1)).all())
     moved, whole = model[6].weight, twin[6].weight
@@ -277,8 +277,8 @@ def test_other_precisions(dtype: torch.dtype) -> None:
     ours, plain = wrapped_sgd(model, lr=0.5), torch.optim.SGD(twin.parameters(), lr=0.5)
     set_importance(ours, "6", torch.tensor([0.25] * 5 + [5.0] * 5))
     before = model[6].weight.detach().clone()
-    for one, optimizer in ((model, ours), (twin, plain)):
-        one(torch.ones(2, 1, 8, 8, dtype=dtype)).square().sum().backward()
+    for trained, optimizer in ((model, ours), (twin, plain)):
+        trained(torch.ones(2, 1, 8, 8, dtype=dtype)).square().sum().backward()
         optimizer.step()
     share = ours.plasticity()["6"].learning_rate.double().unsqueeze(1)
     want = before.double() + share * (twin[6].weight.double() - before.double())

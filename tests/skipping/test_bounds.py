@@ -126,9 +126,9 @@ def test_a_loss_and_hooks_before_the_tap_of_a_first_layer() -> None:
     model, _optimizer = frozen(network(), "0")
     twin = copy.deepcopy(model)
     x = batch()[0]
-    for one in (model, twin):
-        one.zero_grad()
-        one[:2](x).var().backward()
+    for trained in (model, twin):
+        trained.zero_grad()
+        trained[:2](x).var().backward()
     assert torch.allclose(model[1].weight.grad, twin[1].weight.grad)
     model[0](x).retain_grad()
 
@@ -226,10 +226,10 @@ def test_functional_calls_with_other_parameters_get_their_gradients(names: tuple
     twin = copy.deepcopy(model)
     loss_of(model).backward()
     results = []
-    for one in (model, twin):
-        own = {name: one.get_parameter(name).detach().clone().requires_grad_() for name in names}
+    for trained in (model, twin):
+        own = {name: trained.get_parameter(name).detach().clone().requires_grad_() for name in names}
         used = own if leaf else {name: tensor * 1 for name, tensor in own.items()}
-        loss = loss_of(lambda x, one=one, used=used: functional_call(one, used, (x,)))
+        loss = loss_of(lambda x, trained=trained, used=used: functional_call(trained, used, (x,)))
         results.append(torch.autograd.grad(loss, [*own.values()]))
     for got, want in zip(*results, strict=True):
         assert want.any() and torch.allclose(got, want, rtol=1e-4, atol=1e-7)

@@ -49,7 +49,7 @@ class Network(nn.Module):
     def forward(self, x: Tensor, way: str) -> Tensor:
         if way == "two branches":
             convolved = [self.convolve(x), self.convolve(x.flip(3))]  # both before either is measured
-            features = sum(self.pool(self.relu(self.norm(one))) for one in convolved)
+            features = sum(self.pool(self.relu(self.norm(part))) for part in convolved)
         elif way == "checkpointed":
             features = checkpoint(self.block, x, use_reentrant=False)
         elif way == "checkpointed reentrantly":

@@ -496,10 +496,10 @@ def test_two_runs_from_one_state_are_alike_bit_by_bit_where_parts_of_layers_are_
     set_importances(optimizer, {"0": (torch.arange(1024) % 8 > 0) * 3.0})
     run(model, optimizer, range(3))
     resumed = [copy.deepcopy(model) for _ in range(2)]
-    for one in resumed:
-        own = NPC(one, **options)
+    for network in resumed:
+        own = NPC(network, **options)
         own.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        run(one, own, range(3, 9))
+        run(network, own, range(3, 9))
         assert skipped(own)["0"] == 0.875
     assert same(*resumed)
 
@@ -615,9 +615,9 @@ def test_a_compiled_model_computes_all_gradients(often: None, always: None) -> N
     model, optimizer = certified()
     twin = copy.deepcopy(model)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for one in (compiled, twin):
+    for network in (compiled, twin):
         optimizer.zero_grad()
-        loss_of(one).backward()
+        loss_of(network).backward()
     assert model.first.weight.grad is None  # cleared
     loss_of(compiled).backward()
     assert torch.allclose(model.first.weight.grad, twin.first.weight.grad)
