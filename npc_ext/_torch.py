@@ -27,14 +27,14 @@ __all__ = [
     "compiled_from",
     "current_backward_pass",
     "current_raw_stream",
+    "direct_buffers",
+    "direct_children",
+    "direct_hooks",
+    "direct_parameters",
     "guard_hooks",
     "in_backward",
     "is_looked_into",
     "listening_modes",
-    "own_buffers",
-    "own_children",
-    "own_hooks",
-    "own_parameters",
     "reversed_padding",
     "tree_flatten",
     "tree_map_only",
@@ -102,22 +102,22 @@ def versions_of(tensors: Iterable[Tensor]) -> list[int]:
 TRACES_BOUND_FORWARDS = version_tuple(torch.__version__) >= (2, 13)
 
 
-def own_parameters(module: nn.Module) -> dict[str, Any]:
+def direct_parameters(module: nn.Module) -> dict[str, Any]:
     """A module's parameters without those of its children, by name. A registered name without a parameter has None."""
     return module._parameters
 
 
-def own_children(module: nn.Module) -> dict[str, Any]:
+def direct_children(module: nn.Module) -> dict[str, Any]:
     """A module's children by name. A registered name without a module has None."""
     return module._modules
 
 
-def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """A module's buffers without those of its children, by name. The caller may change the dictionary."""
     return module._buffers
 
 
-def own_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
+def direct_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     """A module's forward hooks and forward pre-hooks. The caller may change the dictionaries."""
     return module._forward_hooks, module._forward_pre_hooks
 

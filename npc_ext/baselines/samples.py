@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.parameter import UninitializedParameter
 from torch.utils.data import Dataset, IterableDataset
 
-from .._torch import own_buffers, version_of
+from .._torch import direct_buffers, version_of
 from .._warn import warn
 from ..reference import compute_dtype
 from .batches import Batch, CalledWithSamples, moved
@@ -322,7 +322,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     buffers = [
         (module, name, buffer, version_of(buffer), buffer.clone())
         for module, _ in modules
-        for name, buffer in own_buffers(module).items()
+        for name, buffer in direct_buffers(module).items()
         if buffer is not None
     ]
     # cuDNN's recurrent layers have a backward pass in training mode only.
@@ -336,7 +336,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             for module, training in modules:
                 module.training = training
             for module, name, buffer, version, values in buffers:
-                own_buffers(module)[name] = buffer
+                direct_buffers(module)[name] = buffer
                 if version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(values)

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .._torch import own_hooks, own_parameters
+from .._torch import direct_hooks, direct_parameters
 from .._warn import warn
 from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
@@ -113,7 +113,7 @@ class SSL(MAS):
         self._place_hooks()
 
     def _bias(self, layer: NeuronLayer) -> Tensor | None:
-        bias: Tensor | None = own_parameters(self._model.get_submodule(layer.name)).get("bias")
+        bias: Tensor | None = direct_parameters(self._model.get_submodule(layer.name)).get("bias")
         return bias
 
     def _warn_of_missing_biases(self) -> None:
@@ -126,7 +126,7 @@ class SSL(MAS):
 
     def _place_hooks(self) -> None:
         for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
-            for hooks in own_hooks(module):
+            for hooks in direct_hooks(module):
                 for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
                     del hooks[key]
         for layer in self.inhibited:

@@ -23,7 +23,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
 from .._names import close_to
-from .._torch import own_parameters
+from .._torch import direct_parameters
 from . import attention
 from .graph import Graphs, NotMeasurableError, Place, is_measuring_relu
 from .kinds import CONVOLUTIONS, NORMALIZATION, TRANSPOSED, is_linear, is_transposed_linear, is_weighted, torch_class
@@ -152,7 +152,7 @@ def _layers(modules: Mapping[str, nn.Module]) -> tuple[dict[str, nn.Module], dic
 def _weights(module: Any) -> dict[str, Any]:
     """The weights of a layer by their name in its module."""
     if not isinstance(module, nn.MultiheadAttention):
-        return {"weight": own_parameters(module).get("weight")}
+        return {"weight": direct_parameters(module).get("weight")}
     names = ["q_proj_weight", "k_proj_weight", "v_proj_weight"] if module.in_proj_weight is None else ["in_proj_weight"]
     return {name: getattr(module, name) for name in names}
 
@@ -207,7 +207,7 @@ def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:
     """Whether several modules of a model share a weight."""
-    return sum(any(parameter is weight for parameter in own_parameters(m).values()) for m in model.modules()) > 1
+    return sum(any(parameter is weight for parameter in direct_parameters(m).values()) for m in model.modules()) > 1
 
 
 def _by_weight(usable: Mapping[str, nn.Module]) -> dict[tuple[bool, int], list[str]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from .._torch import class_index_before_fully_shard, own_parameters
+from .._torch import class_index_before_fully_shard, direct_parameters
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -21,7 +21,7 @@ NORMALIZATION = {
 
 def is_transposed_linear(module: Any) -> bool:
     """Whether a module computes x @ weight + bias with a weight (in, out), as the Conv1D of GPT-2 does."""
-    weight = own_parameters(module).get("weight")
+    weight = direct_parameters(module).get("weight")
     is_conv1d = any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)
     return is_conv1d and weight is not None and weight.ndim == 2 and getattr(module, "nf", None) == weight.shape[1]
 

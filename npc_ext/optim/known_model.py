@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._torch import own_children, own_parameters
+from .._torch import direct_children, direct_parameters
 from ..distributed.shards import is_sharded
 
 
@@ -62,7 +62,7 @@ class KnownModel:
         """Records the model as it is now for `is_unchanged`."""
         self._places: list[tuple[Mapping[str, Any], str, Any]] = []
         for module in model.modules():
-            for members in (own_children(module), own_parameters(module)):
+            for members in (direct_children(module), direct_parameters(module)):
                 self._places += [(members, name, member) for name, member in members.items()]
 
     def is_unchanged(self, model: nn.Module) -> bool:
