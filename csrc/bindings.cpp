@@ -1,13 +1,15 @@
 // The module npc_ext._C: takes numbers and addresses, fills the structs of api.h, releases the
 // interpreter lock and launches the kernels.
 //
-// Python holds every tensor until the call returns, and nothing here keeps an address. Python also
-// checks shapes, dtypes and devices. The checks here only make sure that the arguments fit each
-// other, so that nothing is read past their ends.
+// Python holds every tensor until the call returns, and the parameters of a Network as long as it
+// exists. Python also checks shapes, dtypes and devices. The checks here only make sure that the
+// arguments fit each other, so that nothing is read past their ends.
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <initializer_list>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -105,17 +107,29 @@ void check(bool fits, const char* message) {
 // entries of a list that may be empty and is.
 class Network {
  public:
-  // Columns that the kernel in question does not read may be missing. `lr` may be empty.
+  // The columns of Adam and of anchors may be missing. `lr` may be empty.
   Network(const Addresses& values, const Addresses& lr, size_t layers, const py::dict& columns)
       : layers_(layers), parameters_(values.size()) {
     set("values", &ParameterParams::value, values);
     set("lr", &ParameterParams::lr_address, lr, kMayBeEmpty);
     npc::for_each_column([&](const auto& column) {
-      if (columns.contains(column.name)) read(column, columns[column.name]);
+      if (columns.contains(column.name)) {
+        read(column, columns[column.name]);
+      } else {
+        missing_.insert(column.name);
+      }
     });
+    for (const std::string& name : missing_) check(kOptional.count(name), "a column is missing that all updates read");
     for (const ParameterParams& p : parameters_) {
+      check(p.size == 0 || (p.outer > 0 && p.middle > 0 && p.run > 0), "a parameter has no layout");
       check(p.layer < static_cast<int64_t>(layers), "layer out of range");
       check(p.first_neuron >= 0 && p.first_neuron <= INT32_MAX, "first_neuron out of range");
+    }
+  }
+
+  void require(std::initializer_list<const char*> columns) const {
+    for (const char* name : columns) {
+      if (missing_.count(name)) throw std::invalid_argument(std::string("the network has no column ") + name);
     }
   }
 
@@ -126,14 +140,14 @@ class Network {
     set("momentum", &ParameterParams::momentum, momentum, kMayBeEmpty);
   }
 
-  // After set_steps().
   void set_moments(const Addresses& first, const Addresses& second) {
+    require({"first_decay", "second_decay", "epsilon"});
     set("first_moments", &ParameterParams::first_moment, first);
     set("second_moments", &ParameterParams::second_moment, second);
-    for (const ParameterParams& p : parameters_) check(p.steps != nullptr, "Adam counts the steps of every parameter");
   }
 
   void set_anchors(const Addresses& stiffness, const Addresses& anchors, const Addresses& paths) {
+    require({"strength", "implicit"});
     set("stiffness", &ParameterParams::stiffness, stiffness);
     set("anchors", &ParameterParams::anchor, anchors);
     set("paths", &ParameterParams::path, paths);
@@ -185,6 +199,7 @@ class Network {
 
  private:
   static constexpr bool kMayBeEmpty = true;
+  inline static const std::set<std::string> kOptional{"first_decay", "second_decay", "epsilon", "strength", "implicit"};
 
   // Whether a layer has all neurons whose rows a parameter holds.
   bool is_in_layer(const ParameterParams& p) const {
@@ -226,6 +241,7 @@ class Network {
 
   std::vector<LayerParams> layers_;
   std::vector<ParameterParams> parameters_;
+  std::set<std::string> missing_;  // columns
 };
 
 template <class Target>
@@ -248,6 +264,8 @@ void adam_update(const Target& target, Network& network, const Addresses& gradie
   check(momentum.empty(), "Adam has moments in place of momentum");
   network.set_gradients(gradients, momentum);
   network.set_importances(importances, nonfinite_steps, measured);
+  for (const Address address : steps) check(address != 0, "Adam counts the steps of every parameter");
+  check(steps.size() == gradients.size(), "Adam counts the steps of every parameter");
   network.set_steps(steps, seeds);
   network.set_moments(first_moments, second_moments);
   const UpdateParams params = network.params(grad_scale, found_inf);
@@ -338,7 +356,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = NPC_EXT_CUDA_ARCHS;
   py::module_ cuda = m.def_submodule("cuda");
   using npc::cuda::Stream;
-  py::class_<Stream>(cuda, "OnStream", py::module_local()).def(py::init([](int device, Address stream) {
+  py::class_<Stream>(cuda, "Stream", py::module_local()).def(py::init([](int device, Address stream) {
     return Stream{device, pointer<void>(stream)};
   }));
   cuda.def("workspace_bytes", &npc::cuda::workspace_bytes, "The bytes of scratch memory that are kept on a device.");

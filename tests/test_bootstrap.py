@@ -232,7 +232,7 @@ def test_an_interrupted_installation_is_not_taken_for_a_finished_one(checkout: P
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     said = sentence(process, checkout)
-    assert said == "npc_ext: interrupted; run the command again, it goes on where it can"
+    assert said == "npc_ext: interrupted; run the command again, and it continues where it can"
 
 
 @pytest.fixture

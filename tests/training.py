@@ -69,7 +69,7 @@ def everything(model: nn.Module, optimizer: Any) -> dict[str, Tensor]:
 
 
 def unchanged(before: dict[str, Tensor], model: nn.Module, optimizer: Any) -> bool:
-    """Whether all that `everything` returned before is still the same. More state may have been made."""
+    """Whether all that `everything` returned before is still the same. State may have been added."""
     after = everything(model, optimizer)
     return same(before, {name: after[name] for name in before})
 
@@ -92,7 +92,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def close(got: nn.Module, want: nn.Module) -> bool:
-    """Whether the parameters of two models are equal but for the rounding of some hundred steps."""
+    """Whether the parameters of two models are equal except for the rounding of a few hundred steps."""
     pairs = zip(got.parameters(), want.parameters(), strict=True)
     return all((p - q).norm() <= TRAJECTORY * q.norm() for p, q in pairs)
 

@@ -139,6 +139,6 @@ if __name__ == "__main__":
     try:
         {"requirements": install_requirements, "build": build}[parser.parse_args().step]()
     except KeyboardInterrupt:
-        fail("interrupted; run the command again, it goes on where it can")
+        fail("interrupted; run the command again, and it continues where it can")
     except OSError as error:
         fail(f"{error}; fix that and run the command again")

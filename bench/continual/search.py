@@ -116,7 +116,7 @@ def _along(
     choices: Sequence[Any] = coordinate.values or coordinate.factors
     for choice in choices:
         candidate = with_choice(start, name, choice if coordinate.values else _rounded(start[name] * choice))
-        # Equal scores (diverged, or at chance) say nothing about the direction yet, so a walk goes on.
+        # Equal scores (diverged, or at chance) say nothing about the direction yet, so a walk continues.
         while may_go_on() and (score(candidate) > score(best) or (coordinate.walk and score(candidate) == score(best))):
             best = candidate
             if not coordinate.walk:

@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def measure_part(part: str, limit: float, device: Device, writer: Writer) -> dict[str, Any]:
-    """Measures a part as far as its time allows. A case that fails gets a row with the error; the others go on."""
+    """Measures a part as far as its time allows. A case that fails gets a row with the error; the others continue."""
     started, longest, errors = time.perf_counter(), 0.0, 0
     try:
         for item in PARTS[part](device):

@@ -235,7 +235,8 @@ def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[Neur
     names = [layer.name for layer in layers]
     for pattern in patterns:
         check_pattern(pattern, names)
-    return [layer for layer in layers if any(fnmatchcase(layer.name, pattern) for pattern in patterns)]
+    # A name may contain characters that are special in patterns.
+    return [layer for layer in layers if layer.name in patterns or any(fnmatchcase(layer.name, p) for p in patterns)]
 
 
 def local_inhibition(h: Tensor, discount_factors: Tensor, scale: float) -> Tensor:

@@ -52,7 +52,7 @@ def _threads(count: int) -> Any:
 def _on_stream(device: int, stream: int) -> tuple[Any, Any]:
     """The CUDA kernels for a GPU, and one of its streams as they take it."""
     cuda = native.module_on(device).cuda
-    return cuda, cuda.OnStream(device, stream)
+    return cuda, cuda.Stream(device, stream)
 
 
 def _module(device: torch.device) -> Any:
@@ -160,8 +160,8 @@ def in_memory_order_of(parameter: Tensor, tensor: Tensor) -> Tensor:
 class Prepared:
     """A network's parameters and layers as the kernels take them: sizes, layouts and options, read once.
 
-    They stay valid while the parameters keep their memory, shape, dtype and order. Two launches at the same time, from
-    several threads, need an object each.
+    They stay valid while the parameters keep their memory, shape, dtype and order; the caller holds the parameters.
+    Two launches at the same time, from several threads, need an object each.
 
     Args:
         device: where the network is.

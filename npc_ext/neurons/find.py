@@ -34,7 +34,6 @@ _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # These treat a matrix as one sequence without a dimension of samples.
 _TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
-_ADDED_TO_SEQUENCES = ("bias_k", "bias_v")  # by attention
 
 
 def find_neurons(
@@ -199,10 +198,14 @@ def connections(model: nn.Module) -> dict[str, list[nn.Parameter]]:
         raise ValueError(
             f"the model ({type(model).__name__}) has no Linear, Conv or ConvTranspose layer{_listed(unusable)}"
         )
-    return {
-        name: [p for short, p in module.named_parameters(recurse=False) if short not in _ADDED_TO_SEQUENCES]
-        for name, module in usable.items()
-    }
+    return {name: _parameters_of(module) for name, module in usable.items()}
+
+
+def _parameters_of(module: nn.Module) -> list[nn.Parameter]:
+    """The weights and biases of a layer; of attention, those of its input projection only."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return list(module.parameters(recurse=False))
+    return [p for p in (*_weights(module).values(), module.in_proj_bias) if p is not None]
 
 
 def is_shared(weight: Tensor, model: nn.Module) -> bool:

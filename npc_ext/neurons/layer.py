@@ -101,7 +101,7 @@ class NeuronLayer:
         relu_backward: the operation that computes it together with ReLU's backward pass.
         gradients_skipped: the share of neurons, from 0 to 1, whose weight gradients were skipped for the last step.
         note_rest: set while the layer rests. Its tap calls it in the backward pass.
-        forget_left_out: called when the layer's gradients were cleared. It clears the notes of skipped gradients.
+        forget_skipped: called when the layer's gradients were cleared. It clears the notes of skipped gradients.
         checked: whether the first measurement was checked for a point before a normalization (tap.py).
         last_backward_pass: the number of the last backward pass since the last step.
         expected_version: the version of the weight's gradient after that backward pass.
@@ -120,7 +120,7 @@ class NeuronLayer:
     relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
     gradients_skipped: float = field(default=0.0, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)
-    forget_left_out: Callable[[], None] = field(default=_nothing, repr=False)
+    forget_skipped: Callable[[], None] = field(default=_nothing, repr=False)
     # For the tap (drop_cleared_importance in tap.py).
     checked: bool = field(default=False, repr=False)
     last_backward_pass: int = field(default=NO_BACKWARD_PASS, repr=False)
@@ -162,7 +162,7 @@ class NeuronLayer:
         return [p.parameter for p in self.parameters if p.parameter.requires_grad]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "note_rest": None, "forget_left_out": _nothing}  # a copy starts without certificates
+        return {**self.__dict__, "note_rest": None, "forget_skipped": _nothing}  # a copy starts without certificates
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ class Handle:
 def _refuse_script(*_: Any) -> Any:
     raise AttributeError(
         "torch.jit.script cannot compile what an optimizer of npc_ext has placed in the model: take it out first "
-        "with optimizer.neurons.detach(); to go on training (and for SSL, which has no detach) script another "
+        "with optimizer.neurons.detach(); to continue training (and for SSL, which has no detach) script another "
         "model that has loaded model.state_dict()"
     )
 

@@ -58,7 +58,7 @@ class _Tap(torch.autograd.Function):
         of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
         if ctx.note_rest is not None:
             ctx.note_rest()
-        return gradient, of_sink, None, None, None, None, None, *map(left_out_like, ctx.constants)
+        return gradient, of_sink, None, None, None, None, None, *map(skipped_like, ctx.constants)
 
 
 def like(gradient: Tensor, activation: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def for_sink(
     return importance if importance.dtype == torch.float32 else importance.to(torch.float32)
 
 
-def left_out_like(parameter: Tensor) -> Tensor:
+def skipped_like(parameter: Tensor) -> Tensor:
     """A gradient that was not computed: negative zeros, because zeros mean a gradient that was cleared in place."""
     return torch.full_like(parameter, -0.0)
 
@@ -102,7 +102,7 @@ def drop_cleared_importance(layer: NeuronLayer) -> None:
         if not gradients:
             if layer.has_gradients:
                 layer.sink.grad = None
-                layer.forget_left_out()
+                layer.forget_skipped()
         elif not layer.sharded:
             with torch.no_grad():
                 kept = [grad.view(_BITS[grad.element_size()]).any().to(layer.sink.device) for grad in gradients]

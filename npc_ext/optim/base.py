@@ -118,6 +118,8 @@ class ModelOptimizer(ImportanceHolder):
         """Raises ValueError if the options of a group, or of a layer (`where`), are out of range."""
         for name in ("lr", "momentum", "weight_decay"):
             check_number(name, options[name], where)
+        for name in ("nesterov", "maximize"):
+            check_choice(f"{where}{name}", options[name], (True, False))
         if options["nesterov"] and not options["momentum"]:
             raise ValueError(
                 f"{where}nesterov is on, but momentum is {options['momentum']}; nesterov needs a momentum above 0"
@@ -345,7 +347,7 @@ class ModelOptimizer(ImportanceHolder):
 
     def _has_momentum(self, group: Mapping[str, Any]) -> bool:
         """Whether the parameters of a group have SGD's momentum."""
-        return bool(group.get("momentum", 0) != 0)
+        return "momentum" in self._OPTIONS and bool(group["momentum"] != 0)
 
     def _make_plan(self, common: dict[str, Any]) -> Any:
         """A plan of the method, from the fields that do not depend on it (`_common`)."""
@@ -554,7 +556,8 @@ class ModelOptimizer(ImportanceHolder):
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        plans = ("_plans", "_earlier_plans")  # hold memory addresses; __setstate__ has them made anew
+        # What holds memory addresses; __setstate__ has it made anew.
+        plans = ("_plans", "_planned_for", "_planned_rates", "_earlier_plans")
         return {name: value for name, value in self.__dict__.items() if name not in plans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..columns import AdamNetwork, AdamOptions, columns_of
 from ..distributed.shards import local
 from ..kernels import launch
-from .options import CONSTANTS, check_number, check_plasticity_options
+from .options import CONSTANTS, check_choice, check_number, check_plasticity_options
 from .plan import PlasticPlan
 from .plastic import Plastic
 
@@ -78,6 +78,7 @@ class NPCAdamW(Plastic):
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         for name in ("lr", "eps", "weight_decay"):
             check_number(name, options[name], where)
+        check_choice(f"{where}maximize", options["maximize"], (True, False))
         betas = options["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_decay, betas)):
             raise ValueError(f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999)")

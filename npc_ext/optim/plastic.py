@@ -443,8 +443,8 @@ class Plastic(PlasticityControl, Joinable):
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
             certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
-            left_out = self._certificates.gradients_skipped(layer.name)
-            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, left_out)
+            skipped = self._certificates.gradients_skipped(layer.name)
+            result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, skipped)
         return result
 
     # ------------------------------------------------------------------------------- model changes, earlier importance

@@ -123,13 +123,13 @@ class CertifiedLayer:
         """Sets the layer's place in the record, and the group that holds beta and delta. Ends the certificate."""
         self._clock, self._record, self._at, self._group = clock, record, at, group
         self._forward.rejoin(self)
-        self.layer.forget_left_out = self.used.clear
+        self.layer.forget_skipped = self.used.clear
         self._forget()
 
     def take_over_from(self, before: CertifiedLayer) -> None:
         """Takes over the notes of gradients that backward passes skipped for the same neurons and the next step."""
         self.used = before.used
-        self.layer.forget_left_out = self.used.clear
+        self.layer.forget_skipped = self.used.clear
 
     def _forget(self) -> None:
         self.certificate: Certificate | None = None
@@ -189,9 +189,8 @@ class CertifiedLayer:
             or not self.in_force()
         ):
             return None
-        note_use = partial(
-            self.used.add, certificate
-        )  # holds no layer, so there are no cycles, and it is freed with its optimizer
+        # It holds no layer, so there are no cycles, and it is freed with its optimizer.
+        note_use = partial(self.used.add, certificate)
         constants = len(certificate.rows) == 0 and not x.requires_grad and self._can_rest()
         if constants:
             self.layer.note_rest = note_use
@@ -212,7 +211,7 @@ class CertifiedLayer:
         for certificate in self.used:
             if (differs or self._clock.steps >= certificate.until) and not self._still_holds(certificate):
                 raise RuntimeError(
-                    f"layer {self.layer.name!r}: gradients were left out of neurons that could not move in the coming "
+                    f"layer {self.layer.name!r}: gradients were skipped for neurons that could not move in the coming "
                     "step, but can in this one: beta, delta, importance or the optimizer's state was changed between "
                     "the forward pass and step(), or more steps were taken in between than foreseen. Now call the "
                     "optimizer's zero_grad() and start again with a forward pass; make such changes between step() "
@@ -224,12 +223,12 @@ class CertifiedLayer:
         if importance is None:
             return False
         certain = importance >= least_importance(*self.constants(), steps=1)
-        return bool(certain[certificate.rows.left_out().to(certain.device)].all())
+        return bool(certain[certificate.rows.skipped().to(certain.device)].all())
 
     def after_step(self) -> None:
         """Clears the notes of this step, and stores the share of skipped rows."""
-        left_out = [certificate.rows.share_left_out() for certificate in self.used]
-        self.layer.gradients_skipped = min(left_out, default=0.0)
+        skipped = [certificate.rows.share_skipped() for certificate in self.used]
+        self.layer.gradients_skipped = min(skipped, default=0.0)
         self.used.clear()
         self.may_rest = False
 
@@ -282,10 +281,9 @@ class Certificates:
     def take_over_from(self, before: Certificates) -> None:
         """Takes over the notes of skipped gradients when the same optimizer has searched its model again."""
         for name in before.layers.keys() & self.layers.keys():
-            if (
-                self.layers[name].parameters[0] is before.layers[name].parameters[0]
-            ):  # else it is a new layer, whose gradients were computed
-                self.layers[name].take_over_from(before.layers[name])
+            layer, same_name = self.layers[name], before.layers[name]
+            if layer.parameters[0] is same_name.parameters[0]:  # else it is a new layer, whose gradients were computed
+                layer.take_over_from(same_name)
         self._uses = [layer.used for layer in self.layers.values()]
 
     def remove(self) -> None:
@@ -306,9 +304,10 @@ class Certificates:
         if any(self._uses):
             for layer in self.layers.values():
                 layer.check_uses()
-        for at in self._record.compare():
-            layer = list(self.layers.values())[at]
-            layer.changed, layer.certificate = True, None
+        if changed := self._record.compare():
+            layers = list(self.layers.values())
+            for layer in map(layers.__getitem__, changed):
+                layer.changed, layer.certificate = True, None
 
     def after_step(self) -> None:
         """Counts the step, and issues certificates after some of the steps."""

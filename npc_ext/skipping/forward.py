@@ -73,7 +73,7 @@ class PartialForward(StandIn):
     def __init__(self, module: nn.Module) -> None:
         operation = operation_of(module)
         if isinstance(operation, str):
-            raise ValueError(f"the weight gradients of {module} cannot be left out: {operation}")
+            raise ValueError(f"the weight gradients of {module} cannot be skipped: {operation}")
         super().__init__(module)
         self.whole_only = isinstance(operation, Convolution) and operation.groups > 1
         self.decider: Decider | None = None

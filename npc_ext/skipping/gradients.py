@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..neurons.kinds import CONVOLUTIONS, TRANSPOSED
-from ..neurons.tap import left_out_like
+from ..neurons.tap import skipped_like
 from .rows import Rows
 
 # Linear and Convolution have the same methods: what a module computes, and the two halves of its backward pass.
@@ -139,9 +139,9 @@ class PartialGradient(torch.autograd.Function):
         of_input = None
         if ctx.needs_input_grad[0]:
             of_input = operation.input_gradient(gradient, weight, ctx.shape, ctx.channels_last)
-        of_weight = left_out_like(ctx.weight)
+        of_weight = skipped_like(ctx.weight)
         biased = ctx.needs_input_grad[2]
-        of_bias = left_out_like(ctx.bias) if biased else None
+        of_bias = skipped_like(ctx.bias) if biased else None
         if len(rows):
             part, bias_part = operation.weight_gradient(gradient, x, ctx.weight, rows.on_device, biased)
             of_weight.index_copy_(operation.neuron_dim, rows.on_device, part)
@@ -186,7 +186,7 @@ def skipping_pays(operation: Operation, x: Tensor, weight: Tensor, rows: Rows) -
         return True
     if torch.are_deterministic_algorithms_enabled():
         return False
-    share, positions = rows.share_left_out(), operation.positions(x)
+    share, positions = rows.share_skipped(), operation.positions(x)
     least_positions = 160 if isinstance(operation, Linear) else 128
     work = weight.numel() * positions
     return share**2 * work > _LEAST_WORK[x.device.type] and share * positions >= least_positions

@@ -1,4 +1,4 @@
-"""What the last step left of the layers of an optimizer, to find out what other code has changed since."""
+"""The state of an optimizer's layers after its last step, which shows what other code has changed since."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _CONSTANTS = operator.itemgetter("beta", "delta")
 
 
 class Record:
-    """What the last step left of the layers of one optimizer; whatever differs from it, other code has changed.
+    """The state of an optimizer's layers after its last step. If a layer differs from it, other code has changed it.
 
     It holds the importance of each layer, the versions of importance and parameters, and each group's beta and delta.
 
     Args:
-        optimizer: the optimizer. Its `state` is read anew each time, because other code may replace it.
-        members: of each layer, the parameter under which its importance is kept, all its parameters, and its group.
+        optimizer: the optimizer. Its `state` and groups are read each time, because other code may replace them.
+        members: for each layer, the parameter under which its importance is stored, all its parameters, and its group.
     """
 
     def __init__(
@@ -31,16 +31,18 @@ class Record:
         optimizer: torch.optim.Optimizer,
         members: Sequence[tuple[Tensor, Sequence[Tensor], Mapping[str, Any]]],
     ) -> None:
-        self._optimizer = weakref.ref(optimizer)  # without cycles, everything dies with its optimizer
+        self._optimizer = weakref.ref(optimizer)  # so there are no cycles, and everything is freed with it
         self._keys = [key for key, _, _ in members]
         self._parameters = [parameters for _, parameters, _ in members]
         ends = accumulate((1 + len(parameters) for parameters in self._parameters), initial=0)
         self._spans = [slice(*span) for span in pairwise(ends)]  # of the layers, in `_tensors`
         self._groups = list({id(group): group for _, _, group in members}.values())
+        indices = {id(group): index for index, group in enumerate(optimizer.param_groups)}
+        self._group_indices = [indices[id(group)] for group in self._groups]  # in the optimizer
         places = {id(group): place for place, group in enumerate(self._groups)}
         self._group_of = [places[id(group)] for _, _, group in members]
         self._importances: list[Tensor | None] = []
-        self._tensors: list[Tensor] = []  # of each layer: importance (without it, the key), then parameters
+        self._tensors: list[Tensor] = []  # for each layer: importance (or its key if there is none), then parameters
         self._versions: list[int] = []  # of the tensors; empty while nothing is recorded
         self._constants: list[tuple[Any, Any]] = []
 
@@ -62,7 +64,14 @@ class Record:
         return (
             versions_of(self._tensors[span]) != self._versions[span]
             or _CONSTANTS(self._groups[group]) != self._constants[group]
+            or self._is_replaced(group)
         )
+
+    def _is_replaced(self, group: int) -> bool:
+        """Whether another dictionary has taken the place of a group."""
+        optimizer = self._optimizer()
+        groups, index = [] if optimizer is None else optimizer.param_groups, self._group_indices[group]
+        return index >= len(groups) or groups[index] is not self._groups[group]
 
     def compare(self) -> list[int]:
         """The layers that differ from the record; none if nothing is recorded. Call `take` after the step."""

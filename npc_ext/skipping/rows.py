@@ -26,11 +26,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.on_cpu)
 
-    def left_out(self) -> Tensor:
+    def skipped(self) -> Tensor:
         """(N,) bool on the CPU: the rows whose gradients are not computed."""
         return torch.ones(self.neurons, dtype=torch.bool, device="cpu").index_fill_(0, self.on_cpu, False)
 
-    def share_left_out(self) -> float:
+    def share_skipped(self) -> float:
         """The share of rows whose gradients are not computed."""
         return 1 - len(self) / self.neurons
 

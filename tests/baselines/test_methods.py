@@ -7,6 +7,7 @@ import inspect
 import io
 import pickle
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -229,6 +230,11 @@ def test_ssl_inhibits_named_layers_also_after_convolutions() -> None:
     optimizer = SSL(model, lr=0.1, layers=["0"], sparsity=1.0)
     assert [layer.name for layer in optimizer.inhibited] == ["0"]
     learn(model, optimizer, steps=1)
+
+
+def test_ssl_takes_names_of_layers_that_read_like_patterns() -> None:
+    model = nn.Sequential(OrderedDict([("a[0]", nn.Linear(8, 6)), ("relu", nn.ReLU()), ("b", nn.Linear(6, 4))]))
+    assert [layer.name for layer in SSL(model, layers=["a[0]"]).inhibited] == ["a[0]"]
 
 
 def test_ssl_reports_where_its_penalty_would_not_act() -> None:
@@ -646,6 +652,7 @@ def test_cpc_names_its_layers_and_reports_them() -> None:
 @pytest.mark.parametrize("options", [{}, {"kdim": 4, "vdim": 6, "bias": False}], ids=str)
 def test_cpc_protects_attentions_input_projection(options: dict[str, Any]) -> None:
     model = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True, **options)
+    model.register_parameter("gate", nn.Parameter(torch.ones(1)))  # as derived classes may have
     inputs = [torch.randn(3, 5, size) for size in (8, model.kdim, model.vdim)]
     optimizer = CPC(model, lr=0.1, delta=0.5, momentum=0.9)
     for _ in range(3):

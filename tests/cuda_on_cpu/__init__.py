@@ -87,7 +87,7 @@ def take_over(set_attribute: Callable[[Any, str, Any], None]) -> None:
 def launch(kernel: str, device: torch.device, *arguments: Any, stream: int = 0) -> None:
     """Launches as on a GPU, with the CPU's memory and any stream number."""
     cuda = module().cuda
-    getattr(cuda, kernel)(cuda.OnStream(0, stream), *arguments)
+    getattr(cuda, kernel)(cuda.Stream(0, stream), *arguments)
 
 
 def _variable(name: str) -> Any:

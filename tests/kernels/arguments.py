@@ -12,7 +12,7 @@ from torch import Tensor
 from npc_ext import reference
 
 Arguments = dict[str, Any]
-# An update changes those of these arguments that it has.
+# The arguments that an update may change.
 WRITTEN = (
     *("parameters", "momentum_buffers", "first_moments", "second_moments", "steps", "paths"),
     *("importances", "nonfinite_steps"),
@@ -76,30 +76,30 @@ def tensors(
 
 
 def at_offset(tensor: Tensor, offset: int) -> Tensor:
-    """A copy that begins so many elements after the start of its memory."""
+    """A copy that begins `offset` elements after the start of its memory."""
     gap = torch.zeros(offset, dtype=tensor.dtype, device=tensor.device)
     return torch.cat([gap, tensor.flatten()])[offset:].view(tensor.shape)
 
 
 def columns(count: int, **values: Any) -> Arguments:
-    """Columns with the same value for so many parameters or layers."""
+    """Columns with the same value for `count` parameters or layers."""
     return {name: [value] * count for name, value in values.items()}
 
 
 def sgd(count: int, lr: float = 0.1, **options: Any) -> Arguments:
-    """SGD's options, the same for so many parameters."""
+    """SGD's options, the same for `count` parameters."""
     defaults = {"momentum": 0.0, "nesterov": False, "weight_decay": 0.0, "maximize": False}
     return columns(count, lr=lr, **{**defaults, **options})
 
 
 def adam(count: int, lr: float = 0.01, weight_decay: float = 0.01) -> Arguments:
-    """Adam's options, the same for so many parameters."""
+    """Adam's options, the same for `count` parameters."""
     decays = {"first_decay": 0.9, "second_decay": 0.999, "weight_decay": weight_decay}
     return columns(count, lr=lr, **decays, epsilon=1e-8, maximize=False)
 
 
 def plasticity(layers: int, **constants: Any) -> Arguments:
-    """Constants, the same for so many layers."""
+    """Constants, the same for all layers."""
     defaults = {"alpha": 0.5, "beta": 0.5, "delta": 0.99, "sigma": "sigmoid", "active_only": False}
     return columns(layers, **{**defaults, **constants})
 
@@ -114,7 +114,7 @@ def placement(count: int, layer: int = 0) -> Arguments:
 
 
 def no_layers(count: int, device: str = "cpu") -> Arguments:
-    """Arguments that say that so many parameters are in no layer."""
+    """Arguments that say that `count` parameters are in no layer."""
     nothing = {"importances": [], "measured": [], "nonfinite_steps": no_nonfinite_steps(0, device)}
     return {**nothing, **placement(count, -1), **plasticity(0)}
 
@@ -163,7 +163,7 @@ DIVISIBLE = PARAMETERS[:-1]  # all that have rows
 
 
 def several_layers(layers: int, each: int) -> Arguments:
-    """A network of layers of 4 neurons with so many parameters each, and 3 parameters of no layer."""
+    """A network of layers of 4 neurons with `each` parameters each, and 3 parameters of no layer."""
     placed = [Placed((4, 5), index) for index in range(layers) for _ in range(each)]
     return {"layers": [4] * layers, "parameters": [*placed, *[Placed((4, 5))] * 3]}
 

@@ -201,7 +201,7 @@ def test_every_rate_scales_with_lr_and_a_warm_up_may_begin_at_zero(operation: st
 @pytest.mark.parametrize("lr", [0.0, 0.25])  # frozen means that eq. 7 is zero, not that lr is
 @pytest.mark.parametrize("stochastic_rounding", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_what_is_frozen_stays_bit_identical_but_loses_its_momentum_once(
+def test_frozen_elements_stay_bit_identical_but_lose_their_momentum_once(
     dtype: torch.dtype, stochastic_rounding: bool, lr: float, operation: str, device: str
 ) -> None:
     if stochastic_rounding and (dtype != torch.bfloat16 or "seeds" not in names_of(operation)):
@@ -234,7 +234,7 @@ def test_what_is_frozen_stays_bit_identical_but_loses_its_momentum_once(
 
 @of_neurons
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_shards_come_to_the_same_bits_as_the_whole(operation: str, dtype: torch.dtype, device: str) -> None:
+def test_shards_give_the_same_bits_as_the_whole(operation: str, dtype: torch.dtype, device: str) -> None:
     options: dict[str, Any] = {"momentum": 0.9, "nesterov": True, "weight_decay": 0.01}
     whole = network(operation, dtype, parameters=DIVISIBLE, **options, device=device)
     in_parts = copied(whole)

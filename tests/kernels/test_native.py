@@ -69,7 +69,7 @@ def test_the_module_has_cuda_kernels_and_needs_no_driver_to_be_imported() -> Non
 @needs_nvcc
 def test_a_launch_without_a_driver_says_so() -> None:
     cuda = native.module().cuda
-    target = cuda.OnStream(0, 0)
+    target = cuda.Stream(0, 0)
     with pytest.raises(
         RuntimeError,
         match=r"npc_ext: reading the current device failed: cudaError.*; there is no NVIDIA driver, but the kernels "

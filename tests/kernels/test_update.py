@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from npc_ext import ops, reference
-from npc_ext.columns import Layer, LayerStepOptions, Network
+from npc_ext.columns import Layer, LayerStepOptions, Network, PlasticityOptions
+from npc_ext.kernels import native
 
 from .. import cuda_on_cpu
 from ..tolerances import DTYPES
@@ -156,7 +157,7 @@ def test_gradients_of_frozen_rows_are_not_even_read(device: str) -> None:
 
 @pytest.mark.parametrize("count", [3, 400])
 @pytest.mark.parametrize("at_once", [False, True])
-def test_all_parameters_of_a_layer_see_it_freeze_in_however_many_launches(
+def test_all_parameters_of_a_layer_see_it_freeze_in_any_number_of_launches(
     count: int, at_once: bool, device: str
 ) -> None:
     weights, gradients, buffers = ([torch.ones(3, 2, device=device) for _ in range(count)] for _ in range(3))
@@ -323,3 +324,19 @@ def test_an_operation_that_is_called_without_checks_refuses_rows_beyond_their_la
     arguments["importances"][0] = arguments["importances"][0][1:].clone()
     with pytest.raises(ValueError, match="a parameter has more rows than its layer"):
         torch.ops.npc_ext.update_.default(*flat("update_", arguments))
+
+
+@pytest.mark.parametrize(("name", "message"), [("lr", "that all updates read"), ("run", "no layout")])
+def test_the_module_refuses_a_network_without_its_columns(name: str, message: str) -> None:
+    module = native.module()
+    columns: dict[str, list[Any]] = {column: [] for column in module.COLUMNS if column in PlasticityOptions._fields}
+    columns |= {column: [1] for column in module.COLUMNS if column not in (*columns, "neurons")} | {"neurons": []}
+    columns |= {"dtype": [0], "layer": [-1]}
+    module.Network([0], [], 0, columns)
+    columns.pop(name) if name == "lr" else columns.update({name: [0]})
+    with pytest.raises(ValueError, match=message):
+        module.Network([0], [], 0, columns)
+    adam = {column: numbers for column, numbers in columns.items() if column != "epsilon"} | {"lr": [1], "run": [1]}
+    network = module.Network([0], [], 0, adam)
+    with pytest.raises(ValueError, match="the network has no column epsilon"):
+        module.cpu.adam_update(module.cpu.Threads(1), network, [0], [], 0, 0, [], [], [], [1], [], [0], [0])

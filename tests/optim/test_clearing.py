@@ -156,14 +156,14 @@ def test_the_base_optimizers_zero_grad_clears_importance_like_the_wrappers() -> 
     assert same(everything(*got), everything(*want))
 
 
-def test_gradients_that_were_left_out_are_cleared_in_place_like_others() -> None:
+def test_gradients_that_were_skipped_are_cleared_in_place_like_others() -> None:
     got, want = (run("NPC, frozen", "gan", clearing, 40) for clearing in ("the model, in place", "the optimizer"))
     assert same(everything(*got), everything(*want))
     for _, optimizer in (got, want):
         assert optimizer.plasticity()["conv1"].gradients_skipped == 1
 
 
-def test_gradients_left_out_of_a_loss_that_was_thrown_away_do_not_count() -> None:
+def test_gradients_skipped_for_a_loss_that_was_thrown_away_do_not_count() -> None:
     """Options may change after it, as they may after the optimizer's zero_grad()."""
     model, data = paper_cnn(), batches(40)
     optimizer = frozen_npc(model)
@@ -207,7 +207,7 @@ def test_gradient_accumulation_moves_the_average_once() -> None:
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("skip_frozen", [False, True])
 def test_micro_batches_keep_what_was_measured_also_if_clipped(clip: bool, skip_frozen: bool) -> None:
-    """Gradients that were left out are zero as cleared ones are, but they were not cleared."""
+    """Gradients that were skipped are zero as cleared ones are, but they were not cleared."""
     model, data = paper_cnn(), batches(3)
     optimizer = NPC(model, delta=0.999, lr=0.0, skip_frozen=skip_frozen)
     for name in ("conv1", "conv2"):

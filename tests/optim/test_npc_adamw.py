@@ -65,7 +65,7 @@ def test_frozen_neurons_and_their_moments_stay_bit_identical() -> None:
         assert not torch.equal(before[name][20:], after[name][20:])
 
 
-def test_gradients_of_frozen_neurons_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_frozen_neurons_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(certificate, "FEWEST_STEPS_BETWEEN_ISSUES", 2)
     monkeypatch.setattr(certificate, "MOST_STEPS_BETWEEN_ISSUES", 2)
     monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
@@ -151,3 +151,10 @@ def test_another_optimizers_state_is_refused_before_anything_changes() -> None:
     for other in (NPC(network()), torch.optim.AdamW(network().parameters())):
         with refused(model, optimizer, ValueError, "saved by another optimizer|saved for another architecture"):
             optimizer.load_state_dict(other.state_dict())
+
+
+def test_a_momentum_in_a_group_is_not_adams() -> None:
+    model = network()
+    optimizer = NPCAdamW(model, params=[{"params": [*model.parameters()], "momentum": 0.9}])
+    train(model, optimizer, [images(0)])
+    assert not any("momentum_buffer" in state for state in optimizer.state.values())

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of skipping: gradients are left out more often than in training."""
+"""Fixtures of the tests of skipping: gradients are skipped more often than in training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from npc_ext.skipping import certificate, forward
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows are left out whether it pays or not."""
+    """Rows are skipped whether or not that is faster."""
     monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
 
 

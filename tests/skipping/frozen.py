@@ -61,7 +61,7 @@ def certificates(optimizer: NPC) -> Certificates:
 
 
 def skipped(optimizer: NPC) -> dict[str, float]:
-    """The share of each layer's weight gradients that is left out at the moment."""
+    """The share of each layer's weight gradients that is skipped at the moment."""
     return {name: layer.gradients_skipped for name, layer in optimizer.plasticity().items()}
 
 
@@ -75,7 +75,7 @@ def frozen(model: nn.Module, *layers: str, count: int = 6) -> tuple[Any, NPC]:
 
 
 class Pair:
-    """A model whose optimizer leaves gradients out, and its twin, whose optimizer computes all of them."""
+    """A model whose optimizer skips gradients, and its twin, whose optimizer computes all of them."""
 
     def __init__(
         self, model: nn.Module, importance: Mapping[str, float | Tensor] | None = None, **options: Any
@@ -99,7 +99,7 @@ class Pair:
                 steps(model, optimizer, [seed])
 
     def skipped(self) -> dict[str, float]:
-        """The share of each layer's weight gradients that the first model leaves out."""
+        """The share of each layer's weight gradients that the first model skips."""
         return skipped(self.optimizer)
 
     def gradients(self, layer: str, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -257,7 +257,7 @@ def test_a_state_that_is_loaded_before_the_step_is_refused_if_it_matters(after: 
     loss.backward()
     if after == "backward":
         optimizer.load_state_dict(low)
-    with pytest.raises(RuntimeError, match=r"left out of neurons that could not move|no importance was measured"):
+    with pytest.raises(RuntimeError, match=r"skipped for neurons that could not move|no importance was measured"):
         optimizer.step()
     steps(model, optimizer, range(2))
 
@@ -276,7 +276,7 @@ def test_a_change_while_a_layer_rests_is_refused_if_it_matters(change: Callable[
     optimizer.zero_grad()  # after the forward pass, as some write it
     loss.backward()
     change(optimizer)
-    with pytest.raises(RuntimeError, match=r"layer '0': gradients were left out of neurons that could not move"):
+    with pytest.raises(RuntimeError, match=r"layer '0': gradients were skipped for neurons that could not move"):
         optimizer.step()
     optimizer.zero_grad()
     before = model[0].weight.detach().clone()
@@ -304,15 +304,25 @@ def test_a_group_that_is_added_before_the_step_changes_nothing(after: str) -> No
     if after == "forward":
         loss.backward()
     optimizer.param_groups[0]["beta"] = 50.0
-    with pytest.raises(RuntimeError, match="left out of neurons that could not move"):
+    with pytest.raises(RuntimeError, match="skipped for neurons that could not move"):
         optimizer.step()
+
+
+def test_a_group_that_was_replaced_by_another_dictionary_before_the_forward_pass_skips_nothing() -> None:
+    model, optimizer = frozen(network(), "0")
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "beta": 50.0}
+    optimizer.zero_grad()
+    loss_of(model).backward()
+    assert model[0].weight.grad is not None and model[0].weight.grad.any()
+    optimizer.step()
 
 
 # ------------------------------------------------------------------------------------------------------- other optimizers
 
 
 @pytest.mark.parametrize(
-    "names", [("0.bias",), ("1.weight",), ("1.weight", "1.bias"), ("0.weight", "4.weight", "4.bias")]
+    "names",
+    [("0.bias",), ("1.weight",), ("1.weight", "1.bias"), ("4.bias",), ("0.weight", "4.weight", "4.bias")],
 )
 def test_another_optimizer_gets_its_gradients(names: tuple[str, ...]) -> None:
     model, _optimizer = frozen(network(), "0", "4")
@@ -348,7 +358,7 @@ def test_the_input_gradient_of_a_convolution_copies_nothing() -> None:
     assert "aten::convolution_backward" in names and "aten::copy_" not in names
 
 
-# -------------------------------------------------------------------------------------------- what cannot be left out
+# -------------------------------------------------------------------------------------------- what cannot be skipped
 
 
 def test_sparse_input_of_a_layer_that_is_certified_in_part() -> None:

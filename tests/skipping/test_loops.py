@@ -116,7 +116,7 @@ def step(model: Network, optimizer: NPC, number: int, draw: random.Random) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("skip_frozen", ["layers", True])
-def test_no_loop_notices_that_gradients_are_left_out(
+def test_no_loop_notices_that_gradients_are_skipped(
     skip_frozen: Any, often: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if skip_frozen is True:  # parts of layers may differ in their last bits

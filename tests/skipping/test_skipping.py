@@ -1,4 +1,4 @@
-"""Only gradients that the coming step does not need are left out."""
+"""Only gradients that the coming step does not need are skipped."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from .frozen import Pair, batch, certificates, frozen, loss_of, mlp, set_importa
 
 
 def certify(optimizer: NPC, layer: str, certain: Tensor) -> Tensor:
-    """Certifies neurons of a layer; returns the rows that are left out then, (N,) bool."""
+    """Certifies neurons of a layer; returns the rows that are skipped then, (N,) bool."""
     set_importances(optimizer, {layer: certain * 3.0})
     cases.certify(optimizer)
     rows = rows_to_compute(certain, whole_only=False)
@@ -164,7 +164,7 @@ def test_rows_are_rounded_up_to_few_shapes() -> None:
         certain = torch.ones(256, dtype=torch.bool).index_fill_(0, torch.randperm(256)[:moving], False)
         rows = rows_to_compute(certain, whole_only=False)
         assert rows is not None and len(rows) == -(-moving // 32) * 32 and len(rows.unique()) == len(rows)
-        assert bool(certain[Rows(rows, 256, torch.device("cpu")).left_out()].all())
+        assert bool(certain[Rows(rows, 256, torch.device("cpu")).skipped()].all())
         assert rows_to_compute(certain, whole_only=True) is None
     assert rows_to_compute(torch.arange(256) < 10, whole_only=False) is None
     assert rows_to_compute(torch.arange(16) < 10, whole_only=False) is None  # 16 rows at least
@@ -238,7 +238,7 @@ def test_parts_of_layers_that_thaw_again_stay_with_those_that_skip_nothing(often
 
 
 def test_neurons_that_thaw_again_learn_as_if_nothing_had_been_skipped(always: None) -> None:
-    """Layers of 16 neurons are left out wholly or not at all, so that all bits agree."""
+    """Layers of 16 neurons are skipped wholly or not at all, so that all bits agree."""
     # Some are below beta before 200 steps are over, unless they happen to matter.
     importance = {"first": torch.linspace(1.6, 5, 16), "second": torch.linspace(1.5, 5, 16)}
     pair = Pair(mlp(16, 16), importance, lr=0.05, delta=0.99, beta=0.9, momentum=0.5)
@@ -287,10 +287,10 @@ def after_backward(
 ) -> tuple[Pair, Tensor, float]:
     """A layer with these neurons certified, and its twin, after the same backward pass.
 
-    Also which rows were left out, and a bound on the rounding of the others.
+    Also which rows were skipped, and a bound on the rounding of the others.
     """
     pair = Pair(nn.Sequential(make(), nn.Tanh()).to(memory_format=memory_format))
-    left_out = certify(pair.optimizer, "0", certain)
+    skipped_rows = certify(pair.optimizer, "0", certain)
     x = torch.randn(shape).to(memory_format=memory_format)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [model(own) for (model, _), own in zip(pair, inputs, strict=True)]
@@ -300,7 +300,7 @@ def after_backward(
         output.backward(upstream)
     assert torch.equal(*(own.grad for own in inputs))
     bound = 4 * upstream.numel() / 40 * U[torch.float32] * float(x.abs().max() * upstream.abs().max())
-    return pair, left_out, bound
+    return pair, skipped_rows, bound
 
 
 @pytest.mark.parametrize("moving", [0, 3, 20])
@@ -317,21 +317,21 @@ def test_every_kind_of_layer(
     always: None, make: Callable[[], nn.Module], shape: tuple[int, ...], moving: int, memory_format: torch.memory_format
 ) -> None:
     certain = torch.ones(40, dtype=torch.bool).index_fill_(0, torch.arange(moving) * 2, False)
-    pair, left_out, bound = after_backward(make, shape, certain, memory_format)
+    pair, skipped_rows, bound = after_backward(make, shape, certain, memory_format)
     for (name, got), want in zip(pair.model.named_parameters(), pair.twin.parameters(), strict=True):
         assert got.grad is not None and want.grad is not None and got.grad.stride() == want.grad.stride()
         dim = 1 if "Transpose" in str(pair.model[0]) and name.endswith("weight") else 0
         got_rows, want_rows = got.grad.transpose(0, dim), want.grad.transpose(0, dim)
-        assert not got_rows[left_out].any()
-        assert bool(((got_rows - want_rows)[~left_out].abs() <= bound).all())
+        assert not got_rows[skipped_rows].any()
+        assert bool(((got_rows - want_rows)[~skipped_rows].abs() <= bound).all())
     pair.optimizer.step()
     share = pair.skipped()["0"]
-    assert share > 0 and share == pytest.approx(float(left_out.double().mean()))
+    assert share > 0 and share == pytest.approx(float(skipped_rows.double().mean()))
 
 
 @pytest.mark.parametrize(("make", "shape"), GROUPED)
 @pytest.mark.parametrize("moving", [0, 3])
-def test_gradients_of_grouped_convolutions_are_left_out_wholly_or_not_at_all(
+def test_gradients_of_grouped_convolutions_are_skipped_wholly_or_not_at_all(
     always: None, make: Callable[[], nn.Module], shape: tuple[int, ...], moving: int
 ) -> None:
     certain = torch.arange(40) >= moving
@@ -449,7 +449,7 @@ def test_where_it_does_not_pay_to_compute_some_rows_alone_all_are_computed() -> 
 
 # The layer, the shape of its input, the rows to compute, and whether it pays.
 RULE: list[tuple[nn.Module, tuple[int, ...], int, bool]] = [
-    (nn.Linear(784, 1024), (256, 784), 512, False),  # too few rows are left out for so few positions
+    (nn.Linear(784, 1024), (256, 784), 512, False),  # too few rows are skipped for so few positions
     (nn.Linear(784, 1024), (256, 784), 256, True),
     (nn.Linear(784, 1024), (16, 784), 128, False),  # to write the gradient takes as long
     (nn.Linear(128, 512), (32, 32, 128), 384, False),
@@ -483,7 +483,7 @@ def test_whether_it_pays_follows_from_the_shapes(
         torch.use_deterministic_algorithms(False)
 
 
-def test_two_runs_from_one_state_are_alike_bit_by_bit_where_parts_of_layers_are_left_out(often: None) -> None:
+def test_two_runs_from_one_state_are_alike_bit_by_bit_where_parts_of_layers_are_skipped(often: None) -> None:
     def run(model: nn.Module, optimizer: NPC, seeds: range) -> None:
         for seed in seeds:
             optimizer.zero_grad()
@@ -597,7 +597,7 @@ def test_a_gradient_may_be_differentiated_again(always: None) -> None:
         gradients.append((to_input.detach(), model[0].weight.grad, own.grad))
     assert torch.equal(gradients[0][0], gradients[1][0])
     assert torch.allclose(gradients[0][2], gradients[1][2])
-    # What reaches the weight through the gradient of the input is there, what reaches it directly is left out.
+    # What reaches the weight through the gradient of the input is there, what reaches it directly is skipped.
     assert gradients[0][1].any()
 
 
@@ -707,7 +707,7 @@ def test_a_change_between_backward_and_step_is_refused_if_it_matters(often: None
     assert not same(before, model)
 
 
-def test_taking_turns_with_another_optimizer_nothing_is_left_out(often: None, always: None) -> None:
+def test_taking_turns_with_another_optimizer_nothing_is_skipped(often: None, always: None) -> None:
     model, optimizer = certified()
     other = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(8):
