@@ -66,13 +66,15 @@ def run(arguments: list[str], libraries: list[str], **environment: str) -> subpr
 def run_with_address_sanitizer(
     arguments: list[str], cache: Path, csrc: Path = cuda_on_cpu.CSRC
 ) -> subprocess.CompletedProcess[str]:
+    # Compiled here, because the compiler is slow under the sanitizer.
     cuda_on_cpu.compiled(tuple(ADDRESS.split()), csrc)
+    settings = {"NPC_EXT_CACHE": str(cache), "NPC_EXT_NVCC": "", "NPC_EXT_CXXFLAGS": f"-g {ADDRESS}"}
+    build = "from npc_ext.kernels import just_in_time; just_in_time.build_cached()"
+    subprocess.run([sys.executable, "-c", build], cwd=ROOT, env={**os.environ, **settings}, check=True)
     return run(
         arguments,
         ["libasan.so", "libubsan.so"],
-        NPC_EXT_CACHE=str(cache),
-        NPC_EXT_NVCC="",
-        NPC_EXT_CXXFLAGS=f"-g {ADDRESS}",
+        **settings,
         CUDA_ON_CPU_FLAGS=ADDRESS,
         CUDA_ON_CPU_CSRC=str(csrc),
         # Python leaks memory. The sanitizer checks the ends of torch's allocations, too.
