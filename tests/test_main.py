@@ -89,6 +89,7 @@ def test_why_the_module_beside_the_sources_is_not_used_is_reported(tmp_path: Pat
     assert f"files, for CPUs only), {why}" in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(compilers.nvcc() is None, reason="there is no nvcc (CUDA 12.1 or newer) on this machine")
 def test_architectures_that_nvcc_does_not_know_are_reported() -> None:
     result = report(TORCH_CUDA_ARCH_LIST="4.0 8.0+PTX", NPC_EXT_ARCHS="")

@@ -113,6 +113,7 @@ def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path)
     assert all(path.stat().st_size < 5000 for path in tmp_path.rglob("*.json"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_failed_goes_on_to_the_same_numbers(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,6 +137,7 @@ def test_a_run_that_diverges_stops_and_says_so(tmp_path: Path) -> None:
     assert record.steps[1:] == [0, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_while_it_stores_a_task_goes_on_to_the_same_numbers(
     tmp_path: Path, server: ForkServerContext
 ) -> None:

@@ -228,6 +228,7 @@ def settings(out: Path, dry: bool = True) -> Settings:
     return Settings("a test", out, dry, out, None, None, None, dict(os.environ))
 
 
+@pytest.mark.slow
 def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path) -> None:
     mark = f"3{os.getpid()}"
     script = f"import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep({mark})'])"

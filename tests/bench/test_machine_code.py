@@ -125,6 +125,7 @@ USED_AT_ONCE = """
   asm volatile("{ .reg .pred p; setp.eq.u32 p, %0, 0x7fc12345; @p trap; }" ::"r"(words.at[0]) : "memory");"""
 
 
+@pytest.mark.slow
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize(

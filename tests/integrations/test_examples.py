@@ -14,6 +14,8 @@ from npc_ext import NPC, PlasticityWrapper
 
 from ..training import importances, same
 
+pytestmark = pytest.mark.slow  # these libraries take seconds to import
+
 
 def all_measured(optimizer: Any) -> bool:
     return all(bool(importance.any()) for importance in importances(optimizer))

@@ -125,6 +125,7 @@ def test_updates_of_any_network(operation: str, data: st.DataObject) -> None:
     check(operation, network(operation, **options))
 
 
+@pytest.mark.slow
 @every_update
 @pytest.mark.parametrize(("layers", "each"), [(130, 2), (69, 3), (1, 215), (90, 1), (7, 3), (11, 2), (3, 0), (1, 1)])
 def test_networks_of_any_number_of_layers_and_parameters(layers: int, each: int, operation: str, device: str) -> None:

@@ -342,6 +342,7 @@ def test_compiled_attention_is_measured_without_graph_breaks(batch_first: bool) 
     assert_alike(optimizer, model, plain, twin)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "scheduled"),
     [(NPC, False), (NPC, True), (NPCAdamW, True), (CPC, False), (EWC, True), (wrapped_sgd, True)],
