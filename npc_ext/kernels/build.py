@@ -42,7 +42,8 @@ PACKAGE = Path(__file__).resolve().parent.parent
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 # No fast math: rounding and NaN keep their meaning. The two exceptions only say that nothing reads errno or the
-# floating-point exception flags; otherwise loops with sqrt are not vectorized.
+# floating-point exception flags; otherwise loops with sqrt are not vectorized. Without NDEBUG, pybind11 asserts at each
+# reference count that the interpreter lock is held.
 _FLAGS = [
     "-std=c++17",
     "-fPIC",
