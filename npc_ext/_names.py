@@ -14,7 +14,7 @@ class ByLayer(dict[str, _Value]):
     """Values by layer name. A missing name raises KeyError with similar names; each layer prints on one line."""
 
     def __missing__(self, name: str) -> NoReturn:
-        raise KeyError(f"no consolidated layer {name!r}; {close_to(str(name), self)}")
+        raise KeyError(f"no protected layer {name!r}; {close_to(str(name), self)}")
 
     def __repr__(self) -> str:
         lines = "".join(f"  {name!r}: {value!r},\n" for name, value in self.items())

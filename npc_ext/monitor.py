@@ -30,7 +30,7 @@ class HasPlasticity(Protocol):
     """`NPC`, `NPCAdamW`, `PlasticityWrapper`, or a wrapper that forwards their attributes."""
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """The plasticity of every consolidated layer, by name."""
+        """The plasticity of every protected layer, by name."""
         ...
 
 

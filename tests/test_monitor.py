@@ -113,7 +113,7 @@ def test_a_learning_rate_of_zero_is_no_lack_of_capacity() -> None:
 
 def test_layers_and_neurons_that_are_not_there() -> None:
     _, optimizer = trained()
-    with pytest.raises(KeyError, match="no consolidated layer 'head'; there are '0', '2'"):
+    with pytest.raises(KeyError, match="no protected layer 'head'; there are '0', '2'"):
         check_capacity(optimizer, learning={"head": [0]})
     with pytest.raises(IndexError, match=r"layer '2' has 4 neurons, so .* 0 to 3; got \[4\]"):
         check_capacity(optimizer, learning={"2": [3, 4]})

@@ -185,7 +185,7 @@ def optimizer_for(setting: Setting, model: nn.Module, size: Size, *, second: boo
     if setting.beta is None:
         return torch.optim.AdamW(model.parameters(), lr=lr, fused=True)
     beta = setting.beta if second or setting.protect_always else MEASURE_ONLY
-    return NPCAdamW(model, lr=lr, beta=beta, delta=size.delta, others="freeze" if second else "train")
+    return NPCAdamW(model, lr=lr, beta=beta, delta=size.delta, other_parameters="freeze" if second else "train")
 
 
 def train(

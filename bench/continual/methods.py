@@ -61,13 +61,9 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
-# By default only whole layers are skipped, so that a resumed run gives the same numbers bit for bit.
-_SKIPPING: Mapping[str, Any] = {"layers": "layers", "rows": True, "nothing": False}
-
-
 def _plastic(kind: Callable[..., Optimizer]) -> Builder:
     def build(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
-        output = {"consolidate": False} if settings["output"] == "free" else {"normalize": settings["output"]}
+        output = {"protect": False} if settings["output"] == "free" else {"normalize": settings["output"]}
         layers: dict[str, dict[str, Any]] = {"output": output}
         if settings.get("measure") == "before pooling":
             blocks = [name.removeprefix("conv") for name, _ in model.named_children() if name.startswith("conv")]
@@ -75,7 +71,7 @@ def _plastic(kind: Callable[..., Optimizer]) -> Builder:
         delta = settings["survive"] ** (1 / steps) if settings["delta"] is None else settings["delta"]
         options = {option: settings[option] for option in ("lr", "alpha", "beta", "sigma")}
         if kind is npc_ext.NPC:
-            options["skip_frozen"] = _SKIPPING[settings.get("skip_frozen", "layers")]
+            options["skip_gradients"] = settings.get("skip_gradients", "layers")
         return kind(model, **options, delta=delta, layers=layers)
 
     return build
@@ -105,7 +101,7 @@ def _strength(*more: Coordinate) -> tuple[tuple[Coordinate, ...], ...]:
 
 
 # `survive` is the share of importance that is left after another task, delta ** steps. `output` is how the output layer
-# is normalized, or "free" if it is not consolidated.
+# is normalized, or "free" if it is not protected.
 _PLASTIC = {
     "lr": 0.1,
     "alpha": 0.5,
@@ -138,7 +134,7 @@ METHODS = {
         {**_PLASTIC, "measure": "after pooling"},
         _plastic(npc_ext.NPC),
         search=_PLASTIC_SEARCH,
-        more={"skip_frozen": "layers"},
+        more={"skip_gradients": "layers"},
     ),
     "cpc": Method(_PLASTIC, _plastic(npc_ext.CPC), search=_PLASTIC_SEARCH),
     "ewc": Method({"lr": 0.1, "strength": 900.0, "implicit": True}, _anchored(npc_ext.EWC), _from_samples, _strength()),

@@ -153,7 +153,7 @@ def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns:
         ours, theirs, (reads, writes) = OPTIMIZERS[kind]
         bytes_ = (reads + writes) * 4 * size
         # Issuing certificates reads from the device, which would stall the queue.
-        makers: dict[str, Any] = {OURS: partial(ours, skip_frozen=False), **({} if alone else theirs)}
+        makers: dict[str, Any] = {OURS: partial(ours, skip_gradients="none"), **({} if alone else theirs)}
         sets = device.sets_of(bytes_)
         cold = sets <= MOST_SETS
         sets = sets if cold else 1
@@ -279,7 +279,7 @@ def _launches(device: Device) -> Iterator[Row]:
         f"NPC.step(), a layer of {wide:,} neurons": (nn.Sequential(nn.Linear(16, wide)).to(device.name), (16,)),
     }
     for name, (model, shape) in networks.items():
-        optimizer = NPC(model, lr=1e-3, skip_frozen=False)
+        optimizer = NPC(model, lr=1e-3, skip_gradients="none")
         x = torch.randn(2, *shape, device=device.name)
         train = training(model, optimizer, x, torch.zeros(2, dtype=torch.int64, device=device.name))
         for _ in range(3):

@@ -72,9 +72,9 @@ class CPC(PlasticityControl):
         normalize: the mean of eq. 3 is over "all" connections of the layer, or over the "active" ones, with a gradient
             other than 0. The others then take no part in the step: their importance, weights and momentum do not
             change.
-        layers: options of single layers, by name or pattern: alpha, beta, delta, sigma, normalize; consolidate=False
+        layers: options of single layers, by name or pattern: alpha, beta, delta, sigma, normalize; protect=False
             (train at plain lr).
-        others: "train" parameters outside layers at plain lr, or "freeze" them.
+        other_parameters: "train" parameters outside layers at plain lr, or "freeze" them.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
@@ -91,8 +91,8 @@ class CPC(PlasticityControl):
     _UNITS = "connections"
     _NONFINITE_IN = "weights or gradients"
     _ADVICE = (
-        "Other parameters can be kept as they are (others='freeze') or learn more slowly (in a separate group of "
-        "params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
+        "Other parameters can be kept as they are (other_parameters='freeze') or learn more slowly (in a separate "
+        "group of params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
     )
 
     def __init__(
@@ -111,7 +111,7 @@ class CPC(PlasticityControl):
         maximize: bool = False,
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
-        others: Literal["train", "freeze"] = "train",
+        other_parameters: Literal["train", "freeze"] = "train",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         super().__init__(locals())
@@ -119,7 +119,7 @@ class CPC(PlasticityControl):
     def _find_layers(self) -> None:
         layers = connections(self._model)
         self._layer_options.check(layers, self._check_layer_options)
-        self._names = [name for name in layers if self._layer_options.of(name).get("consolidate", True)]
+        self._names = [name for name in layers if self._layer_options.of(name).get("protect", True)]
         self._nonfinite_steps = NonfiniteSteps(len(self._names))
         self._index_parameters()
 

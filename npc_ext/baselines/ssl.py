@@ -57,7 +57,7 @@ class SSL(MAS):
             SSL.
         sparsity: the factor of the penalty on activations.
         scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's neurons.
-        layers: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
+        inhibited: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
             connected layer that is followed by something (an activation, dropout).
         scaler: the `torch.amp.GradScaler` in use, if any. It scales the penalty's gradient like the loss.
         lr, strength, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
@@ -88,7 +88,7 @@ class SSL(MAS):
         *,
         implicit: bool = True,
         scale: float | None = None,
-        layers: Iterable[str] | None = None,
+        inhibited: Iterable[str] | None = None,
         scaler: torch.amp.GradScaler | None = None,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
@@ -101,11 +101,11 @@ class SSL(MAS):
             check_number("scale", scale, positive=True)
         self.sparsity, self._scale, self._scaler = sparsity, scale, scaler
         self._sign = -1.0 if maximize else 1.0
-        self.inhibited = _inhibited_layers(model, None if layers is None else list(layers))
+        self.inhibited = _inhibited_layers(model, None if inhibited is None else list(inhibited))
         if sparsity and not self.inhibited:
             raise ValueError(
                 "no neurons would inhibit each other: the model has no fully connected layer with something behind it, "
-                "or layers is empty; name some with layers=[...], or use MAS (or sparsity=0)"
+                "or inhibited is empty; name some with inhibited=[...], or use MAS (or sparsity=0)"
             )
         self._warn_of_missing_biases()
         self._discounts: dict[str, Tensor] = {}
@@ -234,7 +234,7 @@ def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[Neur
         return [layer for layer in linear if any(point.module != layer.name for point in layer.points)]
     names = [layer.name for layer in layers]
     for pattern in patterns:
-        check_pattern(pattern, names)
+        check_pattern("inhibited", pattern, names)
     # A name may contain characters that are special in patterns.
     return [layer for layer in layers if layer.name in patterns or any(fnmatchcase(layer.name, p) for p in patterns)]
 

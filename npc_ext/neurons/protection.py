@@ -22,7 +22,7 @@ class Protection:
     Attributes:
         trained: elements that require a gradient and that the optimizer moves.
         protected: the elements of these that learn at the rate of their neuron (or connection).
-        chosen: the elements that are unprotected by the user's choice (consolidate=False).
+        chosen: the elements that are unprotected by the user's choice (protect=False).
     """
 
     trained: int

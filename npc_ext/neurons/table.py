@@ -23,8 +23,8 @@ from .tap import TapHook
 class Neurons:
     """All neurons of a model, by layer, and the parameters that belong to none. Printing it shows a table."""
 
-    def __init__(self, layers: list[NeuronLayer], others: list[OtherParameter]) -> None:
-        self.layers, self.others = tuple(layers), tuple(others)
+    def __init__(self, layers: list[NeuronLayer], other_parameters: list[OtherParameter]) -> None:
+        self.layers, self.other_parameters = tuple(layers), tuple(other_parameters)
         self._trained: tuple[Tensor, ...] | None = None  # by the optimizer; None without one
         self._left_alone: dict[str, str] = {}  # layers that are not measured, with the reason
         self._handles: list[Any] = []
@@ -94,7 +94,7 @@ class Neurons:
 
     def _of_model(self) -> list[Tensor]:
         in_neurons = [p.parameter for layer in self.layers for p in layer.parameters]
-        return [*in_neurons, *(other.parameter for other in self.others)]
+        return [*in_neurons, *(other.parameter for other in self.other_parameters)]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_finalizer": None}
@@ -109,10 +109,10 @@ class Neurons:
         rows.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
-        if self.others:
-            lines += ["", "in no neuron, trained at plain learning rate unless others='freeze':"]
-            width = max(len(other.name) for other in self.others)
-            for other in self.others:
+        if self.other_parameters:
+            lines += ["", "in no neuron, trained at plain learning rate unless other_parameters='freeze':"]
+            width = max(len(other.name) for other in self.other_parameters)
+            for other in self.other_parameters:
                 frozen = ""
                 if not other.parameter.requires_grad:
                     frozen = "; requires no gradient, and is not trained"

@@ -25,7 +25,7 @@ class PlasticityControl(ModelOptimizer):
     The groups of subclasses have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and normalize.
     """
 
-    _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = (*CONSTANTS, "consolidate")
+    _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = (*CONSTANTS, "protect")
     # For warnings: what is protected, what to do if little is, and where importance that is not finite comes from.
     _UNITS: ClassVar[str]
     _ADVICE: ClassVar[str]
@@ -36,9 +36,9 @@ class PlasticityControl(ModelOptimizer):
     _nonfinite_steps: NonfiniteSteps
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also layers and others."""
-        self._others = arguments["others"]
-        check_choice("others", self._others, ("train", "freeze"))
+        """Takes the arguments of the subclass's constructor by name, also layers and other_parameters."""
+        self._other_parameters = arguments["other_parameters"]
+        check_choice("other_parameters", self._other_parameters, ("train", "freeze"))
         self._layer_options = LayerOptions(arguments["layers"], self._LAYER_OPTIONS)
         self._layer_warnings = LayerWarnings()
         super().__init__(arguments)
@@ -72,7 +72,7 @@ class PlasticityControl(ModelOptimizer):
         raise NotImplementedError
 
     def _in_layers(self, parameter: Tensor) -> bool:
-        """Whether a parameter belongs to a layer, also to one with consolidate=False."""
+        """Whether a parameter belongs to a layer, also to one with protect=False."""
         raise NotImplementedError
 
     def _protection(self) -> Protection:
@@ -89,7 +89,7 @@ class PlasticityControl(ModelOptimizer):
         self._find_layers()
 
     def _trains(self, parameter: Tensor) -> bool:
-        return self._others == "train" or self._in_layers(parameter)
+        return self._other_parameters == "train" or self._in_layers(parameter)
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self._all_parameters() if p.requires_grad and self._trains(p)]

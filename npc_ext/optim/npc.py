@@ -57,16 +57,14 @@ class NPC(Plastic):
             "active" for output layers that hold the outputs of several tasks.
         layers: options of single layers, by name or shell-style pattern: {"head*": {"normalize": "active"}}. All
             matches are merged: the name takes precedence over patterns, and earlier patterns over later ones. The
-            options are alpha, beta, delta, sigma, normalize, skip_frozen; consolidate=False (train at plain lr);
+            options are alpha, beta, delta, sigma, normalize, skip_gradients; protect=False (train at plain lr);
             measure_at="module" (the module with the activation to measure); batch_dim=1 (dimension 1 counts samples,
             as in sequence-first activations, or tokens in packed sequences).
-        others: "train" parameters outside neurons at plain lr, or "freeze" them.
-        skip_frozen: whether to skip the weight gradients of neurons that are certain not to move in the coming step,
-            regardless of the data: their rows of `weight.grad` are zero (and count as zero in clipping). Nothing else
-            changes. Gradients are meant for the step that follows their forward pass. "layers" skips only whole
-            layers, which changes no bit. True also skips parts of layers that are large enough, which may change the
-            last bits because sums are taken in another order. With either, the CPU sometimes waits for the GPU: every
-            8 to 32 steps if it is more than a quarter of these steps ahead. With False no step waits.
+        other_parameters: "train" parameters outside neurons at plain lr, or "freeze" them.
+        skip_gradients: which weight gradients are not computed, but zero, because their neurons are certain not to move
+            in the coming step, whatever the data: "layers", those of layers that are frozen as a whole; "rows", also
+            those of single neurons, which is faster, but may change the last bits of the others; "none". What this
+            means for `weight.grad` and for clipping: docs/limits.md, "Skipped gradients".
         process_group: the processes of torch.distributed that train the model together; importance is summed over them
             once a step. "auto": the processes of the model's `DistributedDataParallel` or `fully_shard` mesh. None:
             each process trains a separate model.
@@ -106,8 +104,8 @@ class NPC(Plastic):
         stochastic_rounding: bool = False,
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
-        others: Literal["train", "freeze"] = "train",
-        skip_frozen: bool | Literal["layers"] = True,
+        other_parameters: Literal["train", "freeze"] = "train",
+        skip_gradients: Literal["layers", "rows", "none"] = "layers",
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:

@@ -33,7 +33,7 @@ class NPCAdamW(Plastic):
     any optimizer, but copies weights, and moments of frozen neurons follow their gradients.
 
     Args:
-        model, sigma, params, maximize, stochastic_rounding, normalize, layers, others, skip_frozen,
+        model, sigma, params, maximize, stochastic_rounding, normalize, layers, other_parameters, skip_gradients,
             process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments of half-precision weights are float32.
         alpha, beta, delta: as in `NPC`; `beta` is unrelated to `betas`.
@@ -68,8 +68,8 @@ class NPCAdamW(Plastic):
         stochastic_rounding: bool = False,
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
-        others: Literal["train", "freeze"] = "train",
-        skip_frozen: bool | Literal["layers"] = True,
+        other_parameters: Literal["train", "freeze"] = "train",
+        skip_gradients: Literal["layers", "rows", "none"] = "layers",
         process_group: Any = "auto",
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:

@@ -38,7 +38,7 @@ class LayerOptions:
         ):
             raise TypeError(
                 f"layers is {options!r}; expected the options of layers by name or pattern, as in "
-                "{'output': {'consolidate': False}}"
+                "{'output': {'protect': False}}"
             )
         self._options = {name: dict(values) for name, values in options.items()}
         self._known = known
@@ -56,7 +56,7 @@ class LayerOptions:
         """Raises ValueError for a pattern that matches no layer and for an unknown option; calls `check_values`."""
         layers = list(names)
         for pattern, options in self._options.items():
-            check_pattern(pattern, layers)
+            check_pattern("layers", pattern, layers)
             for option in options:
                 if option not in self._known:
                     raise ValueError(
@@ -65,11 +65,11 @@ class LayerOptions:
             check_values(options, f"layers[{pattern!r}]: ")
 
 
-def check_pattern(pattern: str, layers: Sequence[str]) -> None:
-    """Raises ValueError if a name or shell-style pattern matches no layer."""
+def check_pattern(option: str, pattern: str, layers: Sequence[str]) -> None:
+    """Raises ValueError if a name or shell-style pattern in an option matches no layer."""
     if pattern not in layers and not any(fnmatchcase(name, pattern) for name in layers):
         raise ValueError(
-            f"layers names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, layers)}"
+            f"{option} names {pattern!r}, but no layer with neurons has that name; {close_to(pattern, layers)}"
         )
 
 

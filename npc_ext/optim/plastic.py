@@ -40,7 +40,7 @@ from .plan import PlasticPlan
 from .plasticity import LayerPlasticity
 from .succession import blocks_of, fitted
 
-_SKIPPING = (True, False, "layers")
+_SKIPPING = ("layers", "rows", "none")
 _NOT_SAVED = (
     "; torch.distributed.checkpoint.state_dict does not save parameters that require no gradient: build the optimizer "
     "on the others, params=[...]"
@@ -73,12 +73,12 @@ class Plastic(PlasticityControl, Joinable):
     normalize.
     """
 
-    _LAYER_OPTIONS = (*PlasticityControl._LAYER_OPTIONS, "skip_frozen", "measure_at", "batch_dim")
+    _LAYER_OPTIONS = (*PlasticityControl._LAYER_OPTIONS, "skip_gradients", "measure_at", "batch_dim")
     _UNITS = "neurons"
     _NONFINITE_IN = "activations or gradients"
     _ADVICE: ClassVar[str] = (
-        "Parameters in no neuron can be kept as they are (others='freeze') or learn more slowly (groups of their own "
-        "in params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
+        "Parameters in no neuron can be kept as they are (other_parameters='freeze') or learn more slowly (in a "
+        "separate group of params=[...]); only Linear, convolution, Conv1D and attention layers have neurons."
     )
     _KIND = "importance of neurons"
 
@@ -86,9 +86,9 @@ class Plastic(PlasticityControl, Joinable):
     _certificates: Certificates
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also skip_frozen and process_group."""
-        self._skip_frozen = arguments["skip_frozen"]
-        check_choice("skip_frozen", self._skip_frozen, _SKIPPING)
+        """Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group."""
+        self._skip_gradients = arguments["skip_gradients"]
+        check_choice("skip_gradients", self._skip_gradients, _SKIPPING)
         self._just_found = False
         self._shared_sinks = SharedSinks(arguments["model"], arguments["process_group"])
         Joinable.__init__(self)
@@ -121,30 +121,30 @@ class Plastic(PlasticityControl, Joinable):
         self.neurons = found
         found.detach_with(self)
         self._left_alone = {
-            layer.name: "consolidate=False, so it trains at plain learning rate"
+            layer.name: "protect=False, so it trains at plain learning rate"
             for layer in found
-            if not self._layer_options.of(layer.name).get("consolidate", True)
+            if not self._layer_options.of(layer.name).get("protect", True)
         }
-        self._consolidated = [
+        self._protected = [
             layer
             for layer in found
             if layer.name not in self._left_alone and any(id(p.parameter) in trained for p in layer.parameters)
         ]
-        self._options_of_layers = [self._layer_options.of(layer.name) for layer in self._consolidated]
-        self._nonfinite_steps = NonfiniteSteps(len(self._consolidated))
+        self._options_of_layers = [self._layer_options.of(layer.name) for layer in self._protected]
+        self._nonfinite_steps = NonfiniteSteps(len(self._protected))
         self._index_parameters()
-        for index, layer in enumerate(self._consolidated):
+        for index, layer in enumerate(self._protected):
             if layer.trains():  # other layers get a state once they train
                 self._layer_state(index)
             if self._backend == "reference":
                 layer.measure, layer.relu_backward = reference.importance, reference.relu_backward_importance
-        self.neurons.attach(self._model, self._consolidated)
+        self.neurons.attach(self._model, self._protected)
         self._install_skipping(trained)
 
     def _install_skipping(self, trained: set[int]) -> None:
         before = getattr(self, "_certificates", None)
-        layers = zip(self._consolidated, self._keys, self._options_of_layers, strict=True)
-        self._certificates = install_skipping(self._model, layers, self._skip_frozen, trained)
+        layers = zip(self._protected, self._keys, self._options_of_layers, strict=True)
+        self._certificates = install_skipping(self._model, layers, self._skip_gradients, trained)
         self.neurons.hold(self._certificates)
         self._certificates.bind(self, self._group_of)
         if before is not None:
@@ -178,7 +178,7 @@ class Plastic(PlasticityControl, Joinable):
         self._group_of = {id(p): group for group in self.param_groups for p in group["params"]}
         self._place: dict[int, _Place] = {}  # of the parameters in layers, by id
         self._keys: list[Tensor] = []  # for each layer, the parameter whose state holds the importance
-        for index, layer in enumerate(self._consolidated):
+        for index, layer in enumerate(self._protected):
             trained = [p for p in layer.parameters if id(p.parameter) in self._group_of]
             self._place.update((id(p.parameter), _Place(index, p.dim, p.groups, p.first)) for p in trained)
             self._keys.append(trained[0].parameter)
@@ -198,7 +198,7 @@ class Plastic(PlasticityControl, Joinable):
         }
 
     def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
-        check_choice(f"{where}skip_frozen", options.get("skip_frozen", True), _SKIPPING)
+        check_choice(f"{where}skip_gradients", options.get("skip_gradients", "layers"), _SKIPPING)
         super()._check_layer_options(options, where)
 
     # ------------------------------------------------------------------------------------------------------ the step
@@ -208,18 +208,18 @@ class Plastic(PlasticityControl, Joinable):
         if shared and not self._knows(self._all_parameters()):
             self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
         unmeasured: set[NeuronLayer] = set()
-        for layer in self._consolidated:
+        for layer in self._protected:
             if layer.sink.grad is None:
                 unmeasured.add(layer)
             elif layer.last_backward_pass == NO_BACKWARD_PASS:
                 self._checks.drop_compiled_leftovers(layer)
         if shared:
             self._shared_sinks.notify_join(self)
-            self._shared_sinks.start(layer.sink for layer in self._consolidated)
+            self._shared_sinks.start(layer.sink for layer in self._protected)
         try:
             self._prepare()
             if unmeasured and not self._just_found:
-                trained = [self._consolidated[index] for plan in self._plans for index in plan.layers]
+                trained = [self._protected[index] for plan in self._plans for index in plan.layers]
                 self._checks.check(trained, unmeasured, training=self._model.training, shared=shared)
             self._just_found = False
             self._checks.count_empty_steps(not self._plans)
@@ -252,7 +252,7 @@ class Plastic(PlasticityControl, Joinable):
         """Takes part in a step of other processes with an importance of zero."""
         self._drop_measured()
         if self._shared_sinks.shared:
-            self._shared_sinks.start(layer.sink for layer in self._consolidated)
+            self._shared_sinks.start(layer.sink for layer in self._protected)
             self._shared_sinks.finish()
         self._drop_measured()
 
@@ -261,7 +261,7 @@ class Plastic(PlasticityControl, Joinable):
             place = {id(owner): at for at, owner in enumerate(plan.owners)}
             for index in plan.layers:
                 beta, importance = float(self._constants(index)["beta"]), self._layer_state(index)["importance"]
-                for parameter in (p.parameter for p in self._consolidated[index].parameters):
+                for parameter in (p.parameter for p in self._protected[index].parameters):
                     at = place.get(id(parameter))
                     moment = None if at is None else self._first_moment(plan.states[at], plan.has_momentum[at])
                     frozen = partial(self._frozen_elements, parameter, importance, beta)
@@ -298,7 +298,7 @@ class Plastic(PlasticityControl, Joinable):
         index, dim, groups, first = self._place_of(parameter)
         if index < 0:
             return
-        layer, average = self._consolidated[index], self._layer_state(index)["importance"]
+        layer, average = self._protected[index], self._layer_state(index)["importance"]
         neurons = parameter.shape[dim] * groups if parameter.ndim > dim else 1
         ends = {layer.neurons, *(part.first for part in layer.parameters)}  # a parameter may hold a part of the neurons
         if first + neurons not in ends:
@@ -391,7 +391,7 @@ class Plastic(PlasticityControl, Joinable):
         )
 
     def _measured(self, plan: PlasticPlan) -> list[Tensor | None]:
-        return [self._consolidated[index].sink.grad for index in plan.layers]
+        return [self._protected[index].sink.grad for index in plan.layers]
 
     def _first_neuron(self, parameter: Tensor) -> int:
         """The neuron that the first row of a parameter, or of this process's shard, belongs to."""
@@ -407,7 +407,7 @@ class Plastic(PlasticityControl, Joinable):
 
     def _no_importance(self, index: int) -> Tensor:
         """The importance of a layer's neurons before the first step."""
-        return torch.zeros(self._consolidated[index].neurons, dtype=torch.float32, device=self._keys[index].device)
+        return torch.zeros(self._protected[index].neurons, dtype=torch.float32, device=self._keys[index].device)
 
     def _constants(self, index: int) -> Mapping[str, Any]:
         """alpha, beta, delta, sigma and normalize of a layer: the group's options, overridden by the layer's."""
@@ -432,10 +432,10 @@ class Plastic(PlasticityControl, Joinable):
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """Importance, learning rates and the share of frozen neurons of every consolidated layer, by name."""
+        """Importance, learning rates and the share of frozen neurons of every protected layer, by name."""
         result = ByLayer[LayerPlasticity]()
         counts = self._nonfinite_steps.now()
-        for index, layer in enumerate(self._consolidated):
+        for index, layer in enumerate(self._protected):
             key, constants = self._keys[index], self._constants(index)
             known = self.state.get(key, {}).get("importance")
             average = self._no_importance(index) if known is None else known.clone()
@@ -467,10 +467,10 @@ class Plastic(PlasticityControl, Joinable):
         return {name: {"importance": average} for name, average in averages.items() if average is not None}
 
     def _layer_names(self) -> list[str]:
-        return [layer.name for layer in self._consolidated]
+        return [layer.name for layer in self._protected]
 
     def _may_hold(self) -> dict[str, NeuronLayer]:
-        return {layer.name: layer for layer in self._consolidated}
+        return {layer.name: layer for layer in self._protected}
 
     def _take_importance(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         averages = {}
@@ -512,7 +512,7 @@ class Plastic(PlasticityControl, Joinable):
                 f"the state dict has no importance; it was saved by another optimizer than {type(self).__name__}. To "
                 "start without importance, do not load it"
             )
-        for layer, key in zip(self._consolidated, self._keys, strict=True):
+        for layer, key in zip(self._protected, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
             if importance is None and not layer.trains():
                 continue
@@ -543,11 +543,11 @@ class Plastic(PlasticityControl, Joinable):
         self._certificates.bind(self, self._group_of)
 
     def _summary(self) -> str:
-        neurons = sum(layer.neurons for layer in self._consolidated)
-        return f"consolidated: {neurons} neurons in {len(self._consolidated)} layers\n{self.neurons.protection()}"
+        neurons = sum(layer.neurons for layer in self._protected)
+        return f"consolidated: {neurons} neurons in {len(self._protected)} layers\n{self.neurons.protection()}"
 
     def __repr__(self) -> str:
-        rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._consolidated)
+        rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._protected)
         return (
             f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
             f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"

@@ -398,7 +398,9 @@ class _Tracker(NPC):
         """Takes the arguments of the wrapper by name."""
         self.wrapped = arguments["optimizer"]
         options = {name: arguments[name] for name in (*CONSTANTS, "layers", "process_group", "backend")}
-        super().__init__(arguments["model"], lr=1.0, params=self._wrapped_parameters(), skip_frozen=False, **options)
+        super().__init__(
+            arguments["model"], lr=1.0, params=self._wrapped_parameters(), skip_gradients="none", **options
+        )
 
     def _called(self) -> str:
         return PlasticityWrapper.__name__
@@ -435,7 +437,7 @@ class _Tracker(NPC):
             self._frozen[index] = states[index]["importance"] >= float(self._constants(index)["beta"])
         super()._launch(plan)
         for index, state in states.items():
-            constants, measured = self._constants(index), self._consolidated[index].sink.grad
+            constants, measured = self._constants(index), self._protected[index].sink.grad
             frozen = state["importance"] >= float(constants["beta"])
             self._froze[index], self._frozen[index] = frozen & ~self._frozen[index], frozen
             if constants["normalize"] == "active" and measured is not None:
@@ -446,7 +448,7 @@ class _Tracker(NPC):
         for index, froze in self._froze.items():
             if not froze.is_cuda and not bool(froze.any()):  # do not wait for a GPU
                 continue
-            for parameter in (p.parameter for p in self._consolidated[index].parameters):
+            for parameter in (p.parameter for p in self._protected[index].parameters):
                 state = states.get(parameter, {}) if id(parameter) in self._place else {}
                 for moment in (local(state[name]) for name in _FIRST_MOMENTS if isinstance(state.get(name), Tensor)):
                     if type(moment) is Tensor and moment.shape == local(parameter).shape:
@@ -457,7 +459,7 @@ class _Tracker(NPC):
         return self._plastic_plan(moves_nothing, columns_of(SGDOptions, [], lr=[]), common["owners"])
 
     def _check_protection(self) -> None:
-        if not self._consolidated:
+        if not self._protected:
             self.neurons.detach()
             raise ValueError(
                 f"none of the {type(self.wrapped).__name__}'s parameters belongs to a neuron of the model, so nothing "

@@ -215,7 +215,7 @@ class CertifiedLayer:
                     "step, but can in this one: beta, delta, importance or the optimizer's state was changed between "
                     "the forward pass and step(), or more steps were taken in between than foreseen. Now call the "
                     "optimizer's zero_grad() and start again with a forward pass; make such changes between step() "
-                    "and the next forward pass, or build the optimizer with skip_frozen=False"
+                    "and the next forward pass, or build the optimizer with skip_gradients='none'"
                 )
 
     def _still_holds(self, certificate: Certificate) -> bool:

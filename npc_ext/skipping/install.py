@@ -18,7 +18,7 @@ from .forward import PartialForward, why_not
 def install_skipping(
     model: nn.Module,
     layers: Iterable[tuple[NeuronLayer, Tensor, Mapping[str, Any]]],
-    skip_frozen: bool | str,
+    skip_gradients: str,
     trained: Collection[int],
 ) -> Certificates:
     """Places in the model what skipping needs. Layers whose gradients cannot be skipped get a note that says why.
@@ -26,7 +26,7 @@ def install_skipping(
     Args:
         model: the network.
         layers: layers of neurons, each with the parameter whose state holds its importance, and with its options.
-        skip_frozen: True, "layers" or False, for layers without this option.
+        skip_gradients: "layers", "rows" or "none", for layers without this option.
         trained: the ids of the parameters that the optimizer trains.
 
     Returns:
@@ -36,15 +36,15 @@ def install_skipping(
     certified: dict[str, CertifiedLayer] = {}
     handles: list[Any] = []
     for layer, key, options in layers:
-        skip = options.get("skip_frozen", skip_frozen)
-        if not skip:
+        skip = options.get("skip_gradients", skip_gradients)
+        if skip == "none":
             continue
         if reason := _why_all_gradients(model, layer, trained):
             layer.add_note(f"its weight gradients are always computed for all neurons: {reason}")
             continue
         module: Any = model.get_submodule(layer.module)
         forward = PartialForward.of_module(module)
-        if forward.whole_only:
+        if forward.whole_only and skip == "rows":
             layer.add_note("its weight gradients are computed for all neurons or none: it is a grouped convolution")
         whole_only = forward.whole_only or skip == "layers"
         member = CertifiedLayer(layer, key, options, forward, module.bias, calls, whole_only=whole_only)

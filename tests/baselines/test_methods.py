@@ -227,14 +227,14 @@ def test_ssl_descends_the_loss_and_the_inhibition_of_hidden_neurons() -> None:
 
 def test_ssl_inhibits_named_layers_also_after_convolutions() -> None:
     model = network()
-    optimizer = SSL(model, lr=0.1, layers=["0"], sparsity=1.0)
+    optimizer = SSL(model, lr=0.1, inhibited=["0"], sparsity=1.0)
     assert [layer.name for layer in optimizer.inhibited] == ["0"]
     learn(model, optimizer, steps=1)
 
 
 def test_ssl_takes_names_of_layers_that_read_like_patterns() -> None:
     model = nn.Sequential(OrderedDict([("a[0]", nn.Linear(8, 6)), ("relu", nn.ReLU()), ("b", nn.Linear(6, 4))]))
-    assert [layer.name for layer in SSL(model, layers=["a[0]"]).inhibited] == ["a[0]"]
+    assert [layer.name for layer in SSL(model, inhibited=["a[0]"]).inhibited] == ["a[0]"]
 
 
 def test_ssl_reports_where_its_penalty_would_not_act() -> None:
@@ -442,8 +442,13 @@ WRONG_ARGUMENTS: list[tuple[list[type], dict[str, Any], type[Exception], str]] =
     (ANCHORED, {"momentum": 1.0}, ValueError, "momentum is 1.0; implicit anchors need a momentum below 1"),
     ([SI], {"damping": NAN}, ValueError, "damping is nan; expected a finite number"),
     ([SSL], {"sparsity": NAN}, ValueError, "sparsity is nan; expected a finite number"),
-    ([SSL], {"layers": []}, ValueError, "no neurons would inhibit each other"),
-    ([SSL], {"layers": ["head"]}, ValueError, "names 'head', but no layer .* has that name; there are '0', '4', '7'"),
+    ([SSL], {"inhibited": []}, ValueError, "no neurons would inhibit each other"),
+    (
+        [SSL],
+        {"inhibited": ["head"]},
+        ValueError,
+        "inhibited names 'head', but no layer .* has that name; there are '0', '4', '7'",
+    ),
     ([CPC], {"alpha": NAN}, ValueError, "alpha is nan; expected a finite number"),
     ([CPC], {"layers": {"4": {"measure_at": "5"}}}, ValueError, r"layers\['4'\] has the option 'measure_at'"),
 ]
@@ -467,7 +472,12 @@ def test_parameters_in_place_of_the_model_raise_an_error_that_explains(method: A
 
 @pytest.mark.parametrize(
     ("method", "strength", "more"),
-    [(EWC, 100.0, []), (MAS, 1.0, []), (SI, 0.1, ["damping"]), (SSL, 1.0, ["sparsity", "scale", "layers", "scaler"])],
+    [
+        (EWC, 100.0, []),
+        (MAS, 1.0, []),
+        (SI, 0.1, ["damping"]),
+        (SSL, 1.0, ["sparsity", "scale", "inhibited", "scaler"]),
+    ],
 )
 def test_anchored_methods_share_a_constructor(method: Any, strength: float, more: list[str]) -> None:
     signature = inspect.signature(method)
@@ -637,7 +647,7 @@ def test_a_users_function_calls_the_model_to_consolidate(method: Any) -> None:
 
 def test_cpc_names_its_layers_and_reports_them() -> None:
     model = network()
-    optimizer = CPC(model, lr=0.1, delta=0.5, layers={"7": {"consolidate": False}, "4": {"beta": 1e9}})
+    optimizer = CPC(model, lr=0.1, delta=0.5, layers={"7": {"protect": False}, "4": {"beta": 1e9}})
     learn(model, optimizer, steps=6)
     plasticity = optimizer.plasticity()
     assert list(plasticity) == ["0", "4"]

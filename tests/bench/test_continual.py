@@ -400,18 +400,18 @@ def stored(method: str, seed: int, accuracy: list[list[float | None]], **changes
 
 def test_a_race_times_the_same_runs_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each contestant comes to the weights of a run of its own, random numbers included."""
-    rivals = ["--methods", "npc,ewc,sgd", "--also", "npc.skip_frozen=nothing"]
+    rivals = ["--methods", "npc,ewc,sgd", "--also", "npc.skip_gradients=none"]
     assert main(["race", *TINY, *UNEVEN, *rivals, "--out", str(tmp_path)]) == 0
     assert main(tiny("npc,ewc,sgd", tmp_path / "runs", *UNEVEN)) == 0
     entries = json.loads((tmp_path / "race-idigits-16-32.json").read_text())["entries"]
-    assert list(entries) == ["npc", "skip_frozen=nothing", "ewc", "sgd"]
+    assert list(entries) == ["npc", "skip_gradients=none", "ewc", "sgd"]
     accuracy = {record.method: record.accuracy for record in Store(tmp_path / "runs").records()}
     for name, entry in entries.items():
-        assert entry["accuracy after each task"] == accuracy["npc" if name == "skip_frozen=nothing" else name]
+        assert entry["accuracy after each task"] == accuracy["npc" if name == "skip_gradients=none" else name]
         assert all(seconds > 0 for task in entry["seconds of epochs, by task"] for seconds in task)
     assert [round(seconds, 2) for seconds in entries["sgd"]["seconds of consolidation"]] == [0] * 5
     assert min(entries["ewc"]["seconds of consolidation"][:4]) > 0.001
-    assert "skip_frozen=nothing" in capsys.readouterr().out
+    assert "skip_gradients=none" in capsys.readouterr().out
 
 
 def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -> None:

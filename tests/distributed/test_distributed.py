@@ -184,7 +184,7 @@ def test_a_join_without_the_optimizer_raises_an_error(results: Results) -> None:
 
 def test_all_processes_skip_the_same_gradients(results: Results) -> None:
     model = network()
-    optimizer = NPC(model, lr=0.05, delta=0.9999, skip_frozen=False)
+    optimizer = NPC(model, lr=0.05, delta=0.9999, skip_gradients="none")
     set_importance(optimizer, "0", 3.0)
     assert_alike_and_close(results["with_frozen_rows"], alone(model, optimizer))
     assert all(result["skipped"]["0"] == 1.0 for result in results["with_frozen_rows"])

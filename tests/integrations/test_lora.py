@@ -65,7 +65,7 @@ def test_frozen_rows_of_b_stay_and_the_base_does_anyway() -> None:
 
 
 def test_a_may_train_at_the_plain_rate() -> None:
-    optimizer = NPC(adapted(), layers={"*lora_A*": {"consolidate": False}})
+    optimizer = NPC(adapted(), layers={"*lora_A*": {"protect": False}})
     assert A not in optimizer.plasticity() and B in optimizer.plasticity()
 
 

@@ -147,7 +147,7 @@ def test_transformer_encoder_with_gelu(batch_first: bool) -> None:
     neurons, got = measured(model, x, loss=loss)
     assert all(got.pop(f"layers.{index}.self_attn.in_proj").min() > 0 for index in range(2))
     assert_same(got, want)
-    assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.others} == {
+    assert {other.name.partition(".")[2].partition(".")[2] for other in neurons.other_parameters} == {
         f"norm{k}.{p}" for k in (1, 2) for p in ("weight", "bias")
     }
 
@@ -278,10 +278,10 @@ def test_attention_that_cannot_be_measured_inside_says_why() -> None:
     ):
         neurons = find_neurons(nn.Sequential(module))
         assert names(neurons) == ["0.out_proj"]
-        assert all(reason in other.reason for other in neurons.others)
+        assert all(reason in other.reason for other in neurons.other_parameters)
     with pytest.raises(ValueError, match=r"measure_at names '0.in_proj', the input projection of attention"):
         find_neurons(nn.Sequential(nn.MultiheadAttention(8, 2)), measure_at={"0.in_proj": "0"})
-    extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).others
+    extra = find_neurons(nn.MultiheadAttention(8, 2, add_bias_kv=True)).other_parameters
     assert names(extra) == ["bias_k", "bias_v"]
     assert {other.reason for other in extra} == {"a key and a value that attention adds to every sequence"}
 
@@ -381,7 +381,7 @@ def test_a_functional_activation_that_cannot_be_reached_is_noted() -> None:
 def test_a_layer_before_an_unreachable_normalization_trains_plainly_and_says_why() -> None:
     neurons = find_neurons(with_function(F.instance_norm))
     assert names(neurons) == ["out"]
-    assert "a normalization follows" in neurons.others[0].reason
+    assert "a normalization follows" in neurons.other_parameters[0].reason
 
 
 def test_heads_chosen_by_an_argument_or_an_attribute() -> None:
@@ -505,7 +505,7 @@ def test_scales_of_a_layer_norm_behind_a_convolution_count_positions_not_neurons
     # The last dimension is as long as there are neurons, by chance.
     neurons = find_neurons(nn.Sequential(nn.Conv1d(2, 5, 1), nn.LayerNorm(5), nn.ReLU(), nn.Conv1d(5, 2, 1)))
     assert names(neurons["0"].parameters) == ["0.weight", "0.bias"]
-    assert names(neurons.others) == ["1.weight", "1.bias"]
+    assert names(neurons.other_parameters) == ["1.weight", "1.bias"]
     assert str(neurons["0"].points[0]) == "output of 2"
 
 
@@ -532,7 +532,7 @@ def test_detaching_takes_every_hook_out() -> None:
 def test_the_table_lists_every_parameter_once(make: Callable[[], nn.Module]) -> None:
     model = make()
     neurons = find_neurons(model)
-    listed = names(p for layer in neurons for p in layer.parameters) + names(neurons.others)
+    listed = names(p for layer in neurons for p in layer.parameters) + names(neurons.other_parameters)
     assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
     for name in listed:
         assert name.rpartition(".")[2] in str(neurons)
@@ -551,7 +551,7 @@ def test_layers_whose_weight_is_computed_train_plainly() -> None:
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)), nn.ReLU(), nn.Linear(4, 2))
     neurons = find_neurons(model)
     assert names(neurons) == ["2"]
-    assert all("a parametrization" in other.reason for other in neurons.others)
+    assert all("a parametrization" in other.reason for other in neurons.other_parameters)
 
 
 def tied_across_dimensions() -> nn.Module:
@@ -652,7 +652,7 @@ class PackedLinear(nn.Linear):
 def test_packed_weights_are_no_neurons(packed: Tensor) -> None:
     neurons = find_neurons(nn.Sequential(PackedLinear(16, 16, packed), nn.ReLU(), nn.Linear(16, 2)))
     assert names(neurons) == ["2"]
-    assert all("its weight " in other.reason for other in neurons.others)
+    assert all("its weight " in other.reason for other in neurons.other_parameters)
     assert "0.weight" in str(neurons)
 
 
@@ -702,7 +702,7 @@ def test_sinks_take_no_memory_before_they_are_measured(model: nn.Module) -> None
 
 def test_a_parametrized_input_projection_of_the_model_itself_says_why_it_is_no_layer() -> None:
     model = nn.utils.parametrizations.weight_norm(nn.MultiheadAttention(8, 2), "in_proj_weight")
-    reasons = {other.name.rpartition(".")[2]: other.reason for other in find_neurons(model).others}
+    reasons = {other.name.rpartition(".")[2]: other.reason for other in find_neurons(model).other_parameters}
     assert reasons == dict.fromkeys(
         ("original0", "original1", "in_proj_bias"), "its weight is computed from other parameters (a parametrization)"
     )

@@ -211,7 +211,7 @@ def test_a_model_that_moved_after_its_taps_were_placed_is_refused() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("options", [{}, {"skip_frozen": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"skip_gradients": "none"}], ids=str)
 @pytest.mark.parametrize("part", ["", "conv1", "norm1", "hidden"])
 def test_scripting_a_model_with_taps_says_to_take_them_out(part: str, options: dict[str, Any]) -> None:
     model = paper_cnn()
@@ -227,7 +227,7 @@ def test_scripting_a_model_with_taps_says_to_take_them_out(part: str, options: d
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_scripting_attention_with_taps_says_to_take_them_out() -> None:
     model = nn.MultiheadAttention(8, 2)
-    optimizer = NPC(model, layers={"out_proj": {"consolidate": False}}, skip_frozen=False)
+    optimizer = NPC(model, layers={"out_proj": {"protect": False}}, skip_gradients="none")
     with pytest.raises(AttributeError, match=r"torch.jit.script cannot compile what an optimizer"):
         torch.jit.script(model)
     optimizer.neurons.detach()

@@ -251,14 +251,14 @@ def test_compiled_blocks_are_measured_where_others_are(way: str) -> None:
         assert "norm.weight" in compiled[1] and "relu" in compiled[1]
 
 
-@pytest.mark.parametrize("skip_frozen", [True, False])
+@pytest.mark.parametrize("skip_gradients", ["rows", "none"])
 @pytest.mark.parametrize("way", WAYS)
 def test_blocks_compiled_before_the_optimizer_is_built_are_measured_and_trained_as_others(
-    way: str, skip_frozen: bool
+    way: str, skip_gradients: str
 ) -> None:
     twin, model = blocks(), blocks()
     WAYS[way](model)
-    plain, optimizer = (NPC(network, delta=0.9, skip_frozen=skip_frozen) for network in (twin, model))
+    plain, optimizer = (NPC(network, delta=0.9, skip_gradients=skip_gradients) for network in (twin, model))
     for seed in range(5):
         step(twin, plain, seed)
         with torch._dynamo.config.patch(error_on_recompile=seed > 0 and way != "every module"):
@@ -267,8 +267,8 @@ def test_blocks_compiled_before_the_optimizer_is_built_are_measured_and_trained_
 
 
 @pytest.mark.skipif(not TRACES_BOUND_FORWARDS, reason="this torch compiles a graph for each block")
-@pytest.mark.parametrize("skip_frozen", [True, "layers", False])
-def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
+@pytest.mark.parametrize("skip_gradients", ["rows", "layers", "none"])
+def test_equal_blocks_share_their_graphs(skip_gradients: str) -> None:
     """And none takes that of another: the last one is measured behind it, so that its graph has no tap."""
     graphs = 0
 
@@ -279,7 +279,7 @@ def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
 
     model = blocks(12)
     compile_blocks(model, partial(compiled_in_place, backend=counting))
-    optimizer = NPC(model, delta=0.9, skip_frozen=skip_frozen)
+    optimizer = NPC(model, delta=0.9, skip_gradients=skip_gradients)
     for seed in range(10):  # within which certificates are issued
         step(model, optimizer, seed)  # warns of layers that are not measured
     points = [str(optimizer.neurons[name].points[0]) for name in ("10.conv", "11.conv")]
@@ -292,10 +292,10 @@ def test_equal_blocks_share_their_graphs(skip_frozen: bool | str) -> None:
 def test_a_layer_whose_tap_is_in_a_compiled_module_does_not_rest(way: Callable[[nn.Module], nn.Module]) -> None:
     """Else the module would be compiled again whenever the layer goes to rest."""
     models, optimizers = [], []
-    for skip_frozen in (True, False):
+    for skip_gradients in ("rows", "none"):
         torch.manual_seed(0)
         models.append(nn.Sequential(nn.Linear(6, 8), way(nn.Tanh()), nn.Linear(8, 3)))
-        optimizers.append(NPC(models[-1], delta=0.9999, skip_frozen=skip_frozen))
+        optimizers.append(NPC(models[-1], delta=0.9999, skip_gradients=skip_gradients))
         set_importance(optimizers[-1], "0", 9.0)
     certify(optimizers[0])
     for seed in range(4):
@@ -315,7 +315,7 @@ def test_a_model_that_was_compiled_and_trained_before_says_what_to_do() -> None:
     compiled = torch.compile(model, backend=BACKEND)
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=True):  # the default, as long as there is no optimizer
         loss(compiled, 0).backward()
-    optimizer = NPC(model, skip_frozen=False)
+    optimizer = NPC(model, skip_gradients="none")
     with pytest.raises(RuntimeError, match=r"call torch\.compiler\.reset\(\)"):
         step(compiled, optimizer, 1)
     torch.compiler.reset()

@@ -110,7 +110,7 @@ def test_native_backend_is_refused_with_the_fix_where_there_are_no_kernels(monke
 
 
 def test_unknown_layers_are_answered_with_names_that_are_close() -> None:
-    message = "no consolidated layer 'hiden'; close to it: 'hidden'"
+    message = "no protected layer 'hiden'; close to it: 'hidden'"
     for optimizer in (NPC(paper_cnn()), CPC(paper_cnn())):
         with pytest.raises(KeyError, match=message):
             optimizer.plasticity()["hiden"]
@@ -233,11 +233,11 @@ def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
     frozen = Sentences()
     frozen.words.requires_grad_(False)
     frozen.rnn.requires_grad_(False)
-    layers = {"hidden": {"consolidate": False}, "output": {"consolidate": False}}
+    layers = {"hidden": {"protect": False}, "output": {"protect": False}}
     assert "protected: 1,248 of 3,658 trained elements (34 %)" in repr(make(paper_cnn(), layers=layers))
     assert "protected: 165 of 165 trained elements (100 %)" in repr(make(frozen))
     if make is not wrapped_sgd:
-        assert "protected: 165 of 165 trained elements (100 %)" in repr(make(Sentences(), others="freeze"))
+        assert "protected: 165 of 165 trained elements (100 %)" in repr(make(Sentences(), other_parameters="freeze"))
 
 
 # ------------------------------------------------------------------------------------------------- tables and plots
@@ -263,10 +263,8 @@ def test_the_table_says_which_layers_are_protected() -> None:
         """The first line of the table that begins with a name."""
         return next(" ".join(line.split()) for line in str(optimizer.neurons).splitlines() if line.startswith(name))
 
-    optimizer = NPC(paper_cnn(), layers={"output": {"consolidate": False}})
-    assert row(optimizer, "output").endswith(
-        "nowhere: consolidate=False, so it trains at plain learning rate weight, bias"
-    )
+    optimizer = NPC(paper_cnn(), layers={"output": {"protect": False}})
+    assert row(optimizer, "output").endswith("nowhere: protect=False, so it trains at plain learning rate weight, bias")
     model = nn.Sequential(nn.Embedding(5, 6), nn.Linear(6, 8), nn.Linear(8, 4), nn.Linear(4, 2))
     model[1].requires_grad_(False)
     optimizer = NPC(model, params=[model[1].weight, model[2].weight])

@@ -54,7 +54,7 @@ def test_it_takes_the_steps_of_a_wrapped_adamw() -> None:
 
 def test_frozen_neurons_and_their_moments_stay_bit_identical() -> None:
     model = network()
-    optimizer = NPCAdamW(model, lr=1e-2, weight_decay=0.5, delta=0.9999, skip_frozen=False)
+    optimizer = NPCAdamW(model, lr=1e-2, weight_decay=0.5, delta=0.9999, skip_gradients="none")
     learn(model, optimizer, range(3))
     set_importance(optimizer, "5", 3.0, neurons=slice(20))
     before = everything(model, optimizer)
@@ -70,9 +70,9 @@ def test_gradients_of_frozen_neurons_are_skipped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(certificate, "MOST_STEPS_BETWEEN_ISSUES", 2)
     monkeypatch.setattr(forward, "skipping_pays", lambda *arguments: True)
     models = []
-    for skip_frozen in (False, True):
+    for skip_gradients in ("none", "rows"):
         model = network().double()
-        optimizer = NPCAdamW(model, lr=1e-3, delta=0.9999, skip_frozen=skip_frozen)
+        optimizer = NPCAdamW(model, lr=1e-3, delta=0.9999, skip_gradients=skip_gradients)
         for name, rows in (("0", 16), ("5", 20)):
             set_importance(optimizer, name, 3.0, neurons=slice(rows))
         learn(model, optimizer, range(20))

@@ -46,7 +46,7 @@ def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
 @pytest.mark.parametrize(("others", "moves"), [("train", True), ("freeze", False)])
 def test_parameters_outside_neurons_train_at_plain_rate_or_not_at_all(others: Any, moves: bool) -> None:
     model = nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(8, 3))
-    optimizer, before = NPC(model, others=others), weights(model[0])
+    optimizer, before = NPC(model, other_parameters=others), weights(model[0])
     train(model, optimizer, [(torch.randint(7, (5, 2)), torch.randint(3, (5,)))])
     assert same(model[0], before) != moves
 
@@ -55,7 +55,7 @@ def test_parameters_outside_neurons_train_at_plain_rate_or_not_at_all(others: An
 @pytest.mark.parametrize("kind", [NPC, CPC])
 def test_a_layer_that_is_not_consolidated_trains_also_where_others_are_frozen(kind: Any, others: str) -> None:
     model = paper_cnn()
-    optimizer = kind(model, delta=0.0, others=others, layers={"output": {"consolidate": False}})
+    optimizer = kind(model, delta=0.0, other_parameters=others, layers={"output": {"protect": False}})
     before = weights(model.output)
     train(model, optimizer, batches(3))
     assert set(optimizer.plasticity()) == {"conv1", "conv2", "hidden"}
@@ -112,7 +112,7 @@ def test_a_pattern_for_options_of_measuring_may_match_other_modules_too(model: n
         (NPC, {"maximize": "no"}, "maximize is 'no'; expected one of True, False"),
         (NPC, {"sigma": "relu"}, "sigma is 'relu'; expected one of 'sigmoid', 'tanh', 'erf'"),
         (NPC, {"normalize": "some"}, "normalize is 'some'; expected one of 'all', 'active'"),
-        (NPC, {"others": "drop"}, "others is 'drop'; expected one of 'train', 'freeze'"),
+        (NPC, {"other_parameters": "drop"}, "other_parameters is 'drop'; expected one of 'train', 'freeze'"),
         (NPC, {"backend": "cuda"}, "backend is 'cuda'; expected one of 'auto', 'native', 'reference'"),
         (
             NPC,

@@ -160,7 +160,7 @@ def test_a_refused_step_changes_nothing(name: str, change: str) -> None:
 
 def test_a_gradient_of_the_shape_that_the_parameter_had_is_refused() -> None:
     model = Words()
-    optimizer = NPC(model, others="train")
+    optimizer = NPC(model, other_parameters="train")
     F.cross_entropy(model(sentences(0)[0]), sentences(0)[1]).backward()
     model.embedding.weight.data = torch.zeros(2000, 6)
     with pytest.raises(ValueError, match=r"gradient of 'embedding.weight' has shape \(20, 6\).*shape \(2000, 6\)"):

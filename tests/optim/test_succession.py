@@ -128,7 +128,7 @@ def test_a_replaced_parameter_is_noticed_also_where_gradients_are_kept_as_zeros(
 
 
 def test_pruned_and_compiled_modules_and_removed_heads_are_no_replacements() -> None:
-    model, optimizer = trained(NPC, skip_frozen=False)
+    model, optimizer = trained(NPC, skip_gradients="none")
     prune.l1_unstructured(model[2], "weight", 0.5)
     learn(model, optimizer)
     heads = nn.ModuleDict({"a": nn.Linear(6, 4), "b": nn.Linear(6, 4)})

@@ -67,7 +67,7 @@ def skipped(optimizer: NPC) -> dict[str, float]:
 
 def frozen(model: nn.Module, *layers: str, count: int = 6) -> tuple[Any, NPC]:
     """A model and its optimizer, after steps with these layers certified wholly. Needs `often`."""
-    optimizer = NPC(model, lr=0.05, delta=0.9999)
+    optimizer = NPC(model, lr=0.05, delta=0.9999, skip_gradients="rows")
     set_importances(optimizer, dict.fromkeys(layers, 3.0))
     steps(model, optimizer, range(count))
     assert all(skipped(optimizer)[layer] == 1.0 for layer in layers)
@@ -82,8 +82,9 @@ class Pair:
     ) -> None:
         self.model: Any = model
         self.twin: Any = copy.deepcopy(model)
+        options = {"skip_gradients": "rows", **options}
         self.optimizer = NPC(model, **options)
-        self.plain = NPC(self.twin, **{**options, "skip_frozen": False})
+        self.plain = NPC(self.twin, **{**options, "skip_gradients": "none"})
         for _, optimizer in self:
             set_importances(optimizer, importance or {})
         self.start = weights(model)

@@ -70,7 +70,7 @@ def test_the_next_tasks_optimizer_lets_layers_rest_again() -> None:
     model, optimizer = frozen(network(), "0")
     placed, saved = hooks(model), optimizer.state_dict()
     for task in range(3):
-        optimizer = NPC(model, lr=0.05, delta=0.9999)
+        optimizer = NPC(model, lr=0.05, delta=0.9999, skip_gradients="rows")
         optimizer.load_state_dict(saved)
         steps(model, optimizer, range(10 * task, 10 * task + 6))
         assert hooks(model) == placed
@@ -80,7 +80,7 @@ def test_the_next_tasks_optimizer_lets_layers_rest_again() -> None:
 def test_a_copied_models_own_optimizer_lets_layers_rest() -> None:
     model, _optimizer = frozen(network(), "0")
     twin = copy.deepcopy(model)
-    own = NPC(twin, lr=0.05, delta=0.9999)
+    own = NPC(twin, lr=0.05, delta=0.9999, skip_gradients="rows")
     set_importances(own, {"0": 3.0})
     steps(twin, own, range(6))
     assert rests(twin)
@@ -249,7 +249,7 @@ def test_a_functional_call_with_another_bias_of_a_layer_without_normalization() 
 @pytest.mark.parametrize("after", ["forward", "backward"])
 def test_a_state_that_is_loaded_before_the_step_is_refused_if_it_matters(after: str) -> None:
     model, optimizer = frozen(network(), "0")
-    low = NPC(network(), lr=0.05, delta=0.9999).state_dict()
+    low = NPC(network(), lr=0.05, delta=0.9999, skip_gradients="rows").state_dict()
     optimizer.zero_grad()
     loss = loss_of(model)
     if after == "forward":
@@ -336,7 +336,7 @@ def test_another_optimizer_gets_its_gradients(names: tuple[str, ...]) -> None:
 
 def test_a_second_optimizer_measures_every_layer() -> None:
     model, optimizer = frozen(network(), "0", "4", "7", count=8)
-    second = NPC(model, lr=0.05, delta=0.9999)
+    second = NPC(model, lr=0.05, delta=0.9999, skip_gradients="rows")
     for seed in range(8):
         optimizer.zero_grad()
         second.zero_grad()
@@ -363,7 +363,7 @@ def test_the_input_gradient_of_a_convolution_copies_nothing() -> None:
 
 def test_sparse_input_of_a_layer_that_is_certified_in_part() -> None:
     model, x = nn.Sequential(nn.Linear(8, 48), nn.Tanh()), torch.eye(8)
-    optimizer = NPC(model, delta=0.9999)
+    optimizer = NPC(model, delta=0.9999, skip_gradients="rows")
     set_importances(optimizer, {"0": (torch.arange(48) >= 16) * 3.0})
     for _ in range(4):
         optimizer.zero_grad()
@@ -393,7 +393,7 @@ def test_copied_neurons_can_be_detached(copied: Callable[[Any], Any]) -> None:
 @pytest.mark.parametrize("detached", [True, False])
 def test_several_optimizers_of_a_model_get_all_gradients(detached: bool) -> None:
     model, optimizer = frozen(network(), "0", "4")
-    second = NPC(model, lr=0.05, delta=0.9999).load_importance(None)
+    second = NPC(model, lr=0.05, delta=0.9999, skip_gradients="rows").load_importance(None)
     model.zero_grad()
     loss_of(model).backward()
     assert model[0].weight.grad.any() and model[4].weight.grad.any()

@@ -147,7 +147,7 @@ def test_how_long_neurons_stay_is_what_the_decay_says() -> None:
 
 def test_plasticity_says_for_how_long() -> None:
     model = mlp()
-    optimizer = NPC(model, delta=0.999)
+    optimizer = NPC(model, delta=0.999, skip_gradients="rows")
     set_importances(optimizer, {"first": torch.linspace(0, 2, 32)})
     steps(model, optimizer, range(2))
     layer = optimizer.plasticity()["first"]
@@ -187,7 +187,7 @@ def test_500_steps_are_bit_identical_where_layers_are_certified_wholly(always: N
 
 
 def test_under_deterministic_algorithms_no_bit_changes_not_even_of_a_resumed_run() -> None:
-    options: dict[str, Any] = {"lr": 0.02, "delta": 0.9995, "momentum": 0.9}
+    options: dict[str, Any] = {"lr": 0.02, "delta": 0.9995, "momentum": 0.9, "skip_gradients": "rows"}
     importance = {"conv1": 2.0, "conv2": torch.linspace(0, 2, 40), "hidden": torch.linspace(0, 2, 64)}
     pair = Pair(paper_cnn((24, 40), 64), importance, **options)
     torch.use_deterministic_algorithms(True)
@@ -254,7 +254,7 @@ def test_neurons_that_thaw_again_learn_as_if_nothing_had_been_skipped(always: No
 def test_nothing_is_asked_of_layers_without_certificate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CertifiedLayer, "decide", lambda *arguments: pytest.fail("not the usual forward"))
     model = mlp()
-    steps(model, NPC(model), range(70))
+    steps(model, NPC(model, skip_gradients="rows"), range(70))
 
 
 # ----------------------------------------------------------------------------------------------------- kinds of layers
@@ -490,7 +490,7 @@ def test_two_runs_from_one_state_are_alike_bit_by_bit_where_parts_of_layers_are_
             model(torch.randn(256, 128, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
             optimizer.step()
 
-    options: dict[str, Any] = {"lr": 0.05, "delta": 0.9999, "momentum": 0.9}
+    options: dict[str, Any] = {"lr": 0.05, "delta": 0.9999, "momentum": 0.9, "skip_gradients": "rows"}
     model = nn.Sequential(nn.Linear(128, 1024), nn.ReLU(), nn.Linear(1024, 3))
     optimizer = NPC(model, **options)
     set_importances(optimizer, {"0": (torch.arange(1024) % 8 > 0) * 3.0})
@@ -628,7 +628,7 @@ def test_certificates_are_no_reason_to_compile_again(often: None, always: None) 
     from torch._dynamo.testing import CompileCounter
 
     model, counter = mlp(), CompileCounter()
-    optimizer, compiled = NPC(model, delta=0.999), torch.compile(model, backend=counter)
+    optimizer, compiled = NPC(model, delta=0.999, skip_gradients="rows"), torch.compile(model, backend=counter)
     set_importances(optimizer, {"first": 3.0, "second": 3.0})
     steps(compiled, optimizer, range(8))
     assert certificates(optimizer).layers["first"].in_force() and counter.frame_count == 1
@@ -733,7 +733,7 @@ def test_importance_that_arrives_later_counts_from_when_it_was_sent(
     monkeypatch: pytest.MonkeyPatch, interferes: bool
 ) -> None:
     model = mlp()
-    optimizer = NPC(model, delta=0.999)
+    optimizer = NPC(model, delta=0.999, skip_gradients="rows")
     set_importances(optimizer, {"first": 3.0})
     issuing = certificates(optimizer)
     layer, clock = issuing.layers["first"], issuing.clock
@@ -765,7 +765,7 @@ def test_on_a_gpu_weights_of_certified_neurons_stay_and_others_follow_the_plain_
 
 @pytest.mark.parametrize(
     ("options", "want"),
-    [({"skip_frozen": False}, []), ({"layers": {"second": {"skip_frozen": False}}}, ["first", "output"])],
+    [({"skip_gradients": "none"}, []), ({"layers": {"second": {"skip_gradients": "none"}}}, ["first", "output"])],
 )
 def test_it_can_be_switched_off_altogether_and_for_single_layers(options: dict[str, Any], want: list[str]) -> None:
     model = mlp()
@@ -774,17 +774,17 @@ def test_it_can_be_switched_off_altogether_and_for_single_layers(options: dict[s
 
 
 def test_unknown_ways_of_skipping_are_refused() -> None:
-    expected = "expected one of True, False, 'layers'"
-    with pytest.raises(ValueError, match=f"skip_frozen is 'yes'; {expected}"):
-        NPC(mlp(), skip_frozen="yes")
-    with pytest.raises(ValueError, match=rf"layers\['second'\]: skip_frozen is 'no'; {expected}"):
-        NPC(mlp(), layers={"second": {"skip_frozen": "no"}})
+    expected = "expected one of 'layers', 'rows', 'none'"
+    with pytest.raises(ValueError, match=f"skip_gradients is 'yes'; {expected}"):
+        NPC(mlp(), skip_gradients="yes")
+    with pytest.raises(ValueError, match=rf"layers\['second'\]: skip_gradients is 'no'; {expected}"):
+        NPC(mlp(), layers={"second": {"skip_gradients": "no"}})
 
 
-@pytest.mark.parametrize(("skip_frozen", "of_a_part"), [(True, 0.5), ("layers", 0.0)])
-def test_parts_of_layers_can_be_left_alone(often: None, always: None, skip_frozen: Any, of_a_part: float) -> None:
+@pytest.mark.parametrize(("skip_gradients", "of_a_part"), [("rows", 0.5), ("layers", 0.0)])
+def test_parts_of_layers_can_be_left_alone(often: None, always: None, skip_gradients: str, of_a_part: float) -> None:
     model = mlp()
-    optimizer = NPC(model, delta=0.999, skip_frozen=skip_frozen)
+    optimizer = NPC(model, delta=0.999, skip_gradients=skip_gradients)
     set_importances(optimizer, {"first": torch.tensor([3.0] * 20 + [0.0] * 12), "second": 3.0})
     steps(model, optimizer, range(4))
     assert skipped(optimizer) == {"first": of_a_part, "second": 1.0, "output": 0.0}
@@ -801,7 +801,7 @@ def test_layers_whose_gradients_are_always_computed_say_so() -> None:
     model["b"].weight = model["a"].weight
     model["even"] = nn.Conv1d(4, 4, 2, padding="same")
     trained = [p for name, p in model.named_parameters() if name != "c.bias"]
-    optimizer = NPC(model, params=trained)
+    optimizer = NPC(model, params=trained, skip_gradients="rows")
     assert stand_ins(model) == []
     text = str(optimizer.neurons)
     for reason in (
@@ -811,13 +811,15 @@ def test_layers_whose_gradients_are_always_computed_say_so() -> None:
         "its padding is uneven",
     ):
         assert reason in text
-    assert "or none: it is a grouped convolution" in str(NPC(nn.Conv1d(4, 4, 1, groups=2)).neurons)
+    assert "or none: it is a grouped convolution" in str(
+        NPC(nn.Conv1d(4, 4, 1, groups=2), skip_gradients="rows").neurons
+    )
 
 
 def test_a_forward_that_somebody_replaced_is_left_alone() -> None:
     model: Any = mlp()
     model.first.forward = lambda x: x @ model.first.weight.t()
-    optimizer = NPC(model)
+    optimizer = NPC(model, skip_gradients="rows")
     assert isinstance(model.first.forward, FunctionType) and "replaced" in str(optimizer.neurons)
 
 
