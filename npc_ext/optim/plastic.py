@@ -545,7 +545,8 @@ class Plastic(PlasticityControl, Joinable):
 
     def _summary(self) -> str:
         neurons = sum(layer.neurons for layer in self._protected)
-        return f"{self.neurons.protection()}, those of {neurons} neurons in {len(self._protected)} layers"
+        layers = len(self._protected)
+        return f"{self.neurons.protection()}, in {neurons} neurons of {layers} layer{'s' if layers != 1 else ''}"
 
     def __repr__(self) -> str:
         rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._protected)

@@ -121,11 +121,11 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters to the wrapped optimizer, and searches the model again."""
         self.optimizer.add_param_group(param_group)
+        added = self.optimizer.param_groups[-1]["params"]
         try:
-            self._tracker.follow_groups()
+            self._tracker.add_param_group({"params": list(added), **self._constants()})
         except Exception:
             self.optimizer.param_groups.pop()
-            self._tracker.follow_groups()
             raise
 
     @property
@@ -314,14 +314,17 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         for name in constants:
             if name not in CONSTANTS:
                 raise TypeError(f"there is no constant {name!r}: {close_to(name, CONSTANTS)}")
-        (group,) = self._tracker.param_groups
-        changed = {**group, **with_one_decay(constants)}
-        self._tracker._check_options(changed)
-        group.update(changed)
+        changed = {**self._constants(), **with_one_decay(constants)}
+        self._tracker._check_options({**self._tracker.defaults, **changed})
+        for group in self._tracker.param_groups:
+            group.update(changed)
+
+    def _constants(self) -> dict[str, Any]:
+        """The constants of layers without options in `layers`."""
+        return {name: self._tracker.param_groups[0][name] for name in CONSTANTS}
 
     def __repr__(self) -> str:
-        (group,) = self._tracker.param_groups
-        constants = ", ".join(f"{name}={group[name]!r}" for name in CONSTANTS if group[name] is not None)
+        constants = ", ".join(f"{name}={value!r}" for name, value in self._constants().items() if value is not None)
         return f"{type(self).__name__}({self.optimizer!r},\n{constants}\n\n{self._tracker._summary()}\n)"
 
     # --------------------------------------------------------------------------------------------- saving and loading
@@ -466,6 +469,7 @@ class _Tracker(NPC):
         trained = self._wrapped_parameters()
         if not self._knows(trained):
             self.param_groups[0]["params"] = trained
+            del self.param_groups[1:]
             self._compare_with_model()
 
     def _check_wrapped_groups(self) -> None:

@@ -247,7 +247,7 @@ def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
 
 def test_what_is_printed_names_every_layer() -> None:
     optimizer = NPC(paper_cnn())
-    assert "those of 66 neurons in 4 layers" in repr(optimizer)
+    assert "in 66 neurons of 4 layers" in repr(optimizer)
     for text in ("conv1", "output of pool1", "weight, bias", "fan-in"):
         assert text in str(optimizer.neurons)
 
