@@ -88,7 +88,7 @@ class Anchored(ModelOptimizer):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         strength: float | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,

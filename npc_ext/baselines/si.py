@@ -53,7 +53,7 @@ class SI(Anchored):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         strength: float = 0.1,
         momentum: float = 0.0,
         nesterov: bool = False,
