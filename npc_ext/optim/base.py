@@ -49,7 +49,7 @@ class ModelOptimizer(ImportanceHolder):
     _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`."""
+        # Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`.
         model, params, backend = arguments["model"], arguments["params"], arguments["backend"]
         if not isinstance(model, nn.Module):
             name = type(self).__name__

@@ -36,7 +36,7 @@ class PlasticityControl(ModelOptimizer):
     _nonfinite_steps: NonfiniteSteps
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also layers and other_parameters."""
+        # Takes the arguments of the subclass's constructor by name, also layers and other_parameters.
         self._other_parameters = arguments["other_parameters"]
         check_choice("other_parameters", self._other_parameters, ("train", "freeze"))
         self._layer_options = LayerOptions(arguments["layers"], self._LAYER_OPTIONS)

@@ -86,7 +86,7 @@ class Plastic(PlasticityControl, Joinable):
     _certificates: Certificates
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group."""
+        # Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group.
         self._skip_gradients = arguments["skip_gradients"]
         check_choice("skip_gradients", self._skip_gradients, _SKIPPING)
         self._just_found = False
