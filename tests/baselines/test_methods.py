@@ -646,6 +646,10 @@ def test_cpc_names_its_layers_and_reports_them() -> None:
     learn(model, optimizer, steps=6)
     plasticity = optimizer.plasticity()
     assert list(plasticity) == ["0", "4"]
+    assert repr(plasticity["4"]).startswith("ConnectionPlasticity(660 connections, 0% frozen, importance ")
+    model = network()
+    untrained = CPC(model, params=model[0].parameters()).plasticity()["4"]
+    assert repr(untrained) == "ConnectionPlasticity(no trained connections)"
     assert set(plasticity["0"].importance) == {"weight", "bias"}
     assert plasticity["4"].frozen == 0 < plasticity["0"].frozen
     assert torch.equal(plasticity["0"].learning_rate["weight"] == 0, plasticity["0"].importance["weight"] >= 0.5)
