@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, reference
-from npc_ext.baselines.anchored import Anchored
 from npc_ext.baselines.consolidation import NonFiniteImportanceError, fisher, output_sensitivity
 from npc_ext.baselines.ssl import local_inhibition
 
@@ -484,9 +484,9 @@ def test_anchored_methods_share_a_constructor(method: Any, strength: float, more
     common = ["lr", "strength", "momentum", "nesterov", "weight_decay", "implicit", "params", "maximize", "backend"]
     assert [name for name in signature.parameters if name not in more] == ["model", *common]
     assert all(parameter.annotation is not inspect.Parameter.empty for parameter in signature.parameters.values())
+    assert signature.parameters["strength"].default == strength
     assert method(network()).param_groups[0]["strength"] == strength
     assert method(network(), 0.1, 7.0).param_groups[0]["strength"] == 7.0
-    assert "as in `torch.optim.SGD`" in (Anchored.__doc__ or "") and "baselines.anchored.Anchored" in method.__doc__
 
 
 def test_sparse_gradients_raise_an_error_that_explains(method: Any) -> None:
@@ -549,6 +549,90 @@ def test_ewc_changes_nothing_if_it_cannot_consolidate() -> None:
     with pytest.raises(ValueError, match="is not finite"):
         optimizer.consolidate([(x, y)], progress=False)
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_consolidate_after_parameters_were_replaced_raises_an_error_that_explains(method: Any) -> None:
+    model, optimizer = two_tasks(method)
+    model[7] = nn.Linear(12, 4)
+    before = state_tensors(optimizer)
+    words = rf"replaced after the optimizer was built: '7.weight', '7.bias'\..*{method.__name__}\(model, ...\).load_imp"
+    with pytest.raises(ValueError, match=words):
+        consolidate(optimizer, 1)
+    assert same(state_tensors(optimizer), before)
+    model[7].requires_grad_(False)  # nothing to anchor there
+    consolidate(optimizer, 1)
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_a_parameter_replaced_in_the_groups_keeps_all_its_tasks(method: Any) -> None:
+    model, optimizer = two_tasks(method)
+    twin, expected = two_tasks(method)
+    new = nn.Parameter(model[7].weight.detach().clone())
+    parameters = optimizer.param_groups[0]["params"]
+    parameters[[p is model[7].weight for p in parameters].index(True)] = new
+    model[7].weight = new
+    for each in (optimizer, expected):
+        consolidate(each, 1)
+    for each, net in ((optimizer, model), (expected, twin)):
+        learn(net, each, first=200)
+    assert torch.equal(weights(model), weights(twin))
+    for name in ("stiffness", "anchor"):
+        assert torch.equal(optimizer.state[new][name], expected.state[twin[7].weight][name])
+
+
+@pytest.mark.parametrize("method", [EWC, MAS, SSL])
+def test_parameters_outside_of_the_model_get_no_anchor(method: Any) -> None:
+    model, temperature = network(), nn.Parameter(torch.ones(()))
+    optimizer = build(method, model, params=[*model.parameters(), temperature])
+    consolidate(optimizer)
+    assert "stiffness" in optimizer.state[model[0].weight] and temperature not in optimizer.state
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_anchors_made_in_inference_mode_are_usual_tensors(method: Any) -> None:
+    model = network()
+    optimizer = build(method, model)
+    learn(model, optimizer)
+    with torch.inference_mode():
+        consolidate(optimizer)
+    assert not any(tensor.is_inference() for state in optimizer.state.values() for tensor in state.values())
+
+
+def test_si_consolidates_with_a_valid_damping_only() -> None:
+    model = network()
+    optimizer = SI(model, lr=0.05)
+    learn(model, optimizer)
+    optimizer.param_groups[0]["damping"] = -1.0
+    with pytest.raises(ValueError, match=r"damping is -1.0; expected a finite number above 0"):
+        optimizer.consolidate()
+
+
+def test_the_penalty_of_a_parameter_that_has_grown_raises_an_error_that_explains() -> None:
+    model, optimizer = two_tasks(EWC)
+    model[7].weight.data = torch.ones(5, 12)
+    with pytest.raises(ValueError, match=r"'7.weight' has shape \(5, 12\), but its 'stiffness' .* shape \(4, 12\)"):
+        optimizer.penalty()
+
+
+def test_a_task_is_anchored_as_a_whole_or_not_at_all() -> None:
+    optimizer = two_tasks(EWC)[1]
+    before = state_tensors(optimizer)
+    results = [reference.merged_anchors(*[torch.ones(1)] * 4), torch.OutOfMemoryError("out of memory")]
+    with mock.patch.object(reference, "merged_anchors", side_effect=results), pytest.raises(torch.OutOfMemoryError):
+        consolidate(optimizer, 1)
+    assert same(state_tensors(optimizer), before)
+
+
+@pytest.mark.parametrize("method", ANCHORED)
+def test_printing_shows_how_much_is_anchored(method: Any) -> None:
+    model = network()
+    optimizer = build(method, model, params=model[0].parameters())
+    assert "anchored: 0 of 60 trained elements (consolidate()" in repr(optimizer)
+    learn(model, optimizer, steps=1)
+    consolidate(optimizer)
+    optimizer.add_param_group({"params": model[7].parameters()})
+    assert "strength: " in repr(optimizer) and "anchored: 60 of 112 trained elements\n" in repr(optimizer)
 
 
 def after_a_task_with_a_huge_strength(method: Any, implicit: bool) -> tuple[nn.Module, Any]:
