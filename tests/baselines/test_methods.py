@@ -6,7 +6,9 @@ import copy
 import inspect
 import io
 import pickle
+import re
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -264,6 +266,101 @@ def test_the_penalty_of_ssl_counts_once_however_often_ssl_is_built_for_a_model()
     assert torch.equal(*gradients)
 
 
+def inhibition_hooks(model: nn.Module) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+def gradient_of(model: nn.Module, called: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    x, y = batch(50)
+    model.zero_grad()
+    F.cross_entropy((called or model)(x), y).backward()
+    return model[4].weight.grad.clone()
+
+
+def pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))
+
+
+def test_a_deleted_ssl_is_freed_and_inhibits_no_more() -> None:
+    model = network()
+    plain = gradient_of(model)
+    optimizer = SSL(model, sparsity=1.0)
+    inhibited = gradient_of(model)
+    loss = model(batch(50)[0]).sum()  # its graph stays
+    freed = weakref.ref(optimizer)
+    del optimizer
+    assert freed() is None and inhibition_hooks(model) == 0
+    assert torch.equal(gradient_of(model), plain) and not torch.equal(inhibited, plain)
+    model.zero_grad()
+    loss.backward()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickled])
+def test_copies_of_a_model_are_inhibited_if_its_ssl_is_copied_with_it(duplicate: Any) -> None:
+    model = network()
+    plain = gradient_of(model)
+    optimizer = SSL(model, sparsity=1.0)
+    inhibited = gradient_of(model)
+    alone = duplicate(model)
+    assert torch.equal(gradient_of(alone), plain) and inhibition_hooks(alone) == 0
+    model_copy, optimizer_copy = duplicate((model, optimizer))
+    assert torch.equal(gradient_of(model_copy), inhibited)
+    optimizer_copy.sparsity = 0
+    assert torch.equal(gradient_of(model_copy), plain) and torch.equal(gradient_of(model), inhibited)
+    optimizer_copy.sparsity = 1.0
+    assert torch.equal(gradient_of(model_copy), inhibited)
+    del optimizer
+    assert torch.equal(gradient_of(model_copy), inhibited) and inhibition_hooks(model) == 0
+    del optimizer_copy
+    assert torch.equal(gradient_of(model_copy), plain) and inhibition_hooks(model_copy) == 0
+
+
+def test_an_optimizer_that_loads_the_importance_of_ssl_ends_its_inhibition() -> None:
+    model = network()
+    plain = gradient_of(model)
+    earlier = SSL(model, sparsity=1.0)
+    earlier.consolidate([batch(1000)], progress=False)
+    later = SSL(model, sparsity=1.0).load_importance(earlier)
+    assert not torch.equal(gradient_of(model), plain)
+    last = EWC(model).load_importance(later)
+    assert torch.equal(gradient_of(model), plain)
+    assert same(state_tensors(last), state_tensors(earlier))
+
+
+def test_a_compiled_model_is_inhibited_as_long_as_there_is_an_ssl() -> None:
+    torch._dynamo.reset()
+    model = network()
+    compiled = torch.compile(model, backend="eager")
+    plain = gradient_of(model, compiled)
+    optimizer = SSL(model, sparsity=1.0)
+    inhibited = gradient_of(model, compiled)
+    assert torch.equal(inhibited, gradient_of(model)) and not torch.equal(inhibited, plain)
+    optimizer.consolidate([batch(1000)], progress=False)
+    discounted = gradient_of(model, compiled)
+    assert torch.equal(discounted, gradient_of(model)) and not torch.equal(discounted, inhibited)
+    del optimizer
+    assert torch.equal(gradient_of(model, compiled), plain)
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "error", "words"),
+    [
+        (-1, ValueError, "sparsity is -1; expected a finite number of at least 0"),
+        (float("nan"), ValueError, "sparsity is nan; expected"),
+        ("1", TypeError, "sparsity is '1'; expected"),
+        (torch.tensor(1.0), TypeError, r"sparsity is a tensor; expected .*, as sparsity.item\(\)"),
+    ],
+)
+def test_a_wrong_sparsity_raises_when_it_is_set(sparsity: Any, error: type[Exception], words: str) -> None:
+    optimizer = SSL(network(), sparsity=0.5)
+    with pytest.raises(error, match=words):
+        optimizer.sparsity = sparsity
+    assert optimizer.sparsity == 0.5
+    without_layers = SSL(network(), sparsity=0, inhibited=[])
+    with pytest.raises(ValueError, match="no neurons would inhibit each other"):
+        without_layers.sparsity = 0.5
+
+
 def test_ssl_discounts_by_the_state_that_it_loads() -> None:
     model = network()
     optimizer = SSL(model, lr=0.1)
@@ -449,6 +546,14 @@ WRONG_ARGUMENTS: list[tuple[list[type], dict[str, Any], type[Exception], str]] =
         ValueError,
         "inhibited names 'head', but no layer .* has that name; there are '0', '4', '7'",
     ),
+    (
+        [SSL],
+        {"inhibited": "4"},
+        TypeError,
+        r"inhibited is '4'; expected a list of layers' names, as in \['fc1', 'fc2'\]",
+    ),
+    ([SSL], {"inhibited": [4]}, TypeError, r"inhibited is \[4\]; expected a list of layers' names"),
+    ([SSL], {"scaler": True}, TypeError, "scaler is True; expected the torch.amp.GradScaler in use, or None"),
     ([CPC], {"alpha": NAN}, ValueError, "alpha is nan; expected a finite number"),
     ([CPC], {"layers": {"4": {"measure_at": "5"}}}, ValueError, r"layers\['4'\] has the option 'measure_at'"),
 ]
@@ -487,6 +592,13 @@ def test_anchored_methods_share_a_constructor(method: Any, strength: float, more
     assert signature.parameters["strength"].default == strength
     assert method(network()).param_groups[0]["strength"] == strength
     assert method(network(), 0.1, 7.0).param_groups[0]["strength"] == 7.0
+
+
+def test_help_describes_every_argument(method: Any) -> None:
+    described = method.__doc__.partition("Args:")[2].partition("Raises:")[0]
+    for name in inspect.signature(method).parameters:
+        assert re.search(rf"^        (\w+, )*{name}(, \w+)*:", described, re.MULTILINE), name
+    assert "as in `torch.optim.SGD`" in described
 
 
 def test_sparse_gradients_raise_an_error_that_explains(method: Any) -> None:
@@ -633,6 +745,8 @@ def test_printing_shows_how_much_is_anchored(method: Any) -> None:
     consolidate(optimizer)
     optimizer.add_param_group({"params": model[7].parameters()})
     assert "strength: " in repr(optimizer) and "anchored: 60 of 112 trained elements\n" in repr(optimizer)
+    if method is SSL:
+        assert "layers whose neurons inhibit each other: '4', sparsity 0.01\n" in repr(optimizer)
 
 
 def after_a_task_with_a_huge_strength(method: Any, implicit: bool) -> tuple[nn.Module, Any]:
