@@ -62,7 +62,7 @@ class Anchored(ModelOptimizer):
     (1 + mu) / (1 + 2 mu)). Without momentum it overshoots the anchor from 1/2 on, with momentum earlier. The loss's
     curvature lowers these bounds.
 
-    Subclasses have a constructor with their default of `strength`, because W depends on the method, and `consolidate`.
+    Subclasses define W in `consolidate`, and a constructor whose default `strength` fits the size of their W.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)

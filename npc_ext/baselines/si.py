@@ -112,11 +112,13 @@ class SI(Anchored):
             )
         for parameter, _ in moved:
             self._check_state_fits(parameter)
-        stiffness = {parameter: self._stiffness_now(parameter, group["damping"]) for parameter, group in moved}
-        for parameter, total in stiffness.items():
-            state = self.state[parameter]
-            state["stiffness"], state["anchor"] = total, self._new_state_tensor(parameter, "anchor")
-            state["path"].zero_()
+        updated = [
+            (parameter, self._stiffness_now(parameter, group["damping"]), self._new_state_tensor(parameter, "anchor"))
+            for parameter, group in moved
+        ]
+        for parameter, stiffness, anchor in updated:
+            self.state[parameter].update(stiffness=stiffness, anchor=anchor)
+            self.state[parameter]["path"].zero_()
         self._forget_plans()
         self._note_importance()
 

@@ -727,11 +727,13 @@ def test_the_penalty_of_a_parameter_that_has_grown_raises_an_error_that_explains
         optimizer.penalty()
 
 
-def test_a_task_is_anchored_as_a_whole_or_not_at_all() -> None:
-    optimizer = two_tasks(EWC)[1]
+@pytest.mark.parametrize("method", ANCHORED)
+def test_a_task_is_anchored_as_a_whole_or_not_at_all(method: Any) -> None:
+    optimizer = two_tasks(method)[1]
     before = state_tensors(optimizer)
-    results = [reference.merged_anchors(*[torch.ones(1)] * 4), torch.OutOfMemoryError("out of memory")]
-    with mock.patch.object(reference, "merged_anchors", side_effect=results), pytest.raises(torch.OutOfMemoryError):
+    first = torch.zeros(6, 1, 3, 3)
+    out_of_memory = mock.patch.object(method, "_new_state_tensor", side_effect=[first, torch.OutOfMemoryError("full")])
+    with out_of_memory, pytest.raises(torch.OutOfMemoryError):
         consolidate(optimizer, 1)
     assert same(state_tensors(optimizer), before)
 
