@@ -184,6 +184,7 @@ class SSL(MAS):
         super().consolidate(batches, **options)
         self._discount()
 
+    @torch.inference_mode(False)  # consolidate may be called in that mode
     @torch.no_grad()
     def _discount(self) -> None:
         """Sets exp(-a) of all neurons, with a the bias's stiffness.
