@@ -91,7 +91,7 @@ class SSL(MAS):
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         strength: float = 1.0,
         sparsity: float = 1e-5,
         momentum: float = 0.0,
