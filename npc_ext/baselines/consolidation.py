@@ -11,7 +11,7 @@ sign. `samples.py` computes the gradient of every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._names import close_to
 from ..optim.options import check_choice
 from .batches import Batch, Together
 from .samples import NonFiniteImportanceError as NonFiniteImportanceError
@@ -240,6 +241,13 @@ def _copy_of_default_generator() -> torch.Generator:
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
+
+
+def check_known(options: Iterable[str], known: Collection[str]) -> None:
+    """Raises TypeError if `consolidate` is called with an option that it does not have."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"consolidate has no option {name!r}: {close_to(name, known)}")
 
 
 def _check_labels(

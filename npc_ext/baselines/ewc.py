@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..optim.options import explains_options
 from .anchored import Anchored
-from .consolidation import FisherOptions, fisher
+from .consolidation import FisherOptions, check_known, fisher
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -85,4 +85,5 @@ class EWC(Anchored):
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
+        check_known(options, FisherOptions.__annotations__)
         self._anchor(fisher(self._model, batches, parameters=self._parameters_to_anchor(), **options))

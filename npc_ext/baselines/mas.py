@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..optim.options import explains_options
 from .anchored import Anchored
-from .consolidation import SensitivityOptions, output_sensitivity
+from .consolidation import SensitivityOptions, check_known, output_sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -86,4 +86,5 @@ class MAS(Anchored):
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
+        check_known(options, SensitivityOptions.__annotations__)
         self._anchor(output_sensitivity(self._model, batches, parameters=self._parameters_to_anchor(), **options))

@@ -663,6 +663,22 @@ def test_ewc_changes_nothing_if_it_cannot_consolidate() -> None:
     assert not optimizer.state
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "words"),
+    [
+        (EWC, {"smaples": 5}, "consolidate has no option 'smaples': close to it: 'samples'"),
+        (EWC, {"parameters": []}, "consolidate has no option 'parameters': there are 'outputs', 'forward'"),
+        (MAS, {"labels": "data"}, "consolidate has no option 'labels': there are 'outputs', "),
+        (SSL, {"generator": None}, "consolidate has no option 'generator': there are"),
+    ],
+)
+def test_unknown_options_of_consolidate_raise_an_error_that_explains(
+    method: Any, option: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(TypeError, match=words):
+        method(network()).consolidate([batch(0)], **option)
+
+
 @pytest.mark.parametrize("method", ANCHORED)
 def test_consolidate_after_parameters_were_replaced_raises_an_error_that_explains(method: Any) -> None:
     model, optimizer = two_tasks(method)
