@@ -42,6 +42,8 @@ class ConnectionPlasticity:
     nonfinite_steps: int
 
     def __repr__(self) -> str:
+        if not self.importance:
+            return f"{type(self).__name__}(no trained connections)"
         both = (self.importance, self.learning_rate)
         importance, rate = (torch.cat([values.flatten() for values in by_name.values()]) for by_name in both)
         return described(self, importance, rate, "connections")
