@@ -32,7 +32,7 @@ Watching them:
 
 For custom loops and kernels:
     nn                    `nn.ReLU` measures importance in its own backward pass
-    ops                   the compiled operations on tensors, with checked arguments
+    ops                   the compiled operations on tensors, with checked arguments (`npc_ext.columns`)
     reference             the same in plain PyTorch, one function for each equation
 
 To read on: `help(npc_ext.NPC)` explains every option. README.md and docs/ have programs, other libraries and limits.
