@@ -175,6 +175,13 @@ def why_stale(module: bytes) -> str:
     return f"{', '.join(named[:3])}{more} changed since"
 
 
+def how_to_build() -> str:
+    """The command that builds the module ahead of time once more."""
+    if (PACKAGE.parent / "setup.py").exists():
+        return f"'python setup.py build_ext --inplace' in {PACKAGE.parent}"
+    return "'pip install --force-reinstall --no-deps .' in a checkout of npc_ext"
+
+
 # ---------------------------------------------------------------------------------------------------------- the build
 
 
@@ -279,10 +286,10 @@ def _check_that_it_loads(module: Path, kind: type[CompileError]) -> None:
     if status:
         module.unlink(missing_ok=True)
         last = (output.strip().splitlines() or [f"exit status {status}"])[-1]
-        raise kind(
-            f"the compiled module does not load, and was deleted: {last}; is {' '.join(compiler_command())} a C++ "
-            f"compiler for {sys.executable}?"
-        )
+        question = f"is {' '.join(compiler_command())} a C++ compiler for {sys.executable}?"
+        if "failed to map segment" in last:
+            question = f"may code from {module.parent} be executed (it may not if it is mounted with noexec)?"
+        raise kind(f"the compiled module does not load, and was deleted: {last}; {question}")
 
 
 class _Progress:
