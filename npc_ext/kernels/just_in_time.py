@@ -91,7 +91,9 @@ def build_cached(why: str = "") -> Path:
             return _build_in(folder / key, plan, why)
         except (OSError, DiskFullError) as error:
             problems.append(f"the just-in-time build cannot write to {folder} ({error})")
-    raise BuildError(f"{'; '.join(problems)}; make it writable or point NPC_EXT_CACHE at a folder that is")
+    raise BuildError(
+        f"{'; '.join(problems)}; fix that, or point NPC_EXT_CACHE at a folder that can be written and has space"
+    )
 
 
 def discard(module: Path) -> None:
