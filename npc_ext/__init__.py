@@ -1,7 +1,42 @@
 """Neuron-level plasticity control: networks that learn one task after another without forgetting.
 
+During back-propagation, the optimizers measure how important each neuron is, and lower the learning rate of important
+neurons (Paik et al., AAAI 2020, arXiv 1907.13322). They need no old data and no task boundaries. Build one optimizer
+and keep it for all tasks:
+
 >>> from npc_ext import NPC
->>> optimizer = NPC(model, lr=0.1)  # was: torch.optim.SGD(model.parameters(), lr=0.1)
+>>> optimizer = NPC(model, lr=0.1, half_life=steps_per_task)  # was: torch.optim.SGD(model.parameters(), lr=0.1)
+
+Optimizers that protect neurons:
+    NPC                   SGD with a learning rate for each neuron
+    NPCAdamW              the same for AdamW
+    PlasticityWrapper     the same for any other optimizer
+
+Methods to compare them with, also optimizers:
+    CPC                   NPC for single weights instead of neurons
+    EWC                   elastic weight consolidation, by the Fisher information
+    MAS                   memory aware synapses, by the effect of weights on the outputs
+    SI                    synaptic intelligence, by how much weights reduced the loss
+    SSL                   selfless sequential learning: MAS with sparse activations
+    baselines             the importance of EWC and MAS as functions: `baselines.consolidation`
+
+Watching them:
+    check_capacity        warns of layers that have little room for another task
+    log_plasticity        writes importance and learning rates for TensorBoard
+    plot_plasticity       draws importance and learning rates with matplotlib
+    find_neurons          finds the layers of a model, and where they are measured, without an optimizer
+    LayerPlasticity       what `plasticity()` returns for each layer
+    ConnectionPlasticity  what `CPC.plasticity()` returns for each layer
+    CapacityWarning       a layer has little room left
+    ImportanceWarning     importance is not measured, or lost, or protects little
+
+For custom loops and kernels:
+    nn                    `nn.ReLU` measures importance in its own backward pass
+    ops                   the compiled operations on tensors, with checked arguments (`npc_ext.columns`)
+    reference             the same in plain PyTorch, one function for each equation
+
+To read on: `help(npc_ext.NPC)` explains every option. README.md and docs/ have programs, other libraries and limits.
+`python -m npc_ext` shows what is installed, and how to fix what does not work.
 """
 
 from __future__ import annotations
@@ -35,4 +70,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__, *_MODULES])
+    return sorted({*__all__, *_MODULES, *(name for name in globals() if name.startswith("__"))})

@@ -244,6 +244,12 @@ LAYER_STEP = LayerStepOptions()
 Columns = TypeVar("Columns", SGDOptions, AdamOptions, AnchorOptions, PlasticityOptions)
 
 
+def delta_of(options: Mapping[str, Any]) -> float:
+    """The decay delta of eq. 4 under options of which either delta or half_life is None: 0.5 ** (1 / half_life)."""
+    half_life = options["half_life"]
+    return float(options["delta"]) if half_life is None else 0.5 ** (1 / float(half_life))
+
+
 def columns_of(kind: type[Columns], groups: Sequence[Mapping[str, Any]], **given: Sequence[Any]) -> Columns:
     """Makes columns of what groups, or layers, have under their names; `given` are whole columns."""
     names = (name for name in kind._fields if name not in given)

@@ -26,11 +26,6 @@ from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
 from .training import Batches, accuracy_of, steps_of, train
 
-# A little more than half of the importance from one task (540 steps) is left after the next.
-DELTA = 0.999
-# The paper's alpha is a learning rate; the optimizer's is in units of lr.
-ALPHA = 0.05
-
 
 @dataclass
 class Run:
@@ -44,11 +39,11 @@ class Run:
     seconds_per_step: float
 
 
-def optimizer_for(method: str, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """The optimizer of a method. Both methods have the same learning rate."""
+def optimizer_for(method: str, model: nn.Module, lr: float, steps: float) -> torch.optim.Optimizer:
+    """The optimizer of a method. Both methods have the same learning rate. `steps` is the mean length of a task."""
     if method == "SGD":
         return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
-    return NPC(model, lr=lr, alpha=ALPHA / lr, delta=DELTA)
+    return NPC(model, lr=lr, half_life=steps)
 
 
 def run(
@@ -60,7 +55,8 @@ def run(
     """
     torch.manual_seed(seed)
     model = cnn(1, 8, (16, 32), 64, classes=sum(len(task.classes) for task in tasks))
-    optimizer = optimizer_for(method, model, lr)
+    lengths = [steps_of(epochs, len(task.train_labels), batch_size) for task in tasks]
+    optimizer = optimizer_for(method, model, lr, sum(lengths) / len(lengths))
     generator = torch.Generator().manual_seed(seed)
     label = f"{method}, seed {seed}"
     accuracy: list[list[float]] = []

@@ -27,7 +27,7 @@ from .store import Record, Store
 from .tasks import Task, joint
 from .training import Batches, Machine, accuracy_of, is_finite, standard, steps_of, train
 
-# These two measure importance; SGD is then an NPC that never consolidates.
+# These two measure importance; SGD is then an NPC that never freezes a neuron.
 WATCHED = ("npc", "sgd")
 _NEVER = 1e12
 

@@ -12,14 +12,15 @@ that updates the weights also adds the pull, in the same pass over memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import reference
+from .._names import listed
 from ..columns import AnchorOptions, Anchors, SGDOptions, columns_of
 from ..kernels import launch
 from ..optim.base import ModelOptimizer
@@ -61,52 +62,12 @@ class Anchored(ModelOptimizer):
     (1 + mu) / (1 + 2 mu)). Without momentum it overshoots the anchor from 1/2 on, with momentum earlier. The loss's
     curvature lowers these bounds.
 
-    Args:
-        model: the network.
-        lr: the learning rate.
-        strength: the factor of the penalty. The default depends on the method, because W does.
-        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
-        implicit: if True, pull by the proximal step, which is stable for every strength. If False, add the penalty's
-            gradient to the loss's, as the papers do; training then diverges if lr * strength * W is too large for any
-            weight.
-        params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
-            all of the model's parameters.
-        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
-
-    Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+    Subclasses define W in `consolidate`, and a constructor whose default `strength` fits the size of their W.
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = ("strength", "implicit", *SGD_OPTIONS)
     _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("stiffness", "anchor")
     _KIND = "anchors"
-    _STRENGTH: ClassVar[float] = 1.0  # the default
-    # Options of groups that a subclass adds; its constructor sets their defaults before it calls this one.
-    _more_options: Mapping[str, Any] = {}
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {
-        "implicit": (
-            "their anchors pulled explicitly. In each group, set group['implicit'] = False to continue like that, or "
-            "True for the proximal step, which is stable for every strength"
-        )
-    }
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float = 0.1,
-        strength: float | None = None,
-        momentum: float = 0.0,
-        nesterov: bool = False,
-        weight_decay: float = 0.0,
-        *,
-        implicit: bool = True,
-        params: Iterable[Any] | None = None,
-        maximize: bool = False,
-        backend: Literal["auto", "native", "reference"] = "auto",
-    ) -> None:
-        if strength is None:
-            strength = self._STRENGTH
-        super().__init__({**locals(), **self._more_options})
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -124,28 +85,60 @@ class Anchored(ModelOptimizer):
 
         Steps minimize the loss plus this penalty. It is the sum of the old tasks' penalties less a constant: at the
         anchor it is 0.
+
+        Raises:
+            ValueError: an anchor does not have the shape of its parameter.
         """
         total: Tensor | None = None
         for group in self.param_groups:
             for parameter in group["params"]:
                 state = self.state.get(parameter, {})
                 if "stiffness" in state:
+                    self._check_state_fits(parameter)
                     value = parameter.detach().to(state["anchor"].dtype)
                     term = reference.anchor_penalty(value, state["anchor"], state["stiffness"], group["strength"])
                     total = term if total is None else total + term.to(total.device)
         return torch.zeros((), dtype=torch.float32, device="cpu") if total is None else total
 
-    def _trained_parameters(self) -> list[Tensor]:
-        parameters = [p for group in self.param_groups for p in group["params"] if p.requires_grad]
+    def _parameters_to_anchor(self) -> list[Tensor]:
+        """The trained parameters that are in the model; the outputs do not depend on others.
+
+        Raises:
+            ValueError: there are none, or as `_check_before_consolidating`.
+        """
+        self._check_before_consolidating()
+        in_model = set(map(id, self._model.parameters()))
+        parameters = [p for p in self._all_parameters() if p.requires_grad and id(p) in in_model]
         if not parameters:
-            raise ValueError("no parameter requires a gradient, so there is nothing to consolidate")
+            raise ValueError("no trained parameter requires a gradient, so there is nothing to consolidate")
         return parameters
 
+    def _check_before_consolidating(self) -> None:
+        """Raises ValueError if options are out of range, or if parameters of the model were replaced."""
+        for group in self.param_groups:
+            self._check_options({**self.defaults, **group})
+        if not self._knows(self._all_parameters()):
+            self._compare_with_model()  # moves the state of replaced parameters to those that are in the groups now
+        if self._known_model is None:
+            return
+        lost = self._known_model.lost(self._model, set(map(id, self._all_parameters())))
+        lost = [old for old in lost if any(new.requires_grad for new in old.replacements.values())]
+        if lost:
+            raise ValueError(
+                f"parameters of the model were replaced after the optimizer was built: {listed(o.name for o in lost)}. "
+                "Their replacements are neither trained nor anchored. Build the optimizer after such changes (new "
+                "modules, load_state_dict(assign=True), parametrizations); to keep the earlier tasks: "
+                f"{self._built_as()}.load_importance(optimizer). Or replace the old parameters in "
+                "optimizer.param_groups with the new ones"
+            )
+
+    @torch.inference_mode(False)  # consolidate may be called there, but state made there could never change
     @torch.no_grad()
     def _anchor(self, importances: Mapping[Tensor, Tensor]) -> None:
         """Adds a task: anchors each parameter at its current values, with its importance W_k."""
         for parameter in importances:
             self._check_state_fits(parameter)
+        merged: dict[Tensor, tuple[Tensor, Tensor]] = {}
         for parameter, importance in importances.items():
             value = self._new_state_tensor(parameter, "anchor")
             importance = launch.in_memory_order_of(parameter, importance.to(value.dtype))
@@ -153,9 +146,21 @@ class Anchored(ModelOptimizer):
             state = self.state[parameter]
             if "stiffness" in state:
                 importance, value = reference.merged_anchors(state["stiffness"], state["anchor"], importance, value)
-            state["stiffness"], state["anchor"] = importance, value
+            merged[parameter] = importance, value
+        for parameter, (importance, value) in merged.items():
+            self.state[parameter].update(stiffness=importance, anchor=value)
         self._forget_plans()
         self._note_importance()
+
+    def _summary(self) -> str:
+        """How much of what is trained has an anchor, for `repr`."""
+        parameters = [p for p in self._all_parameters() if p.requires_grad]
+        anchored = sum(p.numel() for p in parameters if "stiffness" in self.state.get(p, {}))
+        text = f"anchored: {anchored:,} of {sum(p.numel() for p in parameters):,} trained elements"
+        return text if anchored else f"{text} (consolidate() at the end of a task anchors them)"
+
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-2]}\n\n{self._summary()}\n)"
 
     def _may_hold(self) -> dict[str, Tensor]:
         return self._trained_by_name()

@@ -11,7 +11,7 @@ sign. `samples.py` computes the gradient of every sample.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
 from typing import Any, Literal, TypedDict
 
@@ -19,10 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._names import close_to
 from ..optim.options import check_choice
 from .batches import Batch, Together
 from .samples import NonFiniteImportanceError as NonFiniteImportanceError
 from .samples import Sampling, Term, Terms, TermsOfBatch, mean_over_samples
+
+# Cross-entropy leaves out targets of this label.
+_IGNORED = -100
 
 
 class SensitivityOptions(TypedDict, total=False):
@@ -81,7 +85,8 @@ def fisher(
             it. It is not the default, because EWC's derivation asks for the Fisher information. Except with "data",
             outputs are (B, C), the logits of p.
         loss: for "data", the negative log-likelihood of one sample: loss(outputs (1, ...), target (1, ...)) -> one
-            number. Default: cross-entropy, where targets count within the outputs picked by `outputs`. With `forward`
+            number. Default: cross-entropy of integer labels or of probabilities. Labels then count within the outputs
+            picked by `outputs`, from 0; -100 marks targets without a label. With `forward`
             it is called with the batch instead of a target, loss(outputs, batch), and there is no default.
         forward: how to call the model with a batch of one sample: forward(model, batch) -> the model's outputs. A batch
             is then whatever the loader gives: a dictionary, tuple or list, nested or not. Dimension 0 of every tensor
@@ -101,9 +106,11 @@ def fisher(
         gradient.
 
     Raises:
-        TypeError: the model is not a module; a batch, the outputs or `parameters` are not of the expected kind.
-        ValueError: there are no samples or no trained parameters, or the outputs depend on none of them; an option or a
-            shape does not fit.
+        TypeError: the model is not a module; a batch, the outputs, an option or `parameters` are not of the expected
+            kind.
+        ValueError: there are no samples or no trained parameters, or the outputs depend on none of them; an option, a
+            shape or a label does not fit.
+        IndexError: `outputs` picks what is not there.
         NonFiniteImportanceError: an importance is not finite; a ValueError, too.
 
     Warns:
@@ -181,7 +188,10 @@ def _squared_norms(outputs: Tensor, batch: Batch) -> TermsOfBatch:
 def _losses(loss: Callable[[Tensor, Any], Tensor] | None, outputs: Tensor, batch: Batch) -> TermsOfBatch:
     if batch.together is not None and loss is not None:
         return [partial(_loss_of_batch, loss, batch.together)], batch.tensors
-    return [F.cross_entropy if loss is None else loss], (_checked_targets(batch.targets, batch.samples),)
+    targets = _checked_targets(batch.targets, batch.samples)
+    if loss is None:
+        return [F.cross_entropy], (_checked_labels(targets, outputs),)
+    return [loss], (targets,)
 
 
 def _log_probabilities_of_all_classes(logits: Tensor, batch: Batch) -> TermsOfBatch:
@@ -233,6 +243,13 @@ def _copy_of_default_generator() -> torch.Generator:
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
+def check_known(options: Iterable[str], known: Collection[str]) -> None:
+    """Raises TypeError if `consolidate` is called with an option that it does not have."""
+    for name in options:
+        if name not in known:
+            raise TypeError(f"consolidate has no option {name!r}: {close_to(name, known)}")
+
+
 def _check_labels(
     labels: str,
     loss: Callable[[Tensor, Any], Tensor] | None,
@@ -240,6 +257,13 @@ def _check_labels(
     forward: Callable[[nn.Module, Any], Any] | None,
 ) -> None:
     check_choice("labels", labels, ("sampled", "data", "exact"))
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss is of type {type(loss).__name__}; expected a function of outputs and targets, or None")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator is of type {type(generator).__name__}; expected a torch.Generator: for a seed write "
+            "torch.Generator().manual_seed(seed)"
+        )
     if loss is not None and labels != "data":
         raise ValueError(
             f"loss is for the targets given, but labels is {labels!r}; use labels='data' or leave loss out"
@@ -254,7 +278,7 @@ def _check_labels(
 
 
 def _check_logits(outputs: Tensor, labels: str) -> None:
-    if outputs.ndim != 2:
+    if outputs.shape[:1] != (1,) or not (outputs.ndim == 2 or (labels == "data" and outputs.ndim > 2)):
         raise ValueError(
             f"the outputs of one sample have shape {tuple(outputs.shape)}, but labels={labels!r} needs logits of shape "
             "(1, classes); pick them with outputs=..., or use labels='data' with a loss for these outputs"
@@ -273,4 +297,31 @@ def _checked_targets(targets: Any, count: int) -> Tensor:
         raise TypeError(f"labels is 'data', but a batch has {got}; expected (inputs, targets) with a tensor of targets")
     if targets.ndim < 1 or targets.shape[0] != count:
         raise ValueError(f"a batch has {count} samples, but targets of shape {tuple(targets.shape)}; they must agree")
+    return targets
+
+
+def _checked_labels(targets: Tensor, outputs: Tensor) -> Tensor:
+    """Targets as cross-entropy takes them: class indices (B, ...) as int64, or probabilities (B, classes, ...)."""
+    _check_logits(outputs, "data")
+    classes, dims = outputs.shape[1], outputs.ndim
+    if targets.is_floating_point() and targets.ndim == dims and targets.shape[1] == classes:
+        return targets.to(outputs.dtype)
+    samples = len(targets)
+    if targets.is_floating_point() or targets.is_complex() or targets.ndim != dims - 1:
+        more = tuple(outputs.shape[2:])
+        raise ValueError(
+            f"a batch has targets of {targets.dtype} and shape {tuple(targets.shape)}, but the outputs of one sample "
+            f"have shape {tuple(outputs.shape)}; cross-entropy expects integer labels of shape {(samples, *more)}, or "
+            f"floating-point probabilities of shape {(samples, classes, *more)}. For other targets pass a loss: "
+            "loss=lambda outputs, target: ..."
+        )
+    targets = targets.long()
+    labels = targets[targets != _IGNORED]
+    lowest, highest = (int(labels.min()), int(labels.max())) if labels.numel() else (0, 0)
+    if lowest < 0 or highest >= classes:
+        raise ValueError(
+            f"a batch has labels from {lowest} to {highest}, but there are {classes} outputs; expected labels from 0 "
+            f"to {classes - 1}, which count within the outputs picked. Map them in the loader, or in a loss: "
+            "loss=lambda outputs, target: torch.nn.functional.cross_entropy(outputs, target - first_class)"
+        )
     return targets

@@ -18,7 +18,7 @@ from ..neurons.find import connections
 from ..neurons.protection import Protection
 from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
-from ..optim.options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS, plasticity_columns
+from ..optim.options import CONSTANTS, SGD_OPTIONS, explains_options, plasticity_columns
 from ..optim.plan import LayersPlan
 from ..optim.plasticity import described
 
@@ -42,6 +42,8 @@ class ConnectionPlasticity:
     nonfinite_steps: int
 
     def __repr__(self) -> str:
+        if not self.importance:
+            return f"{type(self).__name__}(no trained connections)"
         both = (self.importance, self.learning_rate)
         importance, rate = (torch.cat([values.flatten() for values in by_name.values()]) for by_name in both)
         return described(self, importance, rate, "connections")
@@ -65,15 +67,15 @@ class CPC(PlasticityControl):
     Args:
         model: the network.
         lr: the largest learning rate, as in `NPC`.
-        alpha, beta, delta, sigma: the constants of eqs. 4 and 7, as in `NPC`.
+        alpha, beta, delta, half_life, sigma: the constants of eqs. 4 and 7, as in `NPC`.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that a frozen connection stays
             bit-identical under all of them, and that its momentum is cleared when it freezes.
         params: what to train, as for any torch optimizer. Default: all of the model's parameters.
         normalize: the mean of eq. 3 is over "all" connections of the layer, or over the "active" ones, with a gradient
             other than 0. The others then take no part in the step: their importance, weights and momentum do not
             change.
-        layers: options of single layers, by name or pattern: alpha, beta, delta, sigma, normalize; protect=False
-            (train at plain lr).
+        layers: options of single layers, by name or pattern: alpha, beta, delta or half_life, sigma, normalize;
+            protect=False (train at plain lr).
         other_parameters: "train" parameters outside layers at plain lr, or "freeze" them.
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
@@ -84,7 +86,6 @@ class CPC(PlasticityControl):
         ImportanceWarning: more than half of the elements that are trained are not protected.
     """
 
-    _ADDED_KEYS = ALPHA_IN_UNITS_OF_LR
     _OPTIONS = (*CONSTANTS, *SGD_OPTIONS)
     _STATE_TENSORS = ("importance",)
     _KIND = "importance of connections"
@@ -95,18 +96,20 @@ class CPC(PlasticityControl):
         "group of params=[...]); only Linear, convolution, Conv1D and attention layers are protected."
     )
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         alpha: float = 0.5,
         beta: float = 0.5,
-        delta: float = 1 - 2e-4,
+        delta: float | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
         *,
+        half_life: float | None = None,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         normalize: Literal["all", "active"] = "all",

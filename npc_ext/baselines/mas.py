@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from torch import Tensor, nn
+
+from ..optim.options import explains_options
 from .anchored import Anchored
-from .consolidation import SensitivityOptions, output_sensitivity
+from .consolidation import SensitivityOptions, check_known, output_sensitivity
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -25,12 +28,19 @@ class MAS(Anchored):
 
     Args:
         model: the network.
-        strength: the factor of the penalty, lambda of eq. 4. Default: 1.
-        lr, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
-            `npc_ext.baselines.anchored.Anchored`.
+        lr: the learning rate.
+        strength: the factor of the penalty, at least 0: lambda of eq. 4.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the penalty's
+            gradient is added to the loss's, as in the paper; training then diverges if lr * strength * W is too large
+            for any weight, see `npc_ext.baselines.anchored.Anchored`.
+        params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
+            all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto" (compiled kernels
+            where they are available).
 
     Raises:
-        ValueError, TypeError: as in `Anchored`.
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
     Example:
         >>> optimizer = MAS(model, lr=0.1, strength=1)
@@ -39,10 +49,28 @@ class MAS(Anchored):
         ...     optimizer.consolidate(task.loader)
     """
 
-    _STRENGTH = 1.0
+    @explains_options
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 0.1,
+        strength: float = 1.0,
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        *,
+        implicit: bool = True,
+        params: Iterable[Any] | None = None,
+        maximize: bool = False,
+        backend: Literal["auto", "native", "reference"] = "auto",
+    ) -> None:
+        super().__init__(locals())
 
     def consolidate(self, batches: Iterable[Any], **options: Unpack[SensitivityOptions]) -> None:
         """Anchors the weights at their current values, with their effect on the outputs for the task that has ended.
+
+        Each call adds a task. It measures in evaluation mode, and leaves gradients, buffers and modes as they were.
+        Trained parameters that are not in the model get no anchor.
 
         Args:
             batches: samples of the task, as in `npc_ext.baselines.consolidation.output_sensitivity`.
@@ -51,10 +79,12 @@ class MAS(Anchored):
                 inputs, pass `forward`, see the example.
 
         Raises:
-            ValueError, TypeError: as in `output_sensitivity`. Nothing is changed then.
+            ValueError, TypeError: as in `output_sensitivity`; or parameters of the model were replaced after the
+                optimizer was built. Nothing is changed then.
 
         Example:
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(**batch).logits)
         """
-        self._anchor(output_sensitivity(self._model, batches, parameters=self._trained_parameters(), **options))
+        check_known(options, SensitivityOptions.__annotations__)
+        self._anchor(output_sensitivity(self._model, batches, parameters=self._parameters_to_anchor(), **options))

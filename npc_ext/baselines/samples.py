@@ -7,9 +7,10 @@ Models that it cannot run are differentiated sample by sample.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .._torch import direct_buffers, version_of
 from .._warn import warn
+from ..optim.options import check_choice
 from ..reference import compute_dtype
 from .batches import Batch, CalledWithSamples, moved
 
@@ -54,6 +56,11 @@ class Sampling:
         batches, outputs = self.batches, self.outputs
         if isinstance(batches, Tensor):
             raise TypeError("batches is a tensor; expected an iterable of batches: for a single one write [inputs]")
+        if isinstance(batches, Mapping):
+            raise TypeError(
+                f"batches is of type {type(batches).__name__}; expected an iterable of batches: for a single one write "
+                "[batch]"
+            )
         if isinstance(batches, tuple) and all(isinstance(part, Tensor) for part in batches):
             raise TypeError(
                 "batches is a tuple of tensors; expected an iterable of batches: for a single one write [(x, y)]"
@@ -63,13 +70,21 @@ class Sampling:
                 f"batches is of type {type(batches).__name__}, which yields single samples; expected batches: "
                 "torch.utils.data.DataLoader(dataset, batch_size=64)"
             )
+        # Sequences of the old protocol have no __iter__.
+        if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
+            raise TypeError(
+                f"batches is of type {type(batches).__name__}; expected an iterable of batches, such as a DataLoader"
+            )
         if outputs is not None and not callable(outputs):
             raise TypeError(
                 f"outputs is {outputs!r}; expected a function that picks outputs, as in lambda y: y[:, 2:4]"
             )
         for name, value in (("samples", self.samples), ("chunk_size", self.chunk_size)):
-            if value is not None and (not isinstance(value, int) or value < 1):
+            if value is None:
+                continue
+            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} is {value!r}; expected an integer of at least 1, or None")
+        check_choice("progress", self.progress, (True, False))
 
 
 def mean_over_samples(
@@ -142,7 +157,9 @@ class Importance:
         functions, others = terms(self._outputs_of_first, batch)
         others = tuple(moved(tensor, batch.tensors[0].device) for tensor in others)
         if is_first:
-            _check_one_number(functions[0](self._outputs_of_first, *(tensor[:1] for tensor in others)))
+            with torch.enable_grad():
+                outputs = self._outputs_of_first.detach().requires_grad_().clone()  # a loss may change it in place
+                _check_one_number(functions[0](outputs, *(tensor[:1] for tensor in others)))
         for start in range(0, batch.samples, chunk_size):
             chunk = slice(start, start + chunk_size)
             for function in functions:
@@ -212,11 +229,27 @@ class Importance:
 
     def _picked(self, outputs: Any) -> Tensor:
         """The outputs that count, (1, ...), in float32 or float64: squares of halves overflow and underflow."""
-        picked = outputs if self._outputs is None else self._outputs(outputs)
+        try:
+            picked = outputs if self._outputs is None else self._outputs(outputs)
+        except IndexError as error:
+            of_shape = f", of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else ""
+            raise IndexError(
+                f"the function outputs=... failed for what the model returned for one sample{of_shape}: {error}. "
+                "Dimension 0 counts samples; to pick classes write outputs=lambda y: y[:, [2, 3]]"
+            ) from error
         if not isinstance(picked, Tensor) or not picked.is_floating_point():
             got = f"a tensor of {picked.dtype}" if isinstance(picked, Tensor) else f"a {type(picked).__name__}"
-            what = "the model returned" if self._outputs is None else "outputs returned"
+            if self._outputs is not None:
+                what = "outputs returned"
+            else:
+                what = "the model returned" if self._called.call is None else "forward returned"
             raise TypeError(f"{what} {got}; expected a floating-point tensor: pick one with outputs=lambda y: ...")
+        if not picked.numel():
+            what = "the model returned" if self._outputs is None else "outputs picked"
+            raise ValueError(
+                f"{what} nothing for one sample: a tensor of shape {tuple(picked.shape)}. Dimension 0 counts samples; "
+                "to pick classes write outputs=lambda y: y[:, [2, 3]]"
+            )
         return picked.to(compute_dtype(picked.dtype))
 
     def _add_at_once(self, term: Term, inputs: list[Tensor], others: list[Tensor]) -> Exception | None:
@@ -273,6 +306,11 @@ def _check_one_number(value: Any) -> None:
     if not isinstance(value, Tensor) or value.numel() != 1:
         got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise ValueError(f"loss returned {got} for one sample; expected one number: reduce it, for example by sum()")
+    if not value.requires_grad:
+        raise ValueError(
+            "loss returned a number that does not depend on the outputs, so it has no gradient; expected one computed "
+            "from them, without detach() or no_grad()"
+        )
 
 
 def _trained_parameters(model: nn.Module, parameters: Iterable[Tensor] | None) -> dict[str, Tensor]:
@@ -296,6 +334,11 @@ def _trained_parameters(model: nn.Module, parameters: Iterable[Tensor] | None) -
             raise ValueError(f"parameter {name!r} is not initialized yet: pass one batch through the model first")
         if parameter.is_complex():
             raise ValueError(f"parameter {name!r} is complex ({parameter.dtype}); expected real parameters")
+        if parameter.requires_grad and parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} was created under torch.inference_mode(), so it has no gradient; create and load "
+                "the model outside of that mode"
+            )
         if parameter.requires_grad:
             trained[name] = parameter
     if not trained:
@@ -320,7 +363,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     """
     modules = [(module, module.training) for module in model.modules()]
     buffers = [
-        (module, name, buffer, version_of(buffer), buffer.clone())
+        (module, name, buffer, None if buffer.is_inference() else version_of(buffer), buffer.clone())
         for module, _ in modules
         for name, buffer in direct_buffers(module).items()
         if buffer is not None
@@ -331,13 +374,16 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
         try:
             for module, _ in modules:
                 module.training = False
+            for module, name, _, version, values in buffers:
+                if version is None:  # made in inference mode: autograd takes a copy only
+                    direct_buffers(module)[name] = values
             yield
         finally:
             for module, training in modules:
                 module.training = training
             for module, name, buffer, version, values in buffers:
                 direct_buffers(module)[name] = buffer
-                if version_of(buffer) != version:
+                if version is not None and version_of(buffer) != version:
                     with torch.no_grad():
                         buffer.copy_(values)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..optim.options import check_number
+from ..optim.options import check_number, explains_options
 from .anchored import Anchored
 from .consolidation import NonFiniteImportanceError
 
@@ -31,13 +31,20 @@ class SI(Anchored):
 
     Args:
         model: the network.
-        strength: the factor of the penalty.
-        damping: bounds the importance of weights that hardly moved; above 0.
-        lr, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
-            `npc_ext.baselines.anchored.Anchored`.
+        lr: the learning rate.
+        strength: the factor of the penalty, at least 0: the paper's c.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        damping: bounds the importance of weights that hardly moved, above 0: the paper's xi, a squared distance.
+        implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the penalty's
+            gradient is added to the loss's, as in the paper; training then diverges if lr * strength * W is too large
+            for any weight, see `npc_ext.baselines.anchored.Anchored`.
+        params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
+            all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto" (compiled kernels
+            where they are available).
 
     Raises:
-        ValueError, TypeError: as in `Anchored`.
+        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
 
     Example:
         >>> optimizer = SI(model, lr=0.1, strength=0.1)
@@ -50,10 +57,11 @@ class SI(Anchored):
     _STATE_TENSORS: ClassVar[tuple[str, ...]] = ("stiffness", "anchor", "path")
     _KIND = "anchors and paths"
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         strength: float = 0.1,
         momentum: float = 0.0,
         nesterov: bool = False,
@@ -65,9 +73,7 @@ class SI(Anchored):
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        self._more_options = {"damping": damping}
-        sgd = (lr, strength, momentum, nesterov, weight_decay)
-        super().__init__(model, *sgd, implicit=implicit, params=params, maximize=maximize, backend=backend)
+        super().__init__(locals())
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:
         super()._check_options(options, where)
@@ -80,16 +86,19 @@ class SI(Anchored):
             for name in ("path", "anchor"):
                 state[name] = self._new_state_tensor(parameter, name)
 
+    @torch.inference_mode(False)  # state made in that mode could never change
     @torch.no_grad()
     def consolidate(self) -> None:
         """Turns the path integral of the task that has ended into importance, and anchors the weights at their values.
 
+        Each call adds a task. An error changes nothing.
+
         Raises:
             RuntimeError: no step was taken since the last call, so there is no path to consolidate.
+            ValueError: parameters of the model were replaced, or an option of a group is out of range.
             NonFiniteImportanceError: an importance is not finite. It is a ValueError.
-
-        An error changes nothing.
         """
+        self._check_before_consolidating()
         moved = [
             (parameter, group)
             for group in self.param_groups
@@ -103,11 +112,13 @@ class SI(Anchored):
             )
         for parameter, _ in moved:
             self._check_state_fits(parameter)
-        stiffness = {parameter: self._stiffness_now(parameter, group["damping"]) for parameter, group in moved}
-        for parameter, total in stiffness.items():
-            state = self.state[parameter]
-            state["stiffness"], state["anchor"] = total, self._new_state_tensor(parameter, "anchor")
-            state["path"].zero_()
+        updated = [
+            (parameter, self._stiffness_now(parameter, group["damping"]), self._new_state_tensor(parameter, "anchor"))
+            for parameter, group in moved
+        ]
+        for parameter, stiffness, anchor in updated:
+            self.state[parameter].update(stiffness=stiffness, anchor=anchor)
+            self.state[parameter]["path"].zero_()
         self._forget_plans()
         self._note_importance()
 

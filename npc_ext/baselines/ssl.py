@@ -16,20 +16,22 @@ from __future__ import annotations
 
 import inspect
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .._torch import direct_hooks, direct_parameters
+from .._torch import direct_hooks, direct_parameters, guard_hooks
 from .._warn import warn
 from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
-from ..optim.options import check_number, check_pattern
+from ..optim.options import check_number, check_pattern, explains_options
 from .consolidation import SensitivityOptions
 from .mas import MAS
 
@@ -54,14 +56,23 @@ class SSL(MAS):
 
     Args:
         model: the network. SSL places hooks in it, which act in training mode only. They replace those of an earlier
-            SSL.
-        sparsity: the factor of the penalty on activations.
-        scale: standard deviation of the inhibition, in neurons. Default: a sixth of the layer's neurons.
+            SSL, and are removed when the optimizer is deleted.
+        lr: the learning rate.
+        strength: the factor of MAS's penalty on the distance from the anchors, at least 0.
+        sparsity: the factor of the penalty on activations, at least 0. It may be changed later:
+            `optimizer.sparsity = 1e-6`.
+        momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
+        implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the gradient of
+            MAS's penalty is added to the loss's, as in the paper; training then diverges if lr * strength * W is too
+            large for any weight, see `npc_ext.baselines.anchored.Anchored`.
+        scale: standard deviation of the inhibition, in neurons, above 0. Default: a sixth of the layer's neurons.
         inhibited: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
             connected layer that is followed by something (an activation, dropout).
         scaler: the `torch.amp.GradScaler` in use, if any. It scales the penalty's gradient like the loss.
-        lr, strength, momentum, nesterov, weight_decay, implicit, params, maximize, backend: as in
-            `npc_ext.baselines.anchored.Anchored`. `strength` and `implicit` belong to MAS's penalty.
+        params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
+            all of the model's parameters.
+        backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto" (compiled kernels
+            where they are available).
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
@@ -76,10 +87,11 @@ class SSL(MAS):
         ...     optimizer.consolidate(task.loader)
     """
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         strength: float = 1.0,
         sparsity: float = 1e-5,
         momentum: float = 0.0,
@@ -96,21 +108,31 @@ class SSL(MAS):
     ) -> None:
         sgd = (lr, strength, momentum, nesterov, weight_decay)
         super().__init__(model, *sgd, implicit=implicit, params=params, maximize=maximize, backend=backend)
-        check_number("sparsity", sparsity)
         if scale is not None:
             check_number("scale", scale, positive=True)
-        self.sparsity, self._scale, self._scaler = sparsity, scale, scaler
-        self._sign = -1.0 if maximize else 1.0
-        self.inhibited = _inhibited_layers(model, None if inhibited is None else list(inhibited))
+        if scaler is not None and not callable(getattr(scaler, "scale", None)):
+            raise TypeError(f"scaler is {scaler!r}; expected the torch.amp.GradScaler in use, or None")
+        self.inhibited = _inhibited_layers(model, inhibited)
+        self._inhibition = _Inhibition(scale, scaler, sign=-1.0 if maximize else 1.0)
+        self.sparsity = sparsity
+        self._warn_of_missing_biases()
+        self._discount()
+        self._place_hooks()
+
+    @property
+    def sparsity(self) -> float:
+        """The factor of the penalty on activations. It may be set to another finite number of at least 0."""
+        return self._inhibition.sparsity
+
+    @sparsity.setter
+    def sparsity(self, sparsity: float) -> None:
+        check_number("sparsity", sparsity)
         if sparsity and not self.inhibited:
             raise ValueError(
                 "no neurons would inhibit each other: the model has no fully connected layer with something behind it, "
                 "or inhibited is empty; name some with inhibited=[...], or use MAS (or sparsity=0)"
             )
-        self._warn_of_missing_biases()
-        self._discounts: dict[str, Tensor] = {}
-        self._discount()
-        self._place_hooks()
+        self._inhibition.sparsity = sparsity
 
     def _bias(self, layer: NeuronLayer) -> Tensor | None:
         bias: Tensor | None = direct_parameters(self._model.get_submodule(layer.name)).get("bias")
@@ -125,21 +147,33 @@ class SSL(MAS):
             )
 
     def _place_hooks(self) -> None:
-        for module in self._model.modules():  # an earlier SSL's, or those that came with a copy of the model
-            for hooks in direct_hooks(module):
-                for key in [key for key, hook in hooks.items() if isinstance(hook, _InhibitionHook)]:
-                    del hooks[key]
+        guard_hooks()
+        self._remove_hooks()  # an earlier SSL's
         for layer in self.inhibited:
             weighted = self._model.get_submodule(layer.name)
             for point in layer.points:
-                module, hook = self._model.get_submodule(point.module), _InhibitionHook(self, layer, point, weighted)
+                module = self._model.get_submodule(point.module)
+                hook = _InhibitionHook(self._inhibition, layer, point, weighted)
                 if point.where == "output":
-                    module.register_forward_hook(hook)
+                    hook.handle = module.register_forward_hook(hook)
                 else:
-                    module.register_forward_pre_hook(hook)
+                    hook.handle = module.register_forward_pre_hook(hook)
+
+    def _remove_hooks(self, of: _Inhibition | None = None) -> None:
+        """Removes the hooks of one penalty, or of all."""
+        for module in self._model.modules():
+            for hooks in direct_hooks(module):
+                for key, hook in [*hooks.items()]:
+                    if isinstance(hook, _InhibitionHook) and (of is None or hook.adds(of)):
+                        del hooks[key]
+
+    def _leave_model(self) -> None:
+        self._remove_hooks(self._inhibition)
 
     def consolidate(self, batches: Iterable[Any], **options: Unpack[SensitivityOptions]) -> None:
         """Anchors the weights at their current values, as `MAS.consolidate` does, and discounts important neurons.
+
+        Each call adds a task.
 
         Args:
             batches, options: as in `MAS.consolidate`.
@@ -150,6 +184,7 @@ class SSL(MAS):
         super().consolidate(batches, **options)
         self._discount()
 
+    @torch.inference_mode(False)  # consolidate may be called in that mode
     @torch.no_grad()
     def _discount(self) -> None:
         """Sets exp(-a) of all neurons, with a the bias's stiffness.
@@ -161,7 +196,7 @@ class SSL(MAS):
             bias = self._bias(layer)
             state = {} if bias is None else self.state.get(bias, {})
             importance = state["stiffness"] if "stiffness" in state else torch.zeros_like(layer.sink)
-            self._discounts[layer.name] = torch.exp(-importance.to(torch.float32))
+            self._inhibition.discounts[layer.name] = torch.exp(-importance.to(torch.float32))
 
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         super()._take_over(saved)
@@ -171,37 +206,60 @@ class SSL(MAS):
         super()._take_importance(held)
         self._discount()
 
-    def _inhibition_gradient(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
-        """The gradient of the penalty by a layer's activation, in the activation's shape and dtype."""
-        h = activation.detach().movedim((batch_dim, channel_dim), (0, 1))
-        positions = h.numel() // max(h.shape[0] * h.shape[1], 1)
-        means = (h.flatten(2).mean(2) if h.ndim > 2 else h).to(torch.float32)
-        scale = layer.neurons / 6 if self._scale is None else self._scale
-        gradient = local_inhibition_gradient(means, self._discounts[layer.name], scale)
-        gradient *= self._sign * self.sparsity / positions
-        if self._scaler is not None:
-            gradient = self._scaler.scale(gradient)
-        gradient = gradient.view(*gradient.shape, *[1] * (h.ndim - 2)).expand_as(h)
-        return gradient.movedim((0, 1), (batch_dim, channel_dim)).to(activation.dtype)
-
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """False. A GradScaler reads this before it takes a step; raises if SSL was built without that scaler."""
         frame = inspect.currentframe()
         caller = frame.f_back.f_locals.get("self") if frame is not None and frame.f_back is not None else None
-        if self.sparsity and self._scaler is None and isinstance(caller, torch.amp.GradScaler):
+        if self.sparsity and self._inhibition.scaler is None and isinstance(caller, torch.amp.GradScaler):
             raise RuntimeError(
                 "a GradScaler takes this step, but SSL was built without it, so the penalty was not scaled like the "
                 "loss; write SSL(model, ..., scaler=scaler)"
             )
         return False
 
+    def _summary(self) -> str:
+        names = ", ".join(repr(layer.name) for layer in self.inhibited) or "none"
+        return f"{super()._summary()}\nlayers whose neurons inhibit each other: {names}, sparsity {self.sparsity:g}"
+
+
+@dataclass(eq=False)
+class _Inhibition:
+    """The penalty on activations. The optimizer owns it; the hooks in the model refer to it weakly.
+
+    Attributes:
+        scale: the standard deviation in neurons; None: a sixth of the layer's neurons.
+        scaler: scales the penalty's gradient.
+        sign: -1 if steps maximize the loss.
+        sparsity: the factor of the penalty.
+        discounts: exp(-a) of the neurons of each layer, by the layer's name.
+    """
+
+    scale: float | None
+    scaler: torch.amp.GradScaler | None
+    sign: float
+    sparsity: float = 0.0
+    discounts: dict[str, Tensor] = field(default_factory=dict)
+
+    def gradient(self, layer: NeuronLayer, activation: Tensor, channel_dim: int, batch_dim: int) -> Tensor:
+        """The gradient of the penalty by a layer's activation, in the activation's shape and dtype."""
+        h = activation.detach().movedim((batch_dim, channel_dim), (0, 1))
+        positions = h.numel() // max(h.shape[0] * h.shape[1], 1)
+        means = (h.flatten(2).mean(2) if h.ndim > 2 else h).to(torch.float32)
+        scale = layer.neurons / 6 if self.scale is None else self.scale
+        gradient = local_inhibition_gradient(means, self.discounts[layer.name], scale)
+        gradient *= self.sign * self.sparsity / positions
+        if self.scaler is not None:
+            gradient = self.scaler.scale(gradient)
+        gradient = gradient.view(*gradient.shape, *[1] * (h.ndim - 2)).expand_as(h)
+        return gradient.movedim((0, 1), (batch_dim, channel_dim)).to(activation.dtype)
+
 
 class _AddedGradient(torch.autograd.Function):
-    """Identity whose backward adds `gradient_of(activation)` to the gradient."""
+    """Identity whose backward adds `gradient_of(activation)`, if it is not None, to the gradient."""
 
     @staticmethod
-    def forward(ctx: Any, activation: Tensor, gradient_of: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx: Any, activation: Tensor, gradient_of: Callable[[Tensor], Tensor | None]) -> Tensor:
         ctx.save_for_backward(activation)
         ctx.gradient_of = gradient_of
         return activation.clone()
@@ -209,24 +267,65 @@ class _AddedGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (activation,) = ctx.saved_tensors
-        return gradient + ctx.gradient_of(activation).to(gradient.dtype), None
+        added = ctx.gradient_of(activation)
+        return gradient if added is None else gradient + added.to(gradient.dtype), None
 
 
 class _InhibitionHook(TapHook):
-    """Adds the penalty's gradient to the gradient of a module's output, or input, where the layer trains."""
+    """Adds the penalty's gradient to the gradient of a module's output, or input, where the layer trains.
 
-    def __init__(self, optimizer: SSL, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
+    When the penalty goes, which is when its optimizer does, the hook removes itself from the module. So a copy of a
+    model without its optimizer has no penalty.
+    """
+
+    handle: Any = None
+
+    def __init__(self, inhibition: _Inhibition, layer: NeuronLayer, point: TapPoint, weighted: nn.Module) -> None:
         super().__init__(layer, point, weighted)
-        self.optimizer = optimizer
+        self._refer_to(inhibition)
+
+    def _refer_to(self, inhibition: _Inhibition) -> None:
+        own = weakref.ref(self)  # the reference must not keep its hook alive
+
+        def remove(_: Any) -> None:
+            hook = own()
+            if hook is not None and hook.handle is not None:
+                hook.handle.remove()
+
+        self._inhibition = weakref.ref(inhibition, remove)
+
+    def adds(self, inhibition: _Inhibition) -> bool:
+        """Whether this hook adds the gradient of that penalty."""
+        return self._inhibition() is inhibition
 
     def _tapped(self, value: Any) -> Tensor | None:
-        if self.optimizer.sparsity == 0 or not self.measures(value) or value.ndim == self.point.unbatched_ndim:
+        inhibition = self._inhibition()
+        if inhibition is None or inhibition.sparsity == 0:
+            return None
+        if not self.measures(value) or value.ndim == self.point.unbatched_ndim:
             return None
         dims = checked_dims(value, self.layer, self.point)
-        return _AddedGradient.apply(value, lambda h: self.optimizer._inhibition_gradient(self.layer, h, *dims))
+        return _AddedGradient.apply(value, lambda h: self._gradient(h, *dims))
+
+    def _gradient(self, activation: Tensor, *dims: int) -> Tensor | None:
+        inhibition = self._inhibition()  # weakly, because a graph may live as long as a loss
+        return None if inhibition is None else inhibition.gradient(self.layer, activation, *dims)
+
+    # A copy or pickle of model and optimizer contains the penalty once, because both contain it. One of the model alone
+    # contains it only until it is complete.
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_inhibition": self._inhibition()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._refer_to(state["_inhibition"])
 
 
-def _inhibited_layers(model: nn.Module, patterns: list[str] | None) -> list[NeuronLayer]:
+def _inhibited_layers(model: nn.Module, inhibited: Iterable[str] | None) -> list[NeuronLayer]:
+    patterns = None if inhibited is None or isinstance(inhibited, (str, nn.Module)) else list(inhibited)
+    if inhibited is not None and (patterns is None or not all(isinstance(pattern, str) for pattern in patterns)):
+        raise TypeError(f"inhibited is {inhibited!r}; expected a list of layers' names, as in ['fc1', 'fc2']")
     # The penalty acts on the activations of whole modules.
     layers = [layer for layer in find_neurons(model) if layer.name == layer.module]
     if patterns is None:

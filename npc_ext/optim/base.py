@@ -22,7 +22,7 @@ from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
 from ..kernels import launch, native
 from .known_model import KnownModel, Lost, check_not_sharded
-from .options import ALPHA_UNIT, BACKENDS, SGD_OPTIONS, check_choice, check_number
+from .options import BACKENDS, SGD_OPTIONS, check_choice, check_group, check_number, with_one_decay
 from .succession import ImportanceHolder
 
 # Steps may alternate between heads of several tasks.
@@ -41,8 +41,6 @@ class ModelOptimizer(ImportanceHolder):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
-    # Group keys that earlier versions did not save: what groups without them mean, and how to convert them.
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
@@ -51,7 +49,7 @@ class ModelOptimizer(ImportanceHolder):
     _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`."""
+        # Takes the arguments of the subclass's constructor by name: model, params, backend, lr and `_OPTIONS`.
         model, params, backend = arguments["model"], arguments["params"], arguments["backend"]
         if not isinstance(model, nn.Module):
             name = type(self).__name__
@@ -77,13 +75,22 @@ class ModelOptimizer(ImportanceHolder):
         elif backend == "auto":
             prepare_native(self._model)
         defaults = {name: arguments[name] for name in ("lr", *self._OPTIONS)}
-        if ALPHA_UNIT in self._ADDED_KEYS:
-            defaults[ALPHA_UNIT] = "lr"
         super().__init__(model.parameters() if params is None else params, defaults)
+        self._check_trains_model()
         self._learn_model()
+
+    def _check_trains_model(self) -> None:
+        """Raises ValueError if no parameter of the groups is the model's."""
+        if {id(p) for p in self._model.parameters()}.isdisjoint(map(id, self._all_parameters())):
+            raise ValueError(
+                f"none of the parameters in params belongs to the model ({type(self._model).__name__}), so it would "
+                "not be trained; pass parameters of this model (not of a copy), or leave params out to train all"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with its options, for example a new head of the model."""
+        check_group(param_group, self._OPTIONS)
+        param_group.update(with_one_decay(param_group))
         self._check_options({**self.defaults, **param_group})
         for parameter in _parameters_of(param_group):
             if isinstance(parameter, UninitializedParameter):
@@ -175,6 +182,8 @@ class ModelOptimizer(ImportanceHolder):
         signature = self._signature()
         # Tensors may be changed in place, so compare their values.
         rates = [None if self._read_on_device(lr := group["lr"]) else float(lr) for group in self.param_groups]
+        if rates != self._planned_rates:
+            _check_rates(rates)
         if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
         elif rates == self._planned_rates:
@@ -242,7 +251,13 @@ class ModelOptimizer(ImportanceHolder):
                 gradients = [gradient for gradient in gradients if gradient is not None]
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
-            signature += [id(group), id(lr) if self._read_on_device(lr) else None, self._options_of(group), without]
+            signature += [
+                id(group),
+                len(group),
+                id(lr) if self._read_on_device(lr) else None,
+                self._options_of(group),
+                without,
+            ]
             signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
             # A parameter's device, dtype and memory format change only with its address. Strides and the number of
             # elements determine the shape.
@@ -268,6 +283,7 @@ class ModelOptimizer(ImportanceHolder):
                     members.setdefault(parameter.device, []).append((parameter, group))
         # Options may have changed since the last step. Reading a rate in device memory would wait, so that is skipped.
         for group in self.param_groups:
+            check_group(group, self._OPTIONS)
             self._check_options({**self.defaults, **group, "lr": 0.0})
         self._look_up_groups()
         for parameter, _ in chain(*members.values()):  # before anything is changed
@@ -489,20 +505,21 @@ class ModelOptimizer(ImportanceHolder):
         if counts != saved_counts:
             raise ValueError(
                 f"the state dict has parameter groups of {saved_counts} parameters, this optimizer has {counts}; "
-                "it was saved for another architecture or other groups"
+                "it was saved for another architecture or other groups. If the model has grown, build a new optimizer "
+                "and take over the importance of the earlier one by the names of layers: load_importance(earlier)"
             )
         parameters, saved = self._all_parameters(), self._states_saved_in(state_dict)
         for parameter in parameters:
             self._check_saved_tensors(parameter, saved[id(parameter)])
         self._check_saved(saved)
-        expected = [name for name in ("lr", *self._OPTIONS) if name not in self._ADDED_KEYS]
+        expected = ("lr", *self._OPTIONS)
         for group in saved_groups:
             if missing := [name for name in expected if name not in group]:
                 raise ValueError(
-                    f"the state dict's parameter groups have no {', '.join(missing)}; it was saved by another "
-                    f"optimizer than {type(self).__name__}"
+                    f"the state dict's parameter groups have no {', '.join(missing)}; another optimizer than "
+                    f"{type(self).__name__} saved it. If that holds importance, take over the importance alone: "
+                    "load_importance(state_dict)"
                 )
-        self._check_added_keys(saved_groups, "the state dict")
         super().load_state_dict(state_dict)
         self._take_over(saved)
         self._may_begin_without = True
@@ -530,16 +547,6 @@ class ModelOptimizer(ImportanceHolder):
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Raises ValueError if saved states, by the id of their parameter, do not fit this optimizer."""
 
-    def _check_added_keys(self, groups: Iterable[Mapping[str, Any]], what: str, more: str = "") -> None:
-        """Raises ValueError if saved groups lack a key that is needed to interpret them."""
-        for group in groups:
-            for key, meaning in self._ADDED_KEYS.items():
-                if key not in group:
-                    raise ValueError(
-                        f"{what} was saved by an earlier version: its parameter groups have no {key!r}, and "
-                        f"{meaning.format(**group)}{more}"
-                    )
-
     def _take_over(self, saved: Mapping[int, dict[str, Any]]) -> None:
         """Copies the saved tensors that torch would cast to the parameter's dtype."""
         for parameter in self._all_parameters():
@@ -561,12 +568,6 @@ class ModelOptimizer(ImportanceHolder):
         return {name: value for name, value in self.__dict__.items() if name not in plans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._check_added_keys(
-            state["param_groups"],
-            f"the pickled {type(self).__name__}",
-            ". A pickle cannot be converted: save optimizer.state_dict() with the version that wrote it, and convert "
-            "that",
-        )
         super().__setstate__(state)  # called by copy, pickle and load_state_dict
         self._forget_plans()
 
@@ -579,6 +580,13 @@ class _GroupsChangedError(Exception):
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function outside of the compiler: steps use memory addresses, which compiled graphs cannot."""
     return function(*arguments)
+
+
+def _check_rates(rates: Iterable[float | None]) -> None:
+    """Raises ValueError if a learning rate is out of range. Those in device memory, which are None, are not read."""
+    for rate in rates:
+        if rate is not None:
+            check_number("lr", rate)
 
 
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:

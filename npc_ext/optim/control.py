@@ -16,13 +16,13 @@ from .base import ModelOptimizer
 from .measured import LayerWarnings
 from .moments import FirstMoments
 from .nonfinite import NonfiniteSteps
-from .options import CONSTANTS, LayerOptions, check_choice, check_plasticity_options
+from .options import CONSTANTS, DELTA, LayerOptions, check_choice, check_plasticity_options, with_one_decay
 
 
 class PlasticityControl(ModelOptimizer):
     """An optimizer with a learning rate for every neuron or connection of the model's layers.
 
-    The groups of subclasses have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and normalize.
+    The groups of subclasses have the options of eqs. 3, 4 and 7: alpha, beta, delta or half_life, sigma and normalize.
     """
 
     _LAYER_OPTIONS: ClassVar[tuple[str, ...]] = (*CONSTANTS, "protect")
@@ -36,12 +36,15 @@ class PlasticityControl(ModelOptimizer):
     _nonfinite_steps: NonfiniteSteps
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also layers and other_parameters."""
+        # Takes the arguments of the subclass's constructor by name, also layers and other_parameters.
         self._other_parameters = arguments["other_parameters"]
         check_choice("other_parameters", self._other_parameters, ("train", "freeze"))
         self._layer_options = LayerOptions(arguments["layers"], self._LAYER_OPTIONS)
         self._layer_warnings = LayerWarnings()
-        super().__init__(arguments)
+        decay = with_one_decay({name: arguments[name] for name in ("delta", "half_life")})
+        if decay == {"delta": None, "half_life": None}:
+            decay["delta"] = DELTA
+        super().__init__({**arguments, **decay})
         self._find_layers()
         self._has_layers = True
         self._check_protection()

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..columns import SGDOptions, columns_of
 from ..kernels import launch
-from .options import ALPHA_IN_UNITS_OF_LR, CONSTANTS, SGD_OPTIONS
+from .options import CONSTANTS, SGD_OPTIONS, explains_options
 from .plan import PlasticPlan
 from .plastic import Plastic
 
@@ -31,8 +31,8 @@ class NPC(Plastic):
     activations with taps (hooks). `print(optimizer.neurons)` shows the taps and how each parameter is trained.
     Parameters that belong to no neuron train at plain `lr`.
 
-    `delta` sets how long importance lasts: a further task of n steps leaves delta ** n of the earlier importance.
-    Choose delta so that this is about a half or more.
+    Keep one optimizer for all tasks, because it holds the importance. `half_life` sets how long importance lasts: set
+    it to the number of steps of a task, or more. A schedule of the learning rate, also a warm-up from 0, needs no care.
 
     Args:
         model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
@@ -42,7 +42,10 @@ class NPC(Plastic):
         alpha: scale of eq. 7, in units of the learning rate; greater values are more plastic. 0.5 corresponds to the
             paper's 0.05 at its largest learning rate of 0.1.
         beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
-        delta: decay of the moving average per step, in [0, 1).
+        delta: decay of the moving average C per step, in [0, 1). Default: the paper's 1 - 2e-4, which is a half-life of
+            3,465 steps.
+        half_life: the number of steps after which half of the importance is left, in place of delta:
+            delta = 0.5 ** (1 / half_life). Groups have both keys, of which one is None.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`, except that frozen neurons stay
             bit-identical, and that a neuron's momentum is cleared when it freezes.
         sigma: the form of eq. 7: "sigmoid" or "tanh" (the same), or "erf": ln(beta / C) in place of beta / C - 1.
@@ -57,10 +60,10 @@ class NPC(Plastic):
             "active" for output layers that hold the outputs of several tasks.
         layers: options of single layers, by name or shell-style pattern: {"head*": {"normalize": "active"}}. All
             matches are merged: the name takes precedence over patterns, and earlier patterns over later ones. The
-            options are alpha, beta, delta, sigma, normalize, skip_gradients; protect=False (train at plain lr);
+            options are alpha, beta, delta or half_life, sigma, normalize, skip_gradients; protect=False (train at lr);
             measure_at="module" (the module with the activation to measure); batch_dim=1 (dimension 1 counts samples,
             as in sequence-first activations, or tokens in packed sequences).
-        other_parameters: "train" parameters outside neurons at plain lr, or "freeze" them.
+        other_parameters: "train" parameters that belong to no neuron at plain lr, or "freeze" them.
         skip_gradients: which weight gradients are not computed, but zero, because their neurons are certain not to move
             in the coming step, whatever the data: "layers", those of layers that are frozen as a whole; "rows", also
             those of single neurons, which is faster, but may change the last bits of the others; "none". What this
@@ -77,28 +80,29 @@ class NPC(Plastic):
         ImportanceWarning: more than half of the elements that are trained belong to no neuron.
 
     Example:
-        >>> optimizer = NPC(model, lr=0.1)
+        >>> optimizer = NPC(model, lr=0.1, half_life=steps_per_task)
         >>> for images, labels in loader:
         ...     optimizer.zero_grad()
         ...     criterion(model(images), labels).backward()
         ...     optimizer.step()
     """
 
-    _ADDED_KEYS = ALPHA_IN_UNITS_OF_LR
     _OPTIONS = (*CONSTANTS, *SGD_OPTIONS, "stochastic_rounding")
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 0.1,
+        lr: float | Tensor = 0.1,
         alpha: float = 0.5,
         beta: float = 0.5,
-        delta: float = 1 - 2e-4,
+        delta: float | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
         *,
+        half_life: float | None = None,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         stochastic_rounding: bool = False,

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from ..columns import AdamNetwork, AdamOptions, columns_of
 from ..distributed.shards import local
 from ..kernels import launch
-from .options import CONSTANTS, check_choice, check_number, check_plasticity_options
+from .options import CONSTANTS, check_choice, check_number, check_plasticity_options, explains_options
 from .plan import PlasticPlan
 from .plastic import Plastic
 
 
 class NPCAdamW(Plastic):
     """AdamW with steps that shrink for each neuron with the neuron's importance to earlier tasks.
+
+    `beta` and `betas` are two things, named as in the papers: `beta` is the importance at or above which a neuron is
+    frozen, and `betas` are the decay rates of AdamW's moments.
 
     Importance is measured and averaged as in `NPC` (eqs. 2 to 4). AdamW's step of neuron i, including weight decay, is
     multiplied by
@@ -36,7 +39,7 @@ class NPCAdamW(Plastic):
         model, sigma, params, maximize, stochastic_rounding, normalize, layers, other_parameters, skip_gradients,
             process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments of half-precision weights are float32.
-        alpha, beta, delta: as in `NPC`; `beta` is unrelated to `betas`.
+        alpha, beta, delta, half_life: as in `NPC`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
@@ -51,18 +54,20 @@ class NPCAdamW(Plastic):
     _OPTIONS = (*CONSTANTS, "betas", "eps", "weight_decay", "maximize", "stochastic_rounding")
     _STATE_TENSORS = ("exp_avg", "exp_avg_sq")
 
+    @explains_options
     def __init__(
         self,
         model: nn.Module,
-        lr: float = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         alpha: float = 0.5,
         beta: float = 0.5,
-        delta: float = 1 - 2e-4,
+        delta: float | None = None,
         sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
         *,
+        half_life: float | None = None,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         stochastic_rounding: bool = False,
@@ -81,7 +86,10 @@ class NPCAdamW(Plastic):
         check_choice(f"{where}maximize", options["maximize"], (True, False))
         betas = options["betas"]
         if not isinstance(betas, (tuple, list)) or len(betas) != 2 or not all(map(_is_decay, betas)):
-            raise ValueError(f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999)")
+            raise ValueError(
+                f"{where}betas is {betas!r}; expected two numbers in [0, 1), as in (0.9, 0.999). The importance at or "
+                "above which a neuron is frozen is called beta"
+            )
         check_plasticity_options(options, where)
 
     def _counts_steps(self, parameter: Tensor, group: Mapping[str, Any]) -> bool:

@@ -2,30 +2,83 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import math
 from collections import ChainMap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, SupportsFloat
+from typing import Any, SupportsFloat, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .._names import close_to
-from ..columns import PlasticityOptions, columns_of
+from ..columns import PlasticityOptions, columns_of, delta_of
 from ..kernels.checks import SIGMAS
 
 BACKENDS = ("auto", "native", "reference")
 SGD_OPTIONS = ("momentum", "nesterov", "weight_decay", "maximize")
-CONSTANTS = ("alpha", "beta", "delta", "sigma", "normalize")  # of eqs. 3, 4 and 7
-# Groups of NPC and CPC name the unit of their alpha under this key, also in state dicts: "lr", the group's rate.
-ALPHA_UNIT = "alpha_unit"
-ALPHA_IN_UNITS_OF_LR: Mapping[str, str] = {
-    ALPHA_UNIT: (
-        "their alpha, {alpha:g}, is an absolute learning rate. Expected alpha in units of lr: in each group, divide it "
-        "by the lr that it was chosen for (0.05 at lr 0.1 becomes 0.5), and set group['alpha_unit'] = 'lr'"
-    )
+CONSTANTS = ("alpha", "beta", "delta", "half_life", "sigma", "normalize")  # of eqs. 3, 4 and 7
+DELTA = 1 - 2e-4  # the paper's
+# Options of torch's optimizers that ours lack, and why.
+_TORCH_OPTIONS = {
+    "fused": "a step always is a fused call, so leave it out",
+    "foreach": "a step always is a fused call, so leave it out",
+    "capturable": "CUDA graphs can capture a step without it, so leave it out",
+    "differentiable": "steps are not differentiable",
+    "amsgrad": "there is no AMSGrad, so leave it out",
+    "dampening": "momentum is not dampened, as by default in torch.optim.SGD, so leave it out",
+    "betas": "NPCAdamW has it (beta is another thing: the importance at or above which a neuron is frozen)",
+    "eps": "NPCAdamW has it",
+    "momentum": "the first number of betas takes its place",
+    "nesterov": "it belongs to the momentum of SGD",
 }
+_OF_LAYERS = ("protect", "measure_at", "batch_dim")
+# How similar an unknown key of a group must be to an option to be a misspelling. Other code keeps keys such as
+# "initial_lr" and "max_momentum" in groups.
+_MISSPELLED = 0.85
+
+
+def why_unknown(name: str, known: Collection[str]) -> str:
+    """The end of an error message: why there is no such option, or which names are similar."""
+    if "optimizer" in known and name in (*_TORCH_OPTIONS, "lr", "weight_decay", "maximize", "params"):
+        return "it is an option of the optimizer to wrap"
+    if name in _TORCH_OPTIONS:
+        return _TORCH_OPTIONS[name]
+    if name in _OF_LAYERS and "beta" in known:
+        return f"it is an option of single layers: layers={{'<name or pattern>': {{{name!r}: ...}}}}"
+    return close_to(name, known)
+
+
+_Constructor = TypeVar("_Constructor", bound=Callable[..., None])
+
+
+def explains_options(constructor: _Constructor) -> _Constructor:
+    """Lets a constructor raise a TypeError that explains an unknown option."""
+    known = list(inspect.signature(constructor).parameters)[1:]
+
+    @functools.wraps(constructor)
+    def explaining(self: Any, *arguments: Any, **options: Any) -> None:
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(self).__name__} has no option {name!r}: {why_unknown(name, known)}")
+        constructor(self, *arguments, **options)
+
+    return cast(_Constructor, explaining)
+
+
+def check_group(group: Any, known: Collection[str]) -> None:
+    """Raises if a group is no dictionary, or if one of its keys is a misspelled option or another optimizer's."""
+    if not isinstance(group, dict):
+        raise TypeError(
+            f"the parameter group is of type {type(group).__name__}; expected a dictionary, as in "
+            "{'params': model.head.parameters(), 'lr': 0.01}"
+        )
+    for key in group.keys() - {"params", "lr", *known}:
+        if key in _TORCH_OPTIONS or key in _OF_LAYERS or difflib.get_close_matches(key, known, cutoff=_MISSPELLED):
+            raise ValueError(f"a parameter group has the key {key!r}, which is no option: {why_unknown(key, known)}")
 
 
 class LayerOptions:
@@ -40,7 +93,7 @@ class LayerOptions:
                 f"layers is {options!r}; expected the options of layers by name or pattern, as in "
                 "{'output': {'protect': False}}"
             )
-        self._options = {name: dict(values) for name, values in options.items()}
+        self._options = {name: with_one_decay(values) for name, values in options.items()}
         self._known = known
 
     def of(self, name: str) -> dict[str, Any]:
@@ -97,12 +150,33 @@ def _number(name: str, value: Any, expected: str, where: str) -> float:
 
 def check_plasticity_options(options: Mapping[str, Any], where: str = "") -> None:
     """Raises ValueError if the options of eqs. 3, 4 and 7 are out of range."""
+    if isinstance(options["beta"], (tuple, list)):
+        raise TypeError(
+            f"{where}beta is {options['beta']}; expected a number, the importance at or above which a neuron is "
+            "frozen. The decay rates of Adam's moments are called betas"
+        )
     for name in ("alpha", "beta"):
         check_number(name, options[name], where, positive=True)
-    if not 0 <= _number("delta", options["delta"], "a number in [0, 1)", where) < 1:
-        raise ValueError(f"{where}delta is {options['delta']}; expected a number in [0, 1)")
+    delta, half_life = options["delta"], options["half_life"]
+    if (delta is None) == (half_life is None):
+        raise ValueError(
+            f"{where}delta is {delta} and half_life is {half_life}; expected one of them, and None for the other: "
+            "delta = 0.5 ** (1 / half_life)"
+        )
+    if half_life is None and not 0 <= _number("delta", delta, "a number in [0, 1)", where) < 1:
+        raise ValueError(f"{where}delta is {delta}; expected a number in [0, 1)")
+    if delta is None:
+        check_number("half_life", half_life, where, positive=True)
+        if delta_of(options) == 1:
+            raise ValueError(f"{where}half_life is {half_life}; expected a number of steps below 1e15")
     check_choice(f"{where}sigma", options["sigma"], SIGMAS)
     check_choice(f"{where}normalize", options["normalize"], ("all", "active"))
+
+
+def with_one_decay(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options in which delta is None if they have a half_life, and the reverse. They may have both, or neither."""
+    given = [name for name in ("delta", "half_life") if options.get(name) is not None]
+    return {**({"delta": None, "half_life": None} if given else {}), **options}
 
 
 def check_rounding(group: Mapping[str, Any]) -> None:
@@ -120,4 +194,4 @@ def check_rounding(group: Mapping[str, Any]) -> None:
 def plasticity_columns(layers: Sequence[Mapping[str, Any]]) -> PlasticityOptions:
     """The constants of layers as operations take them."""
     active_only = [layer["normalize"] == "active" for layer in layers]
-    return columns_of(PlasticityOptions, layers, active_only=active_only)
+    return columns_of(PlasticityOptions, layers, active_only=active_only, delta=list(map(delta_of, layers)))

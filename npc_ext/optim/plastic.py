@@ -19,7 +19,7 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
 from .._names import ByLayer
-from ..columns import NO_STEPS, Layers, Placement, Steps
+from ..columns import NO_STEPS, Layers, Placement, Steps, delta_of
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
 from ..distributed.sinks import SharedSinks, SinksJoinHook
@@ -69,8 +69,8 @@ _NO_LAYER = _Place()
 class Plastic(PlasticityControl, Joinable):
     """An optimizer of a model with a learning rate for every neuron.
 
-    Subclasses make and launch plans. Their groups have the options of eqs. 3, 4 and 7: alpha, beta, delta, sigma and
-    normalize.
+    Subclasses make and launch plans. Their groups have the options of eqs. 3, 4 and 7: alpha, beta, delta or half_life,
+    sigma and normalize.
     """
 
     _LAYER_OPTIONS = (*PlasticityControl._LAYER_OPTIONS, "skip_gradients", "measure_at", "batch_dim")
@@ -86,7 +86,7 @@ class Plastic(PlasticityControl, Joinable):
     _certificates: Certificates
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
-        """Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group."""
+        # Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group.
         self._skip_gradients = arguments["skip_gradients"]
         check_choice("skip_gradients", self._skip_gradients, _SKIPPING)
         self._just_found = False
@@ -410,7 +410,7 @@ class Plastic(PlasticityControl, Joinable):
         return torch.zeros(self._protected[index].neurons, dtype=torch.float32, device=self._keys[index].device)
 
     def _constants(self, index: int) -> Mapping[str, Any]:
-        """alpha, beta, delta, sigma and normalize of a layer: the group's options, overridden by the layer's."""
+        """The constants of a layer: the group's options, overridden by the layer's."""
         group, options = self._group_of[id(self._keys[index])], self._options_of_layers[index]
         return {**group, **options} if options else group
 
@@ -442,7 +442,7 @@ class Plastic(PlasticityControl, Joinable):
             lr = float(self._group_of[id(key)]["lr"])
             rate = reference.learning_rate(average, lr, constants["alpha"], constants["beta"], constants["sigma"])
             frozen = (average >= float(constants["beta"])).double().mean().item()
-            certain = frozen_for(average, float(constants["beta"]), float(constants["delta"]))
+            certain = frozen_for(average, float(constants["beta"]), delta_of(constants))
             skipped = self._certificates.gradients_skipped(layer.name)
             result[layer.name] = LayerPlasticity(average, rate, frozen, counts[index], certain, skipped)
         return result
@@ -486,7 +486,7 @@ class Plastic(PlasticityControl, Joinable):
         self._drop_measured()
 
     def constants(self, layer: str) -> dict[str, Any]:
-        """The options of a layer's neurons: alpha, beta, delta, sigma and normalize."""
+        """The constants of a layer's neurons: alpha, beta, delta, half_life, sigma and normalize, as they are set."""
         indices = ByLayer({name: index for index, name in enumerate(self._layer_names())})
         constants = self._constants(indices[layer])
         return {name: constants[name] for name in CONSTANTS}
@@ -509,8 +509,8 @@ class Plastic(PlasticityControl, Joinable):
     def _check_saved(self, saved: Mapping[int, dict[str, Any]]) -> None:
         if self._keys and not any("importance" in saved[id(key)] for key in self._keys):
             raise ValueError(
-                f"the state dict has no importance; it was saved by another optimizer than {type(self).__name__}. To "
-                "start without importance, do not load it"
+                f"the state dict has no importance; another optimizer than {type(self).__name__} saved it. Do not load "
+                "it: a new optimizer starts with an importance of zero"
             )
         for layer, key in zip(self._protected, self._keys, strict=True):
             importance = saved[id(key)].get("importance")
@@ -520,7 +520,8 @@ class Plastic(PlasticityControl, Joinable):
             if got != f"({layer.neurons},)":
                 raise ValueError(
                     f"the state dict's importance for layer {layer.name!r} has shape {got}, expected "
-                    f"({layer.neurons},); it was saved for another architecture or by another optimizer"
+                    f"({layer.neurons},); it was saved for another architecture. If the layer has grown since, take "
+                    "over the importance of its first neurons: load_importance(state_dict)"
                     + ("" if key.requires_grad else _NOT_SAVED)
                 )
 
@@ -544,13 +545,14 @@ class Plastic(PlasticityControl, Joinable):
 
     def _summary(self) -> str:
         neurons = sum(layer.neurons for layer in self._protected)
-        return f"consolidated: {neurons} neurons in {len(self._protected)} layers\n{self.neurons.protection()}"
+        layers = len(self._protected)
+        return f"{self.neurons.protection()}, in {neurons} neurons of {layers} layer{'s' if layers != 1 else ''}"
 
     def __repr__(self) -> str:
         rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._protected)
         return (
             f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
-            f"weight gradients skipped at the moment: those of {rows:.0f} neurons\n)"
+            f"gradients skipped in the last step: those of {rows:.0f} neurons\n)"
         )
 
 

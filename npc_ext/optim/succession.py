@@ -167,8 +167,8 @@ class ImportanceHolder(torch.optim.Optimizer):
 
         Args:
             earlier: an optimizer of the same kind: NPC, NPCAdamW and PlasticityWrapper take over from each other, and
-                so do EWC, MAS and SSL. If it was built on the same model, its taps are removed, and it can take no
-                more steps. Or its `state_dict()`, with as many parameters in the same order. None starts at zero
+                so do EWC, MAS and SSL. If it was built on the same model and measures neurons, its taps are removed,
+                and it can take no more steps. Or its `state_dict()`, with as many parameters in the same order. None starts at zero
                 without the warning.
 
         Returns:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
+from .._names import close_to
 from ..columns import SGDOptions, columns_of
 from ..distributed.shards import local
 from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
 from .base import uncompiled
 from .npc import NPC
-from .options import CONSTANTS
+from .options import CONSTANTS, explains_options, with_one_decay
 from .plan import PlasticPlan
 from .plastic import Plastic
 from .plasticity import LayerPlasticity
@@ -54,8 +56,9 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     Args:
         optimizer: any optimizer that needs no closure. Its step hooks run once for each bucket.
         model: the network.
-        alpha, beta, delta, sigma, normalize, layers, process_group, backend: as in `NPC`. To train a sharded model,
-            call `fully_shard` before you build the optimizer and the wrapper.
+        alpha, beta, delta, half_life, sigma, normalize, layers, process_group, backend: as in `NPC`. The constants are
+            not in the groups, which are the wrapped optimizer's; `set_constants` changes them. To train a sharded
+            model, call `fully_shard` before you build the optimizer and the wrapper.
         bucket_bytes: the most bytes of weights to copy at a time, except for larger single parameters.
 
     Raises:
@@ -68,15 +71,17 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         >>> optimizer = PlasticityWrapper(torch.optim.AdamW(model.parameters(), lr=1e-3), model)
     """
 
+    @explains_options
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
         alpha: float = 0.5,
         beta: float = 0.5,
-        delta: float = 1 - 2e-4,
+        delta: float | None = None,
         sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
         *,
+        half_life: float | None = None,
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         process_group: Any = "auto",
@@ -88,7 +93,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             raise ValueError(f"bucket_bytes is {bucket_bytes}; expected at least 1")
         self.optimizer, self._bucket_bytes = optimizer, bucket_bytes
         self._tracker = _Tracker(locals())
-        super().__setstate__({})  # creates the hooks of torch.optim.Optimizer
+        self._steps_inner = False  # whether a step of the wrapped optimizer is the wrapper's
+        self.__setstate__({})
 
     # ------------------------------------------------------------------------------------------- the wrapped optimizer
 
@@ -117,7 +123,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         self.optimizer.add_param_group(param_group)
         added = self.optimizer.param_groups[-1]["params"]
         try:
-            self._tracker.add_param_group({"params": list(added)})
+            self._tracker.add_param_group({"params": list(added), **self._constants()})
         except Exception:
             self.optimizer.param_groups.pop()
             raise
@@ -167,7 +173,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             with torch.enable_grad():
                 loss = closure()
         if self._only_makes_state():
-            self.optimizer.step()
+            self._step_inner()
             return loss
         if self._has_modes and not all(group.get("train_mode", True) for group in self.param_groups):
             raise RuntimeError(
@@ -243,10 +249,17 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         try:
             for group in self.param_groups:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) in chosen]
-            self.optimizer.step()
+            self._step_inner()
         finally:
             for group, members in zip(self.param_groups, complete, strict=True):
                 group["params"] = members
+
+    def _step_inner(self) -> None:
+        self._steps_inner = True
+        try:
+            self.optimizer.step()
+        finally:
+            self._steps_inner = False
 
     def load_importance(self, earlier: Any) -> Self:
         """As `NPC.load_importance`."""
@@ -287,8 +300,32 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         """As `NPC.constants`."""
         return self._tracker.constants(layer)
 
+    def set_constants(self, **constants: Any) -> None:
+        """Changes constants from now on, except those of layers that have options in `layers`.
+
+        The wrapper's groups are those of the wrapped optimizer, which may use the same names for other things.
+
+        Args:
+            constants: alpha, beta, delta or half_life, sigma, normalize.
+
+        Raises:
+            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+        """
+        for name in constants:
+            if name not in CONSTANTS:
+                raise TypeError(f"there is no constant {name!r}: {close_to(name, CONSTANTS)}")
+        changed = {**self._constants(), **with_one_decay(constants)}
+        self._tracker._check_options({**self._tracker.defaults, **changed})
+        for group in self._tracker.param_groups:
+            group.update(changed)
+
+    def _constants(self) -> dict[str, Any]:
+        """The constants of layers without options in `layers`."""
+        return {name: self._tracker.param_groups[0][name] for name in CONSTANTS}
+
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.optimizer!r}\n{self._tracker._summary()})"
+        constants = ", ".join(f"{name}={value!r}" for name, value in self._constants().items() if value is not None)
+        return f"{type(self).__name__}({self.optimizer!r},\n{constants}\n\n{self._tracker._summary()}\n)"
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -334,6 +371,25 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # also creates the hooks of torch.optim.Optimizer
+        self.optimizer.register_step_pre_hook(_StepCheck(self))
+
+
+class _StepCheck:
+    """Raises if the wrapped optimizer takes a step of which the wrapper does not know. Holds the wrapper weakly."""
+
+    def __init__(self, wrapper: PlasticityWrapper) -> None:
+        self._wrapper = weakref.ref(wrapper)
+
+    def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
+        wrapper = self._wrapper()
+        if wrapper is not None and not wrapper._steps_inner:
+            raise RuntimeError(
+                f"step() of the wrapped {type(optimizer).__name__} was called, which would move frozen neurons; call "
+                "step() of the PlasticityWrapper, and pass the wrapper to schedulers, GradScaler and trainers"
+            )
 
 
 _WHY_NOT = {
@@ -391,7 +447,6 @@ class _Tracker(NPC):
         "Leave other parameters out of the optimizer, or give them a lower learning rate in a separate group; only "
         "Linear, convolution, Conv1D and attention layers have neurons."
     )
-    _ADDED_KEYS: ClassVar[Mapping[str, str]] = {}  # its lr is 1
     wrapped: torch.optim.Optimizer
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
@@ -410,11 +465,23 @@ class _Tracker(NPC):
 
     def follow_groups(self) -> None:
         """Continues with the parameters that are in the wrapped optimizer's groups now."""
+        self._check_wrapped_groups()
         trained = self._wrapped_parameters()
         if not self._knows(trained):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
+
+    def _check_wrapped_groups(self) -> None:
+        """Raises ValueError if constants were set in the wrapped optimizer's groups, where nothing reads them."""
+        for group in self.wrapped.param_groups:
+            for name in CONSTANTS:
+                if name in group and name not in self.wrapped.defaults:
+                    raise ValueError(
+                        f"a parameter group has the key {name!r}, but the groups are those of the wrapped "
+                        f"{type(self.wrapped).__name__}, which does not read it; call "
+                        f"wrapper.set_constants({name}=...) instead, and remove it from the group"
+                    )
 
     def _wrapped_parameters(self) -> list[Tensor]:
         return [parameter for group in self.wrapped.param_groups for parameter in group["params"]]
@@ -453,6 +520,9 @@ class _Tracker(NPC):
                 for moment in (local(state[name]) for name in _FIRST_MOMENTS if isinstance(state.get(name), Tensor)):
                     if type(moment) is Tensor and moment.shape == local(parameter).shape:
                         moment.masked_fill_(self._spread(froze, parameter), 0)
+
+    def _check_trains_model(self) -> None:
+        pass  # _check_protection says it with the name of the wrapped optimizer
 
     def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
         moves_nothing = self._common(common["device"], [])

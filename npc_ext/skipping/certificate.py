@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .._torch import in_backward
+from ..columns import delta_of
 from ..neurons.layer import NeuronLayer
 from .bound import least_importance
 from .constants import Calls
@@ -143,8 +144,8 @@ class CertifiedLayer:
 
     def constants(self) -> tuple[float, float]:
         """The layer's beta and delta. Whether eq. 7 is zero does not depend on alpha and sigma."""
-        options, group = self._options, self._group
-        return float(options.get("beta", group["beta"])), float(options.get("delta", group["delta"]))
+        options = {**self._group, **self._options}
+        return float(options["beta"]), delta_of(options)
 
     def importance(self) -> Tensor | None:
         """The current C; None if the state has been cleared."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from .._torch import versions_of
 
-_CONSTANTS = operator.itemgetter("beta", "delta")
+_CONSTANTS = operator.itemgetter("beta", "delta", "half_life")
 
 
 class Record:
     """The state of an optimizer's layers after its last step. If a layer differs from it, other code has changed it.
 
-    It holds the importance of each layer, the versions of importance and parameters, and each group's beta and delta.
+    It holds the importance of each layer, the versions of importance and parameters, and each group's constants.
 
     Args:
         optimizer: the optimizer. Its `state` and groups are read each time, because other code may replace them.
@@ -44,7 +44,7 @@ class Record:
         self._importances: list[Tensor | None] = []
         self._tensors: list[Tensor] = []  # for each layer: importance (or its key if there is none), then parameters
         self._versions: list[int] = []  # of the tensors; empty while nothing is recorded
-        self._constants: list[tuple[Any, Any]] = []
+        self._constants: list[tuple[Any, ...]] = []
 
     def importance(self, at: int) -> Tensor | None:
         """The importance of a layer as it is now; None where the state has been cleared."""

@@ -291,6 +291,18 @@ def test_a_users_function_may_call_a_model_that_torch_func_cannot_run() -> None:
     assert_same(found, one_by_one(model, x, exact_terms))
 
 
+@pytest.mark.parametrize("build", [mlp, lambda: Counting(*mlp())], ids=["at once", "one by one"])
+@pytest.mark.filterwarnings("ignore:torch.func cannot run")
+def test_labels_may_be_integers_of_any_kind_probabilities_or_left_out(build: Callable[[], nn.Module]) -> None:
+    model, (x, y) = build(), data()
+    expected = list(fisher(model, [(x, y)], labels="data").values())
+    for targets in (y.int(), y.byte(), F.one_hot(y).float(), F.one_hot(y).double()):
+        assert_same(fisher(model, [(x, targets)], labels="data"), expected)
+    some = fisher(model, [(x[:6], y[:6])], labels="data")
+    ignored = fisher(model, [(x, torch.where(torch.arange(12) < 6, y, -100))], labels="data")
+    assert_same(ignored, [value / 2 for value in some.values()])
+
+
 def test_another_likelihood_and_selected_outputs() -> None:
     model, (x, _) = mlp(), data()
     target = torch.randn(12, 2, dtype=torch.float64)
@@ -401,6 +413,20 @@ def test_importance_can_be_measured_where_no_gradients_are_recorded(without_grad
     assert not any(importance.is_inference() for importance in (*found.values(), *looped.values()))
 
 
+def test_buffers_made_in_inference_mode_are_used_and_left_as_they_are() -> None:
+    model, x = ResNet().double(), torch.randn(6, 3, 6, 6, dtype=torch.float64)
+    model(x)
+    expected = fisher(model, [x], labels="exact").values()
+    with torch.inference_mode():
+        made_there = copy.deepcopy(model)
+    for module, other in zip(model.modules(), made_there.modules(), strict=True):
+        module._buffers = other._buffers
+    buffers = dict(model.named_buffers())
+    assert buffers and all(buffer.is_inference() for buffer in buffers.values())
+    assert_same(fisher(model, [x], labels="exact"), expected)
+    assert all(buffer is buffers[name] for name, buffer in model.named_buffers())
+
+
 @pytest.mark.parametrize("relu", [nn.ReLU, npc_ext.nn.ReLU])
 def test_a_model_with_taps_is_measured_like_one_without(relu: type[nn.Module]) -> None:
     model = nn.Sequential(nn.Conv2d(1, 3, 3), relu(), nn.Flatten(), nn.Linear(48, 3)).double()
@@ -493,6 +519,14 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case([X], ValueError, "generator draws labels, but labels is 'exact'", labels="exact", generator=torch.Generator()),
         case([X], ValueError, "samples is 0; expected an integer of at least 1", samples=0),
         case([X], ValueError, "chunk_size is 2.5; expected an integer", chunk_size=2.5),
+        case([X], ValueError, "samples is -1; expected an integer of at least 1", samples=-1),
+        case([X], ValueError, "samples is True; expected an integer of at least 1", samples=True),
+        case([X], ValueError, "chunk_size is 0; expected an integer of at least 1", chunk_size=0),
+        case([X], ValueError, "progress is 'no'; expected one of True, False", progress="no"),
+        case([X], TypeError, "loss is of type str; expected a function", labels="data", loss="mse"),
+        case([X], TypeError, r"generator is of type int; .* torch.Generator\(\).manual_seed", generator=0),
+        case(None, TypeError, "batches is of type NoneType; expected an iterable of batches"),
+        case({"x": X}, TypeError, r"batches is of type dict; .* for a single one write \[batch\]"),
         case([X[:0]], ValueError, "batches has no samples"),
         case([], ValueError, "batches has no samples"),
         case(X, TypeError, r"batches is a tensor; .* write \[inputs\]"),
@@ -515,6 +549,20 @@ X, Y = torch.randn(4, 5, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
         case([(X, [0, 1, 2, 0])], TypeError, "targets that are a list", labels="data"),
         case([(X, Y[:3])], ValueError, r"4 samples, but targets of shape \(3,\)", labels="data"),
         case([(X, Y)], ValueError, r"loss returned a tensor of shape \(1, 3\) for one", labels="data", loss=lambda o, t: o),
+        case([(X, Y + 2)], ValueError, "labels from 2 to 4, but there are 3 outputs; expected labels from 0 to 2", labels="data"),
+        case([(X, Y)], ValueError, r"there are 2 outputs; .*loss=lambda outputs, target: ", labels="data", outputs=lambda y: y[:, 1:]),
+        case([(X, Y - 1)], ValueError, "labels from -1 to 1, but", labels="data"),
+        case([(X, Y.float())], ValueError, r"float32 and shape \(4,\), .* integer labels of shape \(4,\), or", labels="data"),
+        case([(X, Y[:, None])], ValueError, r"int64 and shape \(4, 1\), but", labels="data"),
+        case([(X, F.one_hot(Y))], ValueError, r"int64 and shape \(4, 3\), .* floating-point probabilities of shape \(4, 3\)", labels="data"),
+        case([(X, F.one_hot(Y).float())], ValueError, r"probabilities of shape \(4, 2\)", labels="data", outputs=lambda y: y[:, 1:]),
+        case([(X, Y)], ValueError, r"have shape \(1,\), but labels='data' needs logits", labels="data", outputs=lambda y: y[:, 0]),
+        case([(X, Y)], ValueError, r"\(1, 1\): the softmax of fewer than two", labels="data", outputs=lambda y: y[:, :1]),
+        case([(X, Y)], ValueError, "loss returned a number that does not depend on the outputs", labels="data", loss=lambda o, t: o.detach().sum()),
+        case([X], ValueError, r"outputs picked nothing for one sample: a tensor of shape \(0, 3\)", outputs=lambda y: y[1:]),
+        case([X], IndexError, r"one sample, of shape \(1, 3\): .* to pick classes write outputs=lambda y: y\[:, \[2, 3\]\]", outputs=lambda y: y[[1, 2]]),
+        case([X], ValueError, r"have shape \(3, 1\), but labels='sampled' needs logits", outputs=lambda y: y.T),
+        case([X], TypeError, "forward returned a NoneType; expected", forward=lambda model, batch: None),
         case([X], ValueError, r"have shape \(1,\), but labels='sampled' needs logits", outputs=lambda y: y[:, 0]),
         case([X], ValueError, r"\(1, 1\): the softmax of fewer than two classes", outputs=lambda y: y[:, :1]),
         case([X], TypeError, "outputs returned a tuple; expected a floating-point tensor", outputs=lambda y: (y,)),
@@ -541,6 +589,10 @@ def test_models_that_cannot_be_measured_raise_an_error_that_explains() -> None:
         output_sensitivity(nn.Sequential(nn.LazyLinear(3)), [X])
     with pytest.raises(ValueError, match="'weight' is complex"):
         output_sensitivity(nn.Linear(5, 3, dtype=torch.complex64), [X])
+    with torch.inference_mode():
+        model = mlp()
+    with pytest.raises(ValueError, match=r"'0\.weight' was created under torch.inference_mode\(\)"):
+        output_sensitivity(model, [X])
 
 
 def test_progress_is_shown_in_a_terminal_only(

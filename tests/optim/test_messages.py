@@ -85,7 +85,9 @@ def test_state_dicts_of_other_architectures_are_refused_before_any_change() -> N
     others = {
         r"importance for layer 'conv1' has shape \(9,\), expected \(8,\)": NPC(paper_cnn(channels=(9, 16))),
         r"parameter groups of \[10\] parameters, this optimizer has \[8\]": NPC(paper_cnn(channels=(8, 16, 4))),
-        "has no importance; it was saved by another optimizer than NPC": torch.optim.SGD(paper_cnn().parameters()),
+        "has no importance; another optimizer than NPC saved it. Do not load it": torch.optim.SGD(
+            paper_cnn().parameters()
+        ),
     }
     for message, other in others.items():
         with pytest.raises(ValueError, match=message):
@@ -245,7 +247,7 @@ def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
 
 def test_what_is_printed_names_every_layer() -> None:
     optimizer = NPC(paper_cnn())
-    assert "consolidated: 66 neurons in 4 layers" in repr(optimizer)
+    assert "in 66 neurons of 4 layers" in repr(optimizer)
     for text in ("conv1", "output of pool1", "weight, bias", "fan-in"):
         assert text in str(optimizer.neurons)
 

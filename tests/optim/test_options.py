@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from npc_ext import CPC, NPC, NPCAdamW
+from npc_ext import CPC, EWC, NPC, SSL, NPCAdamW
 
 from ..methods import wrapped_sgd
 from ..models import paper_cnn
-from ..training import batches, refused, same, train, weights
+from ..training import batches, refused, same, set_importance, train, weights
 
 
 def test_options_of_single_layers_by_name_and_pattern() -> None:
@@ -31,6 +33,56 @@ def test_options_of_a_layer_are_put_together_from_its_name_and_all_patterns_that
     taken = {name: optimizer.constants("hidden")[name] for name in ("beta", "delta", "alpha")}
     assert taken == {"beta": 3.0, "delta": 0.5, "alpha": 0.3}
     assert optimizer.constants("output")["beta"] == 2.0
+
+
+def test_a_half_life_is_the_steps_after_which_half_of_the_importance_is_left() -> None:
+    models = [copy.deepcopy(model) for model in [paper_cnn()] * 3]
+    delta = 0.5 ** (1 / 20)
+    optimizers = [
+        NPC(models[0], delta=delta),
+        NPC(models[1], half_life=20),
+        NPC(models[2], params=[{"params": [*models[2].parameters()], "half_life": 20}]),
+    ]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        train(model, optimizer, batches(3))
+    for model in models[1:]:
+        assert same(weights(models[0]), weights(model))
+    for optimizer in optimizers:
+        set_importance(optimizer, "hidden", 8.0)
+    assert all(int(o.plasticity()["hidden"].frozen_for[0]) in (79, 80) for o in optimizers)  # 8 / 2 ** 4 = 0.5
+
+
+def test_a_layer_or_a_group_with_a_half_life_has_no_delta_and_the_reverse() -> None:
+    model = paper_cnn()
+    optimizer = NPC(
+        model,
+        half_life=100,
+        params=[{"params": model.conv1.parameters(), "delta": 0.9}, {"params": model.hidden.parameters()}],
+        layers={"conv*": {"beta": 2.0}, "hidden": {"delta": 0.8}},
+    )
+    optimizer.add_param_group({"params": model.output.parameters(), "half_life": 7})
+    decays = {
+        name: (optimizer.constants(name)["delta"], optimizer.constants(name)["half_life"])
+        for name in ("conv1", "hidden", "output")
+    }
+    assert decays == {"conv1": (0.9, None), "hidden": (0.8, None), "output": (None, 7)}
+    again = NPC(model, params=[{"params": group["params"]} for group in optimizer.param_groups])
+    again.load_state_dict(optimizer.state_dict())
+    assert [(g["delta"], g["half_life"]) for g in again.param_groups] == [(0.9, None), (None, 100), (None, 7)]
+
+
+def test_a_half_life_can_be_changed_and_a_delta_beside_it_is_refused() -> None:
+    model = paper_cnn()
+    optimizer = NPC(model, half_life=100)
+    train(model, optimizer, batches(1))
+    before = optimizer.plasticity()["hidden"].importance
+    optimizer.param_groups[0]["half_life"] = 1e-9  # nothing is left after a step
+    train(model, optimizer, batches(1, seed=1))
+    assert optimizer.plasticity()["hidden"].importance.mean().item() == pytest.approx(1)
+    assert before.mean() < 0.1
+    optimizer.param_groups[0]["delta"] = 0.9
+    with refused(model, optimizer, ValueError, "delta is 0.9 and half_life is 1e-09; expected one of them, and None"):
+        train(model, optimizer, batches(1))
 
 
 def test_active_normalization_leaves_inactive_outputs_out_of_the_mean() -> None:
@@ -105,6 +157,10 @@ def test_a_pattern_for_options_of_measuring_may_match_other_modules_too(model: n
         (NPC, {"beta": -1}, "beta is -1; expected a finite number above 0"),
         (NPC, {"delta": 1.0}, r"delta is 1.0; expected a number in \[0, 1\)"),
         (NPC, {"delta": -0.1}, "delta is -0.1"),
+        (NPC, {"half_life": 0}, "half_life is 0; expected a finite number above 0"),
+        (NPC, {"half_life": 1e20}, "half_life is 1e[+]20; expected a number of steps below 1e15"),
+        (NPC, {"half_life": 10, "delta": 0.5}, "delta is 0.5 and half_life is 10; expected one of them"),
+        (NPC, {"layers": {"conv1": {"half_life": 10, "delta": 0.5}}}, r"layers\['conv1'\]: delta is 0.5 and half_life"),
         (NPC, {"momentum": -0.9}, "momentum is -0.9"),
         (NPC, {"weight_decay": -1}, "weight_decay is -1"),
         (NPC, {"nesterov": True}, "nesterov is on, but momentum is 0.0"),
@@ -137,6 +193,98 @@ def test_a_pattern_for_options_of_measuring_may_match_other_modules_too(model: n
 def test_arguments_out_of_range_are_refused(kind: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kind(paper_cnn(), **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "option", "message"),
+    [
+        (NPC, {"fused": True}, "NPC has no option 'fused': a step always is a fused call, so leave it out"),
+        (EWC, {"foreach": True}, "EWC has no option 'foreach': a step always is a fused call"),
+        (NPCAdamW, {"capturable": True}, "NPCAdamW has no option 'capturable': CUDA graphs can capture a step without"),
+        (NPC, {"dampening": 0.1}, "NPC has no option 'dampening': momentum is not dampened"),
+        (NPC, {"betas": (0.9, 0.99)}, "NPC has no option 'betas': NPCAdamW has it .beta is another thing"),
+        (NPCAdamW, {"momentum": 0.9}, "NPCAdamW has no option 'momentum': the first number of betas takes its place"),
+        (NPCAdamW, {"amsgrad": True}, "there is no AMSGrad, so leave it out"),
+        (NPC, {"skip_gradient": "rows"}, "NPC has no option 'skip_gradient': close to it: 'skip_gradients'"),
+        (
+            CPC,
+            {"protect": False},
+            r"it is an option of single layers: layers=\{'<name or pattern>': \{'protect': ...\}\}",
+        ),
+        (SSL, {"layers": ["0"]}, "SSL has no option 'layers': there are 'model', 'lr'"),
+        (
+            wrapped_sgd,
+            {"momentum": 0.9},
+            "PlasticityWrapper has no option 'momentum': it is an option of the optimizer",
+        ),
+        (NPC, {"beta": (0.9, 0.999)}, r"beta is \(0.9, 0.999\); expected a number, .*are called betas"),
+        (NPCAdamW, {"beta": [0.9, 0.999]}, r"beta is \[0.9, 0.999\]; expected a number, .*are called betas"),
+    ],
+)
+def test_unknown_options_raise_a_type_error_that_explains(kind: Any, option: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        kind(paper_cnn(), **option)
+
+
+def test_the_signature_of_a_constructor_shows_its_options() -> None:
+    for kind in (NPC, NPCAdamW, CPC, EWC, SSL):
+        parameters = inspect.signature(kind).parameters
+        assert [*parameters][:2] == ["model", "lr"] and "params" in parameters
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ({"betta": 1.0}, "the key 'betta', which is no option: close to it: 'beta'"),
+        ({"weight_decy": 0.1}, "the key 'weight_decy', .*: close to it: 'weight_decay'"),
+        ({"fused": True}, "the key 'fused', which is no option: a step always is a fused call"),
+        ({"measure_at": "norm1"}, "the key 'measure_at', .*: it is an option of single layers"),
+    ],
+)
+def test_misspelled_options_of_groups_are_refused_at_once_and_when_set_later(key: dict[str, Any], message: str) -> None:
+    model = paper_cnn()
+    with pytest.raises(ValueError, match=message):
+        NPC(model, params=[{"params": [*model.parameters()], **key}])
+    optimizer = NPC(model, params=model.conv1.parameters())
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": model.output.parameters(), **key})
+    assert len(optimizer.param_groups) == 1
+    train(model, optimizer, batches(1))
+    optimizer.param_groups[0].update(key)
+    with refused(model, optimizer, ValueError, message):
+        train(model, optimizer, batches(1))
+
+
+def test_keys_of_schedulers_and_of_users_are_kept_in_groups() -> None:
+    model = paper_cnn()
+    optimizer = NPC(model, params=[{"params": [*model.parameters()], "name": "all", "lr_scale": 0.5}])
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
+    train(model, optimizer, batches(2))
+    assert optimizer.param_groups[0]["name"] == "all" and "max_momentum" in optimizer.param_groups[0]
+
+
+def test_a_group_that_is_no_dictionary_is_refused() -> None:
+    model = paper_cnn()
+    optimizer = NPC(model, params=model.conv1.parameters())
+    with pytest.raises(TypeError, match="the parameter group is of type generator; expected a dictionary, as in"):
+        optimizer.add_param_group(model.output.parameters())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])
+def test_a_learning_rate_out_of_range_is_refused_in_the_step_that_would_use_it(rate: float) -> None:
+    model = paper_cnn()
+    optimizer = NPC(model)
+    train(model, optimizer, batches(1))
+    optimizer.param_groups[0]["lr"] = rate
+    for _ in range(2):
+        with refused(model, optimizer, ValueError, f"lr is {rate}; expected a finite number of at least 0"):
+            train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("kind", [NPC, NPCAdamW, CPC, EWC])
+def test_parameters_of_another_model_alone_are_refused(kind: Any) -> None:
+    with pytest.raises(ValueError, match=r"none of the parameters in params belongs to the model"):
+        kind(paper_cnn(), params=paper_cnn().parameters())
 
 
 @pytest.mark.parametrize("layers", [["0"], {"0": False}, {nn.ReLU(): {"beta": 1.0}}])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ast
 import copy
-import pickle
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,9 +20,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import npc_ext
-from npc_ext import CPC, EWC, NPC, NPCAdamW
+from npc_ext import EWC, NPC, NPCAdamW
 
-from ..methods import METHODS, consolidate, wrapped_adamw
+from ..methods import METHODS, consolidate
 from ..tolerances import TRAJECTORY
 from ..training import refused, same, train, weights
 
@@ -234,66 +233,6 @@ def test_a_state_dictionary_that_is_replaced_by_hand_is_the_one_that_steps_read(
     optimizer.state[model.head.bias] = {"momentum_buffer": torch.full((5,), 1e6)}
     learn(model, optimizer, 1)
     assert model.head.bias.abs().min() > 1e3
-
-
-# ----------------------------------------------------------------------------------------- the unit of a saved alpha
-
-
-def with_absolute_alpha(groups: list[dict[str, Any]]) -> None:
-    for group in groups:
-        del group["alpha_unit"]
-        group.update(lr=0.03, alpha=0.05)
-
-
-@pytest.mark.parametrize("kind", [NPC, CPC])
-def test_a_state_dict_with_an_absolute_alpha_is_refused_and_loads_once_it_is_divided_by_lr(kind: Any) -> None:
-    model = Words()
-    optimizer = kind(model, momentum=0.9)
-    learn(model, optimizer, 0)
-    before, state_dict = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
-    with_absolute_alpha(state_dict["param_groups"])
-    message = (
-        r"no 'alpha_unit', and their alpha, 0\.05, is an absolute learning rate\. Expected alpha in units of lr: in"
-    )
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(state_dict)
-    assert str(optimizer.state_dict()) == str(before)
-    for group in state_dict["param_groups"]:
-        group.update(alpha=group["alpha"] / 0.03, alpha_unit="lr")
-    optimizer.load_state_dict(state_dict)
-    assert optimizer.param_groups[0]["alpha"] == pytest.approx(1.67, abs=0.01)
-    kind(model, momentum=0.9).load_state_dict(optimizer.state_dict())
-
-
-@pytest.mark.parametrize("kind", [NPC, CPC])
-def test_an_optimizer_that_was_pickled_with_an_absolute_alpha_is_refused(kind: Any) -> None:
-    optimizer = kind(Words())
-    assert pickle.loads(pickle.dumps(optimizer)).param_groups[0]["alpha_unit"] == "lr"
-    with_absolute_alpha(optimizer.param_groups)
-    with pytest.raises(ValueError, match=f"pickled {kind.__name__} was saved by .* alpha, 0.05, is .*state_dict"):
-        pickle.loads(pickle.dumps(optimizer))
-
-
-def test_importance_alone_is_taken_over_from_a_state_dict_with_an_absolute_alpha() -> None:
-    model = Words()
-    earlier = NPC(model)
-    learn(model, earlier, 0)
-    state_dict = copy.deepcopy(earlier.state_dict())
-    with_absolute_alpha(state_dict["param_groups"])
-    later = NPC(model).load_importance(state_dict)
-    assert later.param_groups[0]["alpha"] == 0.5
-    assert torch.equal(later.plasticity()["head"].importance, earlier.plasticity()["head"].importance)
-
-
-@pytest.mark.parametrize("build", [NPCAdamW, wrapped_adamw])
-def test_state_dicts_in_which_alpha_needs_no_unit_have_none(build: Any) -> None:
-    model = Words()
-    optimizer = build(model)
-    learn(model, optimizer, 0)
-    state_dict = optimizer.state_dict()
-    for group in [*state_dict["param_groups"], *state_dict.get("plasticity", state_dict)["param_groups"]]:
-        assert "alpha_unit" not in group
-    optimizer.load_state_dict(state_dict)
 
 
 # ------------------------------------------------------------------------------------- default dtype, default device

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable
 from functools import partialmethod
 from typing import Any
@@ -335,6 +336,41 @@ def test_schedulers_and_new_groups() -> None:
     ours.add_param_group({"params": list(model.parameters())[-2:], "lr": 0.1})
     learn(model, ours, 1)
     assert "8" in ours.plasticity() and len(ours.optimizer.param_groups) == 2
+
+
+def test_constants_are_changed_by_the_wrapper_and_not_in_the_groups_of_the_wrapped_optimizer() -> None:
+    model = network()
+    ours = PlasticityWrapper(torch.optim.RMSprop(model.parameters(), alpha=0.9), model, layers={"0": {"beta": 3.0}})
+    train(model, ours, [images(0)])
+    ours.set_constants(beta=2.0, half_life=50)
+    ours.add_param_group({"params": [nn.Parameter(torch.zeros(2))]})
+    assert (ours.constants("0")["beta"], ours.constants("3")["beta"]) == (3.0, 2.0)
+    assert (ours.constants("3")["delta"], ours.constants("3")["half_life"]) == (None, 50)
+    with pytest.raises(TypeError, match="there is no constant 'betta': close to it: 'beta'"):
+        ours.set_constants(betta=1.0)
+    with pytest.raises(ValueError, match="beta is -1"):
+        ours.set_constants(alpha=0.1, beta=-1)
+    assert ours.constants("3")["alpha"] == 0.5
+    assert "alpha=0.5, beta=2.0, half_life=50" in repr(ours)
+    ours.param_groups[0]["alpha"] = 0.95  # RMSprop's
+    train(model, ours, [images(1)])
+    ours.param_groups[0]["beta"] = 1.0
+    message = r"key 'beta', but the groups are those of the wrapped RMSprop, .*call wrapper.set_constants\(beta=...\)"
+    with refused(model, ours, ValueError, message):
+        train(model, ours, [images(2)])
+
+
+@pytest.mark.parametrize("copied", [lambda pair: pair, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_step_of_the_wrapped_optimizer_itself_is_refused(copied: Callable[[Any], Any]) -> None:
+    model = network()
+    model, ours = copied((model, wrapped_sgd(model)))
+    train(model, ours, [images(0)])
+    with refused(model, ours, RuntimeError, r"step\(\) of the wrapped SGD was called, .*; call step\(\) of the Plast"):
+        ours.optimizer.step()
+    train(model, ours, [images(1)])
+    inner = ours.optimizer
+    del ours
+    inner.step()  # the wrapper is gone
 
 
 def test_what_cannot_be_wrapped_is_refused() -> None:

@@ -153,7 +153,7 @@ def test_plasticity_says_for_how_long() -> None:
     layer = optimizer.plasticity()["first"]
     assert layer.frozen_for.dtype == torch.int64 and layer.frozen_for.shape == (32,)
     assert torch.equal(layer.frozen_for, frozen_for(layer.importance, 0.5, 0.999))
-    assert "weight gradients skipped at the moment: those of 0 neurons" in repr(optimizer)
+    assert "gradients skipped in the last step: those of 0 neurons" in repr(optimizer)
 
 
 def test_rows_are_rounded_up_to_few_shapes() -> None:
@@ -669,11 +669,12 @@ def test_loading_a_state_ends_certificates(often: None, always: None) -> None:
     [
         lambda optimizer: optimizer.param_groups[0].update(beta=4.0),
         lambda optimizer: optimizer.param_groups[0].update(delta=0.5),
+        lambda optimizer: optimizer.param_groups[0].update(delta=None, half_life=1),
         lambda optimizer: set_importances(optimizer, {"first": 0.1, "second": 0.1}),
         lambda optimizer: optimizer.state.clear(),
         lambda optimizer: setattr(optimizer, "state", defaultdict(dict)),
     ],
-    ids=["beta", "delta", "importance", "state", "another state"],
+    ids=["beta", "delta", "half_life", "importance", "state", "another state"],
 )
 def test_a_change_by_other_code_ends_certificates(often: None, always: None, change: Callable[[NPC], None]) -> None:
     model, optimizer = certified()

@@ -1,0 +1,105 @@
+"""The names that the documentation's blocks use without defining them: data, loops, models, processes."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from npc_ext import NPC
+
+from ..distributed.processes import HAS_SHARDS_ON_CPU
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+class Writer:
+    """Takes what a SummaryWriter takes."""
+
+    def add_scalar(self, name: str, value: float, step: int) -> None: ...
+
+    def add_histogram(self, name: str, values: torch.Tensor, step: int) -> None: ...
+
+
+class Transformer(nn.Module):
+    """A model with blocks that can be sharded one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
+        self.head = nn.Linear(64, 10)
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def network() -> nn.Sequential:
+    """An untrained model like that of the README."""
+    hidden = [module for _ in range(2) for module in (nn.Linear(100, 100), nn.ReLU())]
+    return nn.Sequential(nn.Linear(64, 100), nn.ReLU(), *hidden, nn.Linear(100, 10))
+
+
+def batches(outputs: int) -> Batches:
+    return [(torch.randn(8, 64), torch.randint(outputs, (8,))) for _ in range(4)]
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[Any]) -> None:
+    for images, labels in loader:
+        optimizer.zero_grad()
+        cross_entropy(model(images), labels).backward()
+        optimizer.step()
+
+
+def for_trainer() -> tuple[Any, Any, Any]:
+    """A model, arguments and data for Hugging Face's Trainer."""
+    if not installed("transformers"):
+        return None, None, None
+    from transformers import TrainingArguments
+
+    from examples import hugging_face
+
+    arguments = TrainingArguments("trainer", max_steps=1, use_cpu=True, report_to=[])
+    return hugging_face.tiny_llama(), arguments, hugging_face.samples()
+
+
+def of_readme(stack: ExitStack) -> dict[str, Any]:
+    data = {"old_data": batches(10), "new_data": batches(10)}
+    return {**data, "train": train, "network": network, "device": "cpu", "writer": Writer(), "step": 0}
+
+
+def of_baselines(stack: ExitStack) -> dict[str, Any]:
+    return {"model": network(), "train": train, "tasks": [[0, 1], [2, 3]], "loaders": [batches(2), batches(2)]}
+
+
+def of_gpu(stack: ExitStack) -> dict[str, Any]:
+    return {"torch": torch, "optimizer": NPC(network())}
+
+
+def of_integrations(stack: ExitStack) -> dict[str, Any]:
+    def start_one_process() -> None:
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+    def end_process() -> None:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+    stack.callback(end_process)
+    processes = {"start_one_process": start_one_process, "end_process": end_process}
+    needed = {"installed": installed, "shards_on_cpu": HAS_SHARDS_ON_CPU}
+    names = {"NPC": NPC, "Transformer": Transformer, "for_trainer": for_trainer}
+    return {**processes, **needed, **names, "model": network(), "device": "cpu", "folder": "checkpoints", "step": 1}
+
+
+SETUPS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
+    "README.md": of_readme,
+    "docs/baselines.md": of_baselines,
+    "docs/gpu.md": of_gpu,
+    "docs/integrations.md": of_integrations,
+}

@@ -1,0 +1,112 @@
+"""Every Python block of the documentation runs, page by page and in order, and prints what the page shows."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import SkipTest
+
+import pytest
+from sybil import Document
+from sybil.evaluators.skip import Skipper
+from sybil.example import Example
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
+
+from . import setups
+
+ROOT = Path(__file__).resolve().parents[2]
+PRINTED = "what the block before this one printed"
+
+
+def shows_what_was_printed(example: Example) -> None:
+    assert example.parsed == example.namespace[PRINTED]
+
+
+PARSERS = (
+    PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS),
+    CodeBlockParser(language="text", evaluator=shows_what_was_printed),
+    SkipParser(),
+)
+PAGES = {
+    str(path.relative_to(ROOT)): Document.parse(str(path), *PARSERS)
+    for path in (ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+EXAMPLES = {name: list(page.examples()) for name, page in PAGES.items()}
+# These import libraries that take seconds to import.
+SLOW_PAGES = {"docs/integrations.md"}
+
+
+def name_of(page: str, example: Example) -> str:
+    return f"{page}:{example.line}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The working directory of all blocks."""
+    return tmp_path_factory.mktemp("docs")
+
+
+@pytest.fixture(scope="module")
+def prepare() -> Iterator[Callable[[str], None]]:
+    """Gives a page the names that it uses without defining them, before its first block."""
+    prepared = set()
+    with contextlib.ExitStack() as stack:
+
+        def prepare(page: str) -> None:
+            if page in setups.SETUPS and page not in prepared:
+                prepared.add(page)
+                PAGES[page].namespace.update(setups.SETUPS[page](stack))
+
+        yield prepare
+
+
+@pytest.mark.parametrize(
+    ("page", "example"),
+    [
+        pytest.param(name, example, id=name_of(name, example), marks=[pytest.mark.slow] if name in SLOW_PAGES else [])
+        for name, examples in EXAMPLES.items()
+        for example in examples
+    ],
+)
+def test_block(
+    page: str, example: Example, folder: Path, prepare: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    prepare(page)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            example.evaluate()
+        except SkipTest as skipped:
+            pytest.skip(str(skipped))
+    example.namespace[PRINTED] = printed.getvalue()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_is_run_or_skipped_with_a_reason(page: str) -> None:
+    fences = list(re.finditer(r"^[ \t>]*(```+|~~~+)(.*)\n(?s:.*?)^[ \t>]*\1$", PAGES[page].text, re.MULTILINE))
+    python = [fence for fence in fences if re.match(r"[\s{.]*(i?py|python)", fence[2], re.IGNORECASE)]
+    found = [example.region for example in EXAMPLES[page]]
+    for fence in python:
+        assert any(fence.start() <= region.start < fence.end() for region in found), f"not run: {fence[0]}"
+    skips = [region.parsed for region in found if isinstance(region.evaluator, Skipper)]
+    assert all(action == "next" and reason for action, reason in skips), f"skipped without a reason: {skips}"
+    if page == "README.md":
+        assert len(python) >= 5
+
+
+def test_sgd_forgets_what_the_readme_says_it_does() -> None:
+    program = next(str(example.parsed) for example in EXAMPLES["README.md"])
+    sgd, replaced = re.subn(
+        r"^optimizer = NPC\(.*\)$", "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", program, flags=re.M
+    )
+    assert replaced == 1
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(sgd, {})
+    percents = re.findall(r": (\d+)%", printed.getvalue())
+    assert f"SGD in its place ends with {', '.join(percents[:-1])} and {percents[-1]} %" in PAGES["README.md"].text
