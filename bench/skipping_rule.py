@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -26,6 +25,7 @@ from npc_ext.skipping.gradients import PartialGradient, operation_of, skipping_p
 from npc_ext.skipping.rows import Rows, rows_to_compute
 
 from . import command_line, environment
+from .arguments import output_folder
 from .networks import Transformer, cnn, mlp, paper_cnn, resnet18
 from .tables import markdown
 
@@ -82,7 +82,7 @@ def timed(layer: Any, x: Tensor, rows: Rows) -> dict[str, Any]:
 def main() -> int:
     """Measures all networks."""
     parser = argparse.ArgumentParser(prog="python -m bench.skipping_rule", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder for the results")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)

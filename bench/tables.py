@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .arguments import output_folder
 from .rows import LIMITED, NOT_MEASURED, OURS, Results, Row, RowsError, read
 
 
@@ -152,7 +153,7 @@ def main() -> int:
     """Writes a table <part>.md for every part next to the rows, and the figures. Prints the tables."""
     parser = argparse.ArgumentParser(prog="python -m bench.tables", description=main.__doc__)
     parser.add_argument("rows", type=Path, help="rows.jsonl, or the folder that it is in")
-    parser.add_argument("--out", type=Path, help="output folder (default: where the rows are)")
+    parser.add_argument("--out", type=output_folder, help="output folder (default: where the rows are)")
     arguments = parser.parse_args()
     try:
         folder = arguments.rows if arguments.rows.is_dir() else arguments.rows.parent

@@ -1,4 +1,6 @@
-"""NPC with Accelerate: trains on digits with a plain training loop. Needs `accelerate`.
+"""NPC with Accelerate: trains on digits with a plain training loop.
+
+Run it from the checkout's folder: `python -m examples.accelerated`. It needs `pip install accelerate scikit-learn`.
 
 >>> model, loader = accelerator.prepare(model, loader)
 >>> optimizer = accelerator.prepare(NPC(model, lr=0.1))
@@ -9,15 +11,20 @@ Prepare the model first. With several processes this wraps it, and the optimizer
 from __future__ import annotations
 
 import argparse
+import sys
 
 import torch
-from accelerate import Accelerator
-from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from npc_ext import NPC
+
+try:
+    from accelerate import Accelerator
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f"{error}; this example needs: pip install accelerate scikit-learn")
 
 
 def digits() -> TensorDataset:

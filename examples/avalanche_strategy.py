@@ -1,4 +1,7 @@
-"""NPC in Avalanche: five tasks of two digits each, with a head for every task. Needs `avalanche-lib`.
+"""NPC in Avalanche: five tasks of two digits each, with a head for every task.
+
+Run it from the checkout's folder: `python -m examples.avalanche_strategy`. It needs `pip install avalanche-lib
+scikit-learn`, and a torchvision that matches torch.
 
 >>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])
 
@@ -9,23 +12,29 @@ optimizer's groups and state in ways that NPC does not notice.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_task_labels
-from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
-from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
-from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.models import MultiHeadClassifier, MultiTaskModule
-from avalanche.training.plugins import EvaluationPlugin
-from avalanche.training.supervised import Naive
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from npc_ext import NPC
-from npc_ext.avalanche import PlasticityPlugin
+
+try:
+    from avalanche.benchmarks import CLScenario, benchmark_from_datasets, with_task_labels
+    from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+    from avalanche.benchmarks.utils import _make_taskaware_classification_dataset
+    from avalanche.evaluation.metrics import accuracy_metrics
+    from avalanche.models import MultiHeadClassifier, MultiTaskModule
+    from avalanche.training.plugins import EvaluationPlugin
+    from avalanche.training.supervised import Naive
+    from sklearn.datasets import load_digits
+
+    from npc_ext.avalanche import PlasticityPlugin
+except ImportError as error:
+    sys.exit(f"{error}; this example needs: pip install avalanche-lib scikit-learn")
 
 EXPERIENCES = 5
 

@@ -1,4 +1,6 @@
-"""NPC in the Hugging Face `Trainer`: a tiny Llama learns to repeat a text, with checkpoints. Needs `transformers`.
+"""NPC in the Hugging Face `Trainer`: a tiny Llama learns to repeat a text, with checkpoints.
+
+Run it from the checkout's folder: `python -m examples.hugging_face`. It needs `pip install transformers accelerate`.
 
 >>> trainer = Trainer(model, arguments, train_dataset=..., optimizer_cls_and_kwargs=(NPC, {"model": model, "lr": 0.05}))
 >>> trainer = Trainer(model, arguments, train_dataset=..., optimizers=(NPC(model, lr=0.05), None))
@@ -12,14 +14,20 @@ processes, add `process_group=torch.distributed.group.WORLD`.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from npc_ext import NPC, check_capacity
+
+try:
+    import accelerate  # noqa: F401  # the Trainer imports it when it is built
+    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+except ImportError as error:
+    sys.exit(f"{error}; this example needs: pip install transformers accelerate")
 
 TEXT = "Neural networks forget: trained on a second task, they overwrite what the first one taught them. "
 LENGTH = 32

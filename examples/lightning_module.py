@@ -1,4 +1,6 @@
-"""NPC in Lightning: `configure_optimizers` returns it, and a callback logs plasticity. Needs `lightning`.
+"""NPC in Lightning: `configure_optimizers` returns it, and a callback logs plasticity.
+
+Run it from the checkout's folder: `python -m examples.lightning_module`. It needs `pip install lightning scikit-learn`.
 
 >>> class Classifier(lightning.LightningModule):
 ...     def configure_optimizers(self):
@@ -8,19 +10,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import lightning
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from npc_ext import NPC, check_capacity
 
-from .accelerated import digits, network
+try:
+    import lightning
+    from sklearn.datasets import load_digits
+except ImportError as error:
+    sys.exit(f"{error}; this example needs: pip install lightning scikit-learn")
 
 
 class Classifier(lightning.LightningModule):
@@ -28,7 +34,16 @@ class Classifier(lightning.LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = network()
+        self.network = nn.Sequential(
+            nn.Conv2d(1, 16, 3, padding=1),
+            nn.InstanceNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(256, 64),
+            nn.ReLU(),
+            nn.Linear(64, 10),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 1, 8, 8) to (B, 10)."""
@@ -63,7 +78,9 @@ class LogPlasticity(lightning.Callback):
 def train(folder: Path, epochs: int, *, resume_from: Path | None = None, **options: Any) -> lightning.Trainer:
     """Trains, saving a checkpoint after every epoch; returns Lightning's trainer."""
     torch.manual_seed(0)
-    loader = DataLoader(digits(), batch_size=16)
+    data = load_digits()
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    loader = DataLoader(TensorDataset(images, torch.tensor(data.target)), batch_size=16)
     trainer = lightning.Trainer(
         max_epochs=epochs,
         accelerator="cpu",

@@ -18,8 +18,8 @@ try:
     from avalanche.training.plugins import SupervisedPlugin
 except ImportError as error:
     raise ImportError(
-        f"npc_ext.avalanche needs avalanche-lib, which cannot be imported ({error}): pip install "
-        "'npc_ext[avalanche]' (it needs a torchvision that matches torch)"
+        f"npc_ext.avalanche needs avalanche-lib, which cannot be imported ({error}): pip install avalanche-lib "
+        "(it needs a torchvision that matches torch)"
     ) from error
 from torch import Tensor, nn
 

@@ -150,7 +150,9 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("plot_plasticity draws with matplotlib: pip install 'npc_ext[plot]'") from error
+        raise ImportError(
+            "plot_plasticity draws with matplotlib, which is not installed: pip install matplotlib"
+        ) from error
     layers = optimizer.plasticity()
     layers = {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()} or layers
     columns = len(layers)

@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
+PYTHON = f"python3.{sys.version_info.minor}"
 # Variables that an outer `make test` leaves in the environment, and those that change where pip looks for packages.
 OF_MAKE = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "PYTHON", "CI", "CXX")
 OF_PIP = ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL")
@@ -151,13 +152,13 @@ def test_a_quote_that_does_not_end_in_cxx_is_named(checkout: Path) -> None:
 def test_missing_headers_of_python_are_named(checkout: Path) -> None:
     first = "import sysconfig; sysconfig.get_paths = lambda: {'include': '/nowhere'}"
     said = sentence(bootstrap(checkout, "requirements", first), checkout)
-    assert said == "npc_ext: Python's headers are missing; install them (for example 'apt install python3-dev')"
+    assert said == f"npc_ext: Python's headers are missing; install them (for example 'apt install {PYTHON}-dev')"
 
 
 def test_an_incomplete_venv_module_is_named_and_what_it_left_is_replaced(checkout: Path, tmp_path: Path) -> None:
     fake = script(tmp_path / "fake" / "venv.py", VENV_WITHOUT_ENSUREPIP)
     said = sentence(bootstrap(checkout, "requirements", PYTHONPATH=str(fake.parent)), checkout)
-    assert "Python's venv module is missing or incomplete; install it (for example 'apt install python3-venv')" in said
+    assert f"venv module is missing or incomplete; install it (for example 'apt install {PYTHON}-venv')" in said
     assert (checkout / ".venv" / "bin" / "python").exists()
 
     script(fake, VENV_THAT_WORKS)
@@ -291,3 +292,10 @@ def test_every_requirement_is_pinned_and_so_is_what_it_needs() -> None:
             applies = need.marker is None or need.marker.evaluate({"extra": ""})
             if applies and not re.match(r"nvidia-|cuda-|triton", need.name):
                 assert canonicalize_name(need.name) in pinned, f"{name} needs {need.name}"
+
+
+def test_no_message_names_an_index_that_does_not_have_the_package() -> None:
+    folders = ("npc_ext", "bench", "examples", "tools")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    advice = re.compile(r"pip install (?:-\S+ |')*npc_ext\b|npc_ext\[\w+\]'")
+    assert [str(path) for path in files if advice.search(path.read_text(encoding="utf-8"))] == []

@@ -24,9 +24,10 @@ VENV_PIP = os.path.join(VENV, "bin", "pip")
 LOG = os.path.join(ROOT, "setup.log")
 OLDEST = (3, 10)
 
-NO_VENV = "Python's venv module is missing or incomplete; install it (for example 'apt install python3-venv')"
+PYTHON = "python{}.{}".format(*sys.version_info[:2])
+NO_VENV = f"Python's venv module is missing or incomplete; install it (for example 'apt install {PYTHON}-venv')"
 NO_COMPILER = "install one (for example 'apt install g++') or set CXX to one"
-NO_HEADERS = "Python's headers are missing; install them (for example 'apt install python3-dev')"
+NO_HEADERS = f"Python's headers are missing; install them (for example 'apt install {PYTHON}-dev')"
 NO_NETWORK = "the package index cannot be reached; check the network and run the command again"
 
 # Texts in the output of a failing command, each with the sentence to print. The first match is used.

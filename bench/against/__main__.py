@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from ..arguments import output_folder
 from ..rows import Writer
-from .revision import RevisionError
+from .revision import RevisionError, checkout
 from .turns import against
 
 
@@ -17,10 +17,11 @@ def main() -> int:
     parser.add_argument("revision", help="what git calls it, or a folder in which it is checked out")
     parser.add_argument("module", help="has the parts, as bench.gpu.revisions does")
     parser.add_argument("--quick", action="store_true", help="fewer cases")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the rows")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder of the rows")
     arguments = parser.parse_args()
     try:
-        slower = against(arguments.revision, arguments.module, [], arguments.quick, Writer(arguments.out))
+        other = str(checkout(arguments.revision))  # before the folder of the rows is made
+        slower = against(other, arguments.module, [], arguments.quick, Writer(arguments.out))
     except RevisionError as error:
         parser.error(str(error))
     print("slower than before, beyond the spread: " + ("; ".join(slower) or "nothing"))

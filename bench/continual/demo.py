@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from npc_ext import NPC, plot_plasticity
 
 from .. import command_line
+from ..arguments import output_folder
 from ..networks import cnn
 from ..tables import markdown, percent, with_error
 from . import figures, results
@@ -103,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of both (default 0.1, the paper's)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/demo"), help="folder for the results")
+    parser.add_argument("--out", type=output_folder, default=Path("bench/results/demo"), help="folder for the results")
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")

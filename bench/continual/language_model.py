@@ -34,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from npc_ext import NPCAdamW
 
 from .. import command_line, environment
+from ..arguments import output_folder
 from ..tables import markdown, with_error
 from . import results
 
@@ -327,7 +328,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-steps", type=int, default=Size.first_steps, help="steps on prose (%(default)s)")
     parser.add_argument("--second-steps", type=int, default=Size.second_steps, help="steps on code (%(default)s)")
     parser.add_argument("--windows", type=int, default=Size.windows, help="pieces of validation text (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/language_model"), help="folder for the results")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("bench/results/language_model"), help="folder for the results"
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import npc_ext
+from npc_ext._names import listed
 
 from .store import ALPHA_UNIT, completed, in_units_of_lr
 
@@ -61,8 +62,14 @@ def _sgd(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
     return torch.optim.SGD(model.parameters(), lr=settings["lr"], weight_decay=settings["weight_decay"], fused=True)
 
 
+_WORDS = {"output": ("all", "active", "free"), "measure": ("after pooling", "before pooling")}
+
+
 def _plastic(kind: Callable[..., Optimizer]) -> Builder:
     def build(model: nn.Module, settings: Settings, steps: int) -> Optimizer:
+        for name, words in _WORDS.items():
+            if settings.get(name, words[0]) not in words:
+                raise ValueError(f"{name} is {settings[name]!r}; expected {listed(words)}")
         output = {"protect": False} if settings["output"] == "free" else {"normalize": settings["output"]}
         layers: dict[str, dict[str, Any]] = {"output": output}
         if settings.get("measure") == "before pooling":

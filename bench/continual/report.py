@@ -35,8 +35,8 @@ _PUBLISHED_CHANGES = {"npc": ("0.383", "0.094", "0.667")}
 
 def write(store: Store, out: Path) -> str:
     """Writes report.md and the figures to a folder and returns the text."""
-    out.mkdir(parents=True, exist_ok=True)
     stored = list(store.records())
+    out.mkdir(parents=True, exist_ok=True)
     parts = ["# Learning tasks in a row", _ABOUT_ALPHA]
     missing: list[str] = []
     for name, experiment in EXPERIMENTS.items():

@@ -28,7 +28,7 @@ from .tasks import Task, joint
 from .training import Batches, Machine, accuracy_of, is_finite, standard, steps_of, train
 
 # These two measure importance; SGD is then an NPC that never freezes a neuron.
-_WATCHED = ("npc", "sgd")
+WATCHED = ("npc", "sgd")
 _NEVER = 1e12
 
 
@@ -100,8 +100,8 @@ def execute(run: Run, store: Store, *, wait: bool = True, position: int = 0) -> 
 
 def _learn(run: Run, store: Store, position: int) -> Record:
     experiment = EXPERIMENTS[run.experiment]
-    if run.experiment == "activation" and run.method not in _WATCHED:
-        raise ValueError(f"the experiment activation compares {' and '.join(_WATCHED)}, not {run.method}")
+    if run.experiment == "activation" and run.method not in WATCHED:
+        raise ValueError(f"the experiment activation compares {' and '.join(WATCHED)}, not {run.method}")
     device = torch.device(run.machine.device)
     tasks = [task.to(device) for task in experiments.tasks_of(experiment, run.protocol, run.folder)]
     learned_tasks = [joint(tasks)] * len(tasks) if run.method == "joint" else tasks

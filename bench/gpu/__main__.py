@@ -27,6 +27,7 @@ from typing import Any
 
 from .. import command_line
 from ..against.revision import RevisionError, checkout
+from ..arguments import output_folder
 from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
 from .flights import FLIGHTS
@@ -80,7 +81,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--flight", choices=list(FLIGHTS), required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument("--out", type=output_folder, required=True, help="folder for the results")
     parser.add_argument("--data", type=Path, help="folder of the data sets, for iCIFAR100")
     parser.add_argument(
         "--against", metavar="REV", help="another revision, or a folder with one, for the kernels flight"
@@ -101,8 +102,8 @@ def main() -> int:
     if arguments.data is not None and not arguments.data.is_dir():
         parser.error(f"--data {arguments.data} is not a folder")
     try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         against = None if arguments.against is None else str(checkout(arguments.against))
+        arguments.out.mkdir(parents=True, exist_ok=True)
     except (OSError, RevisionError) as error:
         parser.error(str(error))
     arguments.against = against

@@ -31,9 +31,9 @@ def main() -> int:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
+        other = checkout(arguments.against) if arguments.against else None  # before minutes of compiling
         made = [build_stream(ROOT / "build" / "flight"), _build_module(ROOT)]
-        if arguments.against:
-            other = checkout(arguments.against)
+        if other is not None:
             _build_module(other)
             made.append(other)
     except (BuildError, RevisionError) as error:

@@ -41,12 +41,16 @@ def _found(files: Sequence[Path], arch: str, name: re.Pattern[str]) -> list[Kern
         raise ValueError(f"there is no cuobjdump with nvdisasm; install them (pip install {PACKAGES})")
     if absent := [str(file) for file in files if not file.exists()]:
         raise ValueError(f"there is no {', '.join(absent)}")
-    if any(file.suffix == ".cu" for file in files) and compilers.nvcc() is None:
-        raise ValueError("there is no nvcc to compile with")
+    if any(file.suffix == ".cu" for file in files) and (why := compilers.why_no_nvcc()):
+        raise ValueError(f"a .cu file cannot be compiled: {why}")
     if not files and not (files := sorted(OBJECTS.glob("cuda_*.o"))):
-        raise ValueError(f"{OBJECTS} has no objects of CUDA kernels; call make first, or name a .cu file")
+        raise ValueError(
+            f"{OBJECTS} has no objects of CUDA kernels; name a .cu file, or build with nvcc: {build.how_to_build()}"
+        )
     if OBJECTS in files[0].parents and (why := _why_stale()):
-        raise ValueError(f"the objects in {OBJECTS} are older than the sources ({why}); call make first")
+        raise ValueError(
+            f"the objects in {OBJECTS} are older than the sources ({why}); build them again: {build.how_to_build()}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         objects = [compiled(file, arch, Path(folder)) if file.suffix == ".cu" else file for file in files]
         if found := [kernel for kernel in kernels(objects, arch) if name.search(kernel.name)]:

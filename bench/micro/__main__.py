@@ -16,8 +16,9 @@ import torch
 from tqdm.auto import tqdm
 
 from .. import command_line, environment
-from ..against.revision import RevisionError
+from ..against.revision import RevisionError, checkout
 from ..against.turns import AGAINST, against
+from ..arguments import output_folder
 from ..rows import Row, Writer, read
 from ..tables import write
 from ..timing import HostTimer, measure
@@ -38,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a few small cases, to see that it works")
     parser.add_argument("--against", metavar="REV", help="another revision, or a folder that it is checked out in")
     default = "bench/results/micro, or with --against bench/results/against/REV"
-    parser.add_argument("--out", type=Path, help=f"folder for the results (default: {default})")
+    parser.add_argument("--out", type=output_folder, help=f"folder for the results (default: {default})")
     options = parser.parse_args(arguments)
     possible = COMPARABLE if options.against else list(PARTS)
     options.only = options.only or possible
     if impossible := [part for part in options.only if part not in possible]:
         parser.error(f"--against cannot compare {', '.join(impossible)}; it compares {', '.join(COMPARABLE)}")
+    try:  # before rows are dropped
+        other = str(checkout(options.against)) if options.against else ""
+    except RevisionError as error:
+        parser.error(str(error))
     torch.manual_seed(0)
     out = options.out or Path("bench/results") / (f"against/{options.against}" if options.against else "micro")
     writer = Writer(out)
@@ -51,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     writer.run(command_line("bench.micro", arguments), environment.describe())
     if options.against:
         try:
-            slower = against(options.against, "bench.micro.parts", options.only, options.quick, writer, _FOR_THE_CPU)
+            slower = against(other, "bench.micro.parts", options.only, options.quick, writer, _FOR_THE_CPU)
         except RevisionError as error:
             parser.error(str(error))
         write(read(writer.path), out)

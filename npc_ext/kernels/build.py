@@ -22,6 +22,7 @@ from .compilers import (
     BuildError,
     Cuda,
     asked_for_cuda,
+    check_tools,
     compiler_command,
     compiler_in,
     cuda,
@@ -175,6 +176,13 @@ def why_stale(module: bytes) -> str:
     return f"{', '.join(named[:3])}{more} changed since"
 
 
+def how_to_build() -> str:
+    """The command that builds the module ahead of time once more."""
+    if (PACKAGE.parent / "setup.py").exists():
+        return f"'python setup.py build_ext --inplace' in {PACKAGE.parent}"
+    return "'pip install --force-reinstall --no-deps .' in a checkout of npc_ext"
+
+
 # ---------------------------------------------------------------------------------------------------------- the build
 
 
@@ -185,8 +193,9 @@ def build(target: Path, folder: Path, plan: Cuda | None = None, lock: int | None
     descriptor `lock` open as long as it runs.
 
     Raises:
-        BuildError: the build failed; the message has the compiler's whole output.
+        BuildError: the build failed, or something is missing for it; the message has the compiler's whole output.
     """
+    check_tools()
     plan = cuda() if plan is None else plan
     for notice in plan.notices:
         say(notice)
@@ -279,10 +288,13 @@ def _check_that_it_loads(module: Path, kind: type[CompileError]) -> None:
     if status:
         module.unlink(missing_ok=True)
         last = (output.strip().splitlines() or [f"exit status {status}"])[-1]
-        raise kind(
-            f"the compiled module does not load, and was deleted: {last}; is {' '.join(compiler_command())} a C++ "
-            f"compiler for {sys.executable}?"
-        )
+        question = f"is {' '.join(compiler_command())} a C++ compiler for {sys.executable}?"
+        if "failed to map segment" in last:
+            question = (
+                f"may code from {module.parent} be executed (not if it is mounted with noexec)? If it may not, build "
+                "elsewhere (NPC_EXT_CACHE names the folder of a just-in-time build)"
+            )
+        raise kind(f"the compiled module does not load, and was deleted: {last}; {question}")
 
 
 class _Progress:

@@ -132,7 +132,8 @@ def python_include() -> str:
     include = sysconfig.get_paths()["include"]
     if not (Path(include) / "Python.h").exists():
         raise BuildError(
-            f"Python.h is missing in {include}; install Python's headers (for example 'apt install python3-dev')"
+            f"Python.h is missing in {include}; install Python's headers (for example "
+            f"'apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev')"
         )
     return include
 
@@ -146,7 +147,9 @@ def pybind11_include() -> str:
         torch = importlib.util.find_spec("torch")
         if torch and torch.origin and (Path(torch.origin).parent / "include" / "pybind11").is_dir():
             return str(Path(torch.origin).parent / "include")
-        raise BuildError("pybind11 is missing; it compiles the kernels: pip install 'npc_ext[jit]'") from error
+        raise BuildError(
+            "pybind11 is missing, and torch, which has the same headers, is not installed: pip install pybind11"
+        ) from error
     return pybind11.get_include()
 
 
@@ -157,9 +160,21 @@ def ninja_command() -> list[str]:
     except ImportError:
         found = shutil.which("ninja")
         if found is None:
-            raise BuildError("ninja is missing; it compiles the kernels: pip install 'npc_ext[jit]'") from None
+            raise BuildError("ninja is missing, which runs the compilers: pip install ninja") from None
         return [found]
     return [str(Path(BIN_DIR) / "ninja")]
+
+
+def check_tools() -> None:
+    """Raises BuildError with everything that is missing to compile the kernels for the CPU."""
+    missing = []
+    for tool in (compiler_command, python_include, pybind11_include, ninja_command):
+        try:
+            tool()
+        except BuildError as error:
+            missing.append(str(error))
+    if missing:
+        raise BuildError("; ".join(missing))
 
 
 # --------------------------------------------------------------------------------------------------------------- CUDA
@@ -182,6 +197,14 @@ def nvcc() -> Path | None:
     """
     toolkit, _ = find_toolkit()
     return toolkit.nvcc if toolkit else None
+
+
+def why_no_nvcc() -> str:
+    """Why there is no nvcc to compile with; empty if there is one."""
+    if os.environ.get("NPC_EXT_NVCC") == "":
+        return "NPC_EXT_NVCC='' switches CUDA off"
+    toolkit, wrong = find_toolkit()
+    return "" if toolkit else "; ".join(wrong) or "no nvcc was found (the CUDA toolkit, 12.1 or newer, has it)"
 
 
 @lru_cache(maxsize=1)
@@ -247,15 +270,17 @@ def cuda(just_in_time: bool = False) -> Cuda:
     asked.
     """
     if os.environ.get("NPC_EXT_NVCC") == "":
-        return Cuda(reason="NPC_EXT_NVCC is empty, which asks for the CPU only")
+        return Cuda(reason=why_no_nvcc())
     if just_in_time and not asked_for_cuda():
         if not _torch_has_cuda():
-            return Cuda(reason="torch was built without CUDA; NPC_EXT_ARCHS names the GPUs to compile for all the same")
-        if not _gpus_here():
-            return Cuda(reason="there is no GPU on this machine; NPC_EXT_ARCHS names those to compile for all the same")
+            return Cuda(
+                reason="this torch was built without CUDA (to compile them anyway, set NPC_EXT_ARCHS, as in 90)"
+            )
+        if not gpus_here():
+            return Cuda(reason="there is no GPU here (to compile them anyway, set NPC_EXT_ARCHS, as in 90)")
     toolkit, wrong = find_toolkit()
     if toolkit is None:
-        reason = "; ".join(wrong) or "there is no nvcc"
+        reason = why_no_nvcc()
         if wrong and asked_for_cuda():
             raise BuildError(f"NPC_EXT_ARCHS asks for CUDA kernels, but {reason}; fix that or unset NPC_EXT_ARCHS")
         said = wrong or asked_for_cuda()
@@ -322,7 +347,7 @@ def _all_archs(known: tuple[str, ...]) -> tuple[str, ...]:
 def _archs_here(known: tuple[str, ...]) -> tuple[str, ...]:
     """Those of the GPUs in this machine. A GPU newer than nvcc gets PTX of the newest that nvcc knows."""
     found = []
-    for arch in _gpus_here():
+    for arch in gpus_here():
         older = [candidate for candidate in known if int(candidate) < int(arch)]
         if not known or arch in known:
             found.append(arch)
@@ -333,7 +358,7 @@ def _archs_here(known: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _gpus_here() -> tuple[str, ...]:
+def gpus_here() -> tuple[str, ...]:
     """The architectures of the GPUs in this machine, as ("80", "90")."""
     capabilities = _output_of(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]).split()
     here = {capability.replace(".", "") for capability in capabilities if re.fullmatch(r"\d+\.\d", capability)}

@@ -16,10 +16,21 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .build import MODULE_FILE, CompileError, DiskFullError, build, build_key, sources
-from .compilers import BuildError, Cuda, compiler_command, compiler_in, cuda, say
+from .compilers import BuildError, Cuda, check_tools, compiler_command, compiler_in, cuda, say
 
 # Environment variables that compilers read.
 _VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+_may_compile = True
+
+
+class NotBuiltError(BuildError):
+    """The module is not built yet. Nothing is missing to build it, but this process only looks."""
+
+
+def compile_nothing() -> None:
+    """From now on, this process only finds modules that are built already, as `python -m npc_ext` does."""
+    global _may_compile
+    _may_compile = False
 
 
 def cache_key(plan: Cuda | None = None) -> str:
@@ -47,10 +58,15 @@ def build_cached(why: str = "") -> Path:
         why: why the module is needed, for the message.
 
     Raises:
-        BuildError: the build failed, now or before, or there is no folder for it.
+        BuildError: the build failed, now or before, something is missing for it, or there is no folder for it.
+        NotBuiltError: it is not built yet, and `compile_nothing` was called.
     """
     plan = cuda(just_in_time=True)
-    key = cache_key(plan)
+    try:
+        key = cache_key(plan)
+    except BuildError:
+        check_tools()  # names everything that is missing, and not only the compiler
+        raise
     folders = _folders()
     for folder, temporary in folders.items():
         if temporary:
@@ -61,6 +77,9 @@ def build_cached(why: str = "") -> Path:
         if os.path.exists(folder / key / MODULE_FILE):
             return folder / key / MODULE_FILE
         _raise_remembered(folder / key)
+    check_tools()
+    if not _may_compile:
+        raise NotBuiltError("the kernels are not built yet")
     problems: list[str] = []
     for folder, temporary in folders.items():
         try:
@@ -72,7 +91,9 @@ def build_cached(why: str = "") -> Path:
             return _build_in(folder / key, plan, why)
         except (OSError, DiskFullError) as error:
             problems.append(f"the just-in-time build cannot write to {folder} ({error})")
-    raise BuildError(f"{'; '.join(problems)}; make it writable or point NPC_EXT_CACHE at a folder that is")
+    raise BuildError(
+        f"{'; '.join(problems)}; fix that, or point NPC_EXT_CACHE at a folder that can be written and has space"
+    )
 
 
 def discard(module: Path) -> None:

@@ -35,6 +35,7 @@ class Native:
     origin: str = "none"
     reason: str = ""
     why_not_prebuilt: str = ""  # why the module built ahead of time is not used
+    not_built_yet: bool = False  # it could be built just in time, but this process only looks
 
 
 @lru_cache(maxsize=1)
@@ -48,7 +49,11 @@ def status() -> Native:
         module = _just_in_time(why_not)
         return Native(module, f"built just in time: {module.__file__}", why_not_prebuilt=why_not)
     except Exception as error:
-        return Native(reason="; ".join(filter(None, [why_not, _sentence(error)])), why_not_prebuilt=why_not)
+        return Native(
+            reason="; ".join(filter(None, [why_not, _sentence(error)])),
+            why_not_prebuilt=why_not,
+            not_built_yet=isinstance(error, just_in_time.NotBuiltError),
+        )
 
 
 def _sentence(error: Exception) -> str:
@@ -84,7 +89,7 @@ def _prebuilt() -> tuple[ModuleType | None, str]:
     if differs := build.why_stale(path.read_bytes()):
         return None, (
             f"the module built ahead of time is older than the sources next to it ({differs}; to build it again: "
-            "'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+            f"{build.how_to_build()})"
         )
     try:
         return import_from(path), ""
@@ -144,10 +149,10 @@ def status_on(device: int) -> Native:
 def _built_for_gpus(device: int, reason: str) -> Native:
     """A module built just in time for the GPUs present. `reason` says why the first one does not run there."""
     try:
-        if compilers.nvcc() is None:
+        if why := compilers.why_no_nvcc():
             return Native(
-                reason=f"{reason}, and there is no nvcc to compile it for this GPU; install the CUDA toolkit (nvcc "
-                "12.1 or newer), and the kernels are compiled at their next use"
+                reason=f"{reason}, and it cannot be compiled for this GPU, because {why}; fix that, and the kernels "
+                "are compiled at their next use"
             )
         path = just_in_time.build_cached()
         if path != Path(str(module().__file__)):
@@ -158,6 +163,8 @@ def _built_for_gpus(device: int, reason: str) -> Native:
             if not reason:
                 return Native(built, f"built just in time: {path}")
         return Native(reason=f"{reason}; unset NPC_EXT_ARCHS, or add this GPU to it")
+    except just_in_time.NotBuiltError:
+        return Native(reason=reason, not_built_yet=True)
     except Exception as error:
         return Native(reason=f"{reason}, and compiling it for this GPU failed: {_sentence(error)}")
 
@@ -190,12 +197,8 @@ def why_no_cuda() -> str:
 
 
 def _compiled_without_cuda(compiled: ModuleType) -> str:
-    reason = getattr(compiled, "why_no_cuda", "")
-    because = f" ({reason})" if reason else ""
-    path = Path(str(getattr(compiled, "__file__", "")))
-    if path.parent != build.PACKAGE and path.is_absolute():
-        return f"the module was compiled without CUDA{because}; fix that and delete {path.parent} to compile it again"
-    return (
-        f"the module was compiled without CUDA{because}; install the CUDA toolkit (nvcc 12.1 or newer) and compile it "
-        "again: 'make' in a checkout, else 'pip install --force-reinstall --no-deps --no-binary npc_ext npc_ext'"
-    )
+    said = f"the module was built without CUDA kernels, because {compiled.why_no_cuda}; fix that and "
+    path = Path(str(compiled.__file__))
+    if path.parent != build.PACKAGE:
+        return f"{said}delete {path.parent}: the next use compiles it again"
+    return f"{said}build it again: {build.how_to_build()}"

@@ -528,12 +528,43 @@ def test_a_search_decides_the_defaults_of_its_own_size(searches: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("run --set batches=cut", "--set has 'batches'; the protocol has channels"),
-        ("run --methods foo", "--methods has 'foo'; expected some of npc, cpc"),
-        ("run --set npc.foo=1", "--set has 'npc.foo'; npc has lr, alpha, beta"),
-        ("run --set npc.alpha_unit=rate", "--set has 'npc.alpha_unit'; npc has lr, alpha, beta"),
-        ("run --set foo.lr=1", "'foo' is no method"),
-        ("run --set foo=1", "--set has 'foo'; the protocol has channels"),
+        ("run --set batches=cut", "--set has 'batches', which the protocol does not have; close to it: 'batch_size'"),
+        ("run --methods foo", "--methods has 'foo', which is no method; there are 'npc', 'cpc'"),
+        ("run --methods npd,sgd", "--methods has 'npd', which is no method; close to it: 'npc'"),
+        ("run --methods npc,npc", "--methods names 'npc' more than once"),
+        ("run --set npc.foo=1", "--set has 'npc.foo', which npc does not have; there are 'lr', 'alpha', 'beta'"),
+        ("run --set npc.detla=1", "--set has 'npc.detla', which npc does not have; close to it: 'beta', 'delta'"),
+        ("run --set npc.alpha_unit=rate", "--set has 'npc.alpha_unit', which npc does not have; close to it: 'alpha'"),
+        ("run --set foo.lr=1", "--set has 'foo.lr', but 'foo' is no method; there are 'npc'"),
+        ("run --set ewc.lr=1", "--set has 'ewc.lr', but --methods has npc, sgd only"),
+        ("run --set foo=1", "--set has 'foo', which the protocol does not have; there are 'channels'"),
+        ("run --set epoch=1", "--set has 'epoch', which the protocol does not have; close to it: 'epochs'"),
+        ("run --set npc.lr=-1", "npc does not take these settings: lr is -1; "),
+        ("run --set npc.lr=True", "expected a number"),
+        ("run --methods ewc --set ewc.implicit=no", "--set has 'ewc.implicit=no'; expected True or False"),
+        ("run --methods ewc --set ewc.implicit=2", "--set has 'ewc.implicit=2'; expected True or False"),
+        (
+            "run --set npc.output=al",
+            "npc does not take these settings: output is 'al'; expected 'all', 'active', 'free'",
+        ),
+        ("run --set npc.measure=before", "measure is 'before'; expected 'after pooling', 'before pooling'"),
+        ("run --set npc.sigma=sigmoit", "npc does not take these settings: sigma is 'sigmoit'; "),
+        ("run --device gpu", "--device is gpu; expected cpu, cuda, or cuda:1 and so on"),
+        ("run --device cuda:99", "--device is cuda:99, but PyTorch sees "),
+        ("search --methods joint", "--methods has 'joint', which is a bound: it has nothing to search"),
+        ("reproduce --jobs 0", "--jobs is 0; expected at least 1"),
+        ("run --data /nowhere", "argument --data: /nowhere does not exist; correct it (--data or NPC_DATA names it)"),
+        ("reproduce --data /nowhere", "argument --data: /nowhere does not exist; correct it"),
+        ("report --store /nowhere", "argument --store: /nowhere does not exist"),
+        ("report --out /dev/null/out", "argument --out: /dev/null is not a folder; name a folder for the results"),
+        ("race --out /dev/null", "argument --out: /dev/null is not a folder"),
+        ("run --store /dev/null/store", "argument --store: /dev/null is not a folder"),
+        ("search --results /dev/null/x", "argument --results: /dev/null is not a folder"),
+        (
+            "race --methods npc --also npc.detla=1",
+            "--also has 'npc.detla', which npc does not have; close to it: 'beta', 'delta'",
+        ),
+        ("race --methods npc --also npc.lr=-1", "npc does not take these settings: lr is -1; "),
         ("run --set epochs=many", "expected a value such as 30"),
         ("run --set npc.lr=fast", "expected a number"),
         ("run --set npc.lr", "expected name=value"),
@@ -549,14 +580,56 @@ def test_a_search_decides_the_defaults_of_its_own_size(searches: Path) -> None:
     ],
 )
 def test_bad_arguments_are_answered_in_one_sentence(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def read_nothing(*_: Any) -> Any:
+        raise AssertionError("data sets were looked for, and perhaps downloaded")
+
+    monkeypatch.setattr(experiments, "available", read_nothing)
     command, *options = arguments.split()
     with pytest.raises(SystemExit) as stopped:
-        main([command, "--experiment", "idigits", *options])
+        main([command, *([] if command in ("report", "reproduce") else ["--experiment", "idigits"]), *options])
     assert stopped.value.code == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in last
+
+
+def test_the_experiment_activation_refuses_other_methods_before_it_reads_data(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "available", None)
+    with pytest.raises(SystemExit):
+        main(["run", "--experiment", "activation", "--methods", "npc,ewc"])
+    assert "--methods has 'ewc'; the experiment activation compares npc and sgd only" in capsys.readouterr().err
+
+
+def test_a_named_data_folder_that_does_not_exist_is_not_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPC_DATA", str(tmp_path / "dta"))
+    with pytest.raises(SystemExit):
+        main(["run", "--experiment", "imnist", "--methods", "npc"])
+    said = f"{tmp_path / 'dta'} does not exist; correct it (--data or NPC_DATA names it), or make the folder to have"
+    assert said in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_report_of_a_damaged_store_leaves_no_folder(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    store.save(stored("sgd", 0, [[1.0, 0.5], [0.8, 0.6]]), {})
+    for path in store.folder.rglob("*.json"):
+        path.write_text("[]")
+    with pytest.raises(SystemExit):
+        main(["report", "--store", str(store.folder), "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+def test_reproducing_goes_on_after_a_command_that_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(experiments, "available", lambda experiment, folder: ((), {"data": "the site is down"}))
+    assert main(["reproduce"]) != 0
+    assert capsys.readouterr().err.count("the site is down") == len(PLANS["small"])
 
 
 @pytest.mark.parametrize("size", PLANS)

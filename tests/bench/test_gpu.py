@@ -380,9 +380,17 @@ def test_without_a_gpu_only_a_dry_flight_is_possible(tmp_path: Path) -> None:
     ],
 )
 def test_what_a_flight_cannot_do_is_said_before_it_begins(tmp_path: Path, arguments: list[str], message: str) -> None:
-    result = fly("kernels", tmp_path, None, *arguments)
+    result = fly("kernels", tmp_path / "out", None, *arguments)
     assert result.returncode == 2
     assert message in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_revision_that_git_does_not_know_is_named_before_anything_is_compiled() -> None:
+    no_compiler = {**os.environ, "NPC_EXT_NVCC": "", "CXX": "/nowhere/c++"}
+    result = python("-m", "bench.gpu.prepare", "--against", "no-such", environment=no_compiler)
+    assert result.returncode == 1
+    assert result.stderr.startswith("bench.gpu.prepare: 'no-such' is neither a revision of this repository")
 
 
 def test_two_flights_do_not_share_a_folder(tmp_path: Path) -> None:

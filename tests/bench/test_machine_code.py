@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from bench import ROOT
-from bench.machine_code import sass
+from bench.machine_code import __main__, sass
 from bench.machine_code.__main__ import PACKAGES, table
 from bench.machine_code.kernels import OBJECTS, SHARED_KIB, Kernel, compiled, compiler_version, cuobjdump, kernels
-from npc_ext.kernels import build
+from npc_ext.kernels import build, compilers
 
 from ..kernels.imitations import needs_nvcc
 
@@ -249,3 +249,20 @@ def test_the_page_about_kernels_shows_this_machine_code() -> None:
     if not built("90"):
         pytest.skip(f"{OBJECTS} has no code for sm_90")
     assert table(built("90")) in page, "put what `python -m bench.machine_code` prints into docs/md"
+
+
+def test_what_is_missing_is_named_with_the_command_that_makes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(__main__, "cuobjdump", lambda: "cuobjdump")
+    monkeypatch.setattr(__main__, "OBJECTS", tmp_path)
+    monkeypatch.setattr(compilers, "why_no_nvcc", lambda: "no nvcc was found")
+    source = tmp_path / "kernel.cu"
+    source.touch()
+    for arguments, said in (
+        ([], f"{tmp_path} has no objects of CUDA kernels; name a .cu file, or build with nvcc: "),
+        ([str(source)], "a .cu file cannot be compiled: no nvcc was found"),
+    ):
+        with pytest.raises(SystemExit):
+            __main__.main(arguments)
+        assert said in capsys.readouterr().err

@@ -65,7 +65,8 @@ def test_two_revisions_are_timed_in_turns(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_revision_that_git_does_not_know_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        main(["--quick", "--against", "no-such", "--out", str(tmp_path)])
+        main(["--quick", "--against", "no-such", "--out", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
     assert "'no-such' is neither a revision of this repository nor a folder" in capsys.readouterr().err
 
 

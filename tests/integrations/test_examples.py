@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from npc_ext import NPC, PlasticityWrapper
 from ..training import importances, same
 
 pytestmark = pytest.mark.slow  # these libraries take seconds to import
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def all_measured(optimizer: Any) -> bool:
@@ -28,6 +33,52 @@ def example(name: str, *packages: str) -> Any:
     return importlib.import_module(f"examples.{name}")
 
 
+# Names on the package index, where they differ from the modules'.
+INDEX = {"sklearn": "scikit-learn", "avalanche": "avalanche-lib"}
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("[a-z]*.py"))
+
+
+def packages_of(name: str) -> set[str]:
+    """The packages that an example imports, by their names on the index."""
+    tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text())
+    modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"torch", "npc_ext"}
+    return {INDEX.get(top, top) for top in tops}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_says_how_to_run_it_and_what_it_needs(name: str) -> None:
+    source = (ROOT / "examples" / f"{name}.py").read_text()
+    advised = re.search(r"this example needs: pip install ([\w -]+)", source)
+    assert advised and set(advised[1].split()) == packages_of(name)
+    description = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
+    assert f"Run it from the checkout's folder: `python -m examples.{name}`" in description
+    assert f"pip install {advised[1]}" in description
+
+
+def test_the_extras_have_what_the_examples_need() -> None:
+    project = (ROOT / "pyproject.toml").read_text()
+    for name in EXAMPLES:
+        extra = "avalanche" if name.startswith("avalanche") else "trainers"
+        (listed,) = re.findall(rf"^{extra} = \[(.*)\]$", project, re.MULTILINE)
+        assert packages_of(name) <= set(re.findall(r'"([\w-]+)"', listed)), extra
+
+
+@pytest.mark.parametrize("way", ["-m", "by path"])
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_missing_package_is_one_sentence(name: str, way: str) -> None:
+    modules = {distribution: module for module, distribution in INDEX.items()}
+    run = f"run_module('examples.{name}'" if way == "-m" else f"run_path('examples/{name}.py'"
+    for package in packages_of(name):
+        blocked = modules.get(package, package)
+        script = f"import runpy, sys; sys.modules[{blocked!r}] = None; runpy.{run}, run_name='__main__')"
+        result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        (sentence,) = result.stderr.strip().splitlines()
+        assert "; this example needs: pip install " in sentence and package in sentence
+
+
 @pytest.fixture
 def hugging_face() -> Any:
     return example("hugging_face", "transformers", "accelerate")
@@ -35,7 +86,7 @@ def hugging_face() -> Any:
 
 @pytest.fixture
 def lightning_module() -> Any:
-    return example("lightning_module", "lightning")
+    return example("lightning_module", "lightning", "sklearn")
 
 
 def test_hugging_face_trainer(tmp_path: Path, hugging_face: Any) -> None:
@@ -68,7 +119,7 @@ def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path, hugging_f
 
 
 def test_accelerate() -> None:
-    accuracy, optimizer = example("accelerated", "accelerate").train(3)
+    accuracy, optimizer = example("accelerated", "accelerate", "sklearn").train(3)
     assert accuracy > 0.9
     assert all_measured(optimizer)
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -209,4 +212,35 @@ def test_whether_torch_has_cuda_is_seen_without_importing_it(
 ) -> None:
     imitate_machine(torch_cuda=line)
     reason = compilers.cuda(just_in_time=True).reason
-    assert reason.startswith("there is no GPU" if has_cuda else "torch was built without CUDA")
+    assert reason.startswith("there is no GPU here" if has_cuda else "this torch was built without CUDA")
+
+
+def test_each_reason_to_leave_cuda_out_has_its_sentence(imitate_machine: Callable[..., None], tmp_path: Path) -> None:
+    imitate_machine()
+    assert compilers.why_no_nvcc() == "no nvcc was found (the CUDA toolkit, 12.1 or newer, has it)"
+    imitate_machine(home=tmp_path)
+    assert compilers.why_no_nvcc() == f"CUDA_HOME={tmp_path} has no bin/nvcc"
+    imitated_nvcc(tmp_path)
+    imitate_machine(home=tmp_path)
+    assert compilers.why_no_nvcc() == ""
+    imitate_machine(home=tmp_path, NPC_EXT_NVCC="")
+    assert compilers.why_no_nvcc() == compilers.cuda().reason == "NPC_EXT_NVCC='' switches CUDA off"
+
+
+def test_everything_that_is_missing_is_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "")
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    for module in ("ninja", "pybind11"):
+        monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(compilers.BuildError) as refusal:
+        compilers.check_tools()
+    assert str(refusal.value).split("; ") == [
+        "no C++ compiler: none of c++, g++, clang++ is on the PATH",
+        "install one (for example 'apt install g++') or set CXX",
+        "Python.h is missing in /nowhere",
+        f"install Python's headers (for example 'apt install python3.{sys.version_info.minor}-dev')",
+        "pybind11 is missing, and torch, which has the same headers, is not installed: pip install pybind11",
+        "ninja is missing, which runs the compilers: pip install ninja",
+    ]

@@ -150,6 +150,7 @@ def test_a_full_disk_is_named_and_tried_again(tmp_path: Path, words: str) -> Non
     compiler = imitated_compiler(tmp_path / "c++", f"echo 'c++: error: {words}'; exit 1")
     output, _ = load(tmp_path / "cache", compiler)
     assert f"cannot write to {tmp_path / 'cache'} ({words.lower()}: free some there or in /" in output
+    assert "point NPC_EXT_CACHE at a folder that can be written and has space" in output
     assert not list(tmp_path.rglob("failed.txt"))
 
 
@@ -227,7 +228,7 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(tmp_path: Path) ->
     folder.chmod(0o777)
     output, _ = of_nobody(tmp_path)
     assert "not a folder that only this user can write" in output
-    assert "point NPC_EXT_CACHE at a folder that is" in output
+    assert "point NPC_EXT_CACHE at a folder that can be written and has space" in output
     assert not modules(folder)
 
 
@@ -305,6 +306,61 @@ def test_what_is_missing_is_named_with_its_fix(tmp_path: Path, setting: dict[str
     assert message in output
 
 
+def test_tools_that_are_missing_are_named_before_anything_is_compiled(tmp_path: Path) -> None:
+    compiler = imitated_compiler(tmp_path / "c++")
+    hide = (
+        "import sysconfig; paths = sysconfig.get_paths; sys.modules['ninja'] = None\n"
+        "sysconfig.get_paths = lambda *options: {**paths(*options), 'include': '/nowhere'}"
+    )
+    output, errors = load(tmp_path / "cache", compiler, FIRST=hide, PATH="/nowhere")
+    assert "Python.h is missing in /nowhere; install Python's headers" in output
+    assert "; ninja is missing, which runs the compilers: pip install ninja" in output
+    assert not errors and not (tmp_path / "cache").exists()
+
+
+def test_a_folder_whose_files_cannot_be_executed_is_named(tmp_path: Path) -> None:
+    first = (
+        "import subprocess; run = subprocess.run\n"
+        "def noexec(command, **options):\n"
+        "    if '-I' not in command: return run(command, **options)\n"
+        "    said = 'ImportError: _C.so: failed to map segment from shared object'\n"
+        "    return subprocess.CompletedProcess(command, 1, said)\n"
+        "subprocess.run = noexec"
+    )
+    output, _ = load(tmp_path / "cache", imitated_compiler(tmp_path / "c++"), FIRST=first)
+    assert re.search(
+        r"failed to map segment .*may code from .*cache\S+ be executed \(.* mounted with noexec\)\? .*NPC_EXT_CACHE",
+        output,
+    )
+
+
+@pytest.mark.slow
+def test_the_kernels_are_compiled_with_torchs_headers_of_pybind11(tmp_path: Path) -> None:
+    first = "sys.modules['pybind11'] = None"
+    output, _ = finish(start(tmp_path, FIRST=first))
+    assert "built just in time" in output
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_a_module_built_ahead_of_time_is_built_again_by_the_command_that_messages_name(
+    checkout: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = copied_package(tmp_path, "*.so")
+    monkeypatch.setattr(build, "PACKAGE", package)
+    if not checkout:
+        assert build.how_to_build() == "'pip install --force-reinstall --no-deps .' in a checkout of npc_ext"
+        return
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    command, folder = re.fullmatch(r"'python (.*)' in (.*)", build.how_to_build()).groups()  # type: ignore[union-attr]
+    assert folder == str(tmp_path)
+    compiler = imitated_compiler(tmp_path / "c++")
+    for _ in range(2):
+        variables = environment(tmp_path, CXX=str(compiler))
+        subprocess.run([sys.executable, *command.split()], cwd=folder, env=variables, capture_output=True, check=True)
+        (package / build.MODULE_FILE).unlink()
+
+
 def test_a_stale_module_is_not_run(tmp_path: Path) -> None:
     package = copied_package(tmp_path)
     header = tmp_path / "csrc" / "rules.h"
@@ -317,7 +373,7 @@ def test_a_stale_module_is_not_run(tmp_path: Path) -> None:
 
     why = (
         "the module built ahead of time is older than the sources next to it (csrc/rules.h changed since; to build it "
-        "again: 'make .venv/build.stamp' or 'python setup.py build_ext --inplace')"
+        "again: 'pip install --force-reinstall --no-deps .' in a checkout of npc_ext)"
     )
     keep_flags = {"NPC_EXT_CXXFLAGS": ""}
     output, _ = loaded(CXX="/nowhere/c++", **keep_flags)

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from npc_ext import EWC, NPC, ops
-from npc_ext.kernels import compilers, just_in_time, native
+from npc_ext.kernels import build, compilers, just_in_time, native
 from npc_ext.optim import base
 
 from .. import cuda_on_cpu
@@ -81,9 +81,11 @@ def test_a_launch_without_a_driver_says_so() -> None:
 def test_a_module_without_cuda_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: Any = SimpleNamespace(__file__="/cache/key/_C.so", why_no_cuda="nvcc is ill")
     monkeypatch.setattr(native, "status", lambda: native.Native(compiled, "test"))
-    assert native.why_no_cuda() == (
-        "the module was compiled without CUDA (nvcc is ill); fix that and delete /cache/key to compile it again"
-    )
+    said = "the module was built without CUDA kernels, because nvcc is ill; fix that and "
+    assert native.why_no_cuda() == f"{said}delete /cache/key: the next use compiles it again"
+    native.why_no_cuda.cache_clear()
+    compiled.__file__ = str(build.PACKAGE / build.MODULE_FILE)
+    assert native.why_no_cuda() == f"{said}build it again: {build.how_to_build()}"
 
 
 def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,21 +103,20 @@ def test_gpu_tensors_without_cuda_kernels_fall_back_and_that_is_said_once(monkey
 
 
 def test_backend_native_without_cuda_kernels_raises_with_the_fix(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Compiled:
-        isas: Any = None
-
-    monkeypatch.setattr(native, "status", lambda: native.Native(Compiled(), "test"))  # type: ignore[arg-type]
+    compiled: Any = SimpleNamespace(__file__=str(build.PACKAGE / build.MODULE_FILE), why_no_cuda="no nvcc was found")
+    monkeypatch.setattr(native, "status", lambda: native.Native(compiled, "test"))
     on_gpu = SimpleNamespace(is_cpu=False, is_cuda=True, device=torch.device("cuda:0"))
     model: Any = SimpleNamespace(named_parameters=lambda: [("weight", on_gpu)])
     with pytest.raises(
         native.NativeUnavailableError,
-        match=r"'weight' is on cuda:0 and the module was compiled without CUDA; install the CUDA toolkit .*'make'",
+        match=r"'weight' is on cuda:0 and the module was built without CUDA kernels, because no nvcc was found; fix that "
+        r"and build it again: 'python setup.py build_ext --inplace' in ",
     ):
         base.require_native(model)
 
 
 def on_gpu_without(
-    monkeypatch: pytest.MonkeyPatch, *obstacles: tuple[str, bool], nvcc: Path | None = Path("nvcc")
+    monkeypatch: pytest.MonkeyPatch, *obstacles: tuple[str, bool], why_no_nvcc: str = ""
 ) -> list[SimpleNamespace]:
     """A GPU on which each module that is loaded has its obstacle: the first one, and one built just in time."""
     modules = [
@@ -130,7 +131,7 @@ def on_gpu_without(
     monkeypatch.setattr(native, "why_no_cuda", lambda: "")
     monkeypatch.setattr(native, "import_from", lambda path: modules[-1])
     monkeypatch.setattr(just_in_time, "build_cached", lambda: Path(modules[-1].__file__))
-    monkeypatch.setattr(compilers, "nvcc", lambda: nvcc)
+    monkeypatch.setattr(compilers, "why_no_nvcc", lambda: why_no_nvcc)
     return modules
 
 
@@ -150,18 +151,18 @@ def test_a_module_that_runs_on_the_gpu_is_used_there(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(
-    ("obstacles", "nvcc", "reason"),
+    ("obstacles", "why_no_nvcc", "reason"),
     [
-        ([("the driver is too old", False)], Path("nvcc"), "^the driver is too old$"),
-        ([(CODE, True)], None, "is sm_80 .*there is no nvcc to compile it for this GPU; install the CUDA toolkit"),
-        ([(CODE, True)], Path("nvcc"), "is sm_80 .*; unset NPC_EXT_ARCHS"),
-        ([(CODE, True), (CODE, True)], Path("nvcc"), "is sm_80 .*; unset NPC_EXT_ARCHS"),
+        ([("the driver is too old", False)], "", "^the driver is too old$"),
+        ([(CODE, True)], "it is lost", "is sm_80 .*cannot be compiled for this GPU, because it is lost; fix that, and"),
+        ([(CODE, True)], "", "is sm_80 .*; unset NPC_EXT_ARCHS"),
+        ([(CODE, True), (CODE, True)], "", "is sm_80 .*; unset NPC_EXT_ARCHS"),
     ],
 )
 def test_what_cannot_run_on_a_gpu_is_explained(
-    obstacles: list[tuple[str, bool]], nvcc: Path | None, reason: str, monkeypatch: pytest.MonkeyPatch
+    obstacles: list[tuple[str, bool]], why_no_nvcc: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    on_gpu_without(monkeypatch, *obstacles, nvcc=nvcc)
+    on_gpu_without(monkeypatch, *obstacles, why_no_nvcc=why_no_nvcc)
     found = native.status_on(0)
     assert found.module is None
     assert re.search(reason, found.reason)
