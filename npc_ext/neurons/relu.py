@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .layer import NeuronLayer, TapPoint
 from .stand_in import Handle
-from .tap import TapHook, checked_dims, for_sink, like, tap
+from .tap import TapHook, can_measure, checked_dims, for_sink, like, tap
 
 
 class ReLU(nn.ReLU):
@@ -86,6 +86,8 @@ class _MeasuredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         layer, output = ctx.layer, like(gradient, *ctx.saved_tensors)
+        if not can_measure(gradient):
+            return torch.ops.aten.threshold_backward(gradient, output, 0), None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated again
             output = output.detach()
             grad_input = torch.ops.aten.threshold_backward(gradient, output, 0)
