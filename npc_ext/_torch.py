@@ -24,6 +24,7 @@ __all__ = [
     "TRACES_BOUND_FORWARDS",
     "after_backward",
     "as_written",
+    "backward_passes",
     "class_index_before_fully_shard",
     "compiled_from",
     "current_backward_pass",
@@ -84,6 +85,16 @@ current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
 def in_backward() -> bool:
     """Whether autograd is running in this thread. A forward pass then belongs to a checkpoint."""
     return current_backward_pass() != -1
+
+
+def backward_passes() -> int:
+    """The number of a backward pass that starts now, as `current_backward_pass` counts. Runs one to find out."""
+    numbers: list[int] = []
+    with torch.enable_grad():
+        probe = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        probe.register_hook(lambda _: numbers.append(current_backward_pass()))
+        probe.backward()
+    return numbers[0]
 
 
 def after_backward(callback: Callable[[], None]) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._names import close_to
-from .._torch import guard_hooks
+from .._torch import direct_hooks, guard_hooks
 from . import attention
 from .layer import PROJECTION, NeuronLayer, OtherParameter
 from .protection import Protection
 from .relu import ReLU
+from .stand_in import StandIn
 from .tap import TapHook
 
 
@@ -62,8 +63,19 @@ class Neurons:
         """Makes `detach` also call `remove()` of the handle of something else in the model."""
         self._handles.append(handle)
 
+    def are_tapped(self) -> bool:
+        """Whether taps have been placed in the model, and not been removed by `detach`."""
+        return bool(self._handles)
+
+    def is_tapped(self, layer: NeuronLayer, model: nn.Module) -> bool:
+        """Whether the taps of a layer are in the model. Other code may have removed them."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if layer.module not in modules or any(point.module not in modules for point in layer.points):
+            return False
+        return all(any(hook.layer is layer for hook in _taps_of(modules[point.module])) for point in layer.points)
+
     def detach(self) -> None:
-        """Removes everything from the model that was placed in it."""
+        """Removes everything from the model that was placed in it. The optimizer can then take no more steps."""
         _remove_all(self._handles)
 
     def detach_with(self, owner: object) -> None:
@@ -145,6 +157,16 @@ class Neurons:
         return layer.name or "(the model)", *counts, measured, names
 
     __repr__ = __str__
+
+
+def _taps_of(module: nn.Module) -> list[TapHook]:
+    """The taps at a module's input, at its output, and inside it."""
+    placed: list[Any] = [hook for hooks in direct_hooks(module) for hook in hooks.values()]
+    if isinstance(module, ReLU):
+        placed += module.taps()
+    if isinstance(stand_in := StandIn.of(module), attention.AttentionForward):
+        placed += stand_in.users()
+    return [hook for hook in placed if isinstance(hook, TapHook)]
 
 
 def _remove_all(handles: list[Any]) -> None:

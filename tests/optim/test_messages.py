@@ -128,9 +128,7 @@ def test_a_step_without_any_measured_importance_raises_and_says_how_to_fix_it(ki
     with refused(model, optimizer, RuntimeError, r"no importance was measured.*call model.train\(\)"):
         train(model, optimizer, data)
     model.train()
-    optimizer.neurons.detach()
-    with refused(model, optimizer, RuntimeError, r"no importance was measured.*keep its hooks"):
-        train(model, optimizer, data)
+    train(model, optimizer, data)
 
 
 # ------------------------------------------------------------------------------------------------------------- warnings
@@ -140,7 +138,9 @@ def test_a_single_layer_that_was_not_measured_is_reported_once() -> None:
     model, data = paper_cnn(), batches(2)
     optimizer = NPC(model)
     model.pool1._forward_hooks.clear()
-    with pytest.warns(ImportanceWarning, match="layer 'conv1' received gradients, but its importance was not measured"):
+    with pytest.warns(
+        ImportanceWarning, match="layer 'conv1' received gradients, but importance was not measured. Other code"
+    ):
         train(model, optimizer, data[:1])
     train(model, optimizer, data[1:])  # the tests' settings turn a second warning into an error
 
@@ -188,7 +188,7 @@ def test_a_body_that_is_measured_at_one_of_several_heads_is_warned_of_with_advic
     model = SetTaskWithGELU()
     optimizer = NPC(model)
     model.task = 1
-    with pytest.warns(ImportanceWarning, match=r"at the input of heads.0\. .* one of several heads") as caught:
+    with pytest.warns(ImportanceWarning, match=r"at the input of heads.0, .* one of several heads") as caught:
         train(model, optimizer, data)
     assert f"layers={advice}" in str(caught[0].message)
     model = SetTaskWithGELU()
