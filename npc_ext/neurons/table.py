@@ -20,6 +20,8 @@ from .relu import ReLU
 from .stand_in import StandIn
 from .tap import TapHook
 
+_COPIED = "copied"
+
 
 class Neurons:
     """All neurons of a model, by layer, and the parameters that belong to none. Printing it shows a table."""
@@ -120,9 +122,15 @@ class Neurons:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if any(point.copy for layer in self.layers for point in layer.points):
+            lines.append(
+                f"{_COPIED}: the tap passes on a copy, because what follows may change the activation in place"
+            )
+        if self._trained is not None and not self.are_tapped():
+            lines.append("detached: the taps have been removed from the model, so nothing is measured any more")
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         if self.other_parameters:
-            lines += ["", "in no neuron, trained at plain learning rate unless other_parameters='freeze':"]
+            lines += ["", self._heading_of_others(trained)]
             width = max(len(other.name) for other in self.other_parameters)
             for other in self.other_parameters:
                 frozen = ""
@@ -134,15 +142,23 @@ class Neurons:
         of_model = set(map(id, self._of_model()))
         if outside := [parameter.numel() for parameter in self.trained() if id(parameter) not in of_model]:
             size = f"{len(outside)} parameters, {sum(outside):,} elements"
-            lines += ["", f"not in the model, trained at plain learning rate: {size}"]
+            lines += ["", f"not in the model, so not protected; trained at the plain learning rate: {size}"]
         return "\n".join([*lines, "", str(self.protection())])
+
+    def _heading_of_others(self, trained: Collection[int]) -> str:
+        if not any(id(other.parameter) in trained for other in self.other_parameters):
+            return "in no neuron, and not trained:"
+        return (
+            "in no neuron, so not protected; trained at the plain learning rate (other_parameters='freeze' keeps them "
+            "as they are):"
+        )
 
     def _row(self, layer: NeuronLayer, trained: Collection[int]) -> tuple[str, ...]:
         """The row of a layer. `trained` holds the ids of all trained parameters."""
         is_trained = {p.name: id(p.parameter) in trained for p in layer.parameters}
         measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
         if any(point.copy for point in layer.points):
-            measured += " (copied)"
+            measured += f" ({_COPIED})"
         if not layer.trains():
             measured = "nowhere: none of its parameters requires a gradient"
         elif not any(is_trained.values()):

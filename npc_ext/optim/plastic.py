@@ -122,7 +122,7 @@ class Plastic(PlasticityControl, Joinable):
         self.neurons = found
         found.detach_with(self)
         self._left_alone = {
-            layer.name: "protect=False, so it trains at plain learning rate"
+            layer.name: "protect=False, so it trains at the plain learning rate"
             for layer in found
             if not self._layer_options.of(layer.name).get("protect", True)
         }
