@@ -24,6 +24,8 @@ _POSSIBLE_CAUSES = (
     "the model was compiled and called before the optimizer was built (call torch.compiler.reset())",
     "a graph of torch.jit.trace or torch.export was called (call the model itself)",
 )
+_POSSIBLE_IN_FIRST_STEP = "the forward pass ran before the optimizer was built (build it first)"
+_POSSIBLE_IN_LATER_STEPS = "step() was called twice after one backward pass"
 
 
 class LayerWarnings:
@@ -124,7 +126,7 @@ class MeasurementChecks:
         if not observed.neurons.are_tapped():
             return (
                 "optimizer.neurons.detach() has removed the taps that measure it. To continue training, build a new "
-                f"optimizer, which takes the importance over: {observed.rebuilt}."
+                f"optimizer with the importance of this one (earlier): {observed.rebuilt}."
             )
         if self._no_backward_pass_since():
             return (
@@ -139,12 +141,9 @@ class MeasurementChecks:
                 "torch.autograd.grad and backward(inputs=...) compute the gradients that they are asked for, and no "
                 "importance. Call loss.backward() instead."
             )
-        first = ["the forward pass ran before the optimizer was built (build it first)"]
-        causes = [
-            *([] if observed.has_begun else first),
-            *_POSSIBLE_CAUSES,
-            *(["step() was called twice after one backward pass"] if observed.has_begun else []),
-        ]
+        causes = [_POSSIBLE_IN_FIRST_STEP, *_POSSIBLE_CAUSES]
+        if observed.has_begun:
+            causes = [*_POSSIBLE_CAUSES, _POSSIBLE_IN_LATER_STEPS]
         return f"Possible causes: {'; '.join(causes)}."
 
     def _no_backward_pass_since(self) -> bool:
@@ -209,7 +208,8 @@ def _cause(layer: NeuronLayer, observed: Observed) -> Cause:
 def _without_taps(layers: Sequence[NeuronLayer], observed: Observed) -> str:
     return (
         "Other code has replaced modules or removed forward hooks, so the taps that measure it are no longer in the "
-        f"model. After such changes, build a new optimizer, which takes the importance over: {observed.rebuilt}"
+        "model. After such changes, build a new optimizer with the importance of this one (earlier): "
+        f"{observed.rebuilt}"
     )
 
 

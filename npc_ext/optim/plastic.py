@@ -244,7 +244,7 @@ class Plastic(PlasticityControl, Joinable):
             self._is_superseded,
             self._has_begun,
             self._shared_sinks.shared,
-            f"{self._built_as()}.load_importance(optimizer)",
+            f"{self._built_as()}.load_importance(earlier)",
         )
 
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.

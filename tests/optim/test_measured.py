@@ -114,8 +114,8 @@ def test_taps_that_were_taken_out_are_named(kind: Kind) -> None:
     loss_of(model).backward()
     built = "NPC(model, ...)" if kind is NPC else "PlasticityWrapper(optimizer, model)"
     assert why(model, optimizer) == (
-        "optimizer.neurons.detach() has removed the taps that measure it. To continue training, build a new optimizer, "
-        f"which takes the importance over: {built}.load_importance(optimizer)."
+        "optimizer.neurons.detach() has removed the taps that measure it. To continue training, build a new optimizer "
+        f"with the importance of this one (earlier): {built}.load_importance(earlier)."
     )
     learn(model, kind(model).load_importance(optimizer))
 
@@ -136,8 +136,8 @@ def test_taps_that_other_code_removed_are_named(part: str) -> None:
     model(x).square().sum().backward()
     assert why(model, optimizer) == (
         "Other code has replaced modules or removed forward hooks, so the taps that measure it are no longer in the "
-        "model. After such changes, build a new optimizer, which takes the importance over: "
-        "NPC(model, ...).load_importance(optimizer)."
+        "model. After such changes, build a new optimizer with the importance of this one (earlier): "
+        "NPC(model, ...).load_importance(earlier)."
     )
     later = NPC(model).load_importance(optimizer)
     model(x).square().sum().backward()
