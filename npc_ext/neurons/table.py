@@ -46,7 +46,16 @@ class Neurons:
         raise KeyError(f"no layer {name!r}; {close_to(name, (layer.name for layer in self.layers))}")
 
     def attach(self, model: nn.Module, layers: Iterable[NeuronLayer] | None = None) -> None:
-        """Places the taps of layers in the model. By default, of all layers."""
+        """Places the taps of layers in the model. By default, of all layers.
+
+        Raises:
+            RuntimeError: they are in the model already, so each layer would be measured twice.
+        """
+        if self.are_tapped():
+            raise RuntimeError(
+                "the taps of these neurons are in the model already (an optimizer places those of its own neurons); "
+                "call detach() first to place them again"
+            )
         guard_hooks()
         for layer in self.layers if layers is None else layers:
             weighted = model.get_submodule(layer.module)
