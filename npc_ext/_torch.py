@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad as _forward_ad
 from torch.nn.modules import module as _module
 from torch.utils import _pytree
 
@@ -23,6 +24,7 @@ __all__ = [
     "TRACES_BOUND_FORWARDS",
     "after_backward",
     "as_written",
+    "backward_passes",
     "class_index_before_fully_shard",
     "compiled_from",
     "current_backward_pass",
@@ -33,7 +35,10 @@ __all__ = [
     "direct_parameters",
     "guard_hooks",
     "in_backward",
+    "is_batched",
     "is_looked_into",
+    "is_recorded",
+    "is_transformed",
     "listening_modes",
     "reversed_padding",
     "tree_flatten",
@@ -82,9 +87,41 @@ def in_backward() -> bool:
     return current_backward_pass() != -1
 
 
+def backward_passes() -> int:
+    """The number of a backward pass that starts now, as `current_backward_pass` counts. Runs one to find out."""
+    numbers: list[int] = []
+    with torch.enable_grad():
+        probe = torch.zeros((), dtype=torch.float32, device="cpu", requires_grad=True)
+        probe.register_hook(lambda _: numbers.append(current_backward_pass()))
+        probe.backward()
+    return numbers[0]
+
+
 def after_backward(callback: Callable[[], None]) -> None:
     """Calls `callback` at the end of the current backward pass."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+_is_tracing: Callable[[], bool] = torch._C._is_tracing
+_transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation transforms what runs in this thread.
+
+    Do not call it in compiled code: Dynamo would put the call into the graph.
+    """
+    return _transforms_active() or _forward_ad._current_level >= 0
+
+
+def is_recorded() -> bool:
+    """Whether torch.jit.trace records operations, or `is_transformed()`. Not for compiled code either."""
+    return _is_tracing() or _transforms_active() or _forward_ad._current_level >= 0
+
+
+def is_batched(gradient: Tensor) -> bool:
+    """Whether it stands for several gradients at once (`is_grads_batched`, `vectorize`), or `is_transformed()`."""
+    return is_transformed() or torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
 # The number of in-place changes of a tensor. Every step reads it, and attrgetter is faster than a function.

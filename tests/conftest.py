@@ -30,9 +30,7 @@ settings.load_profile("npc_ext")
 def pytest_configure(config: pytest.Config) -> None:
     # Not in pyproject.toml, because pytest would then import torch before this file sets the number of threads.
     config.addinivalue_line("filterwarnings", "error::npc_ext.neurons.tap.ImportanceWarning")
-    tiny = (
-        "ignore:only .* of the elements that are trained:npc_ext.neurons.tap.ImportanceWarning"  # as tests' models are
-    )
+    tiny = "ignore:only .* of the trained parameters:npc_ext.neurons.tap.ImportanceWarning"  # as tests' models are
     config.addinivalue_line("filterwarnings", tiny)
 
 

@@ -75,11 +75,11 @@ def unchanged(before: dict[str, Tensor], model: nn.Module, optimizer: Any) -> bo
 
 
 @contextmanager
-def refused(model: nn.Module, optimizer: Any, error: type[Exception], match: str) -> Iterator[None]:
+def refused(model: nn.Module, optimizer: Any, error: type[Exception], match: str) -> Iterator[Any]:
     """Expects an error that leaves weights and state as they were."""
     before = everything(model, optimizer)
-    with pytest.raises(error, match=match):
-        yield
+    with pytest.raises(error, match=match) as caught:
+        yield caught
     assert unchanged(before, model, optimizer)
 
 

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from .._torch import INPUT_PROJECTIONS
 from .layer import NeuronLayer
 from .stand_in import Handle, StandIn
-from .tap import TapHook, check_device, drop_cleared_importance, like
+from .tap import TapHook, can_measure, check_device, drop_cleared_importance, like
 
 _Projected = tuple[Tensor, Tensor, Tensor]
 
@@ -41,6 +41,8 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        if not can_measure(*gradients):
+            return *gradients, None, None, None
         if not torch.compiler.is_compiling():
             drop_cleared_importance(ctx.layer)
         pairs = zip(ctx.saved_tensors, gradients, strict=True)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._names import close_to
+from .._names import close_to, listed
 from .._torch import direct_parameters
 from . import attention
 from .graph import Graphs, NotMeasurableError, Place, is_measuring_relu
@@ -33,6 +33,7 @@ from .table import Neurons
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # These treat a matrix as one sequence without a dimension of samples.
 _TAKES_ONE_SEQUENCE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_MOST_EXAMPLES = 3
 _RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 
 
@@ -105,11 +106,15 @@ def _check_options(
         _check_name("batch_dim", name, [*weighted, *projections])
         if dim not in (0, 1):
             raise ValueError(f"batch_dim of {name!r} is {dim!r}; expected 0 or 1")
-        if dim == 1 and name in weighted and not is_linear(weighted[name]):
-            raise ValueError(
-                f"batch_dim of {name!r} is 1, but dimension 1 counts the neurons of a convolution; expected 0 (a "
-                "pattern in layers may name the linear layers alone)"
-            )
+    convolutions = [name for name, dim in batch_dim.items() if dim == 1 and name in weighted]
+    convolutions = [name for name in convolutions if not is_linear(weighted[name])]
+    if convolutions:
+        entries = "".join(f"{name!r}: {{'batch_dim': 0}}, " for name in convolutions[:_MOST_EXAMPLES])
+        raise ValueError(
+            f"batch_dim is 1 for {listed(convolutions)}, but dimension 1 of a convolution's activation counts its "
+            "neurons; expected 0. If a pattern in layers set it, add entries for the convolutions (or a pattern for "
+            f"them, before the other one): layers={{{entries}...}}"
+        )
 
 
 def _check_name(option: str, name: str, known: Collection[str]) -> None:

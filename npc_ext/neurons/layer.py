@@ -33,7 +33,7 @@ class NeuronParameter:
     """
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter = field(repr=False)
     dim: int = 0
     groups: int = 1
     first: int = 0
@@ -115,9 +115,11 @@ class NeuronLayer:
     parameters: tuple[NeuronParameter, ...]
     points: tuple[TapPoint, ...]
     note: str
-    sink: Tensor
-    measure: Callable[..., Tensor] = ops.importance_of_checked
-    relu_backward: Callable[..., tuple[Tensor, Tensor]] = ops.relu_backward_importance_of_checked
+    sink: Tensor = field(repr=False)
+    measure: Callable[..., Tensor] = field(default=ops.importance_of_checked, repr=False)
+    relu_backward: Callable[..., tuple[Tensor, Tensor]] = field(
+        default=ops.relu_backward_importance_of_checked, repr=False
+    )
     gradients_skipped: float = field(default=0.0, repr=False)
     note_rest: Callable[[], None] | None = field(default=None, repr=False)
     forget_skipped: Callable[[], None] = field(default=_nothing, repr=False)
@@ -170,5 +172,5 @@ class OtherParameter:
     """A parameter that belongs to no neuron, and the reason."""
 
     name: str
-    parameter: nn.Parameter
+    parameter: nn.Parameter = field(repr=False)
     reason: str

@@ -68,8 +68,8 @@ def warn_if_little(
         return
     rest = ", ".join(_largest(model, unprotected, protection.trained))
     warn(
-        f"only {_percent(protection.share)} of the elements that are trained belong to {units} that are protected; "
-        f"the rest forgets: {rest}. {advice}",
+        f"only {_percent(protection.share)} of the trained parameters (counted by elements) belong to protected "
+        f"{units}; the rest trains at the plain learning rate and forgets: {rest}. {advice}",
         ImportanceWarning,
     )
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from .layer import NeuronLayer, TapPoint
 from .stand_in import Handle
-from .tap import TapHook, checked_dims, for_sink, like, tap
+from .tap import TapHook, can_measure, checked_dims, for_sink, like, tap
 
 
 class ReLU(nn.ReLU):
@@ -42,10 +42,15 @@ class ReLU(nn.ReLU):
         """Measures the hook's layer here until the returned handle is removed."""
         key = next(reversed(self._taps), 0) + 1
         self._taps[key] = hook
-        return Handle(partial(self._detach, key))
+        return Handle(partial(self._detach, key, hook))
 
-    def _detach(self, key: int) -> None:
-        self._taps.pop(key, None)  # torch.export may have replaced the dictionary by an equal one
+    def taps(self) -> list[TapHook]:
+        """The taps of layers that are measured here."""
+        return list(self._taps.values())
+
+    def _detach(self, key: int, hook: TapHook) -> None:
+        if self._taps.get(key) is hook:  # other code may have removed it, and another one may have taken its key
+            del self._taps[key]  # of the current dictionary: torch.export may have replaced it by an equal one
 
     def forward(self, input: Tensor) -> Tensor:
         """max(input, 0)."""
@@ -86,6 +91,8 @@ class _MeasuredReLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         layer, output = ctx.layer, like(gradient, *ctx.saved_tensors)
+        if not can_measure(gradient):
+            return torch.ops.aten.threshold_backward(gradient, output, 0), None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient will be differentiated again
             output = output.detach()
             grad_input = torch.ops.aten.threshold_backward(gradient, output, 0)

@@ -70,6 +70,10 @@ class StandIn:
         self._module.__prepare_scriptable__ = _refuse_script  # torch.jit.script calls it first
         return Handle(partial(self.leave, user))
 
+    def users(self) -> list[Any]:
+        """All users that have joined."""
+        return list(self._users)
+
     def leave(self, user: Any) -> None:
         """Removes a user. With the last one, removes the stand-in from the module, if it is still there."""
         if user in self._users:  # a copy does not have the users

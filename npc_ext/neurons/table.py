@@ -12,12 +12,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._names import close_to
-from .._torch import guard_hooks
+from .._torch import direct_hooks, guard_hooks
 from . import attention
 from .layer import PROJECTION, NeuronLayer, OtherParameter
 from .protection import Protection
 from .relu import ReLU
+from .stand_in import StandIn
 from .tap import TapHook
+
+_COPIED = "copied"
 
 
 class Neurons:
@@ -43,7 +46,16 @@ class Neurons:
         raise KeyError(f"no layer {name!r}; {close_to(name, (layer.name for layer in self.layers))}")
 
     def attach(self, model: nn.Module, layers: Iterable[NeuronLayer] | None = None) -> None:
-        """Places the taps of layers in the model. By default, of all layers."""
+        """Places the taps of layers in the model. By default, of all layers.
+
+        Raises:
+            RuntimeError: they are in the model already, so each layer would be measured twice.
+        """
+        if self.are_tapped():
+            raise RuntimeError(
+                "the taps of these neurons are in the model already (an optimizer places those of its own neurons); "
+                "call detach() first to place them again"
+            )
         guard_hooks()
         for layer in self.layers if layers is None else layers:
             weighted = model.get_submodule(layer.module)
@@ -62,8 +74,19 @@ class Neurons:
         """Makes `detach` also call `remove()` of the handle of something else in the model."""
         self._handles.append(handle)
 
+    def are_tapped(self) -> bool:
+        """Whether taps have been placed in the model, and not been removed by `detach`."""
+        return bool(self._handles)
+
+    def is_tapped(self, layer: NeuronLayer, model: nn.Module) -> bool:
+        """Whether the taps of a layer are in the model. Other code may have removed them."""
+        modules = dict(model.named_modules(remove_duplicate=False))
+        if layer.module not in modules or any(point.module not in modules for point in layer.points):
+            return False
+        return all(any(hook.layer is layer for hook in _taps_of(modules[point.module])) for point in layer.points)
+
     def detach(self) -> None:
-        """Removes everything from the model that was placed in it."""
+        """Removes everything from the model that was placed in it. The optimizer can then take no more steps."""
         _remove_all(self._handles)
 
     def detach_with(self, owner: object) -> None:
@@ -108,9 +131,15 @@ class Neurons:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         rows.insert(1, tuple("-" * width for width in widths))
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        if any(point.copy for layer in self.layers for point in layer.points):
+            lines.append(
+                f"{_COPIED}: the tap passes on a copy, because what follows may change the activation in place"
+            )
+        if self._trained is not None and not self.are_tapped():
+            lines.append("detached: the taps have been removed from the model, so nothing is measured any more")
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         if self.other_parameters:
-            lines += ["", "in no neuron, trained at plain learning rate unless other_parameters='freeze':"]
+            lines += ["", self._heading_of_others(trained)]
             width = max(len(other.name) for other in self.other_parameters)
             for other in self.other_parameters:
                 frozen = ""
@@ -122,15 +151,23 @@ class Neurons:
         of_model = set(map(id, self._of_model()))
         if outside := [parameter.numel() for parameter in self.trained() if id(parameter) not in of_model]:
             size = f"{len(outside)} parameters, {sum(outside):,} elements"
-            lines += ["", f"not in the model, trained at plain learning rate: {size}"]
+            lines += ["", f"not in the model, so not protected; trained at the plain learning rate: {size}"]
         return "\n".join([*lines, "", str(self.protection())])
+
+    def _heading_of_others(self, trained: Collection[int]) -> str:
+        if not any(id(other.parameter) in trained for other in self.other_parameters):
+            return "in no neuron, and not trained:"
+        return (
+            "in no neuron, so not protected; trained at the plain learning rate (other_parameters='freeze' keeps them "
+            "as they are):"
+        )
 
     def _row(self, layer: NeuronLayer, trained: Collection[int]) -> tuple[str, ...]:
         """The row of a layer. `trained` holds the ids of all trained parameters."""
         is_trained = {p.name: id(p.parameter) in trained for p in layer.parameters}
         measured = " and ".join(f"{p}, in its backward pass" if p.in_backward else str(p) for p in layer.points)
         if any(point.copy for point in layer.points):
-            measured += " (copied)"
+            measured += f" ({_COPIED})"
         if not layer.trains():
             measured = "nowhere: none of its parameters requires a gradient"
         elif not any(is_trained.values()):
@@ -145,6 +182,16 @@ class Neurons:
         return layer.name or "(the model)", *counts, measured, names
 
     __repr__ = __str__
+
+
+def _taps_of(module: nn.Module) -> list[TapHook]:
+    """The taps at a module's input, at its output, and inside it."""
+    placed: list[Any] = [hook for hooks in direct_hooks(module) for hook in hooks.values()]
+    if isinstance(module, ReLU):
+        placed += module.taps()
+    if isinstance(stand_in := StandIn.of(module), attention.AttentionForward):
+        placed += stand_in.users()
+    return [hook for hook in placed if isinstance(hook, TapHook)]
 
 
 def _remove_all(handles: list[Any]) -> None:

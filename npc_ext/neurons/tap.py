@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import after_backward, current_backward_pass, version_of
+from .._torch import after_backward, current_backward_pass, is_batched, is_recorded, version_of
 from .._warn import warn
 from .layer import NeuronLayer, TapPoint
 from .stand_in import Unscriptable
@@ -53,12 +53,19 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        activation = like(gradient, *ctx.saved_tensors)
-        importance = ctx.layer.measure(activation, gradient, *ctx.dims)
-        of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
+        of_sink = None
+        if can_measure(gradient):
+            activation = like(gradient, *ctx.saved_tensors)
+            importance = ctx.layer.measure(activation, gradient, *ctx.dims)
+            of_sink = for_sink(importance, ctx.layer, activation, gradient, *ctx.dims)
         if ctx.note_rest is not None:
             ctx.note_rest()
         return gradient, of_sink, None, None, None, None, None, *map(skipped_like, ctx.constants)
+
+
+def can_measure(*gradients: Tensor) -> bool:
+    """Whether gradients have values in a backward pass. torch.func and `is_grads_batched` transform them."""
+    return torch.compiler.is_dynamo_compiling() or not any(map(is_batched, gradients))
 
 
 def like(gradient: Tensor, activation: Tensor) -> Tensor:
@@ -183,7 +190,8 @@ class TapHook(Unscriptable):
             return False
         if not self.weighted.training or not self.layer.trains():
             return False
-        return not torch.jit.is_tracing()  # its graphs cannot hold importance
+        # Graphs of torch.jit.trace cannot hold importance, and under torch.func there is nothing to measure.
+        return not (torch.jit.is_tracing() if torch.compiler.is_dynamo_compiling() else is_recorded())
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""

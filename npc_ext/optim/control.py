@@ -114,14 +114,12 @@ class PlasticityControl(ModelOptimizer):
         counts = self._nonfinite_steps.news()
         if counts is None:
             return
-        for layer, count in zip(self._layer_names(), counts, strict=True):
-            if count:
-                self._layer_warnings.warn_once(
-                    layer,
-                    "nonfinite_steps",
-                    f"had an importance that is not finite (inf or nan in {self._NONFINITE_IN}); such steps leave its "
-                    "importance as it was and are counted in plasticity()[...].nonfinite_steps",
-                )
+        self._layer_warnings.warn_once(
+            [layer for layer, count in zip(self._layer_names(), counts, strict=True) if count],
+            "nonfinite_steps",
+            f"had an importance that is not finite (inf or nan in {self._NONFINITE_IN}). Such steps leave "
+            "importance as it was. plasticity()[layer].nonfinite_steps counts them",
+        )
 
     def _forget_plans(self) -> None:
         super()._forget_plans()

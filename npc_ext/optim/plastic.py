@@ -33,7 +33,7 @@ from ..skipping.certificate import Certificates
 from ..skipping.install import install_skipping
 from .base import uncompiled
 from .control import PlasticityControl
-from .measured import MeasurementChecks
+from .measured import MeasurementChecks, Observed
 from .nonfinite import NonfiniteSteps
 from .options import CONSTANTS, check_choice, check_rounding, plasticity_columns
 from .plan import PlasticPlan
@@ -84,6 +84,7 @@ class Plastic(PlasticityControl, Joinable):
 
     neurons: Neurons
     _certificates: Certificates
+    _is_superseded = False  # whether another optimizer of the model has taken the importance over
 
     def __init__(self, arguments: Mapping[str, Any]) -> None:
         # Takes the arguments of the subclass's constructor by name, also skip_gradients and process_group.
@@ -121,7 +122,7 @@ class Plastic(PlasticityControl, Joinable):
         self.neurons = found
         found.detach_with(self)
         self._left_alone = {
-            layer.name: "protect=False, so it trains at plain learning rate"
+            layer.name: "protect=False, so it trains at the plain learning rate"
             for layer in found
             if not self._layer_options.of(layer.name).get("protect", True)
         }
@@ -208,11 +209,15 @@ class Plastic(PlasticityControl, Joinable):
         if shared and not self._knows(self._all_parameters()):
             self._compare_with_model()  # now: processes without batches (Join) expect one all-reduce in a step
         unmeasured: set[NeuronLayer] = set()
+        compiled: list[NeuronLayer] = []
+        last = NO_BACKWARD_PASS
         for layer in self._protected:
             if layer.sink.grad is None:
                 unmeasured.add(layer)
-            elif layer.last_backward_pass == NO_BACKWARD_PASS:
-                self._checks.drop_compiled_leftovers(layer)
+            elif (last := layer.last_backward_pass) == NO_BACKWARD_PASS:
+                compiled.append(layer)
+        if compiled:
+            self._checks.drop_compiled_leftovers(compiled)
         if shared:
             self._shared_sinks.notify_join(self)
             self._shared_sinks.start(layer.sink for layer in self._protected)
@@ -220,7 +225,7 @@ class Plastic(PlasticityControl, Joinable):
             self._prepare()
             if unmeasured and not self._just_found:
                 trained = [self._protected[index] for plan in self._plans for index in plan.layers]
-                self._checks.check(trained, unmeasured, training=self._model.training, shared=shared)
+                self._checks.check(trained, unmeasured, self._observed)
             self._just_found = False
             self._checks.count_empty_steps(not self._plans)
             self._certificates.before_step()
@@ -228,8 +233,19 @@ class Plastic(PlasticityControl, Joinable):
             self._shared_sinks.finish()
         self._launch_all()
         self._certificates.after_step()
+        self._checks.note_step(last)
         self._drop_measured()
         self._report_nonfinite_steps()
+
+    def _observed(self) -> Observed:
+        return Observed(
+            self._model,
+            self.neurons,
+            self._is_superseded,
+            self._has_begun,
+            self._shared_sinks.shared,
+            f"{self._built_as()}.load_importance(earlier)",
+        )
 
     # For processes with different numbers of batches: `with torch.distributed.algorithms.Join([model, optimizer]):`.
 
@@ -482,6 +498,7 @@ class Plastic(PlasticityControl, Joinable):
             self.state[key]["importance"] = average
 
     def _leave_model(self) -> None:
+        self._is_superseded = True
         self.neurons.detach()
         self._drop_measured()
 

@@ -12,7 +12,7 @@ the point where the layer is measured (constants.py).
 
 If only some rows can move, `skipping_pays` (gradients.py) decides from the shapes whether to compute those rows
 separately. Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is
-captured, and for sparse or nested input.
+captured, under torch.func, and for sparse or nested input.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._torch import reversed_padding
+from .._torch import is_transformed, reversed_padding
 from ..neurons.stand_in import StandIn
 from .gradients import Convolution, PartialGradient, operation_of, skipping_pays
 from .rows import Rows
@@ -118,6 +118,7 @@ class PartialForward(StandIn):
             or not (module.training and torch.is_grad_enabled() and weight.requires_grad)
             or x.layout is not torch.strided
             or x.is_nested
+            or is_transformed()
             or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         ):
             return self._usual(module, x)

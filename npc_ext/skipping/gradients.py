@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._torch import is_batched
 from ..neurons.kinds import CONVOLUTIONS, TRANSPOSED
 from ..neurons.tap import skipped_like
 from .rows import Rows
@@ -144,9 +145,10 @@ class PartialGradient(torch.autograd.Function):
         of_bias = skipped_like(ctx.bias) if biased else None
         if len(rows):
             part, bias_part = operation.weight_gradient(gradient, x, ctx.weight, rows.on_device, biased)
-            of_weight.index_copy_(operation.neuron_dim, rows.on_device, part)
+            copy = Tensor.index_copy if is_batched(gradient) else Tensor.index_copy_
+            of_weight = copy(of_weight, operation.neuron_dim, rows.on_device, part)
             if of_bias is not None:
-                of_bias.index_copy_(0, rows.on_device, bias_part)
+                of_bias = copy(of_bias, 0, rows.on_device, bias_part)
         ctx.note_use()
         return of_input, of_weight, of_bias, None, None, None
 

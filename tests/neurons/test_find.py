@@ -572,7 +572,7 @@ def tied_across_dimensions() -> nn.Module:
         (paper_cnn, {"batch_dim": {"nope": 1}}, "batch_dim names 'nope', .*; there are 'conv1', 'conv2', 'hidden', 'output'"),
         (paper_cnn, {"measure_at": {"conv2": "norm1"}}, "measure_at of 'conv2' is 'norm1', which comes before the layer"),
         (paper_cnn, {"measure_at": {"conv1": "xyz"}}, "names 'xyz', .*; there are 'conv1', 'norm1', .* and [0-9]+ more"),
-        (paper_cnn, {"batch_dim": {"conv1": 1}}, "batch_dim of 'conv1' is 1, but dimension 1 counts the neurons"),
+        (paper_cnn, {"batch_dim": {"conv1": 1}}, "batch_dim is 1 for 'conv1', but dimension 1 of a convolution's"),
         (ResNet, {"measure_at": {"stem": "conv2"}}, "close to it: 'blocks.0.conv2', 'blocks.1.conv2'"),
     ],
 )  # fmt: skip

@@ -481,3 +481,13 @@ def test_a_relu_before_a_normalization_is_reported_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train()
+
+
+def test_detaching_does_not_remove_the_tap_that_took_the_place_of_a_removed_one() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), ReLU())
+    earlier = attached(model)
+    model[1]._taps.clear()  # other code
+    later = attached(model)
+    earlier.detach()
+    model(torch.randn(4, 3)).sum().backward()
+    assert take_sinks(later).keys() == {"0"}

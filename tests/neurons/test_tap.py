@@ -118,6 +118,18 @@ def test_nothing_is_measured_in_eval_mode_without_gradients_or_in_frozen_layers(
     assert not take_sinks(neurons)
 
 
+def test_taps_are_not_placed_twice() -> None:
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    optimizer = NPC(model, skip_gradients="none")
+    with pytest.raises(RuntimeError, match=r"are in the model already .*call detach\(\) first to place them again"):
+        optimizer.neurons.attach(model)
+    optimizer.neurons.detach()
+    optimizer.neurons.attach(model)
+    model(x).sum().backward()
+    torch.testing.assert_close(optimizer.neurons["0"].sink.grad, model(x).abs().sum(0).detach())
+    optimizer.step()
+
+
 def test_a_gradient_expanded_from_one_number_is_measured() -> None:
     model = nn.Sequential(nn.Linear(4, 3))
     neurons, x = attached(model), torch.randn(5, 4)

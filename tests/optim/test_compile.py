@@ -141,8 +141,9 @@ def test_importance_of_compiled_code_does_not_outlive_gradients_that_the_model_c
     loss(compiled, 1).backward()
     model.zero_grad()
     loss(compiled, 2).backward()
-    with pytest.warns(ImportanceWarning, match=r"call optimizer\.zero_grad\(\) instead"):
+    with pytest.warns(ImportanceWarning, match=r"call optimizer\.zero_grad\(\) instead") as caught:
         optimizer.step()
+    assert len(caught) == 1 and str(caught[0].message).startswith("layers '0', '5', '8' ran in compiled code")
     assert same(importances(optimizer), importance)
     assert not same(before, model)
 
