@@ -127,8 +127,8 @@ class Anchored(ModelOptimizer):
             raise ValueError(
                 f"parameters of the model were replaced after the optimizer was built: {listed(o.name for o in lost)}. "
                 "Their replacements are neither trained nor anchored. Build the optimizer after such changes (new "
-                "modules, load_state_dict(assign=True), parametrizations); to keep the earlier tasks: "
-                f"{self._built_as()}.load_importance(optimizer). Or replace the old parameters in "
+                "modules, load_state_dict(assign=True), parametrizations); to keep the anchors of this one "
+                f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in "
                 "optimizer.param_groups with the new ones"
             )
 

@@ -341,7 +341,7 @@ class ModelOptimizer(ImportanceHolder):
                 raise ValueError(
                     f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
                     f"optimizer's state has {got}; they must agree. If the parameter has grown, build a new "
-                    f"optimizer: {self._built_as()}.load_importance(optimizer). To start this state from zero: "
+                    f"optimizer with the importance of this one (earlier): {self._built_as()}.load_importance(earlier). To start this state from zero: "
                     f"del optimizer.state[parameter][{name!r}]"
                 )
 
@@ -478,8 +478,8 @@ class ModelOptimizer(ImportanceHolder):
             "parameters of the model were replaced after the optimizer was built: "
             f"{listed(parameter.name for parameter in lost)}. Their replacements are not trained: "
             f"{listed(replacements)}. Build the optimizer after such changes (new modules, "
-            "load_state_dict(assign=True), parametrizations); to keep the importance measured so far: "
-            f"{self._built_as()}.load_importance(optimizer). Or replace the old parameters in optimizer.param_groups "
+            "load_state_dict(assign=True), parametrizations); to keep the importance of this one "
+            f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in optimizer.param_groups "
             "with the new ones",
             UserWarning,
         )

@@ -320,8 +320,8 @@ class Plastic(PlasticityControl, Joinable):
         if first + neurons not in ends:
             raise ValueError(
                 f"layer {layer.name!r}: {self._name_of(parameter)} has {neurons} neurons now, but the layer had "
-                f"{layer.neurons} when the optimizer was built; build a new optimizer, {self._built_as()}"
-                ".load_importance(optimizer), which keeps the importance of the first neurons"
+                f"{layer.neurons} when the optimizer was built; build a new optimizer, which keeps the "
+                f"importance of the first neurons of this one (earlier): {self._built_as()}.load_importance(earlier)"
             )
         if not isinstance(average, Tensor) or average.shape != (layer.neurons,):
             got = f"shape {tuple(average.shape)}" if isinstance(average, Tensor) else f"type {type(average).__name__}"
