@@ -151,8 +151,8 @@ def checked_dims(activation: Tensor, layer: NeuronLayer, point: TapPoint) -> tup
         if neurons != layer.neurons:
             raise ValueError(
                 f"layer {layer.name!r} has {neurons} neurons now, but had {layer.neurons} when the optimizer was "
-                "built; build a new one, which takes over the importance of the first neurons of this one (earlier), as in "
-                "NPC(model, ...).load_importance(earlier)"
+                "built; build a new one, which takes over the importance of the first neurons of this one (earlier), "
+                "as in NPC(model, ...).load_importance(earlier)"
             )
         raise ValueError(
             f"the {point} gave a tensor of shape {tuple(activation.shape)}, but layer {layer.name!r} has "

@@ -341,7 +341,8 @@ class ModelOptimizer(ImportanceHolder):
                 raise ValueError(
                     f"{self._name_of(parameter)} has shape {tuple(parameter.shape)}, but its {name!r} in the "
                     f"optimizer's state has {got}; they must agree. If the parameter has grown, build a new "
-                    f"optimizer with the importance of this one (earlier): {self._built_as()}.load_importance(earlier). To start this state from zero: "
+                    "optimizer with the importance of this one (earlier): "
+                    f"{self._built_as()}.load_importance(earlier). To start this state from zero: "
                     f"del optimizer.state[parameter][{name!r}]"
                 )
 
@@ -479,8 +480,8 @@ class ModelOptimizer(ImportanceHolder):
             f"{listed(parameter.name for parameter in lost)}. Their replacements are not trained: "
             f"{listed(replacements)}. Build the optimizer after such changes (new modules, "
             "load_state_dict(assign=True), parametrizations); to keep the importance of this one "
-            f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in optimizer.param_groups "
-            "with the new ones",
+            f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in "
+            "optimizer.param_groups with the new ones",
             UserWarning,
         )
 
