@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._names import close_to
+from .._names import aligned, close_to
 from .._torch import guard_hooks
 from . import attention
 from .layer import PROJECTION, NeuronLayer, OtherParameter
@@ -101,13 +101,8 @@ class Neurons:
 
     def __str__(self) -> str:
         trained = set(map(id, self.trained()))
-        rows: list[tuple[str, ...]] = [
-            ("layer", "neurons", "fan-in", "gradients skipped", "measured at", "parameters of its neurons")
-        ]
-        rows += [self._row(layer, trained) for layer in self.layers]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, tuple("-" * width for width in widths))
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        header = ("layer", "neurons", "fan-in", "gradients skipped", "measured at", "parameters of its neurons")
+        lines = aligned(header, (self._row(layer, trained) for layer in self.layers))
         lines += [f"note: {layer.name}: {layer.note}" for layer in self.layers if layer.note]
         if self.other_parameters:
             lines += ["", "in no neuron, trained at plain learning rate unless other_parameters='freeze':"]
