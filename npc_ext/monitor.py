@@ -123,8 +123,8 @@ def check_capacity(
         warn(f"{_little_room(full_layers)} {_more_room(optimizer, full_layers)}", CapacityWarning)
     for name, frozen in frozen_outputs.items():
         warn(
-            f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned. "
-            f"{_advice_for_outputs(optimizer, name)}",
+            f"layer {name!r} has neurons that are frozen before they were learned: {', '.join(map(str, frozen))}. "
+            f"{_advice_for_outputs(optimizer, name)}.",
             CapacityWarning,
         )
     return [*full_layers, *frozen_outputs]
@@ -158,11 +158,11 @@ def _more_room(optimizer: Any, names: Iterable[str]) -> str:
 def _advice_for_outputs(optimizer: Any, name: str) -> str:
     """Ways to keep outputs plastic until they are learned, apart from those already in use."""
     otherwise = (
-        f"leave the layer unprotected, layers={{{name!r}: {{'protect': False}}}}, or give each task a separate head"
+        f"leave the layer unprotected, layers={{{name!r}: {{'protect': False}}}}; or give each task a separate head"
     )
     if optimizer.constants(name)["normalize"] == "active":
         return f"They got gradients in earlier tasks: {otherwise}"
-    return f"Normalize over active neurons, layers={{{name!r}: {{'normalize': 'active'}}}}, {otherwise}"
+    return f"Normalize over active neurons, layers={{{name!r}: {{'normalize': 'active'}}}}; {otherwise}"
 
 
 def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:

@@ -125,10 +125,10 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
     wrapped = wrapped_adamw(model)
     set_importance(wrapped, "2", torch.tensor([2.0, 2.0, 0.0, 2.0]))
     assert check_capacity(wrapped, learning={"2": [2]}) == []
-    message = r"layer '2': its neurons 1, 3 are frozen before they were learned\. Normalize"
+    message = r"layer '2' has neurons that are frozen before they were learned: 1, 3\. Normalize"
     with pytest.warns(CapacityWarning, match=message):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
-    with pytest.warns(CapacityWarning, match="its neurons 1, 3 are frozen"):
+    with pytest.warns(CapacityWarning, match="before they were learned: 1, 3"):
         check_capacity(wrapped, learning={"2": torch.tensor([1, 2, 3])})
 
 
