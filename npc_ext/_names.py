@@ -1,9 +1,9 @@
-"""Lists of names in messages, and suggestions for misspelled names."""
+"""Names in messages: lists, tables, and suggestions for misspelled names."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NoReturn, TypeVar
 
 _MOST = 8
@@ -11,14 +11,10 @@ _Value = TypeVar("_Value")
 
 
 class ByLayer(dict[str, _Value]):
-    """Values by layer name. A missing name raises KeyError with similar names; each layer prints on one line."""
+    """Values by layer name. A missing name raises KeyError with similar names."""
 
     def __missing__(self, name: str) -> NoReturn:
         raise KeyError(f"no protected layer {name!r}; {close_to(str(name), self)}")
-
-    def __repr__(self) -> str:
-        lines = "".join(f"  {name!r}: {value!r},\n" for name, value in self.items())
-        return f"{{\n{lines}}}" if lines else "{}"
 
 
 def close_to(name: str, known: Iterable[str]) -> str:
@@ -30,6 +26,14 @@ def close_to(name: str, known: Iterable[str]) -> str:
     similar = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
     close = [other for other in names if other in similar or (sought and sought in other.lower())]
     return f"close to it: {listed(close)}" if close else f"there are {listed(names)}"
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
+    cells = [tuple(header), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, tuple("-" * width for width in widths))
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
 def listed(names: Iterable[str]) -> str:

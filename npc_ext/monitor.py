@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ._warn import warn
@@ -14,16 +14,18 @@ if TYPE_CHECKING:
     from .optim.plasticity import LayerPlasticity
     from .optim.wrapper import PlasticityWrapper
 
-# A layer is full above this share of frozen neurons. In a run that learned its last task badly, 60 % were frozen.
+# A layer is full above this share of frozen neurons. The warning has to come before tasks are learned badly, so it also
+# comes before tasks that are still learned well.
 FULL = 0.5
 # The momentum to advise where there is none: plastic neurons then move up to ten times as far in a task.
 _MOMENTUM = 0.9
+_MOST_NAMES = 8
 
 _IMPORTANCE_COLOR, _RATE_COLOR, _LIMIT_COLOR = "#4c72b0", "#dd8452", "#555555"
 
 
 class CapacityWarning(UserWarning):
-    """A layer has little plasticity left; the message names it."""
+    """Layers have little plasticity left; the message names them."""
 
 
 class HasPlasticity(Protocol):
@@ -34,23 +36,45 @@ class HasPlasticity(Protocol):
         ...
 
 
+def _check_freezes_neurons(optimizer: Any) -> None:
+    """Raises TypeError if an optimizer has no plasticity of neurons to show."""
+    if _freezes_neurons(optimizer):
+        return
+    expected = "expected NPC, NPCAdamW or PlasticityWrapper"
+    if _freezes_neurons(inner := getattr(optimizer, "optimizer", None)):
+        raise TypeError(
+            f"the optimizer is of type {type(optimizer).__name__}, which wraps {type(inner).__name__}, but does not "
+            f"have its methods; {expected}; pass optimizer.optimizer"
+        )
+    raise TypeError(f"the optimizer is of type {type(optimizer).__name__}, which freezes no neurons; {expected}")
+
+
+def _freezes_neurons(optimizer: object) -> bool:
+    return hasattr(optimizer, "plasticity") and hasattr(optimizer, "constants")
+
+
 def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str = "plasticity") -> None:
     """Writes the plasticity of every layer: scalars, and histograms of importance and learning rates.
 
-    The scalars of a layer are `<prefix>/<layer>/frozen` (the share of frozen neurons, from 0 to 1), `/skipped` (the
-    share of neurons without weight gradients), `/importance` (the mean, which tends to 1) and `/learning_rate` (the
-    mean). Waits for GPUs, so do not call it in every step.
+    The scalars of a layer, `<prefix>/<layer>/<name>`, have the names of `plasticity()`: `frozen`, `gradients_skipped`,
+    `nonfinite_steps`, `importance` (the mean over neurons) and `learning_rate` (the mean). Waits for GPUs, so do not
+    call it in every step.
 
     Args:
         writer: an object with `add_scalar` and `add_histogram`, such as `torch.utils.tensorboard.SummaryWriter`.
         optimizer: the optimizer with the plasticity to write.
         step: the position on the horizontal axis.
         prefix: the first part of all names.
+
+    Raises:
+        TypeError: the optimizer does not freeze neurons.
     """
+    _check_freezes_neurons(optimizer)
     for name, layer in optimizer.plasticity().items():
         scalars = {
             "frozen": layer.frozen,
-            "skipped": layer.gradients_skipped,
+            "gradients_skipped": layer.gradients_skipped,
+            "nonfinite_steps": layer.nonfinite_steps,
             "importance": layer.importance.mean().item(),
             "learning_rate": layer.learning_rate.mean().item(),
         }
@@ -65,7 +89,7 @@ def check_capacity(
 ) -> list[str]:
     """Warns of layers with little room for another task: `CapacityWarning`. Call it before a task.
 
-    The warning says what would help with the current options.
+    One warning names all full layers, and says what would help with the current options.
 
     Args:
         optimizer: the optimizer with the plasticity to check.
@@ -78,22 +102,13 @@ def check_capacity(
 
     Raises:
         TypeError: the optimizer does not freeze neurons.
-        KeyError: `learning` names a layer that is not consolidated.
+        KeyError: `learning` names a layer that is not protected.
         IndexError: `learning` has a neuron that the layer does not have.
     """
-    if not hasattr(optimizer, "plasticity") or not hasattr(optimizer, "constants"):
-        raise TypeError(
-            f"the optimizer is of type {type(optimizer).__name__}, which freezes no neurons; expected NPC, NPCAdamW or "
-            "PlasticityWrapper"
-        )
+    _check_freezes_neurons(optimizer)
     layers, learning = optimizer.plasticity(), learning or {}
-    warned = [name for name, layer in layers.items() if layer.frozen > full and name not in learning]
-    for name in warned:
-        warn(
-            f"layer {name!r}: {layers[name].frozen:.0%} of its neurons are frozen, so it has little room to learn. "
-            f"To give it more: {_more_room(optimizer, name)}",
-            CapacityWarning,
-        )
+    full_layers = {name: layer.frozen for name, layer in layers.items() if layer.frozen > full and name not in learning}
+    frozen_outputs: dict[str, list[int]] = {}
     for name, neurons in learning.items():
         importance, neurons = layers[name].importance, [int(neuron) for neuron in neurons]
         if outside := [neuron for neuron in neurons if not 0 <= neuron < len(importance)]:
@@ -101,38 +116,53 @@ def check_capacity(
                 f"layer {name!r} has {len(importance)} neurons, so `learning` may name 0 to {len(importance) - 1}; "
                 f"got {outside}"
             )
-        is_frozen = importance >= optimizer.constants(name)["beta"]
+        is_frozen = importance >= _beta(optimizer, name)
         if frozen := [neuron for neuron in neurons if is_frozen[neuron]]:
-            warned.append(name)
-            warn(
-                f"layer {name!r}: its neurons {', '.join(map(str, frozen))} are frozen before they were learned. "
-                f"{_advice_for_outputs(optimizer, name)}",
-                CapacityWarning,
-            )
-    return warned
+            frozen_outputs[name] = frozen
+    if full_layers:
+        warn(f"{_little_room(full_layers)} {_more_room(optimizer, full_layers)}", CapacityWarning)
+    for name, frozen in frozen_outputs.items():
+        warn(
+            f"layer {name!r} has neurons that are frozen before they were learned: {', '.join(map(str, frozen))}. "
+            f"{_advice_for_outputs(optimizer, name)}.",
+            CapacityWarning,
+        )
+    return [*full_layers, *frozen_outputs]
 
 
-def _more_room(optimizer: Any, name: str) -> str:
-    """Ways to give a layer more plasticity, apart from those already in use."""
-    constants = optimizer.constants(name)
-    advice = [
-        f"raise beta (it is {constants['beta']:g})",
-        f"lower delta (it is {constants['delta']:g}), so that importance to old tasks fades sooner",
-        "give the layer more neurons",
-    ]
+def _little_room(frozen: Mapping[str, float]) -> str:
+    """Names full layers with their shares of frozen neurons, the fullest first."""
+    if len(frozen) == 1:
+        ((name, share),) = frozen.items()
+        return f"layer {name!r} has little room to learn another task: {share:.0%} of its neurons are frozen."
+    fullest = sorted(frozen, key=lambda name: -frozen[name])
+    shares = ", ".join(f"{name!r} {frozen[name]:.0%}" for name in fullest[:_MOST_NAMES])
+    more = f" and {len(fullest) - _MOST_NAMES} more" if len(fullest) > _MOST_NAMES else ""
+    return f"{len(frozen)} layers have little room to learn another task; frozen neurons: {shares}{more}."
+
+
+def _beta(optimizer: Any, layer: str) -> float:
+    return float(optimizer.constants(layer)["beta"])
+
+
+def _more_room(optimizer: Any, names: Iterable[str]) -> str:
+    """Ways to give layers more plasticity, apart from those already in use."""
+    betas = sorted({_beta(optimizer, name) for name in names})
+    beta = " to ".join(f"{value:g}" for value in dict.fromkeys((betas[0], betas[-1])))
+    advice = [f"Raise beta (it is {beta}): the network then learns more, and keeps less of earlier tasks."]
     if all(group.get("momentum") == 0 for group in optimizer.param_groups):
-        advice.insert(1, f"train with momentum={_MOMENTUM}, so that plastic neurons move further")
-    return f"{', '.join(advice[:-1])}, or {advice[-1]}"
+        advice.append(f"Train with momentum={_MOMENTUM} if a task has few steps and training stays stable.")
+    return " ".join([*advice, "Or use more neurons."])
 
 
 def _advice_for_outputs(optimizer: Any, name: str) -> str:
     """Ways to keep outputs plastic until they are learned, apart from those already in use."""
-    if optimizer.constants(name)["normalize"] == "active":
-        return "They got gradients in earlier tasks: do not consolidate the layer, or give each task a separate head"
-    return (
-        f"Normalize over active neurons (layers={{{name!r}: {{'normalize': 'active'}}}}), do not consolidate the "
-        "layer, or give each task a separate head"
+    otherwise = (
+        f"leave the layer unprotected, layers={{{name!r}: {{'protect': False}}}}; or give each task a separate head"
     )
+    if optimizer.constants(name)["normalize"] == "active":
+        return f"They got gradients in earlier tasks: {otherwise}"
+    return f"Normalize over active neurons, layers={{{name!r}: {{'normalize': 'active'}}}}; {otherwise}"
 
 
 def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
@@ -145,8 +175,10 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
         A matplotlib figure to show or save.
 
     Raises:
+        TypeError: the optimizer does not freeze neurons.
         ImportError: matplotlib, which is optional, is not installed.
     """
+    _check_freezes_neurons(optimizer)
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

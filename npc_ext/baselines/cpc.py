@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from .._names import ByLayer
 from ..columns import Connections, Placement, SGDOptions, columns_of
 from ..kernels import launch
 from ..neurons.find import connections
@@ -20,11 +19,11 @@ from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
 from ..optim.options import CONSTANTS, SGD_OPTIONS, explains_options, plasticity_columns
 from ..optim.plan import LayersPlan
-from ..optim.plasticity import described
+from ..optim.plasticity import PlasticityByLayer, Printed
 
 
-@dataclass(frozen=True)
-class ConnectionPlasticity:
+@dataclass(frozen=True, repr=False)
+class ConnectionPlasticity(Printed):
     """The plasticity of a layer's connections at this moment.
 
     Attributes:
@@ -36,17 +35,20 @@ class ConnectionPlasticity:
         nonfinite_steps: in how many steps the measured importance was not finite and was left out.
     """
 
+    UNITS = "connections"
+
     importance: dict[str, Tensor]
     learning_rate: dict[str, Tensor]
     frozen: float
     nonfinite_steps: int
 
-    def __repr__(self) -> str:
-        if not self.importance:
-            return f"{type(self).__name__}(no trained connections)"
-        both = (self.importance, self.learning_rate)
-        importance, rate = (torch.cat([values.flatten() for values in by_name.values()]) for by_name in both)
-        return described(self, importance, rate, "connections")
+    def _importance_and_rates(self) -> tuple[Tensor, Tensor]:
+        return _joined(self.importance), _joined(self.learning_rate)
+
+
+def _joined(by_name: Mapping[str, Tensor]) -> Tensor:
+    """The values of all parameters of a layer. A layer may have none that are trained."""
+    return torch.cat([values.flatten() for values in by_name.values()] or [torch.empty(0)])
 
 
 class CPC(PlasticityControl):
@@ -211,7 +213,7 @@ class CPC(PlasticityControl):
         """Importance, learning rates and the share of frozen connections of every layer, by its name."""
         # Replaced parameters have no name in the model any more. Of several names the first counts.
         names = {id(parameter): name for name, parameter in reversed(self._trained_by_name().items())}
-        counts, result = self._nonfinite_steps.now(), ByLayer[ConnectionPlasticity]()
+        counts, result = self._nonfinite_steps.now(), PlasticityByLayer[ConnectionPlasticity]()
         for index, layer in enumerate(self._names):
             constants = self._constants(index)
             eq_7 = {option: constants[option] for option in ("alpha", "beta", "sigma")}

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._names import close_to
+from .._names import aligned, close_to
 from .._torch import direct_hooks, guard_hooks
 from . import attention
 from .layer import PROJECTION, NeuronLayer, OtherParameter
@@ -124,13 +124,8 @@ class Neurons:
 
     def __str__(self) -> str:
         trained = set(map(id, self.trained()))
-        rows: list[tuple[str, ...]] = [
-            ("layer", "neurons", "fan-in", "gradients skipped", "measured at", "parameters of its neurons")
-        ]
-        rows += [self._row(layer, trained) for layer in self.layers]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        rows.insert(1, tuple("-" * width for width in widths))
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+        header = ("layer", "neurons", "fan-in", "gradients skipped", "measured at", "parameters of its neurons")
+        lines = aligned(header, (self._row(layer, trained) for layer in self.layers))
         if any(point.copy for layer in self.layers for point in layer.points):
             lines.append(
                 f"{_COPIED}: the tap passes on a copy, because what follows may change the activation in place"

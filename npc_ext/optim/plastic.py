@@ -37,7 +37,7 @@ from .measured import MeasurementChecks, Observed
 from .nonfinite import NonfiniteSteps
 from .options import CONSTANTS, check_choice, check_rounding, plasticity_columns
 from .plan import PlasticPlan
-from .plasticity import LayerPlasticity
+from .plasticity import LayerPlasticity, PlasticityByLayer
 from .succession import blocks_of, fitted
 
 _SKIPPING = ("layers", "rows", "none")
@@ -449,7 +449,7 @@ class Plastic(PlasticityControl, Joinable):
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
         """Importance, learning rates and the share of frozen neurons of every protected layer, by name."""
-        result = ByLayer[LayerPlasticity]()
+        result = PlasticityByLayer[LayerPlasticity]()
         counts = self._nonfinite_steps.now()
         for index, layer in enumerate(self._protected):
             key, constants = self._keys[index], self._constants(index)

@@ -1,15 +1,41 @@
-"""The result of `plasticity()` for one layer."""
+"""The result of `plasticity()`: the plasticity of each layer, by name. It prints as a table."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar, TypeVar
 
 from torch import Tensor
 
+from .._names import ByLayer, aligned
 
-@dataclass(frozen=True)
-class LayerPlasticity:
+
+class Printed:
+    """The text of the plasticity of a layer's neurons or connections."""
+
+    UNITS: ClassVar[str]
+
+    frozen: float
+
+    def _importance_and_rates(self) -> tuple[Tensor, Tensor]:
+        """The importance and the learning rates of all units."""
+        raise NotImplementedError
+
+    def _cells(self) -> tuple[str, str, str, str]:
+        """The number of units, the share of frozen ones, and the ranges of importance and of learning rates."""
+        importance, learning_rate = self._importance_and_rates()
+        return f"{importance.numel():,}", f"{self.frozen:.0%}", _range(importance), _range(learning_rate)
+
+    def __repr__(self) -> str:
+        units, frozen, importance, learning_rate = self._cells()
+        return (
+            f"{type(self).__name__}({units} {self.UNITS}, {frozen} frozen, importance {importance}, "
+            f"learning rate {learning_rate})"
+        )
+
+
+@dataclass(frozen=True, repr=False)
+class LayerPlasticity(Printed):
     """The plasticity of a layer at this moment.
 
     Attributes:
@@ -23,6 +49,8 @@ class LayerPlasticity:
             weight gradients; 0 if the next pass computes them again.
     """
 
+    UNITS = "neurons"
+
     importance: Tensor
     learning_rate: Tensor
     frozen: float
@@ -30,21 +58,25 @@ class LayerPlasticity:
     frozen_for: Tensor
     gradients_skipped: float
 
+    def _importance_and_rates(self) -> tuple[Tensor, Tensor]:
+        return self.importance, self.learning_rate
+
+
+_Plasticity = TypeVar("_Plasticity", bound=Printed)
+
+
+class PlasticityByLayer(ByLayer[_Plasticity]):
+    """The plasticity of layers by name. It prints as a table with a row for each layer."""
+
     def __repr__(self) -> str:
-        return described(self, self.importance, self.learning_rate, "neurons")
+        units = next((layer.UNITS for layer in self.values()), "")
+        rows = [(name or "(the model)", *layer._cells()) for name, layer in self.items()]
+        return "\n".join(aligned(("layer", units, "frozen", "importance", "learning rate"), rows))
 
 
-def described(plasticity: Any, importance: Tensor, learning_rate: Tensor, units: str) -> str:
-    """The text of the plasticity of neurons or connections, with all their importance and learning rates."""
-    return (
-        f"{type(plasticity).__name__}({importance.numel()} {units}, {plasticity.frozen:.0%} frozen, importance "
-        f"{_spread(importance)}, learning rate {_spread(learning_rate)})"
-    )
-
-
-def _spread(values: Tensor) -> str:
-    """A tensor's minimum, maximum and mean as text."""
+def _range(values: Tensor) -> str:
+    """The smallest and the largest value, or the only one."""
     if not values.numel():
-        return "of none"
-    minimum, mean, maximum = values.min().item(), values.mean().item(), values.max().item()
-    return f"{minimum:.3g} to {maximum:.3g} (mean {mean:.3g})"
+        return "none"
+    smallest, largest = f"{values.min().item():.3g}", f"{values.max().item():.3g}"
+    return smallest if smallest == largest else f"{smallest} to {largest}"

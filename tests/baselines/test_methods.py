@@ -865,7 +865,7 @@ def test_cpc_names_its_layers_and_reports_them() -> None:
     assert repr(plasticity["4"]).startswith("ConnectionPlasticity(660 connections, 0% frozen, importance ")
     model = network()
     untrained = CPC(model, params=model[0].parameters()).plasticity()["4"]
-    assert repr(untrained) == "ConnectionPlasticity(no trained connections)"
+    assert repr(untrained) == "ConnectionPlasticity(0 connections, 0% frozen, importance none, learning rate none)"
     assert set(plasticity["0"].importance) == {"weight", "bias"}
     assert plasticity["4"].frozen == 0 < plasticity["0"].frozen
     assert torch.equal(plasticity["0"].learning_rate["weight"] == 0, plasticity["0"].importance["weight"] >= 0.5)

@@ -18,7 +18,7 @@ from npc_ext.kernels import native
 
 from ..methods import METHODS, wrapped_adamw
 from ..models import SetTask, paper_cnn
-from ..training import batches, refused, same, train, weights
+from ..training import batches, refused, same, set_importance, train, weights
 
 # --------------------------------------------------------------------------------------------------------------- errors
 
@@ -316,15 +316,37 @@ def test_the_table_says_which_layers_are_protected() -> None:
     assert str(again.neurons) == str(optimizer.neurons) == str(pickle.loads(pickle.dumps(optimizer)).neurons)
 
 
-@pytest.mark.parametrize(("kind", "units"), [(NPC, "300 neurons"), (CPC, "4200 connections")])
-def test_plasticity_prints_a_line_for_each_layer(kind: Any, units: str) -> None:
-    model = nn.Sequential(nn.Linear(13, 300), nn.ReLU(), nn.Linear(300, 5))
-    plasticity = kind(model).plasticity()
-    assert len(repr(plasticity["0"])) < 160
-    assert f"({units}, 0% frozen, importance 0 to 0 (mean 0), learning rate 0.1 to 0.1" in repr(plasticity["0"])
-    lines = repr(plasticity).splitlines()
-    assert len(lines) == 4 and lines[1] == f"  '0': {plasticity['0']!r},"
+def test_plasticity_prints_a_table_with_a_row_for_each_layer() -> None:
+    model = nn.Sequential(nn.Linear(13, 1200), nn.ReLU(), nn.Linear(1200, 4))
+    optimizer = NPC(model)
+    set_importance(optimizer, "2", torch.tensor([0.0, 0.25, 0.75, 2.0]))
+    plasticity = optimizer.plasticity()
+    assert (
+        repr(plasticity)
+        == """\
+layer  neurons  frozen  importance  learning rate
+-----  -------  ------  ----------  -------------
+0      1,200    0%      0           0.1
+2      4        50%     0 to 2      0 to 0.1"""
+    )
+    text = "LayerPlasticity(4 neurons, 50% frozen, importance 0 to 2, learning rate 0 to 0.1)"
+    assert repr(plasticity["2"]) == text
     assert plasticity == dict(plasticity)
+    assert repr(NPC(nn.Linear(3, 2)).plasticity()).splitlines()[2].startswith("(the model)  2")
+
+
+def test_the_plasticity_of_connections_prints_a_table_also_of_layers_that_are_not_trained() -> None:
+    model = nn.Sequential(nn.Linear(13, 300), nn.ReLU(), nn.Linear(300, 5))
+    plasticity = CPC(model, params=model[0].parameters()).plasticity()
+    assert (
+        repr(plasticity)
+        == """\
+layer  connections  frozen  importance  learning rate
+-----  -----------  ------  ----------  -------------
+0      4,200        0%      0           0.1
+2      0            0%      none        none"""
+    )
+    assert "(4,200 connections, 0% frozen, importance 0, learning rate 0.1)" in repr(plasticity["0"])
 
 
 def test_plasticity_can_be_drawn(tmp_path: Path) -> None:

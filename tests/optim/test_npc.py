@@ -15,7 +15,6 @@ import npc_ext
 from bench.networks import cnn
 from npc_ext import CPC, NPC, NPCAdamW, PlasticityWrapper, reference
 from npc_ext.neurons.tap import TapHook
-from npc_ext.optim.plastic import Plastic
 
 from ..methods import ALL_OPTIONS, METHODS, wrapped_adamw
 from ..models import ManyHeads, ResNet, paper_cnn, transposed_and_not
@@ -156,22 +155,6 @@ def test_frozen_neurons_stay_bit_identical_under_momentum_nesterov_and_weight_de
             for tensor in (f"{name}.weight", f"{name}.bias"):
                 assert torch.equal(model.state_dict()[tensor][frozen], before[tensor][frozen])
     assert max(layer.frozen for layer in optimizer.plasticity().values()) > 0.3
-
-
-@pytest.mark.parametrize("kind", [NPC, NPCAdamW])
-def test_learning_rate_schedulers_scale_the_rates_of_all_neurons_alike(kind: type[Plastic]) -> None:
-    model, data = paper_cnn(), batches(4)
-    optimizer = kind(model, lr=0.25, delta=0.9)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 0 if epoch == 0 else 0.5**epoch)
-    for step, batch in enumerate(data):
-        before = weights(model)
-        train(model, optimizer, [batch])
-        assert same(model, before) == (step == 0), "warm-up begins at a rate of zero"
-        layer = optimizer.plasticity()["conv1"]
-        share, lr = reference.plasticity(layer.importance, 0.5, 0.5), scheduler.get_last_lr()[0]
-        assert torch.equal(layer.learning_rate, lr * share)
-        assert step == 0 or share.unique().numel() > 2
-        scheduler.step()
 
 
 def test_closures_are_evaluated_and_their_loss_returned() -> None:
