@@ -133,7 +133,11 @@ class Network {
     }
   }
 
-  void set_rates(const py::list& lr) { read(npc::Column{"lr", &ParameterParams::lr}, lr); }
+  void set_columns(const py::dict& columns) {
+    npc::for_each_column([&](const auto& column) {
+      if (columns.contains(column.name)) read(column, columns[column.name]);
+    });
+  }
 
   void set_gradients(const Addresses& gradients, const Addresses& momentum) {
     set("gradients", &ParameterParams::gradient, gradients);
@@ -344,7 +348,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("COLUMNS") = py::tuple(names);
   py::class_<Network>(m, "Network", py::module_local())
       .def(py::init<const Addresses&, const Addresses&, size_t, const py::dict&>())
-      .def("set_rates", &Network::set_rates);
+      .def("set_columns", &Network::set_columns);
   py::module_ cpu = m.def_submodule("cpu");
   using npc::cpu::Threads;
   py::class_<Threads>(cpu, "Threads", py::module_local()).def(py::init([](int count) { return Threads{count}; }));

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .. import reference
 from .._names import listed
-from ..columns import AnchorOptions, Anchors, SGDOptions, columns_of
+from ..columns import AnchorOptions, Anchors, columns_of
 from ..kernels import launch
 from ..optim.base import ModelOptimizer
 from ..optim.options import SGD_OPTIONS, check_choice, check_number
@@ -172,7 +172,7 @@ class Anchored(ModelOptimizer):
 
     def _make_plan(self, common: dict[str, Any]) -> _Plan:
         groups, kept = common["groups"], common["checked"]
-        columns = (columns_of(SGDOptions, groups, lr=common["rates"]), columns_of(AnchorOptions, groups))
+        columns = (common["options"], columns_of(AnchorOptions, groups))
         # SI remembers where a task began before there is any stiffness.
         pairs = zip(kept["stiffness"], kept["anchor"], strict=True)
         anchors = [None if stiffness is None else anchor for stiffness, anchor in pairs]

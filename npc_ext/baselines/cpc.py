@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..columns import Connections, Placement, SGDOptions, columns_of
+from ..columns import Connections, Placement
 from ..kernels import launch
 from ..neurons.find import connections
 from ..neurons.protection import Protection
@@ -48,7 +48,8 @@ class ConnectionPlasticity(Printed):
 
 def _joined(by_name: Mapping[str, Tensor]) -> Tensor:
     """The values of all parameters of a layer. A layer may have none that are trained."""
-    return torch.cat([values.flatten() for values in by_name.values()] or [torch.empty(0)])
+    none = torch.empty(0, dtype=torch.float32, device="cpu")
+    return torch.cat([values.flatten() for values in by_name.values()] or [none])
 
 
 class CPC(PlasticityControl):
@@ -185,8 +186,7 @@ class CPC(PlasticityControl):
         layers = sorted(set(layer_of) - {-1})
         position = {layer: at for at, layer in enumerate(layers)} | {-1: -1}
         layer = [position[index] for index in layer_of]
-        options = columns_of(SGDOptions, common["groups"], lr=common["rates"])
-        columns = (options, plasticity_columns([self._constants(index) for index in layers]))
+        columns = (common["options"], plasticity_columns([self._constants(index) for index in layers]))
         return _Plan(
             **common,
             columns=columns,

@@ -7,7 +7,7 @@ what the kernels themselves assume: device, dtype and memory layout.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -199,9 +199,11 @@ class Prepared:
         self._counted_at = counted_at
         self._counters_of, self._counters = 0, list[int]()  # the address of `nonfinite_steps`, and of each counter
 
-    def take_rates(self, lr: Sequence[float | Tensor]) -> None:
-        """Takes over other learning rates. Those in device memory stay the same tensors."""
-        self.network.set_rates(list(map(_rate_in_column, lr)))
+    def take_options(self, columns: Mapping[str, Sequence[Any]]) -> None:
+        """Takes over other options. Rates in device memory stay the same tensors; a momentum of 0 stays 0."""
+        if "lr" in columns:
+            columns = {**columns, "lr": list(map(_rate_in_column, columns["lr"]))}
+        self.network.set_columns(columns)
 
     def addresses(
         self, name: str, tensors: Sequence[Tensor | None], check: Callable[..., None], *expected: Any

@@ -6,7 +6,7 @@ defines its update in its plans.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
 from typing import Any, ClassVar, NamedTuple
@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 from .. import ops, reference
 from .._names import listed
 from .._warn import warn
+from ..columns import AdamOptions, SGDOptions, columns_of
 from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
 from ..kernels import launch, native
@@ -41,10 +42,12 @@ class ModelOptimizer(ImportanceHolder):
     """
 
     _OPTIONS: ClassVar[tuple[str, ...]] = SGD_OPTIONS
+    # Numbers that schedules change, besides lr. Plans take them over.
+    _SCHEDULED: ClassVar[tuple[str, ...]] = ("momentum", "weight_decay")
 
     _plans: list[Any]
     _planned_for: list[Any] | None  # the signature of `_plans`
-    _planned_rates: list[float | None] | None  # the groups' learning rates in `_plans`
+    _planned_numbers: list[tuple[Any, ...]] | None  # the `_scheduled` numbers of the groups in `_plans`
     _earlier_plans: list[tuple[list[Any], list[Any]]]  # signatures and plans, the latest first
     _unsettled: bool  # whether `_plans` were chosen, but not launched yet
 
@@ -62,7 +65,7 @@ class ModelOptimizer(ImportanceHolder):
         check_not_in_inference_mode("the optimizer is built")
         self._model = unwrapped(model)
         self._backend = backend
-        self._options_of = itemgetter(*self._OPTIONS)
+        self._options_of = itemgetter(*(name for name in self._OPTIONS if name not in self._SCHEDULED))
         self._sharded = False
         self._known_model: KnownModel | None = None
         self._known_parameters: list[Tensor] = []  # in the groups when the model was last examined
@@ -179,18 +182,22 @@ class ModelOptimizer(ImportanceHolder):
         self._launch_all()
 
     def _prepare(self) -> None:
-        signature = self._signature()
-        # Tensors may be changed in place, so compare their values.
-        rates = [None if self._read_on_device(lr := group["lr"]) else float(lr) for group in self.param_groups]
-        if rates != self._planned_rates:
-            _check_rates(rates)
+        signature, numbers = self._signature(), list(map(self._scheduled, self.param_groups))
+        if numbers != self._planned_numbers:
+            for group, (lr, *_) in zip(self.param_groups, numbers, strict=True):
+                self._check_options({**self.defaults, **group, "lr": 0.0 if lr is None else lr})
         if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
-        elif rates == self._planned_rates:
+        elif numbers == self._planned_numbers:
             return
         for plan in self._plans:
-            plan.take_rates(self._rates(plan.device, plan.groups))
-        self._planned_rates = rates
+            plan.take_options(self._step_options(plan.device, plan.groups))
+        self._planned_numbers = numbers
+
+    def _scheduled(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The numbers of a group that schedules change; lr is None where it is read on the device."""
+        lr = group["lr"]  # it may be a tensor that is changed in place
+        return None if self._read_on_device(lr) else float(lr), group["momentum"], group["weight_decay"]
 
     def _choose_plans(self, signature: list[Any]) -> None:
         recent = self._earlier_plans
@@ -218,7 +225,7 @@ class ModelOptimizer(ImportanceHolder):
 
     def _forget_plans(self) -> None:
         """Drops all plans. Call this wherever something changed that plans hold and the signature does not show."""
-        self._plans, self._planned_for, self._planned_rates, self._earlier_plans = [], None, None, []
+        self._plans, self._planned_for, self._planned_numbers, self._earlier_plans = [], None, None, []
         self._unsettled = False
 
     def _launch_all(self) -> None:
@@ -237,7 +244,9 @@ class ModelOptimizer(ImportanceHolder):
         raise NotImplementedError
 
     def _signature(self) -> list[Any]:
-        """Everything that plans depend on: which parameters have gradients, their layout, and all options but rates.
+        """Everything that plans depend on: which parameters have gradients, their layout, and options.
+
+        Numbers that schedules change are not in it; plans take them over.
 
         It is compared in every step, so it consists of values that are quick to read.
         """
@@ -251,13 +260,8 @@ class ModelOptimizer(ImportanceHolder):
                 gradients = [gradient for gradient in gradients if gradient is not None]
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
-            signature += [
-                id(group),
-                len(group),
-                id(lr) if self._read_on_device(lr) else None,
-                self._options_of(group),
-                without,
-            ]
+            on_device = id(lr) if self._read_on_device(lr) else None
+            signature += [id(group), len(group), on_device, self._options_of(group), self._has_momentum(group), without]
             signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
             # A parameter's device, dtype and memory format change only with its address. Strides and the number of
             # elements determine the shape.
@@ -384,7 +388,7 @@ class ModelOptimizer(ImportanceHolder):
             "checked": {name: [state.get(name) for state in states] for name in self._read_by_steps(members)},
             "has_momentum": list(map(self._has_momentum, groups)),
             "groups": groups,
-            "rates": self._rates(device, groups),
+            "options": self._step_options(device, groups),
         }
 
     def _read_by_steps(self, members: list[tuple[Any, dict[str, Any]]]) -> list[str]:
@@ -392,9 +396,17 @@ class ModelOptimizer(ImportanceHolder):
         has_momentum = any(self._has_momentum(group) for _, group in members)
         return [*(["momentum_buffer"] if has_momentum else []), *self._STATE_TENSORS]
 
-    def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[float | Tensor]:
-        rates = (group["lr"] for group in groups)
-        return [lr if self._read_on_device(lr) and lr.device == device else float(lr) for lr in rates]
+    def _step_options(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> SGDOptions | AdamOptions:
+        """The options of parameters in these groups as the operation of the step takes them."""
+        return columns_of(SGDOptions, groups, lr=self._rates(device, groups))
+
+    def _rates(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The learning rates of parameters in these groups: numbers, or tensors to read on the device."""
+        rates: dict[int, Any] = {}
+        for group in self.param_groups:
+            lr = group["lr"]
+            rates[id(group)] = lr if self._read_on_device(lr) and lr.device == device else float(lr)
+        return [rates[id(group)] for group in groups]
 
     def _prepared(
         self,
@@ -565,7 +577,7 @@ class ModelOptimizer(ImportanceHolder):
 
     def __getstate__(self) -> dict[str, Any]:
         # What holds memory addresses; __setstate__ has it made anew.
-        plans = ("_plans", "_planned_for", "_planned_rates", "_earlier_plans")
+        plans = ("_plans", "_planned_for", "_planned_numbers", "_earlier_plans")
         return {name: value for name, value in self.__dict__.items() if name not in plans}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -581,13 +593,6 @@ class _GroupsChangedError(Exception):
 def uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls a function outside of the compiler: steps use memory addresses, which compiled graphs cannot."""
     return function(*arguments)
-
-
-def _check_rates(rates: Iterable[float | None]) -> None:
-    """Raises ValueError if a learning rate is out of range. Those in device memory, which are None, are not read."""
-    for rate in rates:
-        if rate is not None:
-            check_number("lr", rate)
 
 
 def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:

@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..columns import SGDOptions, columns_of
 from ..kernels import launch
 from .options import CONSTANTS, SGD_OPTIONS, explains_options
 from .plan import PlasticPlan
@@ -114,9 +113,6 @@ class NPC(Plastic):
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
         super().__init__(locals())
-
-    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
-        return self._plastic_plan(common, columns_of(SGDOptions, common["groups"], lr=common["rates"]))
 
     def _launch(self, plan: PlasticPlan) -> None:
         plan.launch(launch.update_, self._operations, plan.network(), self._measured(plan))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from ..columns import AdamNetwork, AdamOptions, columns_of
@@ -52,6 +53,7 @@ class NPCAdamW(Plastic):
     """
 
     _OPTIONS = (*CONSTANTS, "betas", "eps", "weight_decay", "maximize", "stochastic_rounding")
+    _SCHEDULED = ("betas", "weight_decay")
     _STATE_TENSORS = ("exp_avg", "exp_avg_sq")
 
     @explains_options
@@ -105,12 +107,14 @@ class NPCAdamW(Plastic):
     def _first_moment(self, state: Mapping[str, Any], has_momentum: bool) -> Tensor | None:
         return local(state["exp_avg"])
 
-    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
-        rates, groups = common["rates"], common["groups"]
+    def _scheduled(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
+        lr = group["lr"]
+        return None if self._read_on_device(lr) else float(lr), *group["betas"], group["weight_decay"]
+
+    def _step_options(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> AdamOptions:
         first, second = ([float(group["betas"][which]) for group in groups] for which in (0, 1))
-        epsilon = [group["eps"] for group in groups]
-        options = columns_of(AdamOptions, groups, lr=rates, first_decay=first, second_decay=second, epsilon=epsilon)
-        return self._plastic_plan(common, options)
+        epsilon, rates = [group["eps"] for group in groups], self._rates(device, groups)
+        return columns_of(AdamOptions, groups, lr=rates, first_decay=first, second_decay=second, epsilon=epsilon)
 
     def _launch(self, plan: PlasticPlan) -> None:
         moments = plan.state_tensors("exp_avg"), plan.state_tensors("exp_avg_sq")

@@ -141,6 +141,8 @@ def check_number(name: str, value: Any, where: str = "", *, positive: bool = Fal
 
 
 def _number(name: str, value: Any, expected: str, where: str) -> float:
+    if type(value) is float or type(value) is int:  # the test for a protocol below is slow
+        return float(value)
     if isinstance(value, Tensor) and name != "lr":  # steps would not notice that it is changed in place
         raise TypeError(f"{where}{name} is a tensor; expected {expected}, as {name}.item()")
     if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, SupportsFloat)):

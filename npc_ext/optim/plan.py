@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..columns import Layers, Network, Steps
+from ..columns import AdamOptions, Layers, Network, SGDOptions, Steps
 from ..distributed.shards import local
 from ..kernels import launch
 
@@ -29,7 +29,7 @@ class Plan:
     checked: dict[str, list[Tensor | None]]  # those tensors of the states that steps read, as they were checked
     has_momentum: list[bool]
     groups: list[dict[str, Any]]  # of each parameter
-    rates: list[float | Tensor]  # the learning rate of each parameter, one of the options
+    options: SGDOptions | AdamOptions  # of each parameter; one of the columns
     columns: tuple[NamedTuple, ...]  # arguments of the operation that stay the same from step to step
     prepared: launch.Prepared | None  # for the compiled kernels; None where plain PyTorch does the work
 
@@ -40,11 +40,14 @@ class Plan:
             gradients = list(map(local, gradients))
         return gradients if self.aligned else list(map(launch.in_memory_order_of, self.parameters, gradients))
 
-    def take_rates(self, rates: list[float | Tensor]) -> None:
-        """Takes over other learning rates: all that a schedule changes from step to step."""
-        self.rates[:] = rates
+    def take_options(self, options: SGDOptions | AdamOptions) -> None:
+        """Takes over the numbers that schedules change from step to step."""
+        planned: dict[str, Any] = self.options._asdict()
+        changed = {name: values for name, values in options._asdict().items() if values != planned[name]}
+        for name, values in changed.items():
+            planned[name][:] = values
         if self.prepared is not None:
-            self.prepared.take_rates(rates)
+            self.prepared.take_options(changed)
 
     def is_current(self) -> bool:
         """Whether the states still hold the tensors that were checked when the plan was made."""

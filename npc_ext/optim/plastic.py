@@ -365,14 +365,11 @@ class Plastic(PlasticityControl, Joinable):
             for parameter, first, needs_seed in zip(parameters, first_rows, rounds, strict=True)
         ]
 
-    def _plastic_plan(
-        self, common: dict[str, Any], options: NamedTuple, parameters: Sequence[Tensor] | None = None
-    ) -> PlasticPlan:
+    def _make_plan(self, common: dict[str, Any], parameters: Sequence[Tensor] | None = None) -> PlasticPlan:
         """A plan of a step.
 
         Args:
             common: the fields that do not depend on the method.
-            options: of the parameters that the step moves.
             parameters: those whose layers take part; by default those that the step moves.
         """
         moved = common["owners"]
@@ -382,7 +379,7 @@ class Plastic(PlasticityControl, Joinable):
         counts = common["checked"].get("step")
         counters = self._nonfinite_steps.on(common["device"])
         placement = self._placement(moved, layers, common["sharded"])
-        columns = (placement, options, plasticity_columns([self._constants(layer) for layer in layers]))
+        columns = (placement, common["options"], plasticity_columns([self._constants(layer) for layer in layers]))
         return PlasticPlan(
             **common,
             columns=columns,

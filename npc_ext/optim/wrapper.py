@@ -12,7 +12,6 @@ from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
 from .._names import close_to
-from ..columns import SGDOptions, columns_of
 from ..distributed.shards import local
 from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
@@ -524,9 +523,9 @@ class _Tracker(NPC):
     def _check_trains_model(self) -> None:
         pass  # _check_protection says it with the name of the wrapped optimizer
 
-    def _make_plan(self, common: dict[str, Any]) -> PlasticPlan:
+    def _make_plan(self, common: dict[str, Any], parameters: Sequence[Tensor] | None = None) -> PlasticPlan:
         moves_nothing = self._common(common["device"], [])
-        return self._plastic_plan(moves_nothing, columns_of(SGDOptions, [], lr=[]), common["owners"])
+        return super()._make_plan(moves_nothing, common["owners"])
 
     def _check_protection(self) -> None:
         if not self._protected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -109,19 +110,32 @@ def test_new_heads_begin_with_a_step_count_of_their_own() -> None:
     assert optimizer.neurons["heads.1"].neurons == 3
 
 
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+    "one cycle, with momentum or betas": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 1e-2, total_steps=11
+    ),
+}
+
+
 @pytest.mark.parametrize("kind", [NPC, NPCAdamW, wrapped_adamw])
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_a_schedule_changes_rates_and_plans_nothing_again(kind: Any, as_tensor: bool) -> None:
-    """The weights are those of the plain PyTorch reference, which makes no plans."""
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_changes_numbers_and_plans_nothing_again(kind: Any, as_tensor: bool, schedule: str) -> None:
+    """The weights are those of the plain PyTorch reference, which plans every step again here."""
     models, planned = [], []
     for backend in ("native", "reference"):
         model = network()
         optimizer = kind(model, lr=torch.tensor(1e-2) if as_tensor else 1e-2, delta=0.9, backend=backend)
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+        scheduler = SCHEDULES[schedule](optimizer)
         for seed in range(10):
+            plans = getattr(optimizer, "_tracker", optimizer)
+            if backend == "reference":
+                plans._forget_plans()
             learn(model, optimizer, range(seed, seed + 1))
             scheduler.step()
-            planned.append(getattr(optimizer, "_tracker", optimizer)._plans[0])
+            optimizer.param_groups[0]["weight_decay"] += 0.01
+            planned.append(plans._plans[0])
         model[0].bias = None  # before the norm its gradient is rounding alone, which Adam blows up
         models.append(model)
     assert all(plan is planned[1] for plan in planned[2:10])  # the first step makes state
