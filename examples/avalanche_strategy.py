@@ -34,7 +34,10 @@ try:
 
     from npc_ext.avalanche import PlasticityPlugin
 except ImportError as error:
-    sys.exit(f"{error}; this example needs: pip install avalanche-lib scikit-learn")
+    sys.exit(
+        f"{error}; this example needs: pip install avalanche-lib scikit-learn (into a separate environment, see "
+        "docs/integrations.md)"
+    )
 
 EXPERIENCES = 5
 

@@ -17,7 +17,7 @@ class ByLayer(dict[str, _Value]):
         raise KeyError(f"no protected layer {name!r}; {close_to(str(name), self)}")
 
 
-def close_to(name: str, known: Iterable[str]) -> str:
+def close_to(name: str, known: Iterable[str], most: int = _MOST) -> str:
     """The end of an error message: the names similar to an unknown one, or else the first known names."""
     names = list(filter(None, known))  # the model itself has no name
     if not names:
@@ -25,7 +25,7 @@ def close_to(name: str, known: Iterable[str]) -> str:
     sought = name.strip("*?.").lower()
     similar = difflib.get_close_matches(name, names, n=5, cutoff=0.6)
     close = [other for other in names if other in similar or (sought and sought in other.lower())]
-    return f"close to it: {listed(close)}" if close else f"there are {listed(names)}"
+    return f"close to it: {listed(close)}" if close else f"there are {listed(names, most)}"
 
 
 def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -36,8 +36,8 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in cells]
 
 
-def listed(names: Iterable[str]) -> str:
-    """Lists the first eight names, and counts the others."""
+def listed(names: Iterable[str], most: int = _MOST) -> str:
+    """Lists the first names, and counts the others."""
     known = list(names)
-    more = len(known) - _MOST
-    return ", ".join(map(repr, known[:_MOST])) + (f" and {more} more" if more > 0 else "")
+    more = len(known) - most
+    return ", ".join(map(repr, known[:most])) + (f" and {more} more" if more > 0 else "")

@@ -27,7 +27,7 @@ from ._warn import warn
 from .distributed.sinks import unwrapped
 from .neurons.tap import ImportanceWarning
 from .optim.plastic import Plastic
-from .optim.succession import first_block
+from .optim.succession import continues, first_block
 from .optim.wrapper import PlasticityWrapper
 
 
@@ -129,7 +129,7 @@ class PlasticityPlugin(SupervisedPlugin):
                 continue
             state = optimizer.state.pop(old, {})
             measured = (state if plastic is optimizer else plastic.state.pop(old, {})).pop("importance", None)
-            if not _begins_with(new, old):
+            if not continues(new, old):
                 reset.append(name)
                 continue
             if measured is not None:
@@ -169,13 +169,6 @@ _REPLACED = (
 def _plastic(optimizer: Plastic | PlasticityWrapper) -> Plastic:
     """The optimizer that measures: the tracker of a wrapper."""
     return optimizer._tracker if isinstance(optimizer, PlasticityWrapper) else optimizer
-
-
-def _begins_with(new: Tensor, old: Tensor) -> bool:
-    """Whether a parameter is as large as an older one, or larger, and begins with its values in each dimension."""
-    if new.dim() != old.dim() or any(a < b for a, b in zip(new.shape, old.shape, strict=True)):
-        return False
-    return torch.equal(first_block(new, old.shape), old.to(new.device))
 
 
 def _grown(value: Any, old: Tensor, new: Tensor) -> Any:

@@ -101,12 +101,12 @@ def check_capacity(
         The names of the layers with a warning.
 
     Raises:
-        TypeError: the optimizer does not freeze neurons.
-        KeyError: `learning` names a layer that is not protected.
+        TypeError: the optimizer does not freeze neurons; or `learning` is of another type.
+        KeyError: `learning` names a layer that the model does not have.
         IndexError: `learning` has a neuron that the layer does not have.
     """
     _check_freezes_neurons(optimizer)
-    layers, learning = optimizer.plasticity(), learning or {}
+    layers, learning = optimizer.plasticity(), _checked_learning(learning, optimizer)
     full_layers = {name: layer.frozen for name, layer in layers.items() if layer.frozen > full and name not in learning}
     frozen_outputs: dict[str, list[int]] = {}
     for name, neurons in learning.items():
@@ -130,6 +130,16 @@ def check_capacity(
     return [*full_layers, *frozen_outputs]
 
 
+def _checked_learning(learning: Any, optimizer: Any) -> dict[str, Sequence[int]]:
+    """The outputs to learn, except for those of layers that are not protected, which can learn."""
+    if learning is None:
+        return {}
+    if not isinstance(learning, Mapping) or not all(isinstance(neurons, Iterable) for neurons in learning.values()):
+        raise TypeError(f"learning is {learning!r}; expected the neurons to learn by layer, as in {{'output': [2, 3]}}")
+    protected, known = optimizer.plasticity(), {layer.name for layer in optimizer.neurons}
+    return {name: neurons for name, neurons in learning.items() if name in protected or name not in known}
+
+
 def _little_room(frozen: Mapping[str, float]) -> str:
     """Names full layers with their shares of frozen neurons, the fullest first."""
     if len(frozen) == 1:
@@ -149,7 +159,10 @@ def _more_room(optimizer: Any, names: Iterable[str]) -> str:
     """Ways to give layers more plasticity, apart from those already in use."""
     betas = sorted({_beta(optimizer, name) for name in names})
     beta = " to ".join(f"{value:g}" for value in dict.fromkeys((betas[0], betas[-1])))
-    advice = [f"Raise beta (it is {beta}): the network then learns more, and keeps less of earlier tasks."]
+    advice = [
+        f"Raise beta (it is {beta}), by set_constants or in `layers`: the network then learns more, and keeps less of "
+        "earlier tasks."
+    ]
     if all(group.get("momentum") == 0 for group in optimizer.param_groups):
         advice.append(f"Train with momentum={_MOMENTUM} if a task has few steps and training stays stable.")
     return " ".join([*advice, "Or use more neurons."])
@@ -158,11 +171,15 @@ def _more_room(optimizer: Any, names: Iterable[str]) -> str:
 def _advice_for_outputs(optimizer: Any, name: str) -> str:
     """Ways to keep outputs plastic until they are learned, apart from those already in use."""
     otherwise = (
-        f"leave the layer unprotected, layers={{{name!r}: {{'protect': False}}}}; or give each task a separate head"
+        f"leave the layer unprotected, layers={{{name!r}: {{'protect': False}}}}, in a new optimizer that calls "
+        "load_importance(optimizer); or give each task a separate head"
     )
     if optimizer.constants(name)["normalize"] == "active":
         return f"They got gradients in earlier tasks: {otherwise}"
-    return f"Normalize over active neurons, layers={{{name!r}: {{'normalize': 'active'}}}}; {otherwise}"
+    return (
+        f"From the first task on, normalize over active neurons, layers={{{name!r}: {{'normalize': 'active'}}}}; "
+        f"{otherwise}"
+    )
 
 
 def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:

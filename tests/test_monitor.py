@@ -75,7 +75,7 @@ def test_one_warning_names_all_full_layers_the_fullest_first() -> None:
     message = advice(optimizer)
     assert message.startswith(
         "3 layers have little room to learn another task; frozen neurons: '3' 75%, '9' 60%, '1' 55%. "
-        "Raise beta (it is 0.5 to 0.75): "
+        "Raise beta (it is 0.5 to 0.75), "
     )
     assert check_quietly(optimizer) == ["1", "3", "9"]
     for index in range(11):
@@ -100,10 +100,10 @@ def advice(optimizer: Any, **learning: list[int]) -> str:
 def test_what_is_advised_is_not_done_already() -> None:
     model, optimizer = trained()
     set_importance(optimizer, "0", 1.0, neurons=slice(12))
-    assert "Raise beta (it is 0.5): " in advice(optimizer) and "Train with momentum=0.9" in advice(optimizer)
+    assert "Raise beta (it is 0.5), " in advice(optimizer) and "Train with momentum=0.9" in advice(optimizer)
     for group in optimizer.param_groups:
         group["momentum"], group["beta"] = 0.5, 0.25
-    assert "Raise beta (it is 0.25): " in advice(optimizer) and "momentum" not in advice(optimizer)
+    assert "Raise beta (it is 0.25), " in advice(optimizer) and "momentum" not in advice(optimizer)
     adam = NPCAdamW(model)
     set_importance(adam, "0", 1.0, neurons=slice(12))
     assert "momentum" not in advice(adam)
@@ -125,7 +125,9 @@ def test_outputs_that_are_frozen_before_they_are_learned_are_warned_of() -> None
     wrapped = wrapped_adamw(model)
     set_importance(wrapped, "2", torch.tensor([2.0, 2.0, 0.0, 2.0]))
     assert check_capacity(wrapped, learning={"2": [2]}) == []
-    message = r"layer '2' has neurons that are frozen before they were learned: 1, 3\. Normalize"
+    message = (
+        r"layer '2' has neurons that are frozen before they were learned: 1, 3\. From the first task on, normalize"
+    )
     with pytest.warns(CapacityWarning, match=message):
         assert check_capacity(wrapped, learning={"2": range(1, 4)}) == ["2"]
     with pytest.warns(CapacityWarning, match="before they were learned: 1, 3"):

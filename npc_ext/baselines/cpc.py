@@ -104,15 +104,15 @@ class CPC(PlasticityControl):
         self,
         model: nn.Module,
         lr: float | Tensor = 0.1,
+        *,
         alpha: float = 0.5,
         beta: float = 0.5,
         delta: float | None = None,
+        half_life: float | None = None,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
-        *,
-        half_life: float | None = None,
         params: Iterable[Any] | None = None,
         maximize: bool = False,
         normalize: Literal["all", "active"] = "all",
@@ -229,7 +229,10 @@ class CPC(PlasticityControl):
         return result
 
     def __repr__(self) -> str:
-        return f"{super().__repr__()[:-2]}\n\n{self._protection()}\n)"
+        return (
+            f"{super().__repr__()[:-2]}\n\nother_parameters: {self._other_parameters}, layers: {self._layer_options}\n"
+            f"{self._protection()}\n)"
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

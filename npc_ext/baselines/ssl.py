@@ -92,12 +92,12 @@ class SSL(MAS):
         self,
         model: nn.Module,
         lr: float | Tensor = 0.1,
+        *,
         strength: float = 1.0,
         sparsity: float = 1e-5,
         momentum: float = 0.0,
         nesterov: bool = False,
         weight_decay: float = 0.0,
-        *,
         implicit: bool = True,
         scale: float | None = None,
         inhibited: Iterable[str] | None = None,
@@ -106,8 +106,18 @@ class SSL(MAS):
         maximize: bool = False,
         backend: Literal["auto", "native", "reference"] = "auto",
     ) -> None:
-        sgd = (lr, strength, momentum, nesterov, weight_decay)
-        super().__init__(model, *sgd, implicit=implicit, params=params, maximize=maximize, backend=backend)
+        super().__init__(
+            model,
+            lr,
+            strength=strength,
+            momentum=momentum,
+            nesterov=nesterov,
+            weight_decay=weight_decay,
+            implicit=implicit,
+            params=params,
+            maximize=maximize,
+            backend=backend,
+        )
         if scale is not None:
             check_number("scale", scale, positive=True)
         if scaler is not None and not callable(getattr(scaler, "scale", None)):

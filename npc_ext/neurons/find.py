@@ -101,6 +101,8 @@ def _check_options(
                 "expected another layer"
             )
         _check_name("measure_at", name, weighted)
+        if not isinstance(target, str):
+            raise TypeError(f"measure_at of {name!r} is {target!r}; expected the name of a module, as in 'norm1'")
         _check_name("measure_at", target, modules)
     for name, dim in batch_dim.items():
         _check_name("batch_dim", name, [*weighted, *projections])

@@ -49,7 +49,7 @@ class Protection:
         return self.trained - self.protected - self.chosen > (1 - _LEAST_SHARE) * self.trained
 
     def __str__(self) -> str:
-        return f"protected: {self.protected:,} of {self.trained:,} trained elements ({_percent(self.share)})"
+        return f"in protected layers: {self.protected:,} of {self.trained:,} trained elements ({_percent(self.share)})"
 
 
 def warn_if_little(

@@ -24,7 +24,7 @@ from ..distributed.sinks import unwrapped
 from ..kernels import launch, native
 from .known_model import KnownModel, Lost, check_not_sharded
 from .options import BACKENDS, SGD_OPTIONS, check_choice, check_group, check_number, with_one_decay
-from .succession import ImportanceHolder
+from .succession import ImportanceHolder, blocks_of, continues, fitted, warn_of_replaced
 
 # Steps may alternate between heads of several tasks.
 _MOST_EARLIER_PLANS = 3
@@ -77,6 +77,7 @@ class ModelOptimizer(ImportanceHolder):
             require_native(self._model)
         elif backend == "auto":
             prepare_native(self._model)
+        _check_not_module(params)
         defaults = {name: arguments[name] for name in ("lr", *self._OPTIONS)}
         super().__init__(model.parameters() if params is None else params, defaults)
         self._check_trains_model()
@@ -440,20 +441,31 @@ class ModelOptimizer(ImportanceHolder):
         """Records the parameters' places in the model, and moves the state of replaced parameters to the new ones."""
         parameters = self._known_parameters = self._all_parameters()
         self._known_model, replaced = KnownModel.of(self._model, set(map(id, parameters)), self._known_model)
-        for old, new in replaced:
-            if old in self.state:
-                self._inherit(old, new)
+        new_ones = []
+        for name, old, new in replaced:
+            state = self.state.pop(old, {})
+            if not continues(new, old, blocks_of(self._model, name)):
+                new_ones += [name] if state else []
+            elif state:
+                self._inherit(name, old, new, state)
+        if new_ones:
+            warn_of_replaced(new_ones)
         self._sharded = any(map(is_sharded, parameters))
 
     def _trained_by_name(self) -> dict[str, Tensor]:
         """The parameters in the groups, by their names when the model was last examined."""
         return {} if self._known_model is None else self._known_model.parameters
 
-    def _inherit(self, old: Tensor, new: Tensor) -> None:
-        """Gives the state of a parameter to the one that has replaced it."""
-        state = self.state.pop(old)
-        if old.shape == new.shape:
-            self.state[new] = state
+    def _inherit(self, name: str, old: Tensor, new: Tensor, state: dict[str, Any]) -> None:
+        """Gives the state of a parameter to the one that has replaced it, and may have grown."""
+        if old.shape != new.shape:
+            blocks = blocks_of(self._model, name)
+            for tensor, values in state.items():
+                if isinstance(values, Tensor) and values.shape == old.shape:
+                    kept = tensor in self._STATE_TENSORS
+                    larger = self._new_state_tensor(new, tensor) if kept else torch.zeros_like(new, dtype=values.dtype)
+                    state[tensor] = fitted(values, larger.requires_grad_(False), repr(name), blocks)
+        self.state[new] = state
 
     def _knows(self, parameters: list[Tensor]) -> bool:
         """Whether plans, layers and taps were made for these parameters."""
@@ -518,8 +530,9 @@ class ModelOptimizer(ImportanceHolder):
         if counts != saved_counts:
             raise ValueError(
                 f"the state dict has parameter groups of {saved_counts} parameters, this optimizer has {counts}; "
-                "it was saved for another architecture or other groups. If the model has grown, build a new optimizer "
-                "and take over the importance of the earlier one by the names of layers: load_importance(earlier)"
+                "it was saved for another architecture or other groups. If the model has grown, take over the "
+                "importance of the earlier optimizer by the names of layers: load_importance(earlier). In a new "
+                "process, build model and optimizer as they were saved, load their states, and let the model grow then"
             )
         parameters, saved = self._all_parameters(), self._states_saved_in(state_dict)
         for parameter in parameters:
@@ -530,8 +543,8 @@ class ModelOptimizer(ImportanceHolder):
             if missing := [name for name in expected if name not in group]:
                 raise ValueError(
                     f"the state dict's parameter groups have no {', '.join(missing)}; another optimizer than "
-                    f"{type(self).__name__} saved it. If that holds importance, take over the importance alone: "
-                    "load_importance(state_dict)"
+                    f"{type(self).__name__}, or another version, saved it. If that holds importance, take over the "
+                    "importance alone: load_importance(state_dict)"
                 )
         super().load_state_dict(state_dict)
         self._take_over(saved)
@@ -599,8 +612,21 @@ def _parameters_of(param_group: dict[str, Any]) -> Sequence[Tensor]:
     parameters = param_group["params"]
     if isinstance(parameters, Tensor):
         return [parameters]
+    _check_not_module(parameters)
     param_group["params"] = list(parameters)  # it may be a generator
-    return [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+    parameters = [p[1] if isinstance(p, tuple) else p for p in param_group["params"]]
+    for parameter in parameters:
+        if not isinstance(parameter, Tensor):
+            raise TypeError(
+                f"params has an element of type {type(parameter).__name__}; expected parameters, or a list of groups, "
+                "as in [{'params': model.head.parameters(), 'lr': 0.01}]"
+            )
+    return parameters
+
+
+def _check_not_module(params: Any) -> None:
+    if isinstance(params, nn.Module):
+        raise TypeError(f"params is a module, {type(params).__name__}; expected its parameters: module.parameters()")
 
 
 def check_not_in_inference_mode(what: str) -> None:

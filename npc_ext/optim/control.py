@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from .._names import close_to
 from ..neurons.protection import Protection, warn_if_little
 from .base import ModelOptimizer
 from .measured import LayerWarnings
@@ -82,6 +83,24 @@ class PlasticityControl(ModelOptimizer):
         """How much of what is trained is protected now."""
         raise NotImplementedError
 
+    def set_constants(self, **constants: Any) -> None:
+        """Changes constants of all groups from now on, except those of layers that have options in `layers`.
+
+        Args:
+            constants: alpha, beta, delta or half_life, sigma, normalize.
+
+        Raises:
+            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+        """
+        for name in constants:
+            if name not in CONSTANTS:
+                raise TypeError(f"there is no constant {name!r}: {close_to(name, CONSTANTS)}")
+        changed = with_one_decay(constants)
+        for group in self.param_groups:
+            self._check_options({**self.defaults, **group, **changed, "lr": 0.0})
+        for group in self.param_groups:
+            group.update(changed)
+
     def _look_up_groups(self) -> None:
         groups = {id(p): group for group in self.param_groups for p in group["params"]}
         if any(self._group_of.get(parameter) is not group for parameter, group in groups.items()):
@@ -103,6 +122,7 @@ class PlasticityControl(ModelOptimizer):
         warn_if_little(self._protection(), self._model, unprotected, self._UNITS, self._ADVICE)
 
     def _check_layer_options(self, options: Mapping[str, Any], where: str) -> None:
+        check_choice(f"{where}protect", options.get("protect", True), (True, False))
         self._check_options({**self.defaults, **options}, where)
 
     def _check_options(self, options: Mapping[str, Any], where: str = "") -> None:

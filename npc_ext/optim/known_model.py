@@ -36,8 +36,8 @@ class KnownModel:
     @classmethod
     def of(
         cls, model: nn.Module, trained: Collection[int], before: KnownModel | None
-    ) -> tuple[KnownModel, list[tuple[Tensor, Tensor]]]:
-        """Records a model; also returns the trained parameters that were replaced, each with its replacement.
+    ) -> tuple[KnownModel, list[tuple[str, Tensor, Tensor]]]:
+        """Records a model; also returns the trained parameters that were replaced: name, parameter and replacement.
 
         Args:
             model: the network.
@@ -53,7 +53,7 @@ class KnownModel:
             if id(old) in present:
                 continue
             if name in parameters:
-                replaced.append((old, parameters[name]))
+                replaced.append((name, old, parameters[name]))
             elif id(old) in trained:
                 parameters[name] = old
         return cls(parameters, before._names, model), replaced

@@ -148,8 +148,13 @@ class MeasurementChecks:
 
     def _no_backward_pass_since(self) -> bool:
         """Whether autograd has run no backward pass since the one that the last step used."""
-        last = self._last_backward_pass
-        return last != NO_BACKWARD_PASS and not in_backward() and backward_passes() == last + 1
+        if self._last_backward_pass == NO_BACKWARD_PASS or in_backward():
+            return False
+        counted = backward_passes()
+        if counted != self._last_backward_pass + 1:
+            return False
+        self._last_backward_pass = counted  # which was one, so that another step() finds the same cause
+        return True
 
     def drop_compiled_leftovers(self, layers: Iterable[NeuronLayer]) -> None:
         """Drops importance that compiled code measured, if the gradients were cleared in between.

@@ -27,7 +27,7 @@ _TORCH_OPTIONS = {
     "fused": "a step always is a fused call, so leave it out",
     "foreach": "a step always is a fused call, so leave it out",
     "capturable": "CUDA graphs can capture a step without it, so leave it out",
-    "differentiable": "steps are not differentiable",
+    "differentiable": "steps are not differentiable, so leave it out",
     "amsgrad": "there is no AMSGrad, so leave it out",
     "dampening": "momentum is not dampened, as by default in torch.optim.SGD, so leave it out",
     "betas": "NPCAdamW has it (beta is another thing: the importance at or above which a neuron is frozen)",
@@ -36,9 +36,11 @@ _TORCH_OPTIONS = {
     "nesterov": "it belongs to the momentum of SGD",
 }
 _OF_LAYERS = ("protect", "measure_at", "batch_dim")
+_OF_CONSTRUCTORS = ("layers", "other_parameters", "skip_gradients", "process_group", "backend")
 # How similar an unknown key of a group must be to an option to be a misspelling. Other code keeps keys such as
 # "initial_lr" and "max_momentum" in groups.
 _MISSPELLED = 0.85
+_MOST_OPTIONS = 20  # to list in a message
 
 
 def why_unknown(name: str, known: Collection[str]) -> str:
@@ -49,21 +51,32 @@ def why_unknown(name: str, known: Collection[str]) -> str:
         return _TORCH_OPTIONS[name]
     if name in _OF_LAYERS and "beta" in known:
         return f"it is an option of single layers: layers={{'<name or pattern>': {{{name!r}: ...}}}}"
-    return close_to(name, known)
+    if name in _OF_CONSTRUCTORS:
+        return "it is an option of the whole optimizer: pass it to the constructor"
+    if name in CONSTANTS:
+        return "it is a constant of NPC"
+    return close_to(name, known, _MOST_OPTIONS)
 
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., None])
 
 
 def explains_options(constructor: _Constructor) -> _Constructor:
-    """Lets a constructor raise a TypeError that explains an unknown option."""
-    known = list(inspect.signature(constructor).parameters)[1:]
+    """Lets a constructor raise a TypeError that explains an unknown option, or one given by position."""
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    known = [parameter.name for parameter in parameters]
+    first = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
 
     @functools.wraps(constructor)
     def explaining(self: Any, *arguments: Any, **options: Any) -> None:
         for name in options:
             if name not in known:
                 raise TypeError(f"{type(self).__name__} has no option {name!r}: {why_unknown(name, known)}")
+        if len(arguments) > len(first):
+            raise TypeError(
+                f"{type(self).__name__} takes {' and '.join(first)} by position, got {len(arguments)} arguments; name "
+                "the others, as in momentum=0.9"
+            )
         constructor(self, *arguments, **options)
 
     return cast(_Constructor, explaining)
@@ -77,7 +90,8 @@ def check_group(group: Any, known: Collection[str]) -> None:
             "{'params': model.head.parameters(), 'lr': 0.01}"
         )
     for key in group.keys() - {"params", "lr", *known}:
-        if key in _TORCH_OPTIONS or key in _OF_LAYERS or difflib.get_close_matches(key, known, cutoff=_MISSPELLED):
+        of_others = key in (*_TORCH_OPTIONS, *_OF_LAYERS, *_OF_CONSTRUCTORS, *CONSTANTS)
+        if of_others or difflib.get_close_matches(key, known, cutoff=_MISSPELLED):
             raise ValueError(f"a parameter group has the key {key!r}, which is no option: {why_unknown(key, known)}")
 
 
@@ -96,6 +110,9 @@ class LayerOptions:
         self._options = {name: with_one_decay(values) for name, values in options.items()}
         self._known = known
 
+    def __str__(self) -> str:
+        return str({name: {o: v for o, v in values.items() if v is not None} for name, values in self._options.items()})
+
     def of(self, name: str) -> dict[str, Any]:
         """The options of a layer. Its name takes precedence over patterns, and earlier patterns over later ones."""
         matching = (values for pattern, values in self._options.items() if fnmatchcase(name, pattern))
@@ -112,9 +129,10 @@ class LayerOptions:
             check_pattern("layers", pattern, layers)
             for option in options:
                 if option not in self._known:
-                    raise ValueError(
-                        f"layers[{pattern!r}] has the option {option!r}; expected {', '.join(self._known)}"
-                    )
+                    expected = close_to(option, self._known, _MOST_OPTIONS)
+                    if option in ("lr", *SGD_OPTIONS, "betas", "eps"):
+                        expected += "; give it to a group of the layer's parameters, in params=[...]"
+                    raise ValueError(f"layers[{pattern!r}] has the option {option!r}; {expected}")
             check_values(options, f"layers[{pattern!r}]: ")
 
 
@@ -143,6 +161,8 @@ def check_number(name: str, value: Any, where: str = "", *, positive: bool = Fal
 def _number(name: str, value: Any, expected: str, where: str) -> float:
     if type(value) is float or type(value) is int:  # the test for a protocol below is slow
         return float(value)
+    if isinstance(value, bool):
+        raise TypeError(f"{where}{name} is {value}; expected {expected}")
     if isinstance(value, Tensor) and name != "lr":  # steps would not notice that it is changed in place
         raise TypeError(f"{where}{name} is a tensor; expected {expected}, as {name}.item()")
     if not (value.numel() == 1 if isinstance(value, Tensor) else isinstance(value, SupportsFloat)):

@@ -91,6 +91,7 @@ class Plastic(PlasticityControl, Joinable):
         self._skip_gradients = arguments["skip_gradients"]
         check_choice("skip_gradients", self._skip_gradients, _SKIPPING)
         self._just_found = False
+        self._of_smaller: dict[Tensor, Tensor] = {}  # the importance of layers that have grown, by their new parameter
         self._shared_sinks = SharedSinks(arguments["model"], arguments["process_group"])
         Joinable.__init__(self)
         super().__init__(arguments)
@@ -135,6 +136,10 @@ class Plastic(PlasticityControl, Joinable):
         self._nonfinite_steps = NonfiniteSteps(len(self._protected))
         self._index_parameters()
         for index, layer in enumerate(self._protected):
+            if (smaller := self._of_smaller.pop(self._keys[index], None)) is not None:
+                blocks = blocks_of(self._model, layer.name)
+                grown = fitted(smaller, self._no_importance(index), f"layer {layer.name!r}", blocks)
+                self.state[self._keys[index]]["importance"] = grown
             if layer.trains():  # other layers get a state once they train
                 self._layer_state(index)
             if self._backend == "reference":
@@ -462,12 +467,10 @@ class Plastic(PlasticityControl, Joinable):
 
     # ------------------------------------------------------------------------------- model changes, earlier importance
 
-    def _inherit(self, old: Tensor, new: Tensor) -> None:
-        importance = self.state[old].get("importance")
-        super()._inherit(old, new)
-        dim = self._place_of(old).dim
-        if importance is not None and new.ndim == old.ndim and new.shape[dim] == old.shape[dim]:
-            self.state[new]["importance"] = importance
+    def _inherit(self, name: str, old: Tensor, new: Tensor, state: dict[str, Any]) -> None:
+        if old.shape != new.shape and "importance" in state:
+            self._of_smaller[new] = state.pop("importance")  # until the layer is found
+        super()._inherit(name, old, new, state)
 
     def _take_up_groups(self) -> None:
         self._shared_sinks.look_for_group(self._model)
@@ -481,6 +484,9 @@ class Plastic(PlasticityControl, Joinable):
 
     def _layer_names(self) -> list[str]:
         return [layer.name for layer in self._protected]
+
+    def _holders(self) -> dict[str, Tensor]:
+        return dict(zip(self._layer_names(), self._keys, strict=True))
 
     def _may_hold(self) -> dict[str, NeuronLayer]:
         return {layer.name: layer for layer in self._protected}
@@ -565,7 +571,9 @@ class Plastic(PlasticityControl, Joinable):
     def __repr__(self) -> str:
         rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._protected)
         return (
-            f"{super().__repr__()[:-2]}\n\n{self._summary()}\n"
+            f"{super().__repr__()[:-2]}\n\n"
+            f"other_parameters: {self._other_parameters}, skip_gradients: {self._skip_gradients}, "
+            f"layers: {self._layer_options}\n{self._summary()}\n"
             f"gradients skipped in the last step: those of {rows:.0f} neurons\n)"
         )
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._names import listed
 from .._warn import warn
+from ..distributed.shards import is_sharded
 from ..neurons.tap import ImportanceWarning
 from ..reference import compute_dtype
 
@@ -69,6 +70,31 @@ def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor
     return later
 
 
+def continues(later: Tensor, earlier: Tensor, blocks: int = 1) -> bool:
+    """Whether a parameter has the values of an earlier one, or has grown from it: each block begins with them.
+
+    A new layer of the same name does not. Values of sharded parameters are not compared.
+    """
+    if later is earlier or is_sharded(later) or is_sharded(earlier):
+        return True
+    if later.ndim != earlier.ndim or any(a > b for a, b in zip(earlier.shape, later.shape, strict=True)):
+        return False
+    source, target = earlier.detach(), later.detach()
+    if blocks > 1:
+        source, target = (tensor.unflatten(0, (blocks, -1)) for tensor in (source, target))
+    values = source.to(target.device, target.dtype)
+    return torch.equal(first_block(target, values.shape), values)
+
+
+def warn_of_replaced(names: Iterable[str]) -> None:
+    warn(
+        f"replaced by new parameters, which do not begin with the old values: {listed(names)}. So these start without "
+        "importance, anchors and momentum. If they are to keep the old importance, call load_importance(state_dict) "
+        "with the state_dict() from before",
+        ImportanceWarning,
+    )
+
+
 class ImportanceHolder(torch.optim.Optimizer):
     """An optimizer of a model that may hold importance, and can take it over from an earlier optimizer."""
 
@@ -103,6 +129,10 @@ class ImportanceHolder(torch.optim.Optimizer):
     def _may_hold(self) -> Mapping[str, Any]:
         """The layers or parameters that can have importance here, by name."""
         raise NotImplementedError
+
+    def _holders(self) -> Mapping[str, Tensor]:
+        """The parameters whose state holds importance, by the name of the layer or parameter."""
+        return self._may_hold()
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:
         """The importance in saved states, which are given by the id of this optimizer's parameter."""
@@ -183,11 +213,23 @@ class ImportanceHolder(torch.optim.Optimizer):
             self._take(self._held_in_state_dict(earlier))
         elif earlier is not None:
             earlier = self._of_this_kind(earlier)
-            self._take(earlier._held())
+            self._take(self._without_replaced(earlier))
             if earlier is not self and earlier._model is self._model:
                 earlier._leave_model()
         self._may_begin_without = True
         return self
+
+    def _without_replaced(self, earlier: ImportanceHolder) -> dict[str, dict[str, Tensor]]:
+        """The importance of an earlier optimizer, without that of layers that were replaced by new ones since."""
+        held = earlier._held()
+        if earlier._model is not self._model:
+            return held
+        before, now = earlier._holders(), self._holders()
+        common = [name for name in held if name in now and name in before]
+        replaced = [n for n in common if not continues(now[n], before[n], blocks_of(self._model, n))]
+        if replaced:
+            warn_of_replaced(replaced)
+        return {name: tensors for name, tensors in held.items() if name not in replaced}
 
     def _take(self, held: Mapping[str, Mapping[str, Tensor]]) -> None:
         here = self._may_hold()
@@ -200,8 +242,11 @@ class ImportanceHolder(torch.optim.Optimizer):
         self._forget_plans()
 
     def _held_in_state_dict(self, state_dict: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-        held = self._held_in(self._states_saved_in(state_dict.get("plasticity", state_dict)))
-        if not held and self._held():  # these optimizers hold importance from the beginning on
+        saved = state_dict.get("plasticity", state_dict)
+        held = self._held_in(self._states_saved_in(saved))
+        # Some optimizers hold none before a task has ended; their groups have the same options.
+        same_options = all(self.defaults.keys() <= group.keys() for group in saved["param_groups"])
+        if not held and (self._held() or not same_options):
             raise ValueError(
                 f"earlier is a state dict without {self._KIND}, so another optimizer saved it; expected that of an "
                 f"optimizer with {self._KIND}, like {self._called()}, or None"
@@ -228,7 +273,8 @@ class ImportanceHolder(torch.optim.Optimizer):
         if len(saved) != len(parameters):
             raise ValueError(
                 f"the state dict has {len(saved)} parameters, this optimizer {len(parameters)}; expected as many, in "
-                "the same order: pass the optimizer itself to match layers by name"
+                "the same order. To match layers by name, pass the optimizer itself: in a new process, build model and "
+                "optimizer as they were saved, load their states, and let the model grow then"
             )
         return {id(p): state_dict["state"].get(index, {}) for index, p in zip(saved, parameters, strict=True)}
 

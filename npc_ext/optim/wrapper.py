@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
-from .._names import close_to
 from ..distributed.shards import local
 from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
 from .base import uncompiled
 from .npc import NPC
-from .options import CONSTANTS, explains_options, with_one_decay
+from .options import CONSTANTS, explains_options
 from .plan import PlasticPlan
 from .plastic import Plastic
 from .plasticity import LayerPlasticity
@@ -75,12 +74,12 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         self,
         optimizer: torch.optim.Optimizer,
         model: nn.Module,
+        *,
         alpha: float = 0.5,
         beta: float = 0.5,
         delta: float | None = None,
-        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
-        *,
         half_life: float | None = None,
+        sigma: Literal["sigmoid", "tanh", "erf"] = "sigmoid",
         normalize: Literal["all", "active"] = "all",
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         process_group: Any = "auto",
@@ -119,6 +118,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters to the wrapped optimizer, and searches the model again."""
+        self._tracker.check_wrapped_group(param_group)
         self.optimizer.add_param_group(param_group)
         added = self.optimizer.param_groups[-1]["params"]
         try:
@@ -300,23 +300,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return self._tracker.constants(layer)
 
     def set_constants(self, **constants: Any) -> None:
-        """Changes constants from now on, except those of layers that have options in `layers`.
-
-        The wrapper's groups are those of the wrapped optimizer, which may use the same names for other things.
-
-        Args:
-            constants: alpha, beta, delta or half_life, sigma, normalize.
-
-        Raises:
-            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
-        """
-        for name in constants:
-            if name not in CONSTANTS:
-                raise TypeError(f"there is no constant {name!r}: {close_to(name, CONSTANTS)}")
-        changed = {**self._constants(), **with_one_decay(constants)}
-        self._tracker._check_options({**self._tracker.defaults, **changed})
-        for group in self._tracker.param_groups:
-            group.update(changed)
+        """As `NPC.set_constants`. The wrapper's groups are the wrapped optimizer's, and have no constants."""
+        self._tracker.set_constants(**constants)
 
     def _constants(self) -> dict[str, Any]:
         """The constants of layers without options in `layers`."""
@@ -324,7 +309,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def __repr__(self) -> str:
         constants = ", ".join(f"{name}={value!r}" for name, value in self._constants().items() if value is not None)
-        return f"{type(self).__name__}({self.optimizer!r},\n{constants}\n\n{self._tracker._summary()}\n)"
+        layers = f"layers: {self._tracker._layer_options}"
+        return f"{type(self).__name__}({self.optimizer!r},\n{constants}\n\n{layers}\n{self._tracker._summary()}\n)"
 
     # --------------------------------------------------------------------------------------------- saving and loading
 
@@ -464,23 +450,23 @@ class _Tracker(NPC):
 
     def follow_groups(self) -> None:
         """Continues with the parameters that are in the wrapped optimizer's groups now."""
-        self._check_wrapped_groups()
+        for group in self.wrapped.param_groups:
+            self.check_wrapped_group(group)
         trained = self._wrapped_parameters()
         if not self._knows(trained):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
 
-    def _check_wrapped_groups(self) -> None:
-        """Raises ValueError if constants were set in the wrapped optimizer's groups, where nothing reads them."""
-        for group in self.wrapped.param_groups:
-            for name in CONSTANTS:
-                if name in group and name not in self.wrapped.defaults:
-                    raise ValueError(
-                        f"a parameter group has the key {name!r}, but the groups are those of the wrapped "
-                        f"{type(self.wrapped).__name__}, which does not read it; call "
-                        f"wrapper.set_constants({name}=...) instead, and remove it from the group"
-                    )
+    def check_wrapped_group(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if constants are set in one of the wrapped optimizer's groups, where nothing reads them."""
+        for name in CONSTANTS:
+            if name in group and name not in self.wrapped.defaults:
+                raise ValueError(
+                    f"a parameter group has the key {name!r}, but the groups are those of the wrapped "
+                    f"{type(self.wrapped).__name__}, which does not read it; call "
+                    f"wrapper.set_constants({name}=...) instead, and remove it from the group"
+                )
 
     def _wrapped_parameters(self) -> list[Tensor]:
         return [parameter for group in self.wrapped.param_groups for parameter in group["params"]]

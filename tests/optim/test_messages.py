@@ -234,11 +234,11 @@ def test_models_that_are_hardly_protected_are_warned_of_once(make: Any) -> None:
     with pytest.warns(ImportanceWarning, match="only 3 % of .*: LSTM 'rnn': 94 %, Embedding 'words': 3 %") as caught:
         optimizer = make(Sentences())
     assert len(caught) == 1 and caught[0].filename == __file__
-    assert "protected: 165 of 5,701 trained elements (3 %)" in repr(optimizer)
+    assert "in protected layers: 165 of 5,701 trained elements (3 %)" in repr(optimizer)
     if make is not CPC:
-        assert "protected: 165 of 5,701 trained elements (3 %)" in str(optimizer.neurons)
+        assert "in protected layers: 165 of 5,701 trained elements (3 %)" in str(optimizer.neurons)
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(3))]})
-        assert "protected: 165 of 5,704 trained" in repr(optimizer)
+        assert "in protected layers: 165 of 5,704 trained" in repr(optimizer)
 
 
 @pytest.mark.filterwarnings("error")
@@ -248,10 +248,12 @@ def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
     frozen.words.requires_grad_(False)
     frozen.rnn.requires_grad_(False)
     layers = {"hidden": {"protect": False}, "output": {"protect": False}}
-    assert "protected: 1,248 of 3,658 trained elements (34 %)" in repr(make(paper_cnn(), layers=layers))
-    assert "protected: 165 of 165 trained elements (100 %)" in repr(make(frozen))
+    assert "in protected layers: 1,248 of 3,658 trained elements (34 %)" in repr(make(paper_cnn(), layers=layers))
+    assert "in protected layers: 165 of 165 trained elements (100 %)" in repr(make(frozen))
     if make is not wrapped_sgd:
-        assert "protected: 165 of 165 trained elements (100 %)" in repr(make(Sentences(), other_parameters="freeze"))
+        assert "in protected layers: 165 of 165 trained elements (100 %)" in repr(
+            make(Sentences(), other_parameters="freeze")
+        )
 
 
 # ------------------------------------------------------------------------------------------------- tables and plots
@@ -311,7 +313,7 @@ def test_the_table_says_which_layers_are_protected() -> None:
     assert row(optimizer, "2").endswith("weight, bias (not trained)")
     assert row(optimizer, "3").endswith("nowhere: this optimizer trains none of its parameters weight, bias")
     assert row(optimizer, "  0.weight") == "0.weight embedding; not trained by this optimizer"
-    assert "protected: 32 of 32 trained elements (100 %)" in str(optimizer.neurons)
+    assert "in protected layers: 32 of 32 trained elements (100 %)" in str(optimizer.neurons)
     again = copy.deepcopy(optimizer)
     assert str(again.neurons) == str(optimizer.neurons) == str(pickle.loads(pickle.dumps(optimizer)).neurons)
 

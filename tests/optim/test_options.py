@@ -175,8 +175,15 @@ def test_a_pattern_for_options_of_measuring_may_match_other_modules_too(model: n
             {"layers": {"conv7": {}}},
             "layers names 'conv7', but no layer with neurons has that name; close to it: 'conv1', 'conv2'",
         ),
-        (NPC, {"layers": {"conv1": {"lr": 1}}}, r"layers\['conv1'\] has the option 'lr'; expected alpha, beta"),
+        (
+            NPC,
+            {"layers": {"conv1": {"lr": 1}}},
+            r"layers\['conv1'\] has the option 'lr'; there are 'alpha', 'beta', .*; give it",
+        ),
         (NPC, {"layers": {"conv1": {"delta": 2}}}, r"layers\['conv1'\]: delta is 2"),
+        (NPC, {"layers": {"conv1": {"protect": "no"}}}, r"layers\['conv1'\]: protect is 'no'; expected one of True, F"),
+        (NPC, {"layers": {"conv1": {"momentum": 0.9}}}, r"the option 'momentum'; there are .*; give it to a group of"),
+        (NPC, {"layers": {"conv1": {"proctect": False}}}, r"the option 'proctect'; close to it: 'protect'"),
         (NPC, {"layers": {"conv1": {"measure_at": "pool9"}}}, "measure_at names 'pool9', which is not in the model"),
         (NPCAdamW, {"lr": -1.0}, "lr is -1.0"),
         (NPCAdamW, {"alpha": 0.0}, "alpha is 0.0"),
@@ -211,12 +218,18 @@ def test_arguments_out_of_range_are_refused(kind: Any, options: dict[str, Any], 
             {"protect": False},
             r"it is an option of single layers: layers=\{'<name or pattern>': \{'protect': ...\}\}",
         ),
-        (SSL, {"layers": ["0"]}, "SSL has no option 'layers': there are 'model', 'lr'"),
+        (SSL, {"strenght": 1.0}, "SSL has no option 'strenght': close to it: 'strength'"),
         (
             wrapped_sgd,
             {"momentum": 0.9},
             "PlasticityWrapper has no option 'momentum': it is an option of the optimizer",
         ),
+        (
+            NPC,
+            {"layers": {"conv1": {"measure_at": nn.ReLU()}}},
+            r"measure_at of 'conv1' is ReLU\(\); expected the name of a",
+        ),
+        (NPC, {"lr": True}, "lr is True; expected a finite number"),
         (NPC, {"beta": (0.9, 0.999)}, r"beta is \(0.9, 0.999\); expected a number, .*are called betas"),
         (NPCAdamW, {"beta": [0.9, 0.999]}, r"beta is \[0.9, 0.999\]; expected a number, .*are called betas"),
     ],
@@ -268,6 +281,58 @@ def test_a_group_that_is_no_dictionary_is_refused() -> None:
     optimizer = NPC(model, params=model.conv1.parameters())
     with pytest.raises(TypeError, match="the parameter group is of type generator; expected a dictionary, as in"):
         optimizer.add_param_group(model.output.parameters())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("build", [NPC, NPCAdamW, CPC, EWC, lambda model, *more: wrapped_sgd(model, 0.1, *more)])
+def test_options_are_named_because_a_third_argument_is_momentum_in_sgd(build: Any) -> None:
+    with pytest.raises(TypeError, match=r"by position, got 3 arguments; name the others, as in|takes from 1 to 2 pos"):
+        build(paper_cnn(), 0.1, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "message"),
+    [
+        (NPC, {"skip_gradients": "none"}, "the key 'skip_gradients', .*: it is an option of the whole optimizer"),
+        (NPCAdamW, {"other_parameters": "freeze"}, "the key 'other_parameters', .*: it is an option of the whole opt"),
+        (EWC, {"half_life": 3}, "the key 'half_life', which is no option: it is a constant of NPC"),
+    ],
+)
+def test_options_that_a_group_cannot_have_are_refused(kind: Any, key: dict[str, Any], message: str) -> None:
+    model = paper_cnn()
+    with pytest.raises(ValueError, match=message):
+        kind(model, params=[{"params": [*model.parameters()], **key}])
+
+
+@pytest.mark.parametrize("kind", [NPC, NPCAdamW, CPC])
+def test_constants_of_all_groups_can_be_set_at_once(kind: Any) -> None:
+    model = paper_cnn()
+    groups = [{"params": model.conv1.parameters()}, {"params": model.hidden.parameters(), "beta": 2.0}]
+    optimizer = kind(model, params=groups, half_life=100, layers={"hidden": {"beta": 3.0}})
+    train(model, optimizer, batches(1))
+    optimizer.set_constants(beta=1e-12, delta=0.9)
+    assert [(g["beta"], g["delta"], g["half_life"]) for g in optimizer.param_groups] == 2 * [(1e-12, 0.9, None)]
+    before = weights(model.conv1)
+    train(model, optimizer, batches(2))
+    assert same(before, weights(model.conv1)) and optimizer.plasticity()["conv1"].frozen == 1
+    assert optimizer.plasticity()["hidden"].frozen < 1
+    for wrong, error in (({"betta": 1.0}, TypeError), ({"beta": 1.0, "alpha": -1}, ValueError)):
+        with pytest.raises(error):
+            optimizer.set_constants(**wrong)
+    assert optimizer.param_groups[0]["beta"] == 1e-12
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        (lambda model: model, "params is a module, Sequential; expected its parameters: module.parameters()"),
+        (lambda model: [{"params": model.conv1}], "params is a module, Conv2d; expected its parameters"),
+        (lambda model: {"params": [*model.parameters()]}, "params has an element of type str; expected parameters, or"),
+    ],
+)
+def test_params_of_other_types_are_refused(params: Any, message: str) -> None:
+    model = paper_cnn()
+    with pytest.raises(TypeError, match=message):
+        NPC(model, params=params(model))
 
 
 @pytest.mark.parametrize("rate", [-0.1, float("nan"), float("inf")])

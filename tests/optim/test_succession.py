@@ -20,10 +20,11 @@ from torch.nn.utils.parametrizations import weight_norm
 from npc_ext import CPC, EWC, MAS, NPC, SI, SSL, ImportanceWarning, NPCAdamW
 from npc_ext.distributed.sinks import SharedSinks
 from npc_ext.neurons.tap import TapHook
+from npc_ext.optim.succession import first_block
 
 from ..methods import consolidate, wrapped_adamw
 from ..models import Conv1D
-from ..training import everything, importances, refused, same
+from ..training import everything, importances, refused, same, set_importance
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -182,7 +183,7 @@ def test_a_new_parameter_in_the_groups_is_frozen_from_its_first_step_on(name: st
 def test_a_module_that_was_replaced_and_put_into_the_groups_is_measured_again() -> None:
     model, optimizer = trained(NPC, delta=0.5, beta=100.0)
     kept = optimizer.plasticity()["4"].importance
-    model[4] = nn.Linear(12, 4)
+    model[4] = copy.deepcopy(model[4])
     optimizer.param_groups[0]["params"] = list(model.parameters())
     learn(model, optimizer, 1)
     assert torch.equal(optimizer.plasticity()["4"].importance, kept)  # its tap went with the old module
@@ -213,7 +214,9 @@ def test_neurons_keep_their_importance_when_their_inputs_grow(layer: Any, wider:
         return optimizer.plasticity()["0"].importance
 
     before = step(4)
-    layer.weight = nn.Parameter(wider.weight.detach().clone())
+    weight = wider.weight.detach().clone()
+    first_block(weight, layer.weight.shape).copy_(layer.weight.detach())
+    layer.weight = nn.Parameter(weight)
     if hasattr(layer, "in_features"):
         layer.in_features = 5
     if hasattr(layer, "in_channels"):
@@ -222,6 +225,61 @@ def test_neurons_keep_their_importance_when_their_inputs_grow(layer: Any, wider:
     after = step(5)
     torch.testing.assert_close(before.mean(), torch.tensor(0.5))  # each step brings (1 - delta) * 1 on average
     torch.testing.assert_close(after.mean(), torch.tensor(0.75))
+
+
+NEW_HEADS: dict[str, Callable[[Any, Any], Any]] = {
+    "in the groups": lambda model, optimizer: optimizer.param_groups[0].update(params=list(model.parameters())),
+    "a new group": lambda model, optimizer: optimizer.add_param_group({"params": model[4].parameters()}),
+}
+
+
+def replace_and_learn(way: str, model: Any, optimizer: Any) -> None:
+    NEW_HEADS[way](model, optimizer)
+    learn(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("way", NEW_HEADS)
+def test_a_new_layer_in_the_place_of_an_old_one_starts_without_importance_and_learns(way: str) -> None:
+    model, optimizer = trained(NPC, delta=0.5, momentum=0.9)
+    set_importance(optimizer, "4", 9.0)
+    body = optimizer.plasticity()["0"].importance
+    model[4] = nn.Linear(12, 4)
+    with pytest.warns(ImportanceWarning, match=r"new parameters, .*: '4.weight', '4.bias'. So these start without imp"):
+        replace_and_learn(way, model, optimizer)
+    assert optimizer.plasticity()["4"].importance.max() < 2  # of 9: it was measured in one step at most
+    assert optimizer.plasticity()["0"].importance.ge(body / 2).all()
+    before = model[4].weight.detach().clone()
+    learn(model, optimizer, 1)
+    assert not torch.equal(model[4].weight, before)
+
+
+def test_a_new_layer_takes_over_no_importance_from_an_earlier_optimizer_of_the_model() -> None:
+    model, optimizer = trained(NPC)
+    set_importance(optimizer, "4", 9.0)
+    held = optimizer.state_dict()
+    model[4] = nn.Linear(12, 4)
+    with pytest.warns(ImportanceWarning, match="new parameters, which do not begin with the old values: '4'"):
+        later = NPC(model).load_importance(optimizer)
+    assert not later.plasticity()["4"].importance.any() and later.plasticity()["0"].importance.any()
+    assert later.load_importance(held).plasticity()["4"].importance.eq(9).all()
+
+
+@pytest.mark.parametrize("way", NEW_HEADS)
+@pytest.mark.parametrize("method", [NPC, NPCAdamW, CPC, EWC])
+def test_a_layer_that_has_grown_keeps_the_state_of_its_first_neurons(way: str, method: Any) -> None:
+    model, optimizer = trained(method)
+    old = dict(optimizer.state[model[4].weight])
+    head = nn.Linear(12, 6)
+    with torch.no_grad():
+        head.weight[:4], head.bias[:4] = model[4].weight, model[4].bias
+    model[4] = head
+    NEW_HEADS[way](model, optimizer)
+    optimizer._compare_with_model()
+    for name, value in optimizer.state[head.weight].items():
+        if torch.is_tensor(value) and value.dim():
+            assert torch.equal(value[:4], old[name])
+            assert not value[4:].any() or name == "anchor"
+    assert {"importance", "stiffness", "exp_avg"} & old.keys() and old.keys() == optimizer.state[head.weight].keys()
 
 
 def test_copies_and_pickles_know_their_own_model() -> None:

@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import npc_ext
-from npc_ext import NPC
+from npc_ext import NPC, ImportanceWarning
 from npc_ext.skipping.gradients import operation_of
 
 from ..models import Model
@@ -379,7 +379,8 @@ def test_a_layer_that_was_replaced_by_a_larger_one_has_left_nothing_out() -> Non
     model, optimizer = frozen(network(), "0", "4")
     loss_of(model).backward()
     model[4], model[7] = nn.Conv2d(16, 48, 3), nn.Linear(192, 10)
-    optimizer.add_param_group({"params": [*model[4].parameters(), *model[7].parameters()]})
+    with pytest.warns(ImportanceWarning, match="new parameters"):
+        optimizer.add_param_group({"params": [*model[4].parameters(), *model[7].parameters()]})
     loss_of(model).backward()
     optimizer.step()
 
