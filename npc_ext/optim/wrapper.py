@@ -359,17 +359,26 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also creates the hooks of torch.optim.Optimizer
+        hooks = self.optimizer._optimizer_step_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(hook, _StepCheck)]:
+            del hooks[key]  # an earlier wrapper's, or that of the wrapper of which this one is a copy
         self.optimizer.register_step_pre_hook(_StepCheck(self))
 
 
 class _StepCheck:
-    """Raises if the wrapped optimizer takes a step of which the wrapper does not know. Holds the wrapper weakly."""
+    """Raises if the wrapped optimizer takes a step of which the wrapper does not know. Holds the wrapper weakly.
 
-    def __init__(self, wrapper: PlasticityWrapper) -> None:
-        self._wrapper = weakref.ref(wrapper)
+    A copy or pickle checks nothing: a copy of the wrapper places its own.
+    """
+
+    def __init__(self, wrapper: PlasticityWrapper | None = None) -> None:
+        self._wrapper = None if wrapper is None else weakref.ref(wrapper)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
-        wrapper = self._wrapper()
+        wrapper = None if self._wrapper is None else self._wrapper()
         if wrapper is not None and not wrapper._steps_inner:
             raise RuntimeError(
                 f"step() of the wrapped {type(optimizer).__name__} was called, which would move frozen neurons; call "

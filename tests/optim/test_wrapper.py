@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from npc_ext import NPC, NPCAdamW, PlasticityWrapper
+from npc_ext import EWC, NPC, NPCAdamW, PlasticityWrapper
 from npc_ext.optim import wrapper
 from npc_ext.reference import learning_rate
 
@@ -373,6 +373,28 @@ def test_a_step_of_the_wrapped_optimizer_itself_is_refused(copied: Callable[[Any
     del ours
     gc.collect()  # the error that was raised holds it
     inner.step()  # the wrapper is gone
+
+
+def test_a_new_wrapper_takes_over_from_an_earlier_one_of_the_same_optimizer() -> None:
+    model = network()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    earlier = PlasticityWrapper(sgd, model)
+    train(model, earlier, [images(0)])
+    ours = PlasticityWrapper(sgd, model).load_importance(earlier)
+    train(model, ours, [images(1)])
+    with refused(model, ours, RuntimeError, r"step\(\) of the wrapped SGD was called"):
+        sgd.step()
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_a_wrapper_of_an_optimizer_that_copies_its_hooks_is_copied(copied: Callable[[Any], Any]) -> None:
+    original = network()
+    wrapped = PlasticityWrapper(EWC(original), original)  # stays alive, with its check
+    train(original, wrapped, [images(0)])
+    model, ours = copied((original, wrapped))
+    train(model, ours, [images(1)])
+    with refused(model, ours, RuntimeError, r"step\(\) of the wrapped EWC was called"):
+        ours.optimizer.step()
 
 
 def test_what_cannot_be_wrapped_is_refused() -> None:
