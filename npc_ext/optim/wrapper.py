@@ -459,13 +459,16 @@ class _Tracker(NPC):
 
     def follow_groups(self) -> None:
         """Continues with the parameters that are in the wrapped optimizer's groups now."""
-        for group in self.wrapped.param_groups:
-            self.check_wrapped_group(group)
         trained = self._wrapped_parameters()
         if not self._knows(trained):
             self.param_groups[0]["params"] = trained
             del self.param_groups[1:]
             self._compare_with_model()
+
+    def _prepare(self) -> None:
+        for group in self.wrapped.param_groups:  # here, where an error lets the all-reduce of other processes finish
+            self.check_wrapped_group(group)
+        super()._prepare()
 
     def check_wrapped_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError if constants are set in one of the wrapped optimizer's groups, where nothing reads them."""
