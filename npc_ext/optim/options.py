@@ -90,6 +90,8 @@ def check_group(group: Any, known: Collection[str]) -> None:
             "{'params': model.head.parameters(), 'lr': 0.01}"
         )
     for key in group.keys() - {"params", "lr", *known}:
+        if not isinstance(key, str):
+            continue
         of_others = key in (*_TORCH_OPTIONS, *_OF_LAYERS, *_OF_CONSTRUCTORS, *CONSTANTS)
         if of_others or difflib.get_close_matches(key, known, cutoff=_MISSPELLED):
             raise ValueError(f"a parameter group has the key {key!r}, which is no option: {why_unknown(key, known)}")
