@@ -116,7 +116,7 @@ class Anchored(ModelOptimizer):
     def _check_before_consolidating(self) -> None:
         """Raises ValueError if options are out of range, or if parameters of the model were replaced."""
         for group in self.param_groups:
-            self._check_options({**self.defaults, **group})
+            self._check_options({**self.defaults, **group, "lr": 0.0})  # steps check the rate
         if not self._knows(self._all_parameters()):
             self._compare_with_model()  # moves the state of replaced parameters to those that are in the groups now
         if self._known_model is None:

@@ -30,6 +30,8 @@ from .succession import ImportanceHolder, blocks_of, continues, fitted, warn_of_
 _MOST_EARLIER_PLANS = 3
 # How often the parameters are compared with the model's, besides whenever plans are made.
 _STEPS_BETWEEN_COMPARISONS = 50
+# Schedules that end at 0 may give a tiny negative rate instead, as LinearLR(optimizer, end_factor=0) does.
+_ROUNDED_ZERO = -1e-12
 # For the signature: `map` calls these without running Python code.
 _STRIDE: Callable[[Any], tuple[int, ...]] = Tensor.stride
 _DTYPE, _LAYOUT = attrgetter("dtype"), attrgetter("layout")
@@ -186,7 +188,8 @@ class ModelOptimizer(ImportanceHolder):
         signature, numbers = self._signature(), list(map(self._scheduled, self.param_groups))
         if numbers != self._planned_numbers:
             for group, (lr, *_) in zip(self.param_groups, numbers, strict=True):
-                self._check_options({**self.defaults, **group, "lr": 0.0 if lr is None else lr})
+                near_zero = lr is None or _ROUNDED_ZERO <= lr <= 0
+                self._check_options({**self.defaults, **group, "lr": 0.0 if near_zero else lr})
         if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
         elif numbers == self._planned_numbers:

@@ -347,6 +347,18 @@ def test_a_learning_rate_out_of_range_is_refused_in_the_step_that_would_use_it(r
 
 
 @pytest.mark.parametrize("kind", [NPC, NPCAdamW, CPC, EWC])
+def test_a_schedule_may_round_a_rate_of_0_to_a_tiny_negative_one(kind: Any) -> None:
+    model = paper_cnn()
+    optimizer = kind(model)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 3, end_factor=0.0, total_iters=10)
+    for batch in batches(10):
+        train(model, optimizer, [batch])
+        scheduler.step()
+    assert -1e-17 < optimizer.param_groups[0]["lr"] < 0
+    train(model, optimizer, batches(1))
+
+
+@pytest.mark.parametrize("kind", [NPC, NPCAdamW, CPC, EWC])
 def test_parameters_of_another_model_alone_are_refused(kind: Any) -> None:
     with pytest.raises(ValueError, match=r"none of the parameters in params belongs to the model"):
         kind(paper_cnn(), params=paper_cnn().parameters())
