@@ -592,9 +592,10 @@ class ModelOptimizer(ImportanceHolder):
         return f"a parameter of shape {tuple(parameter.shape)}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # What holds memory addresses; __setstate__ has it made anew.
-        plans = ("_plans", "_planned_for", "_planned_numbers", "_earlier_plans")
-        return {name: value for name, value in self.__dict__.items() if name not in plans}
+        # Without what holds memory addresses, which __setstate__ has made anew, and without the step that a scheduler
+        # sets here: it is this optimizer's, so a copy would call it.
+        left_out = ("_plans", "_planned_for", "_planned_numbers", "_earlier_plans", "step")
+        return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called by copy, pickle and load_state_dict

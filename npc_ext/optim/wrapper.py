@@ -355,7 +355,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
                 )
 
     def __getstate__(self) -> dict[str, Any]:
-        return dict(self.__dict__)
+        return {name: value for name, value in self.__dict__.items() if name != "step"}  # as ModelOptimizer does
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also creates the hooks of torch.optim.Optimizer

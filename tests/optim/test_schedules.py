@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from functools import cache, partial
 from typing import Any
@@ -139,6 +140,19 @@ def test_a_rate_of_0_moves_nothing_and_measures_the_same_importance(method: str)
         advance(scheduler)
     train(model, optimizer, batch)
     assert not same(weights(model), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_copy_of_an_optimizer_with_a_scheduler_takes_its_own_steps(method: str, copied: Callable[[Any], Any]) -> None:
+    model = paper_cnn()
+    optimizer = METHODS[method][0](model)
+    schedulers.StepLR(optimizer, 1)  # it replaces optimizer.step
+    train(model, optimizer, batches(1))
+    before = weights(model)
+    twin, twins = copied((model, optimizer))
+    train(twin, twins, batches(1, seed=1))
+    assert same(weights(model), before) and not same(weights(twin), before)
 
 
 # ----------------------------------------------------------------------------------------------------------- two tasks
