@@ -150,7 +150,8 @@ class ModelOptimizer(ImportanceHolder):
             The value that `closure` returned, or None.
 
         Raises:
-            ValueError: a gradient is sparse, or a gradient, a state tensor or a layer does not fit its parameter.
+            ValueError: a gradient is sparse; a gradient, a state tensor or a layer does not fit its parameter; or an
+                option of a group is misspelled or out of range.
             RuntimeError: optimizers that measure neurons found no importance, although there are gradients; or
                 gradients were skipped of neurons that may move in this step, because options or state were changed
                 after the forward pass.

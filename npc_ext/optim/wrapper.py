@@ -161,6 +161,7 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         Raises:
             RuntimeError: there are gradients, but no importance was measured; or a schedule-free optimizer is not in
                 training mode.
+            ValueError: as `NPC.step`; or a group has a constant, which only `set_constants` changes.
         """
         if torch.compiler.is_dynamo_compiling():
             return uncompiled(PlasticityWrapper._step, self, closure)

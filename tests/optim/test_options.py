@@ -105,7 +105,7 @@ def test_parameters_outside_neurons_train_at_plain_rate_or_not_at_all(others: An
 
 @pytest.mark.parametrize("others", ["train", "freeze"])
 @pytest.mark.parametrize("kind", [NPC, CPC])
-def test_a_layer_that_is_not_consolidated_trains_also_where_others_are_frozen(kind: Any, others: str) -> None:
+def test_a_layer_that_is_not_protected_trains_also_where_others_are_frozen(kind: Any, others: str) -> None:
     model = paper_cnn()
     optimizer = kind(model, delta=0.0, other_parameters=others, layers={"output": {"protect": False}})
     before = weights(model.output)
