@@ -360,7 +360,9 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also creates the hooks of torch.optim.Optimizer
-        hooks = self.optimizer._optimizer_step_pre_hooks
+        hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", None)
+        if hooks is None:  # it does not call the constructor of torch.optim.Optimizer, so it has no hooks
+            return
         for key in [key for key, hook in hooks.items() if isinstance(hook, _StepCheck)]:
             del hooks[key]  # an earlier wrapper's, or that of the wrapper of which this one is a copy
         self.optimizer.register_step_pre_hook(_StepCheck(self))

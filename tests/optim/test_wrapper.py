@@ -397,6 +397,28 @@ def test_a_wrapper_of_an_optimizer_that_copies_its_hooks_is_copied(copied: Calla
         ours.optimizer.step()
 
 
+class Inside(torch.optim.Optimizer):
+    """Passes everything on to another optimizer. It has no hooks, because it does not call Optimizer.__init__."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups, self.state, self.defaults = optimizer.param_groups, optimizer.state, optimizer.defaults
+
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.optimizer.zero_grad(set_to_none)
+
+
+def test_an_optimizer_without_hooks_is_wrapped() -> None:
+    model = network()
+    before = copy.deepcopy(model)
+    train(model, PlasticityWrapper(Inside(torch.optim.SGD(model.parameters(), lr=0.1)), model), [images(0)])
+    train(before, wrapped_sgd(before), [images(0)])
+    assert same(model, before)
+
+
 def test_what_cannot_be_wrapped_is_refused() -> None:
     model = network()
     sgd = torch.optim.SGD(model.parameters())
