@@ -51,7 +51,7 @@ def why_unknown(name: str, known: Collection[str]) -> str:
         return _TORCH_OPTIONS[name]
     if name in _OF_LAYERS and "beta" in known:
         return f"it is an option of single layers: layers={{'<name or pattern>': {{{name!r}: ...}}}}"
-    if name in _OF_CONSTRUCTORS:
+    if name in _OF_CONSTRUCTORS and "model" not in known:
         return "it is an option of the whole optimizer: pass it to the constructor"
     if name in CONSTANTS:
         return "it is a constant of NPC"
