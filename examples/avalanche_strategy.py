@@ -92,8 +92,8 @@ def train(optimizer_of: Callable[[nn.Module], torch.optim.Optimizer], plugins: S
 
 
 def npc(model: nn.Module) -> NPC:
-    """NPC with a delta that keeps more than half of the importance over a task of ten epochs (170 steps)."""
-    return NPC(model, lr=0.1, delta=0.997)
+    """NPC that keeps more than half of the importance over a task of ten epochs (170 steps)."""
+    return NPC(model, lr=0.1, half_life=230)
 
 
 def main() -> None:

@@ -78,7 +78,7 @@ def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from
         use_cpu=True,
         disable_tqdm=True,
     )
-    options: dict[str, Any] = {"lr": 0.5, "delta": 0.99}
+    options: dict[str, Any] = {"lr": 0.5, "half_life": 70}
     how: dict[str, Any] = {"optimizers": (NPC(model, **options), None)}
     if by_the_trainer:
         how = {"optimizer_cls_and_kwargs": (NPC, {"model": model, **options})}

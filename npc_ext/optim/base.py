@@ -6,6 +6,7 @@ defines its update in its plans.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from operator import attrgetter, is_, itemgetter
@@ -188,9 +189,7 @@ class ModelOptimizer(ImportanceHolder):
     def _prepare(self) -> None:
         signature, numbers = self._signature(), list(map(self._scheduled, self.param_groups))
         if numbers != self._planned_numbers:
-            for group, (lr, *_) in zip(self.param_groups, numbers, strict=True):
-                near_zero = lr is None or _ROUNDED_ZERO <= lr <= 0
-                self._check_options({**self.defaults, **group, "lr": 0.0 if near_zero else lr})
+            self._check_scheduled(numbers)
         if signature != self._planned_for or not self._is_current(self._plans):
             self._choose_plans(signature)
         elif numbers == self._planned_numbers:
@@ -203,6 +202,17 @@ class ModelOptimizer(ImportanceHolder):
         """The numbers of a group that schedules change; lr is None where it is read on the device."""
         lr = group["lr"]  # it may be a tensor that is changed in place
         return None if self._read_on_device(lr) else float(lr), group["momentum"], group["weight_decay"]
+
+    def _check_scheduled(self, numbers: Sequence[tuple[Any, ...]]) -> None:
+        """Raises ValueError if one of the `_scheduled` numbers is out of range. Checks what has changed."""
+        planned = self._planned_numbers or []
+        if len(planned) != len(numbers):
+            planned = [()] * len(numbers)
+        for group, (lr, *others), before in zip(self.param_groups, numbers, planned, strict=True):
+            if lr is not None and not _ROUNDED_ZERO <= lr < math.inf:
+                check_number("lr", lr)
+            if others != list(before[1:]):
+                self._check_options({**self.defaults, **group, "lr": 0.0})
 
     def _choose_plans(self, signature: list[Any]) -> None:
         recent = self._earlier_plans

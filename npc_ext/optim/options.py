@@ -30,12 +30,14 @@ _TORCH_OPTIONS = {
     "differentiable": "steps are not differentiable, so leave it out",
     "amsgrad": "there is no AMSGrad, so leave it out",
     "dampening": "momentum is not dampened, as by default in torch.optim.SGD, so leave it out",
-    "betas": "NPCAdamW has it (beta is another thing: the importance at or above which a neuron is frozen)",
+    "betas": "NPCAdamW has it",
     "eps": "NPCAdamW has it",
     "momentum": "the first number of betas takes its place",
     "nesterov": "it belongs to the momentum of SGD",
 }
 _OF_LAYERS = ("protect", "measure_at", "batch_dim")
+_OF_BASELINES = ("strength", "implicit", "damping", "sparsity")
+_ALIASES = {"learning_rate": "lr", "LR": "lr", "wd": "weight_decay"}
 _OF_CONSTRUCTORS = ("layers", "other_parameters", "skip_gradients", "process_group", "backend")
 # How similar an unknown key of a group must be to an option to be a misspelling. Other code keeps keys such as
 # "initial_lr" and "max_momentum" in groups.
@@ -47,14 +49,21 @@ def why_unknown(name: str, known: Collection[str]) -> str:
     """The end of an error message: why there is no such option, or which names are similar."""
     if "optimizer" in known and name in (*_TORCH_OPTIONS, "lr", "weight_decay", "maximize", "params"):
         return "it is an option of the optimizer to wrap"
+    if name == "betas" and "beta" in known:
+        return f"{_TORCH_OPTIONS[name]} (beta is another thing: the importance at or above which a neuron is frozen)"
     if name in _TORCH_OPTIONS:
         return _TORCH_OPTIONS[name]
-    if name in _OF_LAYERS and "beta" in known:
+    if name in _ALIASES:
+        return f"it is called {_ALIASES[name]!r}"
+    measures = not {"process_group", "stochastic_rounding"}.isdisjoint(known)
+    if name in _OF_LAYERS and (measures or (name == "protect" and "beta" in known)):
         return f"it is an option of single layers: layers={{'<name or pattern>': {{{name!r}: ...}}}}"
     if name in _OF_CONSTRUCTORS and "model" not in known:
         return "it is an option of the whole optimizer: pass it to the constructor"
     if name in CONSTANTS:
         return "it is a constant of NPC"
+    if name in _OF_BASELINES and "model" not in known:
+        return "it is an option of another method"
     return close_to(name, known, _MOST_OPTIONS)
 
 
@@ -90,10 +99,11 @@ def check_group(group: Any, known: Collection[str]) -> None:
             "{'params': model.head.parameters(), 'lr': 0.01}"
         )
     for key in group.keys() - {"params", "lr", *known}:
-        if not isinstance(key, str):
+        if not isinstance(key, str) or (key in _TORCH_OPTIONS and not group[key]):  # such as foreach=None
             continue
-        of_others = key in (*_TORCH_OPTIONS, *_OF_LAYERS, *_OF_CONSTRUCTORS, *CONSTANTS)
-        if of_others or difflib.get_close_matches(key, known, cutoff=_MISSPELLED):
+        of_others = key in (*_TORCH_OPTIONS, *_ALIASES, *_OF_LAYERS, *_OF_CONSTRUCTORS, *CONSTANTS, *_OF_BASELINES)
+        similar = difflib.get_close_matches(key, known, cutoff=_MISSPELLED)
+        if of_others or any(option not in key for option in similar):  # "min_weight_decay" is another thing
             raise ValueError(f"a parameter group has the key {key!r}, which is no option: {why_unknown(key, known)}")
 
 

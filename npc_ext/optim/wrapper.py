@@ -382,7 +382,7 @@ class _StepCheck:
 
     def __call__(self, optimizer: torch.optim.Optimizer, arguments: Any, options: Any) -> None:
         wrapper = None if self._wrapper is None else self._wrapper()
-        if wrapper is not None and not wrapper._steps_inner:
+        if wrapper is not None and not wrapper._steps_inner and not wrapper._only_makes_state():
             raise RuntimeError(
                 f"step() of the wrapped {type(optimizer).__name__} was called, which would move frozen neurons; call "
                 "step() of the PlasticityWrapper, and pass the wrapper to schedulers, GradScaler and trainers"
@@ -458,7 +458,7 @@ class _Tracker(NPC):
         return PlasticityWrapper.__name__
 
     def _built_as(self) -> str:
-        return f"{self._called()}(optimizer, model)"
+        return f"{self._called()}(new_optimizer, model)"
 
     def follow_groups(self) -> None:
         """Continues with the parameters that are in the wrapped optimizer's groups now."""
@@ -475,8 +475,9 @@ class _Tracker(NPC):
 
     def check_wrapped_group(self, group: Mapping[str, Any]) -> None:
         """Raises ValueError if constants are set in one of the wrapped optimizer's groups, where nothing reads them."""
+        own = self.wrapped.defaults or self.wrapped.param_groups[0]  # some optimizers have no defaults
         for name in CONSTANTS:
-            if name in group and name not in self.wrapped.defaults:
+            if name in group and name not in own:
                 raise ValueError(
                     f"a parameter group has the key {name!r}, but the groups are those of the wrapped "
                     f"{type(self.wrapped).__name__}, which does not read it; call "

@@ -112,7 +112,7 @@ def test_taps_that_were_taken_out_are_named(kind: Kind) -> None:
     learn(model, optimizer)
     optimizer.neurons.detach()
     loss_of(model).backward()
-    built = "NPC(model, ...)" if kind is NPC else "PlasticityWrapper(optimizer, model)"
+    built = "NPC(model, ...)" if kind is NPC else "PlasticityWrapper(new_optimizer, model)"
     assert why(model, optimizer) == (
         "optimizer.neurons.detach() has removed the taps that measure it. To continue training, build a new optimizer "
         f"with the importance of this one (earlier): {built}.load_importance(earlier)."
