@@ -48,7 +48,8 @@ class ConnectionPlasticity(Printed):
 
 def _joined(by_name: Mapping[str, Tensor]) -> Tensor:
     """The values of all parameters of a layer. A layer may have none that are trained."""
-    return torch.cat([values.flatten() for values in by_name.values()] or [torch.empty(0)])
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+    return torch.cat([values.flatten() for values in by_name.values()] or [nothing])
 
 
 class CPC(PlasticityControl):
