@@ -59,7 +59,7 @@ class Classifier(lightning.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """NPC on the whole module, which Lightning has already moved to its device."""
-        return NPC(self, lr=0.1, half_life=self.trainer.estimated_stepping_batches)
+        return NPC(self, lr=0.1, half_life=500)
 
 
 class LogPlasticity(lightning.Callback):

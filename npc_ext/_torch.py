@@ -36,6 +36,7 @@ __all__ = [
     "guard_hooks",
     "in_backward",
     "is_batched",
+    "is_compiled_in_transform",
     "is_looked_into",
     "is_recorded",
     "is_transformed",
@@ -117,6 +118,19 @@ def is_transformed() -> bool:
 def is_recorded() -> bool:
     """Whether torch.jit.trace records operations, or `is_transformed()`. Not for compiled code either."""
     return _is_tracing() or _transforms_active() or _forward_ad._current_level >= 0
+
+
+def is_compiled_in_transform() -> bool:
+    """Whether torch.func transforms what Dynamo traces now. Only for compiled code, which has the result as a constant.
+
+    Dynamo enters the transforms that it traces, and guards those that it is called in. It does not guard the levels of
+    forward-mode differentiation, so they must not count here.
+    """
+    return _transforms_active()
+
+
+# torch.compiler.assume_constant_result does no more than this, but imports Dynamo.
+is_compiled_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def is_batched(gradient: Tensor) -> bool:

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import after_backward, current_backward_pass, is_batched, is_recorded, version_of
+from .._torch import (
+    after_backward,
+    current_backward_pass,
+    is_batched,
+    is_compiled_in_transform,
+    is_recorded,
+    version_of,
+)
 from .._warn import warn
 from .layer import NeuronLayer, TapPoint
 from .stand_in import Unscriptable
@@ -191,7 +198,7 @@ class TapHook(Unscriptable):
         if not self.weighted.training or not self.layer.trains():
             return False
         # Graphs of torch.jit.trace cannot hold importance, and under torch.func there is nothing to measure.
-        return not (torch.jit.is_tracing() if torch.compiler.is_dynamo_compiling() else is_recorded())
+        return not (is_compiled_in_transform() if torch.compiler.is_dynamo_compiling() else is_recorded())
 
     def _tapped(self, value: Any) -> Tensor | None:
         """The tapped tensor, or None to leave `value` as it is."""

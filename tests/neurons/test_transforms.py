@@ -128,17 +128,45 @@ def test_training_is_measured_as_usual_after_transforms(make: Model) -> None:
     assert same(list(model.parameters()), list(twin.parameters()))
 
 
-def test_a_compiled_transform_of_a_tapped_model_has_no_graph_breaks() -> None:
+@pytest.mark.parametrize("name", ["grad", "one gradient per sample", "jvp", "jacrev", "hessian"])
+def test_a_compiled_transform_of_a_tapped_model_has_no_graph_breaks(name: str) -> None:
     model, x = linear()
     plain = copy.deepcopy(model)
     optimizer = NPC(model)
 
-    def gradients(model: nn.Module) -> dict[str, Tensor]:
-        def loss(values: dict[str, Tensor]) -> Tensor:
-            return functional_call(model, values, (x,)).square().sum()
+    def compiled(model: nn.Module) -> Any:
+        compute = dict(computations(model, x))[name]
+        return torch.compile(compute, backend="aot_eager", fullgraph=True)()
 
-        compute = torch.compile(grad(loss), backend="aot_eager", fullgraph=True)
-        return compute(dict(model.named_parameters()))
-
-    assert same(gradients(model), gradients(plain))
+    assert all(map(torch.equal, _pytree.tree_leaves(compiled(model)), _pytree.tree_leaves(compiled(plain))))
     assert all(layer.sink.grad is None for layer in optimizer.neurons)
+
+
+def in_a_dual_level(model: nn.Module, x: Tensor) -> None:
+    with forward_ad.dual_level():
+        model(x)
+
+
+TRANSFORMS: dict[str, Callable[[nn.Module, Tensor], Any]] = {
+    "grad": lambda model, x: grad(lambda x: model(x).square().sum())(x),
+    "one gradient per sample": lambda model, x: vmap(grad(lambda x: model(x).square().sum()))(x.unsqueeze(1)),
+    "forward mode": in_a_dual_level,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.parametrize("transformed_first", [True, False])
+def test_a_compiled_model_is_measured_before_and_after_transforms(name: str, transformed_first: bool) -> None:
+    torch.compiler.reset()
+    model, x = linear()
+    optimizer = NPC(model)
+    compiled: Any = torch.compile(model, backend="eager")
+    if transformed_first:
+        TRANSFORMS[name](compiled, x)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (compiled(x) - 1).square().mean().backward()
+        assert all(layer.sink.grad.any() for layer in optimizer.neurons)
+        optimizer.step()
+        TRANSFORMS[name](compiled, x)
+        assert all(layer.sink.grad is None or not layer.sink.grad.any() for layer in optimizer.neurons)

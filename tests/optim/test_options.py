@@ -275,7 +275,16 @@ def test_misspelled_options_of_groups_are_refused_at_once_and_when_set_later(key
 
 def test_keys_of_schedulers_and_of_users_are_kept_in_groups() -> None:
     model = paper_cnn()
-    optimizer = NPC(model, params=[{"params": [*model.parameters()], "name": "all", "lr_scale": 0.5, 7: "seven"}])
+    keys = {
+        "name": "all",
+        "lr_scale": 0.5,
+        "min_weight_decay": 0.1,
+        "beta1": 0.9,
+        "foreach": None,
+        "dampening": 0,
+        7: 1,
+    }
+    optimizer = NPC(model, params=[{"params": [*model.parameters()], **keys}])
     torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=9)
     train(model, optimizer, batches(2))
     assert optimizer.param_groups[0]["name"] == "all" and "max_momentum" in optimizer.param_groups[0]

@@ -303,7 +303,7 @@ def test_a_new_optimizer_without_the_earlier_importance_is_warned_of(name: str, 
         del earlier
         gc.collect()
     optimizer = METHODS[name](model, lr=0.01)
-    arguments = r"\(optimizer, model\)" if name == "PlasticityWrapper" else r"\(model, ...\)"
+    arguments = r"\(new_optimizer, model\)" if name == "PlasticityWrapper" else r"\(model, ...\)"
     message = rf"an earlier {name} of this model held.*: {name}{arguments}.load_importance"
     with pytest.warns(ImportanceWarning, match=message) as caught:
         learn(model, optimizer, 1)
