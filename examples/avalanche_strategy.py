@@ -34,10 +34,8 @@ try:
 
     from npc_ext.avalanche import PlasticityPlugin
 except ImportError as error:
-    sys.exit(
-        f"{error}; this example needs: pip install avalanche-lib scikit-learn (into a separate environment, see "
-        "docs/integrations.md)"
-    )
+    where = "in a separate environment, see docs/integrations.md"
+    sys.exit(f"{error} ({where}); this example needs: pip install avalanche-lib scikit-learn")
 
 EXPERIENCES = 5
 
