@@ -276,7 +276,8 @@ class ModelOptimizer(ImportanceHolder):
             if self._sharded:
                 parameters, gradients = list(map(local, parameters)), list(map(local, gradients))
             on_device = id(lr) if self._read_on_device(lr) else None
-            signature += [id(group), len(group), on_device, self._options_of(group), self._has_momentum(group), without]
+            has_momentum = group.get("momentum") != 0
+            signature += [id(group), len(group), on_device, self._options_of(group), has_momentum, without]
             signature += [list(map(_LAYOUT, gradients)), list(map(_DTYPE, gradients))]
             # A parameter's device, dtype and memory format change only with its address. Strides and the number of
             # elements determine the shape.

@@ -169,6 +169,8 @@ class MeasurementChecks:
                 continue
             layer.sink.grad = None
             dropped.append(layer.name)
+        if not dropped:
+            return
         self._warnings.warn_once(
             dropped,
             "cleared",
