@@ -108,8 +108,9 @@ class NPCAdamW(Plastic):
         return local(state["exp_avg"])
 
     def _scheduled(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        lr = group["lr"]
-        return None if self._read_on_device(lr) else float(lr), *group["betas"], group["weight_decay"]
+        lr, betas = group["lr"], group["betas"]
+        betas = betas if isinstance(betas, (tuple, list)) else [None]  # which is found to be an error
+        return None if self._read_on_device(lr) else float(lr), *betas, group["weight_decay"]
 
     def _step_options(self, device: torch.device, groups: Sequence[Mapping[str, Any]]) -> AdamOptions:
         first, second = ([float(group["betas"][which]) for group in groups] for which in (0, 1))

@@ -43,6 +43,7 @@ _OF_CONSTRUCTORS = ("layers", "other_parameters", "skip_gradients", "process_gro
 # "initial_lr" and "max_momentum" in groups.
 _MISSPELLED = 0.85
 _MOST_OPTIONS = 20  # to list in a message
+_EXAMPLES = {"momentum": 0.9, "weight_decay": 0.01, "beta": 0.5}
 
 
 def why_unknown(name: str, known: Collection[str]) -> str:
@@ -75,6 +76,7 @@ def explains_options(constructor: _Constructor) -> _Constructor:
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
     known = [parameter.name for parameter in parameters]
     first = [parameter.name for parameter in parameters if parameter.kind is not parameter.KEYWORD_ONLY]
+    example = next((f"{name}={value}" for name, value in _EXAMPLES.items() if name in known), "...")
 
     @functools.wraps(constructor)
     def explaining(self: Any, *arguments: Any, **options: Any) -> None:
@@ -84,7 +86,7 @@ def explains_options(constructor: _Constructor) -> _Constructor:
         if len(arguments) > len(first):
             raise TypeError(
                 f"{type(self).__name__} takes {' and '.join(first)} by position, got {len(arguments)} arguments; name "
-                "the others, as in momentum=0.9"
+                f"the others, as in {example}"
             )
         constructor(self, *arguments, **options)
 
@@ -103,7 +105,8 @@ def check_group(group: Any, known: Collection[str]) -> None:
             continue
         of_others = key in (*_TORCH_OPTIONS, *_ALIASES, *_OF_LAYERS, *_OF_CONSTRUCTORS, *CONSTANTS, *_OF_BASELINES)
         similar = difflib.get_close_matches(key, known, cutoff=_MISSPELLED)
-        if of_others or any(option not in key for option in similar):  # "min_weight_decay" is another thing
+        # "min_weight_decay" and "beta1" are other things, but "weight_decays" is not.
+        if of_others or any(option not in key or key == f"{option}s" for option in similar):
             raise ValueError(f"a parameter group has the key {key!r}, which is no option: {why_unknown(key, known)}")
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from npc_ext import CPC, EWC, NPC, SSL, NPCAdamW
+from npc_ext import CPC, EWC, NPC, SSL, NPCAdamW, PlasticityWrapper
 
 from ..methods import wrapped_sgd
 from ..models import paper_cnn
@@ -255,6 +255,7 @@ def test_the_signature_of_a_constructor_shows_its_options() -> None:
     [
         ({"betta": 1.0}, "the key 'betta', which is no option: close to it: 'beta'"),
         ({"weight_decy": 0.1}, "the key 'weight_decy', .*: close to it: 'weight_decay'"),
+        ({"weight_decays": 0.1}, "the key 'weight_decays', .*: close to it: 'weight_decay'"),
         ({"fused": True}, "the key 'fused', which is no option: a step always is a fused call"),
         ({"measure_at": "norm1"}, "the key 'measure_at', .*: it is an option of single layers"),
     ],
@@ -301,6 +302,24 @@ def test_a_group_that_is_no_dictionary_is_refused() -> None:
 def test_options_are_named_because_a_third_argument_is_momentum_in_sgd(build: Any) -> None:
     with pytest.raises(TypeError, match=r"by position, got 3 arguments; name the others, as in|takes from 1 to 2 pos"):
         build(paper_cnn(), 0.1, 0.9)
+
+
+def test_the_message_about_positions_names_an_option_that_there_is() -> None:
+    model = paper_cnn()
+    with pytest.raises(TypeError, match=r"as in weight_decay=0\.01"):
+        NPCAdamW(model, 1e-3, (0.9, 0.99))  # type: ignore[misc]
+    with pytest.raises(TypeError, match=r"as in beta=0\.5"):
+        PlasticityWrapper(torch.optim.SGD(model.parameters(), lr=0.1), model, 0.5)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("betas", [0.9, None, torch.tensor([0.9, 0.99])])
+def test_betas_of_another_type_are_refused_also_when_set_later(betas: Any) -> None:
+    model = paper_cnn()
+    optimizer = NPCAdamW(model)
+    train(model, optimizer, batches(1))
+    optimizer.param_groups[0]["betas"] = betas
+    with refused(model, optimizer, ValueError, "betas is .*; expected two numbers"):
+        train(model, optimizer, batches(1))
 
 
 @pytest.mark.parametrize(
