@@ -117,8 +117,16 @@ class ModelOptimizer(ImportanceHolder):
             if is_sharded(parameter):
                 self._check_sharded(parameter)
         super().add_param_group(param_group)
+        try:
+            self._check_group(self.param_groups[-1])
+        except Exception:
+            self.param_groups.pop()
+            raise
         if self._known_model is not None:
             self._learn_model()
+
+    def _check_group(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if an option does not fit the parameters of its group."""
 
     def _check_sharded(self, parameter: Any) -> None:
         """Raises ValueError if a parameter is sharded over processes in a way that is not supported."""
@@ -463,9 +471,9 @@ class ModelOptimizer(ImportanceHolder):
                 new_ones += [name] if state else []
             elif state:
                 self._inherit(name, old, new, state)
+        self._sharded = any(map(is_sharded, parameters))
         if new_ones:
             warn_of_replaced(new_ones)
-        self._sharded = any(map(is_sharded, parameters))
 
     def _trained_by_name(self) -> dict[str, Tensor]:
         """The parameters in the groups, by their names when the model was last examined."""
@@ -492,8 +500,8 @@ class ModelOptimizer(ImportanceHolder):
         self._until_comparison = _STEPS_BETWEEN_COMPARISONS
         changed = not self._knows(self._all_parameters())
         if changed:
-            self._learn_model()
             try:
+                self._learn_model()
                 self._take_up_groups()
             except Exception:
                 self._known_parameters = []  # the next step tries again

@@ -57,15 +57,11 @@ class PlasticityControl(ModelOptimizer):
         """
         super().add_param_group(param_group)
         try:
-            self._check_group(self.param_groups[-1])
             if self._has_layers:
                 self._find_layers()
         except Exception:
             self.param_groups.pop()
             raise
-
-    def _check_group(self, group: Mapping[str, Any]) -> None:
-        """Raises ValueError if an option does not fit the parameters of its group."""
 
     def _find_layers(self) -> None:
         """Searches the model, and prepares what is kept of each layer."""

@@ -282,6 +282,29 @@ def test_a_layer_that_has_grown_keeps_the_state_of_its_first_neurons(way: str, m
     assert {"importance", "stiffness", "exp_avg"} & old.keys() and old.keys() == optimizer.state[head.weight].keys()
 
 
+def test_a_group_that_is_refused_leaves_importance_where_it_is() -> None:
+    model, optimizer = trained(NPC)
+    kept = optimizer.plasticity()["4"].importance
+    head = nn.Linear(12, 6)
+    with torch.no_grad():
+        head.weight[:4], head.bias[:4] = model[4].weight, model[4].bias
+    model[4] = head
+    with pytest.raises(ValueError, match="stochastic_rounding"):
+        optimizer.add_param_group({"params": head.parameters(), "stochastic_rounding": True})
+    assert kept.any() and torch.equal(optimizer.plasticity()["4"].importance, kept)
+
+
+def test_a_warning_of_a_new_layer_that_is_an_error_is_no_reason_to_leave_the_layer_unprotected() -> None:
+    model, optimizer = trained(NPC)
+    model[4] = nn.Linear(12, 4)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    model(data(0)).logsumexp(1).mean().backward()
+    with pytest.raises(ImportanceWarning, match="new parameters"):
+        optimizer.step()
+    learn(model, optimizer, 2)
+    assert optimizer.plasticity()["4"].importance.any()
+
+
 def test_copies_and_pickles_know_their_own_model() -> None:
     for twin_of in (copy.deepcopy, lambda both: pickle.loads(pickle.dumps(both))):
         model, optimizer = trained(NPC)
