@@ -465,11 +465,22 @@ class ModelOptimizer(ImportanceHolder):
         parameters = self._known_parameters = self._all_parameters()
         self._known_model, replaced = KnownModel.of(self._model, set(map(id, parameters)), self._known_model)
         new_ones = []
+        states: dict[int, dict[str, Any]] = {}
+        done: set[int] = set()
+        given: set[int] = set()
         for name, old, new in replaced:
-            state = self.state.pop(old, {})
+            if id(old) not in states:
+                states[id(old)] = self.state.pop(old, {})
+            if id(new) in done:  # it has several names
+                continue
+            done.add(id(new))
+            state = dict(states[id(old)])
             if not continues(new, old, blocks_of(self._model, name)):
                 new_ones += [name] if state else []
             elif state:
+                if id(old) in given:  # a parameter that was shared was replaced by several
+                    state = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state.items()}
+                given.add(id(old))
                 self._inherit(name, old, new, state)
         self._sharded = any(map(is_sharded, parameters))
         if new_ones:

@@ -134,18 +134,26 @@ class Plastic(PlasticityControl, Joinable):
         ]
         self._options_of_layers = [self._layer_options.of(layer.name) for layer in self._protected]
         self._nonfinite_steps = NonfiniteSteps(len(self._protected))
+        held_by = set(map(id, self._keys)) if self._has_layers else set()
         self._index_parameters()
+        held_by.difference_update(map(id, self._keys))
         for index, layer in enumerate(self._protected):
             if (smaller := self._of_smaller.pop(self._keys[index], None)) is not None:
-                blocks = blocks_of(self._model, layer.name)
-                grown = fitted(smaller, self._no_importance(index), f"layer {layer.name!r}", blocks)
-                self.state[self._keys[index]]["importance"] = grown
+                self.state[self._keys[index]]["importance"] = self._grown(index, smaller)
+            self._move_importance(layer, self._keys[index], held_by)
             if layer.trains():  # other layers get a state once they train
                 self._layer_state(index)
             if self._backend == "reference":
                 layer.measure, layer.relu_backward = reference.importance, reference.relu_backward_importance
         self.neurons.attach(self._model, self._protected)
         self._install_skipping(trained)
+
+    def _move_importance(self, layer: NeuronLayer, key: Tensor, held_by: set[int]) -> None:
+        """Moves importance to the key of a layer if another of its parameters was that before (`held_by`: ids)."""
+        for parameter in (p.parameter for p in layer.parameters if id(p.parameter) in held_by):
+            state = self.state.get(parameter, {})
+            if "importance" in state and state["importance"].shape == (layer.neurons,):
+                self.state[key].setdefault("importance", state.pop("importance"))
 
     def _install_skipping(self, trained: set[int]) -> None:
         before = getattr(self, "_certificates", None)
@@ -486,7 +494,8 @@ class Plastic(PlasticityControl, Joinable):
         return [layer.name for layer in self._protected]
 
     def _holders(self) -> dict[str, Tensor]:
-        return dict(zip(self._layer_names(), self._keys, strict=True))
+        # The same parameter of a layer in each optimizer, whichever of the layer's parameters it trains.
+        return {layer.name: layer.parameters[0].parameter for layer in self._protected}
 
     def _may_hold(self) -> dict[str, NeuronLayer]:
         return {layer.name: layer for layer in self._protected}
@@ -495,10 +504,17 @@ class Plastic(PlasticityControl, Joinable):
         averages = {}
         for index, name in enumerate(self._layer_names()):
             if name in held:
-                average, blocks = held[name]["importance"], blocks_of(self._model, name)
-                averages[self._keys[index]] = fitted(average, self._no_importance(index), f"layer {name!r}", blocks)
+                averages[self._keys[index]] = self._grown(index, held[name]["importance"])
         for key, average in averages.items():
             self.state[key]["importance"] = average
+
+    def _grown(self, index: int, average: Tensor) -> Tensor:
+        """The importance of a layer that had the importance `average` when it was smaller."""
+        layer = self._protected[index]
+        blocks = max(part.groups for part in layer.parameters)
+        if blocks == 1:
+            blocks = blocks_of(self._model, layer.name)
+        return fitted(average, self._no_importance(index), f"layer {layer.name!r}", blocks)
 
     def _leave_model(self) -> None:
         self._is_superseded = True

@@ -22,6 +22,7 @@ from ..reference import compute_dtype
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 # Model -> kind of importance -> name of a layer or parameter -> class name of the optimizer that held its importance.
 _holders: weakref.WeakKeyDictionary[nn.Module, dict[str, dict[str, str]]] = weakref.WeakKeyDictionary()
 
@@ -39,7 +40,16 @@ def blocks_of(model: nn.Module, name: str) -> int:
         return 3
     if isinstance(module, (nn.LSTM, nn.LSTMCell)) and not parameter.startswith("weight_hr"):
         return 4  # gates
+    if isinstance(module, _TRANSPOSED) and parameter == "bias":
+        return module.groups
     return 3 if isinstance(module, (nn.GRU, nn.GRUCell)) else 1
+
+
+def _in_blocks(earlier: Tensor, later: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
+    """Splits the rows of both into blocks, unless one has another number of blocks."""
+    if blocks == 1 or earlier.shape[0] % blocks or later.shape[0] % blocks:
+        return earlier, later
+    return earlier.unflatten(0, (blocks, -1)), later.unflatten(0, (blocks, -1))
 
 
 def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor:
@@ -63,9 +73,7 @@ def fitted(earlier: Tensor, later: Tensor, what: str, blocks: int = 1) -> Tensor
             "without importance, call load_importance(None)"
         )
     with torch.no_grad():
-        source, target = earlier, later
-        if blocks > 1:
-            source, target = (tensor.unflatten(0, (blocks, -1)) for tensor in (earlier, later))
+        source, target = _in_blocks(earlier, later, blocks)
         first_block(target, source.shape).copy_(source)
     return later
 
@@ -79,9 +87,7 @@ def continues(later: Tensor, earlier: Tensor, blocks: int = 1) -> bool:
         return True
     if later.ndim != earlier.ndim or any(a > b for a, b in zip(earlier.shape, later.shape, strict=True)):
         return False
-    source, target = earlier.detach(), later.detach()
-    if blocks > 1:
-        source, target = (tensor.unflatten(0, (blocks, -1)) for tensor in (source, target))
+    source, target = _in_blocks(earlier.detach(), later.detach(), blocks)
     values = source.to(target.device, target.dtype)
     return torch.equal(first_block(target, values.shape), values)
 
@@ -131,7 +137,7 @@ class ImportanceHolder(torch.optim.Optimizer):
         raise NotImplementedError
 
     def _holders(self) -> Mapping[str, Tensor]:
-        """The parameters whose state holds importance, by the name of the layer or parameter."""
+        """The parameters that show whether a layer or parameter was replaced, by its name."""
         return self._may_hold()
 
     def _held_in(self, states: Mapping[int, Mapping[str, Any]]) -> dict[str, dict[str, Tensor]]:

@@ -282,6 +282,70 @@ def test_a_layer_that_has_grown_keeps_the_state_of_its_first_neurons(way: str, m
     assert {"importance", "stiffness", "exp_avg"} & old.keys() and old.keys() == optimizer.state[head.weight].keys()
 
 
+@pytest.mark.parametrize("way", ["in the groups", "load_importance"])
+def test_neurons_of_a_grown_transposed_convolution_keep_their_importance_group_by_group(way: str) -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(4, 4, 3, groups=2), nn.ReLU())
+    optimizer = NPC(model)
+    set_importance(optimizer, "0", [1.0, 2.0, 3.0, 4.0])
+    old, wider = model[0], nn.ConvTranspose1d(4, 6, 3, groups=2)
+    with torch.no_grad():
+        wider.weight[:, :2] = old.weight
+        wider.bias.unflatten(0, (2, 3))[:, :2] = old.bias.unflatten(0, (2, 2))
+    model[0] = wider
+    if way == "load_importance":
+        optimizer = NPC(model).load_importance(optimizer)
+    else:
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer._compare_with_model()
+    assert optimizer.plasticity()["0"].importance.tolist() == [1, 2, 0, 3, 4, 0]
+
+
+def test_a_recurrent_layer_of_another_kind_is_a_new_layer() -> None:
+    model = nn.ModuleDict({"rnn": nn.RNN(3, 5)})
+    optimizer = EWC(model, momentum=0.9)
+    model["rnn"](torch.ones(2, 3))[0].sum().backward()
+    optimizer.step()
+    model["rnn"] = nn.GRU(3, 6)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(ImportanceWarning, match="'rnn.weight_ih_l0'"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", [NPC, NPCAdamW])
+def test_a_layer_keeps_its_importance_when_other_parameters_of_it_are_trained(method: Any) -> None:
+    model = network()
+    weight, bias = model[0].weight, model[0].bias
+    optimizer = method(model, params=[bias, *model[2].parameters()])
+    task(model, optimizer)
+    kept = optimizer.plasticity()["0"].importance
+    assert kept.any()
+    optimizer.add_param_group({"params": [weight]})
+    assert torch.equal(optimizer.plasticity()["0"].importance, kept)
+    optimizer.param_groups.pop()
+    optimizer._compare_with_model()
+    assert torch.equal(optimizer.plasticity()["0"].importance, kept)
+    later = method(model).load_importance(optimizer)
+    assert torch.equal(later.plasticity()["0"].importance, kept)
+
+
+def test_each_parameter_that_replaces_a_shared_one_inherits_its_state() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 6), nn.Linear(6, 7, bias=False))
+    model[2].weight = model[0].weight
+    optimizer = NPC(model, momentum=0.9)
+    model(torch.arange(7)).logsumexp(1).mean().backward()
+    optimizer.step()
+    kept = optimizer.plasticity()["2"].importance
+    momentum = optimizer.state[model[0].weight]["momentum_buffer"]
+    model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    assert model[0].weight is not model[2].weight
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    optimizer._compare_with_model()
+    assert kept.any() and torch.equal(optimizer.plasticity()["2"].importance, kept)
+    buffers = [optimizer.state[model[at].weight]["momentum_buffer"] for at in (0, 2)]
+    assert all(torch.equal(buffer, momentum) for buffer in buffers) and buffers[0] is not buffers[1]
+
+
 def test_a_group_that_is_refused_leaves_importance_where_it_is() -> None:
     model, optimizer = trained(NPC)
     kept = optimizer.plasticity()["4"].importance
