@@ -33,6 +33,7 @@ __all__ = [
     "direct_children",
     "direct_hooks",
     "direct_parameters",
+    "direct_step_hooks",
     "guard_hooks",
     "in_backward",
     "is_batched",
@@ -171,6 +172,11 @@ def direct_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def direct_hooks(module: nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
     """A module's forward hooks and forward pre-hooks. The caller may change the dictionaries."""
     return module._forward_hooks, module._forward_pre_hooks
+
+
+def direct_step_hooks(optimizer: torch.optim.Optimizer) -> dict[int, Any] | None:
+    """An optimizer's hooks before steps; None if it does not call the constructor of `torch.optim.Optimizer`."""
+    return getattr(optimizer, "_optimizer_step_pre_hooks", None)
 
 
 def is_looked_into(model: nn.Module, kinds: tuple[type, ...]) -> bool:

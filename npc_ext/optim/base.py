@@ -462,8 +462,17 @@ class ModelOptimizer(ImportanceHolder):
 
     def _learn_model(self) -> None:
         """Records the parameters' places in the model, and moves the state of replaced parameters to the new ones."""
-        parameters = self._known_parameters = self._all_parameters()
-        self._known_model, replaced = KnownModel.of(self._model, set(map(id, parameters)), self._known_model)
+        parameters, before = self._all_parameters(), self._known_model
+        self._known_parameters = parameters
+        self._known_model, replaced = KnownModel.of(self._model, set(map(id, parameters)), before)
+        self._sharded = any(map(is_sharded, parameters))
+        self._hand_over(replaced, all_at_once=before is not None and len(replaced) == len(before.parameters))
+
+    def _hand_over(self, replaced: Sequence[tuple[str, Tensor, Tensor]], *, all_at_once: bool) -> None:
+        """Moves the state of replaced parameters (name, parameter, replacement), unless a new layer has replaced them.
+
+        If all are replaced at once, other values were loaded, as by load_state_dict(assign=True).
+        """
         new_ones = []
         states: dict[int, dict[str, Any]] = {}
         done: set[int] = set()
@@ -475,14 +484,14 @@ class ModelOptimizer(ImportanceHolder):
                 continue
             done.add(id(new))
             state = dict(states[id(old)])
-            if not continues(new, old, blocks_of(self._model, name)):
+            is_loaded = all_at_once and old.shape == new.shape
+            if not is_loaded and not continues(new, old, blocks_of(self._model, name)):
                 new_ones += [name] if state else []
             elif state:
                 if id(old) in given:  # a parameter that was shared was replaced by several
                     state = {key: v.clone() if isinstance(v, Tensor) else v for key, v in state.items()}
                 given.add(id(old))
                 self._inherit(name, old, new, state)
-        self._sharded = any(map(is_sharded, parameters))
         if new_ones:
             warn_of_replaced(new_ones)
 

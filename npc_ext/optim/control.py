@@ -94,7 +94,7 @@ class PlasticityControl(ModelOptimizer):
         changed = with_one_decay(constants)
         for group in self.param_groups:
             self._check_options({**self.defaults, **group, **changed, "lr": 0.0})
-        for group in self.param_groups:
+        for group in (self.defaults, *self.param_groups):  # the defaults are for groups that are added later
             group.update(changed)
 
     def _look_up_groups(self) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
-from .._names import ByLayer
+from .._names import ByLayer, listed
+from .._warn import warn
 from ..columns import NO_STEPS, Layers, Placement, Steps, delta_of
 from ..distributed.shards import first_row, is_sharded, local, processes_of
 from ..distributed.shards import why_not as why_not_sharded
@@ -28,6 +29,7 @@ from ..neurons.kinds import is_weighted
 from ..neurons.layer import NO_BACKWARD_PASS, NeuronLayer
 from ..neurons.protection import Protection
 from ..neurons.table import Neurons
+from ..neurons.tap import ImportanceWarning
 from ..skipping.bound import frozen_for
 from ..skipping.certificate import Certificates
 from ..skipping.install import install_skipping
@@ -118,6 +120,7 @@ class Plastic(PlasticityControl, Joinable):
         _check_shards_are_whole_groups(found)
         self._layer_options.check((layer.name for layer in found), self._check_layer_options)
         if self._has_layers:
+            self._warn_of_unfound(found)
             self._keep_sinks(found)
             self.neurons.detach()
         self.neurons = found
@@ -154,6 +157,22 @@ class Plastic(PlasticityControl, Joinable):
             state = self.state.get(parameter, {})
             if "importance" in state and state["importance"].shape == (layer.neurons,):
                 self.state[key].setdefault("importance", state.pop("importance"))
+
+    def _warn_of_unfound(self, found: Neurons) -> None:
+        """Warns of layers with importance that are still in the model, but cannot be measured any more."""
+        names = {layer.name for layer in found} | {layer.module for layer in found}
+        modules = dict(self._model.named_modules())
+        unfound = [
+            layer.name
+            for layer, key in zip(self._protected, self._keys, strict=True)
+            if layer.name not in names and layer.module in modules and "importance" in self.state.get(key, {})
+        ]
+        if unfound:
+            warn(
+                f"layers that had importance can no longer be measured, and are not protected: {listed(unfound)}; "
+                "print(optimizer.neurons) says why, for each of their parameters",
+                ImportanceWarning,
+            )
 
     def _install_skipping(self, trained: set[int]) -> None:
         before = getattr(self, "_certificates", None)
@@ -572,6 +591,7 @@ class Plastic(PlasticityControl, Joinable):
             if average is not None:  # layers that are not trained have none
                 self.state[key]["importance"] = average.detach().to(key.device, torch.float32, copy=True)
         self._drop_measured()
+        self._of_smaller.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # called by copy, pickle and load_state_dict

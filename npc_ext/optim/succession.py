@@ -95,8 +95,8 @@ def continues(later: Tensor, earlier: Tensor, blocks: int = 1) -> bool:
 def warn_of_replaced(names: Iterable[str]) -> None:
     warn(
         f"replaced by new parameters, which do not begin with the old values: {listed(names)}. So these start without "
-        "importance, anchors and momentum. If they are to keep the old importance, call load_importance(state_dict) "
-        "with the state_dict() from before",
+        "the state of the old ones: importance, anchors, moments. To keep importance or anchors, call "
+        "load_importance(state_dict) with the state_dict() from before",
         ImportanceWarning,
     )
 
@@ -232,6 +232,8 @@ class ImportanceHolder(torch.optim.Optimizer):
             return held
         before, now = earlier._holders(), self._holders()
         common = [name for name in held if name in now and name in before]
+        if all(now[n] is not before[n] and now[n].shape == before[n].shape for n in common):
+            return held  # other values were loaded, as by load_state_dict(assign=True)
         replaced = [n for n in common if not continues(now[n], before[n], blocks_of(self._model, n))]
         if replaced:
             warn_of_replaced(replaced)

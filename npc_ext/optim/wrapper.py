@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.join import Joinable, JoinHook
 
 from .. import reference
+from .._torch import direct_step_hooks
 from ..distributed.shards import local
 from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
@@ -360,8 +361,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # also creates the hooks of torch.optim.Optimizer
-        hooks = getattr(self.optimizer, "_optimizer_step_pre_hooks", None)
-        if hooks is None:  # it does not call the constructor of torch.optim.Optimizer, so it has no hooks
+        hooks = direct_step_hooks(self.optimizer)
+        if hooks is None:
             return
         for key in [key for key, hook in hooks.items() if isinstance(hook, _StepCheck)]:
             del hooks[key]  # an earlier wrapper's, or that of the wrapper of which this one is a copy

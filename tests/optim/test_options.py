@@ -350,6 +350,8 @@ def test_constants_of_all_groups_can_be_set_at_once(kind: Any) -> None:
     train(model, optimizer, batches(2))
     assert same(before, weights(model.conv1)) and optimizer.plasticity()["conv1"].frozen == 1
     assert optimizer.plasticity()["hidden"].frozen < 1
+    optimizer.add_param_group({"params": model.output.parameters()})
+    assert (optimizer.param_groups[2]["beta"], optimizer.param_groups[2]["delta"]) == (1e-12, 0.9)
     for wrong, error in (({"betta": 1.0}, TypeError), ({"beta": 1.0, "alpha": -1}, ValueError)):
         with pytest.raises(error):
             optimizer.set_constants(**wrong)

@@ -244,7 +244,7 @@ def test_a_new_layer_in_the_place_of_an_old_one_starts_without_importance_and_le
     set_importance(optimizer, "4", 9.0)
     body = optimizer.plasticity()["0"].importance
     model[4] = nn.Linear(12, 4)
-    with pytest.warns(ImportanceWarning, match=r"new parameters, .*: '4.weight', '4.bias'. So these start without imp"):
+    with pytest.warns(ImportanceWarning, match=r"new parameters, .*: '4.weight', '4.bias'. So these start without the st"):
         replace_and_learn(way, model, optimizer)
     assert optimizer.plasticity()["4"].importance.max() < 2  # of 9: it was measured in one step at most
     assert optimizer.plasticity()["0"].importance.ge(body / 2).all()
@@ -367,6 +367,29 @@ def test_a_warning_of_a_new_layer_that_is_an_error_is_no_reason_to_leave_the_lay
         optimizer.step()
     learn(model, optimizer, 2)
     assert optimizer.plasticity()["4"].importance.any()
+
+
+@pytest.mark.parametrize("rebuilt", [False, True])
+def test_weights_that_are_loaded_in_place_of_all_keep_their_importance(rebuilt: bool) -> None:
+    model, optimizer = trained(NPC, momentum=0.9)
+    kept = importances(optimizer)
+    model.load_state_dict({name: value + 1 for name, value in model.state_dict().items()}, assign=True)
+    if rebuilt:
+        optimizer = NPC(model).load_importance(optimizer)
+    else:
+        optimizer.param_groups[0]["params"] = list(model.parameters())
+        optimizer._compare_with_model()
+        assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters())
+    assert same(kept, importances(optimizer))
+
+
+def test_a_layer_that_is_no_longer_measured_is_warned_of() -> None:
+    model, optimizer = trained(NPC)
+    weight_norm(model[2])
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    with pytest.warns(ImportanceWarning, match="can no longer be measured, and are not protected: '2'; print"):
+        learn(model, optimizer, 1)
+    assert [*optimizer.plasticity()] == ["0", "4"] and "a parametrization" in str(optimizer.neurons)
 
 
 def test_copies_and_pickles_know_their_own_model() -> None:
