@@ -33,6 +33,7 @@ WITHIN = {
         ("plastic",),
         ("control",),
         ("base",),
+        ("unknown_options",),
         ("plan", "options", "measured", "moments", "nonfinite", "plasticity", "succession", "known_model"),
     ),
     "skipping": (

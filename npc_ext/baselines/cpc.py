@@ -17,9 +17,10 @@ from ..neurons.find import connections
 from ..neurons.protection import Protection
 from ..optim.control import PlasticityControl
 from ..optim.nonfinite import NonfiniteSteps
-from ..optim.options import CONSTANTS, SGD_OPTIONS, explains_options, plasticity_columns
+from ..optim.options import CONSTANTS, SGD_OPTIONS, plasticity_columns
 from ..optim.plan import LayersPlan
 from ..optim.plasticity import PlasticityByLayer, Printed
+from ..optim.unknown_options import explains_options
 
 
 @dataclass(frozen=True, repr=False)

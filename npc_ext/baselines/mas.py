@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
 
-from ..optim.options import explains_options
+from ..optim.unknown_options import explains_options
 from .anchored import Anchored
 from .consolidation import SensitivityOptions, check_known, output_sensitivity
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import reference
-from ..optim.options import check_number, explains_options
+from ..optim.options import check_number
+from ..optim.unknown_options import explains_options
 from .anchored import Anchored
 from .consolidation import NonFiniteImportanceError
 

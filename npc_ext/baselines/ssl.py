@@ -31,7 +31,8 @@ from ..neurons.find import find_neurons
 from ..neurons.kinds import is_linear
 from ..neurons.layer import NeuronLayer, TapPoint
 from ..neurons.tap import TapHook, checked_dims
-from ..optim.options import check_number, check_pattern, explains_options
+from ..optim.options import check_number, check_pattern
+from ..optim.unknown_options import explains_options
 from .consolidation import SensitivityOptions
 from .mas import MAS
 

@@ -24,8 +24,9 @@ from ..distributed.shards import has_no_memory, is_sharded, like, local
 from ..distributed.sinks import unwrapped
 from ..kernels import launch, native
 from .known_model import KnownModel, Lost, check_not_sharded
-from .options import BACKENDS, SGD_OPTIONS, check_choice, check_group, check_number, with_one_decay
+from .options import BACKENDS, SGD_OPTIONS, check_choice, check_number, with_one_decay
 from .succession import ImportanceHolder, blocks_of, continues, fitted, warn_of_replaced
+from .unknown_options import check_group
 
 # Steps may alternate between heads of several tasks.
 _MOST_EARLIER_PLANS = 3

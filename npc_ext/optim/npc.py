@@ -8,9 +8,10 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..kernels import launch
-from .options import CONSTANTS, SGD_OPTIONS, explains_options
+from .options import CONSTANTS, SGD_OPTIONS
 from .plan import PlasticPlan
 from .plastic import Plastic
+from .unknown_options import explains_options
 
 
 class NPC(Plastic):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..columns import AdamNetwork, AdamOptions, columns_of
 from ..distributed.shards import local
 from ..kernels import launch
-from .options import CONSTANTS, check_choice, check_number, check_plasticity_options, explains_options
+from .options import CONSTANTS, check_choice, check_number, check_plasticity_options
 from .plan import PlasticPlan
 from .plastic import Plastic
+from .unknown_options import explains_options
 
 
 class NPCAdamW(Plastic):

@@ -17,10 +17,11 @@ from ..distributed.sinks import SinksJoinHook
 from ..neurons.table import Neurons
 from .base import uncompiled
 from .npc import NPC
-from .options import CONSTANTS, explains_options
+from .options import CONSTANTS
 from .plan import PlasticPlan
 from .plastic import Plastic
 from .plasticity import LayerPlasticity
+from .unknown_options import explains_options
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -244,7 +244,9 @@ def test_a_new_layer_in_the_place_of_an_old_one_starts_without_importance_and_le
     set_importance(optimizer, "4", 9.0)
     body = optimizer.plasticity()["0"].importance
     model[4] = nn.Linear(12, 4)
-    with pytest.warns(ImportanceWarning, match=r"new parameters, .*: '4.weight', '4.bias'. So these start without the st"):
+    with pytest.warns(
+        ImportanceWarning, match=r"new parameters, .*: '4.weight', '4.bias'. So these start without the st"
+    ):
         replace_and_learn(way, model, optimizer)
     assert optimizer.plasticity()["4"].importance.max() < 2  # of 9: it was measured in one step at most
     assert optimizer.plasticity()["0"].importance.ge(body / 2).all()
