@@ -365,9 +365,18 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         hooks = direct_step_hooks(self.optimizer)
         if hooks is None:
             return
+        self.optimizer.register_load_state_dict_pre_hook(_refuse_state_of_wrapper)
         for key in [key for key, hook in hooks.items() if isinstance(hook, _StepCheck)]:
             del hooks[key]  # an earlier wrapper's, or that of the wrapper of which this one is a copy
         self.optimizer.register_step_pre_hook(_StepCheck(self))
+
+
+def _refuse_state_of_wrapper(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    if "plasticity" in state_dict:
+        raise ValueError(
+            f"a PlasticityWrapper saved the state dict, and {type(optimizer).__name__} alone would drop its importance; "
+            "load it into the wrapper"
+        )
 
 
 class _StepCheck:

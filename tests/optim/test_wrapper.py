@@ -419,6 +419,17 @@ def test_an_optimizer_without_hooks_is_wrapped() -> None:
     assert same(model, before)
 
 
+@pytest.mark.parametrize("copied", [lambda pair: pair, copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_the_wrapped_optimizer_does_not_drop_the_importance_in_a_state_dict(copied: Callable[[Any], Any]) -> None:
+    model = network()
+    model, ours = copied((model, wrapped_sgd(model)))
+    train(model, ours, [images(0)])
+    with refused(model, ours, ValueError, "a PlasticityWrapper saved the state dict, and SGD alone would drop"):
+        ours.optimizer.load_state_dict(ours.state_dict())
+    ours.load_state_dict(ours.state_dict())
+    ours.optimizer.load_state_dict(ours.optimizer.state_dict())
+
+
 def test_what_cannot_be_wrapped_is_refused() -> None:
     model = network()
     sgd = torch.optim.SGD(model.parameters())
