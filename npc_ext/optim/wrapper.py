@@ -374,8 +374,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 def _refuse_state_of_wrapper(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
     if "plasticity" in state_dict:
         raise ValueError(
-            f"a PlasticityWrapper saved the state dict, and {type(optimizer).__name__} alone would drop its importance; "
-            "load it into the wrapper"
+            f"a PlasticityWrapper saved the state dict, and {type(optimizer).__name__} alone would drop its "
+            "importance; load it into the wrapper"
         )
 
 
