@@ -71,6 +71,7 @@ def test_a_missing_module_is_reported_with_reason_and_fix(tmp_path: Path) -> Non
     assert "plain PyTorch is used instead" in result.stdout
 
 
+@pytest.mark.slow
 def test_a_report_compiles_nothing_unless_it_is_told_to(tmp_path: Path) -> None:
     setting = {"NPC_EXT_CXXFLAGS": "-DOTHER", "NPC_EXT_CACHE": str(tmp_path / "cache"), "NPC_EXT_NVCC": ""}
     setting["CXX"] = str(imitated_compiler(tmp_path / "c++"))
@@ -90,6 +91,7 @@ def test_a_report_compiles_nothing_unless_it_is_told_to(tmp_path: Path) -> None:
         assert said in result.stderr and bool(said) == bool(result.stderr)
 
 
+@pytest.mark.slow
 def test_a_build_that_failed_is_reported_as_missing(tmp_path: Path) -> None:
     compiler = imitated_compiler(tmp_path / "c++", "echo 'error: out of ideas'; exit 1")
     setting = {"NPC_EXT_CXXFLAGS": "-DOTHER", "NPC_EXT_CACHE": str(tmp_path), "NPC_EXT_NVCC": "", "CXX": str(compiler)}

@@ -98,6 +98,7 @@ def failing(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     return call
 
 
+@pytest.mark.slow
 def test_every_method_learns_all_tasks_and_leaves_one_small_file(tmp_path: Path) -> None:
     assert main(tiny(",".join(METHODS), tmp_path)) == 0
     records = list(Store(tmp_path).records())
@@ -153,6 +154,7 @@ def test_a_run_that_is_killed_while_it_stores_a_task_goes_on_to_the_same_numbers
     assert numbers(only_record(tmp_path / "killed")) == numbers(only_record(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_store(
     tmp_path: Path, server: ForkServerContext, capsys: pytest.CaptureFixture[str]
 ) -> None:

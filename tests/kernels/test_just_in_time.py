@@ -232,6 +232,7 @@ def test_a_temporary_folder_that_others_can_write_is_not_used(tmp_path: Path) ->
     assert not modules(folder)
 
 
+@pytest.mark.slow
 def test_a_lock_that_cannot_be_had_is_named(tmp_path: Path) -> None:
     compiler = imitated_compiler(tmp_path / "c++")
     load(tmp_path / "cache", compiler)

@@ -128,6 +128,7 @@ def test_training_is_measured_as_usual_after_transforms(make: Model) -> None:
     assert same(list(model.parameters()), list(twin.parameters()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grad", "one gradient per sample", "jvp", "jacrev", "hessian"])
 def test_a_compiled_transform_of_a_tapped_model_has_no_graph_breaks(name: str) -> None:
     model, x = linear()

