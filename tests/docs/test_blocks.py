@@ -99,14 +99,23 @@ def test_every_python_block_is_run_or_skipped_with_a_reason(page: str) -> None:
         assert len(python) >= 5
 
 
-def test_sgd_forgets_what_the_readme_says_it_does() -> None:
+def accuracies(old: str, new: str) -> list[str]:
+    """What the README's program prints in percent if a part of it is replaced."""
     program = next(str(example.parsed) for example in EXAMPLES["README.md"])
-    sgd, replaced = re.subn(
-        r"^optimizer = NPC\(.*\)$", "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)", program, flags=re.M
-    )
+    changed, replaced = re.subn(old, new, program, flags=re.MULTILINE)
     assert replaced == 1
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(sgd, {})
-    percents = re.findall(r": (\d+)%", printed.getvalue())
+        exec(changed, {})
+    return re.findall(r": (\d+)%", printed.getvalue())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("half_life", ["", "half_life=60, "], ids=["much longer, by default", "much shorter"])
+def test_a_half_life_that_does_not_fit_the_task_protects_little(half_life: str) -> None:
+    assert min(map(int, accuracies("half_life=300, ", half_life))) < 70
+
+
+def test_sgd_forgets_what_the_readme_says_it_does() -> None:
+    percents = accuracies(r"^optimizer = NPC\(.*\)$", "optimizer = torch.optim.SGD(model.parameters(), lr=0.1)")
     assert f"SGD in its place ends with {', '.join(percents[:-1])} and {percents[-1]} %" in PAGES["README.md"].text
