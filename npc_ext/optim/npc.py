@@ -32,7 +32,7 @@ class NPC(Plastic):
     Parameters that belong to no neuron train at plain `lr`.
 
     Keep one optimizer for all tasks, because it holds the importance. `half_life` sets how long importance lasts: set
-    it to the number of steps of a task, or more. A schedule of the learning rate, also a warm-up from 0, needs no care.
+    it to the number of steps of a task. A schedule of the learning rate, also a warm-up from 0, needs no care.
 
     Args:
         model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
