@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._names import listed
 from ..columns import AnchorOptions, Anchors, columns_of
 from ..kernels import launch
 from ..optim.base import ModelOptimizer
@@ -124,13 +123,7 @@ class Anchored(ModelOptimizer):
         lost = self._known_model.lost(self._model, set(map(id, self._all_parameters())))
         lost = [old for old in lost if any(new.requires_grad for new in old.replacements.values())]
         if lost:
-            raise ValueError(
-                f"parameters of the model were replaced after the optimizer was built: {listed(o.name for o in lost)}. "
-                "Their replacements are neither trained nor anchored. Build the optimizer after such changes (new "
-                "modules, load_state_dict(assign=True), parametrizations); to keep the anchors of this one "
-                f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in "
-                "optimizer.param_groups with the new ones"
-            )
+            raise ValueError(self._text_of_lost(lost, "neither trained nor anchored"))
 
     @torch.inference_mode(False)  # consolidate may be called there, but state made there could never change
     @torch.no_grad()

@@ -542,15 +542,17 @@ class ModelOptimizer(ImportanceHolder):
         lost = [p for p in lost if any(replacement.requires_grad for replacement in p.replacements.values())]
         if not lost:
             return
+        warn(self._text_of_lost(lost, "not trained"), UserWarning)
+
+    def _text_of_lost(self, lost: Sequence[Lost], fate: str) -> str:
+        """Says which parameters were replaced, the fate of their replacements, and what to do."""
         replacements = dict.fromkeys(name for parameter in lost for name in parameter.replacements)
-        warn(
+        return (
             "parameters of the model were replaced after the optimizer was built: "
-            f"{listed(parameter.name for parameter in lost)}. Their replacements are not trained: "
-            f"{listed(replacements)}. Build the optimizer after such changes (new modules, "
-            "load_state_dict(assign=True), parametrizations); to keep the importance of this one "
-            f"(earlier): {self._built_as()}.load_importance(earlier). Or replace the old parameters in "
-            "optimizer.param_groups with the new ones",
-            UserWarning,
+            f"{listed(parameter.name for parameter in lost)}. Their replacements are {fate}: {listed(replacements)}. "
+            "Build the optimizer after such changes (new modules, load_state_dict(assign=True), parametrizations); to "
+            f"keep the {self._KIND} of this one (earlier): {self._built_as()}.load_importance(earlier). Or replace the "
+            "old parameters in optimizer.param_groups with the new ones"
         )
 
     def _take_up_groups(self) -> None:
