@@ -34,7 +34,7 @@ try:
 
     from npc_ext.avalanche import PlasticityPlugin
 except ImportError as error:
-    where = "in a separate environment, see docs/integrations.md"
+    where = "in a separate environment, see docs/guides/avalanche.md"
     sys.exit(f"{error} ({where}); this example needs: pip install avalanche-lib scikit-learn")
 
 EXPERIENCES = 5

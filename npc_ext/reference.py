@@ -578,8 +578,8 @@ def network_step_(
 
     On CUDA it is a single cooperative launch. This saves launches, which dominate the time of small networks. For
     large networks, `importance` for each layer and then `update_` should be faster: this kernel is compiled for every
-    layout and dtype at once, so fewer of its blocks fit on a multiprocessor (docs/kernels.md). We have not measured at
-    which size.
+    layout and dtype at once, so fewer of its blocks fit on a multiprocessor (docs/development/machine-code.md). We
+    have not measured at which size.
 
     Args:
         activations: for each layer the arguments of `importance`.

@@ -22,7 +22,7 @@ CARDS = {"H100": (32, 3.35), "H200": (48, 4.8)}
 
 
 def table(found: Sequence[Kernel]) -> str:
-    """The table of docs/kernels.md: kernels with packed loops, and what their loads in flight allow."""
+    """The table of docs/development/machine-code.md: kernels with packed loops, and what their loads allow."""
     rows: list[list[str]] = []
     for kernel in found:
         name = re.sub(r"(, )?\w*Network<[^<>]*>", "", kernel.name).replace("<>", "")  # for any number of parameters

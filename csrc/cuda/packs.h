@@ -2,7 +2,7 @@
 // at a time.
 //
 // A multiprocessor reaches the memory's bandwidth only if enough loads are outstanding
-// (docs/kernels.md), so a thread loads all packs of a batch before it uses the first. The accesses
+// (docs/development/machine-code.md), so a thread loads all packs of a batch before it uses the first. The accesses
 // are written in PTX (runtime.h), because the compiler splits copies of structs into words and
 // halves. test_machine_code.py checks the compiled kernels.
 #pragma once

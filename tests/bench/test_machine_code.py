@@ -234,7 +234,7 @@ def test_blocks_of_a_multiprocessor_follow_from_registers_and_shared_memory() ->
     assert blocks(32, 56 * 1024) == 4, "228 KiB hold four times 56 KiB and 1 KiB for the system"
 
 
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "development" / "machine-code.md"
 
 
 @pytest.mark.slow
@@ -248,7 +248,9 @@ def test_the_page_about_kernels_shows_this_machine_code() -> None:
         pytest.skip(f"the page was made with {named[1]}, and this is {compiler_version()}")
     if not built("90"):
         pytest.skip(f"{OBJECTS} has no code for sm_90")
-    assert table(built("90")) in page, "put what `python -m bench.machine_code` prints into docs/md"
+    assert table(built("90")) in page, (
+        "put what `python -m bench.machine_code` prints into docs/development/machine-code.md"
+    )
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(

@@ -17,8 +17,9 @@ from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from . import setups
+from .pages import PAGES as PATHS
+from .pages import name_of
 
-ROOT = Path(__file__).resolve().parents[2]
 PRINTED = "what the block before this one printed"
 
 
@@ -31,17 +32,10 @@ PARSERS = (
     CodeBlockParser(language="text", evaluator=shows_what_was_printed),
     SkipParser(),
 )
-PAGES = {
-    str(path.relative_to(ROOT)): Document.parse(str(path), *PARSERS)
-    for path in (ROOT / "README.md", ROOT / "bench" / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-}
+PAGES = {name_of(path): Document.parse(str(path), *PARSERS) for path in PATHS}
 EXAMPLES = {name: list(page.examples()) for name, page in PAGES.items()}
 # These import libraries that take seconds to import.
-SLOW_PAGES = {"docs/integrations.md"}
-
-
-def name_of(page: str, example: Example) -> str:
-    return f"{page}:{example.line}"
+SLOW_PAGES = {"docs/guides/integrations.md"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +61,7 @@ def prepare() -> Iterator[Callable[[str], None]]:
 @pytest.mark.parametrize(
     ("page", "example"),
     [
-        pytest.param(name, example, id=name_of(name, example), marks=[pytest.mark.slow] if name in SLOW_PAGES else [])
+        pytest.param(name, example, id=f"{name}:{example.line}", marks=[pytest.mark.slow] if name in SLOW_PAGES else [])
         for name, examples in EXAMPLES.items()
         for example in examples
     ],

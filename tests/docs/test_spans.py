@@ -13,7 +13,7 @@ import pytest
 import npc_ext
 from npc_ext.optim.plastic import Plastic
 
-from .test_links import PAGES
+from .pages import PAGES, name_of
 
 SPAN = re.compile(r"(?<!`)`([^`\n]+)`(?!`)")
 
@@ -44,7 +44,7 @@ def unknown_options(text: str) -> list[str]:
     return unknown
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_options_in_sentences_and_tables_exist(page: Path) -> None:
     assert not unknown_options(page.read_text())
 

@@ -1,4 +1,4 @@
-"""The names that the documentation's blocks use without defining them: data, loops, models, processes."""
+"""What the setups of pages are made of: data, loops, models, processes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 from torch.nn.functional import cross_entropy
-
-from npc_ext import NPC
-
-from ..distributed.processes import HAS_SHARDS_ON_CPU
 
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -69,37 +64,4 @@ def for_trainer() -> tuple[Any, Any, Any]:
     return hugging_face.tiny_llama(), arguments, hugging_face.samples()
 
 
-def of_readme(stack: ExitStack) -> dict[str, Any]:
-    data = {"old_data": batches(10), "new_data": batches(10)}
-    return {**data, "train": train, "network": network, "device": "cpu", "writer": Writer(), "step": 0}
-
-
-def of_baselines(stack: ExitStack) -> dict[str, Any]:
-    return {"model": network(), "train": train, "tasks": [[0, 1], [2, 3]], "loaders": [batches(2), batches(2)]}
-
-
-def of_gpu(stack: ExitStack) -> dict[str, Any]:
-    return {"torch": torch, "optimizer": NPC(network())}
-
-
-def of_integrations(stack: ExitStack) -> dict[str, Any]:
-    def start_one_process() -> None:
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-
-    def end_process() -> None:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-    stack.callback(end_process)
-    processes = {"start_one_process": start_one_process, "end_process": end_process}
-    needed = {"installed": installed, "shards_on_cpu": HAS_SHARDS_ON_CPU}
-    names = {"NPC": NPC, "Transformer": Transformer, "for_trainer": for_trainer}
-    return {**processes, **needed, **names, "model": network(), "device": "cpu", "folder": "checkpoints", "step": 1}
-
-
-SETUPS: dict[str, Callable[[ExitStack], dict[str, Any]]] = {
-    "README.md": of_readme,
-    "docs/baselines.md": of_baselines,
-    "docs/gpu.md": of_gpu,
-    "docs/integrations.md": of_integrations,
-}
+Setup = Callable[[ExitStack], dict[str, Any]]
