@@ -46,11 +46,11 @@ def of_monitoring(stack: ExitStack) -> dict[str, Any]:
     for index, most in (("0", 2.4), ("2", 3.1), ("4", 3.9), ("6", 1.2)):  # the same on all processors
         importance = optimizer.state[names["model"][int(index)].weight]["importance"]
         importance.copy_(most * torch.linspace(0, 1, len(importance)) ** 2)
-    return {**names, "optimizer": optimizer, "writer": Writer(), "step": 0, "next_task": [8, 9]}
+    return {**names, "optimizer": optimizer, "writer": Writer(), "step": 0}
 
 
 def of_gpu(stack: ExitStack) -> dict[str, Any]:
-    return {"torch": torch, "optimizer": NPC(network())}
+    return {"torch": torch, "model": network(), "device": "cpu"}
 
 
 SETUPS: dict[str, Setup] = {
