@@ -26,7 +26,7 @@ class NPCAdamW(Plastic):
     Importance is measured and averaged as in `NPC` (eqs. 2 to 4). AdamW's step of neuron i, including weight decay, is
     multiplied by
 
-        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                                (eq. 7)
+        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))    (eq. 7)
 
     Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. Its first moment is cleared
     when it freezes, so that no old gradient moves it when it thaws. The whole step is one call of a compiled kernel.
