@@ -38,10 +38,10 @@ class NPCAdamW(Plastic):
     any optimizer, but copies weights, and moments of frozen neurons follow their gradients.
 
     Args:
-        model, sigma, params, maximize, stochastic_rounding, normalize, layers, other_parameters, skip_gradients,
-            process_group, backend: as in `NPC`.
+        model, params, layers, other_parameters, skip_gradients, process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments of half-precision weights are float32.
-        alpha, beta, delta, half_life: as in `NPC`.
+        alpha, beta, delta, half_life, sigma, normalize: as in `NPC`.
+        maximize, stochastic_rounding: as in `NPC`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.

@@ -39,7 +39,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     In each step the optimizer moves the weights. Then each neuron takes back a part of its movement:
 
-        w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
+        w <- w_before + s_i (w_after - w_before)
+        s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
 
     with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's state
     follows the gradients of all neurons; only when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set

@@ -104,7 +104,7 @@ def described(docstring: str) -> list[str]:
     section = re.search(r"^Args:\n((?:    .*\n|\n)+)", inspect.cleandoc(docstring) + "\n", re.MULTILINE)
     if section is None:
         return []
-    entries = re.findall(r"^    (\w[\w,\s]*?):\s", section[1], re.MULTILINE)
+    entries = re.findall(r"^    (\w[\w, ]*):\s", section[1], re.MULTILINE)
     return [name for entry in entries for name in re.split(r",\s+", entry)]
 
 
