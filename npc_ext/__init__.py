@@ -35,7 +35,8 @@ For custom loops and kernels:
     ops                   the compiled operations on tensors, with checked arguments (`npc_ext.columns`)
     reference             the same in plain PyTorch, one function for each equation
 
-To read on: `help(npc_ext.NPC)` explains every option. README.md and docs/ have programs, other libraries and limits.
+To read on: `help(npc_ext.NPC)` explains every option. README.md and docs/ have programs, other libraries and limits;
+docs/reference/errors.md says what to do about an error or a warning.
 `python -m npc_ext` shows what is installed, and how to fix what does not work.
 """
 

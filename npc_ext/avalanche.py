@@ -42,10 +42,15 @@ class PlasticityPlugin(SupervisedPlugin):
     strategy trains. As always in Avalanche, all parameters of the model are trained. If the model grows during an
     experience, because unseen classes were evaluated, the optimizer is adapted before the next step.
 
-    Raises, when training begins:
-        TypeError: the strategy's optimizer does not measure neurons.
-        ValueError: it was built on another model than the strategy's.
+    Raises:
+        TypeError: the strategy's optimizer does not measure neurons. This and the following are raised when training
+            begins.
+        ValueError: the optimizer was built on another model than the strategy's.
         RuntimeError: the strategy replaced the optimizer.
+
+    Warns:
+        ImportanceWarning: a parameter was replaced by one that does not begin with its values, so its importance and
+            momentum start at zero.
 
     Example:
         >>> strategy = Naive(model=model, optimizer=NPC(model, lr=0.1), plugins=[PlasticityPlugin()])

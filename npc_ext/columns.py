@@ -41,7 +41,8 @@ class AdamNetwork(NamedTuple):
     Attributes:
         parameters: changed in place.
         gradients: like the parameters.
-        first_moments, second_moments: like the parameters, but float32 for halves; changed in place.
+        first_moments: like the parameters, but float32 for halves; changed in place.
+        second_moments: like the first moments.
     """
 
     parameters: WrittenTensors
@@ -94,8 +95,9 @@ class Anchors(NamedTuple):
     """What anchored methods keep of each parameter.
 
     Attributes:
-        stiffness, anchors: like the parameters, but float32 for halves; None where there is no penalty. Implicit
-            anchors ignore elements whose stiffness is not above 0.
+        stiffness: like the parameters, but float32 for halves; None where there is no penalty. Implicit anchors ignore
+            elements whose stiffness is not above 0.
+        anchors: like `stiffness`.
         paths: like `stiffness`, changed in place: SI's path integral, from which dL/dw times the weight's movement is
             subtracted; None where none is wanted.
     """
@@ -106,7 +108,14 @@ class Anchors(NamedTuple):
 
 
 class Activations(NamedTuple):
-    """For each layer the arguments of `npc_ext.ops.importance`."""
+    """For each layer the arguments of `npc_ext.ops.importance`.
+
+    Attributes:
+        activations: n, samples and neurons and any number of positions.
+        activation_gradients: dL/dn, like the activations.
+        channel_dim: the dimension that counts neurons.
+        batch_dim: the dimension that counts samples.
+    """
 
     activations: Sequence[Tensor]
     activation_gradients: Sequence[Tensor]
@@ -118,10 +127,12 @@ class Layer(NamedTuple):
     """A single layer, as `npc_ext.ops.layer_step_` takes it.
 
     Attributes:
-        activation, activation_gradient: as in `npc_ext.ops.importance`.
+        activation: n, as in `npc_ext.ops.importance`.
+        activation_gradient: dL/dn, like the activation.
         importance: (N,) float32, the moving average C, changed in place.
         nonfinite_steps: (1,) int64, changed in place.
-        neuron_dim, groups: of each of its parameters, as in `Placement`.
+        neuron_dim: of each of its parameters, as in `Placement`.
+        groups: of each of its parameters, as in `Placement`.
     """
 
     activation: Tensor
@@ -194,7 +205,9 @@ class PlasticityOptions(NamedTuple):
     """The constants of each layer.
 
     Attributes:
-        alpha, beta, delta: the constants of eqs. 4 and 7; alpha is in units of lr.
+        alpha: the scale of eq. 7, in units of lr.
+        beta: importance at or above which a neuron is frozen (eq. 7).
+        delta: the decay of C per step (eq. 4).
         sigma: "sigmoid", "tanh" or "erf".
         active_only: whether neurons whose measured sum is -0.0 (they received no gradient) take no part: eq. 3's mean
             is over the others, and their importance, weights and momentum stay as they are.

@@ -25,7 +25,7 @@ _IMPORTANCE_COLOR, _RATE_COLOR, _LIMIT_COLOR = "#4c72b0", "#dd8452", "#555555"
 
 
 class CapacityWarning(UserWarning):
-    """Layers have little plasticity left; the message names them."""
+    """Layers have little plasticity left; the message names them. Given by `check_capacity`."""
 
 
 class HasPlasticity(Protocol):
@@ -68,6 +68,9 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
 
     Raises:
         TypeError: the optimizer does not freeze neurons.
+
+    Example:
+        >>> log_plasticity(SummaryWriter("runs/npc"), optimizer, step)
     """
     _check_freezes_neurons(optimizer)
     for name, layer in optimizer.plasticity().items():
@@ -93,7 +96,7 @@ def check_capacity(
 
     Args:
         optimizer: the optimizer with the plasticity to check.
-        full: warn of a layer if more than this share of its neurons is frozen.
+        full: warn of a layer if more than this share of its neurons is frozen, from 0 to 1. Default: 0.5.
         learning: output layer -> the neurons that the next task has to learn. Warns if any of them is frozen already.
             The layer's other neurons, those of earlier tasks, may all be frozen.
 
@@ -104,6 +107,12 @@ def check_capacity(
         TypeError: the optimizer does not freeze neurons; or `learning` is of another type.
         KeyError: `learning` names a layer that the model does not have.
         IndexError: `learning` has a neuron that the layer does not have.
+
+    Warns:
+        CapacityWarning: more than the share `full` of a layer is frozen, or a neuron of `learning` is.
+
+    Example:
+        >>> check_capacity(optimizer, learning={"output": [8, 9]})  # before the task of outputs 8 and 9
     """
     _check_freezes_neurons(optimizer)
     layers, learning = optimizer.plasticity(), _checked_learning(learning, optimizer)
@@ -188,12 +197,18 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
     Neurons are sorted by importance, the most important first. Neurons above the dashed line, beta, are frozen. Layers
     without a parameter that requires a gradient are left out.
 
+    Args:
+        optimizer: the optimizer with the plasticity to draw.
+
     Returns:
         A matplotlib figure to show or save.
 
     Raises:
         TypeError: the optimizer does not freeze neurons.
         ImportError: matplotlib, which is optional, is not installed.
+
+    Example:
+        >>> plot_plasticity(optimizer).savefig("plasticity.png")
     """
     _check_freezes_neurons(optimizer)
     try:

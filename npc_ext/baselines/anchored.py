@@ -44,8 +44,9 @@ class Anchored(ModelOptimizer):
 
     The implicit part minimizes the penalty plus the squared distance from x:
 
-        theta <- argmin over y of strength * W (y - anchor)^2 + (y - x)^2 / (2 eta)    with eta = lr / (1 - momentum)
-               = (x + c * anchor) / (1 + c)                                            with c = 2 * eta * strength * W
+        theta <- argmin over y of strength * W (y - anchor)^2 + (y - x)^2 / (2 eta)
+               = (x + c * anchor) / (1 + c)
+        with eta = lr / (1 - momentum) and c = 2 * eta * strength * W
 
     For every strength the result lies between x and the anchor, so the pull neither overshoots the anchor nor
     diverges. It is a gradient step with the gradient taken at the end of the step,

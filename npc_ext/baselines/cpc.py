@@ -59,7 +59,7 @@ class CPC(PlasticityControl):
     CPC is `NPC` for single connections. Importance is |w * dL/dw|, divided by its mean over all connections of the
     layer (weights and biases). Its moving average is C (eq. 4), and connection ij learns at the rate
 
-        eta_ij = lr * min(1, alpha * sqrt(max(beta / C_ij - 1, 0)))                                       (eq. 7)
+        eta_ij = lr * min(1, alpha * sqrt(max(beta / C_ij - 1, 0)))    (eq. 7)
 
     It is the control experiment of the NPC paper. It keeps one float for each connection instead of one for each
     neuron, and forgets more. Source: Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level
@@ -88,6 +88,9 @@ class CPC(PlasticityControl):
 
     Warns:
         ImportanceWarning: more than half of the elements that are trained are not protected.
+
+    Example:
+        >>> optimizer = CPC(model, lr=0.1, half_life=steps_per_task)
     """
 
     _OPTIONS = (*CONSTANTS, *SGD_OPTIONS)
@@ -211,7 +214,11 @@ class CPC(PlasticityControl):
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, ConnectionPlasticity]:
-        """Importance, learning rates and the share of frozen connections of every layer, by its name."""
+        """Importance, learning rates and the share of frozen connections of every layer, at this moment.
+
+        Returns:
+            Layer name -> `npc_ext.ConnectionPlasticity`. It prints as a table.
+        """
         # Replaced parameters have no name in the model any more. Of several names the first counts.
         names = {id(parameter): name for name, parameter in reversed(self._trained_by_name().items())}
         counts, result = self._nonfinite_steps.now(), PlasticityByLayer[ConnectionPlasticity]()

@@ -21,7 +21,9 @@ class SI(Anchored):
     During a task, every step adds to a path integral, omega <- omega - g * (movement of theta), with g the gradient of
     the task's loss without the penalty. At the end of the task
 
-        W <- W + max(omega, 0) / (distance moved in this task ^ 2 + damping),    anchor <- theta,    omega <- 0
+        W <- W + max(omega, 0) / (distance moved in this task ^ 2 + damping)
+        anchor <- theta
+        omega <- 0
 
     and later tasks add strength * sum of W (theta - anchor)^2 to their loss. No data are needed at the end of a
     task. SI keeps three numbers a weight. Source: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic

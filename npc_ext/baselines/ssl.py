@@ -45,7 +45,8 @@ class SSL(MAS):
 
     While a task is learned, SSL adds to MAS's penalty the following penalty on the activations h of hidden layers:
 
-        sparsity * 1/M sum over samples and i != j of exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_i h_j
+        sparsity * 1/M sum over samples and i != j of
+            exp(-(a_i + a_j)) exp(-(i - j)^2 / (2 scale^2)) h_i h_j
 
     Here a_i is the importance of neuron i to the tasks before: MAS's importance of its bias. Source: Aljundi,
     Rohrbach, Tuytelaars, "Selfless Sequential Learning", ICLR 2019, arXiv 1806.05421 (SLNID). Back-propagation adds

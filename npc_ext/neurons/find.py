@@ -50,9 +50,15 @@ def find_neurons(
             is found.
         batch_dim: layer name -> the dimension that counts samples (default 0; sequence-first transformers get 1).
 
+    Returns:
+        The layers with neurons, in the order of the model, and the other parameters.
+
     Raises:
         ValueError: there are no neurons; parameters are uninitialized or complex; a name in `measure_at` or
             `batch_dim` is not in the model; layers share a weight but count neurons along different dimensions.
+
+    Example:
+        >>> print(find_neurons(model))  # as `print(optimizer.neurons)`, without an optimizer
     """
     measure_at, batch_dim = dict(measure_at or {}), dict(batch_dim or {})
     modules: dict[str, Any] = dict(model.named_modules())

@@ -30,8 +30,11 @@ class ReLU(nn.ReLU):
     (`print(optimizer.neurons)` then says "in its backward pass"). Otherwise, and without an optimizer, it is the same
     as `torch.nn.ReLU`.
 
-    Shape:
-        Input and output: any shape, (*).
+    Input and output have any shape, (*).
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(784, 100), npc_ext.nn.ReLU(), nn.Linear(100, 10))
+        >>> optimizer = NPC(model)  # measures layer "0" in module "1", without a tap
     """
 
     def __init__(self) -> None:

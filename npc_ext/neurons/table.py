@@ -24,7 +24,17 @@ _COPIED = "copied"
 
 
 class Neurons:
-    """All neurons of a model, by layer, and the parameters that belong to none. Printing it shows a table."""
+    """All neurons of a model, by layer, and the parameters that belong to none. Printing it shows a table.
+
+    It is a sequence of layers; `neurons["features.0"]` is the layer of this name. A layer has the attributes `name`,
+    `neurons` (N), `fan_in` (weights per neuron), `parameters`, `points` (where its activation is measured), `note` (a
+    remark for the reader of the table) and `gradients_skipped` (the share of its neurons, from 0 to 1, whose weight
+    gradients were skipped for the last step).
+
+    Example:
+        >>> print(optimizer.neurons)
+        >>> optimizer.neurons.detach()  # before torch.jit.script(model), for example
+    """
 
     def __init__(self, layers: list[NeuronLayer], other_parameters: list[OtherParameter]) -> None:
         self.layers, self.other_parameters = tuple(layers), tuple(other_parameters)
@@ -46,7 +56,11 @@ class Neurons:
         raise KeyError(f"no layer {name!r}; {close_to(name, (layer.name for layer in self.layers))}")
 
     def attach(self, model: nn.Module, layers: Iterable[NeuronLayer] | None = None) -> None:
-        """Places the taps of layers in the model. By default, of all layers.
+        """Places the taps of layers in the model. Optimizers do this for their own neurons.
+
+        Args:
+            model: the model in which the neurons were found.
+            layers: the layers to measure. Default: all.
 
         Raises:
             RuntimeError: they are in the model already, so each layer would be measured twice.

@@ -96,7 +96,19 @@ class ModelOptimizer(ImportanceHolder):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with its options, for example a new head of the model."""
+        """Adds a group of parameters with its options, for example a new head of the model.
+
+        Args:
+            param_group: {"params": ...}, with the options in which the group differs from the others.
+
+        Raises:
+            ValueError: an option is unknown or out of range; or a parameter is uninitialized, complex, created under
+                `torch.inference_mode()`, or sharded in a way that is not supported. Nothing is changed then.
+            TypeError: the group is not a dictionary.
+
+        Example:
+            >>> optimizer.add_param_group({"params": model.heads[2].parameters(), "lr": 0.05})
+        """
         check_group(param_group, self._OPTIONS)
         param_group.update(with_one_decay(param_group))
         self._check_options({**self.defaults, **param_group})
@@ -564,7 +576,16 @@ class ModelOptimizer(ImportanceHolder):
     # --------------------------------------------------------------------------------------------- saving and loading
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
+        """Loads a state dict, with importance, anchors and moments. If it does not fit, nothing is changed.
+
+        Args:
+            state_dict: what `state_dict()` returned for an optimizer of the same class, with the same groups.
+
+        Raises:
+            ValueError: it was saved by another kind of optimizer, or for another architecture or other groups. After a
+                layer has grown, call `load_importance` instead.
+            RuntimeError: it is called under `torch.inference_mode()`.
+        """
         check_not_in_inference_mode("load_state_dict() is called")
         if not {"state", "param_groups"} <= state_dict.keys():
             raise ValueError(

@@ -54,6 +54,17 @@ class PlasticityControl(ModelOptimizer):
         """Adds a group of parameters with its options, for example a new head of the model.
 
         The model is searched again for layers. Known layers keep their importance.
+
+        Args:
+            param_group: {"params": ...}, with the options in which the group differs from the others.
+
+        Raises:
+            ValueError: an option is unknown or out of range; or a parameter is uninitialized, complex, created under
+                `torch.inference_mode()`, or sharded in a way that is not supported. Nothing is changed then.
+            TypeError: the group is not a dictionary.
+
+        Example:
+            >>> optimizer.add_param_group({"params": model.heads[2].parameters(), "lr": 0.05})
         """
         super().add_param_group(param_group)
         try:
@@ -87,6 +98,9 @@ class PlasticityControl(ModelOptimizer):
 
         Raises:
             TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+
+        Example:
+            >>> optimizer.set_constants(beta=1.0, half_life=1000)
         """
         for name in constants:
             if name not in CONSTANTS:

@@ -20,7 +20,7 @@ class NPC(Plastic):
     During back-propagation each neuron's importance |n * dL/dn| is measured (eq. 2), divided by its layer's mean
     (eq. 3) and averaged over time into C (eq. 4). Neuron i then learns at the rate
 
-        eta_i = lr * min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                         (eq. 7)
+        eta_i = lr * min(1, alpha * sqrt(max(beta / C_i - 1, 0)))    (eq. 7)
 
     with all its incoming weights and its bias (Algorithm 1): important neurons stay, and the others are free to learn.
     It needs no data of earlier tasks, no copies of weights and no task boundaries, only one float per neuron. Source:

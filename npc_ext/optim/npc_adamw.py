@@ -26,7 +26,7 @@ class NPCAdamW(Plastic):
     Importance is measured and averaged as in `NPC` (eqs. 2 to 4). AdamW's step of neuron i, including weight decay, is
     multiplied by
 
-        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))                                                (eq. 7)
+        s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))    (eq. 7)
 
     Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. Its first moment is cleared
     when it freezes, so that no old gradient moves it when it thaws. The whole step is one call of a compiled kernel.
@@ -38,10 +38,10 @@ class NPCAdamW(Plastic):
     any optimizer, but copies weights, and moments of frozen neurons follow their gradients.
 
     Args:
-        model, sigma, params, maximize, stochastic_rounding, normalize, layers, other_parameters, skip_gradients,
-            process_group, backend: as in `NPC`.
+        model, params, layers, other_parameters, skip_gradients, process_group, backend: as in `NPC`.
         lr, betas, eps, weight_decay: as in `torch.optim.AdamW`. Moments of half-precision weights are float32.
-        alpha, beta, delta, half_life: as in `NPC`.
+        alpha, beta, delta, half_life, sigma, normalize: as in `NPC`.
+        maximize, stochastic_rounding: as in `NPC`.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.

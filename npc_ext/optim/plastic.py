@@ -85,6 +85,7 @@ class Plastic(PlasticityControl, Joinable):
     _KIND = "importance of neurons"
 
     neurons: Neurons
+    """The model's neurons and the places where they are measured; print it to see a table."""
     _certificates: Certificates
     _is_superseded = False  # whether another optimizer of the model has taken the importance over
 
@@ -464,7 +465,11 @@ class Plastic(PlasticityControl, Joinable):
             layer.sink.grad, layer.last_backward_pass = None, NO_BACKWARD_PASS
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradients of all parameters, and the importance measured since the last step."""
+        """Clears the gradients of all parameters, and the importance measured since the last step.
+
+        Args:
+            set_to_none: whether gradients become None, or else zero, as in `torch.optim.Optimizer`.
+        """
         if torch.compiler.is_dynamo_compiling():
             uncompiled(Plastic.zero_grad, self, set_to_none)
             return
@@ -477,7 +482,16 @@ class Plastic(PlasticityControl, Joinable):
 
     @torch.no_grad()
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """Importance, learning rates and the share of frozen neurons of every protected layer, by name."""
+        """Importance, learning rates and the share of frozen neurons of every protected layer, at this moment.
+
+        Waits for GPUs, so do not call it in every step.
+
+        Returns:
+            Layer name -> `npc_ext.LayerPlasticity`, in the order of the model. It prints as a table.
+
+        Example:
+            >>> optimizer.plasticity()["4"].frozen  # the share of its neurons, from 0 to 1
+        """
         result = PlasticityByLayer[LayerPlasticity]()
         counts = self._nonfinite_steps.now()
         for index, layer in enumerate(self._protected):
@@ -541,7 +555,17 @@ class Plastic(PlasticityControl, Joinable):
         self._drop_measured()
 
     def constants(self, layer: str) -> dict[str, Any]:
-        """The constants of a layer's neurons: alpha, beta, delta, half_life, sigma and normalize, as they are set."""
+        """The constants of a layer's neurons: those in `layers`, or else those of the group of its weight.
+
+        Args:
+            layer: the layer's name, as in `plasticity()`.
+
+        Returns:
+            The values of alpha, beta, delta, half_life, sigma and normalize, by name. delta or half_life is None.
+
+        Raises:
+            KeyError: no protected layer has this name.
+        """
         indices = ByLayer({name: index for index, name in enumerate(self._layer_names())})
         constants = self._constants(indices[layer])
         return {name: constants[name] for name in CONSTANTS}

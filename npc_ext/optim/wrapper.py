@@ -39,7 +39,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
 
     In each step the optimizer moves the weights. Then each neuron takes back a part of its movement:
 
-        w <- w_before + s_i (w_after - w_before),    s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
+        w <- w_before + s_i (w_after - w_before)
+        s_i = min(1, alpha sqrt(max(beta / C_i - 1, 0)))
 
     with s_i and C_i as in `NPC` (eqs. 2 to 4 and 7). Neurons with s_i = 0 stay bit-identical. The optimizer's state
     follows the gradients of all neurons; only when a neuron freezes, its part of `momentum_buffer` or `exp_avg` is set
@@ -59,7 +60,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         alpha, beta, delta, half_life, sigma, normalize, layers, process_group, backend: as in `NPC`. The constants are
             not in the groups, which are the wrapped optimizer's; `set_constants` changes them. To train a sharded
             model, call `fully_shard` before you build the optimizer and the wrapper.
-        bucket_bytes: the most bytes of weights to copy at a time, except for larger single parameters.
+        bucket_bytes: the most bytes of weights to copy at a time, except for larger single parameters. Default:
+            64 MiB.
 
     Raises:
         ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
@@ -119,7 +121,15 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return self._tracker.neurons
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters to the wrapped optimizer, and searches the model again."""
+        """Adds a group of parameters to the wrapped optimizer, and searches the model again.
+
+        Args:
+            param_group: {"params": ...}, with the options of the wrapped optimizer in which the group differs.
+
+        Raises:
+            ValueError: the group has one of the constants, which `set_constants` changes; or as
+                `NPC.add_param_group`. Nothing is changed then.
+        """
         self._tracker.check_wrapped_group(param_group)
         self.optimizer.add_param_group(param_group)
         added = self.optimizer.param_groups[-1]["params"]
@@ -264,7 +274,14 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             self._steps_inner = False
 
     def load_importance(self, earlier: Any) -> Self:
-        """As `NPC.load_importance`."""
+        """Takes over the importance of an earlier optimizer, as `NPC.load_importance`.
+
+        Args:
+            earlier: an `NPC`, `NPCAdamW` or `PlasticityWrapper`, its `state_dict()`, or None.
+
+        Returns:
+            This wrapper.
+        """
         self._tracker.load_importance(earlier)
         return self
 
@@ -295,15 +312,29 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
     # ------------------------------------------------------------------------------------------------------ plasticity
 
     def plasticity(self) -> dict[str, LayerPlasticity]:
-        """As `NPC.plasticity`; `learning_rate` is the share s_i of the optimizer's rate, from 0 to 1."""
+        """Importance, shares and frozen neurons of every protected layer, as `NPC.plasticity`.
+
+        Returns:
+            Layer name -> `npc_ext.LayerPlasticity`. Its `learning_rate` is the share s_i of the wrapped optimizer's
+            rate, from 0 to 1.
+        """
         return self._tracker.plasticity()
 
     def constants(self, layer: str) -> dict[str, Any]:
-        """As `NPC.constants`."""
+        """The constants of a layer's neurons, as `NPC.constants`."""
         return self._tracker.constants(layer)
 
     def set_constants(self, **constants: Any) -> None:
-        """As `NPC.set_constants`. The wrapper's groups are the wrapped optimizer's, and have no constants."""
+        """Changes constants of all neurons from now on, except those of layers that have options in `layers`.
+
+        This is the only way: the wrapper's groups are the wrapped optimizer's, and have no constants.
+
+        Args:
+            constants: alpha, beta, delta or half_life, sigma, normalize.
+
+        Raises:
+            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+        """
         self._tracker.set_constants(**constants)
 
     def _constants(self) -> dict[str, Any]:
@@ -330,7 +361,15 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
         return {**wrapped, "state": states, "plasticity": tracked}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state dict. If it does not fit, raises ValueError and changes nothing."""
+        """Loads a state dict, with importance. If it does not fit, nothing is changed.
+
+        Args:
+            state_dict: what `state_dict()` returned for a wrapper of the same kind of optimizer, with the same groups.
+
+        Raises:
+            ValueError: it was saved by another kind of optimizer, without a wrapper, or for another architecture. After
+                a layer has grown, call `load_importance` instead.
+        """
         self._check_groups(state_dict.get("param_groups", ()))
         before, states = self._tracker.state_dict(), state_dict.get("state", {})
         tracked = state_dict.get("plasticity")
