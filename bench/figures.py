@@ -39,9 +39,9 @@ def _frozen(rows: Sequence[Row]) -> Figure:
         for name in of_network[0].seconds:
             relative = [row.seconds[name] / row.seconds["SGD fused"] for row in of_network]
             axes.plot([row.facts[SHARE] for row in of_network], relative, marker="o", markersize=3, label=name)
-        axes.set(ylim=(0, None))
         axes.set_title(network, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
+    grid[0, 0].set_ylim(0, None)  # of all
     figure.supxlabel("share of neurons certain not to move", fontsize=10)
     figure.supylabel("step time / fused SGD's", fontsize=10)
     labels = grid[0, 0].get_legend_handles_labels()

@@ -93,7 +93,7 @@ def goals_table(folder: Path = RESULTS) -> str:
         lines.append([goal.text, found or NOT_MEASURED])
     counted = any(results.of_part("launches") for _, results in flights(folder))
     lines.append([LAUNCHES, "see the table of launches" if counted else NOT_MEASURED])
-    return markdown(["goal", ""], lines)
+    return markdown(["goal", "result"], lines)
 
 
 def flights_list(folder: Path = RESULTS) -> str:

@@ -438,7 +438,7 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
     assert "* idigits, small: not run with ewc, mas, si, ssl, sgd, joint" in text
     assert "* idigits, small: cpc not finished with seed 0" in text
     assert "* icifar100, paper: not run" in text
-    drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
+    drawn = {"idigits-small-average.svg", "idigits-small-per-task.svg"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
 
 
