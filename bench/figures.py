@@ -28,24 +28,24 @@ def draw(results: Results, folder: Path) -> None:
 def _frozen(rows: Sequence[Row]) -> Figure:
     """Step time relative to SGD's over the share of certified neurons, one plot for each network."""
     networks = list(dict.fromkeys(row.facts[NETWORK] for row in rows))
-    figure = Figure(figsize=(3.4 * len(networks), 3.2), layout="constrained")
-    grid: Any = figure.subplots(1, len(networks), squeeze=False)[0]
-    for axes, network in zip(grid, networks, strict=True):
+    columns = min(len(networks), 2)
+    lines = -(-len(networks) // columns)
+    figure = Figure(figsize=(3.2 * columns, 2.7 * lines + 0.4), layout="constrained")
+    grid: Any = figure.subplots(lines, columns, sharey=True, squeeze=False)
+    for axes in grid.flat[len(networks) :]:
+        axes.remove()
+    for axes, network in zip(grid.flat, networks, strict=False):
         of_network = [row for row in rows if row.facts[NETWORK] == network]
         for name in of_network[0].seconds:
             relative = [row.seconds[name] / row.seconds["SGD fused"] for row in of_network]
             axes.plot([row.facts[SHARE] for row in of_network], relative, marker="o", markersize=3, label=name)
-        axes.set(title=network, xlabel="share of neurons certain not to move", ylim=(0, None))
-        axes.title.set_fontsize(9)
+        axes.set_title(network, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    grid[0].set_ylabel("step time / fused SGD's")
-    figure.legend(
-        *grid[0].get_legend_handles_labels(),
-        frameon=False,
-        loc="outside lower center",
-        ncols=4 if len(networks) > 2 else 2,
-        fontsize=9,
-    )
+    grid[0, 0].set_ylim(0, None)  # of all
+    figure.supxlabel("share of neurons certain not to move", fontsize=10)
+    figure.supylabel("step time / fused SGD's", fontsize=10)
+    labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, frameon=False, loc="outside upper center", ncols=3, fontsize=9)
     return figure
 
 

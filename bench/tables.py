@@ -13,6 +13,8 @@ import numpy as np
 from .arguments import output_folder
 from .rows import LIMITED, NOT_MEASURED, OURS, Results, Row, RowsError, read
 
+NOT_DECIDED = "not decided"  # whether a goal was reached
+
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table. Its columns are aligned in plain text."""
@@ -51,13 +53,12 @@ def duration(seconds: float) -> str:
 
 
 def save(figure: Any, stem: Path) -> None:
-    """Writes a figure as SVG and PNG. The same figure always gives the same bytes."""
+    """Writes a figure as SVG. The same figure always gives the same bytes."""
     import matplotlib
 
     stem.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"svg.hashsalt": stem.name}):
         figure.savefig(stem.with_name(stem.name + ".svg"), metadata={"Date": None})
-        figure.savefig(stem.with_name(stem.name + ".png"), dpi=150)
 
 
 def of_rows(rows: Iterable[Row]) -> str:
@@ -109,19 +110,25 @@ def cell(value: Any) -> str:
     return str(value).replace("|", "/").replace("\n", " ")
 
 
+def verdict(row: Row, peer: str) -> str:
+    """Whether the goal was reached: by the median. A missed goal below the upper quartile is "within the noise"."""
+    if peer not in row.ratio:
+        return NOT_MEASURED
+    if {OURS, peer} & set(row.facts.get(LIMITED, ())):
+        return NOT_DECIDED
+    (_, median, high), goal = row.ratio[peer], row.goals[peer]
+    return "reached" if median >= goal else "within the noise" if high >= goal else "missed"
+
+
 def _verdicts(row: Row) -> str:
-    """Whether each goal was reached: by the median. A missed goal below the upper quartile is "within the noise"."""
     verdicts = []
     for peer, goal in row.goals.items():
-        if peer not in row.ratio:
-            verdicts.append(NOT_MEASURED)
-            continue
-        if {OURS, peer} & set(row.facts.get(LIMITED, ())):
-            verdicts.append(f"not decided against {peer}: {LIMITED}")
-            continue
-        _, median, high = row.ratio[peer]
-        word = "reached" if median >= goal else "within the noise" if high >= goal else "missed"
-        verdicts.append(f"{word} (at least {goal:.2f} of {peer})")
+        word = verdict(row, peer)
+        if word == NOT_DECIDED:
+            word += f" against {peer}: {LIMITED}"
+        elif word != NOT_MEASURED:
+            word += f" (at least {goal:.2f} of {peer})"
+        verdicts.append(word)
     return "; ".join(verdicts)
 
 

@@ -25,7 +25,7 @@ _COLORS = {
     "joint": "#222222",
     "single": "#999999",
 }
-_COLUMNS = 5
+_COLUMNS = 3
 
 
 def average(tables: Mapping[str, Tables]) -> Figure:
@@ -42,7 +42,8 @@ def average(tables: Mapping[str, Tables]) -> Figure:
     axes.set_xlabel("tasks learned")
     axes.set_ylabel("average accuracy of the tasks so far")
     _finish(axes)
-    _legend(figure, axes)
+    # Outside of the axes, where it hides no line.
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=9)
     return figure
 
 
@@ -51,7 +52,7 @@ def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
     count = len(tasks)
     columns = min(count, _COLUMNS)
     rows = -(-count // columns)
-    figure = Figure(figsize=(2.2 * columns + 0.8, 2.6 * rows), layout="constrained")
+    figure = Figure(figsize=(2.1 * columns + 0.4, 2.4 * rows), layout="constrained")
     grid: Any = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes in grid.flat[count:]:
         axes.remove()
@@ -66,7 +67,8 @@ def per_task(tables: Mapping[str, Tables], tasks: Sequence[str]) -> Figure:
         _finish(axes)
     for axes in grid[:, 0]:
         axes.set_ylabel("accuracy")
-    _legend(figure, grid[0, 0])
+    labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(*labels, frameon=False, loc="outside upper center", ncols=4, fontsize=9)
     return figure
 
 
@@ -106,11 +108,6 @@ def _line(axes: Any, method: str, x: np.ndarray, values: np.ndarray) -> None:
         error = values.std(0, ddof=1) / np.sqrt(len(values))
         axes.fill_between(x, mean - error, np.minimum(mean + error, 1), color=_color(method), alpha=0.2, linewidth=0)
     axes.set_xticks(x if len(x) > 1 else [x[0]])
-
-
-def _legend(figure: Figure, axes: Any) -> None:
-    """Places the legend outside of the axes, where it hides no line."""
-    figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside right upper", fontsize=9)
 
 
 def _finish(axes: Any) -> None:

@@ -295,7 +295,7 @@ def trade_off(runs: Mapping[Setting, Sequence[Run]]) -> Figure:
         axes.annotate(f"lr {setting.lr:g}", (code[-1], prose[-1]), textcoords="offset points", fontsize=8, **place)
     before = [run.curve[0][0] for setting, repeated in runs.items() if not setting.protect_always for run in repeated]
     axes.axhline(sum(before) / len(before), color="#999999", linestyle="--", linewidth=1, label="before fine-tuning")
-    axes.margins(x=0.12)
+    axes.margins(x=0.16)
     axes.set_xlabel("perplexity per byte on code, while it is learned")
     axes.set_ylabel("perplexity per byte on prose, learned before")
     axes.spines[["top", "right"]].set_visible(False)

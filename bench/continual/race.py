@@ -99,7 +99,7 @@ def race(entries: Mapping[str, Run], out: Path, command: str) -> str:
         "protocol": asdict(first.protocol),
         "entries": {name: _result(racer, entries[name]) for name, racer in racers.items()},
     }
-    text = _table(result)
+    text = table(result)
     out.mkdir(parents=True, exist_ok=True)
     stem = f"race-{first.experiment}-{'-'.join(map(str, first.protocol.channels))}"
     (out / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -118,7 +118,7 @@ def _result(racer: _Contestant, run: Run) -> dict[str, Any]:
     }
 
 
-def _table(result: Mapping[str, Any]) -> str:
+def table(result: Mapping[str, Any]) -> str:
     """Total times, and times of each task relative to the last entry's. Quartiles are over epochs."""
 
     def by_task(entry: Mapping[str, Any]) -> Any:

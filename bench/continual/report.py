@@ -30,7 +30,7 @@ _FIGURES = {
     "hetero": "Figure 5",
 }
 # The paper's means of Figure 4: all neurons, the most important tenth, the least important tenth.
-_PUBLISHED_CHANGES = {"npc": ("0.383", "0.094", "0.667")}
+PUBLISHED_CHANGES = {"npc": ("0.383", "0.094", "0.667")}
 
 
 def write(store: Store, out: Path) -> str:
@@ -55,7 +55,7 @@ def write(store: Store, out: Path) -> str:
 def _section(name: str, experiment: Experiment, size: str, records: list[Record], out: Path) -> Iterator[str]:
     """Yields the paragraphs of one experiment, and writes its figures."""
     yield f"## {experiment.title} ({name}, {size})"
-    groups = _grouped(records)
+    groups = grouped(records)
     standard = {label.method: repeated for label, repeated in groups.items() if not label.changes}
     others = {label: repeated for label, repeated in groups.items() if label.changes}
     if standard:
@@ -66,7 +66,7 @@ def _section(name: str, experiment: Experiment, size: str, records: list[Record]
             f"{protocol['shrink']}; accuracy in percent after the last task, mean ± standard error over seeds."
             + _notes(protocol, {method: repeated[0].settings["method"] for method, repeated in standard.items()})
         )
-        yield _command("run", name, size, standard)
+        yield command("run", name, size, standard)
         if name == "activation":
             yield _changes(standard)
             figure = figures.activation(standard)
@@ -125,11 +125,11 @@ def _searches(folder: Path) -> Iterator[str]:
             + _notes(protocol, {method: entry["best"] for method, entry in recorded["methods"].items()})
         )
         limit = ["--tasks", str(protocol["tasks"])] if protocol["tasks"] else []
-        yield _command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
+        yield command("search", recorded["experiment"], recorded["size"], recorded["methods"], *limit)
         yield markdown(["", "configurations", "diverged", "tried", "chosen (seeds)", "hyperparameters"], rows)
 
 
-def _command(verb: str, experiment: str, size: str, methods: Iterable[str], *more: str) -> str:
+def command(verb: str, experiment: str, size: str, methods: Iterable[str], *more: str) -> str:
     """The command that repeats it."""
     options = ["--experiment", experiment, "--size", size, "--methods", ",".join(methods), *more]
     return f"`{' '.join(['python -m bench.continual', verb, *options])}`"
@@ -141,22 +141,22 @@ def _saved(drawn: Mapping[str, Any], prefix: str, out: Path, title: str) -> str:
     return "\n".join(f"![{title}, {kind}]({prefix}-{kind}.svg)" for kind in drawn)
 
 
-class _Label(NamedTuple):
+class Label(NamedTuple):
     """A method (with its precision unless that is float32), and those of its settings that are not the defaults."""
 
     method: str
     changes: str
 
 
-def _grouped(records: Sequence[Record]) -> dict[_Label, list[Record]]:
+def grouped(records: Sequence[Record]) -> dict[Label, list[Record]]:
     """Groups runs that differ in their seed only. Methods are in their usual order."""
     most = max((tuple(record.protocol["datasets"]) for record in records), key=len)
     batches = "whole" if any(record.protocol["batches"] == "whole" for record in records) else "cut"
-    groups: dict[_Label, list[Record]] = {}
+    groups: dict[Label, list[Record]] = {}
     for record in sorted(records, key=lambda r: (list(METHODS).index(r.method), r.seed)):
         precision = record.settings["precision"]
         method = record.method if precision == "float32" else f"{record.method} ({precision})"
-        groups.setdefault(_Label(method, ", ".join(_changes_of(record, most, batches))), []).append(record)
+        groups.setdefault(Label(method, ", ".join(_changes_of(record, most, batches))), []).append(record)
     return groups
 
 
@@ -212,25 +212,26 @@ def _changes(groups: Mapping[str, Sequence[Record]]) -> str:
     groups_of_neurons = ("all neurons", "most important tenth", "least important tenth")
     rows = []
     for method, repeated in groups.items():
-        columns = zip(*(_mean_changes(record) for record in repeated), strict=True)
+        columns = zip(*(mean_changes(record) for record in repeated), strict=True)
         cells = [with_error(column, 3) for column in columns]
         dead = [sum(change is None for change in record.extra["change"]) for record in repeated]
-        paper = " / ".join(_PUBLISHED_CHANGES.get(method.split()[0], (_WITHOUT,)))
+        paper = " / ".join(PUBLISHED_CHANGES.get(method.split()[0], (_WITHOUT,)))
         rows.append([method, *cells, f"{np.mean(dead):.1f}", _seeds(repeated), paper])
     return markdown(["", *groups_of_neurons, "never active", "seeds", "in the paper"], rows)
 
 
-def _mean_changes(record: Record) -> tuple[float, float, float]:
+def mean_changes(record: Record) -> tuple[float, float, float]:
+    """The mean change of all neurons, of the most important tenth, and of the least important tenth."""
     pairs = zip(record.extra["importance"], record.extra["change"], strict=True)
     by_importance = [change for _, change in sorted((i, c) for i, c in pairs if c is not None)]
     tenth = max(1, len(by_importance) // 10)
     return float(np.mean(by_importance)), float(np.mean(by_importance[-tenth:])), float(np.mean(by_importance[:tenth]))
 
 
-def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str, Any]) -> str:
+def _ablations(others: Mapping[Label, Sequence[Record]], standard: Mapping[str, Any]) -> str:
     header = ["method", "setting", "average", "forgetting", "seeds"]
     rows = []
-    for label, repeated in [*[(_Label(m, ""), r) for m, r in standard.items()], *others.items()]:
+    for label, repeated in [*[(Label(m, ""), r) for m, r in standard.items()], *others.items()]:
         if not label.changes and label.method not in {other.method for other in others}:
             continue
         tables = [record.accuracy for record in repeated]
@@ -242,7 +243,7 @@ def _ablations(others: Mapping[_Label, Sequence[Record]], standard: Mapping[str,
     return markdown(header, sorted(rows, key=lambda row: (row[0], row[1] != "as above")))
 
 
-def _hyperparameters(groups: Mapping[_Label, Sequence[Record]]) -> str:
+def _hyperparameters(groups: Mapping[Label, Sequence[Record]]) -> str:
     lines = {}
     for label, repeated in groups.items():
         if not label.changes:
@@ -280,7 +281,7 @@ def _missing(name: str, size: str, records: Sequence[Record]) -> Iterator[str]:
         yield f"{name}, {size}: not run"
         return
     expected = ("npc", "sgd") if name == "activation" else METHODS
-    groups = {label.method: group for label, group in _grouped(finished).items() if not label.changes}
+    groups = {label.method: group for label, group in grouped(finished).items() if not label.changes}
     seeds = {method: {record.seed for record in group} for method, group in groups.items()}
     for method, present in seeds.items():
         if absent_seeds := sorted(set().union(*seeds.values()) - present):

@@ -438,7 +438,7 @@ def test_the_report_shows_what_is_stored_and_names_what_is_not(tmp_path: Path) -
     assert "* idigits, small: not run with ewc, mas, si, ssl, sgd, joint" in text
     assert "* idigits, small: cpc not finished with seed 0" in text
     assert "* icifar100, paper: not run" in text
-    drawn = {f"idigits-small-{kind}.{suffix}" for kind in ("average", "per-task") for suffix in ("svg", "png")}
+    drawn = {"idigits-small-average.svg", "idigits-small-per-task.svg"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == drawn | {"report.md"}
 
 
@@ -658,8 +658,8 @@ def test_the_demonstration_writes_table_figures_and_numbers(tmp_path: Path, caps
     output = capsys.readouterr().out
     for text in ("| SGD |", "| NPC |", "average", "forgetting", "ms per step"):
         assert text in output
-    names = {f"{figure}.{suffix}" for figure in ("average", "per-task", "plasticity") for suffix in ("svg", "png")}
-    assert {path.name for path in tmp_path.iterdir()} == names | {"results.json", "results.md"}
+    names = {"average.svg", "per-task.svg", "plasticity.svg", "results.json", "results.md"}
+    assert {path.name for path in tmp_path.iterdir()} == names
     results = json.loads((tmp_path / "results.json").read_text())
     assert np.array(results["runs"]["NPC"][0]["accuracy"]).shape == (5, 5)
     assert results["environment"]["torch"] == torch.__version__

@@ -1,0 +1,81 @@
+"""The pages under docs/results, and the README's table, have the numbers of the files under bench/results."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import ROOT
+from bench.pages import PAGES, gpu, learning, render, scaling
+from bench.pages.render import FOLDER, TEMPLATES
+from bench.rows import OURS, Row, Writer
+
+WRITE = "run `python -m bench.pages`, and commit what it writes"
+# What a template may write with a decimal point: what is filled in, and code.
+NOT_TYPED = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|`[^`]*`", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_is_what_its_template_gives(page: str) -> None:
+    assert (FOLDER / page).read_text() == render(page), f"docs/results/{page} is out of date: {WRITE}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_template_types_no_measured_number(page: str) -> None:
+    text = NOT_TYPED.sub("", (TEMPLATES / page).read_text())
+    assert not re.findall(r"\d+\.\d+", text), "take the number from a file under bench/results"
+
+
+def test_the_readme_has_the_table_of_the_demonstration() -> None:
+    readme = (ROOT / "README.md").read_text()
+    for row in learning.demo_table().splitlines():
+        assert row in readme, "python -c 'from bench.pages import learning; print(learning.demo_table())'"
+
+
+def test_the_readmes_sentences_about_the_demonstration_have_its_numbers() -> None:
+    table = learning.demo_table()
+    first = table.splitlines()[0]
+    sections = re.split(r"^#+ .*$", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    (section,) = (section for section in sections if first in section)
+    cells = re.findall(r"(\d+\.\d)( ± \d+\.\d)", table)
+    known = {mean + more for mean, error in cells for more in ("", error)}
+    known |= {mean.removesuffix(".0") for mean, _ in cells} | {"50"}  # 50: chance
+    sentences = section.replace(table, "")
+    assert not set(re.findall(r"(\d+(?:\.\d+)?(?: ± \d+\.\d)?) ?%", sentences)) - known
+
+
+def test_without_a_flight_no_goal_on_a_gpu_is_measured(tmp_path: Path) -> None:
+    rows = gpu.goals_table(tmp_path).splitlines()[2:]
+    assert len(rows) == len(gpu.GOALS) + 1
+    assert all(row.endswith("| not measured |") for row in rows)
+    assert gpu.flights_list(tmp_path) == "No flight is recorded yet."
+
+
+def test_the_rows_of_a_flight_fill_the_goals_on_a_gpu(tmp_path: Path) -> None:
+    flight = tmp_path / "NVIDIA H100" / "kernels"
+    writer = Writer(flight)
+    writer.run("python -m bench.gpu", {"gpu": "NVIDIA H100", "commit": "abc"})
+    for case, ratio in (("a", 1.1), ("b", 0.9)):
+        times = {OURS: 1.0, "SGD fused": ratio}
+        spread = {"SGD fused": (ratio, ratio, ratio)}
+        writer.row(Row("update", case, seconds=times, ratio=spread, goals={"SGD fused": 1.0}))
+    (flight / "update.md").write_text("a table\n")
+    table = gpu.goals_table(tmp_path)
+    assert "reached in 1 of 2 rows, missed in 1 of 2 rows" in table
+    assert table.count("not measured") == len(gpu.GOALS)
+    assert gpu.flights_list(tmp_path).startswith("* NVIDIA H100, kernels: [update](")
+
+
+def test_sizes_in_theory() -> None:
+    assert scaling.sent(1000, 1) == 0
+    assert scaling.sent(1000, 8) == 7000
+    assert [scaling.size(amount) for amount in (0, 5e5, 5.88e6, 11.7e6, 7e8, 8.05e10)] == [
+        "0",
+        "0.5 MB",
+        "5.9 MB",
+        "12 MB",
+        "0.7 GB",
+        "80 GB",
+    ]
