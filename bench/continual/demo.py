@@ -1,5 +1,6 @@
-"""Learns five tasks in a row on scikit-learn's handwritten digits, with plain SGD and with NPC: `make demo`.
+"""Learns five tasks in a row on scikit-learn's handwritten digits, with SGD, NPC and two controls: `make demo`.
 
+All have the same learning rate, and none is tuned. NPC has the options that README.md recommends.
 Prints a table, and writes the table, figures and all numbers to bench/results/demo.
 """
 
@@ -10,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,6 +24,7 @@ from ..arguments import output_folder
 from ..networks import cnn
 from ..tables import markdown, percent, with_error
 from . import figures, results
+from .controls import FallingSGD, ShuffledNPC
 from .metrics import average_accuracy, forgetting
 from .tasks import Task, digits
 from .training import Batches, accuracy_of, steps_of, train
@@ -39,11 +42,35 @@ class Run:
     seconds_per_step: float
 
 
-def optimizer_for(method: str, model: nn.Module, lr: float, steps: float) -> torch.optim.Optimizer:
-    """The optimizer of a method. Both methods have the same learning rate. `steps` is the mean length of a task."""
-    if method == "SGD":
-        return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
-    return NPC(model, lr=lr, half_life=steps)
+# Of the learning rate from task to task, in the control "SGD, falling rate".
+FALL = 0.7
+
+
+def sgd(model: nn.Module, lr: float, steps: float, seed: int) -> torch.optim.Optimizer:
+    """Plain SGD."""
+    return torch.optim.SGD(model.parameters(), lr=lr, fused=True)
+
+
+def falling_sgd(model: nn.Module, lr: float, steps: float, seed: int) -> torch.optim.Optimizer:
+    """A control that protects what was learned, without knowing any neuron."""
+    return FallingSGD(model, model.get_submodule("output"), lr)
+
+
+def _recommended(lr: float, steps: float) -> dict[str, Any]:
+    return {"lr": lr, "half_life": steps, "layers": {"output": {"normalize": "active"}}}
+
+
+def npc(model: nn.Module, lr: float, steps: float, seed: int) -> torch.optim.Optimizer:
+    """NPC. `steps` is the mean number of steps of a task."""
+    return NPC(model, **_recommended(lr, steps))
+
+
+def shuffled_npc(model: nn.Module, lr: float, steps: float, seed: int) -> torch.optim.Optimizer:
+    """A control that protects as many neurons as NPC, but others."""
+    return ShuffledNPC(model, "output", seed, **_recommended(lr, steps))
+
+
+METHODS = {"SGD": sgd, "SGD, falling rate": falling_sgd, "NPC": npc, "NPC, shuffled": shuffled_npc}
 
 
 def run(
@@ -56,7 +83,7 @@ def run(
     torch.manual_seed(seed)
     model = cnn(1, 8, (16, 32), 64, classes=sum(len(task.classes) for task in tasks))
     lengths = [steps_of(epochs, len(task.train_labels), batch_size) for task in tasks]
-    optimizer = optimizer_for(method, model, lr, sum(lengths) / len(lengths))
+    optimizer = METHODS[method](model, lr, sum(lengths) / len(lengths), seed)
     generator = torch.Generator().manual_seed(seed)
     label = f"{method}, seed {seed}"
     accuracy: list[list[float]] = []
@@ -64,6 +91,8 @@ def run(
     options = {"unit": "epoch", "leave": False, "dynamic_ncols": True, "disable": None}
     with tqdm(total=len(tasks) * epochs, desc=label, **options) as bar:
         for number, task in enumerate(tasks, start=1):
+            if number > 1 and isinstance(optimizer, FallingSGD):
+                optimizer.next_task(FALL)
 
             def on_epoch(loss: float, number: int = number, task: Task = task) -> None:
                 so_far = accuracy_of(model, task)
@@ -101,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the demonstration."""
     parser = argparse.ArgumentParser(prog="python -m bench.continual.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=3, help="repetitions of each method (at least 2, default 3)")
-    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of both (default 0.1, the paper's)")
+    parser.add_argument("--lr", type=float, default=0.1, help="learning rate of all methods (default 0.1, the paper's)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
     parser.add_argument("--out", type=output_folder, default=Path("bench/results/demo"), help="folder for the results")
@@ -119,12 +148,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     names = [" or ".join(map(str, task.classes)) for task in tasks]
     started = time.perf_counter()
-    runs: dict[str, list[Run]] = {"SGD": [], "NPC": []}
+    runs: dict[str, list[Run]] = {method: [] for method in METHODS}
     for seed in range(options.seeds):
         for method in runs:
             result, optimizer = run(method, seed, tasks, options.lr, options.epochs, options.batch_size)
             runs[method].append(result)
-    assert isinstance(optimizer, NPC)
+            if method == "NPC":
+                plasticity = plot_plasticity(optimizer)
 
     table = table_of(runs, [f"{name} (%)" for name in names])
     seconds = time.perf_counter() - started
@@ -134,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     drawn = {
         "average": figures.average(accuracy),
         "per-task": figures.per_task(accuracy, names),
-        "plasticity": plot_plasticity(optimizer),
+        "plasticity": plasticity,
     }
     numbers = {"tasks": names, "runs": {method: [asdict(run) for run in repeated] for method, repeated in runs.items()}}
     command = command_line("bench.continual.demo", arguments)

@@ -16,7 +16,9 @@ from .store import Record
 Tables = Sequence[Accuracy]
 _COLORS = {
     "npc": "#4c72b0",
+    "npc, shuffled": "#8fa8d0",
     "sgd": "#c44e52",
+    "sgd, falling rate": "#dd8452",
     "cpc": "#64b5cd",
     "ewc": "#dd8452",
     "mas": "#55a868",

@@ -13,6 +13,7 @@ import numpy as np
 
 from ..continual import race as races
 from ..continual import report
+from ..continual.demo import FALL as FALL
 from ..continual.experiments import EXPERIMENTS
 from ..continual.metrics import Accuracy, average_accuracy, forgetting, forward_transfer
 from ..continual.store import Record, Store
@@ -72,6 +73,11 @@ class Outcome:
         return [forgetting(table) for table in self.tables]
 
     @property
+    def first(self) -> list[float]:
+        """Accuracy on the first task after the last one, by seed."""
+        return [float(table[-1][0] or 0) for table in self.tables]
+
+    @property
     def last(self) -> list[float]:
         """Accuracy on the last task, by seed."""
         return [float(table[-1][-1] or 0) for table in self.tables]
@@ -92,19 +98,28 @@ def demos() -> dict[str, dict[str, Any]]:
 
 
 def demo(lr: str, method: str) -> Outcome:
-    """The demonstration's outcome of "SGD" or "NPC" at a learning rate."""
+    """The outcome of one of the demonstration's methods at a learning rate."""
     return Outcome([run["accuracy"] for run in demos()[lr]["runs"][method]])
 
 
 def demo_table() -> str:
-    """Accuracies of the demonstration after its last task, by learning rate. The README has this table, too."""
-    header = ["learning rate", "SGD, average", "NPC, average", "SGD, last task", "NPC, last task"]
+    """Accuracies of the demonstration after its last task. The README has this table, too."""
+    first, *others = demos()
     rows = []
-    for lr in demos():
-        outcomes = [demo(lr, method) for method in ("SGD", "NPC")]
-        averages, lasts = [outcome.average for outcome in outcomes], [outcome.last for outcome in outcomes]
-        rows.append([lr, *map(percent, averages), *map(percent, lasts)])
-    return markdown(header, rows)
+    for method in demos()[first]["runs"]:
+        outcome = demo(first, method)
+        averages = [demo(lr, method).average for lr in (first, *others)]
+        rows.append([method, *map(percent, [outcome.first, outcome.last, *averages])])
+    rates = [f"average, lr {lr}" for lr in others]
+    return markdown([f"accuracy in %, lr {first}", "first task", "last task", "average", *rates], rows)
+
+
+def demo_forgetting() -> str:
+    """Forgetting in the demonstration, by learning rate."""
+    rates = list(demos())
+    methods = demos()[rates[0]]["runs"]
+    rows = [[method, *(percent(demo(lr, method).forgetting) for lr in rates)] for method in methods]
+    return markdown(["", *(f"lr {lr}" for lr in rates)], rows)
 
 
 def demo_sources() -> str:

@@ -20,10 +20,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.continual import datasets, demo, experiments, methods, metrics, report, runs, training
 from bench.continual.__main__ import command_line_parser, main
+from bench.continual.controls import FallingSGD
 from bench.continual.experiments import EXPERIMENTS
 from bench.continual.methods import METHODS, defaults
 from bench.continual.plan import PLANS
@@ -31,6 +32,8 @@ from bench.continual.pool import parallel
 from bench.continual.store import Record, Store, StoreError
 from bench.continual.tasks import Task, digits, joint, split
 from bench.continual.training import Augmentation, Batches, loss_of
+from bench.networks import cnn
+from npc_ext import NPC
 
 from . import programs
 
@@ -656,13 +659,45 @@ def test_the_plan_searches_every_rival_as_much_before_it_runs(size: str, capsys:
 def test_the_demonstration_writes_table_figures_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     demo.main(["--seeds", "2", "--epochs", "2", "--out", str(tmp_path)])
     output = capsys.readouterr().out
-    for text in ("| SGD |", "| NPC |", "average", "forgetting", "ms per step"):
+    for text in (
+        "| SGD ",
+        "| SGD, falling rate |",
+        "| NPC ",
+        "| NPC, shuffled ",
+        "average",
+        "forgetting",
+        "ms per step",
+    ):
         assert text in output
     names = {"average.svg", "per-task.svg", "plasticity.svg", "results.json", "results.md"}
     assert {path.name for path in tmp_path.iterdir()} == names
     results = json.loads((tmp_path / "results.json").read_text())
     assert np.array(results["runs"]["NPC"][0]["accuracy"]).shape == (5, 5)
     assert results["environment"]["torch"] == torch.__version__
+
+
+def test_the_controls_fall_for_all_layers_and_protect_other_neurons() -> None:
+    def one_step(kind: Callable[..., torch.optim.Optimizer]) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = cnn(1, 8, (16, 32), 64, classes=10, dropout=0.0)
+        optimizer = kind(model, 0.1, 300, 0)
+        model(torch.rand(8, 1, 8, 8)).square().sum().backward()
+        optimizer.step()
+        return model, optimizer
+
+    model, falling = one_step(demo.falling_sgd)
+    assert isinstance(falling, FallingSGD)
+    falling.next_task(demo.FALL)
+    rates = {id(p): group["lr"] for group in falling.param_groups for p in group["params"]}
+    expected = {name: 0.1 if name.startswith("output") else 0.07 for name, _ in model.named_parameters()}
+    assert {name: rates[id(p)] for name, p in model.named_parameters()} == pytest.approx(expected)
+
+    _, npc = one_step(demo.npc)
+    _, shuffled = one_step(demo.shuffled_npc)
+    assert isinstance(npc, NPC) and isinstance(shuffled, NPC)
+    for (name, layer), other in zip(npc.plasticity().items(), shuffled.plasticity().values(), strict=True):
+        assert layer.importance.sort().values.tolist() == pytest.approx(other.importance.sort().values.tolist())
+        assert torch.equal(layer.importance, other.importance) == (name == "output")
 
 
 def test_a_demonstration_of_a_single_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
