@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import npc_ext
+
 from ..test_rooms import FLOORS
 from .pages import ROOT
 
@@ -39,3 +41,8 @@ def test_every_folder_of_the_checkout_is_described() -> None:
     packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert packages - {"tests"} <= {*described}
     assert all(Path(ROOT, name).is_dir() for name in described)
+
+
+def test_the_version_is_the_same_wherever_it_stands() -> None:
+    assert f'version = "{npc_ext.__version__}"' in (ROOT / "pyproject.toml").read_text().splitlines()
+    assert f"\n## {npc_ext.__version__} (" in (ROOT / "CHANGELOG.md").read_text()
