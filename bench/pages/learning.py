@@ -73,11 +73,6 @@ class Outcome:
         return [forgetting(table) for table in self.tables]
 
     @property
-    def first(self) -> list[float]:
-        """Accuracy on the first task after the last one, by seed."""
-        return [float(table[-1][0] or 0) for table in self.tables]
-
-    @property
     def last(self) -> list[float]:
         """Accuracy on the last task, by seed."""
         return [float(table[-1][-1] or 0) for table in self.tables]
@@ -103,15 +98,15 @@ def demo(lr: str, method: str) -> Outcome:
 
 
 def demo_table() -> str:
-    """Accuracies of the demonstration after its last task. The README has this table, too."""
+    """Percentages of the demonstration after its last task. The README has this table, too."""
     first, *others = demos()
     rows = []
     for method in demos()[first]["runs"]:
         outcome = demo(first, method)
         averages = [demo(lr, method).average for lr in (first, *others)]
-        rows.append([method, *map(percent, [outcome.first, outcome.last, *averages])])
+        rows.append([method, *map(percent, [averages[0], outcome.forgetting, outcome.last, *averages[1:]])])
     rates = [f"average, lr {lr}" for lr in others]
-    return markdown([f"accuracy in %, lr {first}", "first task", "last task", "average", *rates], rows)
+    return markdown([f"lr {first}", "average", "forgetting", "last task", *rates], rows)
 
 
 def demo_forgetting() -> str:
