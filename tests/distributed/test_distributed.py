@@ -176,6 +176,16 @@ def test_accelerate_may_shard_the_model_before_or_after_the_optimizer_is_built(t
         assert_alike_and_close([result["together"], result["sharded before"]], want)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_the_trainer_shards_a_model_and_gets_what_copies_get(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for copies, shards in run_in_processes(processes.by_the_trainer, 2, tmp_path):
+        assert copies["alike"] and shards["alike"]
+        assert_close(shards["numbers"], copies["numbers"])
+
+
 def test_a_join_without_the_optimizer_raises_an_error(results: Results) -> None:
     for messages in results["uneven_and_refused"]:
         assert len(messages) == 4

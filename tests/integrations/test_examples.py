@@ -120,25 +120,49 @@ def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path, hugging_f
     assert same(*models)
 
 
-@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing", "torch_compile"])
-def test_hugging_face_trainer_with_options(tmp_path: Path, hugging_face: Any, option: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_hugging_face_trainer_with_options(tmp_path: Path, hugging_face: Any, options: dict[str, Any]) -> None:
     from transformers import Trainer, TrainingArguments
 
     importance = []
-    for options in ({}, {option: True}):
+    for chosen in ({}, options):
         model = hugging_face.tiny_llama()
         arguments = TrainingArguments(
-            str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, **options
+            str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, **chosen
         )
         how = (NPC, {"model": model, "lr": 0.1, "half_life": 70})
         trainer = Trainer(model, arguments, train_dataset=hugging_face.samples(), optimizer_cls_and_kwargs=how)
         trainer.train()
         importance.append(torch.cat(list(importances(trainer.optimizer.optimizer))))
     plain, with_option = importance
-    if option == "bf16":  # eight bits
+    if "bf16" in options:
         assert (with_option - plain).norm() < 0.05 * plain.norm() and not torch.equal(with_option, plain)
     else:
         torch.testing.assert_close(with_option, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_hugging_face_trainer_resumes_an_adapter(tmp_path: Path, hugging_face: Any) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    models, optimizers = [], []
+    for name, resume_from in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        model = peft.get_peft_model(hugging_face.tiny_llama(), config)
+        arguments = TrainingArguments(
+            str(tmp_path / name), max_steps=4, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        how = (NPC, {"model": model, "lr": 0.1, "half_life": 70})
+        trainer = Trainer(model, arguments, train_dataset=hugging_face.samples(), optimizer_cls_and_kwargs=how)
+        trainer.train(resume_from_checkpoint=resume_from)
+        models.append(model)
+        optimizers.append(trainer.optimizer.optimizer)
+    assert same(*models) and same(*map(importances, optimizers))
+    assert any(importance.any() for importance in importances(optimizers[0]))
 
 
 def test_hugging_face_trainers_of_several_tasks_share_an_optimizer(tmp_path: Path, hugging_face: Any) -> None:
