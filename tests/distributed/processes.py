@@ -324,6 +324,27 @@ def outputs_of_some_processes_only() -> Any:
     return result | {"moved": (model.module[7].weight != before).any(1).tolist()}
 
 
+def trained_with_a_scaler(model: nn.Module) -> dict[str, Any]:
+    """Five steps, and one in which the last process alone has infinite gradients."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = NPC(model, **OPTIONS)
+    last = distributed.get_rank() == distributed.get_world_size() - 1
+    for step, (x, y) in enumerate(parts(range(6))):
+        before = numbers(optimizer)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    result = {"alike": alike(optimizer), "numbers": numbers(optimizer), "scale": scaler.get_scale()}
+    return result | {"unchanged": same(before.values(), result["numbers"].values())}
+
+
+@scenario
+def with_a_scaler() -> Any:
+    return trained_with_a_scaler(DistributedDataParallel(network()))
+
+
 def two_heads() -> nn.Module:
     torch.manual_seed(2)
     return ManyHeads()
@@ -543,19 +564,7 @@ def sharded_and_rounded_at_random() -> Any:
 
 @scenario_of_shards
 def sharded_with_a_scaler() -> Any:
-    """Five steps, and one in which the last process alone has infinite gradients."""
-    model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = NPC(model, **OPTIONS)
-    last = distributed.get_rank() == distributed.get_world_size() - 1
-    for step, (x, y) in enumerate(parts(range(6))):
-        before = numbers(optimizer)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    result = {"alike": alike(optimizer), "numbers": numbers(optimizer), "scale": scaler.get_scale()}
-    return result | {"unchanged": same(before.values(), result["numbers"].values())}
+    return trained_with_a_scaler(in_shards(network()))
 
 
 @scenario_of_shards

@@ -124,6 +124,7 @@ def test_an_output_takes_part_if_any_process_gave_it_a_gradient(results: Results
 MODELS_AND_STEPS: dict[str, tuple[Callable[[], nn.Module], range]] = {
     "data_parallel": (network, STEPS),
     "accumulated": (network, STEPS),
+    "with_a_scaler": (network, range(5)),
     "group_that_is_given": (network, STEPS),
     "sharded": (network, STEPS),
     "sharded_and_accumulated": (network, STEPS),
@@ -274,8 +275,9 @@ def test_each_process_rounds_its_shards_with_different_bits(results: Results) ->
         assert len(set(seeds)) == len(ranks) and min(seeds) >= 0
 
 
-def test_an_overflow_in_one_process_skips_the_step_of_all_shards(results: Results) -> None:
-    for result in results["sharded_with_a_scaler"]:
+@pytest.mark.parametrize("scenario", ["with_a_scaler", "sharded_with_a_scaler"])
+def test_an_overflow_in_one_process_skips_the_step_of_all(results: Results, scenario: str) -> None:
+    for result in results[scenario]:
         assert result["unchanged"] and result["scale"] == 512
 
 

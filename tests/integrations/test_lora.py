@@ -108,6 +108,20 @@ def test_a_saved_module_has_neurons_and_the_magnitudes_of_dora_have_none() -> No
     assert "lora_magnitude_vector.default.weight" in str(of_dora.neurons).partition("in no neuron")[2]
 
 
+def test_conv1d_of_gpt2_has_adapters_too() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    optimizer = NPC(model)
+    tokens = torch.randint(50, (3, 6))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_B.default"
+    assert optimizer.plasticity()[name].importance.shape == (48,)
+    assert optimizer.plasticity()[name].importance.any()
+
+
 def test_convolutions_have_adapters_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
