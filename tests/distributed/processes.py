@@ -217,6 +217,39 @@ def accelerated() -> dict[str, Any]:
     return results
 
 
+def by_the_trainer() -> list[dict[str, Any]]:
+    """Hugging Face's Trainer trains a model on each process's part of the data: with copies, then with shards."""
+    rank, processes = str(distributed.get_rank()), str(distributed.get_world_size())
+    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=processes, ACCELERATE_USE_CPU="true")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    from accelerate import FullyShardedDataParallelPlugin
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainingArguments
+
+    from examples import hugging_face
+
+    results = []
+    for in_shards in (False, True):
+        model = hugging_face.tiny_llama()
+        arguments = TrainingArguments(
+            "trainer", max_steps=4, save_strategy="no", use_cpu=True, report_to=[], disable_tqdm=True
+        )
+        options = {"model": model, "lr": 0.1, "delta": 0.98}
+        if not in_shards:
+            options["process_group"] = distributed.group.WORLD
+        data, how = hugging_face.samples(), (NPC, options)
+        trainer = Trainer(model, arguments, train_dataset=data, optimizer_cls_and_kwargs=how)
+        if in_shards:  # Accelerate knows FSDP on GPUs only
+            trainer.accelerator.state.distributed_type = DistributedType.FSDP
+            trainer.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            trainer.is_fsdp_enabled = True
+        trainer.train()
+        optimizer = trainer.optimizer.optimizer
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) is in_shards
+        results.append({"alike": alike(optimizer), "numbers": numbers(optimizer)})
+    return results
+
+
 def uneven_steps(rank: int) -> int:
     """The number of batches of a process."""
     return 4 + 2 * rank
@@ -289,6 +322,27 @@ def outputs_of_some_processes_only() -> Any:
 
     result = trained(model, optimizer, range(3), backward)
     return result | {"moved": (model.module[7].weight != before).any(1).tolist()}
+
+
+def trained_with_a_scaler(model: nn.Module) -> dict[str, Any]:
+    """Five steps, and one in which the last process alone has infinite gradients."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = NPC(model, **OPTIONS)
+    last = distributed.get_rank() == distributed.get_world_size() - 1
+    for step, (x, y) in enumerate(parts(range(6))):
+        before = numbers(optimizer)
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    result = {"alike": alike(optimizer), "numbers": numbers(optimizer), "scale": scaler.get_scale()}
+    return result | {"unchanged": same(before.values(), result["numbers"].values())}
+
+
+@scenario
+def with_a_scaler() -> Any:
+    return trained_with_a_scaler(DistributedDataParallel(network()))
 
 
 def two_heads() -> nn.Module:
@@ -510,19 +564,7 @@ def sharded_and_rounded_at_random() -> Any:
 
 @scenario_of_shards
 def sharded_with_a_scaler() -> Any:
-    """Five steps, and one in which the last process alone has infinite gradients."""
-    model, scaler = in_shards(network()), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    optimizer = NPC(model, **OPTIONS)
-    last = distributed.get_rank() == distributed.get_world_size() - 1
-    for step, (x, y) in enumerate(parts(range(6))):
-        before = numbers(optimizer)
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x), y) * (float("inf") if step == 5 and last else 1.0)
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-    result = {"alike": alike(optimizer), "numbers": numbers(optimizer), "scale": scaler.get_scale()}
-    return result | {"unchanged": same(before.values(), result["numbers"].values())}
+    return trained_with_a_scaler(in_shards(network()))
 
 
 @scenario_of_shards

@@ -124,6 +124,7 @@ def test_an_output_takes_part_if_any_process_gave_it_a_gradient(results: Results
 MODELS_AND_STEPS: dict[str, tuple[Callable[[], nn.Module], range]] = {
     "data_parallel": (network, STEPS),
     "accumulated": (network, STEPS),
+    "with_a_scaler": (network, range(5)),
     "group_that_is_given": (network, STEPS),
     "sharded": (network, STEPS),
     "sharded_and_accumulated": (network, STEPS),
@@ -174,6 +175,16 @@ def test_accelerate_may_shard_the_model_before_or_after_the_optimizer_is_built(t
     want = alone(network(), steps=FEW)
     for result in run_in_processes(processes.accelerated, 2, tmp_path):
         assert_alike_and_close([result["together"], result["sharded before"]], want)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_the_trainer_shards_a_model_and_gets_what_copies_get(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    for copies, shards in run_in_processes(processes.by_the_trainer, 2, tmp_path):
+        assert copies["alike"] and shards["alike"]
+        assert_close(shards["numbers"], copies["numbers"])
 
 
 def test_a_join_without_the_optimizer_raises_an_error(results: Results) -> None:
@@ -264,8 +275,9 @@ def test_each_process_rounds_its_shards_with_different_bits(results: Results) ->
         assert len(set(seeds)) == len(ranks) and min(seeds) >= 0
 
 
-def test_an_overflow_in_one_process_skips_the_step_of_all_shards(results: Results) -> None:
-    for result in results["sharded_with_a_scaler"]:
+@pytest.mark.parametrize("scenario", ["with_a_scaler", "sharded_with_a_scaler"])
+def test_an_overflow_in_one_process_skips_the_step_of_all(results: Results, scenario: str) -> None:
+    for result in results[scenario]:
         assert result["unchanged"] and result["scale"] == 512
 
 

@@ -35,7 +35,9 @@ PARSERS = (
 PAGES = {name_of(path): Document.parse(str(path), *PARSERS) for path in PATHS}
 EXAMPLES = {name: list(page.examples()) for name, page in PAGES.items()}
 # These import libraries that take seconds to import.
-SLOW_PAGES = {"docs/guides/integrations.md"}
+SLOW_PAGES = {
+    f"docs/guides/{library}.md" for library in ("accelerate", "avalanche", "hugging-face", "lightning", "lora")
+}
 
 
 @pytest.fixture(scope="module")

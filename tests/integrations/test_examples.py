@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from npc_ext import NPC, PlasticityWrapper
+from npc_ext import NPC, ImportanceWarning, PlasticityWrapper
 
 from ..training import importances, same
 
@@ -120,6 +120,73 @@ def test_hugging_face_trainer_with_a_wrapped_optimizer(tmp_path: Path, hugging_f
     assert same(*models)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"bf16": True}, {"gradient_checkpointing": True}, {"torch_compile": True, "torch_compile_backend": "aot_eager"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_hugging_face_trainer_with_options(tmp_path: Path, hugging_face: Any, options: dict[str, Any]) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    importance = []
+    for chosen in ({}, options):
+        model = hugging_face.tiny_llama()
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, **chosen
+        )
+        how = (NPC, {"model": model, "lr": 0.1, "half_life": 70})
+        trainer = Trainer(model, arguments, train_dataset=hugging_face.samples(), optimizer_cls_and_kwargs=how)
+        trainer.train()
+        importance.append(torch.cat(list(importances(trainer.optimizer.optimizer))))
+    plain, with_option = importance
+    if "bf16" in options:
+        assert (with_option - plain).norm() < 0.05 * plain.norm() and not torch.equal(with_option, plain)
+    else:
+        torch.testing.assert_close(with_option, plain, rtol=1e-3, atol=1e-6)
+
+
+def test_hugging_face_trainer_resumes_an_adapter(tmp_path: Path, hugging_face: Any) -> None:
+    from transformers import Trainer, TrainingArguments
+
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    models, optimizers = [], []
+    for name, resume_from in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-2"))):
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
+        model = peft.get_peft_model(hugging_face.tiny_llama(), config)
+        arguments = TrainingArguments(
+            str(tmp_path / name), max_steps=4, save_steps=2, report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        how = (NPC, {"model": model, "lr": 0.1, "half_life": 70})
+        trainer = Trainer(model, arguments, train_dataset=hugging_face.samples(), optimizer_cls_and_kwargs=how)
+        trainer.train(resume_from_checkpoint=resume_from)
+        models.append(model)
+        optimizers.append(trainer.optimizer.optimizer)
+    assert same(*models) and same(*map(importances, optimizers))
+    assert any(importance.any() for importance in importances(optimizers[0]))
+
+
+def test_hugging_face_trainers_of_several_tasks_share_an_optimizer(tmp_path: Path, hugging_face: Any) -> None:
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    class Rates(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            rates.append(kwargs["optimizer"].param_groups[0]["lr"])
+
+    rates: list[float] = []
+    model = hugging_face.tiny_llama()
+    optimizer = NPC(model, lr=0.5, half_life=70)
+    importance = []
+    for task in range(2):
+        arguments = TrainingArguments(
+            str(tmp_path / str(task)), max_steps=3, save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True
+        )
+        data, callbacks = hugging_face.samples(), [Rates()]
+        Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None), callbacks=callbacks).train()
+        importance.append(float(torch.cat(list(importances(optimizer))).sum()))
+    assert rates[:3] == rates[3:] and rates[-1] == 0  # each Trainer starts a new schedule
+    assert importance[1] > importance[0] * 1.5
+
+
 def test_accelerate() -> None:
     accuracy, optimizer = example("accelerated", "accelerate", "sklearn").train(3)
     assert accuracy > 0.9
@@ -155,6 +222,32 @@ def test_lightning_clips_gradients_under_mixed_precision(tmp_path: Path, lightni
     trainer = lightning_module.train(tmp_path, 1, gradient_clip_val=1.0, **options)
     assert trainer.logged_metrics["accuracy"] > 0.7
     assert all_measured(trainer.optimizers[0])
+
+
+def test_lightning_takes_importance_over_from_fit_to_fit(tmp_path: Path, lightning_module: Any) -> None:
+    import lightning
+
+    class Learner(lightning_module.Classifier):  # type: ignore[misc, name-defined]
+        optimizer: Any = None
+
+        def configure_optimizers(self) -> Any:
+            self.optimizer = NPC(self, lr=0.1, half_life=500).load_importance(self.optimizer)
+            return self.optimizer
+
+    def fit(model: Any) -> float:
+        data = torch.utils.data.TensorDataset(torch.randn(64, 1, 8, 8), torch.randint(10, (64,)))
+        trainer = lightning.Trainer(
+            max_epochs=1, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, precision="bf16-true"
+        )
+        trainer.fit(model, torch.utils.data.DataLoader(data, batch_size=16))
+        return float(torch.cat(list(importances(trainer.optimizers[0]))).sum())
+
+    model = Learner()
+    assert fit(model) * 1.5 < fit(model)
+    plain = lightning_module.Classifier()
+    fit(plain)
+    with pytest.warns(ImportanceWarning, match="an earlier NPC of this model held the importance of"):
+        fit(plain)
 
 
 def test_lightning(tmp_path: Path, lightning_module: Any) -> None:

@@ -82,6 +82,46 @@ def test_only_the_adapter_in_use_is_measured_and_moves() -> None:
     assert not optimizer.plasticity()[B].importance.any()
 
 
+def test_an_adapter_that_is_added_later_is_trained_once_its_parameters_are_in_a_group() -> None:
+    model = adapted()
+    optimizer = NPC(model, lr=0.5, half_life=10)
+    train(model, optimizer, map(batch, range(3)))
+    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["0"]))
+    model.set_adapter("second")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.add_param_group({"params": [p for name, p in model.named_parameters() if ".second." in name]})
+    train(model, optimizer, map(batch, range(3)))
+    moved = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert moved == {f"base_model.model.0.lora_{part}.second.weight" for part in "AB"}
+    assert optimizer.plasticity()[B.replace("default", "second")].importance.any()
+
+
+def test_a_saved_module_has_neurons_and_the_magnitudes_of_dora_have_none() -> None:
+    optimizer = NPC(adapted(modules_to_save=["2"]))
+    assert [layer.name for layer in optimizer.neurons if layer.trains()] == [
+        A,
+        B,
+        "base_model.model.2.modules_to_save.default",
+    ]
+    of_dora = NPC(adapted(use_dora=True))
+    assert [layer.name for layer in of_dora.neurons if layer.trains()] == [A, B]
+    assert "lora_magnitude_vector.default.weight" in str(of_dora.neurons).partition("in no neuron")[2]
+
+
+def test_conv1d_of_gpt2_has_adapters_too() -> None:
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 50, "bos_token_id": 0, "eos_token_id": 0}
+    base = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    model: Any = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    optimizer = NPC(model)
+    tokens = torch.randint(50, (3, 6))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_B.default"
+    assert optimizer.plasticity()[name].importance.shape == (48,)
+    assert optimizer.plasticity()[name].importance.any()
+
+
 def test_convolutions_have_adapters_too() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(216, 3))
