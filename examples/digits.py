@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -22,11 +23,15 @@ class Samples(NamedTuple):
     labels: Tensor
 
 
+@functools.cache
+def _all() -> Samples:
+    data = load_digits()
+    return Samples(torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target))
+
+
 def digits(chosen: Sequence[int]) -> tuple[Samples, Samples]:
     """The training samples and the test samples (every fourth image) of some digits."""
-    data = load_digits()
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    labels = torch.tensor(data.target)
+    images, labels = _all()
     is_chosen, is_test = torch.isin(labels, torch.tensor(chosen)), torch.arange(len(labels)) % 4 == 0
     train, test = is_chosen & ~is_test, is_chosen & is_test
     return Samples(images[train], labels[train]), Samples(images[test], labels[test])

@@ -36,15 +36,15 @@ def evaluate(model: nn.Module, tasks: int) -> tuple[float, float]:
 def learn(optimizer_name: str, lr: float = 0.1, steps: int = 300, seed: int = 0) -> list[tuple[float, float]]:
     """Learns the digits two by two. Returns the accuracies on all digits so far, after each pair."""
     torch.manual_seed(seed)
-    body = (nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU())
-    model = nn.Sequential(*body, nn.Linear(100, 2))
+    body, head = (nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU()), nn.Linear(100, 2)
+    model = nn.Sequential(nn.Flatten(), *body, head)
     optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     if optimizer_name == "npc":  # "active": outputs of earlier digits have no gradients, and take no part in the step
         optimizer = NPC(model, lr=lr, half_life=steps, layers={"5": {"normalize": "active"}})
     accuracies = []
     for task, pair in enumerate(TASKS):
         if task > 0:
-            model[5] = grown(model[5])
+            head = model[5] = grown(head)
             # NPC continues with the new parameters: they begin with the old values, so importance is kept.
             optimizer.param_groups[0]["params"] = list(model.parameters())
         for images, labels in batches(digits(pair)[0], steps):
