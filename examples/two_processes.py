@@ -1,4 +1,4 @@
-"""NPC in two processes on the CPU: each sees half of every batch, and both have the same importance.
+"""NPC in two processes on the CPU: each draws its own batches, and both have the same importance.
 
 Run it from the checkout's folder: `python -m examples.two_processes`. It needs `pip install scikit-learn`.
 """
@@ -19,7 +19,7 @@ PROCESSES = 2
 
 
 def train(rank: int, folder: str, steps: int) -> None:
-    """Runs in each process: trains on half of the digits, and compares importance with the other process."""
+    """Runs in each process: trains on its own batches, and compares importance with the other process."""
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both processes run on this machine
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
