@@ -11,14 +11,14 @@ from pathlib import Path
 from unittest import SkipTest
 
 import pytest
-from sybil import Document
+from sybil import Document, Region
 from sybil.evaluators.skip import Skipper
 from sybil.example import Example
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from . import setups
 from .pages import PAGES as PATHS
-from .pages import name_of
+from .pages import ROOT, name_of
 
 PRINTED = "what the block before this one printed"
 
@@ -27,9 +27,26 @@ def shows_what_was_printed(example: Example) -> None:
     assert example.parsed == example.namespace[PRINTED]
 
 
+# A file that the site shows in this place.
+SHOWN_FILE = re.compile(r'--8<-- "(examples/\w+\.py)"\n')
+
+
+def python_blocks(document: Document) -> Iterator[Region]:
+    """All but the programs of examples/, which tests/test_examples.py runs."""
+    for region in PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS)(document):
+        if not SHOWN_FILE.search(document.text, region.start, region.end):
+            yield region
+
+
+def text_blocks(document: Document) -> Iterator[Region]:
+    """All but those on pages of examples, which show what commands print: tests/test_examples.py compares them."""
+    if Path(document.path).parent.name != "examples":
+        yield from CodeBlockParser(language="text", evaluator=shows_what_was_printed)(document)
+
+
 PARSERS = (
-    PythonCodeBlockParser(doctest_optionflags=doctest.ELLIPSIS),
-    CodeBlockParser(language="text", evaluator=shows_what_was_printed),
+    python_blocks,
+    text_blocks,
     SkipParser(),
 )
 PAGES = {name_of(path): Document.parse(str(path), *PARSERS) for path in PATHS}
@@ -86,6 +103,9 @@ def test_block(
 def test_every_python_block_is_run_or_skipped_with_a_reason(page: str) -> None:
     fences = list(re.finditer(r"^[ \t>]*(```+|~~~+)(.*)\n(?s:.*?)^[ \t>]*\1$", PAGES[page].text, re.MULTILINE))
     python = [fence for fence in fences if re.match(r"[\s{.]*(i?py|python)", fence[2], re.IGNORECASE)]
+    shown = [SHOWN_FILE.fullmatch(fence[0].partition("\n")[2].removesuffix(fence[1])) for fence in python]
+    assert all((ROOT / file[1]).exists() for file in shown if file)
+    python = [fence for fence, file in zip(python, shown, strict=True) if not file]
     found = [example.region for example in EXAMPLES[page]]
     for fence in python:
         assert any(fence.start() <= region.start < fence.end() for region in found), f"not run: {fence[0]}"

@@ -35,26 +35,35 @@ def example(name: str, *packages: str) -> Any:
 
 # Names on the package index, where they differ from the modules'.
 INDEX = {"sklearn": "scikit-learn", "avalanche": "avalanche-lib"}
-EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("[a-z]*.py"))
+EXAMPLES = sorted(path.stem for path in (ROOT / "examples").glob("[a-z]*.py") if path.stem != "digits")
 
 
-def packages_of(name: str) -> set[str]:
-    """The packages that an example imports, by their names on the index."""
-    tree = ast.parse((ROOT / "examples" / f"{name}.py").read_text())
+def source_of(name: str) -> str:
+    return (ROOT / "examples" / f"{name}.py").read_text()
+
+
+def packages_of(name: str, *, itself: bool = False) -> set[str]:
+    """The packages that an example imports, itself or through examples.digits, by their names on the index."""
+    tree = ast.parse(source_of(name))
     modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    tops = {module.partition(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"torch", "npc_ext"}
-    return {INDEX.get(top, top) for top in tops}
+    tops = {module.partition(".")[0] for module in modules} - {*sys.stdlib_module_names, "torch", "npc_ext", "examples"}
+    packages = {INDEX.get(top, top) for top in tops}
+    if "torch.utils.tensorboard" in modules:
+        packages.add("tensorboard")
+    if "examples.digits" in modules and not itself:
+        packages |= packages_of("digits")
+    return packages
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_how_to_run_it_and_what_it_needs(name: str) -> None:
-    source = (ROOT / "examples" / f"{name}.py").read_text()
-    advised = re.search(r"this example needs: pip install ([\w -]+)", source)
-    assert advised and set(advised[1].split()) == packages_of(name)
-    description = " ".join((ast.get_docstring(ast.parse(source)) or "").split())
+    description = " ".join((ast.get_docstring(ast.parse(source_of(name))) or "").split())
     assert f"Run it from the checkout's folder: `python -m examples.{name}`" in description
-    assert f"pip install {advised[1]}" in description
+    needed = re.search(r"It needs `pip install ([\w -]+)`", description)
+    assert needed and set(needed[1].split()) == packages_of(name)
+    advised = re.search(r"this example needs: pip install ([\w -]+)", source_of(name))
+    assert advised[1] == needed[1] if advised else not packages_of(name, itself=True)
 
 
 def test_the_extras_have_what_the_examples_need() -> None:
@@ -65,12 +74,17 @@ def test_the_extras_have_what_the_examples_need() -> None:
         assert packages_of(name) <= set(re.findall(r'"([\w-]+)"', listed)), extra
 
 
-@pytest.mark.parametrize("way", ["-m", "by path"])
-@pytest.mark.parametrize("name", EXAMPLES)
+OF_ONE_LIBRARY = ("accelerated", "avalanche_strategy", "hugging_face", "lightning_module")
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [(name, way) for name in OF_ONE_LIBRARY for way in ("-m", "by path")] + [("digits", "-m"), ("tensorboard", "-m")],
+)
 def test_a_missing_package_is_one_sentence(name: str, way: str) -> None:
     modules = {distribution: module for module, distribution in INDEX.items()}
     run = f"run_module('examples.{name}'" if way == "-m" else f"run_path('examples/{name}.py'"
-    for package in packages_of(name):
+    for package in packages_of(name, itself=True):
         blocked = modules.get(package, package)
         script = f"import runpy, sys; sys.modules[{blocked!r}] = None; runpy.{run}, run_name='__main__')"
         # Other packages warn while they are imported, as Avalanche's do of missing solvers.
