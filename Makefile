@@ -34,7 +34,7 @@ bench: $(BUILD)
 	@$(BIN)/python -m bench.micro
 
 docs: $(BUILD)
-	@$(MKDOCS) build --quiet
+	@$(MKDOCS) build
 
 docs-serve: $(BUILD)
 	@$(MKDOCS) serve --no-strict

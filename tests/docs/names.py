@@ -1,10 +1,9 @@
-"""What the setups of pages are made of: data, loops, models, processes."""
+"""What the setups of pages are made of: data, loops, models."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable
-from contextlib import ExitStack
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,15 +19,6 @@ class Writer:
     def add_scalar(self, name: str, value: float, step: int) -> None: ...
 
     def add_histogram(self, name: str, values: torch.Tensor, step: int) -> None: ...
-
-
-class Transformer(nn.Module):
-    """A model with blocks that can be sharded one by one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.ReLU()) for _ in range(2))
-        self.head = nn.Linear(64, 10)
 
 
 def installed(package: str) -> bool:
@@ -50,18 +40,3 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, loader: Iterable[A
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()
         optimizer.step()
-
-
-def for_trainer() -> tuple[Any, Any, Any]:
-    """A model, arguments and data for Hugging Face's Trainer."""
-    if not installed("transformers"):
-        return None, None, None
-    from transformers import TrainingArguments
-
-    from examples import hugging_face
-
-    arguments = TrainingArguments("trainer", max_steps=1, use_cpu=True, report_to=[])
-    return hugging_face.tiny_llama(), arguments, hugging_face.samples()
-
-
-Setup = Callable[[ExitStack], dict[str, Any]]
