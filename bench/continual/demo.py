@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for method in runs:
             result, optimizer = run(method, seed, tasks, options.lr, options.epochs, options.batch_size)
             runs[method].append(result)
-            if method == "NPC" and isinstance(optimizer, NPC):
+            if type(optimizer) is NPC:
                 plasticity = plot_plasticity(optimizer)
 
     table = table_of(runs, [f"{name} (%)" for name in names])
