@@ -34,7 +34,7 @@ _ZERO_GRADIENT = 1e-5
 _FALSE_ALARMS = 1e-6
 # In half precision, the gradients of a few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
-# What it changes to be before them: the dimensions of (B, N, P) over which activation times gradient sums to zero.
+# Before each of them, activation times gradient sums to zero over these dimensions of (B, N, P), with this effect.
 _NORMALIZATIONS = (
     ("an instance normalization", (2,), "importance is zero except for rounding"),
     (
