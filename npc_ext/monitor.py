@@ -57,8 +57,8 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
     """Writes the plasticity of every layer: scalars, and histograms of importance and learning rates.
 
     The scalars of a layer, `<prefix>/<layer>/<name>`, have the names of `plasticity()`: `frozen`, `gradients_skipped`,
-    `nonfinite_steps`, `importance` (the mean over neurons) and `learning_rate` (the mean). Waits for GPUs, so do not
-    call it in every step.
+    `nonfinite_steps`, `importance` (the mean over neurons) and `learning_rate` (the mean). Layers without a
+    parameter that requires a gradient are left out. Waits for GPUs, so do not call it in every step.
 
     Args:
         writer: an object with `add_scalar` and `add_histogram`, such as `torch.utils.tensorboard.SummaryWriter`.
@@ -73,7 +73,7 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
         >>> log_plasticity(SummaryWriter("runs/npc"), optimizer, step)
     """
     _check_freezes_neurons(optimizer)
-    for name, layer in optimizer.plasticity().items():
+    for name, layer in _of_trained_layers(optimizer).items():
         scalars = {
             "frozen": layer.frozen,
             "gradients_skipped": layer.gradients_skipped,
@@ -85,6 +85,12 @@ def log_plasticity(writer: Any, optimizer: HasPlasticity, step: int, prefix: str
             writer.add_scalar(f"{prefix}/{name}/{kind}", value, step)
         writer.add_histogram(f"{prefix}/{name}/importance of neurons", layer.importance, step)
         writer.add_histogram(f"{prefix}/{name}/learning rate of neurons", layer.learning_rate, step)
+
+
+def _of_trained_layers(optimizer: Any) -> dict[str, LayerPlasticity]:
+    """The plasticity of layers with a parameter that requires a gradient; of all layers if there are none."""
+    layers: dict[str, LayerPlasticity] = optimizer.plasticity()
+    return {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()} or layers
 
 
 def check_capacity(
@@ -217,8 +223,7 @@ def plot_plasticity(optimizer: Plastic | PlasticityWrapper) -> Figure:
         raise ImportError(
             "plot_plasticity draws with matplotlib, which is not installed: pip install matplotlib"
         ) from error
-    layers = optimizer.plasticity()
-    layers = {name: layer for name, layer in layers.items() if optimizer.neurons[name].trains()} or layers
+    layers = _of_trained_layers(optimizer)
     columns = len(layers)
     figure = Figure(figsize=(max(2.2 * columns, 4), 4.2), layout="constrained")
     axes: Any = figure.subplots(2, columns, squeeze=False)

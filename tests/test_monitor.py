@@ -53,6 +53,29 @@ def test_tensorboard_gets_scalars_and_histograms_of_every_layer(tmp_path: Path) 
     assert len(events.Tags()["histograms"]) == 4
 
 
+class Names:
+    """Keeps the names of what is written."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.names.add(name)
+
+    def add_histogram(self, name: str, values: torch.Tensor, step: int) -> None:
+        self.names.add(name)
+
+
+def test_layers_that_are_not_trained_are_not_logged() -> None:
+    model, optimizer = trained()
+    for parameters, expected in ((None, {"0", "2"}), (model[0], {"2"}), (model[2], {"0", "2"})):
+        if parameters is not None:
+            parameters.requires_grad_(False)
+        writer = Names()
+        log_plasticity(writer, optimizer, 0)
+        assert {name.split("/")[1] for name in writer.names} == expected
+
+
 @pytest.mark.parametrize("frozen", [10, 12])
 def test_a_layer_is_warned_of_while_there_is_room_left(frozen: int) -> None:
     _, optimizer = trained()

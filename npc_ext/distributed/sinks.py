@@ -79,19 +79,34 @@ def _group_of_mesh(mesh: Any) -> Any:
     return distributed.new_group(ranks, use_local_synchronization=True)
 
 
+def _is_initialized() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def _check_alone(data_parallel: nn.parallel.DistributedDataParallel) -> None:
+    """Raises ValueError if several processes train a model together."""
+    processes = distributed.get_world_size(data_parallel.process_group)
+    if processes > 1:
+        raise ValueError(
+            f"process_group is None (each process for itself), but {processes} processes train the model together with "
+            "DistributedDataParallel, so their weights would differ; leave process_group at 'auto'"
+        )
+
+
 class SharedSinks:
     """Adds up the sinks of a model's layers over the processes of a group.
 
     Args:
         model: the user's model. Its DistributedDataParallel or its sharded parameters define the group.
-        group: a process group, None (each process for itself) or "auto" (the model's).
+        group: a process group, None (each process for itself) or "auto" (the model's). Before `init_process_group`,
+            None is the same as "auto", because `torch.distributed.group.WORLD` is None then.
 
     Attributes:
         group: the processes that measure together; None if each measures for itself.
     """
 
     def __init__(self, model: nn.Module, group: Any) -> None:
-        self._auto = isinstance(group, str) and group == AUTO
+        self._auto = (isinstance(group, str) and group == AUTO) or (group is None and not _is_initialized())
         if not self._auto and group is not None and not isinstance(group, distributed.ProcessGroup):
             raise TypeError(
                 f"process_group is {group!r}; expected a torch.distributed process group, None (each process for "
@@ -99,6 +114,8 @@ class SharedSinks:
             )
         self.group = _group_of(model) if self._auto else group
         data_parallel = _data_parallel(model)
+        if group is None and data_parallel is not None:
+            _check_alone(data_parallel)
         self._data_parallel = None if data_parallel is None else weakref.ref(data_parallel)
         self._buffers: dict[tuple[torch.device, tuple[int, ...]], tuple[Tensor, list[Tensor]]] = {}
         self._works: list[Any] = []
@@ -117,7 +134,7 @@ class SharedSinks:
         """
         if self.group is not None:
             return distributed.get_world_size(self.group) > 1
-        if not (self._auto and distributed.is_available() and distributed.is_initialized()):
+        if not (self._auto and _is_initialized()):
             return False
         processes = distributed.get_world_size()
         if processes == 1:
@@ -126,7 +143,8 @@ class SharedSinks:
             f"torch.distributed runs with {processes} processes, but the optimizer was not told whether they train one "
             "model together, whose importance is then measured together: build it on the wrapped model "
             "(DistributedDataParallel or fully_shard first), or pass process_group=torch.distributed.group.WORLD, or "
-            "process_group=None if each process trains a model of its own"
+            "process_group=None if each process trains a model of its own. Do this after init_process_group: WORLD is "
+            "None before, so None says nothing then"
         )
 
     def check_covers(self, processes: Sequence[int], name: str) -> None:

@@ -5,8 +5,10 @@ through normalization, activation, pooling and dropout. It ends at the last poin
 neurons of this layer: before a flatten, an addition, a second consumer or an unknown operation. Parts of a model that
 cannot be traced (control flow that depends on data) are searched child by child.
 
-Two facts decide where to measure, and tests verify both. Before a normalization, the importance is zero except for
-rounding, so the point is always behind it. Operations that are positively homogeneous within each channel (ReLU,
+Two facts decide where to measure, and tests verify both. Before a normalization, activation times gradient adds up to
+zero: before instance norm over the positions of each sample, so that the importance is zero except for rounding; before
+batch norm over samples and positions; before layer and group norm over the channels that are normalized together. So
+the point is always behind a normalization. Operations that are positively homogeneous within each channel (ReLU,
 pooling, dropout) do not change the importance (Euler), so the points before and after them are equivalent.
 """
 

@@ -34,6 +34,15 @@ _ZERO_GRADIENT = 1e-5
 _FALSE_ALARMS = 1e-6
 # In half precision, the gradients of a few channels may all sum to zero by chance.
 _FEWEST_NEURONS_IN_HALVES = 5
+# Before each of them, activation times gradient sums to zero over these dimensions of (B, N, P), with this effect.
+_NORMALIZATIONS = (
+    ("an instance normalization", (2,), "importance is zero except for rounding"),
+    (
+        "a batch normalization",
+        (0, 2),
+        "activation times gradient adds up to zero over samples, so importance does not show how much a neuron matters",
+    ),
+)
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by size in bytes
 
 
@@ -216,12 +225,13 @@ class TapHook(Unscriptable):
 def _check_not_before_normalization(
     layer: NeuronLayer, activation: Tensor, gradient: Tensor, channel_dim: int, batch_dim: int
 ) -> None:
-    """Warns if the importance is close to zero for any data, as it is before a normalization.
+    """Warns if activation times gradient adds up to zero for any data, as it does before a normalization.
 
     The output of instance norm does not depend on the mean and scale of each channel of a sample. So each channel's
-    gradient and importance sum to zero over positions. Before batch norm, they sum to zero over samples and positions.
-    Layer and group norm are not checked: their output does not depend on the mean and scale of several channels
-    together, but these sums are also zero at layers far upstream of any normalization.
+    gradient, and its product with the activation, sum to zero over positions: the importance is zero. Before batch
+    norm, they sum to zero over samples and positions. The importance is not zero there, because eq. 2 takes the
+    absolute value of each sample. Layer and group norm are not checked: their output does not depend on the mean and
+    scale of several channels together, but these sums are also zero at layers far upstream of any normalization.
     """
     if layer.neurons == 1:  # its scale is the scale of the sample, see above
         return
@@ -235,17 +245,17 @@ def _check_not_before_normalization(
     product = activation * gradient
     if not product.any():
         return
-    for kind, dims in (("an instance normalization", (2,)), ("a batch normalization", (0, 2))):
+    for kind, dims, effect in _NORMALIZATIONS:
         terms = product.numel() / product.sum(dims).numel()
         zero_gradient = max(_ZERO_GRADIENT, 8 * u / terms**0.5)
         # A zero gradient alone proves nothing: a 1x1 convolution before a normalization passes it to its input. But the
-        # importance is also zero, except for the eps added to the variance. The sum of independent numbers is about
+        # product sums to zero, too, except for the eps added to the variance. The sum of independent numbers is about
         # 1 / sqrt(terms) of the absolute sum. It is improbable that all channels stay below a fraction of that.
-        zero_importance = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
-        if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_importance):
+        zero_product = _FALSE_ALARMS ** (1 / layer.neurons) / terms**0.5
+        if _cancels(gradient, dims, zero_gradient) and _cancels(product, dims, zero_product):
             warn(
-                f"layer {layer.name!r}: its importance, measured at the {' and the '.join(map(str, layer.points))}, is "
-                f"zero except for rounding, as it is before {kind}; measure it behind that: "
+                f"layer {layer.name!r} is measured at the {' and the '.join(map(str, layer.points))}, before {kind}, "
+                f"where {effect}; measure it behind that: "
                 f"layers={{{layer.name!r}: {{'measure_at': '<name of the normalization or activation>'}}}}",
                 ImportanceWarning,
             )

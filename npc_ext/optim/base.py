@@ -613,12 +613,23 @@ class ModelOptimizer(ImportanceHolder):
                     f"{type(self).__name__}, or another version, saved it. If that holds importance, take over the "
                     "importance alone: load_importance(state_dict)"
                 )
+        is_own = self._is_own_state(saved)
         super().load_state_dict(state_dict)
         self._take_over(saved)
-        self._may_begin_without = True
+        self._may_begin_without |= not is_own
         for parameter in filter(is_sharded, parameters):
             if parameter in self.state:
                 self._lay_out_state(parameter)
+
+    def _is_own_state(self, saved: Mapping[int, Mapping[str, Any]]) -> bool:
+        """Whether saved states consist of this optimizer's own tensors, and not of those of a checkpoint.
+
+        Accelerate loads the state of each optimizer that it prepares into the same optimizer. Shards are left out: they
+        may be wrapped in new tensors.
+        """
+        own = {id(value) for state in self.state.values() for value in state.values()}
+        loaded = (value for state in saved.values() for value in state.values() if isinstance(value, Tensor))
+        return all(id(tensor) in own or is_sharded(tensor) for tensor in loaded)
 
     def _check_saved_tensors(self, parameter: Tensor, saved: Mapping[str, Any]) -> None:
         """Raises ValueError if saved tensors do not have the shape and the shards of their parameter."""

@@ -70,7 +70,8 @@ class NPC(Plastic):
             means for `weight.grad` and for clipping: docs/limits.md, "Skipped gradients".
         process_group: the processes of torch.distributed that train the model together; importance is summed over them
             once a step. "auto": the processes of the model's `DistributedDataParallel` or `fully_shard` mesh. None:
-            each process trains a separate model.
+            each process trains a separate model. Call `init_process_group` before you pass a group or None: until then,
+            `torch.distributed.group.WORLD` is None, so None is the same as "auto".
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:

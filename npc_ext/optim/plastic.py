@@ -624,9 +624,10 @@ class Plastic(PlasticityControl, Joinable):
         self._certificates.bind(self, self._group_of)
 
     def _summary(self) -> str:
-        neurons = sum(layer.neurons for layer in self._protected)
-        layers = len(self._protected)
-        return f"{self.neurons.protection()}, in {neurons} neurons of {layers} layer{'s' if layers != 1 else ''}"
+        trained = set(map(id, self.neurons.trained()))
+        layers = [layer for layer in self._protected if any(id(p.parameter) in trained for p in layer.parameters)]
+        neurons = f"{sum(layer.neurons for layer in layers):,} neurons"
+        return f"{self.neurons.protection()}, in {neurons} of {len(layers)} layer{'s' if len(layers) != 1 else ''}"
 
     def __repr__(self) -> str:
         rows = sum(self._certificates.gradients_skipped(layer.name) * layer.neurons for layer in self._protected)

@@ -377,11 +377,13 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             tracked = {**before, "state": _importances_in(state_dict)}
         wrapped = {name: part for name, part in state_dict.items() if name != "plasticity"}
         wrapped["state"] = {at: {n: v for n, v in state.items() if n != "importance"} for at, state in states.items()}
+        may_begin_without = self._tracker._may_begin_without
         self._tracker.load_state_dict(tracked)
         try:
             self.optimizer.load_state_dict(wrapped)
         except Exception:
             self._tracker.load_state_dict(before)
+            self._tracker._may_begin_without = may_begin_without
             raise
 
     def _check_groups(self, saved: Sequence[Mapping[str, Any]]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor, multiprocessing, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 from npc_ext import NPC
 from npc_ext.distributed.sinks import unwrapped
 
+from ..methods import wrapped_adamw
 from ..tolerances import TRAJECTORY
 from ..training import same, set_importance
 from . import processes
@@ -364,6 +366,46 @@ class FullyShardedDataParallel(nn.Sequential):
 def test_unsupported_groups_and_wrappers_raise_an_error_that_explains(build: Callable[[], NPC], message: str) -> None:
     with pytest.raises(TypeError, match=message):
         build()
+
+
+@pytest.fixture
+def two_processes() -> Iterator[Callable[[], None]]:
+    """Starts torch.distributed with an imaginary second process."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+
+    def start() -> None:
+        torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+
+    yield start
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("make", [NPC, wrapped_adamw])
+def test_a_group_that_was_read_before_there_was_one_is_not_taken_for_none(
+    two_processes: Callable[[], None], make: Callable[..., Any]
+) -> None:
+    model = network()
+    take_steps(model, make(model, process_group=None), [batch(0)])  # in a single process
+    early = make(model, process_group=torch.distributed.group.WORLD)
+    optimizers = [early, copy.deepcopy(early), pickle.loads(pickle.dumps(early))]
+    two_processes()
+    for optimizer in optimizers:
+        optimizer.load_importance(None)
+        before = numbers(optimizer)
+        with pytest.raises(RuntimeError, match=r"2 processes, .*after init_process_group: WORLD is None before"):
+            take_steps(model, optimizer, [batch(0)])
+        assert same(before.values(), numbers(optimizer).values())
+    take_steps(model, make(model, process_group=None).load_importance(None), [batch(0)])
+    take_steps(model, make(model, process_group=torch.distributed.group.WORLD).load_importance(None), [batch(0)])
+
+
+def test_processes_that_average_gradients_do_not_measure_each_for_itself(two_processes: Callable[[], None]) -> None:
+    two_processes()
+    alone = torch.distributed.new_group([0])
+    with pytest.raises(ValueError, match=r"process_group is None .*, but 2 processes train the model together"):
+        NPC(DistributedDataParallel(network()), process_group=None)
+    NPC(DistributedDataParallel(network(), process_group=alone), process_group=None)
 
 
 def test_compiled_models_are_unwrapped() -> None:

@@ -207,6 +207,24 @@ def test_accelerate() -> None:
     assert all_measured(optimizer)
 
 
+def test_accelerate_does_not_hide_that_a_new_optimizer_loses_the_importance_of_the_earlier_one() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+
+    def train(optimizer: Any) -> None:
+        accelerator.backward(model(torch.randn(5, 4)).square().sum())
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = accelerator.prepare(NPC(model))
+    train(first)
+    second = accelerator.prepare(NPC(model))
+    with pytest.warns(ImportanceWarning, match="an earlier NPC of this model held the importance of '0', '2'"):
+        train(second)
+    train(accelerator.prepare(NPC(model).load_importance(first)))
+
+
 def test_accelerate_says_which_steps_were_skipped() -> None:
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     accelerator = accelerate.Accelerator(cpu=True)

@@ -153,4 +153,4 @@ def test_packed_base_layers_have_no_neurons_and_the_adapter_has() -> None:
     assert {layer.neurons for layer in optimizer.neurons if layer.trains()} == {4, 12}
     held = [parameter for parameter in model.parameters() if optimizer.state[parameter]]
     assert [p.requires_grad for p in held] == [True, True]
-    assert "(100 %)" in repr(optimizer)
+    assert "(100 %), in 16 neurons of 2 layers" in repr(optimizer)

@@ -262,6 +262,11 @@ def test_what_is_unprotected_on_purpose_is_not_warned_of(make: Any) -> None:
 def test_what_is_printed_names_every_layer() -> None:
     optimizer = NPC(paper_cnn())
     assert "in 66 neurons of 4 layers" in repr(optimizer)
+    optimizer.neurons["conv1"].parameters[0].parameter.requires_grad_(False)
+    assert "in 66 neurons of 4 layers" in repr(optimizer)  # its bias is trained
+    optimizer.neurons["conv1"].parameters[1].parameter.requires_grad_(False)
+    assert "in 58 neurons of 3 layers" in repr(optimizer)
+    optimizer.neurons["conv1"].parameters[1].parameter.requires_grad_(True)
     for text in ("conv1", "output of pool1", "weight, bias", "fan-in"):
         assert text in str(optimizer.neurons)
 

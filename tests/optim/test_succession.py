@@ -444,6 +444,44 @@ def test_a_new_optimizer_that_is_given_importance_or_none_on_purpose_is_not(name
     learn(model, optimizer)
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_own_state_of_a_new_optimizer_is_no_checkpoint(name: str, momentum: float) -> None:
+    model, _ = trained(METHODS[name], lr=0.01)
+    options = {} if name in ("NPCAdamW", "PlasticityWrapper") else {"momentum": momentum}
+    optimizer = METHODS[name](model, lr=0.01, **options)
+    optimizer.load_state_dict(optimizer.state_dict())  # as Accelerate does
+    with pytest.warns(ImportanceWarning, match=f"an earlier {name} of this model held"):
+        learn(model, optimizer, 1)
+    optimizer = METHODS[name](model, lr=0.01, **options).load_importance(None)
+    optimizer.load_state_dict(optimizer.state_dict())
+    learn(model, optimizer)
+
+
+@pytest.mark.parametrize("name", NEURONS)
+def test_a_checkpoint_from_before_the_first_step_holds_no_importance_on_purpose(name: str) -> None:
+    model = network()
+    first = METHODS[name](model, lr=0.01)
+    checkpoint = copy.deepcopy((model.state_dict(), first.state_dict()))
+    learn(model, first)
+    model.load_state_dict(checkpoint[0])
+    optimizer = METHODS[name](model, lr=0.01)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.load_state_dict(checkpoint[1])
+    learn(model, optimizer)
+
+
+def test_a_state_that_does_not_fit_the_wrapped_optimizer_leaves_the_warning_on() -> None:
+    model, earlier = trained(wrapped_adamw, lr=0.01)
+    optimizer = wrapped_adamw(model, lr=0.01)
+    saved = copy.deepcopy(earlier.state_dict())
+    saved["param_groups"].append(saved["param_groups"][0])
+    with pytest.raises(ValueError, match="parameter groups"):
+        optimizer.load_state_dict(saved)
+    with pytest.warns(ImportanceWarning, match="an earlier PlasticityWrapper of this model held"):
+        learn(model, optimizer, 1)
+
+
 def test_other_models_other_layers_and_unused_optimizers_raise_no_alarm() -> None:
     learn(model := network(), NPC(model))
     learn(twin := copy.deepcopy(model), NPC(twin))
