@@ -16,7 +16,7 @@ from .store import Record
 Tables = Sequence[Accuracy]
 _COLORS = {
     "npc": "#4c72b0",
-    "npc, shuffled": "#8fa8d0",
+    "npc, shuffled": "#55a868",
     "sgd": "#c44e52",
     "sgd, falling rate": "#dd8452",
     "cpc": "#64b5cd",
@@ -100,7 +100,8 @@ def _is_bound(method: str) -> bool:
 
 
 def _color(method: str) -> str | None:
-    return _COLORS.get(method.split()[0].lower())
+    name = method.lower()
+    return _COLORS.get(name) or _COLORS.get(name.split()[0])
 
 
 def _line(axes: Any, method: str, x: np.ndarray, values: np.ndarray) -> None:

@@ -106,7 +106,7 @@ def demo_table() -> str:
         averages = [demo(lr, method).average for lr in (first, *others)]
         rows.append([method, *map(percent, [averages[0], outcome.forgetting, outcome.last, *averages[1:]])])
     rates = [f"average, lr {lr}" for lr in others]
-    return markdown([f"lr {first}", "average", "forgetting", "last task", *rates], rows)
+    return markdown([f"in %, lr {first}", "average", "forgetting", "last task", *rates], rows)
 
 
 def demo_forgetting() -> str:
