@@ -179,7 +179,7 @@ def _more_room(optimizer: Any, names: Iterable[str]) -> str:
         "earlier tasks."
     ]
     if all(group.get("momentum") == 0 for group in optimizer.param_groups):
-        advice.append(f"Train with momentum={_MOMENTUM} if a task has few steps and training stays stable.")
+        advice.append(f"Train with momentum={_MOMENTUM} and a smaller learning rate if a task has few steps.")
     return " ".join([*advice, "Or use more neurons."])
 
 

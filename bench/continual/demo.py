@@ -1,7 +1,7 @@
 """Learns five tasks in a row on scikit-learn's handwritten digits, with SGD, NPC and two controls: `make demo`.
 
 All have the same learning rate, and none is tuned. NPC has the options that README.md recommends.
-Prints a table, and writes the table, figures and all numbers to bench/results/demo.
+Prints a table, and writes the table, figures and all numbers to build/demo.
 """
 
 from __future__ import annotations
@@ -133,7 +133,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=0.1, help="learning rate of all methods (default 0.1, the paper's)")
     parser.add_argument("--epochs", type=int, default=30, help="passes over each task's samples (default 30)")
     parser.add_argument("--batch-size", type=int, default=16, help="samples per step (default 16)")
-    parser.add_argument("--out", type=output_folder, default=Path("bench/results/demo"), help="folder for the results")
+    parser.add_argument(
+        "--out", type=output_folder, default=Path("build/demo"), help="folder for the results (default build/demo)"
+    )
     options = parser.parse_args(arguments)
     if options.seeds < 2:
         parser.error(f"--seeds is {options.seeds}; a standard error needs at least 2")

@@ -32,7 +32,7 @@ class NPC(Plastic):
     Parameters that belong to no neuron train at plain `lr`.
 
     Keep one optimizer for all tasks, because it holds the importance. `half_life` sets how long importance lasts: set
-    it to the number of steps of a task. A schedule of the learning rate, also a warm-up from 0, needs no care.
+    it to the number of steps of a task. A schedule scales the rates of all neurons alike.
 
     Args:
         model: the network. Build the optimizer after moving it to its device, and after `fully_shard`.
@@ -41,7 +41,7 @@ class NPC(Plastic):
             replays of a CUDA graph use its current value.
         alpha: scale of eq. 7, in units of the learning rate; greater values are more plastic. 0.5 corresponds to the
             paper's 0.05 at its largest learning rate of 0.1.
-        beta: importance at or above which a neuron is frozen; the mean importance of a layer is 1.
+        beta: importance at or above which a neuron is frozen; the mean importance of a layer tends to 1.
         delta: decay of the moving average C per step, in [0, 1). Default: the paper's 1 - 2e-4, which is a half-life of
             3,465 steps.
         half_life: the number of steps after which half of the importance is left, in place of delta:
