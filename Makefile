@@ -1,4 +1,4 @@
-# make demo       five tasks in a row, with SGD and with NPC: a table and figures
+# make demo       five tasks in a row, with SGD, NPC and two controls: a table and figures
 # make test       all tests
 # make test-fast  all tests but the slow ones, in under three minutes
 # make bench      micro-benchmarks

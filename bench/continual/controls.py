@@ -12,6 +12,14 @@ from torch import Tensor, nn
 from npc_ext import NPC
 
 
+def _without_fixed_points(count: int, generator: torch.Generator) -> Tensor:
+    """A random order of `count` numbers in which none keeps its place: one cycle through all of them."""
+    cycle = torch.randperm(count, generator=generator)
+    order = torch.empty_like(cycle)
+    order[cycle] = cycle.roll(1)
+    return order
+
+
 class FallingSGD(torch.optim.SGD):
     """SGD whose learning rate falls from task to task, except for that of the output layer."""
 
@@ -40,8 +48,8 @@ class ShuffledNPC(NPC):
     def __init__(self, model: nn.Module, output: str, seed: int, **options: object) -> None:
         super().__init__(model, **options)  # type: ignore[arg-type]
         generator = torch.Generator().manual_seed(seed)
-        self._orders: dict[str, Tensor] = {
-            layer.name: torch.randperm(layer.sink.numel(), generator=generator)
+        self._orders = {
+            layer.name: _without_fixed_points(layer.sink.numel(), generator)
             for layer in self.neurons
             if layer.name != output
         }

@@ -697,7 +697,8 @@ def test_the_controls_fall_for_all_layers_and_protect_other_neurons() -> None:
     assert isinstance(npc, NPC) and isinstance(shuffled, NPC)
     for (name, layer), other in zip(npc.plasticity().items(), shuffled.plasticity().values(), strict=True):
         assert layer.importance.sort().values.tolist() == pytest.approx(other.importance.sort().values.tolist())
-        assert torch.equal(layer.importance, other.importance) == (name == "output")
+        keep = layer.importance == other.importance
+        assert keep.all() if name == "output" else not keep[layer.importance > 0].any()
 
 
 def test_a_demonstration_of_a_single_seed_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
