@@ -14,6 +14,8 @@ REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
 # NO_MKDOCS_2_WARNING: MkDocs 1.6 is pinned, so a page of advertising in every output helps nobody.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
+HAS_MKDOCS = $(BIN)/python -c "import mkdocs" 2>/dev/null || \
+	{ echo "npc_ext: the manual needs Python 3.11 or newer: make clean, then make PYTHON=python3.11 docs" >&2; exit 1; }
 CHECK_FORMAT := $(filter true,$(CI))
 NATIVE = $(shell find csrc tests bench -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := setup.py pyproject.toml npc_ext/kernels/build.py npc_ext/kernels/compilers.py $(shell find csrc -type f)
@@ -34,9 +36,11 @@ bench: $(BUILD)
 	@$(BIN)/python -m bench.micro
 
 docs: $(BUILD)
+	@$(HAS_MKDOCS)
 	@$(MKDOCS) build
 
 docs-serve: $(BUILD)
+	@$(HAS_MKDOCS)
 	@$(MKDOCS) serve --no-strict
 
 lint: $(BUILD)

@@ -112,7 +112,9 @@ def main() -> int:
                 print(*table[-1], sep="; ", flush=True)
     header = ["network", "share certified", "rule, of the best choice's time", "all rows, of the best choice's time"]
     command = command_line("bench.skipping_rule")
-    where = ", ".join(f"{key} {value}" for key, value in environment.describe().items())
+    described = environment.describe()
+    (out / "run.json").write_text(json.dumps({"command": command, "environment": described}) + "\n", encoding="utf-8")
+    where = ", ".join(f"{key} {value}" for key, value in described.items())
     (out / "layers.md").write_text(f"{markdown(header, table)}\n\n`{command}`: {where}\n", encoding="utf-8")
     return 0
 

@@ -270,6 +270,14 @@ def test_a_change_repeats_the_steps_that_read_it(finished: Path, changed: str, s
     assert re.findall(r"bootstrap\.py (\w+)", make(finished, "--dry-run", "demo")) == steps
 
 
+def test_the_manual_names_the_python_that_it_needs(finished: Path) -> None:
+    command = next(line for line in make(finished, "--dry-run", "docs").splitlines() if "import mkdocs" in line)
+    run = ["sh", "-c", command.replace(".venv/bin/python", "false")]
+    done = subprocess.run(run, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("npc_ext: the manual needs Python 3.11 or newer: make clean, then make PYTHON=")
+
+
 def test_lint_writes_formats_for_a_person_and_only_checks_them_for_ci(finished: Path) -> None:
     writes, checks = (make(finished, "--dry-run", "lint", **more) for more in ({}, {"CI": "true"}))
     assert "--check" not in writes

@@ -2,21 +2,27 @@
 
 Operations of `npc_ext.ops` that a decorator makes from functions of `npc_ext.reference` get these functions' signatures
 and docstrings. Named tuples of `npc_ext.columns` get constructors. What a docstring names becomes a link: code spans
-with names of the package, and headings of pages, as in `docs/limits.md, "Skipped gradients"`.
+with names of the package, pages, as in `docs/limits.md`, and headings of pages, as in
+`docs/limits.md, "Skipped gradients"`. A page or heading that does not exist is an error.
 """
 
 from __future__ import annotations
 
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import griffe
+import markdown
+from mkdocs.exceptions import PluginError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # A span is followed by one character that is no backtick, or by the end.
 _SPAN = re.compile(r"(?<!`)`((?:\w+\.)*\w+)(\(\))?`(?!`)")
 # A page, and where one is named, a heading.
-_PAGE = re.compile(r"docs/[\w/-]+\.md(?:,\s+\"([^\"]+)\")?")
+_PAGE = re.compile(r"(docs/[\w/-]+\.md)(?:,\s+\"([^\"]+)\")?")
 # Griffe knows the section by its plural.
 _EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
 _MADE_BY = {"_in_place", "in_place"}
@@ -62,18 +68,37 @@ def _link(pkg: griffe.Module, owner: griffe.Object | griffe.Alias) -> None:
     """Links the code spans in the docstrings of a module or class, and of what is in it."""
     if owner.docstring is not None:
         text = _EXAMPLE.sub("Examples:", owner.docstring.value)
-        text = _PAGE.sub(_linked_heading, text)
+        text = _PAGE.sub(_linked_page, text)
         owner.docstring.value = _SPAN.sub(lambda span: _linked(span, pkg, owner), text)
     for member in owner.members.values():
         if not member.is_alias:
             _link(pkg, member)
 
 
-def _linked_heading(page: re.Match[str]) -> str:
-    if page[1] is None:
-        return page[0]
-    anchor = "-".join(re.findall(r"\w+", page[1].lower()))
-    return f'<autoref optional identifier="{anchor}">{page[0]}</autoref>'
+def _linked_page(named: re.Match[str]) -> str:
+    """A link to a page or its heading. It is relative to docs/reference, whose pages show the docstrings."""
+    page, heading = ROOT / named[1], named[2] and " ".join(named[2].split())
+    if not page.is_file():
+        raise PluginError(f"a docstring names {named[1]}, which does not exist")
+    target = f"../{page.relative_to(ROOT / 'docs').with_suffix('.html')}"
+    if heading is not None:
+        anchors = _anchors(page.read_text(encoding="utf-8"))
+        if heading not in anchors:
+            raise PluginError(f'a docstring names {named[1]}, "{heading}", but the page has no such heading')
+        target += f"#{anchors[heading]}"
+    return f'<a href="{target}">{named[0]}</a>'
+
+
+def _anchors(text: str) -> dict[str, str]:
+    """The anchors of a page's headings, as MkDocs makes them."""
+    reader: Any = markdown.Markdown(extensions=["attr_list", "fenced_code", "md_in_html", "toc"])
+    reader.convert(text)
+    anchors, tokens = {}, [*reader.toc_tokens]
+    while tokens:
+        token = tokens.pop()
+        anchors[token["name"]] = token["id"]
+        tokens += token["children"]
+    return anchors
 
 
 def _linked(span: re.Match[str], pkg: griffe.Module, owner: griffe.Object | griffe.Alias) -> str:

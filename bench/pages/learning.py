@@ -13,7 +13,6 @@ import numpy as np
 
 from ..continual import race as races
 from ..continual import report
-from ..continual.demo import FALL as FALL
 from ..continual.experiments import EXPERIMENTS
 from ..continual.metrics import Accuracy, average_accuracy, forgetting, forward_transfer
 from ..continual.store import Record, Store

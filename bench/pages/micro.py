@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -41,7 +41,7 @@ def source(part: str) -> str:
 def machine() -> str:
     """The machine on which most parts were measured, and its versions (without the commits)."""
     ours = results().runs["update", "1,000 parameters"]["environment"]
-    return provenance.machine([ours]).split(", commit")[0]
+    return provenance.hardware_and_versions([ours])
 
 
 # ------------------------------------------------------------------------------------------------------------- numbers
@@ -201,7 +201,7 @@ def saved_table() -> str:
     return _by_share(lambda row: f"{row.facts[_SAVED][OURS] / row.facts[_SAVED][SGD]:.2f}")
 
 
-def _by_share(shown: Any) -> str:
+def _by_share(shown: Callable[[Row], str]) -> str:
     networks = frozen()
     lines = [[_percent(rows[0].facts[SHARE]), *map(shown, rows)] for rows in zip(*networks.values(), strict=True)]
     return markdown(["certified", *networks], lines)
@@ -270,10 +270,9 @@ def whole_loss(least: float = 0) -> str:
 
 
 def rule_source() -> str:
-    """The command and the machine of the rule, from the last line of its table: `command`: key value, key value."""
-    _, command, environment = (RESULTS / "skipping-rule" / "layers.md").read_text().splitlines()[-1].split("`")
-    where = dict(pair.split(" ", 1) for pair in environment.removeprefix(": ").split(", "))
-    return provenance.source(command, [where], "skipping-rule/layers.md")
+    """The command and the machine of the rule."""
+    run = json.loads((RESULTS / "skipping-rule" / "run.json").read_text())
+    return provenance.source(run["command"], [run["environment"]], "skipping-rule/layers.md")
 
 
 # --------------------------------------------------------------------------------------------------------------- calls

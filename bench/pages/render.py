@@ -7,6 +7,7 @@ from pathlib import Path
 import jinja2
 
 from .. import ROOT
+from ..continual.demo import FALL
 from ..tables import duration, percent, with_error
 from . import gpu, learning, micro, scaling
 
@@ -32,7 +33,7 @@ def render(page: str) -> str:
         keep_trailing_newline=True,
         autoescape=False,  # Markdown
     )
-    environment.globals |= {"learning": learning, "micro": micro, "gpu": gpu, "scaling": scaling}
+    environment.globals |= {"learning": learning, "micro": micro, "gpu": gpu, "scaling": scaling, "FALL": FALL}
     environment.filters |= {
         "percent": percent,
         "mean": learning.mean,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from bench import ROOT
-from bench.pages import PAGES, gpu, learning, render, scaling
+from bench.continual.demo import FALL
+from bench.pages import PAGES, gpu, learning, micro, render, scaling
 from bench.pages.render import FOLDER, TEMPLATES
 from bench.rows import OURS, Row, Writer
 
@@ -44,6 +45,49 @@ def test_the_readmes_sentences_about_the_demonstration_have_its_numbers() -> Non
     known |= {mean.removesuffix(".0") for mean, _ in cells} | {"50"}  # 50: chance
     sentences = section.replace(table, "")
     assert not set(re.findall(r"(\d+(?:\.\d+)?(?: ± \d+\.\d)?) ?%", sentences)) - known
+
+
+def test_whole_numbers_of_a_measurement_that_are_typed_are_true() -> None:
+    text = {page: (TEMPLATES / page).read_text() for page in PAGES}
+    rows = [row for row in micro.results().of_part("methods") if row.case != "NPC"]
+    size = {row.case.split(",")[0]: row.facts["state, bytes an element"] for row in rows}
+    assert "keep 4 to 12 bytes for each **weight**" in text["memory.md"]
+    assert (min(size.values()), max(size.values())) == (4, 12)
+    assert "the paper's CNN needs a third less at the peak" in text["memory.md"]
+    peak = micro.frozen_at(1).facts["peak memory, bytes"]
+    assert peak[OURS] / peak[micro.SGD] == pytest.approx(2 / 3, abs=0.03)
+    assert "`NPCAdamW.step()` is as fast as fused AdamW's or faster up to 10 million parameters" in text["speed.md"]
+    for row in micro.results().of_part("adam"):  # at least within the noise
+        assert (row.ratio[micro.ADAMW][2] >= 1) == (row.case != "64,000,000 parameters")
+    # Both read weights and gradients and write weights. SI also reads its state, and writes a third of it: the path.
+    assert "it moves 28 bytes for each weight and SGD 12" in text["speed.md"]
+    assert 12 + size["SI"] + size["SI"] / 3 == 28
+    assert "all methods but SGD are within two points of NPC" in text["accuracy.md"]
+    averages = {method: sum(learning.of("imnist", method).average) / 3 for method in learning.METHODS}
+    assert all(averages["npc"] - average < 0.02 for method, average in averages.items() if method != "sgd")
+    assert averages["npc"] - averages["sgd"] > 0.02
+    assert "A Llama with two layers of width 64" in text["language-model.md"]
+    llama = (ROOT / "bench" / "continual" / "language_model.py").read_text()
+    assert "num_hidden_layers=2," in llama and "hidden_size=64," in llama
+
+
+def test_the_readmes_sentence_about_time_has_the_numbers_of_the_benchmark() -> None:
+    readme = (ROOT / "README.md").read_text()
+    (ratio,) = re.findall(r"a tiny network's takes (\d+\.\d+) times as long", readme)
+    assert ratio == f"{float(micro.relative(micro.row('step', 'digits CNN, batch 16'))):.1f}"
+    assert "a step of the paper's CNN takes as long as with plain SGD" in readme
+    paper = [row for row in micro.results().of_part("step") if row.case.startswith("paper's CNN")]
+    assert paper and all(row.ratio[micro.SGD][1] == pytest.approx(1, abs=0.03) for row in paper)
+
+
+def test_the_factor_of_falling_rates_is_the_demonstrations() -> None:
+    assert f"is multiplied by {FALL} after each task" in (ROOT / "README.md").read_text()
+    guide = (ROOT / "docs" / "guides" / "constants.md").read_text()
+    assert f'["lr"] *= {FALL}  # before the next task' in guide
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) < 200
 
 
 def test_without_a_flight_no_goal_on_a_gpu_is_measured(tmp_path: Path) -> None:

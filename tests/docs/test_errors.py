@@ -1,4 +1,4 @@
-"""Messages on the page of errors are those of the package, and every warning and every RuntimeError is there."""
+"""Messages in the manual are those of the package, and every warning and every RuntimeError is on the page of errors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,13 @@ from .pages import ROOT
 
 PAGE = (ROOT / "docs" / "reference" / "errors.md").read_text()
 QUOTES = re.findall(r"\*\*`([^`]+)`\*\*", PAGE)
+# Messages in the first column of the guides' tables "What goes wrong"; those of other libraries say from whom they are.
+WENT_WRONG = re.compile(r"^## What goes wrong\n\n\| (?:message|what you see) .*\n\|[-|]*\n((?:\|.*\n)+)", re.MULTILINE)
+IN_GUIDES = {
+    guide.stem: re.findall(r"^\|(?: warning)? `([^`]+)` \|", table, re.MULTILINE)
+    for guide in sorted((ROOT / "docs" / "guides").glob("*.md"))
+    for table in WENT_WRONG.findall(guide.read_text())
+}
 SOURCES = sorted((ROOT / "npc_ext").rglob("*.py"))
 # In texts, what is inserted.
 FIELD = "..."
@@ -73,9 +80,13 @@ def of_message(quote: str) -> re.Pattern[str]:
     return re.compile(".*".join(map(re.escape, quote.split(FIELD))), re.DOTALL)
 
 
-@pytest.mark.parametrize("quote", QUOTES)
+@pytest.mark.parametrize("quote", [*QUOTES, *(quote for quotes in IN_GUIDES.values() for quote in quotes)])
 def test_a_quoted_message_is_one_of_the_package(quote: str) -> None:
     assert any(of_message(quote).search(known) for known in TEXTS)
+
+
+def test_the_tables_of_guides_are_found() -> None:
+    assert {"ddp", "fsdp2", "hugging-face", "avalanche", "lora"} <= {*IN_GUIDES} and all(IN_GUIDES.values())
 
 
 def is_on_page(message: str) -> bool:
