@@ -41,9 +41,8 @@ def learn(device: str, steps: int = 300, lr: float = 0.1) -> tuple[NPC, float]:
     model = nn.Sequential(nn.Flatten(), *layers).to(device)
     rate = torch.tensor(lr, device=device)  # replays read it from the GPU's memory
     optimizer = NPC(model, lr=rate, half_life=steps)
-    images, labels = next(
-        batches(train, 1)
-    )  # replays read each batch from these tensors
+    # Replays read each batch from these tensors.
+    images, labels = next(batches(train, 1))
 
     def step() -> None:
         optimizer.zero_grad()
