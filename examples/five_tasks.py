@@ -1,6 +1,6 @@
 """Five tasks in a row, each with its own head, learned with NPC or SGD.
 
-Run `python -m examples.five_tasks` in the checkout. It needs scikit-learn.
+Run `python -m examples.five_tasks` in a checkout. It needs `pip install scikit-learn`.
 """
 
 import argparse
