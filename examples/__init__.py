@@ -1,4 +1,4 @@
-"""NPC in common training libraries: small programs that train a model in seconds, offline.
+"""NPC in common training libraries: programs that train a model in seconds, offline.
 
 Run them from the checkout's folder, as in `python -m examples.accelerated`.
 """

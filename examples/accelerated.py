@@ -1,11 +1,13 @@
 """NPC with Accelerate: trains on digits with a plain training loop.
 
-Run it from the checkout's folder: `python -m examples.accelerated`. It needs `pip install accelerate scikit-learn`.
+Run `python -m examples.accelerated` in the checkout.
+It needs `pip install accelerate scikit-learn`.
 
 >>> model, loader = accelerator.prepare(model, loader)
 >>> optimizer = accelerator.prepare(NPC(model, lr=0.1))
 
-Prepare the model first. With several processes this wraps it, and the optimizer needs the wrapped model.
+Prepare the model first. With several processes this wraps it, and the optimizer needs
+the wrapped model.
 """
 
 from __future__ import annotations
@@ -30,7 +32,10 @@ except ImportError as error:
 def digits() -> TensorDataset:
     """scikit-learn's handwritten digits: 1,797 images of 8 x 8 pixels."""
     data = load_digits()
-    return TensorDataset(torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target))
+    return TensorDataset(
+        torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(data.target),
+    )
 
 
 def network() -> nn.Sequential:
@@ -49,9 +54,14 @@ def network() -> nn.Sequential:
 
 
 def train(epochs: int) -> tuple[float, NPC]:
-    """Trains with gradient accumulation and clipping; returns the last epoch's accuracy and the optimizer."""
+    """Trains with accumulation and clipping; returns accuracy and optimizer."""
     accelerator = Accelerator(gradient_accumulation_steps=2, cpu=True)
-    loader = DataLoader(digits(), batch_size=16, shuffle=True, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(
+        digits(),
+        batch_size=16,
+        shuffle=True,
+        generator=torch.Generator().manual_seed(0),
+    )
     model, loader = accelerator.prepare(network(), loader)
     npc = NPC(model, lr=0.1, half_life=500)
     optimizer = accelerator.prepare(npc)
@@ -72,12 +82,19 @@ def train(epochs: int) -> tuple[float, NPC]:
 
 def main() -> None:
     """Trains and prints the accuracy."""
-    parser = argparse.ArgumentParser(prog="python -m examples.accelerated", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the data (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.accelerated", description=__doc__
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="passes over the data (default 5)"
+    )
     accuracy, optimizer = train(parser.parse_args().epochs)
     print(f"accuracy on the training samples: {accuracy:.1%}")
     for name, layer in optimizer.plasticity().items():
-        print(f"{name}: mean importance {layer.importance.mean():.2f}, {layer.frozen:.0%} frozen")
+        print(
+            f"{name}: mean importance {layer.importance.mean():.2f}, "
+            f"{layer.frozen:.0%} frozen"
+        )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""A whole training step of NPC in a CUDA graph, with a learning rate that falls between replays.
+"""A training step of NPC in a CUDA graph; the learning rate falls between replays.
 
-Run it from the checkout's folder: `python -m examples.cuda_graph`. It needs `pip install scikit-learn` and a GPU; on a
-machine without one, the same steps run without a graph.
+Run `python -m examples.cuda_graph` in the checkout. It needs `pip install scikit-learn`
+and a GPU. On a machine without one, the same steps run without a graph.
 """
 
 import argparse
@@ -18,7 +18,7 @@ WARM_UP = 3
 
 
 def captured(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as a CUDA graph, which launches all of its kernels at once. Takes a few ordinary steps before."""
+    """The step as a CUDA graph, after a few ordinary steps."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -35,11 +35,14 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
 def learn(device: str, steps: int = 300, lr: float = 0.1) -> tuple[NPC, float]:
     """Learns the digits; returns the optimizer and the accuracy."""
     torch.manual_seed(0)
-    train, test = (Samples(*(part.to(device) for part in samples)) for samples in digits(range(10)))
-    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10)).to(device)
+    on_cpu = digits(range(10))
+    train, test = (Samples(*(part.to(device) for part in half)) for half in on_cpu)
+    layers = nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10)
+    model = nn.Sequential(nn.Flatten(), *layers).to(device)
     rate = torch.tensor(lr, device=device)  # replays read it from the GPU's memory
     optimizer = NPC(model, lr=rate, half_life=steps)
-    images, labels = next(batches(train, 1))  # replays read each batch from these tensors
+    # Replays read each batch from these tensors.
+    images, labels = next(batches(train, 1))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -56,8 +59,11 @@ def learn(device: str, steps: int = 300, lr: float = 0.1) -> tuple[NPC, float]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m examples.cuda_graph", description=__doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.cuda_graph", description=__doc__
+    )
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=best)
     device = parser.parse_args().device
     if device == "cpu":
         print("A CUDA graph needs a GPU, so the same steps run without one.")

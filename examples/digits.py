@@ -1,4 +1,4 @@
-"""The data of the examples: 1,797 handwritten digits of 8 x 8 pixels, which come with scikit-learn."""
+"""The data of the examples: scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ except ImportError as error:
 
 
 class Samples(NamedTuple):
-    """Images (N, 1, 8, 8) with values from 0 to 1, and the digits (N,) that they show."""
+    """Images (N, 1, 8, 8) with values from 0 to 1, and the digits (N,) on them."""
 
     images: Tensor
     labels: Tensor
@@ -26,13 +26,19 @@ class Samples(NamedTuple):
 @functools.cache
 def _all() -> Samples:
     data = load_digits()
-    return Samples(torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16, torch.tensor(data.target))
+    return Samples(
+        torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16,
+        torch.tensor(data.target),
+    )
 
 
 def digits(chosen: Sequence[int]) -> tuple[Samples, Samples]:
     """The training samples and the test samples (every fourth image) of some digits."""
     images, labels = _all()
-    is_chosen, is_test = torch.isin(labels, torch.tensor(chosen)), torch.arange(len(labels)) % 4 == 0
+    is_chosen, is_test = (
+        torch.isin(labels, torch.tensor(chosen)),
+        torch.arange(len(labels)) % 4 == 0,
+    )
     train, test = is_chosen & ~is_test, is_chosen & is_test
     return Samples(images[train], labels[train]), Samples(images[test], labels[test])
 

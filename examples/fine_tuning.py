@@ -1,6 +1,9 @@
-"""A small CNN that knows the digits 0 to 4 is fine-tuned to 5 to 9: with NPC, and with SGD at several learning rates.
+"""A CNN that knows the digits 0 to 4 is fine-tuned to 5 to 9.
 
-Run it from the checkout's folder: `python -m examples.fine_tuning`. It needs `pip install scikit-learn`.
+This is done with NPC, and with SGD at several learning rates.
+
+Run `python -m examples.fine_tuning` in the checkout.
+It needs `pip install scikit-learn`.
 """
 
 import argparse
@@ -24,7 +27,8 @@ class Network(nn.Module):
         super().__init__()
         first = (nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
         second = (nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
-        self.body = nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(128, 64), nn.ReLU())
+        third = (nn.Flatten(), nn.Linear(128, 64), nn.ReLU())
+        self.body = nn.Sequential(*first, *second, *third)
         self.heads = nn.ModuleDict({"old": nn.Linear(64, 5), "new": nn.Linear(64, 5)})
 
     def forward(self, images: Tensor, head: str) -> Tensor:
@@ -33,7 +37,9 @@ class Network(nn.Module):
         return outputs
 
 
-def train(model: Network, head: str, optimizer: torch.optim.Optimizer, data: Iterable[Samples]) -> None:
+def train(
+    model: Network, head: str, optimizer: torch.optim.Optimizer, data: Iterable[Samples]
+) -> None:
     """The same training loop for all optimizers."""
     for images, labels in data:
         optimizer.zero_grad()
@@ -53,8 +59,10 @@ def fine_tuned(model: Network, method: str, lr: float, steps: int = 400) -> Netw
     """A copy of the model, trained on the new digits."""
     model = copy.deepcopy(model)
     if method == "NPC":
-        npc = NPC(model, lr=0.0, half_life=100, momentum=0.9, layers={"heads.new": {"protect": False}})
-        train(model, "old", npc, batches(digits(OLD)[0], 300))  # measures importance; at lr=0, no parameter moves
+        layers = {"heads.new": {"protect": False}}
+        npc = NPC(model, lr=0.0, half_life=100, momentum=0.9, layers=layers)
+        # This measures importance. With lr=0, no parameter moves.
+        train(model, "old", npc, batches(digits(OLD)[0], 300))
         npc.set_constants(half_life=steps)
         npc.param_groups[0]["lr"] = lr
         optimizer: torch.optim.Optimizer = npc
@@ -65,14 +73,21 @@ def fine_tuned(model: Network, method: str, lr: float, steps: int = 400) -> Netw
     return model
 
 
-RUNS = [("NPC", 0.03), ("SGD", 0.03), ("SGD", 0.003), ("SGD", 0.0003), ("SGD, new head only", 0.03)]
+RUNS = [
+    ("NPC", 0.03),
+    ("SGD", 0.03),
+    ("SGD", 0.003),
+    ("SGD", 0.0003),
+    ("SGD, new head only", 0.03),
+]
 
 
 def compare(seed: int) -> dict[str, tuple[float, float]]:
-    """The accuracies on the old and the new digits before fine-tuning, and after it with each method."""
+    """Accuracies on old and new digits: before fine-tuning, and after each method."""
     torch.manual_seed(seed)
     model = Network()
-    train(model, "old", torch.optim.Adam(model.parameters(), lr=3e-3), batches(digits(OLD)[0], 300))
+    adam = torch.optim.Adam(model.parameters(), lr=3e-3)
+    train(model, "old", adam, batches(digits(OLD)[0], 300))
     results = {"before": evaluate(model)}
     for method, lr in RUNS:
         torch.manual_seed(seed)
@@ -81,8 +96,12 @@ def compare(seed: int) -> dict[str, tuple[float, float]]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m examples.fine_tuning", description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3, help="how many runs to average (default 3)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.fine_tuning", description=__doc__
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=3, help="how many runs to average (default 3)"
+    )
     runs = [compare(seed) for seed in range(parser.parse_args().seeds)]
     print("accuracy on                   old digits   new digits")
     for name in runs[0]:

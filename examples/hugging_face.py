@@ -1,14 +1,17 @@
-"""NPC in the Hugging Face `Trainer`: a tiny Llama learns to repeat a text, with checkpoints.
+"""NPC in the Hugging Face `Trainer`: a tiny Llama learns to repeat a text.
 
-Run it from the checkout's folder: `python -m examples.hugging_face`. It needs `pip install transformers accelerate`.
+Run `python -m examples.hugging_face` in the checkout.
+It needs `pip install transformers accelerate`.
 
->>> trainer = Trainer(model, arguments, train_dataset=..., optimizer_cls_and_kwargs=(NPC, {"model": model, "lr": 0.05}))
->>> trainer = Trainer(model, arguments, train_dataset=..., optimizers=(NPC(model, lr=0.05), None))
+>>> options = {"model": model, "lr": 0.05}
+>>> trainer = Trainer(model, arguments, optimizer_cls_and_kwargs=(NPC, options), ...)
+>>> trainer = Trainer(model, arguments, optimizers=(NPC(**options), None), ...)
 
-In the first form the Trainer builds the optimizer when the model is on its device. In the second form, move the model
-there first. Neither works with `model_init`, which builds a new model for every trial. `arguments.learning_rate` and
-weight decay are not passed on. Schedules, `max_grad_norm`, accumulation and resuming work as usual. With several
-processes, add `process_group=torch.distributed.group.WORLD`.
+In the first form the Trainer builds the optimizer when the model is on its device. In
+the second form, move the model there first. Neither works with `model_init`, which
+builds a new model for every trial. `arguments.learning_rate` and weight decay are not
+passed on. Schedules, `max_grad_norm`, accumulation and resuming work as usual. With
+several processes, add `process_group=torch.distributed.group.WORLD`.
 """
 
 from __future__ import annotations
@@ -25,11 +28,20 @@ from npc_ext import NPC, check_capacity
 
 try:
     import accelerate  # noqa: F401  # the Trainer imports it when it is built
-    from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+    )
 except ImportError as error:
     sys.exit(f"{error}; this example needs: pip install transformers accelerate")
 
-TEXT = "Neural networks forget: trained on a second task, they overwrite what the first one taught them. "
+TEXT = (
+    "Neural networks forget: trained on a second task, they overwrite "
+    "what the first one taught them. "
+)
 LENGTH = 32
 
 
@@ -63,7 +75,13 @@ def samples() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": piece, "labels": piece} for piece in codes]
 
 
-def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from: Path | None = None) -> Trainer:
+def train(
+    folder: Path,
+    steps: int,
+    *,
+    by_the_trainer: bool = False,
+    resume_from: Path | None = None,
+) -> Trainer:
     """Trains, saving a checkpoint every ten steps; returns the Trainer."""
     model = tiny_llama()
     arguments = TrainingArguments(
@@ -82,20 +100,31 @@ def train(folder: Path, steps: int, *, by_the_trainer: bool = False, resume_from
     how: dict[str, Any] = {"optimizers": (NPC(model, **options), None)}
     if by_the_trainer:
         how = {"optimizer_cls_and_kwargs": (NPC, {"model": model, **options})}
-    trainer = Trainer(model, arguments, train_dataset=samples(), callbacks=[WatchCapacity()], **how)
-    trainer.train(resume_from_checkpoint=None if resume_from is None else str(resume_from))
+    trainer = Trainer(
+        model, arguments, train_dataset=samples(), callbacks=[WatchCapacity()], **how
+    )
+    trainer.train(
+        resume_from_checkpoint=None if resume_from is None else str(resume_from)
+    )
     return trainer
 
 
 def main() -> None:
     """Trains and prints the loss and the plasticity of all layers."""
-    parser = argparse.ArgumentParser(prog="python -m examples.hugging_face", description=__doc__)
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps (default 40)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.hugging_face", description=__doc__
+    )
+    parser.add_argument(
+        "--steps", type=int, default=40, help="optimizer steps (default 40)"
+    )
     steps = parser.parse_args().steps
     with TemporaryDirectory() as folder:
         optimizer: Any = train(Path(folder), steps).optimizer
         for name, layer in optimizer.optimizer.plasticity().items():
-            print(f"{name}: mean importance {layer.importance.mean():.2f}, {layer.frozen:.0%} frozen")
+            print(
+                f"{name}: mean importance {layer.importance.mean():.2f}, "
+                f"{layer.frozen:.0%} frozen"
+            )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """NPC in Lightning: `configure_optimizers` returns it, and a callback logs plasticity.
 
-Run it from the checkout's folder: `python -m examples.lightning_module`. It needs `pip install lightning scikit-learn`.
+Run `python -m examples.lightning_module` in the checkout.
+It needs `pip install lightning scikit-learn`.
 
 >>> class Classifier(lightning.LightningModule):
 ...     def configure_optimizers(self):
@@ -54,7 +55,12 @@ class Classifier(lightning.LightningModule):
         """The loss of a batch."""
         images, labels = batch
         outputs = self(images)
-        self.log("accuracy", (outputs.argmax(1) == labels).float().mean(), on_step=False, on_epoch=True)
+        self.log(
+            "accuracy",
+            (outputs.argmax(1) == labels).float().mean(),
+            on_step=False,
+            on_epoch=True,
+        )
         return F.cross_entropy(outputs, labels)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -63,9 +69,11 @@ class Classifier(lightning.LightningModule):
 
 
 class LogPlasticity(lightning.Callback):
-    """Logs the frozen share and mean importance of each layer after every epoch, and warns about full layers."""
+    """Logs frozen shares and mean importance after every epoch, and warns."""
 
-    def on_train_epoch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_epoch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule
+    ) -> None:
         """Called by Lightning."""
         for optimizer in trainer.optimizers:
             if hasattr(optimizer, "plasticity"):
@@ -75,7 +83,9 @@ class LogPlasticity(lightning.Callback):
                     pl_module.log(f"importance/{name}", layer.importance.mean())
 
 
-def train(folder: Path, epochs: int, *, resume_from: Path | None = None, **options: Any) -> lightning.Trainer:
+def train(
+    folder: Path, epochs: int, *, resume_from: Path | None = None, **options: Any
+) -> lightning.Trainer:
     """Trains, saving a checkpoint after every epoch; returns Lightning's trainer."""
     torch.manual_seed(0)
     data = load_digits()
@@ -92,14 +102,23 @@ def train(folder: Path, epochs: int, *, resume_from: Path | None = None, **optio
         enable_model_summary=False,
         **options,
     )
-    trainer.fit(Classifier(), loader, ckpt_path=None if resume_from is None else str(resume_from), weights_only=True)
+    trainer.fit(
+        Classifier(),
+        loader,
+        ckpt_path=None if resume_from is None else str(resume_from),
+        weights_only=True,
+    )
     return trainer
 
 
 def main() -> None:
     """Trains and prints what was logged."""
-    parser = argparse.ArgumentParser(prog="python -m examples.lightning_module", description=__doc__)
-    parser.add_argument("--epochs", type=int, default=5, help="passes over the data (default 5)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.lightning_module", description=__doc__
+    )
+    parser.add_argument(
+        "--epochs", type=int, default=5, help="passes over the data (default 5)"
+    )
     with TemporaryDirectory() as folder:
         trainer = train(Path(folder), parser.parse_args().epochs)
     for name, value in trainer.logged_metrics.items():

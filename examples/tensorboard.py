@@ -1,6 +1,7 @@
-"""Plasticity in TensorBoard: scalars and histograms of each layer while five tasks are learned.
+"""Plasticity in TensorBoard: scalars and histograms of each layer during five tasks.
 
-Run it from the checkout's folder: `python -m examples.tensorboard`. It needs `pip install scikit-learn tensorboard`.
+Run `python -m examples.tensorboard` in the checkout. It needs
+`pip install scikit-learn tensorboard`.
 """
 
 import argparse
@@ -25,13 +26,23 @@ TASKS = [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
 def learn(folder: str, steps: int = 300) -> None:
     """Learns the tasks in turn, and writes plasticity and accuracies every 50 steps."""
     torch.manual_seed(0)
-    hidden = OrderedDict(first=nn.Linear(64, 100), relu_1=nn.ReLU(), second=nn.Linear(100, 100), relu_2=nn.ReLU())
-    model = nn.Sequential(OrderedDict(flatten=nn.Flatten(), **hidden, output=nn.Linear(100, 10)))
-    optimizer = NPC(model, lr=0.1, half_life=steps, layers={"output": {"normalize": "active"}})
+    modules = OrderedDict(
+        flatten=nn.Flatten(),
+        first=nn.Linear(64, 100),
+        relu_1=nn.ReLU(),
+        second=nn.Linear(100, 100),
+        relu_2=nn.ReLU(),
+        output=nn.Linear(100, 10),
+    )
+    model = nn.Sequential(modules)
+    layers = {"output": {"normalize": "active"}}
+    optimizer = NPC(model, lr=0.1, half_life=steps, layers=layers)
     data = [digits(task) for task in TASKS]
     with SummaryWriter(folder) as writer:
         for task, (train, _) in enumerate(data):
-            for step, (images, labels) in enumerate(batches(train, steps), start=task * steps):
+            for step, (images, labels) in enumerate(
+                batches(train, steps), start=task * steps
+            ):
                 optimizer.zero_grad()
                 cross_entropy(model(images)[:, TASKS[task]], labels % 2).backward()
                 optimizer.step()
@@ -39,12 +50,17 @@ def learn(folder: str, steps: int = 300) -> None:
                     log_plasticity(writer, optimizer, step)
                     for pair, (_, test) in zip(TASKS, data, strict=True):
                         share = accuracy(model(test.images)[:, pair], test.labels % 2)
-                        writer.add_scalar(f"accuracy/digits {pair[0]} and {pair[1]}", share, step)
+                        name = f"accuracy/digits {pair[0]} and {pair[1]}"
+                        writer.add_scalar(name, share, step)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m examples.tensorboard", description=__doc__)
-    parser.add_argument("--folder", default="runs/npc", help="where to write (default runs/npc)")
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.tensorboard", description=__doc__
+    )
+    parser.add_argument(
+        "--folder", default="runs/npc", help="where to write (default runs/npc)"
+    )
     folder = parser.parse_args().folder
     learn(folder)
     print(f"look at it with: tensorboard --logdir {folder}")

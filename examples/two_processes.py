@@ -1,6 +1,7 @@
-"""NPC in two processes on the CPU: each draws its own batches, and both have the same importance.
+"""NPC in two processes on the CPU, with batches of their own and the same importance.
 
-Run it from the checkout's folder: `python -m examples.two_processes`. It needs `pip install scikit-learn`.
+Run `python -m examples.two_processes` in the checkout.
+It needs `pip install scikit-learn`.
 """
 
 import argparse
@@ -19,12 +20,14 @@ PROCESSES = 2
 
 
 def train(rank: int, folder: str, steps: int) -> None:
-    """Runs in each process: trains on its own batches, and compares importance with the other process."""
+    """Runs in each process: trains on its own batches, and compares importance."""
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both processes run on this machine
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=PROCESSES)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # both run on this machine
+    store = f"file://{folder}/store"
+    distributed.init_process_group("gloo", store, rank=rank, world_size=PROCESSES)
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Flatten(), nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10)))
+    layers = nn.Linear(64, 100), nn.ReLU(), nn.Linear(100, 10)
+    model = DistributedDataParallel(nn.Sequential(nn.Flatten(), *layers))
     optimizer = NPC(model, lr=0.1, half_life=steps)
     train, test = digits(range(10))
     torch.manual_seed(rank)
@@ -32,19 +35,25 @@ def train(rank: int, folder: str, steps: int) -> None:
         optimizer.zero_grad()
         cross_entropy(model(images), labels).backward()
         optimizer.step()
-    importance = torch.cat([layer.importance for layer in optimizer.plasticity().values()])
+    plasticity = optimizer.plasticity()
+    importance = torch.cat([layer.importance for layer in plasticity.values()])
     of_both = [torch.empty_like(importance) for _ in range(PROCESSES)]
     distributed.all_gather(of_both, importance)
     if rank == 0:
         print(f"accuracy: {accuracy(model(test.images), test.labels):.1%}")
         for process, values in enumerate(of_both):
-            print(f"importance in process {process}: " + " ".join(f"{value:.4f}" for value in values[:5]), "...")
-        print(f"the importance of all {len(importance)} neurons is equal to the last bit: {torch.equal(*of_both)}")
+            first = " ".join(f"{value:.4f}" for value in values[:5])
+            print(f"importance in process {process}: {first} ...")
+        count, equal = len(importance), torch.equal(*of_both)
+        bits = f"equal to the last bit: {equal}"
+        print(f"the importance of all {count} neurons is {bits}")
     distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m examples.two_processes", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.two_processes", description=__doc__
+    )
     parser.add_argument("--steps", type=int, default=300)
     with TemporaryDirectory() as folder:
         multiprocessing.spawn(train, (folder, parser.parse_args().steps), PROCESSES)

@@ -104,4 +104,4 @@ def flights_list(folder: Path = RESULTS) -> str:
             f"[{path.stem}](../../bench/results/{path.relative_to(folder)})" for path in sorted(flight.glob("*.md"))
         ]
         lines.append(f"* {flight.parent.name}, {flight.name}: {', '.join(tables)}")
-    return "\n".join(lines) or "No flight is recorded yet."
+    return "\n".join(lines) or "No run on a GPU is recorded yet."

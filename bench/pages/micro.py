@@ -175,6 +175,13 @@ def frozen_at(share: float) -> Row:
     return found
 
 
+def unfrozen() -> str:
+    """The time of a step relative to SGD's while nothing is frozen: least to most of the other networks."""
+    rows = [rows[0] for network, rows in frozen().items() if network != _PAPER]
+    assert not any(row.facts[SHARE] for row in rows)
+    return _span([1 / row.ratio[SGD][1] for row in rows], 2)
+
+
 def frozen_table() -> str:
     """The time of a step relative to SGD's, by share and network; in parentheses if nothing is skipped."""
 

@@ -169,7 +169,8 @@ def output_sensitivity(
         For each parameter, its importance, as for `fisher`.
 
     Raises:
-        TypeError, ValueError: as for `fisher`.
+        TypeError: as for `fisher`.
+        ValueError: as for `fisher`.
 
     Warns:
         UserWarning: as for `fisher`.

@@ -56,7 +56,7 @@ def _joined(by_name: Mapping[str, Tensor]) -> Tensor:
 class CPC(PlasticityControl):
     """SGD with a learning rate for each connection, which falls with the connection's importance to what was learned.
 
-    CPC is `NPC` for single connections. Importance is |w * dL/dw|, divided by its mean over all connections of the
+    CPC is `NPC` for single connections. Importance is `|w * dL/dw|`, divided by its mean over all connections of the
     layer (weights and biases). Its moving average is C (eq. 4), and connection ij learns at the rate
 
         eta_ij = lr * min(1, alpha * sqrt(max(beta / C_ij - 1, 0)))    (eq. 7)
@@ -84,7 +84,8 @@ class CPC(PlasticityControl):
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Warns:
         ImportanceWarning: more than half of the elements that are trained are not protected.

@@ -18,10 +18,14 @@ if TYPE_CHECKING:
 class EWC(Anchored):
     """SGD that pulls weights back to their values after old tasks, in proportion to these tasks' Fisher information.
 
-    Adds strength * sum over old tasks k of F_k (theta - theta_k)^2 to the loss, where theta_k are the weights at the
-    end of task k, and F_k is the diagonal of the Fisher information there. Two numbers a weight hold all old tasks
-    exactly. Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", PNAS 2017,
-    arXiv 1612.00796, eq. 3. Its lambda / 2 is `strength`; its Fisher information is a mean over samples, as here.
+    Adds to the loss
+
+        strength * sum over old tasks k of F_k (theta - theta_k)^2
+
+    where theta_k are the weights at the end of task k, and F_k is the diagonal of the Fisher information there. Two
+    numbers a weight hold all old tasks exactly. Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in
+    neural networks", PNAS 2017, arXiv 1612.00796, eq. 3. Its lambda / 2 is `strength`; its Fisher information is a mean
+    over samples, as here.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task.
 
@@ -31,7 +35,7 @@ class EWC(Anchored):
         strength: the factor of the penalty, at least 0: half of the paper's lambda.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the penalty's
-            gradient is added to the loss's, as in the paper; training then diverges if lr * strength * F is too large
+            gradient is added to the loss's, as in the paper; training then diverges if `lr * strength * F` is too large
             for any weight, see `npc_ext.baselines.anchored.Anchored`.
         params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
             all of the model's parameters.
@@ -39,7 +43,8 @@ class EWC(Anchored):
             where they are available).
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Example:
         >>> optimizer = EWC(model, lr=0.1, strength=100)
@@ -73,13 +78,22 @@ class EWC(Anchored):
 
         Args:
             batches: samples of the task, usually its training data, as in `npc_ext.baselines.consolidation.fisher`.
-            options: outputs, labels, loss, forward, samples, chunk_size, generator, progress: as in `fisher`.
-                `outputs=lambda y: y[:, classes]` picks the task's outputs. If the model takes more than a batch's
-                inputs, pass `forward`, see the example.
+            options: passed on to `fisher`:
+
+                * `outputs` picks the task's outputs, as in `outputs=lambda y: y[:, classes]`. Default: all.
+                * `labels`: "sampled" (the default), "exact" or "data".
+                * `loss`: for "data", the negative log-likelihood of one sample. Default: cross-entropy.
+                * `forward` calls the model with a batch of one sample: `forward(model, batch)`. It is needed if the
+                  model takes more than a batch's inputs, see the example.
+                * `samples`: how many samples to use at most. Default: all.
+                * `chunk_size`: how many samples' gradients are held at once. Default: as many as fit into 512 MiB.
+                * `generator` draws the labels. Default: a copy of torch's generator of the CPU.
+                * `progress`: show a bar. Default: True.
 
         Raises:
-            ValueError, TypeError: as in `fisher`; or parameters of the model were replaced after the optimizer was
-                built. Nothing is changed then.
+            ValueError: as in `fisher`; or parameters of the model were replaced after the optimizer was built. Nothing
+                is changed then.
+            TypeError: as in `fisher`. Nothing is changed then.
 
         Example:
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
 class MAS(Anchored):
     """SGD that pulls weights back to their values after old tasks, in proportion to their effect on the outputs.
 
-    Adds strength * sum over old tasks k of W_k (theta - theta_k)^2 to the loss, where theta_k are the weights at the
-    end of task k, and W_k is the mean over its samples of |d ||f(x)||^2 / d theta|. No labels are needed. Two numbers a
-    weight hold all old tasks exactly. Source: Aljundi, Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware
-    Synapses: Learning what (not) to forget", ECCV 2018, arXiv 1711.09601, eqs. 2 to 4. There the weights after the
-    latest task are the only anchor; here every task has an anchor.
+    Adds to the loss
+
+        strength * sum over old tasks k of W_k (theta - theta_k)^2
+
+    where theta_k are the weights at the end of task k, and W_k is the mean over its samples of
+    `|d ||f(x)||^2 / d theta|`. No labels are needed. Two numbers a weight hold all old tasks exactly. Source: Aljundi,
+    Babiloni, Elhoseiny, Rohrbach, Tuytelaars, "Memory Aware Synapses: Learning what (not) to forget", ECCV 2018, arXiv
+    1711.09601, eqs. 2 to 4. There the weights after the latest task are the only anchor; here every task has an anchor.
 
     Use it as `torch.optim.SGD`, and call `consolidate` at the end of each task.
 
@@ -32,7 +35,7 @@ class MAS(Anchored):
         strength: the factor of the penalty, at least 0: lambda of eq. 4.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the penalty's
-            gradient is added to the loss's, as in the paper; training then diverges if lr * strength * W is too large
+            gradient is added to the loss's, as in the paper; training then diverges if `lr * strength * W` is too large
             for any weight, see `npc_ext.baselines.anchored.Anchored`.
         params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
             all of the model's parameters.
@@ -40,7 +43,8 @@ class MAS(Anchored):
             where they are available).
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Example:
         >>> optimizer = MAS(model, lr=0.1, strength=1)
@@ -74,13 +78,19 @@ class MAS(Anchored):
 
         Args:
             batches: samples of the task, as in `npc_ext.baselines.consolidation.output_sensitivity`.
-            options: outputs, forward, samples, chunk_size, progress: as in `output_sensitivity`.
-                `outputs=lambda y: y[:, classes]` picks the task's outputs. If the model takes more than a batch's
-                inputs, pass `forward`, see the example.
+            options: passed on to `output_sensitivity`:
+
+                * `outputs` picks the task's outputs, as in `outputs=lambda y: y[:, classes]`. Default: all.
+                * `forward` calls the model with a batch of one sample: `forward(model, batch)`. It is needed if the
+                  model takes more than a batch's inputs, see the example.
+                * `samples`: how many samples to use at most. Default: all.
+                * `chunk_size`: how many samples' gradients are held at once. Default: as many as fit into 512 MiB.
+                * `progress`: show a bar. Default: True.
 
         Raises:
-            ValueError, TypeError: as in `output_sensitivity`; or parameters of the model were replaced after the
-                optimizer was built. Nothing is changed then.
+            ValueError: as in `output_sensitivity`; or parameters of the model were replaced after the optimizer was
+                built. Nothing is changed then.
+            TypeError: as in `output_sensitivity`. Nothing is changed then.
 
         Example:
             >>> optimizer.consolidate(loader, forward=lambda model, batch: model(batch[0], task))

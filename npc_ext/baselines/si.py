@@ -18,14 +18,17 @@ from .consolidation import NonFiniteImportanceError
 class SI(Anchored):
     """SGD that pulls weights back to their values after the last task, in proportion to their part in lowering losses.
 
-    During a task, every step adds to a path integral, omega <- omega - g * (movement of theta), with g the gradient of
-    the task's loss without the penalty. At the end of the task
+    During a task, every step adds to a path integral omega, with g the gradient of the task's loss without the penalty:
+
+        omega <- omega - g * (movement of theta)
+
+    At the end of the task
 
         W <- W + max(omega, 0) / (distance moved in this task ^ 2 + damping)
         anchor <- theta
         omega <- 0
 
-    and later tasks add strength * sum of W (theta - anchor)^2 to their loss. No data are needed at the end of a
+    and later tasks add `strength * sum of W (theta - anchor)^2` to their loss. No data are needed at the end of a
     task. SI keeps three numbers a weight. Source: Zenke, Poole, Ganguli, "Continual Learning Through Synaptic
     Intelligence", ICML 2017, arXiv 1703.04200, eqs. 3 to 5. Its c is `strength`, its xi `damping`.
 
@@ -39,7 +42,7 @@ class SI(Anchored):
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         damping: bounds the importance of weights that hardly moved, above 0: the paper's xi, a squared distance.
         implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the penalty's
-            gradient is added to the loss's, as in the paper; training then diverges if lr * strength * W is too large
+            gradient is added to the loss's, as in the paper; training then diverges if `lr * strength * W` is too large
             for any weight, see `npc_ext.baselines.anchored.Anchored`.
         params: what to train, as for any torch optimizer: parameters, or groups of them with their options. Default:
             all of the model's parameters.
@@ -47,7 +50,8 @@ class SI(Anchored):
             where they are available).
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Example:
         >>> optimizer = SI(model, lr=0.1, strength=0.1)

@@ -65,7 +65,7 @@ class SSL(MAS):
             `optimizer.sparsity = 1e-6`.
         momentum, nesterov, weight_decay, maximize: as in `torch.optim.SGD`.
         implicit: if True, the pull is a proximal step, which is stable for every strength. If False, the gradient of
-            MAS's penalty is added to the loss's, as in the paper; training then diverges if lr * strength * W is too
+            MAS's penalty is added to the loss's, as in the paper; training then diverges if `lr * strength * W` is too
             large for any weight, see `npc_ext.baselines.anchored.Anchored`.
         scale: standard deviation of the inhibition, in neurons, above 0. Default: a sixth of the layer's neurons.
         inhibited: names of the layers whose neurons inhibit each other, or patterns as in a shell. Default: every fully
@@ -77,7 +77,8 @@ class SSL(MAS):
             where they are available).
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Warns:
         UserWarning: neurons have no bias, so their importance is not known.
@@ -188,10 +189,12 @@ class SSL(MAS):
         Each call adds a task.
 
         Args:
-            batches, options: as in `MAS.consolidate`.
+            batches: as in `MAS.consolidate`.
+            options: as in `MAS.consolidate`: outputs, forward, samples, chunk_size, progress.
 
         Raises:
-            ValueError, TypeError: as in `MAS.consolidate`. Nothing is changed then.
+            ValueError: as in `MAS.consolidate`. Nothing is changed then.
+            TypeError: as in `MAS.consolidate`. Nothing is changed then.
         """
         super().consolidate(batches, **options)
         self._discount()

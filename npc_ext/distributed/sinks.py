@@ -143,8 +143,8 @@ class SharedSinks:
             f"torch.distributed runs with {processes} processes, but the optimizer was not told whether they train one "
             "model together, whose importance is then measured together: build it on the wrapped model "
             "(DistributedDataParallel or fully_shard first), or pass process_group=torch.distributed.group.WORLD, or "
-            "process_group=None if each process trains a model of its own. Do this after init_process_group: WORLD is "
-            "None before, so None says nothing then"
+            "process_group=None if each process trains a model of its own. Do this after init_process_group: before "
+            "it, WORLD is None, which means 'auto'"
         )
 
     def check_covers(self, processes: Sequence[int], name: str) -> None:

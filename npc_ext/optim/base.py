@@ -98,6 +98,8 @@ class ModelOptimizer(ImportanceHolder):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters with its options, for example a new head of the model.
 
+        NPC, NPCAdamW and CPC search the model again for layers. Known layers keep their importance.
+
         Args:
             param_group: {"params": ...}, with the options in which the group differs from the others.
 
@@ -109,6 +111,10 @@ class ModelOptimizer(ImportanceHolder):
         Example:
             >>> optimizer.add_param_group({"params": model.heads[2].parameters(), "lr": 0.05})
         """
+        self._add_group(param_group)
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        """What `add_param_group` does."""
         check_group(param_group, self._OPTIONS)
         param_group.update(with_one_decay(param_group))
         self._check_options({**self.defaults, **param_group})

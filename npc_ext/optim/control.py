@@ -50,23 +50,8 @@ class PlasticityControl(ModelOptimizer):
         self._has_layers = True
         self._check_protection()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group of parameters with its options, for example a new head of the model.
-
-        The model is searched again for layers. Known layers keep their importance.
-
-        Args:
-            param_group: {"params": ...}, with the options in which the group differs from the others.
-
-        Raises:
-            ValueError: an option is unknown or out of range; or a parameter is uninitialized, complex, created under
-                `torch.inference_mode()`, or sharded in a way that is not supported. Nothing is changed then.
-            TypeError: the group is not a dictionary.
-
-        Example:
-            >>> optimizer.add_param_group({"params": model.heads[2].parameters(), "lr": 0.05})
-        """
-        super().add_param_group(param_group)
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        super()._add_group(param_group)
         try:
             if self._has_layers:
                 self._find_layers()
@@ -97,7 +82,8 @@ class PlasticityControl(ModelOptimizer):
             constants: alpha, beta, delta or half_life, sigma, normalize.
 
         Raises:
-            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+            TypeError: there is no such constant, or its type is wrong. Nothing is changed then.
+            ValueError: a constant is out of range. Nothing is changed then.
 
         Example:
             >>> optimizer.set_constants(beta=1.0, half_life=1000)

@@ -75,7 +75,8 @@ class NPC(Plastic):
         backend: "native" (compiled kernels, or an error), "reference" (plain PyTorch) or "auto".
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Warns:
         ImportanceWarning: more than half of the elements that are trained belong to no neuron.

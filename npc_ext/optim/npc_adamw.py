@@ -28,8 +28,9 @@ class NPCAdamW(Plastic):
 
         s_i = min(1, alpha * sqrt(max(beta / C_i - 1, 0)))    (eq. 7)
 
-    Where s_i is 0 the neuron is frozen: its weights and their moments stay bit-identical. Its first moment is cleared
-    when it freezes, so that no old gradient moves it when it thaws. The whole step is one call of a compiled kernel.
+    Where `s_i` is 0, the neuron is frozen: its weights and their moments stay bit-identical. Its first moment is
+    cleared when it freezes, so that no old gradient moves it when it thaws. The whole step is one call of a compiled
+    kernel.
 
     Sources: Paik et al., "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control", AAAI 2020, arXiv
     1907.13322; Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
@@ -44,7 +45,8 @@ class NPCAdamW(Plastic):
         maximize, stochastic_rounding: as in `NPC`.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Warns:
         ImportanceWarning: more than half of the elements that are trained belong to no neuron.

@@ -64,7 +64,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             64 MiB.
 
     Raises:
-        ValueError, TypeError: an argument is out of range or does not fit the model; the message says what to change.
+        ValueError: an argument is out of range or does not fit the model; the message says what to change.
+        TypeError: an argument has the wrong type, or there is no such option.
 
     Warns:
         ImportanceWarning: more than half of the elements that are trained belong to no neuron.
@@ -333,7 +334,8 @@ class PlasticityWrapper(torch.optim.Optimizer, Joinable):
             constants: alpha, beta, delta or half_life, sigma, normalize.
 
         Raises:
-            TypeError, ValueError: there is no such constant, or it is out of range. Nothing is changed then.
+            TypeError: there is no such constant, or its type is wrong. Nothing is changed then.
+            ValueError: a constant is out of range. Nothing is changed then.
         """
         self._tracker.set_constants(**constants)
 

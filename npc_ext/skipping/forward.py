@@ -10,9 +10,9 @@ dL/dx is computed as usual, so everything upstream, including importance, stays 
 computes no weight gradient and does not keep x for it. If x requires no gradient either, back-propagation can end at
 the point where the layer is measured (constants.py).
 
-If only some rows can move, `skipping_pays` (gradients.py) decides from the shapes whether to compute those rows
-separately. Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is
-captured, under torch.func, and for sparse or nested input.
+If only some rows can move, `skipping_pays` (gradients.py) decides whether to compute those rows separately.
+Everything is computed as usual in eval mode, without gradients, under torch.compile, while a CUDA graph is captured,
+under torch.func, and for sparse or nested input.
 """
 
 from __future__ import annotations

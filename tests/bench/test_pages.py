@@ -94,7 +94,7 @@ def test_without_a_flight_no_goal_on_a_gpu_is_measured(tmp_path: Path) -> None:
     rows = gpu.goals_table(tmp_path).splitlines()[2:]
     assert len(rows) == len(gpu.GOALS) + 1
     assert all(row.endswith("| not measured |") for row in rows)
-    assert gpu.flights_list(tmp_path) == "No flight is recorded yet."
+    assert gpu.flights_list(tmp_path) == "No run on a GPU is recorded yet."
 
 
 def test_the_rows_of_a_flight_fill_the_goals_on_a_gpu(tmp_path: Path) -> None:

@@ -393,7 +393,7 @@ def test_a_group_that_was_read_before_there_was_one_is_not_taken_for_none(
     for optimizer in optimizers:
         optimizer.load_importance(None)
         before = numbers(optimizer)
-        with pytest.raises(RuntimeError, match=r"2 processes, .*after init_process_group: WORLD is None before"):
+        with pytest.raises(RuntimeError, match=r"2 processes, .*after init_process_group: before it, WORLD is None"):
             take_steps(model, optimizer, [batch(0)])
         assert same(before.values(), numbers(optimizer).values())
     take_steps(model, make(model, process_group=None).load_importance(None), [batch(0)])

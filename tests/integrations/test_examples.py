@@ -59,7 +59,7 @@ def packages_of(name: str, *, itself: bool = False) -> set[str]:
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_an_example_says_how_to_run_it_and_what_it_needs(name: str) -> None:
     description = " ".join((ast.get_docstring(ast.parse(source_of(name))) or "").split())
-    assert f"Run it from the checkout's folder: `python -m examples.{name}`" in description
+    assert f"Run `python -m examples.{name}`" in description
     needed = re.search(r"It needs `pip install ([\w -]+)`", description)
     assert needed and set(needed[1].split()) == packages_of(name)
     advised = re.search(r"this example needs: pip install ([\w -]+)", source_of(name))
