@@ -12,6 +12,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 REQUIREMENTS := .venv/requirements.stamp
 BUILD := .venv/build.stamp
+# A test process on each core, up to four: each takes a gigabyte, and some tests start processes themselves. "logical",
+# because two cores of a virtual machine may count as one physical core. The tests of a file stay together, because many
+# share what they compile or compute.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 # NO_MKDOCS_2_WARNING: MkDocs 1.6 is pinned, so a page of advertising in every output helps nobody.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs
 HAS_MKDOCS = $(BIN)/python -c "import mkdocs" 2>/dev/null || \
@@ -27,10 +31,10 @@ demo: $(BUILD)
 	@$(BIN)/python -m bench.continual.demo
 
 test: $(BUILD)
-	@$(BIN)/python -m pytest
+	@$(PYTEST)
 
 test-fast: $(BUILD)
-	@$(BIN)/python -m pytest -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 bench: $(BUILD)
 	@$(BIN)/python -m bench.micro

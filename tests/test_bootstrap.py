@@ -247,8 +247,9 @@ def finished(checkout: Path) -> Path:
 
 
 def test_a_second_run_sets_nothing_up_again(finished: Path) -> None:
-    assert make(finished, "--dry-run", "test").splitlines() == [".venv/bin/python -m pytest"]
-    assert make(finished, "--dry-run", "test-fast").splitlines() == ['.venv/bin/python -m pytest -m "not slow"']
+    (everything,) = make(finished, "--dry-run", "test").splitlines()
+    assert everything.startswith(".venv/bin/python -m pytest ")
+    assert make(finished, "--dry-run", "test-fast").splitlines() == [f'{everything} -m "not slow"']
 
 
 @pytest.mark.parametrize(
