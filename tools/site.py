@@ -25,12 +25,19 @@ LOG = logging.getLogger("mkdocs.hooks.site")
 ROOT = Path(__file__).resolve().parents[1]
 # A link or a picture of Markdown whose target leaves the page's folder: `](../...)`.
 _LEAVES = re.compile(r"\]\((\.\./[^)\s#]+)(#[^)\s]*)?\)")
+# Pages whose weight in the search is raised: people paste messages into it.
+_BOOST = {"reference/errors.md": 2}
 _PICTURES = {".gif", ".jpg", ".png", ".svg"}
 _LOADED = re.compile(r"""<(?:script|img|link|iframe)\b[^>]*\b(?:src|href)=["']?((?:https?:)?//[^"'\s>]+)""")
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files, **_: Any) -> str:
-    """Copies the linked files of the repository to the site, and leads the page's links to the copies."""
+    """Copies the linked files of the repository to the site, and leads the page's links to the copies.
+
+    The weight in the search is set here, because GitHub shows a page's own metadata as a table.
+    """
+    if page.file.src_uri in _BOOST:
+        page.meta["search"] = {"boost": _BOOST[page.file.src_uri]}
     docs = Path(config.docs_dir)
     here = (docs / page.file.src_uri).parent
 

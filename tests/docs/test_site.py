@@ -106,6 +106,10 @@ def test_a_linked_file_outside_of_docs_is_copied(page: Any) -> None:
     assert "repository/bench/results/demo/average.svg" in copied
 
 
+def test_the_search_prefers_pages_that_explain_messages() -> None:
+    assert all((ROOT / "docs" / page).is_file() for page in site._BOOST)
+
+
 @pytest.mark.parametrize("tag", ['<script src="https://x.org/y.js">', "<img alt='a' src=//x.org/y.png>"])
 def test_a_page_that_loads_from_another_server_is_refused(page: Any, tag: str) -> None:
     site.on_post_page('<a href="https://x.org">links may</a><script src="own.js">', page=page["page"])
