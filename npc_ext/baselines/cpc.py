@@ -62,8 +62,8 @@ class CPC(PlasticityControl):
         eta_ij = lr * min(1, alpha * sqrt(max(beta / C_ij - 1, 0)))    (eq. 7)
 
     It is the control experiment of the NPC paper. It keeps one float for each connection instead of one for each
-    neuron, and forgets more. Source: Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level
-    Plasticity Control", AAAI 2020, arXiv 1907.13322.
+    neuron. Source: Paik, Oh, Kwak, Kim, "Overcoming Catastrophic Forgetting by Neuron-Level Plasticity Control",
+    AAAI 2020, arXiv 1907.13322.
 
     Use it as `torch.optim.SGD`; nothing else in the training loop changes. Layers are the model's Linear, Conv and
     ConvTranspose modules, and the input projections of attention; other parameters train at plain `lr`.
