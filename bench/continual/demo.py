@@ -1,6 +1,6 @@
 """Learns five tasks in a row on scikit-learn's handwritten digits, with SGD, NPC and two controls: `make demo`.
 
-All have the same learning rate, and none is tuned. NPC has the options that README.md recommends.
+All start with the same learning rate, and none is tuned. NPC has the options that README.md recommends.
 Prints a table, and writes the table, figures and all numbers to build/demo.
 """
 

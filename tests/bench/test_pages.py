@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from bench.continual.demo import FALL
 from bench.pages import PAGES, gpu, learning, micro, render, scaling
 from bench.pages.render import FOLDER, TEMPLATES
 from bench.rows import OURS, Row, Writer
+from bench.tables import mean_and_error
 
 WRITE = "run `python -m bench.pages`, and commit what it writes"
 # What a template may write with a decimal point: what is filled in, and code.
@@ -88,6 +90,23 @@ def test_the_factor_of_falling_rates_is_the_demonstrations() -> None:
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) < 200
+
+
+def test_what_is_said_of_the_controls_follows_from_the_records() -> None:
+    def is_above(values: list[float], others: list[float]) -> bool:
+        """By more than two standard errors of the difference."""
+        (mean, error), (other, other_error) = mean_and_error(values), mean_and_error(others)
+        return mean - other > 2 * math.hypot(error, other_error)
+
+    for lr in learning.demos():
+        npc, sgd, falling, shuffled = (
+            learning.demo(lr, method) for method in ("NPC", "SGD", "SGD, falling rate", "NPC, shuffled")
+        )
+        assert is_above(falling.forgetting, npc.forgetting)
+        assert is_above(shuffled.forgetting, npc.forgetting) is (lr == min(learning.demos(), key=float))
+        assert is_above(sgd.forgetting, npc.forgetting) is (lr != "0.03")
+        for control in (falling, shuffled):
+            assert not is_above(npc.average, control.average)
 
 
 def test_without_a_flight_no_goal_on_a_gpu_is_measured(tmp_path: Path) -> None:
