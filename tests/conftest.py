@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # The slowest tests compile, and take a few minutes on an idle machine.
-MOST_SECONDS = 900
+MOST_SECONDS = 600
 
 
 @pytest.fixture(autouse=True)

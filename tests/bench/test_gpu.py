@@ -185,7 +185,7 @@ def test_a_flight_that_is_killed_loses_the_row_it_was_at_and_leaves_no_process(
 ) -> None:
     process = begun("kernels", tmp_path, clean, "update")
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(20) == 143
     found = rows.read(tmp_path)
     assert found.of_part("importance")
     assert found.of_part("relu")
@@ -203,8 +203,8 @@ def test_the_processes_of_a_flight_die_with_it(clean: dict[str, str], tmp_path: 
 
 
 def all_end(text: str) -> bool:
-    """Whether all processes that have a text there or in their environment end within a minute."""
-    deadline = time.monotonic() + 60
+    """Whether all processes that have a text there or in their environment end within ten seconds."""
+    deadline = time.monotonic() + 10
     while still_there := running(text):
         if time.monotonic() > deadline:
             break
@@ -238,7 +238,7 @@ def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
     command = Command(arguments, lambda status: {"state": "x", "so far": 7}, lambda: looks.append(0))
     started = time.perf_counter()
     assert command.run(settings(tmp_path), 2) == {"state": KILLED, "so far": 7}
-    assert time.perf_counter() - started < 30, "it would have slept for longer"
+    assert time.perf_counter() - started < 4
     assert looks
     assert all_end(mark)
 
@@ -246,7 +246,7 @@ def test_a_command_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
 @pytest.mark.slow
 def test_a_worker_that_hangs_is_ended_and_the_next_part_gets_a_new_one(tmp_path: Path) -> None:
     process = Worker(settings(tmp_path))
-    assert process.measure("load", 300) == {"state": "complete"}
+    assert process.measure("load", 60) == {"state": "complete"}
     os.kill(process.pid, signal.SIGSTOP)  # as a kernel that never ends would have it
     assert process.measure("relu", 1) == {"state": KILLED}
     assert not process.is_running()
