@@ -79,6 +79,6 @@ def test_the_oldest_torch_that_is_promised_was_run() -> None:
     assert promised
     records = ROOT / "bench" / "results" / "compatibility"
     (record,) = records.glob(f"torch-{promised[1]}-python-*.md")
-    total = re.search(r"\| \*\*all\*\* \| \*\*(\d+)\*\* \| \*\*(\d+)\*\* \|", record.read_text())
+    total = re.search(r"\| \*\*all\*\* +\| \*\*(\d+)\*\* +\| \*\*(\d+)\*\* +\|", record.read_text())
     assert total and int(total[1]) > 1000 and int(total[2]) == 0
     assert f"torch {promised[1]} or newer" in (ROOT / "README.md").read_text()

@@ -174,6 +174,7 @@ LEARNERS: dict[str, Callable[[nn.Module], Any]] = {
 @cache
 def two_tasks() -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The handwritten digits 0 to 4, and the same with shuffled pixels: images and labels to train and to test."""
+    pytest.importorskip("sklearn", reason="scikit-learn, which holds the digits, is not installed")
     from bench.continual.tasks import digits
 
     task, shuffled = digits(classes_per_task=5)[0], torch.randperm(64, generator=torch.Generator().manual_seed(5))
