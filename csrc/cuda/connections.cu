@@ -245,13 +245,14 @@ std::vector<Part> divide(const UpdateParams& params) {
   return parts;
 }
 
-// The scratch memory that a part needs on a device that runs `resident` blocks at a time.
-int64_t scratch_bytes(const Part& part, int64_t resident) {
-  return 2 * Scratch::bytes_of<float>(static_cast<int64_t>(part.layers.size()) * resident);
+// The floats of scratch memory that a part needs on a device that runs `resident` blocks at a time.
+int64_t scratch_floats(const Part& part, int64_t resident) {
+  return 2 * static_cast<int64_t>(part.layers.size()) * resident;
 }
 
+// scratch: as many floats as scratch_floats() says.
 template <class N>
-void launch_part(const UpdateParams& params, const Part& part, const Stream& stream) {
+void launch_part(const UpdateParams& params, const Part& part, float* scratch, const Stream& stream) {
   N network{};
   network.grad_scale = params.grad_scale;
   network.found_inf = params.found_inf;
@@ -281,9 +282,8 @@ void launch_part(const UpdateParams& params, const Part& part, const Stream& str
   }
   if (network.items == 0) return;
   const int64_t blocks = std::min(network.items, resident);
-  Scratch scratch(stream, scratch_bytes(part, resident));  // shared by launches, which follow each other
-  network.partial_sums = scratch.array<float>(network.layer_count * blocks);
-  network.partial_counts = scratch.array<float>(network.layer_count * blocks);
+  network.partial_sums = scratch;
+  network.partial_counts = scratch + network.layer_count * blocks;
   launch(connection_update_kernel<N>, blocks, true, stream, network);
 }
 
@@ -295,15 +295,17 @@ void launch_connection_update(const UpdateParams& params, const Stream& stream) 
   const auto is_small = [](const Part& part) {
     return part.layers.size() <= SmallNetwork::kLayers && part.parameters.size() <= SmallNetwork::kParameters;
   };
-  // The scratch memory of the largest part is allocated before the first launch, so that a step
-  // happens as a whole or not at all.
+  // The parts share scratch memory, because their launches follow each other. It is allocated before
+  // the first one, so that a step happens as a whole or not at all.
   const int64_t resident = std::max(resident_blocks(connection_update_kernel<SmallNetwork>),
                                     resident_blocks(connection_update_kernel<LargeNetwork>));
-  int64_t bytes = 0;
-  for (const Part& part : parts) bytes = std::max(bytes, scratch_bytes(part, resident));
-  const Scratch largest(stream, bytes);
+  int64_t floats = 0;
+  for (const Part& part : parts) floats = std::max(floats, scratch_floats(part, resident));
+  Scratch scratch(stream, Scratch::bytes_of<float>(floats));
+  float* shared = scratch.array<float>(floats);
   for (const Part& part : parts) {
-    is_small(part) ? launch_part<SmallNetwork>(params, part, stream) : launch_part<LargeNetwork>(params, part, stream);
+    is_small(part) ? launch_part<SmallNetwork>(params, part, shared, stream)
+                   : launch_part<LargeNetwork>(params, part, shared, stream);
   }
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <iterator>
 #include <numeric>
+#include <optional>
 
 namespace npc::cuda {
 namespace {
@@ -224,10 +225,11 @@ ImportanceWork divide_importance(const ImportanceParams& params) {
 void launch_importance(const ImportanceParams& params, const Stream& stream) {
   const OnDevice guard(stream.device);
   ImportanceWork work = divide_importance(params);
+  std::optional<Scratch> scratch;
   if (const int64_t sums = work.partial_sums(); sums > 0) {
-    Scratch scratch(stream, Scratch::bytes_of<float>(sums));
-    work.arrived = scratch.counters(work.tiles);
-    work.partial = scratch.array<float>(sums);
+    scratch.emplace(stream, Scratch::bytes_of<float>(sums));
+    work.arrived = scratch->counters(work.tiles);
+    work.partial = scratch->array<float>(sums);
   }
   launch(params.gradient_in == nullptr ? kernel_of<false>(work) : kernel_of<true>(work), work.blocks(), false, stream,
          work);

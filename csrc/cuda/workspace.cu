@@ -6,6 +6,7 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
 
 namespace npc::cuda {
 namespace {
@@ -42,7 +43,13 @@ cudaError_t clear(void* data, cudaStream_t stream, const Capture& capture) {
   return error;
 }
 
-Workspace allocate(const Stream& stream, int64_t bytes, const Capture& capture) {
+struct Memory {
+  void* data = nullptr;
+  int64_t bytes = 0;
+  std::mutex turn;  // of the operations that use it
+};
+
+void* allocate(const Stream& stream, int64_t bytes, const Capture& capture) {
   const RelaxedCapture relaxed;
   void* data = nullptr;
   if (const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes)); error != cudaSuccess) {
@@ -56,13 +63,13 @@ Workspace allocate(const Stream& stream, int64_t bytes, const Capture& capture) 
     cudaFree(data);
     check(error, "clearing scratch");
   }
-  return {data, bytes};
+  return data;
 }
 
 struct Workspaces {
   std::mutex mutex;
-  std::map<std::tuple<int, void*, bool, unsigned long long>, Workspace> newest;  // device, stream, capture
-  std::map<int, int64_t> bytes;                                                  // of all workspaces, by device
+  std::map<std::tuple<int, void*, bool, unsigned long long>, Memory> newest;  // device, stream, capture
+  std::map<int, int64_t> bytes;                                               // of all workspaces, by device
 };
 
 // Never destroyed: host threads may still launch while the process ends.
@@ -76,13 +83,19 @@ Workspaces& workspaces() {
 Workspace workspace_of(const Stream& stream, int64_t bytes) {
   const Capture capture = capture_of(static_cast<cudaStream_t>(stream.handle));
   Workspaces& all = workspaces();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  Workspace& newest = all.newest[{stream.device, stream.handle, capture.active, capture.id}];
-  if (newest.bytes >= bytes) return newest;
-  const int64_t first = capture.active ? kFirstCaptureBytes : kFirstBytes;
-  newest = allocate(stream, std::max({bytes, first, 2 * newest.bytes}), capture);
-  all.bytes[stream.device] += newest.bytes;
-  return newest;
+  std::unique_lock<std::mutex> lock(all.mutex);
+  Memory& newest = all.newest[{stream.device, stream.handle, capture.active, capture.id}];
+  lock.unlock();  // the map never moves its elements
+  std::unique_lock<std::mutex> turn(newest.turn);
+  if (newest.bytes < bytes) {
+    const int64_t first = capture.active ? kFirstCaptureBytes : kFirstBytes;
+    const int64_t larger = std::max({bytes, first, 2 * newest.bytes});
+    newest.data = allocate(stream, larger, capture);
+    newest.bytes = larger;
+    lock.lock();
+    all.bytes[stream.device] += larger;
+  }
+  return {newest.data, newest.bytes, std::move(turn)};
 }
 
 int64_t workspace_bytes(int device) {

@@ -100,21 +100,22 @@ def test_memory_that_cannot_be_allocated_is_an_error_that_says_how_to_fix_it(str
     importance(stream)
 
 
-def test_threads_launch_on_different_streams_at_the_same_time() -> None:
-    streams = [next(_streams) for _ in range(4)]
+@pytest.mark.parametrize("count", [4, 1])
+def test_threads_launch_at_the_same_time_on_different_streams_and_on_the_same_one(count: int) -> None:
+    streams = [next(_streams) for _ in range(count)]
     before, failures = kept(), list[BaseException]()
 
     def work(stream: int) -> None:
         try:
-            for samples in (600, 900):
-                importance(stream, samples)
+            for repeat in range(10):
+                importance(stream, 600 + 300 * (repeat % 2))
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(stream,)) for stream in streams]
+    threads = [threading.Thread(target=work, args=(streams[index % count],)) for index in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
-    assert kept() - before >= 4 * COUNTERS
+    assert kept() - before >= count * COUNTERS
