@@ -23,8 +23,10 @@
 // next item. It loads kBatch slots of n and of dL/dn, 8 x 16 bytes, before it uses the first, even
 // if they belong to several items.
 //
-// A neuron that received no gradient has the importance -0.0; all other zeros are +0.0.
-// marked_product() tells the two apart, and sums that begin at -0.0 keep them apart.
+// A neuron that received no gradient has the importance -0.0; all other zeros are +0.0. Each thread
+// combines the bits of all its gradients (struct Received), which takes at most one instruction for
+// 4 bytes, and the block marks its sums in the end. Sums of marked sums begin at -0.0, which keeps
+// the two apart.
 //
 // Traffic: 2 * B * N * P * sizeof(T) bytes read and N floats written. ReLU's backward pass writes
 // another B * N * P * sizeof(T) bytes, as it does without importance. Packs that two rows share are
@@ -186,40 +188,80 @@ __device__ __forceinline__ void load_batch(Slots<layout, P>& slots, P (&n)[kBatc
   }
 }
 
-// Stores ReLU's gradient of a pack: dL/dn where n > 0, else 0. It has the memory order of n, which
-// was loaded from `from`.
+// ReLU's gradient of a pack: dL/dn where n > 0, else 0.
+template <class P>
+__device__ __forceinline__ P relu_gradient(const P& n, const P& g) {
+  P out = g;
+  if constexpr (P::size > 1 && sizeof(typename P::T) == 2) {
+    uint32_t words[2][sizeof(P) / 4];
+    memcpy(words[0], &n, sizeof(P));
+    memcpy(words[1], &g, sizeof(P));
+    for (size_t word = 0; word < sizeof(P) / 4; ++word) {
+      words[1][word] &= ~at_most_zero<typename P::T>(words[0][word]);
+    }
+    memcpy(&out, words[1], sizeof(P));
+  } else {
+    for (int k = 0; k < P::size; ++k) {
+      if (to_float(n.at[k]) <= 0.0f) from_float(0.0f, out.at[k]);
+    }
+  }
+  return out;
+}
+
+// Stores ReLU's gradient of a pack. It has the memory order of n, which was loaded from `from`.
 template <class P>
 __device__ __forceinline__ void store_relu(const ImportanceParams& p, const typename P::T* from, const P& n,
                                            const P& g) {
   using T = typename P::T;
-  P out = g;
-  for (int k = 0; k < P::size; ++k) {
-    if (to_float(n.at[k]) <= 0.0f) from_float(0.0f, out.at[k]);
-  }
-  store(static_cast<T*>(p.gradient_in) + (from - static_cast<const T*>(p.activation)), out);
+  store(static_cast<T*>(p.gradient_in) + (from - static_cast<const T*>(p.activation)), relu_gradient(n, g));
 }
 
-// Sets all elements of a pack to 0 but those in [begin, end).
+// Sets all elements of two packs to 0 but those in [begin, end).
 template <class P>
-__device__ __forceinline__ void keep(P& pack, int begin, int end) {
+__device__ __forceinline__ void keep(P& n, P& g, int begin, int end) {
   for (int k = 0; k < P::size; ++k) {
-    if (k < begin || k >= end) from_float(0.0f, pack.at[k]);
+    if (k >= begin && k < end) continue;
+    from_float(0.0f, n.at[k]);
+    from_float(0.0f, g.at[k]);
   }
 }
 
-// n * dL/dn. A zero is -0.0 if dL/dn is zero, else +0.0. So a sum that begins at kNoGradient stays
-// kNoGradient if and only if all gradients are zero. Infinities and NaN are kept.
-__device__ __forceinline__ float marked_product(float n, float g) {
-  const float product = n * g;
-  return g == 0.0f ? -fabsf(product) : product + 0.0f;
-}
+// Remembers whether a number other than zero was seen: at each place of a pack if `kApart`, else
+// anywhere.
+template <class P, bool kApart>
+struct Received {
+  static constexpr int kWords = (sizeof(P) + 3) / 4, kNumbers = sizeof(typename P::T) == 4 ? 1 : 2;  // in a word
+  static constexpr uint32_t kNoSign = kNumbers == 1 ? 0x7fffffffu : 0x7fff7fffu;  // zeros have signs
+  uint32_t bits[kApart ? kWords : 1] = {};
 
-// The absolute value of a sum; a zero keeps its sign.
+  __device__ __forceinline__ void add(const P& g) {
+    uint32_t words[kWords] = {};
+    memcpy(words, &g, sizeof(P));
+    for (int word = 0; word < kWords; ++word) bits[kApart ? word : 0] |= words[word];
+  }
+
+  __device__ __forceinline__ bool at(int i) const {
+    static_assert(kApart);
+    const uint32_t of_number = kNumbers == 1 ? kNoSign : 0x7fffu << 16 * (i % kNumbers);
+    return (bits[i / kNumbers] & of_number) != 0;
+  }
+
+  __device__ __forceinline__ bool anywhere() const {
+    static_assert(!kApart);
+    return (bits[0] & kNoSign) != 0;
+  }
+};
+
+// Makes a sum of zero -0.0 (kNoGradient) if no gradient was received, else +0.0. Infinities and NaN
+// are kept.
+__device__ __forceinline__ float marked(float sum, bool received) { return received ? sum + 0.0f : -fabsf(sum); }
+
+// The absolute value of a marked sum; a zero keeps its sign.
 __device__ __forceinline__ float magnitude(float sum) { return sum == 0.0f ? sum : fabsf(sum); }
 
 // What an item's sum adds to the total of a group's items.
 __device__ __forceinline__ float share(const ImportanceWork& w, float sum) {
-  return w.chunks > 1 ? sum : magnitude(sum);
+  return w.chunks > 1 ? sum : fabsf(sum);
 }
 
 // The sum of what `rows` rows of groups left in shared memory for one of the tile's neurons.
@@ -259,27 +301,27 @@ __device__ __forceinline__ void rows_block(const ImportanceWork& w, int64_t firs
   const Slots<Layout::rows, P> slots(w, slice, group / w.tile, neuron < p.neurons, lane * P::size, w.positions + before,
                                      row_n - before, row_g - before);
   const int begin = slots.at_begin() ? before : 0, end = slots.end();
-  float sum = kNoGradient, total = kNoGradient;
+  float sum = 0.0f, total = 0.0f;
+  Received<P, false> received;
   for_each_slot(slots, [&](const Slot<typename P::T>& slot, P& n, P& g) {
     if constexpr (kRelu) {  // a pack that two rows share is written once
       if (slot.wanted && slot.at >= begin) store_relu(p, slot.n, n, g);
     }
-    if (P::size > 1 && slot.wanted && (slot.at < begin || slot.at + P::size > end)) {
-      keep(n, begin - slot.at, end - slot.at);
-      keep(g, begin - slot.at, end - slot.at);
+    if constexpr (P::size > 1) {
+      if (slot.wanted && (slot.at < begin || slot.at + P::size > end)) keep(n, g, begin - slot.at, end - slot.at);
     }
-    float products[P::size];
-    for (int i = 0; i < P::size; ++i) products[i] = marked_product(to_float(n.at[i]), to_float(g.at[i]));
-    for (int half = P::size / 2; half > 0; half /= 2) {
-      for (int i = 0; i < half; ++i) products[i] += products[i + half];
-    }
-    sum += products[0];
+    const auto a = floats_of(n), b = floats_of(g);
+    float of_pack = a.at[0] * b.at[0];
+    for (int i = 1; i < P::size; ++i) of_pack = fmaf(a.at[i], b.at[i], of_pack);
+    sum += of_pack;
+    received.add(g);
     if (slot.last) {
       total += share(w, sum_over_lanes(sum, w.lanes));
-      sum = kNoGradient;
+      sum = 0.0f;
     }
   });
-  if (lane == 0) shared.sums[group] = total;
+  const float lanes_that_received = sum_over_lanes(received.anywhere() ? 1.0f : 0.0f, w.lanes);
+  if (lane == 0) shared.sums[group] = marked(total, lanes_that_received > 0.0f);
 }
 
 // The same where neurons are contiguous.
@@ -294,28 +336,39 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   float sums[P::size];  // of the thread's neurons, over an item
   // Over all items. Where groups share a sample, totals[0] belongs to the tile's neuron number thread().
   float totals[P::size];
-  for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = kNoGradient;
+  Received<P, true> received;
+  for (int i = 0; i < P::size; ++i) sums[i] = totals[i] = 0.0f;
   const auto leave = [&](const float (&values)[P::size]) {
     for (int i = 0; i < P::size; ++i) shared.sums[group * w.tile + column + i] = values[i];
   };
   for_each_slot(slots, [&](const Slot<typename P::T>& slot, const P& n, const P& g) {
-    for (int i = 0; i < P::size; ++i) sums[i] += marked_product(to_float(n.at[i]), to_float(g.at[i]));
+    const auto a = floats_of(n), b = floats_of(g);
+    for (int i = 0; i < P::size; ++i) sums[i] = fmaf(a.at[i], b.at[i], sums[i]);
+    received.add(g);
     if constexpr (kRelu) {
       if (slot.wanted) store_relu(p, slot.n, n, g);
     }
     if (!slot.last) return;
     if (w.team == 1) {
-      for (int i = 0; i < P::size; ++i) totals[i] += magnitude(sums[i]);
+      for (int i = 0; i < P::size; ++i) totals[i] += fabsf(sums[i]);
     } else {
       leave(sums);
       __syncthreads();
       if (thread() < w.tile) totals[0] += share(w, sum_over_rows(shared, w.team, w.tile, thread()));
       __syncthreads();
     }
-    for (int i = 0; i < P::size; ++i) sums[i] = kNoGradient;
+    for (int i = 0; i < P::size; ++i) sums[i] = 0.0f;
   });
-  if (w.team == 1) leave(totals);
-  else if (thread() < w.tile) shared.sums[thread()] = totals[0];
+  if (w.team == 1) {
+    for (int i = 0; i < P::size; ++i) totals[i] = marked(totals[i], received.at(i));
+    return leave(totals);
+  }
+  for (int i = 0; i < P::size; ++i) sums[i] = received.at(i) ? 1.0f : 0.0f;
+  leave(sums);
+  __syncthreads();
+  const bool any = thread() < w.tile && sum_over_rows(shared, w.team, w.tile, thread()) > 0.0f;
+  __syncthreads();
+  if (thread() < w.tile) shared.sums[thread()] = marked(totals[0], any);
 }
 
 // Writes the block's sums, shared.sums[rows][tile]: to the result if no other block works on the

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "runtime.h"
 
@@ -54,6 +55,23 @@ struct alignas(P::size == 1 ? sizeof(float) : kPackBytes) Floats {
   static constexpr int size = P::size;
   float at[size];
 };
+
+template <class P>
+__device__ __forceinline__ Floats<P> floats_of(const P& pack) {
+  Floats<P> floats;
+  if constexpr (P::size > 1 && std::is_same_v<typename P::T, __nv_bfloat16>) {
+    // The bits are the upper half of a float's. The compiler takes more instructions to convert one by one.
+    Words words;
+    memcpy(&words, &pack, sizeof(P));
+    for (int word = 0; word < P::size / 2; ++word) {
+      floats.at[2 * word] = __uint_as_float(words.at[word] << 16);
+      floats.at[2 * word + 1] = __uint_as_float(words.at[word] & 0xffff0000u);
+    }
+  } else {
+    for (int i = 0; i < P::size; ++i) floats.at[i] = to_float(pack.at[i]);
+  }
+  return floats;
+}
 
 // Loads the pack that begins at `from`, if it is wanted. Otherwise nothing is read and `pack` keeps
 // its bits.

@@ -11,7 +11,9 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <cstring>
 #include <cuda/atomic>
+#include <type_traits>
 
 namespace npc::cuda {
 
@@ -44,6 +46,15 @@ __device__ __forceinline__ void store_16_bytes(void* to, const Words& words) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words.at[0]),
                "r"(words.at[1]), "r"(words.at[2]), "r"(words.at[3])
                : "memory");
+}
+
+// For two numbers in a word: all bits of those that are at most 0. NaN is not.
+template <class T>
+__device__ __forceinline__ uint32_t at_most_zero(uint32_t pair) {
+  using Pair = std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>;
+  Pair numbers;
+  memcpy(&numbers, &pair, sizeof(pair));
+  return __hle2_mask(numbers, Pair{});
 }
 
 // Starts to bring the data at an address into the L2 cache.

@@ -168,7 +168,26 @@ inline __nv_bfloat16 __float2bfloat16_rn(float f) {
 }
 
 inline uint32_t __float_as_uint(float f) { return std::bit_cast<uint32_t>(f); }
+inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }
+
+namespace npc::cuda {
+
+template <class T>
+uint32_t at_most_zero(uint32_t pair) {
+  T numbers[2];
+  std::memcpy(numbers, &pair, sizeof(pair));
+  uint32_t bits = 0;
+  for (int i = 0; i < 2; ++i) {
+    float number;
+    if constexpr (std::is_same_v<T, __half>) number = __half2float(numbers[i]);
+    else number = __bfloat162float(numbers[i]);
+    if (number <= 0.0f) bits |= 0xffffu << 16 * i;
+  }
+  return bits;
+}
+
+}  // namespace npc::cuda
 
 // ------------------------------------------------------------------------------------------------------------- runtime
 

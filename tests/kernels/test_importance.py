@@ -298,6 +298,20 @@ def test_relu_backward_by_hand(device: str) -> None:
     assert ops.relu_backward_importance(output, gradient)[1][:2].tolist() == [3.0, 18.0]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(8, 32), (4, 16, 4, 4), (3, 5, 7, 7)], ids=str)
+def test_relu_backward_of_special_numbers(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    tiny = torch.finfo(dtype).smallest_normal / 2
+    special = torch.tensor([0.0, -0.0, tiny, -tiny, torch.inf, -torch.inf, torch.nan, 1.0], dtype=dtype)
+    output = special[torch.randint(8, shape)].to(device)
+    gradient = torch.randn(shape).to(device, dtype)
+    for last in (False, True):
+        n, g = (channels_last(tensor) if last else tensor for tensor in (output, gradient))
+        got, _ = ops.relu_backward_importance(n, g)
+        want = torch.ops.aten.threshold_backward(g.cpu().double(), n.cpu().double(), 0)
+        assert torch.equal(got.cpu().double(), want)
+
+
 @pytest.mark.parametrize("shape", [(70, 30), (3, 5, 700), (40, 8, 4, 4), (1, 3, 2000)], ids=str)
 def test_importance_repeats_bit_for_bit(shape: tuple[int, ...], device: str) -> None:
     for tensor in layouts(torch.randn(shape).to(device)).values():
