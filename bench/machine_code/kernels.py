@@ -4,6 +4,9 @@ A memory-bound kernel reaches the memory's bandwidth only if enough bytes are in
 moves many of them. Both can be read from the machine code, without a GPU (see sass.py).
 
     bytes in flight per multiprocessor = loads in flight of a thread * 16 * threads of a block * resident blocks
+
+It also must not spend more time on instructions than the memory takes. A multiprocessor issues at most four warps'
+instructions a cycle, so what counts is how many instructions a warp executes for each KiB that it moves.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .sass import Loop, packed_loops, parse
 
 OBJECTS = ROOT / "build" / build.MODULE_FILE
 THREADS = 256  # kThreads of csrc/cuda
+WARP = 32
 SHARED_KIB = {"80": 164, "90": 228, "100": 228}  # shared memory of a multiprocessor
 
 
@@ -53,6 +57,12 @@ class Kernel:
     @property
     def loads_in_flight(self) -> int:
         return max((loop.loads_in_flight for loop in self.loops), default=0)
+
+    @property
+    def instructions_per_kib(self) -> float:
+        """Instructions that a warp executes for each KiB that it reads or writes, in the loop with the most of both."""
+        loop = max(self.loops, key=lambda loop: (loop.loads_in_flight, loop.accesses))
+        return loop.instructions / (loop.accesses * 16 * WARP / 1024)
 
     @property
     def kib_in_flight(self) -> int:

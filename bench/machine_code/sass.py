@@ -5,6 +5,8 @@
 * The *loads in flight* of a loop are the most 16-byte loads that a thread has outstanding at once on any path through
   the loop's body. A load is outstanding until its result, or the result of a later load, is used. Loads for the next
   iteration count, too.
+* The *main path* of a loop is the way through its body with the most 16-byte accesses, and of these the one with the
+  fewest instructions: what a warp executes away from the ends of arrays. An inner loop counts once.
 """
 
 from __future__ import annotations
@@ -46,18 +48,26 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Loop:
-    """A packed loop: its first and last address, its loads in flight, and its wide and narrow accesses."""
+    """A packed loop: its first and last address, its loads in flight, and its wide and narrow accesses.
+
+    `accesses` and `instructions` are those of the main path.
+    """
 
     first: int
     last: int
     loads_in_flight: int
+    accesses: int
+    instructions: int
     wide: tuple[Instruction, ...]
     narrow: tuple[Instruction, ...]
 
     def __str__(self) -> str:
         counts = Counter(instruction.opcode for instruction in (*self.wide, *self.narrow))
         accesses = ", ".join(f"{count} {opcode}" for opcode, count in sorted(counts.items()))
-        return f"0x{self.first:04x} to 0x{self.last:04x}: {self.loads_in_flight} loads in flight; {accesses}"
+        return (
+            f"0x{self.first:04x} to 0x{self.last:04x}: {self.loads_in_flight} loads in flight; {accesses}; "
+            f"{self.instructions} instructions on the main path, of which {self.accesses} access 16 bytes"
+        )
 
 
 def parse(code: str) -> Iterator[Instruction]:
@@ -164,6 +174,21 @@ def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
     return most
 
 
+def main_path(blocks: Sequence[Block], loop: set[int]) -> tuple[int, int]:
+    """The 16-byte accesses and the instructions of a loop's main path."""
+    head = min(loop)
+    best: dict[int, tuple[int, int]] = {}  # to the end of each block: accesses, and minus instructions
+    for index in sorted(loop):
+        instructions = blocks[index].instructions
+        before = [best[other] for other in best if index in blocks[other].followers]
+        accesses, fewest = max(before, default=(0, 0))
+        wide = sum(instruction.width >= 16 for instruction in instructions)
+        if before or index == head:
+            best[index] = accesses + wide, fewest - len(instructions)
+    accesses, fewest = max(ways for index, ways in best.items() if head in blocks[index].followers)
+    return accesses, -fewest
+
+
 def loaded(load: Instruction) -> list[frozenset[str]]:
     """The registers of each 16 bytes that are loaded; empty if they go to shared memory directly."""
     if load.opcode.startswith("LDGSTS"):
@@ -183,4 +208,4 @@ def packed_loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
         if wide:
             narrow = tuple(instruction for instruction in outside if 0 < instruction.width < 16)
             ends = blocks[min(loop)].instructions[0].address, blocks[max(loop)].instructions[-1].address
-            yield Loop(*ends, most_in_flight(blocks, loop), wide, narrow)
+            yield Loop(*ends, most_in_flight(blocks, loop), *main_path(blocks, loop), wide, narrow)

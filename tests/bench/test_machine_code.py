@@ -28,12 +28,16 @@ needs_cuobjdump = pytest.mark.skipif(
 
 @dataclass(frozen=True)
 class Least:
-    """What a kernel must have: loads in flight in so many of its packed loops, and what that takes a multiprocessor."""
+    """What a kernel must have: loads in flight in so many of its packed loops, and what that takes a multiprocessor.
+
+    More than `instructions` for each KiB take half as long as the memory of an H200.
+    """
 
     loads: int
     loops: int = 1
     blocks: int = 2
     kib: int = 64
+    instructions: int = 111
 
 
 # The first name that fits counts. A batch is four packs of importance's n and dL/dn and of the update's value and
@@ -70,6 +74,8 @@ def faults(kernel: Kernel, least: Least) -> list[str]:
         found.append(f"loads in flight in packed loops: {depths}; wanted {least.loads} in {least.loops} of them")
     if kernel.blocks < least.blocks:
         found.append(f"{kernel.registers} registers leave {kernel.blocks} blocks; wanted {least.blocks}")
+    if kernel.instructions_per_kib > least.instructions:
+        found.append(f"{kernel.instructions_per_kib:.0f} instructions a KiB; wanted at most {least.instructions}")
     if kernel.kib_in_flight < least.kib:
         found.append(f"{kernel.kib_in_flight} KiB in flight a multiprocessor; wanted {least.kib}")
     return found
@@ -119,6 +125,21 @@ def broken_kernels(tmp_path: Path, file: str, function: str, body: str) -> list[
 
 # What compilers made of a copy of a struct in larger loops.
 IN_PIECES = "  for (int k = 0; k < P::size; ++k) to[k] = pack.at[k];"
+# Adds up the numbers one by one, in a chain that the compiler may not shorten.
+BUSY = """
+  if constexpr (P::size == 1) {
+    *to = pack.at[0];
+  } else {
+    float sum = 0.0f;
+    for (int round = 0; round < 40; ++round) {
+      for (int k = 0; k < P::size; ++k) sum = sum * 1.5f + to_float(pack.at[k]);
+    }
+    P changed = pack;
+    from_float(sum, changed.at[0]);
+    Words words;
+    memcpy(&words, &changed, sizeof(words));
+    store_16_bytes(to, words);
+  }"""
 # The condition is never true of numbers, but the machine has to look.
 USED_AT_ONCE = """
   if (wanted) words = *static_cast<const Words*>(from);
@@ -140,6 +161,9 @@ USED_AT_ONCE = """
             *("runtime.h", "load_16_bytes_if", USED_AT_ONCE, Least(loads=2)),
             r"loads in flight in packed loops: \[(?:[01], )*1(?:, [01])*\]",
             id="loads that are used one by one",
+        ),
+        pytest.param(
+            "packs.h", "store", BUSY, Least(loads=1), "instructions a KiB; wanted", id="too many instructions"
         ),
     ],
 )
@@ -204,6 +228,21 @@ def test_loads_on_two_ways_of_which_one_is_taken_do_not_add_up() -> None:
         EXIT
     """)
     assert loop.loads_in_flight == 2
+
+
+def test_the_main_path_has_the_most_accesses_and_of_these_the_fewest_instructions() -> None:
+    (loop,) = disassembled("""
+        again: LDG.E.128 R4, desc[UR4][R2.64]
+        @P1 BRA skip
+        @P2 BRA short
+        FADD R20, R4, R5
+        FADD R20, R20, R6
+        short: STG.E.128 desc[UR4][R2.64], R4
+        skip: IADD3 R2, R2, 0x10, RZ
+        @P0 BRA again
+        EXIT
+    """)
+    assert (loop.accesses, loop.instructions) == (2, 6)  # without the two FADD, but not past the store
 
 
 def test_a_loop_without_wide_accesses_is_none_of_the_packed_ones_and_a_loop_owns_only_what_is_in_no_other() -> None:
