@@ -1,6 +1,6 @@
 """Tests and measures on a GPU in three flights: `python -m bench.gpu --flight correctness --out DIR`.
 
-    correctness   loads or builds the kernels, runs the GPU tests, looks for memory errors, measures what matters most
+    correctness   loads or builds the kernels, runs the GPU tests, measures what matters most, looks for memory errors
     kernels       all kernels next to the ceiling of their reads and writes; another revision; counters
     training      whole training steps, and iCIFAR100 at the paper's size for as long as time is left
 
@@ -15,7 +15,6 @@ import argparse
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,9 +31,10 @@ from ..rows import NAME, Writer
 from .commands import COMMANDS, Settings
 from .flights import FLIGHTS
 from .prepare import ENVIRONMENT
-from .processes import KILLED, Worker
+from .processes import KILLED, Worker, of_gpu
 
 _DRY_SLOWER = 5  # a dry run may be on a slow and busy machine
+_STATE_OF_GPU = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 @dataclass
@@ -117,6 +117,11 @@ def main() -> int:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def is_failure(state: str) -> bool:
+    """Whether a part that ended in this state makes the flight fail."""
+    return state in ("failed", KILLED)
+
+
 def _limits() -> str:
     """The limits of all parts, for --help."""
     lines = ["Parts and their limits in seconds (a part may also use what earlier parts have not used):"]
@@ -152,7 +157,7 @@ def _fly(arguments: argparse.Namespace, limits: Mapping[str, int], scratch: Path
                 ended = flight.fly(part, limit)
             finally:
                 seconds = time.perf_counter() - started
-                writer.part(part, **{"seconds": seconds, "limit": round(limit, 1), **ended}, gpu=_gpu())
+                writer.part(part, **{"seconds": seconds, "limit": round(limit, 1), **ended}, gpu=of_gpu(*_STATE_OF_GPU))
                 shown = [f"{name}: {value}" for name, value in ended.items() if name != "state"]
                 print(f"{part}: {', '.join([ended['state'], *shown])}; {seconds:.1f} s", flush=True)
             states.append(ended["state"])
@@ -160,16 +165,7 @@ def _fly(arguments: argparse.Namespace, limits: Mapping[str, int], scratch: Path
     finally:
         flight.end()
     print(f"{arguments.flight}: {time.perf_counter() - flight.started:.0f} s, {writer.path}", flush=True)
-    return int(any(state in ("failed", KILLED) for state in states))
-
-
-def _gpu() -> str:
-    """The GPU's clocks, power and temperature."""
-    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
+    return int(any(map(is_failure, states)))
 
 
 def _environment(arguments: argparse.Namespace) -> dict[str, str]:

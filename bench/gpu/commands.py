@@ -16,7 +16,7 @@ from typing import Any
 
 from ..rows import NOT_MEASURED, Row, Writer, read
 from .collect import FOLDER, NAME
-from .processes import Command, Settings
+from .processes import KILLED, Command, Settings
 
 # The tests that need a GPU, with those first that only a GPU can fail; and those that compile.
 TESTS = (
@@ -26,6 +26,8 @@ TESTS = (
 )
 COMPILE_TESTS = ("kernels/test_gpu_compile",)
 KERNELS = "3npc4cuda"  # part of the mangled names of all our kernels
+_RECORDS = "*/*/*/seed*.json"  # of iCIFAR100, in its store
+_MOST_LINES = 5  # of a tool's explanation of its failure
 _METRICS = {
     "gpu__time_duration.sum": "duration",
     "dram__bytes_read.sum": "bytes read",
@@ -51,8 +53,8 @@ def compile_tests(settings: Settings) -> Command:
 
 def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
     files = [f"tests/{name}.py" for name in names]
-    # A test that hangs prints its stack.
-    options = ["-v", "-m", "gpu", "--maxfail=10", "-o", "faulthandler_timeout=25"]
+    # A test that hangs prints its stack. After a few failures in a file, collect.py skips the rest of it.
+    options = ["-v", "-m", "gpu", "-o", "faulthandler_timeout=25"]
     options += ["-p", "no:cacheprovider", "-p", "bench.gpu.collect"]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
@@ -65,13 +67,18 @@ def _tests(settings: Settings, part: str, names: Sequence[str]) -> Command:
         return {"state": "complete", **counts}
 
     # Do not load plugins that happen to be installed.
-    environment = {FOLDER: str(settings.out), NAME: part, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**_rows_of(settings, part), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return Command([sys.executable, "-m", "pytest", *options, *files], verdict, environment=environment)
+
+
+def _rows_of(settings: Settings, part: str) -> dict[str, str]:
+    """Variables that have collect.py keep the rows of a part."""
+    return {FOLDER: str(settings.out), NAME: part}
 
 
 def exercise(settings: Settings) -> Command:
     """Compares every kernel with the reference on small tensors."""
-    return Command(_exercise(settings), _plain, environment={FOLDER: str(settings.out)})
+    return Command(_exercise(settings), _plain, environment=_rows_of(settings, "exercise"))
 
 
 def _exercise(settings: Settings, *options: str) -> list[str]:
@@ -88,9 +95,12 @@ def sanitizer(settings: Settings) -> Command | str:
     report = settings.out / "memcheck.txt"
     options = ["--tool", "memcheck", "--kernel-name", f"kns={KERNELS}", "--report-api-errors", "no"]
     options += ["--error-exitcode", "9", "--print-limit", "20", "--log-file", str(report)]
+    options += ["--destroy-on-device-error", "kernel"]  # other kernels can still run after a memory error
 
     def verdict(status: int | None) -> Mapping[str, Any]:
         text = report.read_text(errors="replace") if report.exists() else ""
+        if "Device not supported" in text:  # said before anything ran
+            return {"state": f"{NOT_MEASURED}: compute-sanitizer refuses this GPU"}
         summary = re.search(r"ERROR SUMMARY: (\d+) error", text)
         # The summary comes last. If the tool was killed before, count the errors found so far.
         errors = int(summary[1]) if summary else len(re.findall(r"========= Invalid ", text))
@@ -100,7 +110,7 @@ def sanitizer(settings: Settings) -> Command | str:
         return {"state": "complete", **told}
 
     # Without torch's caching allocator, every tensor ends where its allocation ends.
-    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {**_rows_of(settings, "sanitizer"), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return Command([tool, *options, *_exercise(settings)], verdict, environment=environment)
 
 
@@ -132,10 +142,15 @@ def counters(settings: Settings) -> Command | str:
     options += ["--kernel-name-base", "mangled", "--kernel-name", f"regex:{KERNELS}"]
 
     def verdict(status: int | None) -> Mapping[str, Any]:
-        found = rows_of_counters(table.read_text()) if table.exists() else []
-        for row in found:
+        text = table.read_text(errors="replace") if table.exists() else ""
+        for row in (found := rows_of_counters(text)):
             Writer(settings.out).row(row)
-        return _plain(status) if found else {"state": "failed", "error": "ncu counted nothing; see log.txt"}
+        if "ERR_NVGPUCTRPERM" in text:
+            return {"state": f"{NOT_MEASURED}: ncu may not read this GPU's counters"}
+        ended = _plain(status) if found else {"state": "failed", "error": "ncu counted nothing; see log.txt"}
+        # The file is in a temporary folder, so what ncu says there about its failure has to be kept.
+        said = [line for line in text.splitlines() if line.startswith(("==ERROR==", "==WARNING=="))][-_MOST_LINES:]
+        return {**ended, "error": "; ".join([ended["error"], *said])} if "error" in ended else ended
 
     return Command([tool, *options, *program], verdict)
 
@@ -171,8 +186,13 @@ def icifar100(settings: Settings) -> Command | str:
     command += ["--data", str(settings.data), "--store", str(store)]
     seen: dict[Path, float] = {}
 
+    def stored_tasks() -> int:
+        return sum(len(json.loads(path.read_text())["accuracy"]) for path in store.glob(_RECORDS))
+
+    before = stored_tasks()
+
     def look() -> None:
-        for path in store.glob("*/*/*/seed*.json"):
+        for path in store.glob(_RECORDS):
             if seen.get(path) != path.stat().st_mtime:
                 seen[path] = path.stat().st_mtime
                 record = json.loads(path.read_text())
@@ -181,7 +201,12 @@ def icifar100(settings: Settings) -> Command | str:
                 Writer(settings.out).row(Row("icifar100", f"NPC, seed 0, after {done} tasks", facts=facts))
                 _pack(store, settings.out / "icifar100.tar")
 
-    return Command(command, _plain, look)
+    def at_limit() -> str:
+        """The run takes all time that is left. It has done what it can if it has learned a task."""
+        tasks = stored_tasks()
+        return f"stopped at its limit after {tasks} tasks" if tasks > before else KILLED
+
+    return Command(command, _plain, look, at_limit=at_limit)
 
 
 def _pack(store: Path, target: Path) -> None:

@@ -35,7 +35,7 @@ SHAPES = [
 DECISIVE_SHAPES = [(4096, 4096), (512, 512, 7, 7), (256, 128, 16, 16), (64, 64, 224, 224)]
 RELU_SHAPES = [(256, 128, 32, 32), (256, 128, 16, 16), (512, 512, 7, 7), (256, 512)]
 SIZES = [10**8, 10**6, 10**7, 5 * 10**8, 10**5, 10**4]
-MOST_SETS = 16  # sets of optimizers; more would take longer to build than to measure
+MOST_SETS = 24  # sets of optimizers; more would take longer to build than to measure
 SHARES = (0.0, 0.75, 1.0)
 TINY_SHAPES = [(16, 32), (4, 8, 4, 4)]
 
@@ -107,7 +107,8 @@ def relu(device: Device) -> Iterator[Later]:
 
 def _relu(device: Device, shape: Sequence[int]) -> Case:
     numbers = torch.Size(shape).numel()
-    inputs = [_pair(device, shape, torch.float32, False) for _ in range(device.sets_of(12 * numbers))]
+    # The gradient that is computed has the same memory in all calls.
+    inputs = [_pair(device, shape, torch.float32, False) for _ in range(device.sets_of(8 * numbers))]
     ceiling = Ceiling(device, 2, 1, numbers, len(inputs), in_place=False)
 
     def without(y: Tensor, g: Tensor) -> Tensor:
@@ -152,9 +153,11 @@ def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns:
     def make() -> Case:
         ours, theirs, (reads, writes) = OPTIMIZERS[kind]
         bytes_ = (reads + writes) * 4 * size
+        # All that is written is also read. Of frozen rows, neither happens.
+        touched = round((1 - frozen) * reads * 4 * size)
         # Issuing certificates reads from the device, which would stall the queue.
         makers: dict[str, Any] = {OURS: partial(ours, skip_gradients="none"), **({} if alone else theirs)}
-        sets = device.sets_of(bytes_)
+        sets = device.sets_of(touched)
         cold = sets <= MOST_SETS
         sets = sets if cold else 1
         steps = Steps(size, makers, layers=8, device=device.name, sets=sets)
@@ -189,14 +192,19 @@ def _update(device: Device, size: int, kind: str, frozen: float = 0.0, *, turns:
     return Later(name, make)
 
 
-def host(device: Device) -> Iterator[Row]:
+def host(device: Device) -> Iterator[Later]:
     """Time until a step returns, next to torch's, whether or not the GPU has finished."""
     timer = HostTimer(before=device.synchronize, most_calls=20)  # the device is idle before each call
+
+    def make(name: str, kind: str, layers: int) -> Row:
+        ours, theirs, _ = OPTIMIZERS[kind]
+        steps = Steps(layers * 64 * 64, {OURS: ours, **theirs}, layers=layers, device=device.name)
+        return measure("host", Case(name, steps.measured_peers(), turns=11), timer, 2 if device.dry else None)
+
     for layers in (2,) if device.dry else (8, 128):
-        for kind, (ours, theirs, _) in OPTIMIZERS.items():
-            steps = Steps(layers * 64 * 64, {OURS: ours, **theirs}, layers=layers, device=device.name)
-            case = Case(f"{kind}, {2 * layers} parameters of {layers} layers", steps.measured_peers(), turns=11)
-            yield measure("host", case, timer, 2 if device.dry else None)
+        for kind in OPTIMIZERS:
+            name = f"{kind}, {2 * layers} parameters of {layers} layers"
+            yield Later(name, partial(make, name, kind, layers))
 
 
 # -------------------------------------------------------------------------------------------------------- decisive
@@ -256,23 +264,27 @@ def _copies(device: Device) -> Iterator[Later]:
         yield Later(f"{reads} read, {writes} written", partial(moving, reads, writes))
 
 
-def _launches(device: Device) -> Iterator[Row]:
+def _launches(device: Device) -> Iterator[Later]:
     """Kernels that each operation launches, and a step of a common and of a wide network."""
     from npc_ext import columns  # not above: older revisions are measured, too
 
     n, g = _pair(device, (2, 8) if device.dry else (64, 128, 16, 16), torch.float32, False)
     neurons = n.shape[1]
-    weight = torch.randn(neurons, 64, device=device.name)
+    weight, gradient = (torch.randn(neurons, 64, device=device.name) for _ in range(2))
     average = torch.zeros(neurons, device=device.name)
     nonfinite_steps = torch.zeros(1, dtype=torch.int64, device=device.name)
     layer = columns.Layer(n, g, average, nonfinite_steps, [0], [1])
     operations: dict[str, Callable[[], object]] = {
         "importance": lambda: ops.importance(n, g),
         "relu_backward_importance": lambda: ops.relu_backward_importance(n, g),
-        "layer_step_": lambda: ops.layer_step_(layer, columns.Network([weight], [weight * 2])),
+        "layer_step_": lambda: ops.layer_step_(layer, columns.Network([weight], [gradient])),
     }
+
+    def count(name: str, function: Callable[[], object]) -> Row:
+        return Row("launches", name, facts={"launches": device.launches(function)})
+
     for name, function in operations.items():
-        yield Row("launches", name, facts={"launches": device.launches(function)})
+        yield Later(name, partial(count, name, function), part="launches")
     wide = 16 if device.dry else 128_000
     networks = {
         "NPC.step(), paper's CNN": (_paper(device), (3, 32, 32)),
@@ -291,7 +303,7 @@ def _launches(device: Device) -> Iterator[Row]:
                 layer.sink.grad = sums
             optimizer.step()
 
-        yield Row("launches", name, facts={"launches": device.launches(step)})
+        yield Later(name, partial(count, name, step), part="launches")
 
 
 # -------------------------------------------------------------------------------------------------- training steps
@@ -378,6 +390,8 @@ def _compiled_steps(device: Device, mode: str) -> Iterator[Later]:
     """Times ours alone first: compiling is slow, and time may run out before the peer is compiled."""
 
     def make(name: str, peers: tuple[str, ...]) -> Case:
+        # All these models share their code, and Dynamo compiles the same code only a few times.
+        torch.compiler.reset()
         x, y = _batch(device, 256)
         steps = {}
         for peer in peers:

@@ -52,6 +52,15 @@ class Settings:
         return (self.out / "log.txt").open("ab")
 
 
+def of_gpu(*properties: str) -> str:
+    """Properties of the GPU, as nvidia-smi prints them; empty if it does not."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(properties)}", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=False, timeout=5).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
 def _lead_a_group() -> None:
     """Called in a new process: makes it the leader of a group that dies with its parent, even a killed one."""
     os.setpgrp()
@@ -90,6 +99,7 @@ class Command:
     Attributes:
         arguments: the command.
         verdict: returns how the part ended, {"state": ..., "error": ...}, from the exit status (None: it was killed).
+        at_limit: returns the state of a part that was killed at its limit, which is a failure unless it says otherwise.
         look: called now and then while the command runs, and when it has ended, to keep intermediate results.
         environment: environment variables in addition to the flight's.
     """
@@ -97,6 +107,7 @@ class Command:
     arguments: list[str]
     verdict: Callable[[int | None], Mapping[str, Any]]
     look: Callable[[], None] = lambda: None
+    at_limit: Callable[[], str] = lambda: KILLED
     environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, settings: Settings, limit: float) -> Mapping[str, Any]:
@@ -111,7 +122,8 @@ class Command:
                 except subprocess.TimeoutExpired:
                     self.look()
             _kill(process)
-            return {**self.verdict(None), "state": KILLED}
+            self.look()
+            return {**self.verdict(None), "state": self.at_limit()}
         finally:
             _kill(process)
             self.look()
@@ -143,7 +155,7 @@ class Worker:
             self._process.stdin.write(json.dumps({"part": part, "limit": limit}).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            return {"state": "failed", "error": f"the worker ended with status {self._process.wait()}"}
+            return {"state": "failed", "error": f"the worker ended with status {self._process.wait()}; see log.txt"}
         ready, _, _ = select.select([self._process.stdout], [], [], max(deadline - time.perf_counter(), 0))
         if not ready:
             self.kill()

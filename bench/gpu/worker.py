@@ -66,7 +66,8 @@ def _row(later: Later, part: str, device: Device) -> Row:
     print(f"{part}: {later.name}", flush=True)
     part = later.part or part
     try:
-        row = measure(part, later.make(), device.timer, _DRY_TURNS if device.dry else None)
+        made = later.make()
+        row = made if isinstance(made, Row) else measure(part, made, device.timer, _DRY_TURNS if device.dry else None)
     except Exception as error:
         traceback.print_exc()
         device.timer.finish()

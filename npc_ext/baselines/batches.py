@@ -94,7 +94,8 @@ class CalledWithSamples(nn.Module):
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on a device, usable in autograd."""
-    copy = tensor.to(device, non_blocking=True)
+    # The CPU would read a copy that has not arrived.
+    copy = tensor.to(device, non_blocking=device.type == "cuda")
     # Autograd takes no tensors made in inference mode, but copies of them made outside.
     return copy.clone() if copy.is_inference() else copy
 

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import npc_ext.nn
 from npc_ext import NPC
+from npc_ext.baselines.batches import moved
 from npc_ext.baselines.consolidation import NonFiniteImportanceError, fisher, output_sensitivity
 from npc_ext.baselines.samples import Importance
 
@@ -618,6 +619,24 @@ def test_on_a_gpu_batches_are_moved_and_labels_drawn_as_on_the_cpu() -> None:
         assert all(value.is_cuda for value in mine.values())
         expected = fisher(model, DataLoader(TensorDataset(x, y), batch_size=4), labels=labels)
         assert_same(mine, expected.values(), check_device=False)
-    recurrent = Recurrent(5, 3, batch_first=True).double().cuda()
+    assert_same(fisher(model, [(x.cuda(), y.cuda())], labels="data"), fisher(model, [(x, y)], labels="data").values())
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cpu", True), ("cuda", False)])
+def test_only_copies_to_a_gpu_may_still_be_on_their_way(device: str, waits: bool) -> None:
+    """The CPU would read a copy from a GPU before it has arrived."""
+    tensor = mock.Mock()
+    moved(tensor, torch.device(device))
+    tensor.to.assert_called_once_with(torch.device(device), non_blocking=not waits)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_samples_taken_one_by_one_are_moved_to_the_models_device(device: str) -> None:
+    """Models whose control flow depends on data are never run at once, whatever torch can vectorize on the device."""
+    model, x = DataDependent().double(), torch.randn(3, 3, 6, 6, dtype=torch.float64)
     with pytest.warns(UserWarning, match="one by one"):
-        assert all(value.is_cuda for value in output_sensitivity(recurrent, [torch.randn(3, 2, 5).double()]).values())
+        expected = output_sensitivity(model, [x])
+    with pytest.warns(UserWarning, match="one by one"):
+        mine = output_sensitivity(copy.deepcopy(model).to(device), [x])
+    assert all(value.device.type == device for value in mine.values())
+    assert_same(mine, expected.values(), check_device=False)

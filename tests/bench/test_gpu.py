@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -17,20 +18,37 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from bench import ROOT, rows, tables
-from bench.gpu import commands, worker
+from bench.gpu import commands, exercise, parts, worker
+from bench.gpu.__main__ import is_failure
+from bench.gpu.collect import FOLDER, NAME
 from bench.gpu.device import Device
 from bench.gpu.flights import FLIGHTS, SECONDS
 from bench.gpu.processes import KILLED, Command, Settings, Worker
 from bench.rows import Writer
 from bench.timing import Case, Later
+from npc_ext import EWC, NPC, SI, NPCAdamW
+from npc_ext.kernels import launch
 
+from .. import cuda_on_cpu
 from .programs import python
 from .published import write_small_cifar100
 
 # What a GPU machine has, apart from what these need themselves.
 PRESENT = ("torch", "numpy", "pytest", "hypothesis", "filelock", "ninja", "pybind11", "matplotlib", "tqdm", "npc_ext")
+
+
+_IMPORTANCE = "void npc::cuda::(anonymous namespace)::importance_kernel<(npc::cuda::Layout)0, (bool)0, float>(Work)"
+COUNTED = f"""==PROF== Connected to process 1
+"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"
+"0","1","{_IMPORTANCE}","gpu__time_duration.sum","us","12.5"
+"0","1","{_IMPORTANCE}","dram__bytes_read.sum","Mbyte","134.2"
+"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","gpu__time_duration.sum","us","99"
+"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","no_such_metric","us","99"
+==WARNING== something
+"""
 
 
 def normal(name: str) -> str:
@@ -107,9 +125,9 @@ def test_the_flight_runs_every_file_with_tests_that_need_a_gpu() -> None:
 
 def test_the_limits_of_a_flight_add_up_to_no_more_than_its_seconds() -> None:
     assert SECONDS <= 230
-    for parts in FLIGHTS.values():
-        assert sum(parts.values()) <= SECONDS
-        assert next(iter(parts)) == "load"
+    for limits in FLIGHTS.values():
+        assert sum(limits.values()) <= SECONDS
+        assert next(iter(limits)) == "load"
 
 
 def test_blocked_packages_cannot_be_imported(clean: dict[str, str]) -> None:
@@ -281,6 +299,18 @@ def test_a_case_that_fails_says_why_and_the_next_is_measured(tmp_path: Path, mon
     assert sound_row.seconds
 
 
+def test_buffers_rotate_over_the_memory_that_is_touched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in place is no further memory, and of frozen rows nothing is touched."""
+    asked = list[int]()
+    monkeypatch.setattr(Device, "sets_of", lambda self, bytes_per_set: asked.append(bytes_per_set) or 1)
+    device = Device(dry=True)
+    for later in [*parts.update(device), *parts.relu(device)]:
+        later.make()
+    arrays = {"SGD": 2, "SGD, momentum": 3, "AdamW": 4}
+    updates = [share * 4000 * count for count in arrays.values() for share in (1, 0.1)]
+    assert asked == [*updates, *(8 * torch.Size(shape).numel() for shape in parts.TINY_SHAPES)]
+
+
 def test_variables_of_one_command_do_not_reach_the_next(tmp_path: Path) -> None:
     flight = settings(tmp_path)
     script = "import os, sys; sys.exit(7 if 'ONLY_ONCE' in os.environ else 0)"
@@ -332,6 +362,140 @@ def test_memory_errors_are_read_from_the_report_of_our_kernels(tmp_path: Path, m
     assert commands.sanitizer(on_a_gpu) == "not measured: there is no compute-sanitizer"
 
 
+def test_a_gpu_that_the_sanitizer_refuses_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: f"/tools/{name}")
+    command = commands.sanitizer(settings(tmp_path, dry=False))
+    assert isinstance(command, Command)
+    (tmp_path / "memcheck.txt").write_text(
+        "========= COMPUTE-SANITIZER\n"
+        '========= Error: Device not supported. Please refer to the "Supported Devices" section\n'
+        "========= ERROR SUMMARY: 1 error\n"
+    )
+    assert command.verdict(1) == {"state": "not measured: compute-sanitizer refuses this GPU"}
+
+
+def test_what_ncu_says_about_its_failure_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "find_tool", lambda name, *folders: f"/tools/{name}")
+    command = commands.counters(settings(tmp_path, dry=False))
+    assert isinstance(command, Command)
+    nothing = {"state": "failed", "error": "ncu counted nothing; see log.txt"}
+    assert command.verdict(None) == nothing
+    table = Path(command.arguments[command.arguments.index("--log-file") + 1])
+    told = [f"==ERROR== {number}" for number in range(9)]
+    table.write_text("\n".join(["==PROF== Connected to process 1", *told, "==WARNING== No kernels were profiled."]))
+    lines = [*told[-4:], "==WARNING== No kernels were profiled."]
+    assert command.verdict(1) == {**nothing, "error": "; ".join([nothing["error"], *lines])}
+    table.write_text(COUNTED + "==ERROR== The application returned an error code (1).\n")
+    error = command.verdict(1)["error"]
+    assert error.startswith("it ended with status 1")
+    assert error.endswith("==ERROR== The application returned an error code (1).")
+    assert command.verdict(0) == {"state": "complete"}
+    assert len(rows.read(tmp_path).of_part("counters")) == 2
+    table.write_text("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission to access the counters\n")
+    assert command.verdict(1) == {"state": "not measured: ncu may not read this GPU's counters"}
+
+
+def test_a_stopped_run_of_icifar100_is_a_result_if_it_has_learned_a_task(tmp_path: Path) -> None:
+    flight = replace(settings(tmp_path), data=tmp_path)
+    record = tmp_path / "store" / "icifar100-small" / "npc" / "0" / "seed0.json"
+    record.parent.mkdir(parents=True)
+
+    def stopped(tasks: int) -> str:
+        """The state after a run stored the record of so many tasks, and hung."""
+        facts = {"tasks": 11, "accuracy": [[0.5]] * tasks, "seconds": [1.0], "steps": 1, "settings": {}}
+        script = f"import sys, time; open({str(record)!r}, 'w').write(sys.argv[1]); time.sleep(60)"
+        command = commands.icifar100(flight)
+        assert isinstance(command, Command)
+        return str(
+            replace(command, arguments=[sys.executable, "-c", script, json.dumps(facts)]).run(flight, 2)["state"]
+        )
+
+    assert stopped(0) == KILLED
+    assert stopped(2) == "stopped at its limit after 2 tasks"
+    assert stopped(2) == KILLED, "an earlier flight had learned them"
+    assert [row.case for row in rows.read(tmp_path).of_part("icifar100")][-1] == "NPC, seed 0, after 2 tasks"
+    assert not is_failure("stopped at its limit after 2 tasks")
+    assert is_failure(KILLED)
+
+
+@pytest.mark.parametrize("name", exercise.EXERCISES)
+def test_every_exercise_agrees_whatever_is_drawn(name: str) -> None:
+    for seed in range(3):
+        torch.manual_seed(seed)
+        exercise.EXERCISES[name]("cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", exercise.EXERCISES)
+def test_every_exercise_agrees_for_the_gpus_kernels_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda_on_cpu.take_over(monkeypatch.setattr)
+    monkeypatch.setattr(launch, "has_relu_backward", lambda tensor: True)
+    launches = cuda_on_cpu.counted("launches", lambda: exercise.EXERCISES[name]("cpu"))
+    if "many" in name:
+        updates = len(exercise.DTYPES) if "layer_step_" in name else exercise.STEPS_OF_MANY
+        assert launches >= 2 * updates, "one launch does not hold so many"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "options", "wrong"),
+    [
+        (NPC, {"lr": 0.1}, {"lr": 0.11}),
+        (NPC, {"momentum": 0.9}, {"momentum": 0.8}),
+        (NPCAdamW, {"lr": 1e-3}, {"lr": 1.1e-3}),
+        (EWC, {"lr": 0.05, "strength": 0.1}, {"lr": 0.055}),
+        (SI, {"lr": 0.01, "strength": 0.1}, {"lr": 0.011}),
+    ],
+)
+def test_an_exercise_notices_a_kernel_that_uses_another_number(
+    kind: Any, options: dict[str, float], wrong: dict[str, float], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def built(model: nn.Module, **given: Any) -> Any:
+        return kind(model, **given) if "backend" in given else kind(model, **{**given, **wrong})
+
+    built.__name__ = kind.__name__
+    if kind is EWC:  # the exercises give EWC the data
+        monkeypatch.setattr(exercise, "EWC", built)
+    with pytest.raises(AssertionError, match=f"{kind.__name__} is off by"):
+        exercise.twins(built, dtype=dtype, **options)("cpu")
+
+
+def test_after_a_failed_exercise_the_others_run_and_the_part_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(device: str) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    sound = exercise.EXERCISES["layer_step_"]
+    monkeypatch.setattr(exercise, "EXERCISES", {"first": sound, "second": broken, "third": sound})
+    monkeypatch.setattr(sys, "argv", ["exercise", "cpu"])
+    for part in (commands.exercise, commands.sanitizer):
+        monkeypatch.setattr(commands, "find_tool", lambda name, *folders: name)
+        command = part(settings(tmp_path, dry=False))
+        assert isinstance(command, Command)
+        for name, value in command.environment.items():
+            monkeypatch.setenv(name, value)
+        assert exercise.main() == 1
+        facts = {row.case: row.facts for row in rows.read(tmp_path).of_part(part.__name__)}
+        agrees = {"agrees with the reference": True}
+        error = {"agrees with the reference": False, "error": "RuntimeError: an illegal memory access was encountered"}
+        assert facts == {"first": agrees, "second": error, "third": agrees}
+
+
+@pytest.mark.slow
+def test_after_some_failures_the_rest_of_a_file_is_skipped_and_the_next_file_runs(tmp_path: Path) -> None:
+    failing = "import pytest\n@pytest.mark.parametrize('n', range(9))\ndef test(n):\n    assert n > 9, 'too\\nsmall'\n"
+    (tmp_path / "test_first.py").write_text(failing)
+    (tmp_path / "test_second.py").write_text("def test(): pass\n")
+    out = tmp_path / "out"
+    environment = {**os.environ, FOLDER: str(out), NAME: "tests"}
+    result = python("-m", "pytest", "-p", "bench.gpu.collect", "-c", os.devnull, str(tmp_path), environment=environment)
+    assert result.returncode == 1, result.stdout + result.stderr
+    found = rows.read(out).of_part("tests")
+    assert [row.facts["outcome"] for row in found] == ["failed"] * 5 + ["skipped"] * 4 + ["passed"]
+    assert found[0].facts["error"].startswith("AssertionError: too (")
+
+
 def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
     objects = list((ROOT / "build").glob("_C*/cuda_*.o"))
     if not objects:
@@ -343,18 +507,7 @@ def test_every_kernel_has_the_name_that_the_tools_filter_by() -> None:
 
 
 def test_counters_are_rows_of_launches() -> None:
-    header = '"ID","Process ID","Kernel Name","Metric Name","Metric Unit","Metric Value"'
-    importance = "void npc::cuda::(anonymous namespace)::importance_kernel<(npc::cuda::Layout)0, (bool)0, float>(Work)"
-    lines = [
-        "==PROF== Connected to process 1",
-        header,
-        f'"0","1","{importance}","gpu__time_duration.sum","us","12.5"',
-        f'"0","1","{importance}","dram__bytes_read.sum","Mbyte","134.2"',
-        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","gpu__time_duration.sum","us","99"',
-        '"1","1","void npc::cuda::update_kernel<Network<24, 12>>(N)","no_such_metric","us","99"',
-        "==WARNING== something",
-    ]
-    found = commands.rows_of_counters("\n".join(lines))
+    found = commands.rows_of_counters(COUNTED)
     names = ["importance_kernel<(npc::cuda::Layout)0, (bool)0, float>", "update_kernel<Network<24, 12>>"]
     assert [row.case for row in found] == [f"{number}: {name}" for number, name in enumerate(names)]
     assert found[0].facts == {"duration": "12.5 us", "bytes read": "134.2 Mbyte"}

@@ -13,7 +13,7 @@ from bench import ROOT, rows
 from bench.micro.__main__ import main
 from bench.micro.methods import Method
 from bench.networks import cnn, resnet18
-from bench.timing import Case, HostTimer, measure, sets_of
+from bench.timing import Case, HostTimer, check, measure, sets_of
 from npc_ext import find_neurons
 
 
@@ -95,6 +95,15 @@ def test_a_peer_that_computes_something_else_is_not_timed() -> None:
 
     with pytest.raises(AssertionError, match="ours is off"):
         measure("p", Case("c", {"ours": lambda _: None}, check=wrong), HostTimer())
+
+
+def test_results_are_compared_relative_to_their_size_and_zeros_exactly() -> None:
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    check("ours", zeros, zeros)
+    check("ours", ones + 1e-6, ones)
+    for got, want in [(ones * 1e-30, zeros), (zeros, ones), (ones + 1e-3, ones), (ones * torch.nan, zeros)]:
+        with pytest.raises(AssertionError, match="ours is off"):
+            check("ours", got, want)
 
 
 def test_every_layer_of_the_resnet_is_measured_behind_its_norm() -> None:

@@ -116,7 +116,7 @@ def test_a_rate_in_memory_scales_the_pull_as_well(implicit: bool, device: str) -
     read = {name: [tensor.clone() for tensor in tensors] for name, tensors in inputs.items()}
     options = columns_of(SGDOptions, [{name: usual[name][0] for name in SGDOptions._fields}], lr=[rate])
     prepared = launch.Prepared(
-        torch.device(device), read["parameters"], [], options, AnchorOptions(usual["strength"], usual["implicit"])
+        rate.device, read["parameters"], [], options, AnchorOptions(usual["strength"], usual["implicit"])
     )
     rate.fill_(0.5)
     network = Network(read["parameters"], read["gradients"], read["momentum_buffers"])
