@@ -231,7 +231,7 @@ __device__ __forceinline__ void keep(P& n, P& g, int begin, int end) {
 template <class P, bool kApart>
 struct Received {
   static constexpr int kWords = (sizeof(P) + 3) / 4, kNumbers = sizeof(typename P::T) == 4 ? 1 : 2;  // in a word
-  static constexpr uint32_t kNoSign = kNumbers == 1 ? 0x7fffffffu : 0x7fff7fffu;  // zeros have signs
+  static constexpr uint32_t kNoSign = kNumbers == 1 ? 0x7fffffffu : 0x7fff7fffu;                     // zeros have signs
   uint32_t bits[kApart ? kWords : 1] = {};
 
   __device__ __forceinline__ void add(const P& g) {
@@ -260,9 +260,7 @@ __device__ __forceinline__ float marked(float sum, bool received) { return recei
 __device__ __forceinline__ float magnitude(float sum) { return sum == 0.0f ? sum : fabsf(sum); }
 
 // What an item's sum adds to the total of a group's items.
-__device__ __forceinline__ float share(const ImportanceWork& w, float sum) {
-  return w.chunks > 1 ? sum : fabsf(sum);
-}
+__device__ __forceinline__ float share(const ImportanceWork& w, float sum) { return w.chunks > 1 ? sum : fabsf(sum); }
 
 // The sum of what `rows` rows of groups left in shared memory for one of the tile's neurons.
 __device__ __forceinline__ float sum_over_rows(const ImportanceShared& shared, int rows, int tile, int column) {

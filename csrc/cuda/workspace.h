@@ -3,8 +3,9 @@
 //
 // Launches on one stream follow each other, so they share a workspace. An operation may launch
 // several kernels, which hand on scratch memory, so another host thread waits until all of them are
-// launched before it uses the stream's workspace. A captured graph may be replayed on any stream at any time, so each capture has separate workspaces. No workspace is ever
-// freed, because a launch in flight or a replay may still use it. So the module keeps
+// launched before it uses the stream's workspace. A captured graph may be replayed on any stream at
+// any time, so each capture has separate workspaces. No workspace is ever freed, because a launch in
+// flight or a replay may still use it. So the module keeps
 //
 //   kFirstBytes (4 MiB) for each stream; if that is too little, another one at least twice as large;
 //   kFirstCaptureBytes (1 MiB) for each captured graph and each stream that it was captured on.
