@@ -231,7 +231,8 @@ __device__ __forceinline__ void keep(P& n, P& g, int begin, int end) {
 template <class P, bool kApart>
 struct Received {
   static constexpr int kWords = (sizeof(P) + 3) / 4, kNumbers = sizeof(typename P::T) == 4 ? 1 : 2;  // in a word
-  static constexpr uint32_t kNoSign = kNumbers == 1 ? 0x7fffffffu : 0x7fff7fffu;                     // zeros have signs
+  // All bits of a word but the signs, which zeros have, too.
+  static constexpr uint32_t kNoSign = kNumbers == 1 ? 0x7fffffffu : 0x7fff7fffu;
   uint32_t bits[kApart ? kWords : 1] = {};
 
   __device__ __forceinline__ void add(const P& g) {
@@ -364,9 +365,10 @@ __device__ __forceinline__ void columns_block(const ImportanceWork& w, int64_t f
   for (int i = 0; i < P::size; ++i) sums[i] = received.at(i) ? 1.0f : 0.0f;
   leave(sums);
   __syncthreads();
-  const bool any = thread() < w.tile && sum_over_rows(shared, w.team, w.tile, thread()) > 0.0f;
-  __syncthreads();
-  if (thread() < w.tile) shared.sums[thread()] = marked(totals[0], any);
+  if (thread() < w.tile) {  // each thread reads and writes its own column
+    const bool any = sum_over_rows(shared, w.team, w.tile, thread()) > 0.0f;
+    shared.sums[thread()] = marked(totals[0], any);
+  }
 }
 
 // Writes the block's sums, shared.sums[rows][tile]: to the result if no other block works on the
