@@ -60,9 +60,8 @@ class Kernel:
 
     @property
     def instructions_per_kib(self) -> float:
-        """Instructions that a warp executes for each KiB that it reads or writes, in the loop with the most of both."""
-        loop = max(self.loops, key=lambda loop: (loop.loads_in_flight, loop.accesses))
-        return loop.instructions / (loop.accesses * 16 * WARP / 1024)
+        """Instructions that a warp executes for each KiB that it reads or writes, in the packed loop with the most."""
+        return max((loop.instructions / (loop.accesses * 16 * WARP / 1024) for loop in self.loops), default=0)
 
     @property
     def kib_in_flight(self) -> int:

@@ -121,8 +121,8 @@ def blocks_of(instructions: Sequence[Instruction]) -> tuple[list[Block], list[in
     return blocks, entries
 
 
-def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> list[set[int]]:
-    """The blocks of each loop. A branch back to a block that dominates it closes a loop."""
+def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> dict[int, set[int]]:
+    """The blocks of each loop, by its head. A branch back to a block that dominates it, the head, closes a loop."""
     before: list[list[int]] = [[] for _ in blocks]
     for index, block in enumerate(blocks):
         for follower in block.followers:
@@ -149,7 +149,7 @@ def natural_loops(blocks: Sequence[Block], entries: Sequence[int]) -> list[set[i
                     if (one := waiting.pop()) not in inside:
                         inside.add(one)
                         waiting += before[one]
-    return list(loops.values())
+    return loops
 
 
 def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
@@ -174,19 +174,33 @@ def most_in_flight(blocks: Sequence[Block], loop: set[int]) -> int:
     return most
 
 
-def main_path(blocks: Sequence[Block], loop: set[int]) -> tuple[int, int]:
+def main_path(blocks: Sequence[Block], head: int, loop: set[int]) -> tuple[int, int]:
     """The 16-byte accesses and the instructions of a loop's main path."""
-    head = min(loop)
     best: dict[int, tuple[int, int]] = {}  # to the end of each block: accesses, and minus instructions
-    for index in sorted(loop):
+    for index in in_order(blocks, head, loop):
         instructions = blocks[index].instructions
         before = [best[other] for other in best if index in blocks[other].followers]
         accesses, fewest = max(before, default=(0, 0))
         wide = sum(instruction.width >= 16 for instruction in instructions)
-        if before or index == head:
-            best[index] = accesses + wide, fewest - len(instructions)
+        best[index] = accesses + wide, fewest - len(instructions)
     accesses, fewest = max(ways for index, ways in best.items() if head in blocks[index].followers)
     return accesses, -fewest
+
+
+def in_order(blocks: Sequence[Block], head: int, loop: set[int]) -> list[int]:
+    """A loop's blocks from its head on, each after all that come before it on a path without a branch back."""
+    seen, reversed_order = {head}, list[int]()
+    waiting = [(head, iter(blocks[head].followers))]
+    while waiting:
+        index, followers = waiting[-1]
+        follower = next((one for one in followers if one in loop and one not in seen), None)
+        if follower is None:
+            reversed_order.append(index)
+            waiting.pop()
+        else:
+            seen.add(follower)
+            waiting.append((follower, iter(blocks[follower].followers)))
+    return reversed_order[::-1]
 
 
 def loaded(load: Instruction) -> list[frozenset[str]]:
@@ -201,11 +215,11 @@ def packed_loops(instructions: Sequence[Instruction]) -> Iterator[Loop]:
     """The packed loops of a kernel, in the order of their addresses."""
     blocks, entries = blocks_of(instructions)
     loops = natural_loops(blocks, entries)
-    for loop in sorted(loops, key=min):
-        inner = {index for other in loops if other < loop for index in other}
+    for head, loop in sorted(loops.items(), key=lambda item: min(item[1])):
+        inner = {index for other in loops.values() if other < loop for index in other}
         outside = [instruction for index in sorted(loop - inner) for instruction in blocks[index].instructions]
         wide = tuple(instruction for instruction in outside if instruction.width >= 16)
         if wide:
             narrow = tuple(instruction for instruction in outside if 0 < instruction.width < 16)
             ends = blocks[min(loop)].instructions[0].address, blocks[max(loop)].instructions[-1].address
-            yield Loop(*ends, most_in_flight(blocks, loop), *main_path(blocks, loop), wide, narrow)
+            yield Loop(*ends, most_in_flight(blocks, loop), *main_path(blocks, head, loop), wide, narrow)

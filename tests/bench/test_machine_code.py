@@ -30,7 +30,7 @@ needs_cuobjdump = pytest.mark.skipif(
 class Least:
     """What a kernel must have: loads in flight in so many of its packed loops, and what that takes a multiprocessor.
 
-    More than `instructions` for each KiB take half as long as the memory of an H200.
+    More than `instructions` for each KiB take more than half as long as the memory of an H200.
     """
 
     loads: int
@@ -243,6 +243,27 @@ def test_the_main_path_has_the_most_accesses_and_of_these_the_fewest_instruction
         EXIT
     """)
     assert (loop.accesses, loop.instructions) == (2, 6)  # without the two FADD, but not past the store
+
+
+def test_the_main_path_may_go_through_blocks_in_any_order() -> None:
+    (loop,) = disassembled("""
+        BRA head
+        middle: STG.E.128 desc[UR4][R2.64], R4
+        @P0 BRA head
+        EXIT
+        head: LDG.E.128 R4, desc[UR4][R2.64]
+        BRA far
+        tail: FADD R20, R4, R5
+        BRA middle
+        far: FADD R20, R4, R6
+        BRA tail
+    """)
+    assert (loop.accesses, loop.instructions) == (2, 8)
+
+
+def test_a_kernel_without_packed_loops_is_found() -> None:
+    found = faults(Kernel("", "90", 32, 0, 0, 0, 0, ()), Least(loads=1))
+    assert "loads in flight in packed loops: []; wanted 1 in 1 of them" in found
 
 
 def test_a_loop_without_wide_accesses_is_none_of_the_packed_ones_and_a_loop_owns_only_what_is_in_no_other() -> None:
