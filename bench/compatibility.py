@@ -11,6 +11,7 @@ import argparse
 import platform
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -54,10 +55,16 @@ class Recorder:
 
 
 def run(folder: Path, *tests: Path) -> Recorder:
-    """Runs tests of a project whose folder is given. A file that cannot be imported does not stop the others."""
+    """Runs tests of a project whose folder is given. A file that cannot be imported does not stop the others.
+
+    Raises:
+        RuntimeError: the run did not come to its end.
+    """
     recorder = Recorder()
     options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--rootdir", str(folder)]
-    pytest.main([*options, *map(str, tests)], plugins=[recorder])
+    status = pytest.main([*options, *map(str, tests)], plugins=[recorder])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        raise RuntimeError(f"pytest ended with status {int(status)}, so there is no record of this run")
     return recorder
 
 
@@ -76,10 +83,14 @@ def record(recorder: Recorder) -> str:
         f"`{command_line('bench.compatibility')}`, commit {environment['commit']}, {gpu}.",
         markdown(["what", "version"], versions),
         markdown(["tests", *OUTCOMES], files),
-        "Failed:\n\n" + "\n".join(f"* `{name}`" for name in recorder.failed) if recorder.failed else "",
-        "Skipped because of:\n\n" + "\n".join(f"* {times}: {why}" for why, times in recorder.reasons.most_common()),
+        _listed("Failed", [f"`{name}`" for name in recorder.failed]),
+        _listed("Skipped because of", [f"{times}: {why}" for why, times in recorder.reasons.most_common()]),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _listed(title: str, items: Sequence[str]) -> str:
+    return f"{title}:\n\n" + "\n".join(f"* {item}" for item in items) if items else ""
 
 
 def _version(package: str) -> str:
@@ -101,12 +112,15 @@ def main() -> int:
     parser.add_argument("--out", type=output_folder, default=ROOT / "bench" / "results" / "compatibility")
     parser.add_argument("--folders", nargs="+", choices=FOLDERS, default=FOLDERS, help="(default: all)")
     arguments = parser.parse_args()
-    recorder = run(ROOT, *(ROOT / "tests" / folder for folder in arguments.folders))
+    try:
+        recorder = run(ROOT, *(ROOT / "tests" / folder for folder in arguments.folders))
+    except RuntimeError as error:
+        parser.exit(2, f"{parser.prog}: {error}\n")
     target: Path = arguments.out / "torch-{}-python-{}.md".format(*short_versions())
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(record(recorder), encoding="utf-8")
     print(target)
-    return int(bool(recorder.failed) or not recorder.outcomes)
+    return int(bool(recorder.failed))
 
 
 if __name__ == "__main__":

@@ -50,3 +50,12 @@ def test_a_record_counts_every_test_and_names_what_failed(tmp_path: Path) -> Non
     assert "*`test_outcomes.py::test_ends_badly`" in lines
     assert "*1:nothere" in lines
     assert "*1:absent" in lines
+
+
+def test_a_run_that_was_interrupted_is_no_record(tmp_path: Path) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    (tmp_path / "test_stops.py").write_text("def test_stops(): raise KeyboardInterrupt\n")
+    command = [sys.executable, "-c", RECORD, str(tmp_path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "RuntimeError: pytest ended with status 2, so there is no record of this run" in result.stderr
+    assert "RECORD" not in result.stdout
