@@ -147,7 +147,7 @@ def measure(part: str, case: Case, timer: Timer, turns: int | None = None) -> Ro
 
 
 def check(name: str, got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
-    """Raises AssertionError if a peer computes something else than it should. Zeros have to be exact."""
+    """Raises AssertionError if a peer computes something else than it should. If it should be zero, it has to be."""
     error, size = (got.double() - want.double()).norm(), want.double().norm()
     if not error <= tolerance * size:  # also if one of them is NaN
         raise AssertionError(f"{name} is off by {error / size:.2g} of what it should compute")

@@ -39,7 +39,8 @@ class Ceiling:
         reads, writes: number of arrays; one of `MIXES`.
         numbers: number of float32 in each array.
         sets: number of sets of arrays to cycle through.
-        in_place: write to arrays that are read, as optimizers do, and not to others.
+        in_place: write to arrays that are read, as optimizers do. Otherwise write to others, which are the same in
+            all sets, as torch's allocator gives a result the memory of the one before.
     """
 
     def __init__(
@@ -48,8 +49,12 @@ class Ceiling:
         self.name = f"ceiling ({reads} read, {writes} written{'' if in_place or not writes else ' elsewhere'})"
         self._device, self._reads, self._writes, self._packs = device, reads, writes, max(numbers // 4, 1)
         self._first_written = 0 if in_place else reads
-        size, arrays = 4 * self._packs, reads if in_place else reads + writes
-        self._sets = [[torch.randn(size, device=device.name) for _ in range(arrays)] for _ in range(sets)]
+
+        def arrays(count: int) -> list[Tensor]:
+            return [torch.randn(4 * self._packs, device=device.name) for _ in range(count)]
+
+        elsewhere = [] if in_place else arrays(writes)
+        self._sets = [[*arrays(reads), *elsewhere] for _ in range(sets)]
         self._never = torch.zeros(1, device=device.name)
         self._per_thread = 1
         if not device.dry:

@@ -42,7 +42,9 @@ def _eq_2(device: str) -> None:
                     n, g = (tensor.movedim(1, -1).contiguous().movedim(-1, 1) for tensor in (n, g))
                 want = reference.importance(n.double(), g.double())
                 check("importance", ops.importance(n, g), want, 1e-3)
-                check("relu_backward_importance", ops.relu_backward_importance(n, g)[1], want, 1e-3)
+                gradient, importance = ops.relu_backward_importance(n, g)
+                check("relu_backward_importance", importance, want, 1e-3)
+                check("ReLU's gradient", gradient, torch.ops.aten.threshold_backward(g, n, 0), 0)
 
 
 def _layer_step(neurons: int, parameters: int = 1, inputs: int = 70) -> Exercise:
@@ -71,7 +73,7 @@ def _on_cpu(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    """All numbers of some tensors, on the CPU. Compared together, so that a tensor that does not move is no 0 / 0."""
+    """All numbers of some tensors, on the CPU. They are compared together, because a small tensor may not move."""
     return torch.cat([tensor.detach().flatten() for tensor in tensors]).cpu().double()
 
 

@@ -10,7 +10,7 @@ def _parts(**limits: int) -> dict[str, int]:
     return limits
 
 
-# Only `load` ends a flight if it fails. Its limit is that of a first import of torch on a machine, and of a build.
+# Only `load` ends a flight if it fails. Its limit leaves time to import torch for the first time, and to build.
 FLIGHTS = {
     # Is everything correct, and roughly how fast is it?
     # What may take any time comes last: memcheck and, in training, iCIFAR100.

@@ -122,7 +122,6 @@ class Command:
                 except subprocess.TimeoutExpired:
                     self.look()
             _kill(process)
-            self.look()
             return {**self.verdict(None), "state": self.at_limit()}
         finally:
             _kill(process)
