@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-# The architectures that a build without a GPU is for: Turing to Blackwell, and PTX for later ones.
-_ARCHS = ("75", "80", "86", "89", "90", "100", "120")
+# The architectures that a build without a GPU is for: Turing to Blackwell, and PTX for later ones. 86 and 89 run the
+# code for 80, and kernels that are limited by memory gain nothing from their own.
+_ARCHS = ("75", "80", "90", "100", "120")
 _OLDEST_CUDA = (12, 1)  # the first that passes 32 KiB of arguments to a kernel
 # Names of GPU generations in torch's notation.
 _GENERATIONS = {
