@@ -110,10 +110,9 @@ def main() -> int:
     """Runs the tests, and writes the record."""
     parser = argparse.ArgumentParser(prog="python -m bench.compatibility", description=__doc__)
     parser.add_argument("--out", type=output_folder, default=ROOT / "bench" / "results" / "compatibility")
-    parser.add_argument("--folders", nargs="+", choices=FOLDERS, default=FOLDERS, help="(default: all)")
     arguments = parser.parse_args()
     try:
-        recorder = run(ROOT, *(ROOT / "tests" / folder for folder in arguments.folders))
+        recorder = run(ROOT, *(ROOT / "tests" / folder for folder in FOLDERS))
     except RuntimeError as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     target: Path = arguments.out / "torch-{}-python-{}.md".format(*short_versions())
