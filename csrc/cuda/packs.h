@@ -56,6 +56,7 @@ struct alignas(P::size == 1 ? sizeof(float) : kPackBytes) Floats {
   float at[size];
 };
 
+// The numbers of a pack, exactly.
 template <class P>
 __device__ __forceinline__ Floats<P> floats_of(const P& pack) {
   Floats<P> floats;
